@@ -1,0 +1,37 @@
+"""EAGLE-3 draft training as pure functions on PyTorch.
+
+The way of the data, room by room:
+
+- `base`: types, configuration, gradients, files, errors; every room speaks these
+- `data`: a target and conversations, to feature files, to a `Batch`
+- `model`: a `Batch` to a loss
+- `train`: a loss to a `TrainState`, to a checkpoint
+- `use`: trained parameters to an exported draft, to speculative decoding
+"""
+
+from eagle3fn.base.config import Config as Config
+from eagle3fn.base.config import DataConfig as DataConfig
+from eagle3fn.base.config import ObjectiveConfig as ObjectiveConfig
+from eagle3fn.base.config import OptimizerConfig as OptimizerConfig
+from eagle3fn.base.config import TrainConfig as TrainConfig
+from eagle3fn.base.config import load_config as load_config
+from eagle3fn.base.draft_config import DraftConfig as DraftConfig
+from eagle3fn.base.draft_config import draft_config_from_json as draft_config_from_json
+from eagle3fn.base.draft_config import draft_config_from_target as draft_config_from_target
+from eagle3fn.base.errors import UserError as UserError
+from eagle3fn.base.grad import value_and_grad as value_and_grad
+from eagle3fn.base.types import Aux as Aux
+from eagle3fn.base.types import Batch as Batch
+from eagle3fn.base.types import Frozen as Frozen
+from eagle3fn.base.types import Sample as Sample
+from eagle3fn.base.types import TrainState as TrainState
+from eagle3fn.base.types import VocabMap as VocabMap
+from eagle3fn.model.forward import forward_loss as forward_loss
+from eagle3fn.model.table import init_params as init_params
+from eagle3fn.model.table import start_from_target as start_from_target
+from eagle3fn.train.bind import Functions as Functions
+from eagle3fn.train.bind import bind as bind
+from eagle3fn.train.step import init_state as init_state
+from eagle3fn.train.step import step as step
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""What every stage speaks: types, configuration, gradients, files and errors."""

@@ -1,0 +1,40 @@
+"""Pytrees: named leaves and maps, by optree, whose order (sorted keys) is the only one used here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply `function` leaf by leaf to trees of one structure."""
+    return optree.tree_map(function, tree, *rest)
+
+
+def named_leaves(tree: Any) -> dict[str, Tensor]:
+    """Leaves under dotted names, such as `masters.fc.weight` or `opt.1.mu.fc.weight`."""
+    paths, leaves, _ = optree.tree_flatten_with_accessor(tree)
+    names = [".".join(_entry(entry) for entry in path) for path in paths]
+    return dict(zip(names, leaves, strict=True))
+
+
+def _entry(entry: Any) -> str:
+    return str(entry.field) if isinstance(entry, optree.NamedTupleEntry) else str(entry.entry)
+
+
+def like(tree: Any, leaves: dict[str, Tensor]) -> Any:
+    """A tree of `tree`'s structure holding `leaves`, found by name.
+
+    Raises:
+        KeyError: a leaf of the structure is not among `leaves`.
+    """
+    _, treespec = optree.tree_flatten(tree)
+    return optree.tree_unflatten(treespec, [leaves[name] for name in named_leaves(tree)])
+
+
+def equal(left: Any, right: Any) -> bool:
+    """True if both trees have the same named leaves, bit for bit, with equal dtypes."""
+    a, b = named_leaves(left), named_leaves(right)
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)

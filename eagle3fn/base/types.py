@@ -1,0 +1,83 @@
+"""What flows through the house, as NamedTuples of tensors.
+
+Shape letters, used in every docstring: `B` batch, `S` sequence, `K` unroll steps, `H` draft hidden,
+`Ht` target hidden, `N` heads, `J` key-value heads, `E` head size, `V` target vocabulary, `D` draft vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""The trainable tensors under their exported names, in `model.table` order."""
+
+
+class Sample(NamedTuple):
+    """One conversation with the target's features; the last axis of `aux_hidden` is three taps side by side."""
+
+    input_ids: Tensor  # (S,) int64
+    loss_mask: Tensor  # (S,) int64, 1 on assistant tokens
+    aux_hidden: Tensor  # (S, 3·Ht)
+    last_hidden: Tensor  # (S, Ht), after the target's final norm
+
+
+class Batch(NamedTuple):
+    """What `forward_loss` reads. Rows are right-padded with zeros.
+
+    `loss_mask` counts rows, not tokens: it is already aligned (`data.collate.align_mask`), row `t` is trained
+    against the target's distribution for token `t + 2`.
+    """
+
+    input_ids: Tensor  # (B, S) int64
+    attention_mask: Tensor  # (B, S) int64, 1 on real tokens
+    loss_mask: Tensor  # (B, S) int64
+    aux_hidden: Tensor  # (B, S, 3·Ht)
+    last_hidden: Tensor  # (B, S, Ht)
+    position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S-1
+    n: Tensor | None = None  # (K,) fp32: rows trained at each unroll step over the *global* batch; absent: this batch's
+
+
+class VocabMap(NamedTuple):
+    """Which target tokens the draft can say. `nonzero(t2d) == d2t + arange(D)`."""
+
+    t2d: Tensor  # (V,) bool
+    d2t: Tensor  # (D,) int64, an offset: draft id j is target id j + d2t[j]
+
+
+class Frozen(NamedTuple):
+    """Tensors that are never differentiated. `embed_tokens` is None when the draft trains its own (Ht != H)."""
+
+    embed_tokens: Tensor | None  # (V, H)
+    target_head: Tensor  # (V, Ht)
+    t2d: Tensor  # (V,) bool
+    d2t: Tensor  # (D,) int64
+
+
+class Teacher(NamedTuple):
+    """The target's distributions, padded by K rows at the end of the sequence."""
+
+    p: Tensor  # (B, S + K, D) fp32: softmax over the draft vocabulary
+    q: Tensor  # (B, S + K, D) fp32: the same tokens' probabilities under the full vocabulary
+    token: Tensor  # (B, S + K) int64: the target's argmax
+    position_mask: Tensor  # (B, S, 1) int: loss_mask where the argmax is in the draft vocabulary
+
+
+class Aux(NamedTuple):
+    """Metrics of one batch as sums and counts, so that micro-batches add up. fp32 unless said otherwise."""
+
+    losses: Tensor  # (K,) per-step loss, before the decay
+    correct: Tensor  # (K,) int64: trained rows whose draft argmax is the target's argmax
+    rows: Tensor  # (K,) int64: rows with loss_mask
+    accept: Tensor  # (K,) sum over rows with position_mask of Σ min(q, draft)
+    accept_rows: Tensor  # (K,) rows with position_mask
+    greedy: Tensor  # () sum over rows of Σ_i Π_{j<=i} correct_j: the drafted tokens a greedy verifier accepts
+    sampled: Tensor  # () the same with Σ min(q, draft) in place of correct
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and writes, as one pytree of plain tensors."""
+
+    params: Params  # compute dtype
+    masters: Params  # fp32
+    opt: Any  # the optimizer's own pytree (moments, fp32)
+    step: Tensor  # () int64, on the CPU: updates made so far

@@ -1,0 +1,231 @@
+"""`eagle3fn COMMAND`: builds configurations and calls one function each."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eagle3fn.base.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a sub-command; returns the exit code: 0, or 2 for bad input, with one line on stderr that says what to do."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"eagle3fn {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    root = argparse.ArgumentParser(prog="eagle3fn", description=__doc__)
+    commands = root.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[Any], None], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        return sub
+
+    def target(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--target", required=True, help="folder or hub id of a Hugging Face causal language model")
+
+    sub = command("synthesize", _synthesize, "let the target write its own conversations")
+    target(sub)
+    sub.add_argument("--out", required=True, help="JSONL file; .xz and .gz compress")
+    sub.add_argument("--count", type=_positive, default=1000, help="conversations to write at least (default 1000)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--batch", type=_positive, default=64, help="conversations sampled together (default 64)")
+
+    sub = command("extract", _extract, "run the target over conversations and write its features; resumable")
+    target(sub)
+    sub.add_argument("--conversations", required=True, help="JSONL (plain, .gz, .xz)")
+    sub.add_argument("--out", required=True, help="feature folder")
+    sub.add_argument("--max-length", type=_positive, default=2048, help="tokens kept of a conversation (default 2048)")
+    sub.add_argument("--limit", type=_positive, help="use only the first conversations")
+    sub.add_argument("--batch", type=_positive, default=8)
+    sub.add_argument("--draft-config", help="JSON whose eagle_config names the tapped layers")
+
+    sub = command("vocab", _vocab, "count the supervised tokens and write the draft vocabulary map")
+    target(sub)
+    sub.add_argument("--features", required=True)
+    sub.add_argument("--out", required=True, help="safetensors file")
+    sub.add_argument("--size", type=_positive, default=32_000, help="draft vocabulary (default 32000)")
+    sub.add_argument("--held-out", type=int, default=0, help="samples at the end that are not counted")
+
+    sub = command("train", _train, "train the draft; goes on from the newest checkpoint")
+    target(sub)
+    sub.add_argument("--features", required=True)
+    sub.add_argument("--vocab", required=True, help="vocabulary map")
+    sub.add_argument("--out", required=True, help="run folder; the best draft is exported to OUT/draft")
+    sub.add_argument("--config", help="TOML file")
+    sub.add_argument("--draft-config", help="draft JSON (default: derived from the target)")
+    sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
+    sub.add_argument("--minutes", type=float, help="choose the number of steps to fill this time")
+
+    sub = command("evaluate", _evaluate, "speculative decoding with an exported draft: losslessness, length, speed")
+    target(sub)
+    sub.add_argument("--draft", required=True, help="exported draft folder")
+    sub.add_argument("--prompts", required=True, help="JSONL with a prompt field (plain, .gz, .xz)")
+    sub.add_argument("--out", required=True, help="JSON report")
+    sub.add_argument("--tasks", type=_positive, default=10, help="prompts, in order from the first (default 10)")
+    sub.add_argument("--max-new", type=_positive, default=128)
+    sub.add_argument("--untrained", help="an exported untrained draft, to compare with")
+
+    sub = command("report", _report, "gather a run's results in one table, a JSON file and a picture")
+    sub.add_argument("--run", dest="folder", required=True, help="folder with train/ and evaluation.json")
+    return root
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _bar(unit: str) -> Callable[[int, int], None]:
+    from tqdm import tqdm
+
+    bar = tqdm(unit=unit, dynamic_ncols=True)
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return update
+
+
+def _synthesize(options: Any) -> None:
+    from eagle3fn.data.synthesize import synthesize
+    from eagle3fn.data.target import load_target
+
+    model, tokenizer = load_target(options.target)
+    progress = _bar("conversation")
+    count = synthesize(model, tokenizer, options.out, options.count, options.seed, options.batch, progress)
+    print(f"{options.out}: {count} conversations")
+
+
+def _extract(options: Any) -> None:
+    from eagle3fn.base.draft_config import aux_layers, draft_config_from_json, draft_config_from_target
+    from eagle3fn.data.extract import extract
+    from eagle3fn.data.target import load_target, target_config
+
+    tree = target_config(options.target)
+    path = options.draft_config
+    draft = draft_config_from_json(path) if path else draft_config_from_target(tree, options.target)
+    layers = aux_layers(draft, tree["num_hidden_layers"])
+    model, tokenizer = load_target(options.target)
+    index = extract(
+        model,
+        tokenizer,
+        options.conversations,
+        options.out,
+        layers,
+        max_length=options.max_length,
+        batch=options.batch,
+        limit=options.limit,
+        name=options.target,
+        on_progress=_bar("sample"),
+    )
+    totals = index["totals"]
+    print(
+        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, {totals['supervised']} supervised, "
+        f"{totals['bytes'] / 2**20:.0f} MiB"
+    )
+
+
+def _vocab(options: Any) -> None:
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.fingerprint import config_hash
+    from eagle3fn.data.pipeline import split
+    from eagle3fn.data.target import target_config
+    from eagle3fn.data.vocab import build_map, count_tokens, save_map
+
+    tree = target_config(options.target)
+    features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
+    kept, _ = split(len(features.samples), options.held_out)
+    counts = count_tokens(features, kept, tree["vocab_size"])
+    vocab_map = build_map(counts, min(options.size, tree["vocab_size"]))
+    covered = float(counts[vocab_map.t2d].sum() / counts.sum().clamp(min=1))
+    provenance = {"target": options.target, "target_hash": config_hash(tree), "covered": covered}
+    save_map(options.out, vocab_map, provenance)
+    print(f"{options.out}: {len(vocab_map.d2t)} of {tree['vocab_size']} tokens, {covered:.2%} of the supervised ones")
+
+
+def _train(options: Any) -> None:
+    import torch
+
+    from eagle3fn.base.config import load_config
+    from eagle3fn.base.draft_config import draft_config_from_json, draft_config_from_target
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.fingerprint import config_hash
+    from eagle3fn.data.target import read_target_tensors, target_config
+    from eagle3fn.data.vocab import load_map, map_size
+    from eagle3fn.train.loop import train
+
+    tree = target_config(options.target)
+    size = map_size(options.vocab)
+    path = options.draft_config
+    draft = draft_config_from_json(path) if path else draft_config_from_target(tree, options.target, size)
+    config = load_config(options.config, options.set, draft)
+    features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
+    vocab_map = load_map(options.vocab, config.draft.vocab_size, config.draft.draft_vocab_size, config_hash(tree))
+    tensors = read_target_tensors(options.target, getattr(torch, config.train.dtype))
+    events = _train_events(options, config, vocab_map, tensors, tree["num_hidden_layers"])
+    train(config, features, vocab_map, tensors, options.out, options.minutes, events)
+
+
+def _train_events(options: Any, config: Any, vocab_map: Any, tensors: Any, layers: int) -> Any:
+    import torch
+
+    from eagle3fn.base.types import Frozen
+    from eagle3fn.train.loop import Events
+    from eagle3fn.use.export import export
+
+    progress, out = _bar("step"), Path(options.out)
+    own = config.draft.hidden_size != config.draft.target_hidden_size
+    frozen = Frozen(None if own else tensors.embed_tokens, tensors.head, vocab_map.t2d, vocab_map.d2t)
+
+    def on_best(params: Any, row: dict[str, Any]) -> None:
+        name = "draft" if row["step"] else "untrained"
+        export(params, frozen, config.draft, out / name, layers, getattr(torch, config.train.dtype))
+
+    def on_eval(row: dict[str, Any]) -> None:
+        if "accepted_length" in row:
+            length, rate = row["accepted_length"], row["accuracy"][0]
+            print(f"\nstep {row['step']}: held-out accepted length {length:.3f}, first-step accuracy {rate:.3f}")
+
+    return Events(lambda row, total: progress(row["step"], total), on_eval, on_best)
+
+
+def _evaluate(options: Any) -> None:
+    from eagle3fn.base.files import write_json
+    from eagle3fn.use.evaluate import evaluate, read_prompts
+
+    prompts = read_prompts(options.prompts)[: options.tasks]
+    report = evaluate(
+        options.target,
+        options.draft,
+        prompts,
+        max_new=options.max_new,
+        untrained=options.untrained,
+        on_progress=_bar("prompt"),
+    )
+    write_json(options.out, report)
+    print(f"{options.out}: lossless {report['lossless']}, accepted length {report['accepted_length']:.3f}")
+
+
+def _report(options: Any) -> None:
+    from eagle3fn.use.report import write_report
+
+    print(write_report(Path(options.folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

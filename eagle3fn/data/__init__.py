@@ -1,0 +1,1 @@
+"""Feature files or roll-out to `Batch`: targets, chat masks, extraction, vocabulary maps, generators."""

@@ -1,0 +1,188 @@
+"""The feature folder: safetensors shards of many samples, and `index.json`, which is written last."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import read_json, sha256, whole_file, write_json
+from eagle3fn.base.types import Sample
+from eagle3fn.data.specforge_ckpt import find_ckpts, read_ckpt, read_ckpt_tokens
+
+SCHEMA = 1
+REMEDY = "run eagle3fn extract again"
+_INDEX_KEYS = ("schema", "target", "dtype", "max_length", "samples", "shards", "totals")
+
+
+class FeatureSet(NamedTuple):
+    """An opened folder. `samples` are the index's entries, or one entry a file for the older trainer's files."""
+
+    folder: Path
+    samples: list[dict[str, Any]]
+    index: dict[str, Any]  # empty for the older trainer's files
+    vocab_size: int | None  # V, if known
+    hidden_size: int | None  # Ht, if known
+
+
+def shard_name(number: int) -> str:
+    """File name of shard `number`; its sidecar ends in `.json` instead."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, samples: dict[str, Sample], sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Write a shard whole, then its sidecar: `sidecar` with the shard's name, size and hash; returns that.
+
+    `samples` go by their keys; tensors are stored as `<key>.input_ids` and so on.
+    """
+    path = folder / shard_name(number)
+    tensors = {
+        f"{key}.{name}": value.cpu().contiguous()
+        for key, sample in samples.items()
+        for name, value in sample._asdict().items()
+    }
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary)
+    sidecar = {**sidecar, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(path.with_suffix(".json"), sidecar)
+    return sidecar
+
+
+def write_index(folder: Path, index: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write `index.json` from the shards' sidecars, with totals; returns it."""
+    samples = [{**sample, "shard": sidecar["file"]} for sidecar in sidecars for sample in sidecar["samples"]]
+    totals = {
+        "samples": len(samples),
+        "tokens": sum(sample["length"] for sample in samples),
+        "supervised": sum(sample["supervised"] for sample in samples),
+        "bytes": sum(sidecar["bytes"] for sidecar in sidecars),
+    }
+    shards = [{key: sidecar[key] for key in ("file", "bytes", "sha256")} for sidecar in sidecars]
+    index = {"schema": SCHEMA, **index, "totals": totals, "shards": shards, "samples": samples}
+    write_json(folder / "index.json", index)
+    return index
+
+
+def open_features(folder: str | Path, vocab_size: int | None = None, hidden_size: int | None = None) -> FeatureSet:
+    """Open a feature folder, or a folder of the older trainer's files; reads no features.
+
+    `vocab_size` (V) and `hidden_size` (Ht) are the target's, checked against the index where there is one.
+
+    Raises:
+        UserError: nothing there, a damaged index, a shard missing or of a wrong size, another target's sizes.
+    """
+    folder = Path(folder)
+    if (folder / "index.json").is_file():
+        return _open_index(folder, vocab_size, hidden_size)
+    names = [str(path.relative_to(folder)) for path in find_ckpts(folder)]
+    if not names:
+        raise UserError(f"{folder}: no index.json, no .ckpt and no .ckpt.gz there; {REMEDY} or name another folder")
+    samples = [{"id": name, "shard": name} for name in names]
+    return FeatureSet(folder, samples, {}, vocab_size, hidden_size)
+
+
+def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -> FeatureSet:
+    path = folder / "index.json"
+    index = read_json(path)
+    missing = [key for key in _INDEX_KEYS if not isinstance(index, dict) or key not in index]
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing; {REMEDY}")
+    if index["schema"] != SCHEMA:
+        raise UserError(f"{path}: schema {index['schema']}: this version reads {SCHEMA}; {REMEDY}")
+    if not index["samples"]:
+        raise UserError(f"{path}: no samples; {REMEDY} on more conversations")
+    for shard in index["shards"]:
+        file = folder / shard["file"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard["bytes"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise UserError(f"{file}: {found}, must be {shard['bytes']} bytes; {REMEDY}")
+    target = index["target"]
+    for name, wanted in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
+        if wanted not in (None, target[name]):
+            raise UserError(
+                f"{path}: made with target {target['name']!r}, {name} {target[name]}, not {wanted}; "
+                f"name that target or {REMEDY}"
+            )
+    return FeatureSet(folder, index["samples"], index, target["vocab_size"], target["hidden_size"])
+
+
+def check_shards(features: FeatureSet) -> None:
+    """Compare every shard's bytes with the hash in the index.
+
+    Raises:
+        UserError: names the first shard that differs.
+    """
+    for shard in features.index.get("shards", []):
+        if sha256(features.folder / shard["file"]) != shard["sha256"]:
+            raise UserError(f"{features.folder / shard['file']}: its bytes have changed; {REMEDY}")
+
+
+def read_sample(features: FeatureSet, number: int) -> Sample:
+    """Sample `number` with its features, checked.
+
+    Raises:
+        UserError: a shard missing or damaged; wrong shapes or dtypes, NaN or infinity, an id outside the vocabulary.
+    """
+    entry = features.samples[number]
+    path = features.folder / entry["shard"]
+    sample = Sample(*_tensors(path, entry, Sample._fields)) if features.index else read_ckpt(path)
+    _check_tokens(sample.input_ids, sample.loss_mask, features, number)
+    _check_hidden(sample, features, number)
+    return sample
+
+
+def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
+    """`input_ids` and `loss_mask` of sample `number`, each `(S,)` int64, checked; its features are not read."""
+    entry = features.samples[number]
+    path = features.folder / entry["shard"]
+    ids, mask = _tensors(path, entry, Sample._fields[:2]) if features.index else read_ckpt_tokens(path)
+    _check_tokens(ids, mask, features, number)
+    return ids, mask
+
+
+def _tensors(path: Path, entry: dict[str, Any], names: tuple[str, ...]) -> list[Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(f"{entry['key']}.{name}") for name in names]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged at sample {entry['id']!r} ({error}); {REMEDY}") from None
+
+
+def _fault(features: FeatureSet, number: int, what: str) -> UserError:
+    entry = features.samples[number]
+    remedy = REMEDY if features.index else "delete the file or write it anew"
+    return UserError(f"{features.folder / entry['shard']}: sample {entry['id']!r}: {what}; {remedy}")
+
+
+def _check_tokens(ids: Tensor, mask: Tensor, features: FeatureSet, number: int) -> None:
+    length = features.samples[number].get("length", ids.numel())
+    if ids.ndim != 1 or ids.shape != mask.shape or len(ids) != length or len(ids) == 0:
+        what = f"input_ids {tuple(ids.shape)} and loss_mask {tuple(mask.shape)}: both must be ({length or 'S'},)"
+        raise _fault(features, number, what)
+    if ids.dtype != torch.int64 or mask.dtype != torch.int64:
+        raise _fault(features, number, f"input_ids {ids.dtype} and loss_mask {mask.dtype}: both must be int64")
+    limit = features.vocab_size
+    worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
+    if worst < 0 or (limit is not None and worst >= limit):
+        raise _fault(features, number, f"token id {worst}: must be in [0, {limit if limit else 'V'})")
+    if ((mask != 0) & (mask != 1)).any():
+        raise _fault(features, number, "loss_mask holds values other than 0 and 1")
+
+
+def _check_hidden(sample: Sample, features: FeatureSet, number: int) -> None:
+    length, aux, last = len(sample.input_ids), sample.aux_hidden, sample.last_hidden
+    size = features.hidden_size or last.shape[-1]
+    if aux.shape != (length, 3 * size) or last.shape != (length, size):
+        found = f"aux_hidden {tuple(aux.shape)}, last_hidden {tuple(last.shape)}"
+        raise _fault(features, number, f"{found}: must be ({length}, {3 * size}), ({length}, {size})")
+    wanted = features.index.get("dtype", str(last.dtype).removeprefix("torch."))
+    if not last.is_floating_point() or any(str(x.dtype) != f"torch.{wanted}" for x in (aux, last)):
+        raise _fault(features, number, f"aux_hidden {aux.dtype}, last_hidden {last.dtype}: both must be {wanted}")
+    for name, value in (("aux_hidden", aux), ("last_hidden", last)):
+        if not value.isfinite().all():
+            row = int((~value.isfinite()).any(-1).nonzero()[0])
+            raise _fault(features, number, f"{name} holds NaN or infinity at token {row}")

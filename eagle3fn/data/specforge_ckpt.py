@@ -1,0 +1,82 @@
+"""Feature files of the older trainer: one `torch.save` dict a sample, `.ckpt` or `.ckpt.gz`."""
+
+import gzip
+import io
+import pickle
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.types import Sample
+
+ENDINGS = (".ckpt", ".ckpt.gz")
+_REMEDY = "delete the file or write it anew"
+
+
+def find_ckpts(folder: str | Path) -> list[Path]:
+    """Every feature file under `folder`, at any depth, sorted by path."""
+    return sorted(path for path in Path(folder).rglob("*") if path.name.endswith(ENDINGS) and path.is_file())
+
+
+def read_ckpt(path: Path) -> Sample:
+    """A file's tensors under their new names: `hidden_state` is `last_hidden`, `aux_hidden_state` is `aux_hidden`.
+
+    Raises:
+        UserError: missing, damaged, not tensors alone, or a field is missing or has a wrong number of axes.
+    """
+    tree = _load(path)
+    ids, mask = _tokens(tree, path)
+    return Sample(ids, mask, _rows(tree, "aux_hidden_state", path), _rows(tree, "hidden_state", path))
+
+
+def read_ckpt_tokens(path: Path) -> tuple[Tensor, Tensor]:
+    """`input_ids` and `loss_mask` of a file, each `(S,)` int64; an uncompressed file's features are not read."""
+    return _tokens(_load(path), path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        if path.name.endswith(".gz"):
+            data = io.BytesIO(gzip.decompress(path.read_bytes()))
+            tree = torch.load(data, map_location="cpu", weights_only=True)
+        else:
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; restore it or open the folder anew") from None
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: damaged or not a dict of tensors ({_line(error)}); {_REMEDY}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds a {type(tree).__name__}, not a dict of tensors; {_REMEDY}")
+    return tree
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _field(tree: dict[str, Any], key: str, path: Path) -> Tensor:
+    if not isinstance(tree.get(key), Tensor):
+        raise UserError(f"{path}: no tensor {key}; {_REMEDY}")
+    return tree[key]
+
+
+def _tokens(tree: dict[str, Any], path: Path) -> tuple[Tensor, Tensor]:
+    return _field(tree, "input_ids", path).flatten().long(), _field(tree, "loss_mask", path).flatten().long()
+
+
+def _rows(tree: dict[str, Any], key: str, path: Path) -> Tensor:
+    value = _field(tree, key, path)
+    if value.ndim == 3 and value.shape[0] == 1:
+        return value[0]
+    if value.ndim != 2:
+        raise UserError(f"{path}: {key} has shape {tuple(value.shape)}: must be (1, S, size); {_REMEDY}")
+    return value

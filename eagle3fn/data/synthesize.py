@@ -1,0 +1,173 @@
+"""The target writes its own conversations: it completes a user turn, then answers it.
+
+Batch `b` is a pure function of (target, seed, settings, `b`): a run cut off goes on where it stopped.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import read_jsonl, write_jsonl
+from eagle3fn.data.openings import opening, stub
+
+_MARK = "\x02user turn\x02"
+_COMPACT_EVERY = 8
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn: softmax temperature (0 is greedy), nucleus mass, at most `max_new` tokens."""
+
+    temperature: float
+    top_p: float
+    max_new: int
+
+
+USER_TURN = Sampling(temperature=0.8, top_p=0.95, max_new=144)
+ANSWER = Sampling(temperature=0.5, top_p=0.95, max_new=224)
+
+
+def synthesize(
+    model: Any,
+    tokenizer: Any,
+    out: str | Path,
+    count: int,
+    seed: int = 0,
+    batch: int = 64,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Write `count` or more conversations to `out` (JSONL, `.xz` and `.gz` compress); returns their number.
+
+    Finished batches wait in `<out>.parts/` until all are there.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the target ends no turn.
+    """
+    parts = Path(f"{out}.parts")
+    rows: list[dict] = []
+    for index, turns in enumerate(_batches(model, tokenizer, parts, seed, batch)):
+        rows += turns
+        on_progress(len(rows), count)
+        if len(rows) >= count:
+            break
+        if index >= 20 and len(rows) < index:
+            raise UserError(f"target wrote {len(rows)} usable turns in {index} batches: is it a chat model?")
+    write_jsonl(out, rows)
+    for part in parts.glob("*.jsonl"):
+        part.unlink()
+    parts.rmdir()
+    return len(rows)
+
+
+def _batches(model: Any, tokenizer: Any, parts: Path, seed: int, batch: int) -> Iterator[list[dict]]:
+    index = 0
+    while True:
+        part = parts / f"{seed}-{batch}-{index:05d}.jsonl"
+        if not part.exists():
+            write_jsonl(part, _write_batch(model, tokenizer, seed, index, batch))
+        yield read_jsonl(part)
+        index += 1
+
+
+def _write_batch(model: Any, tokenizer: Any, seed: int, index: int, batch: int) -> list[dict]:
+    head, _ = user_frame(tokenizer)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    names = range(index * batch, (index + 1) * batch)
+    openings = [opening(seed, name) for name in names]
+    ended = generate(model, tokenizer, [head + text for text in openings], USER_TURN, generator)
+    users = {
+        name: stub(start + tokenizer.decode(rest, skip_special_tokens=True), seed, name).strip()
+        for name, start, (rest, whole) in zip(names, openings, ended, strict=True)
+        if whole or '"""' in start
+    }
+    users = {name: text for name, text in users.items() if len(text) >= 12}
+    prompts = [chat_prompt(tokenizer, text) for text in users.values()]
+    answers = generate(model, tokenizer, prompts, ANSWER, generator)
+    return [
+        {"id": f"{seed}-{name}", "conversations": _turns(user, tokenizer.decode(ids, skip_special_tokens=True))}
+        for (name, user), (ids, _) in zip(users.items(), answers, strict=True)
+        if len(ids) >= 16
+    ]
+
+
+def _turns(user: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer.strip()}]
+
+
+def user_frame(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template puts before and behind the first user turn."""
+    if not tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    head, _, tail = text.partition(_MARK)
+    return head, tail
+
+
+def chat_prompt(tokenizer: Any, user: str) -> str:
+    """The chat template around one user turn, up to where the answer begins."""
+    messages = [{"role": "user", "content": user}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, prompts: list[str], sampling: Sampling, generator: torch.Generator
+) -> list[tuple[list[int], bool]]:
+    """Sample a continuation of each prompt in one batch; returns (new token ids, ended by itself).
+
+    Rows that ended leave the batch every few steps, so a long answer doesn't hold the short ones' cost.
+    """
+    if not prompts:
+        return []
+    tokenizer.padding_side = "left"
+    coded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+    ends = torch.tensor(sorted(end_tokens(model)), device=model.device)
+    mask, step_ids, cache = coded.attention_mask, coded.input_ids, None
+    alive = torch.arange(len(prompts), device=model.device)
+    rows: list[list[int]] = [[] for _ in prompts]
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    for step in range(sampling.max_new):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -step_ids.shape[1] :]
+        out = model(
+            input_ids=step_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        token = sample(out.logits[:, -1].float(), sampling, generator)
+        done[alive] |= torch.isin(token, ends)
+        for row, value in zip(alive.tolist(), token.tolist(), strict=True):
+            if not done[row]:
+                rows[row].append(value)
+        if done.all():
+            break
+        step_ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if step % _COMPACT_EVERY == 0 and done[alive].any():
+            keep = (~done[alive]).nonzero().flatten()
+            cache.batch_select_indices(keep)
+            alive, step_ids, mask = alive[keep], step_ids[keep], mask[keep]
+    return list(zip(rows, done.tolist(), strict=True))
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """Draw one token a row from `(B, V)` fp32 logits by temperature and nucleus; `(B,)` int64."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    top = torch.topk(logits / sampling.temperature, min(256, logits.shape[-1]), dim=-1)
+    mass = top.values.softmax(-1)
+    mass = mass.masked_fill(mass.cumsum(-1) - mass > sampling.top_p, 0.0)
+    choice = torch.multinomial(mass, 1, generator=generator)
+    return top.indices.gather(-1, choice)[:, 0]
+
+
+def end_tokens(model: Any) -> set[int]:
+    """The target's end-of-turn token ids, from its generation config."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        raise UserError(f"{model.name_or_path}: no eos_token_id in generation_config.json or config.json")
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends}

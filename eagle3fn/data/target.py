@@ -1,0 +1,244 @@
+"""The target: its configuration, its weights that the draft shares, and features tapped from its layers.
+
+The only file that imports transformers.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eagle3fn.base.draft_config import refuse_vision
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import read_json
+
+_LOGIT_TRANSFORMS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+_NORM_ADDS_ONE = ("gemma", "gemma2", "gemma3_text")
+
+
+class TargetTensors(NamedTuple):
+    """What the draft takes from the target. `head` is `embed_tokens` where the target ties them."""
+
+    embed_tokens: Tensor  # (V, Ht)
+    head: Tensor  # (V, Ht)
+    norm: Tensor  # (Ht,), the factor that the normed value is multiplied by
+
+
+def target_config(path_or_id: str | Path) -> dict[str, Any]:
+    """The target's configuration as a dict.
+
+    Raises:
+        UserError: not loadable, a vision-language model, or a model that transforms its logits.
+    """
+    from transformers import AutoConfig
+
+    name, extra = _source(path_or_id)
+    try:
+        tree = AutoConfig.from_pretrained(name, **extra).to_dict()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loadable(path_or_id, error) from None
+    refuse_vision(tree, str(path_or_id))
+    refuse_logit_transform(tree, str(path_or_id))
+    return tree
+
+
+def refuse_logit_transform(tree: dict[str, Any], where: str) -> None:
+    """Raise a UserError if the target's logits are more than `last_hidden @ head.T`."""
+    for key, neutral in _LOGIT_TRANSFORMS.items():
+        value = tree.get(key)
+        if value is not None and value != neutral:
+            kind = tree.get("model_type")
+            raise UserError(
+                f"{where}: {key} = {value} (model_type {kind!r}): targets that transform their logits "
+                "are not supported; choose another target"
+            )
+
+
+def load_target(
+    path_or_id: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", attn: str = "sdpa"
+) -> tuple[Any, Any]:
+    """The target model, in eval mode and without gradients, and its tokenizer.
+
+    A target that has no `attn` implementation is loaded with "eager".
+
+    Raises:
+        UserError: as `target_config`, or the weights are not loadable, or its head has a bias.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target_config(path_or_id)
+    name, extra = _source(path_or_id)
+    loader: Any = AutoModelForCausalLM
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+        try:
+            model = loader.from_pretrained(name, dtype=dtype, attn_implementation=attn, **extra)
+        except ValueError as error:
+            if attn == "eager" or attn not in str(error):
+                raise
+            model = loader.from_pretrained(name, dtype=dtype, attn_implementation="eager", **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loadable(path_or_id, error) from None
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise _head_bias(path_or_id)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _source(path_or_id: str | Path) -> tuple[str, dict[str, str]]:
+    """What transformers is given: a folder or id, and for a GGUF file its name."""
+    path = Path(path_or_id)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; name a GGUF file, a model folder or a Hugging Face id")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json there; name a folder that holds a Hugging Face model, or an id")
+    return str(path_or_id), {}
+
+
+def _not_loadable(path_or_id: str | Path, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return UserError(
+        f"{path_or_id}: not loadable as a target ({reason}); name a folder with config.json, tokenizer and "
+        "safetensors, a GGUF file, or a Hugging Face id that is reachable or in the cache"
+    )
+
+
+def _head_bias(path_or_id: str | Path) -> UserError:
+    return UserError(f"{path_or_id}: lm_head.bias: targets with a biased head are not supported; choose another target")
+
+
+def read_target_tensors(path_or_id: str | Path, dtype: torch.dtype) -> TargetTensors:
+    """Embedding, head and final norm in `dtype`, read from the safetensors files without building the model.
+
+    Raises:
+        UserError: as `target_config`; no safetensors, a file missing or damaged, or a tensor missing.
+    """
+    tree = target_config(path_or_id)
+    if Path(path_or_id).suffix == ".gguf":
+        return _tensors_of_model(load_target(path_or_id, dtype)[0], tree)
+    folder = _weights_folder(path_or_id)
+    files = _weight_files(folder)
+    if any(key.endswith("lm_head.bias") for key in files):
+        raise _head_bias(path_or_id)
+    embed_key = _find(files, "embed_tokens.weight", folder)
+    embed = _read(folder, files, embed_key, dtype)
+    norm_key = embed_key.removesuffix("embed_tokens.weight") + "norm.weight"
+    norm = _read(folder, files, _find(files, norm_key, folder), dtype)
+    head = embed
+    if not tree.get("tie_word_embeddings"):
+        head = _read(folder, files, _find(files, "lm_head.weight", folder), dtype)
+    return TargetTensors(embed, head, _norm_factor(norm, tree))
+
+
+def _tensors_of_model(model: Any, tree: dict[str, Any]) -> TargetTensors:
+    embed, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return TargetTensors(embed.detach(), head.detach(), _norm_factor(decoder(model).norm.weight.detach(), tree))
+
+
+def _norm_factor(weight: Tensor, tree: dict[str, Any]) -> Tensor:
+    return weight + 1 if tree.get("model_type") in _NORM_ADDS_ONE else weight
+
+
+def _weights_folder(path_or_id: str | Path) -> Path:
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise _not_loadable(path_or_id, error) from None
+
+
+def _weight_files(folder: Path) -> dict[str, str]:
+    """Key to file name, from the index or else from the files themselves."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return read_json(index)["weight_map"]
+    names = [path.name for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
+    if not names:
+        raise UserError(f"{folder}: no *.safetensors; save the target with save_pretrained(safe_serialization=True)")
+    return {key: name for name in names for key in _keys(folder / name)}
+
+
+def _keys(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); fetch the target's files again") from None
+
+
+def _find(files: dict[str, str], ending: str, folder: Path) -> str:
+    """The shortest key that is `ending` or ends in a dot and `ending`."""
+    found = [key for key in files if key == ending or key.endswith("." + ending)]
+    if not found:
+        raise UserError(
+            f"{folder}: no tensor named {ending} in the safetensors files, and none tied to it by "
+            "tie_word_embeddings; fetch the target's files again or choose another target"
+        )
+    return min(found, key=lambda key: (len(key), key))
+
+
+def _read(folder: Path, files: dict[str, str], key: str, dtype: torch.dtype) -> Tensor:
+    with _open(folder / files[key]) as file:
+        value = file.get_tensor(key)
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"{folder / files[key]}: {key} is {value.dtype}; take a target whose {key} is not quantised")
+    return value.to(dtype)
+
+
+def decoder(model: Any) -> Any:
+    """The base model whose `layers` are the decoder layers and whose output is behind the final norm.
+
+    Raises:
+        UserError: none found.
+    """
+    queue = [model.get_decoder()] if callable(getattr(model, "get_decoder", None)) else []
+    queue.append(model)
+    for module in queue:
+        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+            return module
+        queue += [m for m in (getattr(module, n, None) for n in ("model", "language_model")) if m not in (None, module)]
+    raise UserError(f"{type(model).__name__}: no list of decoder layers found; choose another target")
+
+
+@torch.no_grad()
+def features(model: Any, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Outputs of three decoder layers `(B, S, 3·Ht)` and the final, normed hidden state `(B, S, Ht)`.
+
+    `input_ids` and `attention_mask` are `(B, S)` int64, padded on the right; padded rows hold no meaning.
+    """
+    base = decoder(model)
+    taps: dict[int, Tensor] = {}
+
+    def tap(index: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            taps[index] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    hooks: list[Any] = []
+    try:
+        for index in layers:
+            hooks.append(base.layers[index].register_forward_hook(tap(index)))
+        out = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat([taps[index] for index in layers], -1), out.last_hidden_state

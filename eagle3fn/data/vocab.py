@@ -1,0 +1,128 @@
+"""The vocabulary map: which target tokens the draft can say."""
+
+import json
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import whole_file
+from eagle3fn.base.types import VocabMap
+from eagle3fn.data.features import FeatureSet, read_tokens
+
+_REMEDY = "build the map again"
+
+
+def count_tokens(features: FeatureSet, indices: Iterable[int], vocab_size: int | None = None) -> Tensor:
+    """How often each token is supervised in the samples `indices`: `(V,)` int64.
+
+    `vocab_size` is needed where the folder does not know it (the older trainer's files).
+
+    Raises:
+        UserError: no vocabulary size known, or an unreadable sample.
+    """
+    size = features.vocab_size or vocab_size
+    if size is None:
+        raise UserError(f"{features.folder}: holds no vocabulary size; name the target")
+    known = features._replace(vocab_size=size)
+    counts = torch.zeros(size, dtype=torch.int64)
+    for number in indices:
+        ids, mask = read_tokens(known, number)
+        counts += torch.bincount(ids[mask == 1], minlength=size)
+    return counts
+
+
+def build_map(counts: Tensor, draft_size: int) -> VocabMap:
+    """Keep the `draft_size` most frequent tokens of `counts` `(V,)`; ties go to the lowest id.
+
+    Raises:
+        UserError: `draft_size` is not in [1, V].
+    """
+    size = len(counts)
+    if not 1 <= draft_size <= size:
+        raise UserError(f"draft_vocab_size = {draft_size}: must be in [1, {size}], the target's vocabulary")
+    kept = counts.sort(descending=True, stable=True).indices[:draft_size].sort().values
+    t2d = torch.zeros(size, dtype=torch.bool)
+    t2d[kept] = True
+    return VocabMap(t2d, kept - torch.arange(draft_size))
+
+
+def check_map(vocab_map: VocabMap, vocab_size: int, draft_size: int, where: str = "vocabulary map") -> None:
+    """Raise a UserError unless the map has these sizes and `nonzero(t2d) == d2t + arange(D)`."""
+    t2d, d2t = vocab_map
+    if t2d.dtype != torch.bool or d2t.dtype != torch.int64:
+        raise UserError(f"{where}: t2d is {t2d.dtype} and d2t {d2t.dtype}: must be bool and int64; {_REMEDY}")
+    if t2d.shape != (vocab_size,):
+        raise UserError(f"{where}: t2d has shape {tuple(t2d.shape)}: must be ({vocab_size},); {_REMEDY}")
+    if d2t.shape != (draft_size,):
+        raise UserError(
+            f"{where}: d2t has shape {tuple(d2t.shape)}: must be ({draft_size},); "
+            f"set draft.draft_vocab_size to {d2t.numel()} or {_REMEDY}"
+        )
+    kept = t2d.nonzero().flatten()
+    if len(kept) != draft_size or not torch.equal(kept, d2t + torch.arange(draft_size)):
+        raise UserError(f"{where}: t2d and d2t name different tokens (d2t must be offsets); {_REMEDY}")
+
+
+def save_map(path: str | Path, vocab_map: VocabMap, provenance: dict[str, Any]) -> None:
+    """Write the map as safetensors, whole or not at all.
+
+    `provenance` (JSON values; `target_hash` is checked on loading) goes into the file's metadata.
+    """
+    tensors = {name: value.contiguous() for name, value in vocab_map._asdict().items()}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"provenance": json.dumps(provenance, sort_keys=True)})
+
+
+def load_map(path: str | Path, vocab_size: int, draft_size: int, target_hash: str | None = None) -> VocabMap:
+    """Read a map, ours or the older trainer's `torch.save` of `{"d2t", "t2d"}`, and check it.
+
+    Raises:
+        UserError: missing or damaged, made for another target, of other sizes, or inconsistent.
+    """
+    tensors, provenance = _read(Path(path))
+    missing = [name for name in VocabMap._fields if not isinstance(tensors.get(name), Tensor)]
+    if missing:
+        raise UserError(f"{path}: no tensor {missing[0]}; {_REMEDY}")
+    made_for = provenance.get("target_hash")
+    if target_hash and made_for and made_for != target_hash:
+        name = provenance.get("target", made_for[:12])
+        raise UserError(f"{path}: made for another target ({name}), not {target_hash[:12]}; {_REMEDY} for this one")
+    vocab_map = VocabMap(tensors["t2d"], tensors["d2t"])
+    check_map(vocab_map, vocab_size, draft_size, str(path))
+    return vocab_map
+
+
+def map_size(path: str | Path) -> int:
+    """The draft vocabulary's size, D, of a stored map.
+
+    Raises:
+        UserError: missing or damaged, or without `d2t`.
+    """
+    tensors, _ = _read(Path(path))
+    if not isinstance(tensors.get("d2t"), Tensor):
+        raise UserError(f"{path}: no tensor d2t; {_REMEDY}")
+    return tensors["d2t"].numel()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with open(path, "rb") as file:
+            ours = file.read(9)[8:] == b"{"
+        if ours:
+            with safe_open(path, framework="pt") as stored:
+                provenance = json.loads((stored.metadata() or {}).get("provenance", "{}"))
+                return {key: stored.get_tensor(key) for key in stored.keys()}, provenance  # noqa: SIM118
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {_REMEDY}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path}: damaged or not a vocabulary map ({reason}); {_REMEDY}") from None
+    return (tree if isinstance(tree, dict) else {}), {}

@@ -1,0 +1,1 @@
+"""`Batch` to loss: parameter table, layers, attention over the unroll, teacher, losses, `forward_loss`."""

@@ -1,0 +1,74 @@
+"""Refusals before any work: a batch that does not fit the parameters, the configuration or the frozen tensors."""
+
+from torch import Tensor
+
+from eagle3fn.base.config import Config
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.model.table import check_params
+
+
+def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) -> None:
+    """Check shapes and dtypes, without reading values (no device synchronisation).
+
+    Raises:
+        UserError: names the field, what it is and what it must be.
+    """
+    draft, objective = config.draft, config.objective
+    check_params(params, draft)
+    if batch.input_ids.ndim != 2:
+        raise UserError(f"batch.input_ids has shape {tuple(batch.input_ids.shape)}; it must be (B, S)")
+    b, s = batch.input_ids.shape
+    limit = draft.max_position_embeddings
+    if s > limit:
+        raise UserError(
+            f"batch.input_ids: sequence length {s} is beyond max_position_embeddings = {limit}; lower data.max_length"
+        )
+    _shape("batch.attention_mask", batch.attention_mask, (b, s))
+    _shape("batch.loss_mask", batch.loss_mask, (b, s))
+    _shape("batch.aux_hidden", batch.aux_hidden, (b, s, 3 * draft.target_hidden_size))
+    _shape("batch.last_hidden", batch.last_hidden, (b, s, draft.target_hidden_size))
+    _shape("batch.position_ids", batch.position_ids, (b, s), (1, s))
+    _shape("batch.n", batch.n, (objective.ttt_length,))
+    for name in ("aux_hidden", "last_hidden"):
+        if not getattr(batch, name).is_floating_point():
+            raise UserError(f"batch.{name} has dtype {getattr(batch, name).dtype}; it must be floating point")
+    check_frozen(frozen, config)
+
+
+def check_frozen(frozen: Frozen, config: Config) -> None:
+    """Check the frozen tensors' shapes against the configuration.
+
+    Raises:
+        UserError: names the field, what it is and what it must be.
+    """
+    draft = config.draft
+    v, d = draft.vocab_size, draft.draft_vocab_size
+    own = draft.target_hidden_size != draft.hidden_size
+    if own != (frozen.embed_tokens is None):
+        rule = "must be None: the draft trains its own" if own else "is None: give the target's embedding"
+        raise UserError(f"frozen.embed_tokens {rule} (hidden_size {draft.hidden_size})")
+    _shape("frozen.embed_tokens", frozen.embed_tokens, (v, draft.hidden_size))
+    _shape("frozen.target_head", frozen.target_head, (v, draft.target_hidden_size))
+    _shape("frozen.t2d", frozen.t2d, (v,))
+    _shape("frozen.d2t", frozen.d2t, (d,))
+
+
+def _shape(name: str, value: Tensor | None, *allowed: tuple[int, ...]) -> None:
+    if value is not None and tuple(value.shape) not in allowed:
+        raise UserError(f"{name} has shape {tuple(value.shape)}; it must be {allowed[0]}")
+
+
+def check_sharing(batches: tuple[Batch, ...], config: Config) -> None:
+    """Check that micro-batches of one update can be summed.
+
+    Raises:
+        UserError: none at all, or several without the global row counts `n`.
+    """
+    if not batches:
+        raise UserError("step: an empty tuple of micro-batches; give at least one Batch")
+    if len(batches) > 1 and config.objective.normalization == "mask" and any(b.n is None for b in batches):
+        raise UserError(
+            "batch.n is missing: with several micro-batches and objective.normalization = 'mask' each must carry the "
+            "global row counts (data.collate.global_n)"
+        )

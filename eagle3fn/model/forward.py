@@ -1,0 +1,97 @@
+"""`forward_loss(params, batch) → (loss, aux)`: the EAGLE-3 objective as one pure function."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle3fn.base.config import Config
+from eagle3fn.base.rows import shift, step_rows
+from eagle3fn.base.types import Aux, Batch, Frozen, Params, Teacher
+from eagle3fn.model import layers
+from eagle3fn.model.attention import block_mask, unrolled_attention
+from eagle3fn.model.checks import check_batch
+from eagle3fn.model.losses import acceptance, correct_rows, kl_loss
+from eagle3fn.model.rope import rope_table
+from eagle3fn.model.teacher import make_teacher
+
+
+class _Step(NamedTuple):
+    """One unroll step's loss and its detached per-row metrics."""
+
+    loss: Tensor
+    correct: Tensor  # (B, S) bool
+    accept: Tensor  # (B, S) fp32
+    position_mask: Tensor  # (B, S)
+    loss_mask: Tensor  # (B, S)
+
+
+def forward_loss(params: Params, batch: Batch, *, config: Config, frozen: Frozen) -> tuple[Tensor, Aux]:
+    """The training loss of one micro-batch and its metrics.
+
+    Args:
+        params: the draft's tensors in the compute dtype (`model.table.shapes`).
+        batch: see `Batch`; padding on the right.
+        config: `draft` and `objective` are read.
+        frozen: target embedding, head and vocabulary map.
+
+    Returns:
+        Scalar fp32 loss `Σ decay^i · L_i`, and `Aux` without gradient.
+
+    Raises:
+        UserError: shapes, dtypes or values that don't fit together; it names the field.
+    """
+    check_batch(params, batch, config, frozen)
+    objective = config.objective
+    teacher = make_teacher(shift(batch.last_hidden, 1), batch.loss_mask, frozen, objective)
+    n = None
+    if objective.normalization == "mask":
+        n = step_rows([batch.loss_mask], objective.ttt_length) if batch.n is None else batch.n
+    steps = list(_unroll(params, batch, teacher, n, config, frozen))
+    loss = sum((objective.decay**i * step.loss for i, step in enumerate(steps)), start=0)
+    return torch.as_tensor(loss), _aux(steps)
+
+
+def _unroll(params: Params, batch: Batch, teacher: Teacher, n: Tensor | None, config: Config, frozen: Frozen):
+    s = batch.input_ids.shape[1]
+    hidden = layers.project(params, batch.aux_hidden)
+    ids, loss_mask, position_mask = shift(batch.input_ids), batch.loss_mask, teacher.position_mask
+    mask = block_mask(batch.attention_mask, hidden.dtype)
+    cos, sin = rope_table(config.draft, s + config.objective.ttt_length, hidden.dtype, hidden.device)
+    positions = torch.arange(s, device=ids.device)[None] if batch.position_ids is None else batch.position_ids
+    groups = config.draft.num_attention_heads // config.draft.num_key_value_heads
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for i in range(config.objective.ttt_length):
+        embeds = layers.embed(params, frozen, ids, hidden.dtype)
+        turn = cos[positions + i][:, None], sin[positions + i][:, None]
+        q, k, v = layers.qkv(params, config.draft, embeds, hidden, *turn)
+        keys.append(layers.repeat_heads(k, groups))
+        values.append(layers.repeat_heads(v, groups))
+        hidden = layers.finish_layer(params, config.draft, hidden, unrolled_attention(q, keys, values, mask))
+        logits = layers.logits(params, config.draft, hidden)
+        logits = logits.to(layers.at_least_fp32(logits.dtype))
+        yield _Step(
+            loss=kl_loss(logits, teacher.p[:, i : i + s], position_mask, None if n is None else n[i]),
+            correct=correct_rows(logits.detach(), teacher.token[:, i : i + s], frozen),
+            accept=acceptance(logits.detach(), teacher.q[:, i : i + s]),
+            position_mask=position_mask[..., 0],
+            loss_mask=loss_mask,
+        )
+        ids, loss_mask, position_mask = shift(ids), shift(loss_mask), shift(position_mask, 1)
+
+
+@torch.no_grad()
+def _aux(steps: list[_Step]) -> Aux:
+    alive = torch.stack([step.loss_mask for step in steps]).cumprod(0)
+    correct = torch.stack([step.correct for step in steps])
+    accept = torch.stack([step.accept for step in steps])
+    return Aux(
+        losses=torch.stack([step.loss.detach() for step in steps]),
+        correct=torch.stack([(step.correct * step.loss_mask).sum() for step in steps]),
+        rows=torch.stack([step.loss_mask.sum() for step in steps]),
+        accept=torch.stack([(step.accept * step.position_mask.to(step.accept.dtype)).sum() for step in steps]),
+        accept_rows=torch.stack([step.position_mask.to(step.accept.dtype).sum() for step in steps]),
+        greedy=(alive * correct.long().cumprod(0)).sum().float(),
+        sampled=(alive * accept.cumprod(0)).sum().float(),
+    )

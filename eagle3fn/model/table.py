@@ -1,0 +1,95 @@
+"""The draft's parameters: one table of exported names, shapes and initialisation."""
+
+import torch
+from torch import Tensor
+
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.types import Frozen, Params
+
+Q = "midlayer.self_attn.q_proj.weight"
+K = "midlayer.self_attn.k_proj.weight"
+V = "midlayer.self_attn.v_proj.weight"
+O = "midlayer.self_attn.o_proj.weight"  # noqa: E741
+GATE = "midlayer.mlp.gate_proj.weight"
+UP = "midlayer.mlp.up_proj.weight"
+DOWN = "midlayer.mlp.down_proj.weight"
+HIDDEN_NORM = "midlayer.hidden_norm.weight"
+INPUT_NORM = "midlayer.input_layernorm.weight"
+POST_NORM = "midlayer.post_attention_layernorm.weight"
+FC = "fc.weight"
+NORM = "norm.weight"
+HEAD = "lm_head.weight"
+EMBED = "embed_tokens.weight"
+
+
+def shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Name to shape, in the order in which the gradient norm is summed (objective, section 7).
+
+    `embed_tokens.weight` `(V, H)` is there only if the target's hidden size differs, so that the draft trains its own.
+    """
+    h, i = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    table: dict[str, tuple[int, ...]] = {EMBED: (config.vocab_size, h)} if config.target_hidden_size != h else {}
+    return table | {
+        Q: (q, 2 * h),
+        K: (kv, 2 * h),
+        V: (kv, 2 * h),
+        O: (h, q),
+        GATE: (i, h),
+        UP: (i, h),
+        DOWN: (h, i),
+        HIDDEN_NORM: (h,),
+        INPUT_NORM: (h,),
+        POST_NORM: (h,),
+        FC: (h, 3 * config.target_hidden_size),
+        NORM: (h,),
+        HEAD: (config.draft_vocab_size, h),
+    }
+
+
+def init_params(config: DraftConfig, seed: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Params:
+    """Matrices from normal(0, `initializer_range`), norms 1; drawn in fp32 on the CPU, then cast."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: _draw(shape, config.initializer_range, generator).to(device, dtype)
+        for name, shape in shapes(config).items()
+    }
+
+
+def _draw(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> Tensor:
+    return torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * scale
+
+
+def start_from_target(params: Params, frozen: Frozen, norm: Tensor) -> Params:
+    """The same parameters with head and final norm taken from the target's rows; `norm` is `(Ht,)`.
+
+    Raises:
+        UserError: the hidden sizes differ, so there is nothing to take.
+    """
+    if params[HEAD].shape[1] != frozen.target_head.shape[1]:
+        raise UserError(
+            f"train.init_head = 'target': the draft's hidden size {params[HEAD].shape[1]} is not the target's "
+            f"{frozen.target_head.shape[1]}; use --set train.init_head=random"
+        )
+    return params | {
+        HEAD: frozen.target_head[frozen.t2d].to(params[HEAD]),
+        NORM: norm.to(params[NORM]),
+    }
+
+
+def check_params(params: Params, config: DraftConfig, where: str = "params") -> None:
+    """Refuse parameters that are not this draft's.
+
+    Raises:
+        UserError: a name is missing or unknown, or a shape or dtype differs; it names the leaf.
+    """
+    table = shapes(config)
+    for name in sorted(table.keys() ^ params.keys()):
+        raise UserError(f"{where}: {name} is {'missing' if name in table else 'not a parameter of this draft'}")
+    for name, shape in table.items():
+        if tuple(params[name].shape) != shape:
+            raise UserError(f"{where}: {name} has shape {tuple(params[name].shape)}, the configuration says {shape}")
+    kinds = {str(value.dtype) for value in params.values()}
+    if len(kinds) > 1:
+        raise UserError(f"{where}: leaves of several dtypes {sorted(kinds)}; cast them to one")

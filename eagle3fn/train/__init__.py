@@ -1,0 +1,1 @@
+"""Loss to state: gradients, optimizer, step, checkpoint, loop."""

@@ -1,0 +1,118 @@
+"""Optimizers as `(init, update)` pairs of pure functions, and schedules as functions of the step."""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.types import Params
+
+Schedule = Callable[[int], float]
+
+
+class Optimizer(NamedTuple):
+    """`init(masters) → state`; `update(grads, state, masters, step) → (masters, state, info)`, all fp32."""
+
+    init: Callable[[Params], Any]
+    update: Callable[[Params, Any, Params, int], tuple[Params, Any, dict[str, Any]]]
+
+
+class Moments(NamedTuple):
+    """AdamW's running means of gradients and of squared gradients."""
+
+    mu: Params
+    nu: Params
+
+
+@lru_cache(maxsize=16)
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
+    """Clip by the global norm, then AdamW at the schedule's rate.
+
+    Raises:
+        UserError: the legacy schedule has no step left behind the warm-up.
+    """
+    schedule = make_schedule(config, total_steps)
+
+    def init(masters: Params) -> Moments:
+        return Moments(*({k: torch.zeros_like(v) for k, v in masters.items()} for _ in range(2)))
+
+    def update(grads: Params, state: Moments, masters: Params, step: int):
+        grads, norm = clip_by_global_norm(grads, config.max_grad_norm)
+        rate = schedule(step)
+        masters, state = adamw(grads, state, masters, step, rate, config)
+        return masters, state, {"grad_norm": norm, "learning_rate": rate}
+
+    return Optimizer(init, update)
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
+    """Scale all gradients by `max_norm / (norm + 1e-6)`, at most 1; the norm is summed in the dict's order."""
+    norm = torch.nn.utils.get_total_norm(list(grads.values()))
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return {name: grad * scale for name, grad in grads.items()}, norm
+
+
+def adamw(
+    grads: Params, state: Moments, masters: Params, step: int, rate: float, config: OptimizerConfig
+) -> tuple[Params, Moments]:
+    """One AdamW update (arXiv 1711.05101); `step` counts from 0. The bits of `torch.optim.AdamW` leaf by leaf."""
+    beta1, beta2 = config.beta1, config.beta2
+    size = rate / (1 - beta1 ** (step + 1))
+    root = (1 - beta2 ** (step + 1)) ** 0.5
+    mu = {k: torch.lerp(state.mu[k], g, 1 - beta1) for k, g in grads.items()}
+    nu = {k: (state.nu[k] * beta2).addcmul_(g, g, value=1 - beta2) for k, g in grads.items()}
+    decay = 1 - rate * config.weight_decay
+    new = {
+        k: (master * decay).addcdiv_(mu[k], (nu[k].sqrt() / root).add_(config.eps), value=-size)
+        for k, master in masters.items()
+    }
+    return new, Moments(mu, nu)
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """Linear warm-up over `int(warmup_ratio · total)` steps, then cosine to 0.
+
+    "cosine" is the closed form, 0 from `total_steps` on. "legacy" is the old tool's recursion, which lies
+    `2 / (1 + cos(π/T))` above it, `T` the steps behind the warm-up, and rises again past the end.
+
+    Raises:
+        UserError: `total_steps` below 1, or no step behind the warm-up in "legacy".
+    """
+    if total_steps < 1:
+        raise UserError(f"train.steps = {total_steps}: the schedule needs at least 1 step")
+    warmup = int(config.warmup_ratio * total_steps)
+    base, span = config.learning_rate, total_steps - warmup
+    if config.schedule == "legacy":
+        return _legacy_schedule(base, warmup, span)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup * base
+        return base * 0.5 * (1 + math.cos(math.pi * min((step - warmup) / span, 1.0)))
+
+    return rate
+
+
+def _legacy_schedule(base: float, warmup: int, span: int) -> Schedule:
+    """`CosineAnnealingLR`'s recursion, entered at epoch 0 behind the warm-up; values are kept, so a call is cheap."""
+    if span < 1:
+        raise UserError(f"optimizer.schedule = 'legacy' needs a step behind its {warmup} warm-up steps")
+    rates = [(n + 1) / warmup * base for n in range(warmup)]
+
+    def rate(step: int) -> float:
+        while len(rates) <= step:
+            rates.append(_recursion(rates[-1] if rates else base, len(rates) - warmup, base, span))
+        return rates[step]
+
+    return rate
+
+
+def _recursion(rate: float, epoch: int, base: float, span: int) -> float:
+    if (epoch - 1 - span) % (2 * span) == 0:
+        return rate + base * (1 - math.cos(math.pi / span)) / 2
+    return (1 + math.cos(math.pi * epoch / span)) / (1 + math.cos(math.pi * (epoch - 1) / span)) * rate

@@ -1,0 +1,69 @@
+"""What a run tells: one JSON line a step, and what the sums of `Aux` mean."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle3fn.base.types import Aux
+
+
+def readable(aux: Aux) -> dict[str, Any]:
+    """Rates of a batch's, or several batches', summed metrics.
+
+    `accepted_length` is the greedy simulated one: 1 + accepted draft tokens per trained row.
+    """
+    rows = aux.rows.clamp_min(1e-6)
+    accept = aux.accept / aux.accept_rows.clamp_min(1e-8)
+    first = max(int(aux.rows[0]), 1)
+    return {
+        "losses": aux.losses.tolist(),
+        "accuracy": (aux.correct / rows).tolist(),
+        "acceptance": accept.tolist(),
+        "accepted_length": 1 + float(aux.greedy) / first,
+        "accepted_length_sampled": 1 + float(aux.sampled) / first,
+        "rows": int(aux.rows[0]),
+    }
+
+
+def step_row(step: int, metrics: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
+    """One line of `metrics.jsonl`. Deterministic values first; `seconds` and `tokens_per_s` are the machine's."""
+    return {
+        "step": step,
+        "loss": float(metrics["loss"]),
+        "grad_norm": float(metrics["grad_norm"]),
+        "learning_rate": metrics["learning_rate"],
+        **readable(metrics["aux"]),
+        "tokens": tokens,
+        "seconds": round(seconds, 4),
+    }
+
+
+def nonfinite(metrics: dict[str, Any]) -> bool:
+    """True if the loss or the gradient norm is not a finite number."""
+    return not bool(torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"]))
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line and flush it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cut_rows(path: Path, step: int) -> None:
+    """Drop the lines behind `step`, and a line half written: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

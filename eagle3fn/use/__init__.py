@@ -1,0 +1,1 @@
+"""Trained parameters to the world: export, speculative decoding, evaluation."""

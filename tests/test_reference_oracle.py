@@ -1,0 +1,196 @@
+"""The reference equals the old tool by `torch.equal`, at level 2 (see `tests.oracle`)."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from eagle3fn.base.config import OptimizerConfig
+from tests.oracle import Oracle, eager_loss, old_draft, old_forward, require_oracle
+from tests.reference import Draft, Trainer, forward, weighted_sum
+from tests.reference import model as reference_model
+from tests.strategies import Case, cases, tame_batch, tame_frozen, tame_params
+
+CASES = [
+    Case(seed=1),
+    Case(seed=2, teacher="compact"),
+    Case(seed=3, teacher="compact", chunk=40, own_positions=True),
+    Case(seed=4, heads=(2, 2), head_dim=8, draft_vocab=40),
+    Case(seed=5, heads=(3, 1), head_dim=4, hidden=24, target_hidden=24, lengths=(6,)),
+    Case(seed=6, heads=(4, 4), head_dim=4, lengths=(9, 6, 4)),
+    Case(seed=7, heads=(2, 1), head_dim=6, lengths=(5, 9), vocab=20, draft_vocab=20),
+]
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Oracle:
+    found = require_oracle()
+    print(found.describe())
+    return found
+
+
+def reference_draft(case: Case) -> Draft:
+    frozen = tame_frozen(case)
+    return Draft(case.draft(), frozen.embed_tokens, frozen.t2d, frozen.d2t).load(tame_params(case))
+
+
+def run_reference(case: Case) -> dict[str, Tensor]:
+    """Everything that is compared, by name; gradients under their leaf's."""
+    draft = reference_draft(case)
+    losses, metrics = forward(draft, tame_frozen(case).target_head, tame_batch(case), case.config().objective)
+    loss = weighted_sum(losses, 0.8)
+    loss.backward()
+    seen = {
+        "loss": loss.detach(),
+        "losses": metrics.losses,
+        "correct": metrics.correct,
+        "rows": metrics.rows.clamp_min(1e-6),
+        "acceptance": metrics.accept / metrics.accept_rows.clamp_min(1e-8),
+    }
+    return seen | {name: leaf.grad for name, leaf in draft.trainable().items() if leaf.grad is not None}
+
+
+def run_old(oracle: Oracle, case: Case) -> dict[str, Tensor]:
+    """The same names from the old tool."""
+    frozen = tame_frozen(case)
+    draft = old_draft(oracle, case.draft(), tame_params(case), frozen)
+    chunk = case.chunk if case.teacher == "compact" else None
+    with eager_loss(oracle):
+        result = old_forward(oracle, draft, frozen, tame_batch(case), case.steps, chunk)
+    loss = weighted_sum(result.losses, 0.8)
+    loss.backward()
+    seen = {
+        "loss": loss.detach(),
+        "losses": torch.stack([value.detach() for value in result.losses]),
+        "correct": torch.stack(result.correct),
+        "rows": torch.stack(result.rows),
+        "acceptance": torch.stack(result.acceptance),
+    }
+    return seen | {name: leaf.grad for name, leaf in draft.named_parameters() if leaf.grad is not None}
+
+
+def differences(old: dict[str, Tensor], new: dict[str, Tensor]) -> list[str]:
+    """Names of what is not bit-equal."""
+    assert set(old) == set(new)
+    return [name for name in old if old[name].dtype != new[name].dtype or not torch.equal(old[name], new[name])]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"seed{case.seed}")
+def test_forward_and_gradients_equal_the_old_tool(oracle: Oracle, case: Case, dtype: str, steps: int) -> None:
+    case = replace(case, dtype=dtype, steps=steps)
+    old = run_old(oracle, case)
+    assert all(old[name].count_nonzero() for name in ["loss", *tame_params(case)])
+    assert differences(old, run_reference(case)) == []
+
+
+def test_drawn_cases_equal_the_old_tool(oracle: Oracle) -> None:
+    """The old tool knows neither a target of another width nor a division by trained rows."""
+    count = Counter()
+
+    @given(cases(normalization="rows").map(lambda case: replace(case, target_hidden=case.hidden)))
+    def check(case: Case) -> None:
+        old = run_old(oracle, case)
+        count["cases"] += 1
+        count["nontrivial"] += all(bool(old[name].count_nonzero()) for name in ["loss", *tame_params(case)])
+        assert differences(old, run_reference(case)) == []
+
+    check()
+    print(dict(count))
+    assert count["nontrivial"] >= 0.8 * count["cases"], count
+
+
+def test_a_reordering_is_detected(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: a norm that multiplies by its weight before the cast must not pass."""
+    case = replace(CASES[0], dtype="bfloat16")
+
+    def cast_last(self: reference_model.RMSNorm, x: Tensor) -> Tensor:
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * scaled).to(x.dtype)
+
+    old = run_old(oracle, case)
+    assert differences(old, run_old(oracle, case)) == []
+    monkeypatch.setattr(reference_model.RMSNorm, "forward", cast_last)
+    assert "lm_head.weight" in differences(old, run_reference(case))
+
+
+def test_the_eager_loss_states_the_kernel(oracle: Oracle) -> None:
+    """The expression put in for level 2 is the kernel's function: equal to rounding, masked rows included."""
+    case = replace(CASES[0], steps=1)
+    frozen, batch = tame_frozen(case), tame_batch(case)
+    draft = old_draft(oracle, case.draft(), tame_params(case), frozen)
+    kernel = old_forward(oracle, draft, frozen, batch, 1, None).losses[0]
+    with eager_loss(oracle):
+        eager = old_forward(oracle, draft, frozen, batch, 1, None).losses[0]
+    torch.testing.assert_close(kernel, eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.4])
+@pytest.mark.parametrize("total", [5, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_equal_the_old_optimizer(dtype: str, total: int, warmup_ratio: float) -> None:
+    """Five updates of parameters, masters, moments, norm and rate; the last ones lie past the end of the schedule."""
+    oracle = require_oracle(commit=True)
+    case = replace(CASES[0], dtype=dtype)
+    choice = OptimizerConfig(
+        learning_rate=1e-2, warmup_ratio=warmup_ratio, schedule="legacy", accumulation="legacy", max_grad_norm=0.5
+    )
+    frozen = tame_frozen(case)
+    trainer = Trainer(case.config(choice, total), reference_draft(case), frozen.target_head)
+    draft = old_draft(oracle, case.draft(), tame_params(case), frozen)
+    optimizer = oracle.optimizer.BF16Optimizer(
+        draft, lr=1e-2, max_grad_norm=0.5, total_steps=total, warmup_ratio=warmup_ratio
+    )
+    leaves = {name: leaf for name, leaf in draft.named_parameters() if leaf.requires_grad}
+    assert list(leaves) == list(trainer.draft.trainable())
+    clipped, rates = 0, []
+    for index in range(7):
+        source = torch.Generator().manual_seed(index)
+        scale = 0.02 if index % 2 else 1.0
+        gradients = {n: (torch.randn(x.shape, generator=source) * scale).to(x.dtype) for n, x in leaves.items()}
+        for name, leaf in leaves.items():
+            leaf.grad = gradients[name].clone()
+        old_rate = optimizer.get_learning_rate()
+        old_norm = optimizer.step()
+        norm, rate = trainer.update({name: gradient.float() for name, gradient in gradients.items()})
+        clipped += bool(norm > 0.5)
+        rates.append(rate)
+        assert torch.equal(norm, old_norm)
+        assert rate == old_rate
+        for (name, leaf), master in zip(leaves.items(), optimizer.fp32_params, strict=True):
+            assert torch.equal(master, trainer.masters[name]), name
+            assert torch.equal(leaf, trainer.draft.trainable()[name]), name
+            state = optimizer.optimizer.state[master]
+            first, second = trainer.moments()[name]
+            assert torch.equal(state["exp_avg"], first) and torch.equal(state["exp_avg_sq"], second), name
+    assert clipped and max(rates) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_with_accumulation_equals_the_old_loop(dtype: str) -> None:
+    """Four updates of two micro-batches each: backward, gradients added in the compute dtype, update."""
+    oracle = require_oracle(commit=True)
+    case = replace(CASES[0], dtype=dtype)
+    choice = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.3, schedule="legacy", accumulation="legacy")
+    frozen, params = tame_frozen(case), tame_params(case)
+    trainer = Trainer(case.config(choice, 6), reference_draft(case), frozen.target_head)
+    draft = old_draft(oracle, case.draft(), params, frozen)
+    optimizer = oracle.optimizer.BF16Optimizer(draft, lr=1e-2, max_grad_norm=0.5, total_steps=6, warmup_ratio=0.3)
+    for index in range(4):
+        batches = [tame_batch(case, 2 * index), tame_batch(case, 2 * index + 1)]
+        with eager_loss(oracle):
+            for batch in batches:
+                losses = old_forward(oracle, draft, frozen, batch, case.steps, None).losses
+                (weighted_sum(losses, 0.8) / 2).backward()
+        norm = optimizer.step()
+        assert torch.equal(trainer.step(batches)["grad_norm"], norm)
+    moved = 0
+    for name, leaf in trainer.draft.trainable().items():
+        assert torch.equal(leaf, draft.get_parameter(name)), name
+        moved += not torch.equal(leaf, params[name])
+    assert moved == len(params)
