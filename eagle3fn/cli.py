@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--count", type=_positive, default=1000, help="conversations to write at least (default 1000)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--batch", type=_positive, default=64, help="conversations sampled together (default 64)")
+    sub.add_argument("--exclude", help="JSONL whose texts must not come back: 13 words in a row are too many")
 
     sub = command("extract", _extract, "run the target over conversations and write its features; resumable")
     target(sub)
@@ -106,8 +107,16 @@ def _synthesize(options: Any) -> None:
     from eagle3fn.data.target import load_target
 
     model, tokenizer = load_target(options.target)
-    progress = _bar("conversation")
-    count = synthesize(model, tokenizer, options.out, options.count, options.seed, options.batch, progress)
+    count = synthesize(
+        model,
+        tokenizer,
+        options.out,
+        options.count,
+        seed=options.seed,
+        batch=options.batch,
+        exclude=options.exclude,
+        on_progress=_bar("conversation"),
+    )
     print(f"{options.out}: {count} conversations")
 
 
@@ -206,17 +215,16 @@ def _train_events(options: Any, config: Any, vocab_map: Any, tensors: Any, layer
 
 def _evaluate(options: Any) -> None:
     from eagle3fn.base.files import write_json
-    from eagle3fn.use.evaluate import evaluate, read_prompts
+    from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
 
-    prompts = read_prompts(options.prompts)[: options.tasks]
-    report = evaluate(
-        options.target,
-        options.draft,
-        prompts,
-        max_new=options.max_new,
-        untrained=options.untrained,
-        on_progress=_bar("prompt"),
-    )
+    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new)
+    bars: dict[str, Callable[[int, int], None]] = {}
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        bars.setdefault(stage, _bar(f" prompt ({stage})"))(done, total)
+
+    prompts = read_prompts(options.prompts)
+    report = evaluate(options.target, options.draft, prompts, settings, options.untrained, on_progress)
     write_json(options.out, report)
     print(f"{options.out}: lossless {report['lossless']}, accepted length {report['accepted_length']:.3f}")
 

@@ -32,6 +32,7 @@ class Case:
     chunk: int = 11
     normalization: Literal["mask", "rows"] = "rows"
     own_positions: bool = False
+    mask_padding: bool = False
     seed: int = 0
 
     @property
@@ -118,7 +119,10 @@ def tame_frozen(case: Case) -> Frozen:
 
 
 def tame_batch(case: Case, index: int = 0) -> Batch:
-    """Right-padded rows; about two tokens of three are trained, the last real one never."""
+    """Right-padded rows, about two of three trained: real ones but the last, or, with `mask_padding`, any.
+
+    Only a trained padded row sees padded keys, so only there the padding's part of the mask shows.
+    """
     source = generator(case, 10 + index)
     rows, length = len(case.lengths), max(case.lengths)
     real = torch.arange(length)[None] < torch.tensor(case.lengths)[:, None]
@@ -131,7 +135,7 @@ def tame_batch(case: Case, index: int = 0) -> Batch:
     return Batch(
         input_ids=ids * real,
         attention_mask=real.long(),
-        loss_mask=(wanted & inner).long(),
+        loss_mask=(wanted if case.mask_padding else wanted & inner).long(),
         aux_hidden=aux * real[..., None],
         last_hidden=last * real[..., None],
         position_ids=positions,
@@ -159,6 +163,7 @@ def cases(draw: st.DrawFn, **fixed: object) -> Case:
         chunk=draw(st.integers(3, 60)),
         normalization=draw(st.sampled_from(["rows", "mask"])),
         own_positions=draw(st.booleans()),
+        mask_padding=draw(st.booleans()),
         seed=draw(st.integers(0, 10**6)),
     )
     return replace(case, **fixed)  # pyright: ignore[reportArgumentType]

@@ -38,6 +38,12 @@ def test_a_template_that_writes_the_last_answer_otherwise_is_followed():
     assert supervised(tokenizer, ids, mask) == "one<|im_end|><think></think>two<|im_end|>"
 
 
+def test_the_templates_own_marks_win():
+    own = MARKED.replace("{{ m['content'] + '<|im_end|>' }}{% endgen", "{{ m['content'] }}{% endgen")
+    tokenizer = tiny_tokenizer(own)
+    assert supervised(tokenizer, *encode(tokenizer, talk("a", "one", "b", "two"), "x")) == "onetwo"
+
+
 def test_an_answer_before_any_question_is_not_supervised():
     turns = [{"role": "assistant", "content": "hello"}, *talk("a", "b")]
     ids, mask = encode(SPANS, turns, "x")

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.collate import align_mask, collate, cut, global_n, shift, step_rows
+from eagle3fn.base.rows import shift, step_rows
+from eagle3fn.data.collate import align_mask, collate, cut, global_n
 from tests.data_tools import random_sample
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
@@ -62,6 +63,6 @@ def test_counts_are_the_same_for_every_split(masks, steps):
     whole = collate(samples, "legacy", 64)
     parts = [collate([sample], "legacy", 64) for sample in samples]
     plain = [max(1, sum(sum(mask[:-1][step:]) for mask in masks)) for step in range(steps)]
-    assert step_rows(whole.loss_mask, steps).tolist() == plain
+    assert step_rows([whole.loss_mask], steps).tolist() == plain
     assert global_n(parts, steps).tolist() == plain == global_n([whole], steps).tolist()
     assert global_n(parts, steps).dtype == torch.float32

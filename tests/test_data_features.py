@@ -97,6 +97,13 @@ def test_bad_tensors_are_named_by_file_and_sample(tmp_path, change, named):
         read_sample(opened, 1)
 
 
+def test_a_length_other_than_the_indexs_is_refused(tmp_path):
+    opened = open_features(write_folder(tmp_path, [GOOD]))
+    opened.samples[0]["length"] = 5
+    with pytest.raises(UserError, match=r"shard-00000.safetensors.*both must be \(5,\)"):
+        read_tokens(opened, 0)
+
+
 def test_a_bad_index_is_refused(tmp_path):
     write_folder(tmp_path, [GOOD])
     path = tmp_path / "index.json"
@@ -138,14 +145,14 @@ def old_dict(sample):
 
 def test_the_older_trainers_files_are_read_in_path_order(tmp_path):
     samples = [random_sample(4 + i, i) for i in range(3)]
-    (tmp_path / "rows").mkdir()
-    torch.save(old_dict(samples[2]), tmp_path / "rows" / "c.ckpt")
+    (tmp_path / "aa").mkdir()
+    torch.save(old_dict(samples[1]), tmp_path / "aa" / "c.ckpt")
     torch.save(old_dict(samples[0]), tmp_path / "a.ckpt")
     held = io.BytesIO()
-    torch.save(old_dict(samples[1]), held)
+    torch.save(old_dict(samples[2]), held)
     (tmp_path / "b.ckpt.gz").write_bytes(gzip.compress(held.getvalue()))
     opened = open_features(tmp_path, vocab_size=50, hidden_size=4)
-    assert [entry["shard"] for entry in opened.samples] == ["a.ckpt", "b.ckpt.gz", "rows/c.ckpt"]
+    assert [entry["shard"] for entry in opened.samples] == ["a.ckpt", "aa/c.ckpt", "b.ckpt.gz"]
     for number, sample in enumerate(samples):
         assert same(read_sample(opened, number), sample)
         assert same(read_tokens(opened, number), sample[:2])

@@ -6,10 +6,11 @@ alone: `Aux.sampled`, which the old tool does not have and whose order of summat
 
 from collections import Counter
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given, note
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,11 +66,20 @@ def differences(ours: Result, theirs: Result) -> list[str]:
     return [name for name in ours if not same(name, ours[name], theirs[name])]
 
 
-def test_forward_and_gradients_equal_the_reference() -> None:
-    """Losses, metrics and every gradient leaf; fp32 and bf16, both teachers, both normalizations."""
+def share(parts: int) -> settings:
+    """The profile's number of examples over `parts` parametrizations, at least twelve each."""
+    return settings(max_examples=max(12, settings().max_examples // parts))
+
+
+@pytest.mark.parametrize("normalization", ["rows", "mask"])
+@pytest.mark.parametrize("teacher", ["full", "compact"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_and_gradients_equal_the_reference(dtype: str, teacher: str, normalization: str) -> None:
+    """Losses, metrics and every gradient leaf."""
     count = Counter()
 
-    @given(cases())
+    @share(8)
+    @given(cases(dtype=dtype, teacher=teacher, normalization=normalization))
     def check(case: Case) -> None:
         theirs = run_reference(case)
         count["cases"] += 1
@@ -123,17 +133,15 @@ def test_a_reordering_is_detected(monkeypatch: pytest.MonkeyPatch, change: str) 
 
 
 @st.composite
-def updates(draw: st.DrawFn) -> tuple[Case, OptimizerConfig, int, int]:
-    """A case, an optimizer, the schedule's length and the number of micro-batches."""
-    choice = OptimizerConfig(
+def optimizers(draw: st.DrawFn, accumulation: Literal["fp32", "legacy"]) -> OptimizerConfig:
+    return OptimizerConfig(
         learning_rate=draw(st.sampled_from([3e-3, 1e-2])),
         warmup_ratio=draw(st.sampled_from([0.0, 0.015, 0.3])),
         max_grad_norm=draw(st.sampled_from([0.5, 5.0])),
         weight_decay=draw(st.sampled_from([0.0, 0.01])),
         schedule=draw(st.sampled_from(["cosine", "legacy"])),
-        accumulation=draw(st.sampled_from(["fp32", "legacy"])),
+        accumulation=accumulation,
     )
-    return draw(cases()), choice, draw(st.sampled_from([8, 10, 17])), draw(st.sampled_from([1, 2]))
 
 
 def micro_batches(case: Case, step: int, count: int) -> tuple[Batch, ...]:
@@ -145,13 +153,15 @@ def micro_batches(case: Case, step: int, count: int) -> tuple[Batch, ...]:
     return tuple(batch._replace(n=n) for batch in batches)
 
 
-def test_training_equals_the_reference() -> None:
-    """Ten updates: loss, norm and rate of each; then parameters, masters, moments and step."""
+@pytest.mark.parametrize(("micro", "accumulation"), [(1, "fp32"), (2, "fp32"), (2, "legacy")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_equals_the_reference(dtype: str, micro: int, accumulation: Literal["fp32", "legacy"]) -> None:
+    """Ten updates, some past the schedule's end: loss, norm and rate of each; then the whole state."""
     count = Counter()
 
-    @given(updates())
-    def check(drawn: tuple[Case, OptimizerConfig, int, int]) -> None:
-        case, choice, total, micro = drawn
+    @share(6)
+    @given(cases(dtype=dtype), optimizers(accumulation), st.sampled_from([8, 10, 17]))
+    def check(case: Case, choice: OptimizerConfig, total: int) -> None:
         config = case.config(choice, total)
         frozen, params = tame_frozen(case), tame_params(case)
         functions = e3.bind(config, frozen)

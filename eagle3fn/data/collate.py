@@ -7,12 +7,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.rows import shift, step_rows
 from eagle3fn.base.types import Batch, Sample
-
-
-def shift(x: Tensor) -> Tensor:
-    """Move the last axis one place left; a zero enters at its end."""
-    return torch.cat([x[..., 1:], torch.zeros_like(x[..., :1])], -1)
 
 
 def align_mask(mask: Tensor, mode: str) -> Tensor:
@@ -52,16 +48,6 @@ def _pad(rows: list[Tensor]) -> Tensor:
     return pad_sequence(rows, batch_first=True)
 
 
-def step_rows(loss_mask: Tensor, steps: int) -> Tensor:
-    """Rows trained at each of `steps` unroll steps, `(K,)` fp32, at least 1; `loss_mask` is `(B, S)`, aligned."""
-    return _counts(loss_mask, steps).clamp(min=1)
-
-
 def global_n(batches: Sequence[Batch], steps: int) -> Tensor:
-    """`step_rows` of all micro-batches of a global batch together: summed first, then at least 1."""
-    return torch.stack([_counts(batch.loss_mask, steps) for batch in batches]).sum(0).clamp(min=1)
-
-
-def _counts(loss_mask: Tensor, steps: int) -> Tensor:
-    counts = [loss_mask[:, step:].sum() for step in range(steps)]
-    return torch.stack(counts).to(torch.float32)
+    """Rows trained at each unroll step by all micro-batches of a global batch together: `(K,)` fp32, at least 1."""
+    return step_rows([batch.loss_mask for batch in batches], steps)

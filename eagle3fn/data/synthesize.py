@@ -12,6 +12,7 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_jsonl
 from eagle3fn.data.openings import opening, stub
+from eagle3fn.data.overlap import grams_of_file, without
 
 _MARK = "\x02user turn\x02"
 _COMPACT_EVERY = 8
@@ -36,19 +37,23 @@ def synthesize(
     count: int,
     seed: int = 0,
     batch: int = 64,
+    exclude: str | Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Write `count` or more conversations to `out` (JSONL, `.xz` and `.gz` compress); returns their number.
 
-    Finished batches wait in `<out>.parts/` until all are there.
+    Finished batches wait in `<out>.parts/` until all are there. A user turn is kept once. `exclude` names a JSONL
+    file whose texts must not come back: conversations that share 13 words in a row with it are dropped.
 
     Raises:
         UserError: the tokenizer has no chat template, or the target ends no turn.
     """
     parts = Path(f"{out}.parts")
+    forbidden = grams_of_file(exclude) if exclude else set()
     rows: list[dict] = []
+    seen: set[str] = set()
     for index, turns in enumerate(_batches(model, tokenizer, parts, seed, batch)):
-        rows += turns
+        rows += [row for row in without(turns, forbidden) if not (_user(row) in seen or seen.add(_user(row)))]
         on_progress(len(rows), count)
         if len(rows) >= count:
             break
@@ -59,6 +64,10 @@ def synthesize(
         part.unlink()
     parts.rmdir()
     return len(rows)
+
+
+def _user(row: dict) -> str:
+    return row["conversations"][0]["content"]
 
 
 def _batches(model: Any, tokenizer: Any, parts: Path, seed: int, batch: int) -> Iterator[list[dict]]:

@@ -34,7 +34,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     """Clip by the global norm, then AdamW at the schedule's rate.
 
     Raises:
-        UserError: the legacy schedule has no step left behind the warm-up.
+        UserError: `total_steps` is below 1.
     """
     schedule = make_schedule(config, total_steps)
 
@@ -81,7 +81,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     `2 / (1 + cos(π/T))` above it, `T` the steps behind the warm-up, and rises again past the end.
 
     Raises:
-        UserError: `total_steps` below 1, or no step behind the warm-up in "legacy".
+        UserError: `total_steps` is below 1.
     """
     if total_steps < 1:
         raise UserError(f"train.steps = {total_steps}: the schedule needs at least 1 step")
@@ -100,8 +100,6 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
 
 def _legacy_schedule(base: float, warmup: int, span: int) -> Schedule:
     """`CosineAnnealingLR`'s recursion, entered at epoch 0 behind the warm-up; values are kept, so a call is cheap."""
-    if span < 1:
-        raise UserError(f"optimizer.schedule = 'legacy' needs a step behind its {warmup} warm-up steps")
     rates = [(n + 1) / warmup * base for n in range(warmup)]
 
     def rate(step: int) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -55,6 +56,11 @@ class _Plain(NamedTuple):
     tokens: list[list[int]]
     seconds: float
 
+    @property
+    def rate(self) -> float:
+        """Tokens a second, prefills included."""
+        return sum(map(len, self.tokens)) / self.seconds
+
 
 Progress = Callable[[str, int, int], None]
 
@@ -79,8 +85,9 @@ def evaluate(
 
     Returns:
         The report, plain numbers and lists. Prefills count in every rate. `speedup` divides the rate at
-        `speed_draft_length`, chosen on the acceptance and costs measured here, by the rate of plain decoding;
-        `break_even_accepted_length` divides the cost of a round at that length by that of one plain step.
+        `speed_draft_length`, chosen on the acceptance and costs measured here, by that of plain decoding, which
+        took turns with it prompt by prompt. `break_even_accepted_length` divides the cost of a round at that length
+        by that of one plain step.
 
     Raises:
         UserError: no prompts, one beyond the position limit, or a draft of another target.
@@ -92,8 +99,9 @@ def evaluate(
     if untrained_folder is not None and settings.few:
         other = load_draft(untrained_folder, torch.float32, settings.device)
         check_pair(other, pair.model.config.get_text_config(), str(untrained_folder), str(target_folder))
-        few = pair._replace(draft=other, prompts=pair.prompts[: settings.few])
-        report["untrained_accepted_length"] = accepted_length(_speak(few, settings, settings.draft_length))
+        few = pair.prompts[: settings.few]
+        speak = partial(speculate, draft_length=settings.draft_length, max_new=settings.max_new, end_tokens=pair.ends)
+        report["untrained_accepted_length"] = accepted_length([speak(pair.model, other, ids) for ids in few])
     del pair
     if settings.few:
         few = _load(target_folder, draft_folder, prompts[: min(settings.few, settings.tasks)], torch.bfloat16, settings)
@@ -143,15 +151,16 @@ def _full_precision(pair: _Pair, settings: EvalSettings, on_progress: Progress) 
     context = context[:, : pair.prompts[0].shape[1] + settings.max_new // 2]
     costs = measure_costs(pair.model, pair.draft, context, full, settings.repeats)
     chosen = best_length(costs, acceptance)
-    fast = spoken if chosen == full else _speak(
-        pair, settings, chosen, lambda done: on_progress("speed", done, len(pair.prompts)))
-    plain_rate, rate = sum(map(len, plain.tokens)) / plain.seconds, rate_of(fast)
+    again, fast = plain, spoken
+    if chosen != full:
+        again, fast = _alternate(pair, settings, chosen, lambda done: on_progress("speed", done, len(pair.prompts)))
     answers = [one.tokens for one in spoken]
+    plain_rate, rate = again.rate, rate_of(fast)
     return {
         "tasks": len(pair.prompts),
         "max_new": settings.max_new,
         "draft_length": full,
-        "lossless": answers == plain.tokens and [one.tokens for one in fast] == plain.tokens,
+        "lossless": answers == plain.tokens == again.tokens == [one.tokens for one in fast],
         "accepted_length": accepted_length(spoken),
         "acceptance_by_position": acceptance,
         "speed_draft_length": chosen,
@@ -159,7 +168,7 @@ def _full_precision(pair: _Pair, settings: EvalSettings, on_progress: Progress) 
         "plain_tokens_per_s": plain_rate,
         "tokens_per_s": rate,
         "speedup": rate / plain_rate,
-        "full_length_tokens_per_s": rate_of(spoken),
+        "full_length_speedup": rate_of(spoken) / plain.rate,
         "break_even_accepted_length": costs.round(chosen) / costs.verify[0],
         "costs": _costs_report(costs, acceptance, context.shape[1]),
         "repeated_8gram_share": repeated_share(answers),
@@ -184,7 +193,7 @@ def _half_precision(pair: _Pair, settings: EvalSettings, chosen: int, on_progres
     return {
         "tasks": len(pair.prompts),
         "draft_length": chosen,
-        "plain_tokens_per_s": sum(map(len, plain.tokens)) / plain.seconds,
+        "plain_tokens_per_s": plain.rate,
         "tokens_per_s": rate_of(spoken),
         "accepted_length": accepted_length(spoken),
         "tokens": sum(len(left) for left, _ in pairs),
@@ -222,13 +231,3 @@ def _plain(pair: _Pair, prompt: Tensor, max_new: int) -> tuple[list[int], float]
         pad_token_id=min(pair.ends),
     )
     return out[0, prompt.shape[1] :].tolist(), perf_counter() - begin
-
-
-def _speak(
-    pair: _Pair, settings: EvalSettings, draft_length: int, done: Callable[[int], None] = lambda number: None
-) -> list[Decoded]:
-    spoken = []
-    for number, prompt in enumerate(pair.prompts, 1):
-        spoken.append(speculate(pair.model, pair.draft, prompt, draft_length, settings.max_new, pair.ends))
-        done(number)
-    return spoken

@@ -1,0 +1,84 @@
+"""A run's results gathered: a short table, `report.json`, and a picture of the curves."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import read_json, read_jsonl, whole_file, write_json
+
+_TABLE = (
+    ("lossless in fp32", "lossless", "{}"),
+    ("accepted length (draft length 7)", "accepted_length", "{:.3f}"),
+    ("untrained draft's", "untrained_accepted_length", "{:.3f}"),
+    ("held-out, simulated", "held_out_accepted_length", "{:.3f}"),
+    ("tokens/s, plain", "plain_tokens_per_s", "{:.1f}"),
+    ("tokens/s, speculative", "tokens_per_s", "{:.1f}"),
+    ("  at draft length", "speed_draft_length", "{}"),
+    ("break-even accepted length there", "break_even_accepted_length", "{:.2f}"),
+    ("share of tokens in repeated 8-grams", "repeated_8gram_share", "{:.1%}"),
+    ("training tokens/s", "train_tokens_per_s", "{:.0f}"),
+    ("optimizer steps", "steps", "{}"),
+    ("supervised tokens in the data", "supervised_tokens", "{}"),
+    ("wall seconds, all stages", "wall_s", "{:.0f}"),
+)
+
+
+def write_report(folder: Path) -> str:
+    """Write `report.json` and `curves.png` into a demo folder; returns the table as text.
+
+    Reads `features/index.json`, `train/metrics.jsonl`, `train/eval.jsonl`, `evaluation.json` and `stages.json`.
+
+    Raises:
+        UserError: one of them is missing; it names the file.
+    """
+    steps, evals = read_jsonl(folder / "train/metrics.jsonl"), read_jsonl(folder / "train/eval.jsonl")
+    if not steps:
+        raise UserError(f"{folder}/train/metrics.jsonl: no steps; run eagle3fn train first")
+    stages = read_json(folder / "stages.json")
+    trained = [row for row in evals if row["step"] > 0 and "accepted_length" in row]
+    report: dict[str, Any] = {
+        **read_json(folder / "evaluation.json"),
+        "steps": steps[-1]["step"],
+        "train_tokens_per_s": sum(row["tokens"] for row in steps) / sum(row["seconds"] for row in steps),
+        "supervised_tokens": read_json(folder / "features/index.json")["totals"]["supervised"],
+        "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
+        "stage_seconds": stages,
+        "wall_s": sum(stages.values()),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": _versions(),
+    }
+    write_json(folder / "report.json", report)
+    with whole_file(folder / "curves.png") as temporary:
+        _draw(steps, evals, report, temporary)
+    lines = [f"{label:38}{style.format(report[key])}" for label, key, style in _TABLE if report.get(key) is not None]
+    return "\n".join([*lines, f"\n{folder}/report.json, {folder}/curves.png"])
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("eagle3fn", "torch", "transformers")}
+
+
+def _draw(steps: list[dict], evals: list[dict], report: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    window = max(1, len(steps) // 100)
+    places = range(window - 1, len(steps), window)
+    mean = [sum(row["loss"] for row in steps[i - window + 1 : i + 1]) / window for i in places]
+    left.plot([steps[i]["step"] for i in places], mean)
+    left.set(xlabel="optimizer step", ylabel=f"training loss (mean of {window})", title="Loss")
+    held = [row for row in evals if "accepted_length" in row]
+    middle.plot([row["step"] for row in held], [row["accepted_length"] for row in held], marker=".")
+    middle.set(xlabel="optimizer step", ylabel="simulated accepted length", title="Held-out conversations")
+    rates = report["acceptance_by_position"]
+    right.bar(range(1, len(rates) + 1), rates)
+    right.set(xlabel="draft position", ylabel="acceptance, given all before", ylim=(0, 1), title="HumanEval")
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The main job on a fresh machine: from a small real target to a draft that it verifies, then a report.
+# usage: scripts/demo.sh [--minutes N] [--out FOLDER] [--synthesize]      (--help says more)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/venv.sh
+make_venv .venv-demo demo
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+exec .venv-demo/bin/python scripts/demo.py "$@"

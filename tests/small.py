@@ -1,0 +1,52 @@
+"""Small fixed pieces for tests of laws: a configuration, frozen tensors, batches from a seed."""
+
+import torch
+
+import eagle3fn as e3
+
+H, V, D = 16, 40, 24
+
+
+def config_of(dtype: str = "float32", steps: int = 20, **objective) -> e3.Config:
+    draft = e3.DraftConfig(
+        hidden_size=H,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        vocab_size=V,
+        draft_vocab_size=D,
+        target_hidden_size=H,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    return e3.Config(
+        draft=draft,
+        objective=e3.ObjectiveConfig(**{"ttt_length": 4, **objective}),
+        optimizer=e3.OptimizerConfig(learning_rate=1e-2),
+        train=e3.TrainConfig(steps=steps, dtype=dtype),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def frozen_of(config: e3.Config, seed: int = 99) -> e3.Frozen:
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, config.train.dtype)
+    kept = torch.randperm(V, generator=generator)[:D].sort().values
+    t2d = torch.zeros(V, dtype=torch.bool)
+    t2d[kept] = True
+    embed, head = (torch.randn(V, H, generator=generator).to(dtype) for _ in range(2))
+    return e3.Frozen(embed, head, t2d, kept - torch.arange(D))
+
+
+def batch_of(seed: int, lengths: tuple[int, ...]) -> e3.Batch:
+    generator = torch.Generator().manual_seed(seed)
+    b, s = len(lengths), max(lengths)
+    real = (torch.arange(s)[None] < torch.tensor(lengths)[:, None]).long()
+    mask = (torch.rand(b, s, generator=generator) < 0.8).long() * real
+    return e3.Batch(
+        input_ids=torch.randint(0, V, (b, s), generator=generator) * real,
+        attention_mask=real,
+        loss_mask=mask,
+        aux_hidden=torch.randn(b, s, 3 * H, generator=generator) * real[..., None],
+        last_hidden=torch.randn(b, s, H, generator=generator) * real[..., None],
+    )

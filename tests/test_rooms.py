@@ -1,0 +1,63 @@
+"""The house's order: a room imports only rooms above it, and heavy optional packages stand in one file each."""
+
+import ast
+from pathlib import Path
+
+import eagle3fn
+
+ROOT = Path(eagle3fn.__file__).parent
+ALLOWED = {
+    "base": set(),
+    "data": {"base"},
+    "model": {"base"},
+    "train": {"base", "data", "model"},
+    "use": {"base", "data", "model", "train"},
+}
+ANYWHERE = {"cli.py", "__init__.py"}
+ONE_FILE = {"matplotlib": "use/report.py"}
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def files() -> list[Path]:
+    return [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in ANYWHERE]
+
+
+def test_rooms_import_only_upwards():
+    wrong = []
+    for path in files():
+        room = path.relative_to(ROOT).parts[0]
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "eagle3fn" and len(parts) > 1 and parts[1] not in ALLOWED[room] | {room}:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+    assert {path.relative_to(ROOT).parts[0] for path in files()} == set(ALLOWED)
+
+
+def test_heavy_packages_are_imported_in_one_file_and_lazily():
+    for package, home in ONE_FILE.items():
+        users = {p.relative_to(ROOT).as_posix() for p in files() if any(n.split(".")[0] == package for n in imports(p))}
+        assert users == {home}
+    for path in files():
+        top = {
+            name.split(".")[0]
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+            if name
+        }
+        assert not top & {"transformers", "matplotlib", "triton"}, path
+
+
+def test_files_stay_small():
+    long = {path.name: n for path in ROOT.rglob("*.py") if (n := len(path.read_text().splitlines())) > 260}
+    assert not long

@@ -1,0 +1,189 @@
+"""The report: true losslessness, arithmetic by hand, bad input named."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.types import Frozen
+from eagle3fn.use import evaluate as module
+from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
+from eagle3fn.use.decode import Decoded
+from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
+from eagle3fn.use.export import export
+from eagle3fn.use.metrics import acceptance_by_position, accepted_length, differing, rate_of, repeated_share
+from tests.test_use_decode import DEPTH, VOCAB, draft_config, prompt, random_draft, target
+
+SMALL = EvalSettings(tasks=3, max_new=12, draft_length=3, few=1, repeats=2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target that reads characters, and a random draft of it."""
+    root = tmp_path_factory.mktemp("pair")
+    words = Tokenizer(models.WordLevel({chr(i): i for i in range(VOCAB)}, unk_token="\x00"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="\x02", chat_template=template)
+    model = target()
+    model.generation_config = GenerationConfig(eos_token_id=[2, 3], pad_token_id=2)
+    model.save_pretrained(root / "target")
+    tokenizer.save_pretrained(root / "target")
+    write_draft(root / "draft")
+    return root / "target", root / "draft"
+
+
+def write_draft(folder: Path, **changes: Any) -> None:
+    draft = random_draft()
+    config = replace(draft_config(), **changes)
+    size = config.target_hidden_size
+    params = dict(draft.params)
+    t2d, d2t = draft.vocab
+    if config.vocab_size != VOCAB:
+        t2d = torch.cat([t2d, torch.zeros(config.vocab_size - VOCAB, dtype=torch.bool)])
+    embed = None
+    if size != config.hidden_size:
+        params["embed_tokens.weight"] = torch.zeros(config.vocab_size, config.hidden_size)
+        params["fc.weight"] = torch.zeros(config.hidden_size, 3 * size)
+    frozen = Frozen(embed, torch.zeros(1), t2d, d2t)
+    export(params, frozen, config, folder, DEPTH, torch.float32)
+
+
+def test_report(folders):
+    seen = []
+    report = evaluate(*folders, ["one", "two", "three", "four"], SMALL, folders[1], lambda *at: seen.append(at))
+    assert report["lossless"] is True
+    assert report["tasks"] == 3
+    assert len(report["acceptance_by_position"]) == len(report["costs"]["predicted_seconds_per_token"]) == 3
+    assert len(report["costs"]["verify_seconds"]) == 4
+    assert 1 <= report["accepted_length"] < 2
+    assert report["untrained_accepted_length"] >= 1
+    assert report["speedup"] == report["tokens_per_s"] / report["plain_tokens_per_s"] > 0
+    assert report["break_even_accepted_length"] > 0
+    assert report["bf16"]["tasks"] == 1
+    assert report["bf16"]["tokens"] == 12
+    assert [at for at in seen if at[0] == "fp32"] == [("fp32", i, 3) for i in (1, 2, 3)]
+    json.dumps(report)
+
+
+def test_a_single_wrong_token_is_not_lossless(folders, monkeypatch):
+    original = module.speculate
+
+    def wrong(*args: Any) -> Decoded:
+        got = original(*args)
+        return got._replace(tokens=[*got.tokens[:-1], got.tokens[-1] ^ 1])
+
+    monkeypatch.setattr(module, "speculate", wrong)
+    assert evaluate(*folders, ["one"], replace(SMALL, few=0))["lossless"] is False
+
+
+def test_plain_decoding_ignores_processors_of_the_generation_config(folders):
+    """A repetition penalty in the target's files changes neither side."""
+    file = folders[0] / "generation_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}))
+    try:
+        assert evaluate(*folders, ["one"], replace(SMALL, few=0))["lossless"] is True
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.parametrize(("prompts", "message"), [
+    ([], "prompts: 0 given"),
+    (["fine", "  "], "none may be empty"),
+    (["fine", "x" * 250], r"prompt 2: prompt of 252 tokens.*beyond max_position_embeddings = 256"),
+])
+def test_bad_prompts_are_refused(folders, prompts, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(*folders, prompts, SMALL)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"vocab_size": 130}, "draft130.*vocab_size 130, but .*target has 128"),
+    ({"target_hidden_size": 40}, "draft40.*hidden_size 40, but .*target has 32"),
+])
+def test_a_draft_of_another_target_is_refused(folders, tmp_path, changes, message):
+    folder = tmp_path / f"draft{next(iter(changes.values()))}"
+    write_draft(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        evaluate(folders[0], folder, ["one"], SMALL)
+    with pytest.raises(UserError, match=message):
+        evaluate(*folders, ["one"], SMALL, untrained_folder=folder)
+
+
+@pytest.mark.parametrize("name", ["tasks", "draft_length", "repeats"])
+def test_settings_out_of_range_are_refused(name):
+    with pytest.raises(UserError, match=rf"evaluate\.{name} = 0: must be at least 1"):
+        EvalSettings(**{name: 0})
+
+
+def test_prompts_are_read(tmp_path):
+    path = tmp_path / "tasks.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write('{"task_id": 1, "prompt": "a"}\n\n{"prompt": "b\\n"}\n')
+    assert read_prompts(path) == ["a", "b\n"]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"prompt": "a"}\n{"text": "b"}\n', "row 2 has no text"),
+    ('{"prompt": " "}\n', "row 1 has no text"),
+    ("[1]\n", "row 1 has no text"),
+    ("", "no rows"),
+])
+def test_unreadable_prompts_are_named(tmp_path, text, message):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"tasks\.jsonl: {message}"):
+        read_prompts(path)
+
+
+def decoded(count: int, rounds: int, accepted: list[int], reached: list[int], seconds: float = 1.0) -> Decoded:
+    return Decoded(list(range(count)), rounds, accepted, reached, reached, seconds, 0.0)
+
+
+def test_metrics_by_hand():
+    answers = [decoded(7, 2, [2, 2], [2, 2], 1.5), decoded(3, 2, [0, 0], [2, 0], 0.5)]
+    assert accepted_length(answers) == 8 / 4  # each prefill's token left out
+    assert acceptance_by_position(answers) == [2 / 4, 2 / 2]
+    assert rate_of(answers) == 10 / 2.0
+    assert accepted_length([decoded(1, 0, [], [])]) == 0.0
+    assert acceptance_by_position([decoded(1, 0, [0, 0], [0, 0])]) == [0.0, 0.0]
+
+
+def test_differing_tokens_by_hand():
+    assert differing([1, 2, 3], [1, 2, 3]) == 0
+    assert differing([1, 2, 3], [1, 5, 3]) == 1
+    assert differing([1, 2, 3, 4], [1, 2]) == 2
+
+
+def test_repeats_by_hand():
+    run = list(range(8))
+    assert repeated_share([list(range(40))]) == 0
+    assert repeated_share([[*run, 99, *run, 98]]) == 8 / 18
+    assert repeated_share([[*run, *run, 0]]) == 9 / 17  # the runs at 8 and at 9 overlap
+    assert repeated_share([run, run]) == 0  # another answer does not count
+    assert repeated_share([]) == 0
+
+
+def test_best_length_by_hand():
+    costs = Costs(verify=[10.0, 10.0, 10.0, 10.0], commit=2.0, extend=1.0)
+    assert [costs.round(k) for k in range(4)] == [10.0, 12.0, 13.0, 14.0]
+    assert expected_length([0.5, 0.5, 0.0], 3) == 1.75
+    # seconds a token: 12 / 1.5 = 8, 13 / 1.75 = 7.43, 14 / 1.75 = 8
+    assert best_length(costs, [0.5, 0.5, 0.0]) == 2
+    assert best_length(costs, [1.0, 1.0, 1.0]) == 3
+    assert best_length(costs, [0.0, 0.0, 0.0]) == 1
+
+
+def test_costs_are_measured():
+    costs = measure_costs(target(), random_draft(), prompt(0, 10), 3, 2)
+    assert len(costs.verify) == 4
+    assert min(*costs.verify, costs.commit) > 0
+    assert costs.extend >= 0
