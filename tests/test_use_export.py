@@ -27,12 +27,16 @@ def write(folder, case: Case = PLAIN, dtype: torch.dtype = torch.float32, **chan
 
 
 @pytest.mark.parametrize("case", [PLAIN, OWN, FULL], ids=["reduced", "own embedding", "full vocabulary"])
-@pytest.mark.parametrize("changes", [
-    {},
-    {"rope_theta": 50_000.0},
-    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    {"aux_layers": (0, 2, 7)},
-], ids=["default", "theta", "scaled", "layers"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_theta": 50_000.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"aux_layers": (0, 2, 7)},
+    ],
+    ids=["default", "theta", "scaled", "layers"],
+)
 def test_round_trip(tmp_path, case, changes):
     config, frozen = write(tmp_path / "draft", case, **changes)
     draft = load_draft(tmp_path / "draft", torch.float32)
@@ -86,8 +90,13 @@ def test_other_layers_and_size_are_written_for_all(tmp_path):
     assert (tree["rope_parameters"]["rope_type"], tree["rope_parameters"]["factor"]) == ("dynamic", 4.0)
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def test_rope_that_not_all_load_is_refused_unless_asked_for(tmp_path):
@@ -124,15 +133,18 @@ def add(name, value):
     return lambda tensors: tensors.update({name: value})
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (drop("norm.weight"), r"norm\.weight is missing"),
-    (drop("d2t"), "d2t is missing"),
-    (add("extra.weight", torch.zeros(2)), r"extra\.weight is not a parameter"),
-    (add("fc.weight", torch.zeros(2, 2)), r"fc\.weight has shape \(2, 2\)"),
-    (add("embed_tokens.weight", torch.zeros(2, 16)), r"embed_tokens\.weight has shape \(2, 16\)"),
-    (add("d2t", tame_frozen(PLAIN).t2d.nonzero().flatten()), "must be offsets"),
-    (add("t2d", torch.ones(40, dtype=torch.bool)), "name different tokens"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("norm.weight"), r"norm\.weight is missing"),
+        (drop("d2t"), "d2t is missing"),
+        (add("extra.weight", torch.zeros(2)), r"extra\.weight is not a parameter"),
+        (add("fc.weight", torch.zeros(2, 2)), r"fc\.weight has shape \(2, 2\)"),
+        (add("embed_tokens.weight", torch.zeros(2, 16)), r"embed_tokens\.weight has shape \(2, 16\)"),
+        (add("d2t", tame_frozen(PLAIN).t2d.nonzero().flatten()), "must be offsets"),
+        (add("t2d", torch.ones(40, dtype=torch.bool)), "name different tokens"),
+    ],
+)
 def test_wrong_weights_are_refused_by_file(tmp_path, change, message):
     write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -149,11 +161,14 @@ def test_t2d_is_taken_from_d2t_where_it_is_missing(tmp_path):
     assert torch.equal(load_draft(tmp_path, torch.float32).vocab.t2d, frozen.t2d)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"eagle_aux_hidden_state_layer_ids": [1, 2, 8]}, "one above"),
-    ({"architectures": ["LlamaForCausalLM"]}, "not an EAGLE-3 draft"),
-    ({"draft_vocab_size": 30}, "lm_head|d2t"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 8]}, "one above"),
+        ({"architectures": ["LlamaForCausalLM"]}, "not an EAGLE-3 draft"),
+        ({"draft_vocab_size": 30}, "lm_head|d2t"),
+    ],
+)
 def test_wrong_configs_are_refused(tmp_path, change, message):
     write(tmp_path, aux_layers=(0, 2, 7))
     tree = json.loads((tmp_path / "config.json").read_text())

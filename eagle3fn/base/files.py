@@ -98,9 +98,8 @@ def read_json(path: str | Path) -> Any:
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """Write one JSON value a line, compressed by the name's ending, whole or not at all."""
     suffix = Path(path).suffix
-    with whole_file(path) as temporary:
-        with _OPENERS.get(suffix, open)(temporary, "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with whole_file(path) as temporary, _OPENERS.get(suffix, open)(temporary, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: str | Path) -> list[Any]:

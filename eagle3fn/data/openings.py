@@ -1,8 +1,8 @@
 """The breadth of the synthetic conversations: how user turns begin.
 
-The target completes each opening to a whole user turn and then answers it. A little over half of
-the openings ask about code, the others about everything else; subjects and function names are drawn apart from the form, so
-that a few short tables give many thousand different openings.
+The target completes each opening to a whole user turn and then answers it. A little over half of the openings
+ask about code, the others about everything else; subjects and function names are drawn apart from the form, so that
+a few short tables give many thousand different openings.
 """
 
 import random

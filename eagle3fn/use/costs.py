@@ -42,7 +42,8 @@ def measure_costs(model: Any, draft: Draft, context: Tensor, draft_length: int, 
                 target.forget(block)
             for name, count in (("one", 1), ("all", draft_length)):
                 kinds.setdefault(name, []).append(
-                    _seconds(lambda n=count: chain.draft(aux[:, -2:], context[:, -2:], n)))
+                    _seconds(lambda n=count: chain.draft(aux[:, -2:], context[:, -2:], n))
+                )
                 chain.committed -= 2
     mid = {kind: median(seconds[1:]) for kind, seconds in kinds.items()}
     extend = (mid["all"] - mid["one"]) / (draft_length - 1) if draft_length > 1 else mid["one"]

@@ -64,8 +64,9 @@ def export(
         tensors[EMBED] = frozen.embed_tokens.to(dtype)
     if config.draft_vocab_size != config.vocab_size:
         tensors |= {"d2t": frozen.d2t.to(torch.int64), "t2d": frozen.t2d.to(torch.bool)}
-    plain = {name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-             for name, value in tensors.items()}
+    plain = {
+        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+    }
     with whole_folder(folder) as temporary:
         save_file(plain, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
@@ -145,8 +146,9 @@ def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> D
     embed = None if EMBED in shapes(config) else tensors.pop(EMBED, None)
     params = {name: tensors.pop(name) for name in shapes(config) if name in tensors} | tensors
     if embed is not None and tuple(embed.shape) != (config.vocab_size, config.hidden_size):
-        raise UserError(f"{file}: {EMBED} has shape {tuple(embed.shape)}, {CONFIG} says "
-                        f"{(config.vocab_size, config.hidden_size)}")
+        raise UserError(
+            f"{file}: {EMBED} has shape {tuple(embed.shape)}, {CONFIG} says {(config.vocab_size, config.hidden_size)}"
+        )
     check_params(params, config, str(file))
     moved = {name: value.to(device, dtype) for name, value in params.items()}
     vocab = VocabMap(vocab.t2d.to(device), vocab.d2t.to(device))

@@ -81,4 +81,3 @@ def _draw(steps: list[dict], evals: list[dict], report: dict[str, Any], path: Pa
     right.set(xlabel="draft position", ylabel="acceptance, given all before", ylim=(0, 1), title="HumanEval")
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
-

@@ -1,0 +1,204 @@
+"""The command line from a tiny target to an evaluated draft, and what it answers to bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eagle3fn.cli import main
+from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
+
+SETTINGS = [
+    *("--set", "train.eval_every=4", "--set", "train.checkpoint_every=3", "--set", "data.held_out=2"),
+    *("--set", "objective.ttt_length=2", "--set", "data.global_batch=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """A folder with a target, conversations, features, a map and a finished run of 8 steps."""
+    root = tmp_path_factory.mktemp("house")
+    model = tiny_model(eos_token_id=1)
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(root / "target")
+    tiny_tokenizer().save_pretrained(root / "target")
+    write_talks(root / "talks.jsonl", 10)
+    prompts = [json.dumps({"prompt": text}) for text in ("hello", "how many", "list")]
+    (root / "prompts.jsonl").write_text("\n".join(prompts))
+    assert (
+        call(root, "extract", "--conversations", root / "talks.jsonl", "--out", root / "features", "--max-length", 128)
+        == 0
+    )
+    assert call(root, "vocab", "--features", root / "features", "--out", root / "map", "--size", 64) == 0
+    assert train(root, root / "run") == 0
+    return root
+
+
+def call(root: Path, command: str, *arguments: object) -> int:
+    return main([command, "--target", str(root / "target"), *map(str, arguments)])
+
+
+def train(root: Path, out: Path, *more: object, steps: int = 8, **changes: Path) -> int:
+    places = {"features": root / "features", "vocab": root / "map", **changes}
+    named = [text for name, path in places.items() for text in (f"--{name}", path)]
+    return call(root, "train", *named, "--out", out, *SETTINGS, "--set", f"train.steps={steps}", *more)
+
+
+def rows(path: Path) -> list[dict]:
+    timeless = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in timeless]
+
+
+def same_run(a: Path, b: Path) -> bool:
+    last = "checkpoints/step-00000008/state.safetensors"
+    one, two = load_file(a / last), load_file(b / last)
+    equal = one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    return equal and all(rows(a / name) == rows(b / name) for name in ("metrics.jsonl", "eval.jsonl"))
+
+
+def test_a_run_leaves_what_the_readme_says(house):
+    run = house / "run"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.toml", "metrics.jsonl", "eval.jsonl", "checkpoints", "untrained"}
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 9))
+    assert [row["step"] for row in rows(run / "eval.jsonl")] == [0, 4, 8]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_the_resolved_configuration_repeats_the_run(house, tmp_path):
+    out = tmp_path / "again"
+    places = ["--features", house / "features", "--vocab", house / "map", "--out", out]
+    assert call(house, "train", *places, "--config", house / "run/config.toml") == 0
+    assert same_run(out, house / "run")
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(house, tmp_path):
+    out = tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "eagle3fn.cli",
+        "train",
+        "--target",
+        house / "target",
+        "--features",
+        house / "features",
+        "--vocab",
+        house / "map",
+        "--out",
+        out,
+        *SETTINGS,
+        "--set",
+        "train.steps=8",
+    ]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with metrics.open("a") as file:
+        file.write('{"step": 5, "lo')  # a line half written
+    shutil.copytree(house / "run/checkpoints/step-00000006", out / "checkpoints/.step-00000006.x.tmp")
+    assert train(house, out) == 0
+    assert same_run(out, house / "run")
+
+
+def test_evaluate_is_lossless_and_report_gathers(house, tmp_path):
+    stage = tmp_path / "demo"
+    shutil.copytree(house / "features", stage / "features")
+    shutil.copytree(house / "run", stage / "train")
+    (stage / "stages.json").write_text('{"train": 1.5, "evaluate": 2.0}')
+    code = call(house, "evaluate", "--draft", house / "run/untrained", "--prompts", house / "prompts.jsonl",
+                "--out", stage / "evaluation.json", "--tasks", 2, "--max-new", 8,
+                "--untrained", house / "run/untrained")  # fmt: skip
+    assert code == 0
+    assert main(["report", "--run", str(stage)]) == 0
+    report = json.loads((stage / "report.json").read_text())
+    assert report["lossless"] is True
+    assert report["wall_s"] == 3.5
+    wanted = "accepted_length acceptance_by_position tokens_per_s plain_tokens_per_s train_tokens_per_s"
+    assert set(wanted.split()) | {"supervised_tokens", "untrained_accepted_length"} <= report.keys()
+    assert (stage / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def refuse(capsys, code: int, *texts: str) -> None:
+    assert code == 2
+    error = capsys.readouterr().err
+    for text in texts:
+        assert text in error
+
+
+def test_bad_features_are_refused(house, tmp_path, capsys):
+    broken = tmp_path / "features"
+    refuse(capsys, train(house, tmp_path / "o", features=tmp_path / "none"), "none", "extract")
+    shutil.copytree(house / "features", broken)
+    shard = broken / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    refuse(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "bytes")
+    tensors = load_file(house / "features/shard-00000.safetensors")
+    key = next(name for name in tensors if name.endswith("aux_hidden"))
+    tensors[key][1, 2] = float("nan")
+    save_file(tensors, shard)
+    refuse(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors")
+    shard.unlink()
+    refuse(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "missing")
+    assert not (tmp_path / "o/checkpoints").exists()
+
+
+def test_bad_settings_are_refused(house, tmp_path, capsys):
+    out = tmp_path / "o"
+    refuse(capsys, train(house, out, "--set", "objective.ttt_length=0"), "objective.ttt_length", "at least 1")
+    refuse(capsys, train(house, out, "--set", "objective.lenght=3"), "unknown key objective.lenght")
+    refuse(capsys, train(house, out, "--set", "data.held_out=10"), "data.held_out")
+    refuse(capsys, train(house, out, "--set", "draft.max_position_embeddings=4"), "max_position_embeddings = 4")
+    refuse(capsys, train(house, out, "--config", tmp_path / "no.toml"), "no.toml")
+
+
+def test_a_map_of_another_target_is_refused(house, tmp_path, capsys):
+    from eagle3fn.data.vocab import build_map, save_map
+
+    save_map(tmp_path / "map", build_map(torch.arange(300), 64), {"target": "other/model", "target_hash": "0" * 64})
+    refuse(capsys, train(house, tmp_path / "o", vocab=tmp_path / "map"), "other/model")
+
+
+def test_a_checkpoint_of_another_run_is_refused(house, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(house / "run", out)
+    refuse(capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "optimizer.learning_rate was", "is 0.5")
+    state = next((out / "checkpoints").glob("*8/state.safetensors"))
+    state.write_bytes(state.read_bytes()[:50])
+    refuse(capsys, train(house, out), "state.safetensors", "damaged")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_samples_named(house, tmp_path, capsys):
+    code = train(house, tmp_path / "o", "--set", "optimizer.learning_rate=1e30", "--set", "optimizer.warmup_ratio=0.0")
+    refuse(capsys, code, "not finite", "row", "learning_rate")
+
+
+def test_unreadable_conversations_are_refused(house, tmp_path, capsys):
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text((house / "talks.jsonl").read_text() + "{broken\n")
+    arguments = ["--conversations", talks, "--out", tmp_path / "f", "--max-length", 128]
+    refuse(capsys, call(house, "extract", *arguments), "talks.jsonl:11", "not JSON")
+    talks.write_text("")
+    refuse(capsys, call(house, "extract", *arguments), "talks.jsonl")
+    refuse(capsys, call(house, "extract", *arguments[:-1], 9999), "9999", "256")
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_vision_language_target_is_refused_by_name(house, tmp_path, capsys):
+    target = tmp_path / "vlm"
+    shutil.copytree(house / "target", target)
+    tree = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**tree, "vision_config": {"depth": 1}}))
+    code = main(["extract", "--target", str(target), "--conversations", str(house / "talks.jsonl"), "--out", "x"])
+    refuse(capsys, code, "vision")
