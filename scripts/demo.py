@@ -26,7 +26,6 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     check_settings(out, {"minutes": options.minutes, "synthesize": options.synthesize, "tasks": options.tasks})
-    begin = time.monotonic()
     target, prompts = fetch(options.cache)
     conversations = CONVERSATIONS
     if options.synthesize:
@@ -75,7 +74,7 @@ def main() -> None:
         "--held-out",
         HELD_OUT,
     )
-    left = options.minutes - (time.monotonic() - begin) / 60 - evaluation_minutes(options.tasks)
+    left = options.minutes - sum(seconds_of(out).values()) / 60 - evaluation_minutes(options.tasks)
     stage(
         out,
         "train",
@@ -139,7 +138,7 @@ def limit_for(minutes: float) -> int:
 
 def evaluation_minutes(tasks: int) -> float:
     """Minutes kept for the last stages."""
-    return 1.2 + 0.24 * tasks
+    return 1.5 + 0.3 * tasks
 
 
 def check_settings(out: Path, settings: dict) -> None:
@@ -197,6 +196,12 @@ def convert(folder: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(temporary)
 
 
+def seconds_of(out: Path) -> dict[str, float]:
+    """Seconds of the finished stages."""
+    path = out / "stages.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def stage(out: Path, command: str, product: Path, *arguments: object) -> None:
     """Call `eagle3fn COMMAND` unless its product is there; its seconds go to `stages.json`."""
     if product.exists():
@@ -204,13 +209,12 @@ def stage(out: Path, command: str, product: Path, *arguments: object) -> None:
         return
     print(f"\n== eagle3fn {command} {' '.join(map(str, arguments))}", flush=True)
     begin = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", "eagle3fn.cli", command, *map(str, arguments)]).returncode
+    code = subprocess.run([sys.executable, "-m", "eagle3fn.cli", command, *map(str, arguments)], check=False).returncode
     if code:
         sys.exit(code)
-    path = out / "stages.json"
-    stages = json.loads(path.read_text()) if path.exists() else {}
+    stages = seconds_of(out)
     stages[command] = round(stages.get(command, 0) + time.monotonic() - begin, 1)
-    path.write_text(json.dumps(stages, indent=2) + "\n")
+    (out / "stages.json").write_text(json.dumps(stages, indent=2) + "\n")
     if product.name == "finished":
         product.touch()
 

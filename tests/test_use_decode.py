@@ -243,14 +243,17 @@ def test_drafted_rows_leave_no_trace():
 
 @cache
 def trained_draft() -> tuple[Draft, Tensor, list[int]]:
-    """A draft that learned one answer of the target by heart."""
+    """A draft that learned one answer of the target by heart; its vocabulary is the answer's and the highest ids."""
     ids = prompt(11, 6)
     answer = plain(target(), ids, 32)
     whole = torch.cat([ids, torch.tensor([answer])], dim=1)
     ones = torch.ones_like(whole)
     aux, last = features(target(), whole, ones, aux_layers(draft_config(), DEPTH))
-    vocab = VocabMap(torch.ones(VOCAB, dtype=torch.bool), torch.zeros(VOCAB, dtype=torch.int64))
-    shape = DraftConfig(**{**draft_config().__dict__, "draft_vocab_size": VOCAB})
+    t2d = torch.arange(VOCAB) >= VOCAB - 40
+    t2d[torch.tensor(answer)] = True
+    kept = t2d.nonzero().flatten()
+    vocab = VocabMap(t2d, kept - torch.arange(len(kept)))
+    shape = DraftConfig(**{**draft_config().__dict__, "draft_vocab_size": len(kept)})
     train = TrainConfig(steps=60, dtype="float32")
     config = Config(shape, ObjectiveConfig(ttt_length=4), OptimizerConfig(learning_rate=1e-2), train=train)
     weights = target().get_input_embeddings().weight, target().get_output_embeddings().weight

@@ -56,7 +56,7 @@ def write_draft(folder: Path, **changes: Any) -> None:
     export(params, frozen, config, folder, DEPTH, torch.float32)
 
 
-def test_report(folders):
+def test_report(folders: tuple[Path, Path]):
     seen = []
     report = evaluate(*folders, ["one", "two", "three", "four"], SMALL, folders[1], lambda *at: seen.append(at))
     assert report["lossless"] is True
@@ -73,7 +73,7 @@ def test_report(folders):
     json.dumps(report)
 
 
-def test_a_single_wrong_token_is_not_lossless(folders, monkeypatch):
+def test_a_single_wrong_token_is_not_lossless(folders: tuple[Path, Path], monkeypatch):
     original = module.speculate
 
     def wrong(*args: Any) -> Decoded:
@@ -84,7 +84,7 @@ def test_a_single_wrong_token_is_not_lossless(folders, monkeypatch):
     assert evaluate(*folders, ["one"], replace(SMALL, few=0))["lossless"] is False
 
 
-def test_plain_decoding_ignores_processors_of_the_generation_config(folders):
+def test_plain_decoding_ignores_processors_of_the_generation_config(folders: tuple[Path, Path]):
     """A repetition penalty in the target's files changes neither side."""
     file = folders[0] / "generation_config.json"
     before = file.read_text()
@@ -103,7 +103,7 @@ def test_plain_decoding_ignores_processors_of_the_generation_config(folders):
         (["fine", "x" * 250], r"prompt 2: prompt of 252 tokens.*beyond max_position_embeddings = 256"),
     ],
 )
-def test_bad_prompts_are_refused(folders, prompts, message):
+def test_bad_prompts_are_refused(folders: tuple[Path, Path], prompts, message):
     with pytest.raises(UserError, match=message):
         evaluate(*folders, prompts, SMALL)
 
@@ -115,7 +115,7 @@ def test_bad_prompts_are_refused(folders, prompts, message):
         ({"target_hidden_size": 40}, "draft40.*hidden_size 40, but .*target has 32"),
     ],
 )
-def test_a_draft_of_another_target_is_refused(folders, tmp_path, changes, message):
+def test_a_draft_of_another_target_is_refused(folders: tuple[Path, Path], tmp_path, changes, message):
     folder = tmp_path / f"draft{next(iter(changes.values()))}"
     write_draft(folder, **changes)
     with pytest.raises(UserError, match=message):
@@ -127,7 +127,7 @@ def test_a_draft_of_another_target_is_refused(folders, tmp_path, changes, messag
 @pytest.mark.parametrize("name", ["tasks", "draft_length", "repeats"])
 def test_settings_out_of_range_are_refused(name):
     with pytest.raises(UserError, match=rf"evaluate\.{name} = 0: must be at least 1"):
-        EvalSettings(**{name: 0})
+        replace(SMALL, **{name: 0})
 
 
 def test_prompts_are_read(tmp_path):
