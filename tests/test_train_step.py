@@ -171,14 +171,16 @@ def test_compact_teacher_is_the_full_one():
     assert all(torch.allclose(ga[k], gb[k], rtol=1e-9, atol=1e-14) for k in ga)
 
 
-def test_start_from_target_takes_head_and_norm():
+def test_start_from_target_takes_head_norm_and_last_tap():
     config, frozen, _, params = setup()
-    started = e3.start_from_target(params, frozen, torch.full((config.draft.hidden_size,), 2.0))
+    h = config.draft.hidden_size
+    started = e3.start_from_target(params, frozen, torch.full((h,), 2.0))
     assert torch.equal(started["lm_head.weight"], frozen.target_head[frozen.t2d])
-    assert torch.equal(started["norm.weight"], torch.full((config.draft.hidden_size,), 2.0))
-    other = frozen._replace(target_head=torch.zeros(config.draft.vocab_size, 6))
-    with pytest.raises(e3.UserError, match="init_head"):
-        e3.start_from_target(params, other, torch.ones(6))
+    assert torch.equal(started["norm.weight"], torch.ones(h))
+    taps = torch.randn(1, 4, 3 * h)
+    assert torch.equal(taps @ started["fc.weight"].T, taps[..., 2 * h :])
+    with pytest.raises(e3.UserError, match="init=random"):
+        e3.start_from_target(params | {"fc.weight": torch.zeros(h, 3 * h + 3)}, frozen, torch.ones(h))
 
 
 @pytest.mark.parametrize(

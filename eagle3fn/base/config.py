@@ -19,6 +19,7 @@ class ObjectiveConfig:
     normalization: Literal["mask", "rows"] = "mask"
     teacher: Literal["compact", "full"] = "compact"
     teacher_chunk: int = 32768
+    numerics: Literal["fast", "legacy"] = "legacy"
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -73,14 +74,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. `steps` 0 means `epochs` over the data; `init_head` "target" starts head and norm from the target."""
+    """The loop. `steps` 0 means `epochs` over the data; `init` "target" starts head, norm and fc from the target."""
 
     epochs: int = 10
     steps: int = 0
     seed: int = 0
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     device: str = "cpu"
-    init_head: Literal["target", "random"] = "target"
+    init: Literal["target", "random"] = "target"
     eval_every: int = 500
     checkpoint_every: int = 500
     keep_last: int = 2

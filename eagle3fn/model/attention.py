@@ -22,12 +22,13 @@ def block_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unrolled_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:
-    """Attention at unroll step `len(keys) - 1`; everything `(B, N, S, E)`, the result too.
+    """Attention at unroll step `len(keys) - 1` of queries `(B, N, R, E)`; the result has the same shape.
 
-    `keys[0]` is the block, masked by `mask` `(B, 1, S, S)`; row `t` also sees row `t` of each later entry, unmasked.
+    `keys[0]` `(B, N, S, E)` is the block, masked by `mask` `(B, 1, R, S)`; a row also sees its own entry of each
+    later key `(B, N, R, E)`, unmasked.
     One softmax over both parts, in fp32. The order of operations is the old `sdpa` backend's.
     """
-    scale, s = math.sqrt(q.shape[-1]), q.shape[2]
+    scale, s = math.sqrt(q.shape[-1]), keys[0].shape[2]
     scores = torch.matmul(q, keys[0].transpose(2, 3)) / scale + mask
     own = [(q * key).sum(-1, keepdim=True) / scale for key in keys[1:]]
     weights = torch.softmax(torch.cat([scores, *own], dim=-1), dim=-1, dtype=at_least_fp32(q.dtype)).to(q.dtype)

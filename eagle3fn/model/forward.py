@@ -11,6 +11,7 @@ from eagle3fn.base.types import Aux, Batch, Frozen, Params, Teacher
 from eagle3fn.model import layers
 from eagle3fn.model.attention import block_mask, unrolled_attention
 from eagle3fn.model.checks import check_batch
+from eagle3fn.model.fast import forward_fast
 from eagle3fn.model.losses import acceptance, correct_rows, kl_loss
 from eagle3fn.model.rope import rope_table
 from eagle3fn.model.teacher import make_teacher
@@ -32,7 +33,7 @@ def forward_loss(params: Params, batch: Batch, *, config: Config, frozen: Frozen
     Args:
         params: the draft's tensors in the compute dtype (`model.table.shapes`).
         batch: see `Batch`; padding on the right.
-        config: `draft` and `objective` are read.
+        config: `draft` and `objective` are read; `objective.numerics` chooses the legacy operations or the fast ones.
         frozen: target embedding, head and vocabulary map.
 
     Returns:
@@ -43,6 +44,8 @@ def forward_loss(params: Params, batch: Batch, *, config: Config, frozen: Frozen
     """
     check_batch(params, batch, config, frozen)
     objective = config.objective
+    if objective.numerics == "fast":
+        return forward_fast(params, batch, config, frozen)
     teacher = make_teacher(shift(batch.last_hidden, 1), batch.loss_mask, frozen, objective)
     n = None
     if objective.normalization == "mask":

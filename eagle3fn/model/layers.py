@@ -35,9 +35,12 @@ def project(params: Params, aux_hidden: Tensor) -> Tensor:
 
 
 def qkv(
-    params: Params, config: DraftConfig, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor
+    params: Params, config: DraftConfig, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, q=True, kv=True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turned queries `(B, N, S, E)` and keys, and values `(B, J, S, E)`, of embeddings and hidden `(B, S, H)`."""
+    """Turned queries `(B, N, S, E)` and keys, and values `(B, J, S, E)`, of embeddings and hidden `(B, S, H)`.
+
+    With `q` or `kv` False these are left out: an empty tensor stands in their place.
+    """
     eps = config.rms_norm_eps
     left = rms_norm(embeds, params[table.INPUT_NORM], eps)
     x = torch.cat([left, rms_norm(hidden, params[table.HIDDEN_NORM], eps)], dim=-1)
@@ -45,9 +48,10 @@ def qkv(
     def heads(name: str, count: int) -> Tensor:
         return F.linear(x, params[name]).view(*x.shape[:2], count, config.head_dim).transpose(1, 2)
 
-    q = heads(table.Q, config.num_attention_heads)
-    k, v = heads(table.K, config.num_key_value_heads), heads(table.V, config.num_key_value_heads)
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
+    empty = x.new_empty(0)
+    j = config.num_key_value_heads
+    query = rotate(heads(table.Q, config.num_attention_heads), cos, sin) if q else empty
+    return (query, rotate(heads(table.K, j), cos, sin), heads(table.V, j)) if kv else (query, empty, empty)
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:

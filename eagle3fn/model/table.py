@@ -62,19 +62,25 @@ def _draw(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> T
 
 
 def start_from_target(params: Params, frozen: Frozen, norm: Tensor) -> Params:
-    """The same parameters with head and final norm taken from the target's rows; `norm` is `(Ht,)`.
+    """The same parameters, but head, final norm and projection made from the target; `norm` is `(Ht,)`.
+
+    The head takes the target's rows; the projection passes the last tap through; the final norm is half the
+    target's, because the untrained layer's logits would otherwise be confidently wrong (measured: bench/LOG.md).
 
     Raises:
         UserError: the hidden sizes differ, so there is nothing to take.
     """
-    if params[HEAD].shape[1] != frozen.target_head.shape[1]:
+    h, width = params[FC].shape
+    if width != 3 * h:
         raise UserError(
-            f"train.init_head = 'target': the draft's hidden size {params[HEAD].shape[1]} is not the target's "
-            f"{frozen.target_head.shape[1]}; use --set train.init_head=random"
+            f"train.init = 'target': the draft's hidden size {h} is not the target's {width // 3}; "
+            "use --set train.init=random"
         )
+    passing = torch.cat([torch.zeros(h, 2 * h), torch.eye(h)], dim=1)
     return params | {
+        FC: passing.to(params[FC]),
         HEAD: frozen.target_head[frozen.t2d].to(params[HEAD]),
-        NORM: norm.to(params[NORM]),
+        NORM: norm.to(params[NORM]) * 0.5,
     }
 
 

@@ -125,7 +125,7 @@ def to_device(batch: Batch, device: str) -> Batch:
 
 def _first_state(run: Run, target: TargetTensors) -> TrainState:
     params = run.fns.init(run.config.train.seed)
-    if run.config.train.init_head == "target":
+    if run.config.train.init == "target":
         params = start_from_target(params, run.frozen, target.norm)
     return run.fns.init_state(params)
 

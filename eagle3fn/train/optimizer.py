@@ -67,10 +67,10 @@ def adamw(
     mu = {k: torch.lerp(state.mu[k], g, 1 - beta1) for k, g in grads.items()}
     nu = {k: (state.nu[k] * beta2).addcmul_(g, g, value=1 - beta2) for k, g in grads.items()}
     decay = 1 - rate * config.weight_decay
-    new = {
-        k: (master * decay).addcdiv_(mu[k], (nu[k].sqrt() / root).add_(config.eps), value=-size)
-        for k, master in masters.items()
-    }
+    new = {}
+    for k, master in masters.items():
+        bottom = nu[k].sqrt().div_(root).add_(config.eps)
+        new[k] = torch.addcdiv(master * decay if config.weight_decay else master, mu[k], bottom, value=-size)
     return new, Moments(mu, nu)
 
 

@@ -1,0 +1,111 @@
+"""README says what is: its snippets run, and its defaults, options, tree and names are the code's."""
+
+import argparse
+import ast
+import importlib
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eagle3fn.base.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, from_dict
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.cli import parser
+from eagle3fn.use.evaluate import EvalSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+SECTIONS: dict[str, Any] = {
+    "draft": DraftConfig,
+    "objective": ObjectiveConfig,
+    "optimizer": OptimizerConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "evaluate": EvalSettings,
+}
+TREE_FILES = (
+    *("*.md", "pyproject.toml", "eagle3fn/**/*.py", "eagle3fn/py.typed"),
+    *("scripts/**/*", "tests/**/*.py", "bench/*.py", "bench/*.md"),
+)
+
+
+def chapter(title: str) -> str:
+    """The text below a heading, up to the next one."""
+    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def rows(title: str) -> list[list[str]]:
+    """Cells of a chapter's table, without its head."""
+    lines = [line for line in chapter(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def commands() -> dict[str, list[argparse.Action]]:
+    """Options of every sub-command."""
+    sub = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {name: [a for a in one._actions if a.dest != "help"] for name, one in sub.choices.items()}
+
+
+def test_snippets_run() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert len(blocks) >= 2
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"README.md, snippet {number}", "exec"), names)
+
+
+def test_defaults_are_the_codes() -> None:
+    known = {
+        f"{section}.{field.name}": field.default
+        for section, kind in SECTIONS.items()
+        for field in fields(kind)
+        if field.default is not MISSING
+    }
+    for command, options in commands().items():
+        given = {option.option_strings[0]: option.default for option in options if not option.required}
+        known |= {f"{command} {name}": value for name, value in given.items() if value not in (None, [])}
+    table = {name.strip("`"): cell for name, cell, *_ in rows("Every default")}
+    values = {name: None if cell == "unset" else ast.literal_eval(cell.strip("`")) for name, cell in table.items()}
+    assert {name: repr(value) for name, value in values.items()} == {name: repr(value) for name, value in known.items()}
+
+
+def test_options_are_the_parsers() -> None:
+    cells = rows("The command line")
+    table = {command.strip("`"): re.findall(r"`(--[\w-]+)`", options) for command, _, options in cells}
+    assert table == {name: [option.option_strings[0] for option in options] for name, options in commands().items()}
+
+
+def test_legacy_settings_exist() -> None:
+    for name, value, _ in rows("Settings that reproduce the old tool"):
+        section, key = name.strip("`").split(".")
+        from_dict(SECTIONS[section], {key: ast.literal_eval(value.strip("`"))}, "README.md")
+
+
+def test_the_tree_is_the_folders() -> None:
+    lines = chapter("The tree").split("```text\n")[1].split("```")[0].splitlines()
+    listed, place = set(), [""]
+    for line in lines:
+        name, comment = line.split(maxsplit=1) if not line.endswith("/") else (line.strip(), "")
+        place = [*place[: 1 + (len(line) - len(line.lstrip())) // 2], name]
+        assert comment or name.endswith("/"), line
+        listed |= set() if name.endswith("/") else {"".join(place)}
+    files = [path for pattern in TREE_FILES for path in ROOT.glob(pattern) if path.is_file()]
+    kept = [path for path in files if "__pycache__" not in path.parts and path.name != "__init__.py"]
+    assert listed - {"eagle3fn/__init__.py"} == {path.relative_to(ROOT).as_posix() for path in kept}
+
+
+@pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "ARCHITECTURE"])
+def test_named_files_and_functions_exist(text: str) -> None:
+    for path in re.findall(r"`((?:tests|scripts|bench|eagle3fn)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).is_file(), path
+    for room, name in re.findall(r"`(base|data|model|train|use)\.([\w.]+)`", text):
+        if name != "safetensors" and name not in getattr(SECTIONS.get(room), "__dataclass_fields__", {}):
+            file, *rest = name.split(".")
+            found: Any = importlib.import_module(f"eagle3fn.{room}.{file}")
+            for part in rest:
+                found = getattr(found, part)
