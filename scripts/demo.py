@@ -92,7 +92,7 @@ def main() -> None:
         "--set",
         f"data.held_out={HELD_OUT}",
         "--minutes",
-        max(left * 0.93, 0.5),
+        max(left * 0.85, 0.5),
     )
     stage(
         out,

@@ -24,7 +24,7 @@ from eagle3fn.train.bind import Functions, bind
 from eagle3fn.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from eagle3fn.train.track import append_row, cut_rows, nonfinite, readable, step_row
 
-_TIMED_STEPS = 6
+_TIMED_STEPS = 24
 
 
 class Events(NamedTuple):
@@ -150,7 +150,7 @@ def _with_horizon(run: Run, state: TrainState, minutes: float | None) -> Run:
 
 
 def seconds_per_step(run: Run, state: TrainState) -> float:
-    """Measured seconds of one step of average length, from a few steps whose result is dropped."""
+    """Measured seconds of a step of average length and its share of an evaluation; the timed steps are dropped."""
     config = with_steps(run.config, _TIMED_STEPS + 1)
     fns = bind(config, run.frozen)
     tokens, begin = 0, time.perf_counter()
@@ -164,7 +164,9 @@ def seconds_per_step(run: Run, state: TrainState) -> float:
     lengths = [run.features.samples[i].get("length") for i in run.train]
     known = [min(length, config.data.max_length) for length in lengths if length]
     per_step = sum(known) / len(known) * config.data.global_batch if known else tokens / _TIMED_STEPS
-    return spent * per_step / tokens
+    begin = time.perf_counter()
+    evaluate_held_out(run, state.params)
+    return spent * per_step / tokens + (time.perf_counter() - begin) / config.train.eval_every
 
 
 def _resume(run: Run, state: TrainState) -> tuple[TrainState, float]:
