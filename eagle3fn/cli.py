@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="JSON report")
     sub.add_argument("--tasks", type=_positive, default=10, help="prompts, in order from the first (default 10)")
     sub.add_argument("--max-new", type=_positive, default=128)
+    sub.add_argument("--plain", help="JSON file that keeps the target's own answers for the next draft")
     sub.add_argument("--untrained", help="an exported untrained draft, to compare with")
 
     sub = command("report", _report, "gather a run's results in one table, a JSON file and a picture")
@@ -224,7 +225,7 @@ def _evaluate(options: Any) -> None:
         bars.setdefault(stage, _bar(f" prompt ({stage})"))(done, total)
 
     prompts = read_prompts(options.prompts)
-    report = evaluate(options.target, options.draft, prompts, settings, options.untrained, on_progress)
+    report = evaluate(options.target, options.draft, prompts, settings, options.untrained, options.plain, on_progress)
     write_json(options.out, report)
     print(f"{options.out}: lossless {report['lossless']}, accepted length {report['accepted_length']:.3f}")
 

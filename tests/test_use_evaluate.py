@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen
 from eagle3fn.use import evaluate as module
+from eagle3fn.use import plain as plain_module
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
 from eagle3fn.use.decode import Decoded
 from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
@@ -58,7 +59,7 @@ def write_draft(folder: Path, **changes: Any) -> None:
 
 def test_report(folders: tuple[Path, Path]):
     seen = []
-    report = evaluate(*folders, ["one", "two", "three", "four"], SMALL, folders[1], lambda *at: seen.append(at))
+    report = evaluate(*folders, ["one", "two", "three", "four"], SMALL, folders[1], on_progress=lambda *at: seen.append(at))
     assert report["lossless"] is True
     assert report["tasks"] == 3
     assert len(report["acceptance_by_position"]) == len(report["costs"]["predicted_seconds_per_token"]) == 3
@@ -71,6 +72,22 @@ def test_report(folders: tuple[Path, Path]):
     assert report["bf16"]["tokens"] == 12
     assert [at for at in seen if at[0] == "fp32"] == [("fp32", i, 3) for i in (1, 2, 3)]
     json.dumps(report)
+
+
+def test_plain_answers_are_kept_for_the_next_draft(folders: tuple[Path, Path], tmp_path: Path, monkeypatch):
+    store, quick = tmp_path / "plain.json", replace(SMALL, few=0, tasks=2)
+    first = evaluate(*folders, ["one", "two"], quick, plain_store=store)
+    kept = json.loads(store.read_text())
+    assert len(kept) == 2
+    calls = []
+    monkeypatch.setattr(plain_module, "plain", lambda *args: calls.append(args) or ([7], 0.0))
+    again = evaluate(*folders, ["one", "two"], quick, plain_store=store)
+    assert not calls
+    assert again["lossless"] is first["lossless"] is True
+    store.write_text(json.dumps({key: [*tokens[:-1], tokens[-1] ^ 1] for key, tokens in kept.items()}))
+    assert evaluate(*folders, ["one", "two"], quick, plain_store=store)["lossless"] is False
+    evaluate(*folders, ["three"], replace(quick, tasks=1), plain_store=store)
+    assert len(calls) == 1
 
 
 def test_a_single_wrong_token_is_not_lossless(folders: tuple[Path, Path], monkeypatch):

@@ -24,8 +24,9 @@ def contributing_rows(loss_mask: Tensor, k: int, bucket: int = 16) -> Tensor:
     Any other row matters only by its step-0 key and value. `R` is the longest sample's count, rounded up to
     `bucket` and at most `S`; shorter samples repeat their last row (row 0 where there is none).
     """
-    needed = torch.stack([torch.nn.functional.pad(loss_mask[:, i:], (0, i)) for i in range(k)]).sum(0) > 0
-    s, longest = loss_mask.shape[1], int(needed.sum(1).max())
+    s = loss_mask.shape[1]
+    needed = torch.stack([torch.nn.functional.pad(loss_mask[:, i:], (0, i)) for i in range(min(k, s))]).sum(0) > 0
+    longest = int(needed.sum(1).max())
     size = min(s, -(-max(longest, 1) // bucket) * bucket)
     order = torch.where(needed, torch.arange(s, device=loss_mask.device), s).sort(dim=1).values[:, :size]
     last = torch.where(order < s, order, -1).max(dim=1, keepdim=True).values.clamp(min=0)

@@ -242,3 +242,10 @@ def features(model: Any, input_ids: Tensor, attention_mask: Tensor, layers: Sequ
         for hook in hooks:
             hook.remove()
     return torch.cat([taps[index] for index in layers], -1), out.last_hidden_state
+
+
+def empty_cache() -> Any:
+    """A key-value cache of the target for one decoding."""
+    from transformers import DynamicCache
+
+    return DynamicCache()

@@ -55,11 +55,15 @@ class _HeadAndKL(torch.autograd.Function):
         for start in range(0, count, size):
             stop = min(start + size, count)
             x = flat[place[:, start:stop]]
-            *scores, grad = _chunk(x, head, target[start:stop], weight[:, start:stop], draft_rows, target_head, t2d, d2t)
+            *scores, grad = _chunk(
+                x, head, target[start:stop], weight[:, start:stop], draft_rows, target_head, t2d, d2t
+            )
             part = grad.flatten(0, 1).to(head.dtype)
             parts.append((*scores, (part @ head).view(x.shape)))
             grad_head += part.T @ x.flatten(0, 1)
-        kl, correct, accept, known, grads = (torch.cat(each, dim=min(1, each[0].ndim - 1)) for each in zip(*parts, strict=True))
+        kl, correct, accept, known, grads = (
+            torch.cat(each, dim=min(1, each[0].ndim - 1)) for each in zip(*parts, strict=True)
+        )
         loss = (weight * torch.where(known, kl, 0.0)).sum()
         grad_student = torch.zeros_like(flat).index_add_(0, place.flatten(), grads.flatten(0, 1)).view(student.shape)
         return loss, kl, correct, accept, known, grad_student, grad_head.to(head.dtype)
@@ -67,7 +71,7 @@ class _HeadAndKL(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[5:])
+        ctx.save_for_backward(*output[5:], *inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any):  # pyright: ignore
@@ -85,13 +89,17 @@ class _HeadAndKL(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """The stored gradients times the incoming one; they are constants, so a second derivative would be wrong."""
+    """The stored gradients times the incoming one.
+
+    They depend on student rows and head, which are passed along, unused, so that a second derivative comes by here
+    and is refused instead of being silently wrong.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, student, head):  # pyright: ignore
-        return (student * grad).to(student.dtype), (head * grad).to(head.dtype)
+    def forward(grad, grad_student, grad_head, student, head):  # pyright: ignore
+        return (grad_student * grad).to(student.dtype), (grad_head * grad).to(head.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.target import empty_cache
 from eagle3fn.use.chain import Chain
 from eagle3fn.use.export import Draft
 from eagle3fn.use.taps import Taps
@@ -102,7 +102,7 @@ class Target:
     """The target with its key-value cache and, if a draft is given, the taps it reads, while the context is open."""
 
     def __init__(self, model: Any, draft: Draft | None) -> None:
-        self.model, self.cache = model, DynamicCache()
+        self.model, self.cache = model, empty_cache()
         count = model.config.get_text_config().num_hidden_layers
         chosen = () if draft is None else aux_layers(draft.config, count)
         self.taps = Taps(model, chosen)

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from eagle3fn.use.costs import Costs, best_length, expected_length, measure_cost
 from eagle3fn.use.decode import Decoded, check_pair, check_request, speculate
 from eagle3fn.use.export import Draft, load_draft
 from eagle3fn.use.metrics import acceptance_by_position, accepted_length, differing, rate_of, repeated_share
+from eagle3fn.use.plain import plain, plain_answers
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class EvalSettings:
     The first `few` serve the bf16 and untrained parts; 0 leaves them out.
     """
 
-    tasks: int = 20
+    tasks: int = 10
     max_new: int = 128
     draft_length: int = 7
     speed_tasks: int = 4
@@ -75,6 +74,7 @@ def evaluate(
     prompts: Sequence[str],
     settings: EvalSettings,
     untrained_folder: str | Path | None = None,
+    plain_store: str | Path | None = None,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Decode the first prompts plainly and speculatively, and compare.
@@ -85,6 +85,7 @@ def evaluate(
         prompts: user turns; each is put into the target's chat template.
         settings: how much to decode.
         untrained_folder: an exported draft before training, for the accepted length that chance gives.
+        plain_store: JSON file that keeps the target's own answers for the next draft.
         on_progress: called with stage, prompts done and prompts in all.
 
     Returns:
@@ -99,13 +100,12 @@ def evaluate(
     if not prompts or not all(text.strip() for text in prompts):
         raise UserError(f"prompts: {len(prompts)} given, and none may be empty; name a file of rows with a prompt")
     pair = _load(target_folder, draft_folder, prompts[: settings.tasks], torch.float32, settings)
-    report = _full_precision(pair, settings, on_progress)
+    report = _full_precision(pair, settings, Path(plain_store) if plain_store else None, on_progress)
     if untrained_folder is not None and settings.few:
         other = load_draft(untrained_folder, torch.float32, settings.device)
         check_pair(other, pair.model.config.get_text_config(), str(untrained_folder), str(target_folder))
-        few = pair.prompts[: settings.few]
-        speak = partial(speculate, draft_length=settings.draft_length, max_new=settings.max_new, end_tokens=pair.ends)
-        report["untrained_accepted_length"] = accepted_length([speak(pair.model, other, ids) for ids in few])
+        few = pair._replace(draft=other, prompts=pair.prompts[: settings.few])
+        report["untrained_accepted_length"] = accepted_length(_speak(few, settings, settings.draft_length))
     del pair
     if settings.few:
         few = _load(target_folder, draft_folder, prompts[: min(settings.few, settings.tasks)], torch.bfloat16, settings)
@@ -147,23 +147,25 @@ def _encode(tokenizer: Any, text: str) -> Tensor:
     return tokenizer(chat_prompt(tokenizer, text), return_tensors="pt", add_special_tokens=False).input_ids
 
 
-def _full_precision(pair: _Pair, settings: EvalSettings, on_progress: Progress) -> dict[str, Any]:
-    full = settings.draft_length
-    plain, spoken = _alternate(pair, settings, full, lambda done: on_progress("fp32", done, len(pair.prompts)))
+def _full_precision(pair: _Pair, settings: EvalSettings, store: Path | None, on_progress: Progress) -> dict[str, Any]:
+    full, count = settings.draft_length, len(pair.prompts)
+    answers = plain_answers(
+        pair.model, pair.prompts, settings.max_new, pair.ends, store, lambda done: on_progress("plain", done, count)
+    )
+    spoken = _speak(pair, settings, full, lambda done: on_progress("fp32", done, count))
     acceptance = acceptance_by_position(spoken)
-    context = torch.cat([pair.prompts[0], torch.tensor([plain.tokens[0]], device=settings.device)], dim=1)
+    context = torch.cat([pair.prompts[0], torch.tensor([answers[0]], device=settings.device)], dim=1)
     context = context[:, : pair.prompts[0].shape[1] + settings.max_new // 2]
     costs = measure_costs(pair.model, pair.draft, context, full, settings.repeats)
     chosen = best_length(costs, acceptance)
     quick = pair._replace(prompts=pair.prompts[: settings.speed_tasks])
     again, fast = _alternate(quick, settings, chosen, lambda done: on_progress("speed", done, len(quick.prompts)))
-    answers = [one.tokens for one in spoken]
     plain_rate, rate = again.rate, rate_of(fast)
     return {
         "tasks": len(pair.prompts),
         "max_new": settings.max_new,
         "draft_length": full,
-        "lossless": answers == plain.tokens and [one.tokens for one in fast] == again.tokens,
+        "lossless": answers == [one.tokens for one in spoken] and again.tokens == [one.tokens for one in fast],
         "accepted_length": accepted_length(spoken),
         "acceptance_by_position": acceptance,
         "speed_draft_length": chosen,
@@ -172,7 +174,6 @@ def _full_precision(pair: _Pair, settings: EvalSettings, on_progress: Progress) 
         "plain_tokens_per_s": plain_rate,
         "tokens_per_s": rate,
         "speedup": rate / plain_rate,
-        "full_length_speedup": rate_of(spoken) / plain.rate,
         "break_even_accepted_length": costs.round(chosen) / costs.verify[0],
         "costs": _costs_report(costs, acceptance, context.shape[1]),
         "repeated_8gram_share": repeated_share(answers),
@@ -192,12 +193,12 @@ def _costs_report(costs: Costs, acceptance: list[float], context: int) -> dict[s
 
 def _half_precision(pair: _Pair, settings: EvalSettings, chosen: int, on_progress: Progress) -> dict[str, Any]:
     """In bf16 a block and a single row round differently, so tokens may differ: they are counted, not required."""
-    plain, spoken = _alternate(pair, settings, chosen, lambda done: on_progress("bf16", done, len(pair.prompts)))
-    pairs = list(zip(plain.tokens, (one.tokens for one in spoken), strict=True))
+    library, spoken = _alternate(pair, settings, chosen, lambda done: on_progress("bf16", done, len(pair.prompts)))
+    pairs = list(zip(library.tokens, (one.tokens for one in spoken), strict=True))
     return {
         "tasks": len(pair.prompts),
         "draft_length": chosen,
-        "plain_tokens_per_s": plain.rate,
+        "plain_tokens_per_s": library.rate,
         "tokens_per_s": rate_of(spoken),
         "accepted_length": accepted_length(spoken),
         "tokens": sum(len(left) for left, _ in pairs),
@@ -209,11 +210,11 @@ def _alternate(
     pair: _Pair, settings: EvalSettings, draft_length: int, done: Callable[[int], None]
 ) -> tuple[_Plain, list[Decoded]]:
     """Both ways, prompt by prompt in turn, so that a change of the machine's load hits both alike."""
-    _plain(pair, pair.prompts[0], 2)
+    plain(pair.model, pair.prompts[0], 2, pair.ends)
     speculate(pair.model, pair.draft, pair.prompts[0], draft_length, 2, pair.ends)
     answers, total, spoken = [], 0.0, []
     for number, prompt in enumerate(pair.prompts, 1):
-        tokens, seconds = _plain(pair, prompt, settings.max_new)
+        tokens, seconds = plain(pair.model, prompt, settings.max_new, pair.ends)
         answers.append(tokens)
         total += seconds
         spoken.append(speculate(pair.model, pair.draft, prompt, draft_length, settings.max_new, pair.ends))
@@ -221,17 +222,11 @@ def _alternate(
     return _Plain(answers, total), spoken
 
 
-def _plain(pair: _Pair, prompt: Tensor, max_new: int) -> tuple[list[int], float]:
-    """The library's own greedy decoding, independent of ours; processors of the generation config are switched off."""
-    begin = perf_counter()
-    out = pair.model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new,
-        eos_token_id=sorted(pair.ends),
-        pad_token_id=min(pair.ends),
-    )
-    return out[0, prompt.shape[1] :].tolist(), perf_counter() - begin
+def _speak(
+    pair: _Pair, settings: EvalSettings, draft_length: int, done: Callable[[int], None] = lambda number: None
+) -> list[Decoded]:
+    spoken = []
+    for number, prompt in enumerate(pair.prompts, 1):
+        spoken.append(speculate(pair.model, pair.draft, prompt, draft_length, settings.max_new, pair.ends))
+        done(number)
+    return spoken
