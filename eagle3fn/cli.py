@@ -204,7 +204,7 @@ def _train_events(options: Any, config: Any, vocab_map: Any, tensors: Any, layer
 
     def on_best(params: Any, row: dict[str, Any]) -> None:
         name = "draft" if row["step"] else "untrained"
-        export(params, frozen, config.draft, out / name, layers, getattr(torch, config.train.dtype))
+        export(params, frozen, config.draft, out / name, layers, getattr(torch, config.train.dtype), any_rope=True)
 
     def on_eval(row: dict[str, Any]) -> None:
         if "accepted_length" in row:

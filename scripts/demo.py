@@ -108,6 +108,8 @@ def main() -> None:
         out / "evaluation.json",
         "--tasks",
         options.tasks,
+        "--plain",
+        options.cache / "plain.json",
         "--untrained",
         run / "untrained",
     )

@@ -5,6 +5,7 @@ import torch
 import eagle3fn as e3
 
 H, V, D = 16, 40, 24
+NUMERICS = "fast"
 
 
 def config_of(dtype: str = "float32", steps: int = 20, **objective) -> e3.Config:
@@ -22,7 +23,7 @@ def config_of(dtype: str = "float32", steps: int = 20, **objective) -> e3.Config
     )
     return e3.Config(
         draft=draft,
-        objective=e3.ObjectiveConfig(**{"ttt_length": 4, **objective}),
+        objective=e3.ObjectiveConfig(**{"ttt_length": 4, "numerics": NUMERICS, **objective}),
         optimizer=e3.OptimizerConfig(learning_rate=1e-2),
         train=e3.TrainConfig(steps=steps, dtype=dtype),  # pyright: ignore[reportArgumentType]
     )

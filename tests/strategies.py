@@ -54,7 +54,11 @@ class Case:
 
     def config(self, optimizer: OptimizerConfig | None = None, total_steps: int = 10) -> Config:
         objective = ObjectiveConfig(
-            ttt_length=self.steps, normalization=self.normalization, teacher=self.teacher, teacher_chunk=self.chunk
+            numerics="legacy",
+            ttt_length=self.steps,
+            normalization=self.normalization,
+            teacher=self.teacher,
+            teacher_chunk=self.chunk,
         )
         train = TrainConfig(steps=total_steps, dtype=self.dtype)
         return Config(self.draft(), objective, optimizer or OptimizerConfig(), train=train)

@@ -1,6 +1,5 @@
 """The fast profile is the legacy mathematics: on drawn cases both are held against an fp64 evaluation."""
 
-
 import pytest
 import torch
 from hypothesis import given

@@ -9,7 +9,13 @@ import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.data.collate import global_n
 from eagle3fn.train.optimizer import make_schedule
+from tests import small
 from tests.small import batch_of, config_of, frozen_of
+
+
+@pytest.fixture(params=["fast", "legacy"], autouse=True)
+def _numerics(request, monkeypatch):
+    monkeypatch.setattr(small, "NUMERICS", request.param)
 
 
 def setup(dtype="float32", **objective):
@@ -125,7 +131,7 @@ def test_micro_batches_add_up():
 def test_micro_batches_without_global_counts_are_refused():
     _, _, fns, params = setup()
     parts = tuple(batch_of(seed, lengths=(7,)) for seed in (6, 7))
-    with pytest.raises(e3.UserError, match="batch.n is missing"):
+    with pytest.raises(e3.UserError, match=r"batch\.n is missing"):
         fns.step(fns.init_state(params), parts)
     with pytest.raises(e3.UserError, match="empty tuple"):
         fns.step(fns.init_state(params), ())
@@ -142,7 +148,7 @@ def test_empty_mask_gives_zero_loss_and_finite_metrics():
 
 
 def test_simulated_accepted_length_by_plain_loops():
-    config, frozen, fns, params = setup("float64", ttt_length=3)
+    _, frozen, fns, params = setup("float64", ttt_length=3)
     batch = batch_of(9, lengths=(40,))
     params = params | {"lm_head.weight": params["lm_head.weight"] * 0}  # always says draft id 0
     aux = fns.forward_loss(params, batch)[1]

@@ -59,7 +59,9 @@ def write_draft(folder: Path, **changes: Any) -> None:
 
 def test_report(folders: tuple[Path, Path]):
     seen = []
-    report = evaluate(*folders, ["one", "two", "three", "four"], SMALL, folders[1], on_progress=lambda *at: seen.append(at))
+    report = evaluate(
+        *folders, ["one", "two", "three", "four"], SMALL, folders[1], on_progress=lambda *at: seen.append(at)
+    )
     assert report["lossless"] is True
     assert report["tasks"] == 3
     assert len(report["acceptance_by_position"]) == len(report["costs"]["predicted_seconds_per_token"]) == 3

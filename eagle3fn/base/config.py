@@ -12,14 +12,18 @@ from eagle3fn.base.errors import UserError
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The loss. `normalization`: "mask" divides by trained rows, "rows" by all B·S rows (the old tool)."""
+    """The loss. `normalization`: "mask" divides by trained rows, "rows" by all B·S rows (the old tool).
+
+    `numerics`: "legacy" is the old tool's arithmetic, operation for operation; "fast" the same mathematics on the rows
+    that matter, with its own compact teacher, so that `teacher` and `teacher_chunk` have no effect there.
+    """
 
     ttt_length: int = 7
     decay: float = 0.8
     normalization: Literal["mask", "rows"] = "mask"
     teacher: Literal["compact", "full"] = "compact"
     teacher_chunk: int = 32768
-    numerics: Literal["fast", "legacy"] = "legacy"
+    numerics: Literal["fast", "legacy"] = "fast"
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
