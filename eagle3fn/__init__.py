@@ -33,5 +33,8 @@ from eagle3fn.train.bind import Functions as Functions
 from eagle3fn.train.bind import bind as bind
 from eagle3fn.train.step import init_state as init_state
 from eagle3fn.train.step import step as step
+from eagle3fn.use.export import Draft as Draft
+from eagle3fn.use.export import export as export
+from eagle3fn.use.export import load_draft as load_draft
 
 __version__ = "0.1.0"

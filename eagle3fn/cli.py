@@ -30,8 +30,10 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def target(sub: argparse.ArgumentParser) -> None:
+    def target(sub: argparse.ArgumentParser, runs: bool = True) -> None:
         sub.add_argument("--target", required=True, help="folder or hub id of a Hugging Face causal language model")
+        if runs:
+            sub.add_argument("--device", default="cpu", help="torch device of the target (default cpu)")
 
     sub = command("synthesize", _synthesize, "let the target write its own conversations")
     target(sub)
@@ -51,14 +53,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--draft-config", help="JSON whose eagle_config names the tapped layers")
 
     sub = command("vocab", _vocab, "count the supervised tokens and write the draft vocabulary map")
-    target(sub)
+    target(sub, runs=False)
     sub.add_argument("--features", required=True)
     sub.add_argument("--out", required=True, help="safetensors file")
     sub.add_argument("--size", type=_positive, default=32_000, help="draft vocabulary (default 32000)")
     sub.add_argument("--held-out", type=int, default=0, help="samples at the end that are not counted")
 
     sub = command("train", _train, "train the draft; goes on from the newest checkpoint")
-    target(sub)
+    target(sub, runs=False)
     sub.add_argument("--features", required=True)
     sub.add_argument("--vocab", required=True, help="vocabulary map")
     sub.add_argument("--out", required=True, help="run folder; the best draft is exported to OUT/draft")
@@ -107,7 +109,7 @@ def _synthesize(options: Any) -> None:
     from eagle3fn.data.synthesize import synthesize
     from eagle3fn.data.target import load_target
 
-    model, tokenizer = load_target(options.target)
+    model, tokenizer = load_target(options.target, device=options.device)
     count = synthesize(
         model,
         tokenizer,
@@ -130,7 +132,7 @@ def _extract(options: Any) -> None:
     path = options.draft_config
     draft = draft_config_from_json(path) if path else draft_config_from_target(tree, options.target)
     layers = aux_layers(draft, tree["num_hidden_layers"])
-    model, tokenizer = load_target(options.target)
+    model, tokenizer = load_target(options.target, device=options.device)
     index = extract(
         model,
         tokenizer,
@@ -218,7 +220,7 @@ def _evaluate(options: Any) -> None:
     from eagle3fn.base.files import write_json
     from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
 
-    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new)
+    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, device=options.device)
     bars: dict[str, Callable[[int, int], None]] = {}
 
     def on_progress(stage: str, done: int, total: int) -> None:

@@ -170,7 +170,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     top = torch.topk(logits / sampling.temperature, min(256, logits.shape[-1]), dim=-1)
     mass = top.values.softmax(-1)
     mass = mass.masked_fill(mass.cumsum(-1) - mass > sampling.top_p, 0.0)
-    choice = torch.multinomial(mass, 1, generator=generator)
+    choice = torch.multinomial(mass.cpu(), 1, generator=generator).to(logits.device)
     return top.indices.gather(-1, choice)[:, 0]
 
 
