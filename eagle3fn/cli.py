@@ -224,7 +224,9 @@ def _evaluate(options: Any) -> None:
     bars: dict[str, Callable[[int, int], None]] = {}
 
     def on_progress(stage: str, done: int, total: int) -> None:
-        bars.setdefault(stage, _bar(f" prompt ({stage})"))(done, total)
+        if stage not in bars:
+            bars[stage] = _bar(f" prompt ({stage})")
+        bars[stage](done, total)
 
     prompts = read_prompts(options.prompts)
     report = evaluate(options.target, options.draft, prompts, settings, options.untrained, options.plain, on_progress)

@@ -72,8 +72,10 @@ def load_target(
         UserError: as `target_config`, or the weights are not loadable, or its head has a bias.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     target_config(path_or_id)
+    logging.disable_progress_bar()
     name, extra = _source(path_or_id)
     loader: Any = AutoModelForCausalLM
     try:
