@@ -143,7 +143,7 @@ def judge(target: str, run: Run, folder: Path, prompts: list[str], settings: Eva
         return {"held_out_accepted_length": lengths}
     with tqdm(bar_format="{desc} {elapsed}") as bar:
         show: Progress = lambda stage, done, total: bar.set_description(f"{folder}: {stage} {done}/{total}")  # noqa: E731
-        report = evaluate(target, folder, prompts, settings, None, show)
+        report = evaluate(target, folder, prompts, settings, plain_store=folder.parent / "plain.json", on_progress=show)
     return {"held_out_accepted_length": lengths, "evaluation": {name: report[name] for name in SHOWN}}
 
 
@@ -155,7 +155,7 @@ def compare(options: argparse.Namespace, oracle: Oracle) -> dict[str, Any]:
     steps = total if options.steps is None else options.steps
     require(steps >= 1, "--steps", steps, "at least 1")
     require(options.out.resolve() != options.run.resolve(), "--out", str(options.out), "another folder than --run")
-    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, few=0)
+    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, speed_tasks=1, few=0)
     start, dtype = first_params(run.config, options.init), getattr(torch, run.config.train.dtype)
     params, old = train_old(oracle, under(run, "legacy", UNROLL), start, steps)
     export(params, run.frozen, run.config.draft, folder, tree["num_hidden_layers"], dtype)

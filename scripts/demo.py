@@ -144,11 +144,15 @@ def evaluation_minutes(tasks: int) -> float:
 
 
 def check_settings(out: Path, settings: dict) -> None:
-    """Refuse to mix the stages of two different calls in one folder."""
+    """Refuse to mix the stages of two different calls in one folder; note the revision it began with."""
     path = out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        sys.exit(f"{path}: the folder holds a run with other settings {path.read_text().strip()}; name another --out")
-    path.write_text(json.dumps(settings) + "\n")
+    if not path.exists():
+        git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+        revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        path.write_text(json.dumps({**settings, "revision": revision or "unknown"}) + "\n")
+    found = json.loads(path.read_text())
+    if {**found, **settings} != found:
+        sys.exit(f"{path}: the folder holds a run with other settings {found}; name another --out")
 
 
 def fetch(cache: Path) -> tuple[Path, Path]:

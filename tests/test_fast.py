@@ -35,12 +35,14 @@ def cases(draw):
     return batch._replace(loss_mask=mask, position_ids=positions), objective
 
 
-def run(batch, objective, dtype, numerics):
+def run(case, dtype, numerics):
+    batch, objective = case
     config = config_of(dtype, numerics=numerics, **objective)
     start = config_of("float32", **objective)
     params = {k: v.to(getattr(torch, dtype)) for k, v in e3.bind(start, frozen_of(start)).init(0).items()}
-    frozen = e3.Frozen(*(x if x is None or not x.is_floating_point() else x.to(getattr(torch, dtype))
-                         for x in frozen_of(start)))  # fmt: skip
+    embed, target_head, t2d, d2t = frozen_of(start)
+    kind = getattr(torch, dtype)
+    frozen = e3.Frozen(None if embed is None else embed.to(kind), target_head.to(kind), t2d, d2t)
     return e3.value_and_grad(e3.bind(config, frozen).forward_loss, has_aux=True)(params, batch)
 
 
@@ -51,8 +53,8 @@ def error(a, b):
 
 @given(cases())
 def test_fast_is_legacy_in_fp64(case):
-    (loss, aux), grads = run(*case, "float64", "fast")
-    (want, want_aux), want_grads = run(*case, "float64", "legacy")
+    (loss, aux), grads = run(case, "float64", "fast")
+    (want, want_aux), want_grads = run(case, "float64", "legacy")
     assert torch.allclose(loss, want, rtol=1e-12)
     for name, value in named_leaves(aux).items():
         assert torch.allclose(value, getattr(want_aux, name), rtol=1e-6), name
@@ -63,9 +65,9 @@ def test_fast_is_legacy_in_fp64(case):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @given(case=cases())
 def test_fast_is_as_near_to_fp64_as_legacy(dtype, case):
-    (_, _), truth = run(*case, "float64", "legacy")
-    (loss, _), fast = run(*case, dtype, "fast")
-    (want, _), legacy = run(*case, dtype, "legacy")
+    (_, _), truth = run(case, "float64", "legacy")
+    (loss, _), fast = run(case, dtype, "fast")
+    (want, _), legacy = run(case, dtype, "legacy")
     assert torch.allclose(loss.float(), want.float(), rtol=2e-2 if dtype == "bfloat16" else 1e-4, atol=1e-6)
     for name in truth:
         assert error(fast[name], truth[name]) < max(BOUND[dtype], 2 * error(legacy[name], truth[name])), name
@@ -87,17 +89,17 @@ def test_rows_that_contribute(case):
 def test_given_rows_change_nothing():
     batch, objective = batch_of(3, (20, 9)), {"ttt_length": 3}
     given_rows = batch._replace(rows=contributing_rows(batch.loss_mask, 3, bucket=1))
-    (a, _), ga = run(batch, objective, "float64", "fast")
-    (b, _), gb = run(given_rows, objective, "float64", "fast")
+    (a, _), ga = run((batch, objective), "float64", "fast")
+    (b, _), gb = run((given_rows, objective), "float64", "fast")
     assert torch.allclose(a, b, rtol=1e-12)
     assert all(error(ga[k], gb[k]) < 1e-12 for k in ga)
 
 
 def test_small_chunks_change_nothing(monkeypatch):
     batch, objective = batch_of(4, (20, 9)), {"ttt_length": 3}
-    (a, aux), ga = run(batch, objective, "float64", "fast")
+    (a, aux), ga = run((batch, objective), "float64", "fast")
     monkeypatch.setattr("eagle3fn.model.fused._CHUNK_BYTES", 4 * 3 * 24 * 5)
-    (b, again), gb = run(batch, objective, "float64", "fast")
+    (b, again), gb = run((batch, objective), "float64", "fast")
     assert torch.allclose(a, b, rtol=1e-12)
     assert torch.equal(aux.correct, again.correct)
     assert all(error(ga[k], gb[k]) < 1e-12 for k in ga)

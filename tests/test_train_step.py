@@ -37,7 +37,7 @@ def test_value_and_grad_has_the_bits_of_backward():
     loss.backward()
     (value, _), grads = e3.value_and_grad(fns.forward_loss, has_aux=True)(params, batch)
     assert torch.equal(value, loss)
-    assert all(torch.equal(grads[name], leaf.grad) for name, leaf in leaves.items())
+    assert all(leaf.grad is not None and torch.equal(grads[name], leaf.grad) for name, leaf in leaves.items())
 
 
 def test_value_and_grad_refuses_a_vector():

@@ -120,7 +120,7 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
 
 def to_device(batch: Batch, device: str) -> Batch:
     """The batch with every tensor on `device`."""
-    return Batch(*(None if value is None else value.to(device) for value in batch))
+    return Batch(*(None if value is None else value.to(device) for value in batch))  # pyright: ignore[reportArgumentType]
 
 
 def _first_state(run: Run, target: TargetTensors) -> TrainState:

@@ -1,5 +1,7 @@
 """A run's results gathered: a short table, `report.json`, and a picture of the curves."""
 
+import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,9 @@ def write_report(folder: Path) -> str:
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
         "stage_seconds": stages,
         "wall_s": sum(stages.values()),
+        "settings": read_json(settings) if (settings := folder / "settings.json").exists() else {},
         "date": time.strftime("%Y-%m-%d"),
+        "machine": _machine(),
         "versions": _versions(),
     }
     write_json(folder / "report.json", report)
@@ -59,6 +63,17 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("eagle3fn", "torch", "transformers")}
+
+
+def _machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
+    model = names[0] if names else platform.processor()
+    return {"processor": model, "cores": os.cpu_count(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _draw(steps: list[dict], evals: list[dict], report: dict[str, Any], path: Path) -> None:
