@@ -196,7 +196,8 @@ def test_start_from_target_takes_head_norm_and_last_tap():
         ({"aux_hidden": torch.zeros(1, 6, 7)}, "batch.aux_hidden has shape"),
         ({"last_hidden": torch.zeros(1, 6, 16, dtype=torch.int64)}, "floating point"),
         ({"input_ids": torch.zeros(6, dtype=torch.int64)}, "must be"),
-        ({"n": torch.ones(9)}, "batch.n has shape"),
+        ({"n": torch.ones(9)}, r"batch\.n has shape"),
+        ({"rows": torch.zeros(3, 2, dtype=torch.int64)}, r"batch\.rows has shape"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(change, message):

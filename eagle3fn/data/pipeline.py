@@ -10,6 +10,7 @@ import torch
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.rows import contributing_rows
 from eagle3fn.base.types import Batch
 from eagle3fn.data.collate import collate, global_n
 from eagle3fn.data.features import FeatureSet, read_sample
@@ -38,7 +39,7 @@ def sample_indices(n: int, global_batch: int, seed: int, step: int) -> list[int]
 def batches(
     features: FeatureSet, indices: Sequence[int], config: Config, start: int, stop: int
 ) -> Iterator[tuple[Batch, ...]]:
-    """The micro-batches of each global batch of the steps `start` … `stop - 1`, `n` set to the global counts.
+    """The micro-batches of each global batch of the steps `start` … `stop - 1`, with global counts and rows.
 
     `indices` are the samples trained on.
 
@@ -53,8 +54,9 @@ def batches(
         samples = [read_sample(features, indices[place]) for place in chosen]
         parts = [samples[i : i + data.micro_batch] for i in range(0, len(samples), data.micro_batch)]
         micro = [collate(part, data.mask_alignment, data.max_length) for part in parts]
-        n = global_n(micro, config.objective.ttt_length)
-        yield tuple(batch._replace(n=n) for batch in micro)
+        k = config.objective.ttt_length
+        n = global_n(micro, k)
+        yield tuple(batch._replace(n=n, rows=contributing_rows(batch.loss_mask, k)) for batch in micro)
 
 
 def split(n: int, held_out: int) -> tuple[list[int], list[int]]:

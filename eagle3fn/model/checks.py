@@ -30,6 +30,8 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     _shape("batch.last_hidden", batch.last_hidden, (b, s, draft.target_hidden_size))
     _shape("batch.position_ids", batch.position_ids, (b, s), (1, s))
     _shape("batch.n", batch.n, (objective.ttt_length,))
+    if batch.rows is not None and (batch.rows.ndim != 2 or len(batch.rows) != b):
+        raise UserError(f"batch.rows has shape {tuple(batch.rows.shape)}; it must be (B, R) with B = {b}")
     for name in ("aux_hidden", "last_hidden"):
         if not getattr(batch, name).is_floating_point():
             raise UserError(f"batch.{name} has dtype {getattr(batch, name).dtype}; it must be floating point")
