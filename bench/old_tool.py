@@ -1,7 +1,7 @@
 """Train the old tool's model on a finished run's samples, and hold its draft against the run's own.
 
 Both see the same features in the same order for the same number of optimizer steps, at the run's learning rate and
-warm-up, and are decoded alike. The old side is SpecForge at its pull request 600 (`SPECFORGE_SRC`, see `tests.oracle`):
+warm-up, and are decoded alike. The old side is SpecForge at its pull request 600 (`SPECFORGE_SRC`):
 its model, unroll length, loss weights, mask rule, optimizer and schedule, from a random start (`--init`).
 
 Two things are not the old tool's: its loss, a Triton kernel, is replaced by the equal eager expression, and dynamo is
@@ -25,7 +25,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tqdm import tqdm
 
@@ -39,11 +38,19 @@ from eagle3fn.data.pipeline import batches, prefetch
 from eagle3fn.data.target import read_target_tensors, target_config
 from eagle3fn.data.vocab import load_map
 from eagle3fn.model.table import EMBED, init_params
+from eagle3fn.testing.oracle import (
+    COMMIT,
+    Oracle,
+    OracleMissingError,
+    eager_loss,
+    load_oracle,
+    old_draft,
+    old_forward,
+)
 from eagle3fn.train.bind import bind
 from eagle3fn.train.loop import Run, evaluate_held_out, prepare
 from eagle3fn.use.evaluate import EvalSettings, Progress, evaluate, read_prompts
 from eagle3fn.use.export import export, load_draft
-from tests.oracle import COMMIT, Oracle, eager_loss, old_draft, old_forward, require_oracle
 from tests.reference import weighted_sum
 
 UNROLL, DECAY, INIT_STD = 7, 0.8, 0.02
@@ -122,10 +129,9 @@ def train_old(oracle: Oracle, run: Run, params: Params, steps: int) -> tuple[Par
 
 def step_old(oracle: Oracle, draft: torch.nn.Module, optimizer: Any, run: Run, micro: tuple[Batch, ...]) -> float:
     """One update from a global batch; the gradients of its micro-batches are averaged where the old tool keeps them."""
-    objective, total = run.config.objective, 0.0
-    chunk = objective.teacher_chunk if objective.teacher == "compact" else None
+    objective, total = replace(run.config.objective, loss="kl"), 0.0
     for batch in micro:
-        loss = weighted_sum(old_forward(oracle, draft, run.frozen, batch, UNROLL, chunk).losses, DECAY) / len(micro)
+        loss = weighted_sum(old_forward(oracle, draft, run.frozen, batch, objective).losses, DECAY) / len(micro)
         loss.backward()
         total += float(loss.detach())
     require(math.isfinite(total), "the old side's loss", total, "finite; lower the run's optimizer.learning_rate")
@@ -187,9 +193,9 @@ def provenance(oracle: Oracle) -> dict[str, Any]:
 def main() -> None:
     options = parse()
     try:
-        oracle = require_oracle(commit=True)
+        oracle = load_oracle(commit=True)
         result = provenance(oracle) | compare(options, oracle)
-    except (UserError, pytest.skip.Exception) as error:
+    except (UserError, OracleMissingError) as error:
         sys.exit(f"bench.old_tool: {error}")
     write_json(options.out / "result.json", result)
     print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""The reference equals the old tool by `torch.equal`, at level 2 (see `tests.oracle`)."""
+"""The reference equals the old tool by `torch.equal`, at level 2 (see `eagle3fn.testing.oracle`)."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,10 +9,12 @@ from hypothesis import given
 from torch import Tensor
 
 from eagle3fn.base.config import OptimizerConfig
-from tests.oracle import Oracle, eager_loss, old_draft, old_forward, require_oracle
+from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.oracle import Oracle, eager_loss, old_draft, old_forward, run_oracle
+from eagle3fn.testing.results import Result, differences, nontrivial
+from eagle3fn.testing.strategies import oracle_cases
 from tests.reference import Draft, Trainer, forward, weighted_sum
 from tests.reference import model as reference_model
-from tests.strategies import Case, cases, tame_batch, tame_frozen, tame_params
 
 CASES = [
     Case(seed=1),
@@ -21,15 +23,8 @@ CASES = [
     Case(seed=4, heads=(2, 2), head_dim=8, draft_vocab=40),
     Case(seed=5, heads=(3, 1), head_dim=4, hidden=24, target_hidden=24, lengths=(6,)),
     Case(seed=6, heads=(4, 4), head_dim=4, lengths=(9, 6, 4)),
-    Case(seed=7, heads=(2, 1), head_dim=6, lengths=(5, 9), vocab=20, draft_vocab=20, mask_padding=True),
+    Case(seed=7, heads=(2, 1), head_dim=6, lengths=(5, 9), vocab=20, draft_vocab=20, mask="padding"),
 ]
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Oracle:
-    found = require_oracle()
-    print(found.describe())
-    return found
 
 
 def reference_draft(case: Case) -> Draft:
@@ -37,7 +32,7 @@ def reference_draft(case: Case) -> Draft:
     return Draft(case.draft(), frozen.embed_tokens, frozen.t2d, frozen.d2t).load(tame_params(case))
 
 
-def run_reference(case: Case) -> dict[str, Tensor]:
+def run_reference(case: Case) -> Result:
     """Everything that is compared, by name; gradients under their leaf's."""
     draft = reference_draft(case)
     losses, metrics = forward(draft, tame_frozen(case).target_head, tame_batch(case), case.config().objective)
@@ -53,38 +48,16 @@ def run_reference(case: Case) -> dict[str, Tensor]:
     return seen | {name: leaf.grad for name, leaf in draft.trainable().items() if leaf.grad is not None}
 
 
-def run_old(oracle: Oracle, case: Case) -> dict[str, Tensor]:
-    """The same names from the old tool."""
-    frozen = tame_frozen(case)
-    draft = old_draft(oracle, case.draft(), tame_params(case), frozen)
-    chunk = case.chunk if case.teacher == "compact" else None
-    with eager_loss(oracle):
-        result = old_forward(oracle, draft, frozen, tame_batch(case), case.steps, chunk)
-    loss = weighted_sum(result.losses, 0.8)
-    loss.backward()
-    seen = {
-        "loss": loss.detach(),
-        "losses": torch.stack([value.detach() for value in result.losses]),
-        "correct": torch.stack(result.correct),
-        "rows": torch.stack(result.rows),
-        "acceptance": torch.stack(result.acceptance),
-    }
-    return seen | {name: leaf.grad for name, leaf in draft.named_parameters() if leaf.grad is not None}
-
-
-def differences(old: dict[str, Tensor], new: dict[str, Tensor]) -> list[str]:
-    """Names of what is not bit-equal."""
-    assert set(old) == set(new)
-    return [name for name in old if old[name].dtype != new[name].dtype or not torch.equal(old[name], new[name])]
-
-
 @pytest.mark.parametrize("steps", [1, 3, 7])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"seed{case.seed}")
-def test_forward_and_gradients_equal_the_old_tool(oracle: Oracle, case: Case, dtype: str, steps: int) -> None:
-    case = replace(case, dtype=dtype, steps=steps)
-    old = run_old(oracle, case)
-    assert all(old[name].count_nonzero() for name in ["loss", *tame_params(case)])
+@pytest.mark.parametrize("loss", ["kl", "lk_alpha", "lk_lambda"])
+def test_forward_and_gradients_equal_the_old_tool(
+    oracle: Oracle, case: Case, loss: str, dtype: str, steps: int
+) -> None:
+    case = replace(case, dtype=dtype, steps=steps, loss=loss)
+    old = run_oracle(oracle, case)
+    assert nontrivial(old)
     assert differences(old, run_reference(case)) == []
 
 
@@ -93,11 +66,11 @@ def test_drawn_cases_equal_the_old_tool(oracle: Oracle, dtype: str) -> None:
     """The old tool knows neither a target of another width nor a division by trained rows."""
     count = Counter()
 
-    @given(cases(normalization="rows", dtype=dtype).map(lambda case: replace(case, target_hidden=case.hidden)))
+    @given(oracle_cases(dtype=dtype))
     def check(case: Case) -> None:
-        old = run_old(oracle, case)
+        old = run_oracle(oracle, case)
         count["cases"] += 1
-        count["nontrivial"] += all(bool(old[name].count_nonzero()) for name in ["loss", *tame_params(case)])
+        count["nontrivial"] += nontrivial(old)
         assert differences(old, run_reference(case)) == []
 
     check()
@@ -114,8 +87,8 @@ def test_a_reordering_is_detected(oracle: Oracle, monkeypatch: pytest.MonkeyPatc
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (self.weight * scaled).to(x.dtype)
 
-    old = run_old(oracle, case)
-    assert differences(old, run_old(oracle, case)) == []
+    old = run_oracle(oracle, case)
+    assert differences(old, run_oracle(oracle, case)) == []
     monkeypatch.setattr(reference_model.RMSNorm, "forward", cast_last)
     assert "lm_head.weight" in differences(old, run_reference(case))
 
@@ -125,18 +98,18 @@ def test_the_eager_loss_states_the_kernel(oracle: Oracle) -> None:
     case = replace(CASES[0], steps=1)
     frozen, batch = tame_frozen(case), tame_batch(case)
     draft = old_draft(oracle, case.draft(), tame_params(case), frozen)
-    kernel = old_forward(oracle, draft, frozen, batch, 1, None).losses[0]
+    kernel = old_forward(oracle, draft, frozen, batch, case.config().objective).losses[0]
     with eager_loss(oracle):
-        eager = old_forward(oracle, draft, frozen, batch, 1, None).losses[0]
+        eager = old_forward(oracle, draft, frozen, batch, case.config().objective).losses[0]
     torch.testing.assert_close(kernel, eager, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.4])
 @pytest.mark.parametrize("total", [5, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_updates_equal_the_old_optimizer(dtype: str, total: int, warmup_ratio: float) -> None:
+def test_updates_equal_the_old_optimizer(commit: Oracle, dtype: str, total: int, warmup_ratio: float) -> None:
     """Five updates of parameters, masters, moments, norm and rate; the last ones lie past the end of the schedule."""
-    oracle = require_oracle(commit=True)
+    oracle = commit
     case = replace(CASES[0], dtype=dtype)
     choice = OptimizerConfig(
         learning_rate=1e-2, warmup_ratio=warmup_ratio, schedule="legacy", accumulation="legacy", max_grad_norm=0.5
@@ -173,9 +146,9 @@ def test_updates_equal_the_old_optimizer(dtype: str, total: int, warmup_ratio: f
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_with_accumulation_equals_the_old_loop(dtype: str) -> None:
+def test_training_with_accumulation_equals_the_old_loop(commit: Oracle, dtype: str) -> None:
     """Four updates of two micro-batches each: backward, gradients added in the compute dtype, update."""
-    oracle = require_oracle(commit=True)
+    oracle = commit
     case = replace(CASES[0], dtype=dtype)
     choice = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.3, schedule="legacy", accumulation="legacy")
     frozen, params = tame_frozen(case), tame_params(case)
@@ -186,7 +159,7 @@ def test_training_with_accumulation_equals_the_old_loop(dtype: str) -> None:
         batches = [tame_batch(case, 2 * index), tame_batch(case, 2 * index + 1)]
         with eager_loss(oracle):
             for batch in batches:
-                losses = old_forward(oracle, draft, frozen, batch, case.steps, None).losses
+                losses = old_forward(oracle, draft, frozen, batch, case.config().objective).losses
                 (weighted_sum(losses, 0.8) / 2).backward()
         norm = optimizer.step()
         assert torch.equal(trainer.step(batches)["grad_norm"], norm)

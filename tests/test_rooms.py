@@ -11,6 +11,7 @@ ALLOWED = {
     "data": {"base"},
     "model": {"base"},
     "train": {"base", "data", "model"},
+    "testing": {"base", "data", "model", "train", "use"},
     "use": {"base", "data", "model", "train"},
 }
 ANYWHERE = {"cli.py", "__init__.py"}
@@ -43,18 +44,32 @@ def test_rooms_import_only_upwards():
     assert {path.relative_to(ROOT).parts[0] for path in files()} == set(ALLOWED)
 
 
+def top_level(path: Path) -> set[str]:
+    """Full names of what a file imports when it is loaded."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_only_the_command_line_imports_testing_and_lazily():
+    users = [path for path in ROOT.rglob("*.py") if any(name.startswith("eagle3fn.testing") for name in imports(path))]
+    outside = {path.relative_to(ROOT).as_posix() for path in users if path.parent.name != "testing"}
+    assert outside == {"cli.py"}
+    assert not any(name.startswith("eagle3fn.testing") for name in top_level(ROOT / "cli.py"))
+    users = [path for path in ROOT.rglob("*.py") if "hypothesis" in imports(path)]
+    assert {path.parent.name for path in users} == {"testing"}
+
+
 def test_heavy_packages_are_imported_in_one_file_and_lazily():
     for package, home in ONE_FILE.items():
         users = {p.relative_to(ROOT).as_posix() for p in files() if any(n.split(".")[0] == package for n in imports(p))}
         assert users == {home}
     for path in files():
-        top = {
-            name.split(".")[0]
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
-            if name
-        }
+        top = {name.split(".")[0] for name in top_level(path)}
         assert not top & {"transformers", "matplotlib", "triton"}, path
 
 

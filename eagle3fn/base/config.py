@@ -1,5 +1,6 @@
 """Configuration: frozen dataclasses, read from TOML with dotted overrides; unknown keys are refused."""
 
+import math
 import tomllib
 import types
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -14,6 +15,9 @@ from eagle3fn.base.errors import UserError
 class ObjectiveConfig:
     """The loss. `normalization`: "mask" divides by trained rows, "rows" by all B·S rows (the old tool).
 
+    `loss`: "kl", or by acceptance (arXiv 2602.23881) "lk_alpha", or "lk_lambda", which weighs KL by
+    `kl_scale · exp(-kl_decay · acceptance)`. Both take the legacy numerics, and one micro-batch an update.
+
     `numerics`: "legacy" is the old tool's arithmetic, operation for operation; "fast" the same mathematics on the rows
     that matter, with its own compact teacher, so that `teacher` and `teacher_chunk` have no effect there.
     """
@@ -21,6 +25,9 @@ class ObjectiveConfig:
     ttt_length: int = 7
     decay: float = 0.8
     normalization: Literal["mask", "rows"] = "mask"
+    loss: Literal["kl", "lk_alpha", "lk_lambda"] = "kl"
+    kl_scale: float = 1.0
+    kl_decay: float = 3.0
     teacher: Literal["compact", "full"] = "compact"
     teacher_chunk: int = 32768
     numerics: Literal["fast", "legacy"] = "fast"
@@ -30,6 +37,10 @@ class ObjectiveConfig:
         require(self.ttt_length >= 1, "objective.ttt_length", self.ttt_length, "at least 1")
         require(0 < self.decay <= 1, "objective.decay", self.decay, "in (0, 1]")
         require(self.teacher_chunk >= 1, "objective.teacher_chunk", self.teacher_chunk, "at least 1")
+        require(0 <= self.kl_scale <= 1, "objective.kl_scale", self.kl_scale, "in [0, 1]")
+        require(0 <= self.kl_decay < math.inf, "objective.kl_decay", self.kl_decay, "at least 0 and finite")
+        plain = "'kl' under the fast numerics; for it set objective.numerics='legacy'"
+        require(self.loss == "kl" or self.numerics == "legacy", "objective.loss", self.loss, plain)
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,12 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse sections that don't go together."""
+        whole = self.objective.loss == "kl" or self.data.micro_batch == self.data.global_batch
+        rule = f"{self.data.global_batch}, all of data.global_batch: objective.loss = {self.objective.loss!r} has means"
+        require(whole, "data.micro_batch", self.data.micro_batch, f"{rule} over the whole batch")
 
 
 def require(holds: bool, name: str, value: Any, constraint: str) -> None:

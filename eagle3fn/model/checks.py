@@ -65,10 +65,17 @@ def check_sharing(batches: tuple[Batch, ...], config: Config) -> None:
     """Check that micro-batches of one update can be summed.
 
     Raises:
-        UserError: none at all, or several without the global row counts `n`.
+        UserError: none at all, several under a loss with means over the whole batch, or several without the global
+            row counts `n`.
     """
     if not batches:
         raise UserError("step: an empty tuple of micro-batches; give at least one Batch")
+    loss = config.objective.loss
+    if len(batches) > 1 and loss != "kl":
+        raise UserError(
+            f"step: {len(batches)} micro-batches under objective.loss = {loss!r}, with means over the whole batch; "
+            "give one Batch, or set objective.loss='kl'"
+        )
     if len(batches) > 1 and config.objective.normalization == "mask" and any(b.n is None for b in batches):
         raise UserError(
             "batch.n is missing: with several micro-batches and objective.normalization = 'mask' each must carry the "

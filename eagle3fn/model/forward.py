@@ -12,7 +12,7 @@ from eagle3fn.model import layers
 from eagle3fn.model.attention import block_mask, unrolled_attention
 from eagle3fn.model.checks import check_batch
 from eagle3fn.model.fast import forward_fast
-from eagle3fn.model.losses import acceptance, correct_rows, kl_loss
+from eagle3fn.model.losses import correct_rows, step_loss
 from eagle3fn.model.rope import rope_table
 from eagle3fn.model.teacher import make_teacher
 
@@ -73,11 +73,12 @@ def _unroll(params: Params, batch: Batch, teacher: Teacher, n: Tensor | None, co
         values.append(layers.repeat_heads(v, groups))
         hidden = layers.finish_layer(params, config.draft, hidden, unrolled_attention(q, keys, values, mask))
         logits = layers.logits(params, config.draft, hidden)
-        logits = logits.to(layers.at_least_fp32(logits.dtype))
+        p, q = teacher.p[:, i : i + s], teacher.q[:, i : i + s]
+        loss, accept = step_loss(logits, p, q, position_mask, None if n is None else n[i], config.objective)
         yield _Step(
-            loss=kl_loss(logits, teacher.p[:, i : i + s], position_mask, None if n is None else n[i]),
+            loss=loss,
             correct=correct_rows(logits.detach(), teacher.token[:, i : i + s], frozen),
-            accept=acceptance(logits.detach(), teacher.q[:, i : i + s]),
+            accept=accept,
             position_mask=position_mask[..., 0],
             loss_mask=loss_mask,
         )

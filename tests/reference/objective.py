@@ -85,6 +85,25 @@ def kl(logits: Tensor, p: Tensor, mask: Tensor, n: Tensor | None) -> Tensor:
     return row.mean() if n is None else row.sum() / n
 
 
+def average(x: Tensor, mask: Tensor) -> Tensor:
+    """Over the rows of a `(B, S)` mask."""
+    weight = mask.to(x.dtype)
+    return (x * weight).sum() / weight.sum().clamp_min(1e-8)
+
+
+def step_loss(logits: Tensor, p: Tensor, q: Tensor, mask: Tensor, n: Tensor | None, config: ObjectiveConfig) -> Tensor:
+    """KL, or a loss by acceptance as the old tool states it: a row without acceptance divides zero by zero."""
+    if config.loss == "kl":
+        return kl(logits, p, mask, n)
+    chance = torch.minimum(q, torch.softmax(at_least_fp32(logits), dim=-1)).sum(-1)
+    if config.loss == "lk_alpha":
+        return -average(torch.where(chance > 0, chance.log(), 0), mask)
+    mean = average(chance, mask)
+    with torch.no_grad():
+        share = config.kl_scale * (-config.kl_decay * mean).exp()
+    return share * kl(logits, p, mask, n) + (1 - share) * (1 - mean)
+
+
 def mask_counts(loss_mask: Tensor, steps: int) -> Tensor:
     """`(K,)` fp32: rows trained at each step, at least 1."""
     counts = []
@@ -128,7 +147,8 @@ def forward(draft: Draft, head: Tensor, batch: Batch, config: ObjectiveConfig) -
         logits = draft.logits(hidden)
         window = slice(index, index + length)
         n = None if config.normalization == "rows" else counts[index]
-        losses.append(kl(logits, teacher.p[:, window], position_mask.squeeze(-1), n))
+        p, q = teacher.p[:, window], teacher.q[:, window]
+        losses.append(step_loss(logits, p, q, position_mask.squeeze(-1), n, config))
         with torch.no_grad():
             steps_seen.append(observe(draft, logits, teacher, window, loss_mask, position_mask))
         tokens, loss_mask, position_mask = shift(tokens), shift(loss_mask), shift(position_mask)

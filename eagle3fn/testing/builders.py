@@ -1,22 +1,25 @@
-"""Hypothesis strategies and tiny builders. A drawn case is a few integers; its tensors come from a seeded generator."""
+"""Tiny problems: a case is a few integers and names, its tensors come from a seeded generator."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Batch, Frozen, Params
-
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+from eagle3fn.model.table import EMBED, shapes
 
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny problem: shapes, options and the seed of its tensors."""
+    """One tiny problem: shapes, options and the seed of its tensors.
+
+    `mask` says which rows are trained: about two of three real ones but the last, any of them with padded rows, all
+    real ones, one, none. `tokens` says where the target's choices lie: anywhere, in the draft vocabulary, or, if
+    there is an outside, mostly outside. `tied` makes the target's head its embedding, where widths allow.
+    """
 
     heads: tuple[int, int] = (4, 2)  # N, J
     head_dim: int = 6
@@ -31,15 +34,24 @@ class Case:
     teacher: Literal["compact", "full"] = "full"
     chunk: int = 11
     normalization: Literal["mask", "rows"] = "rows"
+    loss: Literal["kl", "lk_alpha", "lk_lambda"] = "kl"
+    kl_scale: float = 1.0
+    kl_decay: float = 3.0
+    mask: Literal["drawn", "padding", "full", "one", "empty"] = "drawn"
+    tokens: Literal["mixed", "inside", "outside"] = "mixed"
+    tied: bool = False
+    eps: float = 1e-6
+    theta: float = 10_000.0
     own_positions: bool = False
-    mask_padding: bool = False
     seed: int = 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        """The compute dtype."""
+        return getattr(torch, self.dtype)
 
     def draft(self) -> DraftConfig:
+        """The draft's shape."""
         return DraftConfig(
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -50,13 +62,19 @@ class Case:
             draft_vocab_size=self.draft_vocab,
             target_hidden_size=self.target_hidden,
             max_position_embeddings=64,
+            rms_norm_eps=self.eps,
+            rope_theta=self.theta,
         )
 
     def config(self, optimizer: OptimizerConfig | None = None, total_steps: int = 10) -> Config:
+        """The case under the legacy numerics."""
         objective = ObjectiveConfig(
             numerics="legacy",
             ttt_length=self.steps,
             normalization=self.normalization,
+            loss=self.loss,
+            kl_scale=self.kl_scale,
+            kl_decay=self.kl_decay,
             teacher=self.teacher,
             teacher_chunk=self.chunk,
         )
@@ -65,34 +83,13 @@ class Case:
 
 
 def generator(case: Case, purpose: int) -> torch.Generator:
+    """The case's source of random numbers for one purpose."""
     return torch.Generator().manual_seed(case.seed * 1000 + purpose)
 
 
 def normal(shape: tuple[int, ...], scale: float, source: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Normal numbers, drawn in fp64 and cast, so that a case is the same problem in every dtype."""
     return (torch.randn(shape, generator=source, dtype=torch.float64) * scale).to(dtype)
-
-
-def shapes(draft: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Exported names and shapes in `named_parameters()` order; a draft of its own width has its own embedding."""
-    size, inner = draft.hidden_size, draft.intermediate_size
-    query = draft.num_attention_heads * draft.head_dim
-    group = draft.num_key_value_heads * draft.head_dim
-    own = {"embed_tokens.weight": (draft.vocab_size, size)} if draft.target_hidden_size != size else {}
-    return own | {
-        "midlayer.self_attn.q_proj.weight": (query, 2 * size),
-        "midlayer.self_attn.k_proj.weight": (group, 2 * size),
-        "midlayer.self_attn.v_proj.weight": (group, 2 * size),
-        "midlayer.self_attn.o_proj.weight": (size, query),
-        "midlayer.mlp.gate_proj.weight": (inner, size),
-        "midlayer.mlp.up_proj.weight": (inner, size),
-        "midlayer.mlp.down_proj.weight": (size, inner),
-        "midlayer.hidden_norm.weight": (size,),
-        "midlayer.input_layernorm.weight": (size,),
-        "midlayer.post_attention_layernorm.weight": (size,),
-        "fc.weight": (size, 3 * draft.target_hidden_size),
-        "norm.weight": (size,),
-        "lm_head.weight": (draft.draft_vocab_size, size),
-    }
 
 
 def tame_params(case: Case) -> Params:
@@ -102,35 +99,34 @@ def tame_params(case: Case) -> Params:
         if len(shape) == 1:
             params[name] = (1 + normal(shape, 0.1, source, torch.float64)).to(case.torch_dtype)
         else:
-            scale = 1.0 if name.startswith("embed_tokens") else shape[1] ** -0.5
+            scale = 1.0 if name == EMBED else shape[1] ** -0.5
             params[name] = normal(shape, scale, source, case.torch_dtype)
     return params
 
 
 def tame_frozen(case: Case) -> Frozen:
-    """A target head and vocabulary map; the draft vocabulary is a random subset."""
+    """A target's embedding and head, and a vocabulary map; the draft vocabulary is a random subset."""
     source = generator(case, 2)
     kept = torch.randperm(case.vocab, generator=source)[: case.draft_vocab].sort().values
     t2d = torch.zeros(case.vocab, dtype=torch.bool)
     t2d[kept] = True
     embed = normal((case.vocab, case.hidden), 1.0, source, case.torch_dtype)
-    return Frozen(
-        embed_tokens=embed if case.target_hidden == case.hidden else None,
-        target_head=normal((case.vocab, case.target_hidden), case.target_hidden**-0.5, source, case.torch_dtype),
-        t2d=t2d,
-        d2t=kept - torch.arange(case.draft_vocab),
-    )
+    head = normal((case.vocab, case.target_hidden), case.target_hidden**-0.5, source, case.torch_dtype)
+    if case.tokens != "mixed":  # halved logits are seldom the largest
+        head = torch.where((t2d == (case.tokens == "inside"))[:, None], head, head / 2)
+    same_width = case.target_hidden == case.hidden
+    embed = head if case.tied else embed
+    return Frozen(embed if same_width else None, head, t2d, kept - torch.arange(case.draft_vocab))
 
 
 def tame_batch(case: Case, index: int = 0) -> Batch:
-    """Right-padded rows, about two of three trained: real ones but the last, or, with `mask_padding`, any.
+    """Right-padded rows of a batch; another `index` is another batch of the same lengths.
 
-    Only a trained padded row sees padded keys, so only there the padding's part of the mask shows.
+    Only a trained padded row sees padded keys, so only there the padding's part of the attention mask shows.
     """
     source = generator(case, 10 + index)
     rows, length = len(case.lengths), max(case.lengths)
     real = torch.arange(length)[None] < torch.tensor(case.lengths)[:, None]
-    inner = torch.arange(length)[None] < torch.tensor(case.lengths)[:, None] - 1
     wanted = torch.rand(rows, length, generator=source) < 0.7
     ids = torch.randint(0, case.vocab, (rows, length), generator=source)
     aux = normal((rows, length, 3 * case.target_hidden), 1.0, source, case.torch_dtype)
@@ -139,35 +135,24 @@ def tame_batch(case: Case, index: int = 0) -> Batch:
     return Batch(
         input_ids=ids * real,
         attention_mask=real.long(),
-        loss_mask=(wanted if case.mask_padding else wanted & inner).long(),
+        loss_mask=_row_mask(case, real, wanted, source).long(),
         aux_hidden=aux * real[..., None],
         last_hidden=last * real[..., None],
         position_ids=positions,
     )
 
 
-@st.composite
-def cases(draw: st.DrawFn, **fixed: object) -> Case:
-    """Cases over every option; `fixed` pins fields."""
-    kv_heads = draw(st.sampled_from([1, 2]))
-    vocab = draw(st.integers(20, 50))
-    hidden = draw(st.sampled_from([16, 24]))
-    case = Case(
-        heads=(kv_heads * draw(st.sampled_from([1, 2, 3])), kv_heads),
-        head_dim=draw(st.sampled_from([4, 6, 8])),
-        hidden=hidden,
-        target_hidden=draw(st.sampled_from([hidden, hidden, 20])),
-        intermediate=draw(st.integers(8, 40)),
-        vocab=vocab,
-        draft_vocab=draw(st.one_of(st.just(vocab), st.integers(vocab // 2, vocab - 1))),
-        lengths=tuple(draw(st.lists(st.integers(5, 10), min_size=1, max_size=3))),
-        steps=draw(st.integers(1, 4)),
-        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
-        teacher=draw(st.sampled_from(["compact", "full"])),
-        chunk=draw(st.integers(3, 60)),
-        normalization=draw(st.sampled_from(["rows", "mask"])),
-        own_positions=draw(st.booleans()),
-        mask_padding=draw(st.booleans()),
-        seed=draw(st.integers(0, 10**6)),
-    )
-    return replace(case, **fixed)  # pyright: ignore[reportArgumentType]
+def _row_mask(case: Case, real: Tensor, wanted: Tensor, source: torch.Generator) -> Tensor:
+    match case.mask:
+        case "drawn":
+            last = torch.tensor(case.lengths)[:, None] - 1
+            return wanted & real & (torch.arange(real.shape[1])[None] != last)
+        case "padding":
+            return wanted
+        case "full":
+            return real
+        case "one":
+            row = int(torch.randint(0, case.lengths[0] - 1, (), generator=source))
+            return torch.zeros_like(real).index_put((torch.tensor(0), torch.tensor(row)), torch.tensor(True))
+        case "empty":
+            return torch.zeros_like(real)

@@ -19,12 +19,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
+from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.results import Result
 
 COMMIT = "7a81ce53a0381c6438fd19d6e247d34c68497012"
 COMMIT_FILES = {  # sha256 at COMMIT
@@ -47,6 +49,10 @@ INSTALL = (
 )
 
 
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
+_LK = {"kl": None, "lk_alpha": "alpha", "lk_lambda": "lambda"}
+
+
 class Oracle(NamedTuple):
     """Which old tool is at hand. `kind` "commit": every used file has the commit's hash."""
 
@@ -56,7 +62,13 @@ class Oracle(NamedTuple):
     draft: ModuleType
     optimizer: ModuleType
 
+    @property
+    def digest(self) -> str:
+        """One sha256 over the names and hashes of the used files."""
+        return hashlib.sha256(repr(sorted(self.hashes.items())).encode()).hexdigest()
+
     def describe(self) -> str:
+        """Kind, torch version, and the used files by hash."""
         lines = [f"oracle: SpecForge, {self.kind}, torch {torch.__version__}"]
         return "\n".join([*lines, *(f"  {value[:16]}  {name}" for name, value in self.hashes.items())])
 
@@ -65,21 +77,22 @@ class OracleMissingError(Exception):
     """Why there is no oracle, and what to install."""
 
 
-def require_oracle(*, commit: bool = False) -> Oracle:
-    """The oracle, or a skip that names what to install; `commit` accepts nothing but the commit's own files."""
-    try:
-        oracle = _load()
-    except OracleMissingError as error:
-        pytest.skip(str(error))
+def load_oracle(*, commit: bool = False) -> Oracle:
+    """The oracle at hand; with `commit`, nothing but the commit's own files.
+
+    Raises:
+        OracleMissingError: none is at hand, or torch was loaded without the oracle's environment.
+    """
+    oracle = _load()
     if commit and oracle.kind != "commit":
-        pytest.skip(f"the oracle at hand is a {oracle.kind}, whose optimizer is another one: {INSTALL}")
+        raise OracleMissingError(f"the oracle at hand is a {oracle.kind}, whose optimizer is another one: {INSTALL}")
     return oracle
 
 
 @functools.cache
 def _load() -> Oracle:
-    if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("TORCHDYNAMO_DISABLE") != "1":
-        raise OracleMissingError("the oracle needs TRITON_INTERPRET=1 and TORCHDYNAMO_DISABLE=1 before torch is loaded")
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        raise OracleMissingError(f"the oracle needs {ENVIRONMENT} in the environment before torch is loaded")
     source = os.environ.get("SPECFORGE_SRC")
     if source:
         if not (Path(source) / "specforge" / "optimizer.py").is_file():
@@ -116,6 +129,7 @@ class EagerLoss:
 
     @staticmethod
     def apply(logits: Tensor, p: Tensor, mask: Tensor) -> Tensor:
+        """The mean over all rows of `(B, S, D)` logits against `p`; `mask` is `(B, S, 1)`."""
         logp = torch.log_softmax(logits.float(), dim=-1)
         row = -(p * logp).sum(-1) * mask.squeeze(-1).float()
         return row.mean()
@@ -179,20 +193,25 @@ class OldForward(NamedTuple):
 
 
 def old_forward(
-    oracle: Oracle, draft: torch.nn.Module, frozen: Frozen, batch: Batch, steps: int, chunk: int | None
+    oracle: Oracle, draft: torch.nn.Module, frozen: Frozen, batch: Batch, objective: ObjectiveConfig
 ) -> OldForward:
-    """`OnlineEagle3Model.forward` on CPU tensors; the shifts before it are its callers' (data and target side)."""
-    model = oracle.eagle3.OnlineEagle3Model(draft, length=steps, attention_backend="sdpa")
+    """`OnlineEagle3Model.forward` on CPU tensors; the shifts before it are its callers' (data and target side).
+
+    Of `objective`, unroll length, teacher and loss are taken; it divides by all rows whatever is asked.
+    """
+    loss = {"kl_scale": objective.kl_scale, "kl_decay": objective.kl_decay, "lk_loss_type": _LK[objective.loss]}
+    length = objective.ttt_length
+    model = oracle.eagle3.OnlineEagle3Model(draft, length=length, attention_backend="sdpa", **loss)
     target = _left(batch.last_hidden)
     compact: dict[str, Any] = {}
     logits = None
-    if chunk is None:
+    if objective.teacher == "full":
         logits = torch.nn.functional.linear(target, frozen.target_head)
     else:
         compact = {
             "target_hidden_for_compact": target,
             "target_head_weight": frozen.target_head,
-            "compact_teacher_chunk_size": chunk,
+            "compact_teacher_chunk_size": objective.teacher_chunk,
         }
     result = model(
         input_ids=_left(batch.input_ids),
@@ -208,3 +227,21 @@ def old_forward(
 
 def _left(x: Tensor) -> Tensor:
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+def run_oracle(oracle: Oracle, case: Case) -> Result:
+    """Everything that is compared, from the old tool at level 2, by name; gradients under their leaf's."""
+    frozen, objective = tame_frozen(case), case.config().objective
+    draft = old_draft(oracle, case.draft(), tame_params(case), frozen)
+    with eager_loss(oracle):
+        result = old_forward(oracle, draft, frozen, tame_batch(case), objective)
+    loss = sum((objective.decay**i * value for i, value in enumerate(result.losses)), start=torch.zeros(()))
+    loss.backward()
+    seen = {
+        "loss": loss.detach(),
+        "losses": torch.stack([value.detach() for value in result.losses]),
+        "acceptance": torch.stack(result.acceptance),
+        "correct": torch.stack(result.correct),
+        "rows": torch.stack(result.rows),
+    }
+    return seen | {name: leaf.grad for name, leaf in draft.named_parameters() if leaf.grad is not None}

@@ -1,0 +1,85 @@
+"""`assert_equivalent(my_forward_loss)`: a changed objective held against ours, or the old tool, on drawn cases."""
+
+from collections.abc import Callable
+from typing import Any
+
+from eagle3fn.model.forward import forward_loss
+from eagle3fn.testing import oracle
+from eagle3fn.testing.builders import Case
+from eagle3fn.testing.results import ForwardLoss, Result, differences, run_forward, ulps
+from eagle3fn.testing.strategies import cases as all_cases
+from eagle3fn.testing.strategies import oracle_cases, search
+
+Against = str | ForwardLoss
+
+
+def assert_equivalent(
+    my_forward_loss: ForwardLoss, against: Against = "legacy", cases: int = 50, seed: int = 0, **fixed: Any
+) -> None:
+    """Compare loss, per-step losses, acceptance, accuracy counts and every gradient leaf by `torch.equal`.
+
+    Args:
+        my_forward_loss: `(params, batch, *, config, frozen) → (loss, aux)`, as `eagle3fn.forward_loss`. Its gradients
+            are taken by `eagle3fn.value_and_grad`.
+        against: "legacy", our own under the legacy numerics; "oracle", the old tool; or a function like the first.
+        cases: how many are drawn.
+        seed: the same cases for the same seed.
+        fixed: fields of `Case` to pin, as `dtype="float32"` or `loss="kl"`.
+
+    Raises:
+        AssertionError: something differs; the message names it, with the distance in representable values (ulps),
+            and ends with lines that repeat the smallest failing case when pasted.
+        OracleMissingError: `against="oracle"` and no old tool is at hand; the message says what to install.
+    """
+    expected = _runner(against)
+    strategy = oracle_cases(**fixed) if against == "oracle" else all_cases(**fixed)
+    search(lambda case: _compare(my_forward_loss, against, expected, case), strategy, cases, seed)
+
+
+def assert_case(my_forward_loss: ForwardLoss, case: Case, against: Against = "legacy") -> None:
+    """`assert_equivalent` on one case."""
+    _compare(my_forward_loss, against, _runner(against), case)
+
+
+def _runner(against: Against) -> Callable[[Case], Result]:
+    if callable(against):
+        return lambda case: run_forward(against, case)
+    if against == "legacy":
+        return lambda case: run_forward(forward_loss, case)
+    if against == "oracle":
+        found = oracle.load_oracle()
+        return lambda case: oracle.run_oracle(found, case)
+    raise ValueError(f"against = {against!r}: must be 'legacy', 'oracle' or a function")
+
+
+def _compare(mine: ForwardLoss, against: Against, expected: Callable[[Case], Result], case: Case) -> None:
+    left, right = run_forward(mine, case), expected(case)
+    found = differences(left, right)
+    if found:
+        lines = [f"  {name}: {_distance(left, right, name)}" for name in found]
+        raise AssertionError("\n".join(["not equal:", *lines, "to repeat it:", snippet(mine, case, against)]))
+
+
+def _distance(left: Result, right: Result, name: str) -> str:
+    if name not in left or name not in right:
+        return f"missing {'here' if name not in left else 'there'}"
+    far = ulps(left[name], right[name])
+    shape = f"{left[name].dtype} {tuple(left[name].shape)} against {right[name].dtype} {tuple(right[name].shape)}"
+    return f"{far} ulps" if far >= 0 else f"not finite, or {shape}"
+
+
+def snippet(mine: ForwardLoss, case: Case, against: Against = "legacy") -> str:
+    """Lines of Python that repeat a comparison; a function defined inside another one has to be in scope."""
+    functions = [mine, against] if callable(against) else [mine]
+    lines = ["from eagle3fn.testing import Case, assert_case", *filter(None, map(_import, functions))]
+    other = _name(against) if callable(against) else repr(against)
+    return "\n".join([*lines, f"assert_case({_name(mine)}, {case!r}, against={other})"])
+
+
+def _name(function: ForwardLoss) -> str:
+    return str(getattr(function, "__qualname__", "my_forward_loss")).rpartition(".")[2].replace("<lambda>", "my_lambda")
+
+
+def _import(function: ForwardLoss) -> str:
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<locals>")
+    return "" if "<" in name or module in (None, "__main__") else f"from {module} import {name}"
