@@ -19,12 +19,12 @@ from eagle3fn.data.target import features
 from eagle3fn.model import layers
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.model.table import init_params
+from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
 from eagle3fn.train.bind import bind
 from eagle3fn.use import decode
 from eagle3fn.use.chain import Chain
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
-from tests.strategies import Case, tame_batch, tame_frozen, tame_params
 
 DEPTH, VOCAB, DRAFT_VOCAB = 6, 128, 96
 

@@ -11,8 +11,8 @@ from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Frozen
+from eagle3fn.testing.builders import Case, tame_frozen, tame_params
 from eagle3fn.use.export import export, load_draft
-from tests.strategies import Case, tame_frozen, tame_params
 
 LAYERS = 8
 PLAIN = Case(dtype="float32")
