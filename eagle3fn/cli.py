@@ -10,14 +10,13 @@ from eagle3fn.base.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a sub-command; returns the exit code: 0, or 2 for bad input, with one line on stderr that says what to do."""
+    """Run a sub-command; returns the exit code: its own, or 2 for bad input, with one line on stderr: what to do."""
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         print(f"eagle3fn {options.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:  # noqa: PLR0915
@@ -25,7 +24,7 @@ def parser() -> argparse.ArgumentParser:  # noqa: PLR0915
     root = argparse.ArgumentParser(prog="eagle3fn", description=__doc__)
     commands = root.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[[Any], None], about: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[Any], int | None], about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(run=run)
         return sub
@@ -69,6 +68,11 @@ def parser() -> argparse.ArgumentParser:  # noqa: PLR0915
     sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
     sub.add_argument("--minutes", type=float, help="choose the number of steps to fill this time")
 
+    _add_checks(command, target)
+    return root
+
+
+def _add_checks(command: Callable[..., argparse.ArgumentParser], target: Callable[..., None]) -> None:
     sub = command("evaluate", _evaluate, "speculative decoding with an exported draft: losslessness, length, speed")
     target(sub)
     sub.add_argument("--draft", required=True, help="exported draft folder")
@@ -81,7 +85,12 @@ def parser() -> argparse.ArgumentParser:  # noqa: PLR0915
 
     sub = command("report", _report, "gather a run's results in one table, a JSON file and a picture")
     sub.add_argument("--run", dest="folder", required=True, help="folder with train/ and evaluation.json")
-    return root
+
+    sub = command("parity", _parity, "the legacy numerics against the old tool, bit for bit, on drawn tiny problems")
+    sub.add_argument("--cases", type=_positive, default=100, help="how many are drawn (default 100)")
+    sub.add_argument("--seed", type=int, default=0, help="the same cases for the same seed (default 0)")
+    sub.add_argument("--json", action="store_true", help="end with one line of JSON")
+    sub.add_argument("--bisect", action="store_true", help="name the unroll step and operation a difference begins at")
 
 
 def _positive(text: str) -> int:
@@ -232,6 +241,12 @@ def _evaluate(options: Any) -> None:
     report = evaluate(options.target, options.draft, prompts, settings, options.untrained, options.plain, on_progress)
     write_json(options.out, report)
     print(f"{options.out}: lossless {report['lossless']}, accepted length {report['accepted_length']:.3f}")
+
+
+def _parity(options: Any) -> int:
+    from eagle3fn.testing.parity import run
+
+    return run(options.cases, options.seed, options.json, options.bisect, _bar)
 
 
 def _report(options: Any) -> None:

@@ -163,4 +163,4 @@ def test_refusals_name_the_setting():
             fns.step(fns.init_state(fns.init(0)), (batch, batch))
     for name, value in (("kl_scale", 1.1), ("kl_scale", -0.1), ("kl_decay", -1.0), ("kl_decay", float("inf"))):
         with pytest.raises(e3.UserError, match=f"objective.{name} = "):
-            e3.ObjectiveConfig(**{name: value})
+            replace(e3.ObjectiveConfig(), **{name: value})

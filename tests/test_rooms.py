@@ -70,7 +70,7 @@ def test_heavy_packages_are_imported_in_one_file_and_lazily():
         assert users == {home}
     for path in files():
         top = {name.split(".")[0] for name in top_level(path)}
-        assert not top & {"transformers", "matplotlib", "triton"}, path
+        assert not top & {"transformers", "matplotlib", "triton", "hypothesis", "pytest"}, path
 
 
 def test_files_stay_small():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor
 
 import eagle3fn as e3
@@ -14,16 +14,16 @@ from eagle3fn.testing import Case, assert_case, assert_equivalent
 from eagle3fn.testing.builders import tame_batch, tame_frozen, tame_params
 from eagle3fn.testing.oracle import Oracle
 from eagle3fn.testing.results import differences, nontrivial, run_forward, ulps
-from eagle3fn.testing.strategies import cases, drawn, oracle_cases
+from eagle3fn.testing.strategies import cases, drawn, for_oracle, oracle_cases, simplest
 
 
 @pytest.fixture(scope="module")
 def many() -> list[Case]:
-    return drawn(cases(), 400, 0)
+    return drawn(400, 0)
 
 
 def test_the_same_seed_draws_the_same_cases(many):
-    assert drawn(cases(), 20, 5) == drawn(cases(), 20, 5) != drawn(cases(), 20, 6)
+    assert drawn(20, 5) == drawn(40, 5)[:20] != drawn(20, 6)
     assert len(many) == 400
 
 
@@ -75,9 +75,31 @@ def test_batches_are_what_the_case_says(case: Case):
     assert all(float(value.abs().max()) < 8 for value in params.values())
 
 
-def test_oracle_cases_are_what_the_old_tool_knows():
-    found = drawn(oracle_cases(), 30, 0)
-    assert all(case.target_hidden == case.hidden and case.normalization == "rows" for case in found)
+@given(oracle_cases())
+def test_oracle_cases_are_what_the_old_tool_knows(case: Case):
+    assert case.target_hidden == case.hidden and case.normalization == "rows" and for_oracle(case) == case
+
+
+def test_the_strategy_draws_like_the_list():
+    """Hypothesis draws the same fields, four of five non-trivial too, and pins what is asked for."""
+    seen: list[Case] = []
+
+    @settings(max_examples=100)
+    @given(cases(loss="lk_alpha"))
+    def look(case: Case) -> None:
+        seen.append(case)
+
+    look()
+    assert {case.loss for case in seen} == {"lk_alpha"} and len({case.steps for case in seen}) > 4
+    assert sum(nontrivial(run_forward(e3.forward_loss, case)) for case in seen) >= 0.8 * len(seen)
+
+
+def test_a_failing_case_is_made_plain():
+    case = drawn(1, 0)[0]
+    assert simplest(case, lambda simpler: simpler.seed == case.seed) == replace(Case(), seed=case.seed)
+    assert simplest(case, lambda simpler: False) == case
+    wide = replace(case, vocab=50, draft_vocab=45)
+    assert simplest(wide, lambda simpler: simpler.draft_vocab == 45) == replace(Case(), vocab=50, draft_vocab=45)
 
 
 def test_a_cases_text_rebuilds_it(many):

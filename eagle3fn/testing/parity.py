@@ -1,4 +1,4 @@
-"""`eagle3fn parity`: our legacy numerics against the old tool on drawn cases, so that a stranger can check the claim."""
+"""`eagle3fn parity`: our legacy numerics against the old tool on drawn cases, for anyone to check."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from eagle3fn.testing.builders import Case
 from eagle3fn.testing.equivalence import snippet
 from eagle3fn.testing.oracle import ENVIRONMENT, Oracle, OracleMissingError, load_oracle, run_oracle
 from eagle3fn.testing.results import differences, nontrivial, run_forward, ulps
-from eagle3fn.testing.strategies import drawn, oracle_cases
+from eagle3fn.testing.strategies import drawn, for_oracle
 
 LEVEL = "level 2: the old loss, a Triton kernel, is replaced by the equal eager expression; all else is the old tool's"
 DIFFERENT, NO_ORACLE = 1, 3
@@ -33,7 +33,7 @@ class Tally(NamedTuple):
 
 
 def run(
-    cases: int, seed: int, as_json: bool, where: bool, on_progress: Callable[[int, int], None] | None = None
+    cases: int, seed: int, as_json: bool, where: bool, progress: Callable[[str], Callable[[int, int], None]]
 ) -> int:
     """Compare, print, and return the exit code: 0 equal; 1 a difference, or only trivial cases; 3 no old tool.
 
@@ -48,7 +48,7 @@ def run(
     except OracleMissingError as error:
         print(f"eagle3fn parity: {error}", file=sys.stderr)
         return NO_ORACLE
-    tally = compare(oracle, drawn(oracle_cases(), cases, seed), on_progress)
+    tally = compare(oracle, [for_oracle(case) for case in drawn(cases, seed)], progress("case"))
     difference = first_difference(oracle, tally, where)
     print(describe(oracle, tally, difference))
     if as_json:

@@ -1,83 +1,93 @@
-"""Hypothesis strategies for tiny problems, and a list of drawn ones from a seed."""
+"""Drawn tiny problems: one recipe, as a Hypothesis strategy or as a list from a seed."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
-
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from eagle3fn.testing.builders import Case
 
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+T = TypeVar("T")
+LOSSES: tuple[Literal["kl", "lk_alpha", "lk_lambda"], ...] = ("kl", "lk_alpha", "lk_lambda")
+MASKS: tuple[Literal["drawn", "padding", "full", "one", "empty"], ...]
 MASKS = ("drawn",) * 12 + ("padding",) * 5 + ("full",) * 5 + ("one", "empty")  # the last two leave little to compare
-TOKENS = ("mixed",) * 5 + ("inside", "inside", "outside")
-LOSSES = ("kl", "lk_alpha", "lk_lambda")
+TOKENS: tuple[Literal["mixed", "inside", "outside"], ...] = ("mixed",) * 5 + ("inside", "inside", "outside")
 
 
-@st.composite
-def cases(draw: st.DrawFn, **fixed: Any) -> Case:
-    """Cases over every option; `fixed` pins fields of `Case`.
+def recipe(pick: Callable[[Sequence[Any]], Any], number: Callable[[int, int], int]) -> Case:
+    """A case over every option, from a way to choose and a way to draw a whole number between two others.
 
-    fp32 and bf16 are drawn; for fp64 pin `dtype`. A draft of another width than its target's trains its own embedding.
+    fp32 and bf16 are drawn; fp64 is for who pins it. A draft of another width than its target's trains its own
+    embedding.
     """
-    kv_heads, vocab = draw(st.sampled_from([1, 2])), draw(st.integers(20, 50))
-    hidden = draw(st.sampled_from([16, 24]))
-    case = Case(
-        heads=(kv_heads * draw(st.sampled_from([1, 2, 3])), kv_heads),
-        head_dim=draw(st.sampled_from([4, 6, 8])),
+    kv_heads, vocab, hidden = pick([1, 2]), number(20, 50), pick([16, 24])
+    return Case(
+        heads=(kv_heads * pick([1, 2, 3]), kv_heads),
+        head_dim=pick([4, 6, 8]),
         hidden=hidden,
-        target_hidden=draw(st.sampled_from([hidden, hidden, 20])),
-        intermediate=draw(st.integers(8, 40)),
+        target_hidden=pick([hidden, hidden, 20]),
+        intermediate=number(8, 40),
         vocab=vocab,
-        draft_vocab=draw(st.one_of(st.just(vocab), st.integers(vocab // 2, vocab - 1))),
-        lengths=tuple(draw(_lengths())),
-        steps=draw(st.sampled_from([3, 1, 2, 4, 5, 6, 7, 8])),
-        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
-        teacher=draw(st.sampled_from(["compact", "full"])),
-        chunk=draw(st.integers(3, 60)),
-        normalization=draw(st.sampled_from(["rows", "mask"])),
-        loss=draw(st.sampled_from(LOSSES)),
-        kl_scale=draw(st.sampled_from([1.0, 0.5, 0.0])),
-        kl_decay=draw(st.sampled_from([3.0, 1.0, 0.0])),
-        mask=draw(st.sampled_from(MASKS)),
-        tokens=draw(st.sampled_from(TOKENS)),
-        tied=draw(st.booleans()),
-        eps=draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
-        theta=draw(st.sampled_from([10_000.0, 500_000.0, 100.0])),
-        own_positions=draw(st.booleans()),
-        seed=draw(st.integers(0, 10**6)),
+        draft_vocab=vocab if pick([False, True]) else number(vocab // 2, vocab - 1),
+        lengths=tuple(number(4, 10) for _ in range(pick([2, 1, 3, 4]))),
+        steps=pick([3, 1, 2, 4, 5, 6, 7, 8]),
+        dtype=pick(["float32", "bfloat16"]),
+        teacher=pick(["full", "compact"]),
+        chunk=number(3, 60),
+        normalization=pick(["rows", "mask"]),
+        loss=pick(LOSSES),
+        kl_scale=pick([1.0, 0.5, 0.0]),
+        kl_decay=pick([3.0, 1.0, 0.0]),
+        mask=pick(MASKS),
+        tokens=pick(TOKENS),
+        tied=pick([False, True]),
+        eps=pick([1e-6, 1e-5, 1e-2]),
+        theta=pick([10_000.0, 500_000.0, 100.0]),
+        own_positions=pick([False, True]),
+        seed=number(0, 10**6),
     )
-    return replace(case, **fixed)
 
 
-def _lengths() -> st.SearchStrategy[list[int]]:
-    """Of 1 to 4 rows, 4 to 10 tokens each."""
-    return st.sampled_from([2, 1, 3, 4]).flatmap(lambda n: st.lists(st.integers(4, 10), min_size=n, max_size=n))
+def for_oracle(case: Case) -> Case:
+    """The case as the old tool knows it: a target as wide as the draft, and a division by all rows."""
+    return replace(case, target_hidden=case.hidden, normalization="rows")
 
 
-def oracle_cases(**fixed: Any) -> st.SearchStrategy[Case]:
-    """Cases the old tool knows: a target as wide as the draft, and a division by all rows."""
-    return cases(normalization="rows", **fixed).map(lambda case: replace(case, target_hidden=case.hidden))
+def cases(**fixed: Any) -> "SearchStrategy[Case]":
+    """A Hypothesis strategy of cases; `fixed` pins fields of `Case`."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def build(draw: st.DrawFn) -> Case:
+        drawn_case = recipe(lambda options: draw(st.sampled_from(options)), lambda a, b: draw(st.integers(a, b)))
+        return replace(drawn_case, **fixed)
+
+    return build()
 
 
-def search(check: Callable[[Case], None], strategy: st.SearchStrategy[Case], count: int, start: int) -> None:
-    """Call `check` on `count` drawn cases, the same ones for the same `start`; a failure is made smaller first."""
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.nested_given]
-    phases = (Phase.generate, Phase.shrink)
-    fixed = settings(max_examples=count, deadline=None, database=None, derandomize=False, print_blob=False,
-                     phases=phases, suppress_health_check=quiet)  # fmt: skip
-
-    @seed(start)
-    @fixed
-    @given(strategy)
-    def run(case: Case) -> None:
-        check(case)
-
-    run()
+def oracle_cases(**fixed: Any) -> "SearchStrategy[Case]":
+    """A Hypothesis strategy of cases the old tool knows."""
+    return cases(**fixed).map(for_oracle)
 
 
-def drawn(strategy: st.SearchStrategy[Case], count: int, start: int) -> list[Case]:
-    """`count` cases, the same ones for the same `start` and hypothesis version."""
-    found: list[Case] = []
-    search(found.append, strategy, count, start)
-    return found
+def drawn(count: int, seed: int, **fixed: Any) -> list[Case]:
+    """`count` cases, evenly over the options and the same ones for the same seed; `fixed` pins fields of `Case`."""
+    sources = (random.Random(f"{seed} {index}") for index in range(count))
+    return [replace(recipe(source.choice, source.randint), **fixed) for source in sources]
+
+
+def simplest(case: Case, fails: Callable[[Case], bool]) -> Case:
+    """The case with every field at its default for which it still fails, the last field first."""
+    plain = Case()
+    for field in reversed(fields(Case)):
+        simpler = replace(case, **{field.name: getattr(plain, field.name)})
+        if simpler != case and _possible(simpler) and fails(simpler):
+            case = simpler
+    return case
+
+
+def _possible(case: Case) -> bool:
+    return case.draft_vocab <= case.vocab
