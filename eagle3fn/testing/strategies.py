@@ -3,18 +3,16 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from eagle3fn.testing.builders import Case
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-T = TypeVar("T")
-LOSSES: tuple[Literal["kl", "lk_alpha", "lk_lambda"], ...] = ("kl", "lk_alpha", "lk_lambda")
-MASKS: tuple[Literal["drawn", "padding", "full", "one", "empty"], ...]
+LOSSES = ("kl", "lk_alpha", "lk_lambda")
 MASKS = ("drawn",) * 12 + ("padding",) * 5 + ("full",) * 5 + ("one", "empty")  # the last two leave little to compare
-TOKENS: tuple[Literal["mixed", "inside", "outside"], ...] = ("mixed",) * 5 + ("inside", "inside", "outside")
+TOKENS = ("mixed",) * 5 + ("inside", "inside", "outside")
 
 
 def recipe(pick: Callable[[Sequence[Any]], Any], number: Callable[[int, int], int]) -> Case:
