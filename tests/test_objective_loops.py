@@ -107,7 +107,7 @@ def add_rows(sums: Sums, case: Case, frozen: e3.Frozen, sample: e3.Batch, logits
 
 def by_loops(case: Case) -> tuple[float, Sums]:
     batch, frozen, params = tame_batch(case), tame_frozen(case), tame_params(case)
-    sums = Sums(*([0] * case.steps for _ in Sums._fields))
+    sums = Sums(*([0] * case.steps for _ in Sums._fields))  # pyright: ignore[reportArgumentType]
     for b, length in enumerate(case.lengths):
         sample = e3.Batch(*(None if x is None else x[b, :length] for x in batch))  # pyright: ignore[reportArgumentType]
         add_rows(sums, case, frozen, sample, unroll(case, params, frozen, sample))
