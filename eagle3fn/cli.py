@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def parser() -> argparse.ArgumentParser:  # noqa: PLR0915
+def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     root = argparse.ArgumentParser(prog="eagle3fn", description=__doc__)
     commands = root.add_subparsers(dest="command", required=True)
