@@ -48,7 +48,8 @@ from eagle3fn.testing.oracle import (
     old_forward,
 )
 from eagle3fn.train.bind import bind
-from eagle3fn.train.loop import Run, evaluate_held_out, prepare
+from eagle3fn.train.held_out import evaluate_held_out
+from eagle3fn.train.run import Run, prepare
 from eagle3fn.use.evaluate import EvalSettings, Progress, evaluate, read_prompts
 from eagle3fn.use.export import export, load_draft
 from tests.reference import weighted_sum

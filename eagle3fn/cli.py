@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from eagle3fn.base import progress
 from eagle3fn.base.errors import UserError
 
 
@@ -15,8 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except UserError as error:
-        print(f"eagle3fn {options.command}: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
+    except (OSError, SafetensorError) as error:
+        message = f"{error}; check that the path is right, writable and has room"
+    progress.close()
+    print(f"eagle3fn {options.command}: {message}", file=sys.stderr)
+    return 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     target(sub)
     sub.add_argument("--out", required=True, help="JSONL file; .xz and .gz compress")
     sub.add_argument("--count", type=_positive, default=1000, help="conversations to write at least (default 1000)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=_count, default=0)
     sub.add_argument("--batch", type=_positive, default=64, help="conversations sampled together (default 64)")
     sub.add_argument("--exclude", help="JSONL whose texts must not come back: 13 words in a row are too many")
 
@@ -56,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--features", required=True)
     sub.add_argument("--out", required=True, help="safetensors file")
     sub.add_argument("--size", type=_positive, default=32_000, help="draft vocabulary (default 32000)")
-    sub.add_argument("--held-out", type=int, default=0, help="samples at the end that are not counted")
+    sub.add_argument("--held-out", type=_count, default=0, help="samples at the end that are not counted")
 
     sub = command("train", _train, "train the draft; goes on from the newest checkpoint")
     target(sub, runs=False)
@@ -66,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", help="TOML file")
     sub.add_argument("--draft-config", help="draft JSON (default: derived from the target)")
     sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
-    sub.add_argument("--minutes", type=float, help="choose the number of steps to fill this time")
+    sub.add_argument("--minutes", type=_minutes, help="choose the number of steps to fill this time")
 
     _add_checks(command, target)
     return root
@@ -94,24 +101,21 @@ def _add_checks(command: Callable[..., argparse.ArgumentParser], target: Callabl
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return _number(int(text), text, 1, 2**40)
+
+
+def _count(text: str) -> int:
+    return _number(int(text), text, 0, 2**40)
+
+
+def _minutes(text: str) -> float:
+    return _number(float(text), text, 0.01, 1e6)
+
+
+def _number(value: Any, text: str, low: float, high: float) -> Any:
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high:g}")
     return value
-
-
-def _bar(unit: str) -> Callable[[int, int], None]:
-    from tqdm import tqdm
-
-    bar = tqdm(unit=unit, dynamic_ncols=True)
-
-    def update(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return update
 
 
 def _synthesize(options: Any) -> None:
@@ -127,7 +131,7 @@ def _synthesize(options: Any) -> None:
         seed=options.seed,
         batch=options.batch,
         exclude=options.exclude,
-        on_progress=_bar("conversation"),
+        on_progress=progress.bar("conversation"),
     )
     print(f"{options.out}: {count} conversations")
 
@@ -152,7 +156,7 @@ def _extract(options: Any) -> None:
         batch=options.batch,
         limit=options.limit,
         name=options.target,
-        on_progress=_bar("sample"),
+        on_progress=progress.bar("sample"),
     )
     totals = index["totals"]
     print(
@@ -183,12 +187,13 @@ def _train(options: Any) -> None:
     import torch
 
     from eagle3fn.base.config import load_config
-    from eagle3fn.base.draft_config import draft_config_from_json, draft_config_from_target
-    from eagle3fn.data.features import open_features
+    from eagle3fn.base.draft_config import aux_layers, draft_config_from_json, draft_config_from_target
+    from eagle3fn.data.features import check_target, open_features
     from eagle3fn.data.fingerprint import config_hash
     from eagle3fn.data.target import read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.train.loop import train
+    from eagle3fn.use.publish import run_events
 
     tree = target_config(options.target)
     size = map_size(options.vocab)
@@ -198,31 +203,14 @@ def _train(options: Any) -> None:
     features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
     vocab_map = load_map(options.vocab, config.draft.vocab_size, config.draft.draft_vocab_size, config_hash(tree))
     tensors = read_target_tensors(options.target, getattr(torch, config.train.dtype))
-    events = _train_events(options, config, vocab_map, tensors, tree["num_hidden_layers"])
-    train(config, features, vocab_map, tensors, options.out, options.minutes, events)
-
-
-def _train_events(options: Any, config: Any, vocab_map: Any, tensors: Any, layers: int) -> Any:
-    import torch
-
-    from eagle3fn.base.types import Frozen
-    from eagle3fn.train.loop import Events
-    from eagle3fn.use.export import export
-
-    progress, out = _bar("step"), Path(options.out)
-    own = config.draft.hidden_size != config.draft.target_hidden_size
-    frozen = Frozen(None if own else tensors.embed_tokens, tensors.head, vocab_map.t2d, vocab_map.d2t)
-
-    def on_best(params: Any, row: dict[str, Any]) -> None:
-        name = "draft" if row["step"] else "untrained"
-        export(params, frozen, config.draft, out / name, layers, getattr(torch, config.train.dtype), any_rope=True)
-
-    def on_eval(row: dict[str, Any]) -> None:
-        if "accepted_length" in row:
-            length, rate = row["accepted_length"], row["accuracy"][0]
-            print(f"\nstep {row['step']}: held-out accepted length {length:.3f}, first-step accuracy {rate:.3f}")
-
-    return Events(lambda row, total: progress(row["step"], total), on_eval, on_best)
+    layers = tree["num_hidden_layers"]
+    check_target(features, config_hash(tree), aux_layers(config.draft, layers), options.target)
+    events = run_events(options.out, config, layers)
+    state = train(config, features, vocab_map, tensors, options.out, options.minutes, events)
+    if not (Path(options.out) / "draft").is_dir():
+        raise UserError(
+            f"{options.out}/draft: gone since the run ended at step {int(state.step)}; train into another folder"
+        )
 
 
 def _evaluate(options: Any) -> None:
@@ -234,7 +222,7 @@ def _evaluate(options: Any) -> None:
 
     def on_progress(stage: str, done: int, total: int) -> None:
         if stage not in bars:
-            bars[stage] = _bar(f" prompt ({stage})")
+            bars[stage] = progress.bar(f" prompt ({stage})")
         bars[stage](done, total)
 
     prompts = read_prompts(options.prompts)
@@ -246,7 +234,7 @@ def _evaluate(options: Any) -> None:
 def _parity(options: Any) -> int:
     from eagle3fn.testing.parity import run
 
-    return run(options.cases, options.seed, options.json, options.bisect, _bar)
+    return run(options.cases, options.seed, options.json, options.bisect, progress.bar)
 
 
 def _report(options: Any) -> None:

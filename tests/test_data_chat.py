@@ -93,6 +93,7 @@ def test_both_styles_of_rows_are_read():
         ({"conversations": [{"content": "x"}]}, "turn 1: role None"),
         ({"conversations": [{"role": "user"}]}, "turn 1: content None: must be a string.*mend or delete"),
         ({"conversations": [*talk("a"), {"role": "assistant", "content": 7}]}, "turn 2: content 7: must be a string"),
+        ({"conversations": talk("a", "b \ud83d c")}, r"turn 2: content 'b \\ud83d c': .*UTF-8.*mend or delete"),
     ],
 )
 def test_malformed_rows_are_named(row, named):

@@ -75,6 +75,34 @@ def test_a_damaged_shard_is_made_again_and_a_higher_limit_goes_on(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_shard_whose_bytes_changed_is_made_again(tmp_path):
+    talks = write_talks(tmp_path / "c.jsonl", 8)
+    run(talks, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    shard = tmp_path / "out" / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    run(talks, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_sidecar_or_index_that_is_no_object_is_refused_and_a_partial_one_made_again(tmp_path):
+    talks = write_talks(tmp_path / "c.jsonl", 8)
+    run(talks, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for name in ("shard-00001.json", "index.json"):
+        for text in ("[1]", "3", "null"):
+            (tmp_path / "out" / name).write_text(text)
+            with pytest.raises(UserError, match=rf"{name}: not a JSON object; remove the folder"):
+                run(talks, tmp_path / "out")
+        (tmp_path / "out" / name).write_bytes(before[name])
+    sidecar = json.loads(before["shard-00001.json"])
+    for key in ("samples", "bytes", "sha256", "file"):
+        kept = {k: value for k, value in sidecar.items() if k != key}
+        (tmp_path / "out" / "shard-00001.json").write_text(json.dumps(kept))
+        run(talks, tmp_path / "out")
+        assert contents(tmp_path / "out") == before
+
+
 def test_another_extraction_in_the_folder_is_refused(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 8)
     run(talks, tmp_path / "out")
@@ -116,9 +144,9 @@ GOOD = {"conversations": talk("a", "b")}
 def test_bad_input_is_refused_before_the_target_runs(tmp_path, monkeypatch):
     refused(tmp_path, [], "c.jsonl: no conversations; write", monkeypatch)
     refused(tmp_path, [GOOD, {"id": "r7"}], r"c.jsonl:2 \(id r7\): no list of turns", monkeypatch)
-    refused(tmp_path, [{"conversations": talk("a")}], r"c.jsonl: 0% .*⟦ ⟧: <\|im_start\|>user", monkeypatch)
+    refused(tmp_path, [{"conversations": talk("a")}], r"c.jsonl: 0% .*⟦ ⟧: '<\|im_start\|>user\\n", monkeypatch)
     refused(
-        tmp_path, [GOOD], "max_length = 257.*max_position_embeddings is 256.*at most 256", monkeypatch, max_length=257
+        tmp_path, [GOOD], "max_length = 257.*max_position_embeddings is 256; set --max-length to at most 256", monkeypatch, max_length=257
     )
     refused(tmp_path, [GOOD], r"layers \[0, 1, 5\].*\[0, 5\)", monkeypatch, layers=(0, 1, 5))
     with pytest.raises(UserError, match=r"none.jsonl: no such file; name"):
@@ -127,7 +155,7 @@ def test_bad_input_is_refused_before_the_target_runs(tmp_path, monkeypatch):
 
 def test_all_tokens_supervised_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "encode", lambda *_args: (torch.arange(4), torch.ones(4, dtype=torch.int64)))
-    refused(tmp_path, [GOOD], r"c.jsonl: 100% of the tokens.*⟦<\|im_start", monkeypatch)
+    refused(tmp_path, [GOOD], r"c.jsonl: 100% of the tokens.*'⟦[^\n]*⟧'$", monkeypatch)
 
 
 def test_another_targets_tokenizer_is_refused(tmp_path):

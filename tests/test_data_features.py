@@ -9,7 +9,7 @@ import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data import features as folder_module
-from eagle3fn.data.features import check_shards, open_features, read_sample, read_tokens
+from eagle3fn.data.features import check_shards, check_target, open_features, read_sample, read_tokens
 from eagle3fn.data.vocab import count_tokens
 from tests.data_tools import random_sample, write_folder
 
@@ -64,6 +64,21 @@ def test_changed_bytes_are_found_by_the_hash(tmp_path):
     shard.write_bytes(bytes(data))
     with pytest.raises(UserError, match=r"shard-00000.safetensors: its bytes have changed"):
         check_shards(opened)
+    with pytest.raises(UserError, match=r"shard-00000.safetensors: its bytes have changed.*run eagle3fn extract again"):
+        read_sample(opened, 0)
+
+
+def test_a_shard_is_hashed_once_an_opening(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path, [random_sample(6, i) for i in range(5)])
+    hashed = []
+    real = folder_module.sha256
+    monkeypatch.setattr(folder_module, "sha256", lambda path: hashed.append(path.name) or real(path))
+    opened = open_features(folder)
+    for number in (0, 1, 4, 2, 3, 0):
+        read_sample(opened, number)
+    assert hashed == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    read_sample(open_features(folder), 0)
+    assert len(hashed) == 3
 
 
 GOOD = random_sample(6, 1)
@@ -120,6 +135,61 @@ def test_a_bad_index_is_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match=r"index.json: not readable"):
         open_features(tmp_path)
+
+
+def without(entry, name):
+    return {key: value for key, value in entry.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "named"),
+    [
+        *(("samples", lambda e, k=k: without(e, k), rf"samples\[0\].{k}") for k in ("id", "key", "shard", "length")),
+        ("samples", lambda e: {**e, "key": 3}, r"samples\[0\].key is 3: must be a str"),
+        ("samples", lambda e: {**e, "length": "6"}, r"samples\[0\].length is '6': must be an? int"),
+        ("samples", lambda e: {**e, "length": True}, r"samples\[0\].length is True"),
+        ("samples", lambda e: {**e, "shard": "other"}, r"samples\[0\].shard is 'other': must be one of its shards"),
+        ("samples", lambda _: 7, r"samples\[0\] is 7: must be a dict"),
+        *(("shards", lambda e, k=k: without(e, k), rf"shards\[0\].{k}") for k in ("file", "bytes", "sha256")),
+        ("shards", lambda e: {**e, "file": None}, r"shards\[0\].file is None: must be a str"),
+    ],
+)
+def test_a_bad_entry_of_the_index_is_refused(tmp_path, place, change, named):
+    path = write_folder(tmp_path, [GOOD]) / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, place: [change(index[place][0])]}))
+    with pytest.raises(UserError, match=f"index.json: {named}.*run eagle3fn extract again"):
+        open_features(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("samples", {"a": 1}), ("shards", "all"), ("target", []), ("target", {"name": "x"}), ("dtype", 3)],
+)
+def test_a_field_of_a_wrong_type_in_the_index_is_refused(tmp_path, key, value):
+    path = write_folder(tmp_path, [GOOD]) / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=f"index.json: {key}.*run eagle3fn extract again"):
+        open_features(tmp_path, vocab_size=50)
+
+
+def test_features_of_another_configuration_or_other_layers_are_refused(tmp_path):
+    path = write_folder(tmp_path / "f", [GOOD]) / "index.json"
+    check_target(open_features(tmp_path / "f"), "abc", [1, 2, 4], "the run")  # neither key is there
+    index = json.loads(path.read_text())
+    index["target"] |= {"config_hash": "a" * 64, "aux_layers": [1, 2, 4]}
+    path.write_text(json.dumps(index))
+    opened = open_features(tmp_path / "f")
+    check_target(opened, "a" * 64, (1, 2, 4), "the run")
+    with pytest.raises(UserError, match=r"index.json: .*config_hash a{12}.*the run.*b{12}.*run eagle3fn extract again"):
+        check_target(opened, "b" * 64, (1, 2, 4), "the run")
+    with pytest.raises(
+        UserError, match=r"index.json: .*aux_layers \[1, 2, 4\].*the run.*\[0, 2, 4\].*run eagle3fn extract again"
+    ):
+        check_target(opened, "a" * 64, (0, 2, 4), "the run")
+    (tmp_path / "old").mkdir()
+    torch.save(old_dict(GOOD), tmp_path / "old" / "a.ckpt")
+    check_target(open_features(tmp_path / "old"), "abc", (1, 2, 3), "the run")
 
 
 def test_another_targets_folder_and_an_empty_one_are_refused(tmp_path):
@@ -187,3 +257,19 @@ def test_damaged_older_files_are_refused(tmp_path, capsys):
     path.rename(tmp_path / "a.ckpt.gz")
     with pytest.raises(UserError, match=r"a.ckpt.gz: damaged.*delete"):
         read_sample(open_features(tmp_path), 0)
+
+
+TEXTS = (
+    *(b"hello world, this is text\n", b'{"a": 1}\n', b"abc", b"q\x00", b"t2d: 1\n", b"K", b"Gabc", b"N."),
+    b"ctorch._utils\n_rebuild_tensor_v2\n(tR.",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_other_files_in_place_of_older_ones_are_refused(tmp_path, text):
+    (tmp_path / "a.ckpt").write_bytes(text)
+    (tmp_path / "b.ckpt.gz").write_bytes(gzip.compress(text))
+    for number, name in enumerate(("a.ckpt", "b.ckpt.gz")):
+        with pytest.raises(UserError, match=rf"{name}: damaged.*delete") as caught:
+            read_sample(open_features(tmp_path), number)
+        assert "weights_only" not in str(caught.value) and "Weights only" not in str(caught.value)

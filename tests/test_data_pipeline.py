@@ -79,6 +79,8 @@ def test_nothing_to_train_on_is_refused(folder):
         next(batches(folder, [], config(), 0, 1))
     with pytest.raises(UserError, match=r"held_out = 7.*below"):
         split(7, 7)
+    with pytest.raises(UserError, match=r"held_out = -1: must be 0 or more"):
+        split(7, -1)
 
 
 def test_split_holds_out_the_last():

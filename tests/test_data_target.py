@@ -173,3 +173,86 @@ def test_folders_and_ids_that_hold_no_target_are_refused(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"not loadable as a target.*name a folder"):
         target_config(tmp_path)
+
+
+def load(folder):
+    return load_target(folder, torch.float32)
+
+
+def read(folder):
+    return read_target_tensors(folder, torch.float32)
+
+
+@pytest.mark.parametrize("reader", [load, read])
+@pytest.mark.parametrize("data", [b"", b"junk", b"\x08\0\0\0\0\0\0\0notjson!"])
+def test_damaged_weights_are_named(saved, reader, data):
+    path = saved[1] / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"t/model.safetensors: missing or damaged.*fetch"):
+        reader(saved[1])
+
+
+@pytest.fixture
+def many(saved):
+    model, folder = saved
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    return folder
+
+
+@pytest.mark.parametrize("reader", [load, read])
+@pytest.mark.parametrize(
+    "tree", [{}, [], {"weight_map": 3}, {"weight_map": []}, {"weight_map": {"model.embed_tokens.weight": 3}}, None]
+)
+def test_a_damaged_index_of_weights_is_named(many, reader, tree):
+    (many / "model.safetensors.index.json").write_text("{" if tree is None else json.dumps(tree))
+    with pytest.raises(UserError, match=r"model.safetensors.index.json: .*(fetch|write it anew)"):
+        reader(many)
+
+
+@pytest.mark.parametrize("reader", [load, read])
+def test_an_index_of_weights_that_lies_is_named(many, reader):
+    path = many / "model.safetensors.index.json"
+    tree = json.loads(path.read_text())
+    tree["weight_map"]["lm_head.weight"] = tree["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"no tensor lm_head.weight.*fetch"):
+        reader(many)
+
+
+@pytest.mark.parametrize("reader", [target_config, load, read])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": "big"}, "'hidden_size' expected int"),
+        ({"vocab_size": None}, "'vocab_size' expected int"),
+        ({"num_hidden_layers": 1.5}, "'num_hidden_layers' expected int"),
+        ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' expected bool"),
+        ({"dtype": "nix"}, "nix"),
+    ],
+)
+def test_config_values_of_a_wrong_type_are_named(saved, reader, changes, named):
+    edit(saved[1], **changes)
+    with pytest.raises(UserError, match=rf"t/config.json: .*{named}.*name a folder"):
+        reader(saved[1])
+
+
+@pytest.mark.parametrize("reader", [load, read])
+@pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"vocab_size": 400}])
+def test_weights_that_do_not_fit_are_refused(saved, reader, changes):
+    edit(saved[1], **changes)
+    with pytest.raises(UserError, match=r"t(/model.safetensors)?: .*config.json.*fetch"):
+        reader(saved[1])
+
+
+def test_missing_weights_are_not_made_up(saved):
+    edit(saved[1], num_hidden_layers=6, layer_types=None)
+    with pytest.raises(UserError, match=r"t: .*model.layers.5.*config.json.*fetch"):
+        load(saved[1])
+
+
+def test_tied_heads_load(tmp_path):
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, _ = load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

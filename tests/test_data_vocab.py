@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.features import open_features
-from eagle3fn.data.vocab import build_map, check_map, count_tokens, load_map, save_map
+from eagle3fn.data.vocab import build_map, check_map, count_tokens, load_map, map_size, save_map
 from tests.data_tools import random_sample, write_folder
 
 
@@ -88,3 +88,24 @@ def test_missing_and_damaged_files_are_refused(tmp_path):
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"map.safetensors: damaged.*again"):
             load_map(path, 5, 3)
+
+
+@pytest.mark.parametrize("text", [b"hello world\n", b"t2d,d2t\n", b"abc", b"K", b"Gabc", b'{"a": 1}', b"12345678{"])
+def test_text_in_place_of_a_map_is_refused(tmp_path, text):
+    path = tmp_path / "map.pt"
+    path.write_bytes(text)
+    for read in (lambda: load_map(path, 5, 3), lambda: map_size(path)):
+        with pytest.raises(UserError, match=r"map.pt: damaged.*again") as caught:
+            read()
+        assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("provenance", [[1], "abc", 3, None])
+def test_a_provenance_that_is_no_dict_is_refused(tmp_path, provenance):
+    path = tmp_path / "map.safetensors"
+    save_map(path, MAP, provenance)
+    with pytest.raises(UserError, match=r"map.safetensors: .*provenance.*again"):
+        load_map(path, 5, 3, "abc")
+    save_map(path, MAP, {"target_hash": 7})
+    with pytest.raises(UserError, match=r"map.safetensors: made for another target \(7\).*again"):
+        load_map(path, 5, 3, "abc")

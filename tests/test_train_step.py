@@ -128,6 +128,24 @@ def test_micro_batches_add_up():
     assert all(torch.allclose(x, y, rtol=1e-6, atol=1e-9) for x, y in pairs)
 
 
+def test_losses_of_micro_batches_are_the_loss():
+    config, _, fns, params = setup("float64", normalization="rows")
+    parts = tuple(batch_of(seed, lengths=(7,)) for seed in (6, 7))
+    _, metrics = fns.step(fns.init_state(params), parts)
+    weights = config.objective.decay ** torch.arange(4.0)
+    assert torch.allclose((weights * metrics["aux"].losses).sum(), metrics["loss"], rtol=1e-6)
+
+
+def test_without_gradients_the_values_are_the_same():
+    _, _, fns, params = setup("float64")
+    batch = batch_of(2, lengths=(9, 5))
+    with torch.no_grad():
+        loss, aux = fns.forward_loss(params, batch)
+    (want, want_aux), _ = e3.value_and_grad(fns.forward_loss, has_aux=True)(params, batch)
+    assert torch.equal(loss, want)
+    assert equal(aux, want_aux)
+
+
 def test_micro_batches_without_global_counts_are_refused():
     _, _, fns, params = setup()
     parts = tuple(batch_of(seed, lengths=(7,)) for seed in (6, 7))
@@ -196,6 +214,8 @@ def test_start_from_target_takes_head_norm_and_last_tap():
         ({"aux_hidden": torch.zeros(1, 6, 7)}, "batch.aux_hidden has shape"),
         ({"last_hidden": torch.zeros(1, 6, 16, dtype=torch.int64)}, "floating point"),
         ({"input_ids": torch.zeros(6, dtype=torch.int64)}, "must be"),
+        ({"input_ids": torch.zeros(1, 6)}, "dtype"),
+        ({"rows": torch.zeros(1, 2)}, "dtype"),
         ({"n": torch.ones(9)}, r"batch\.n has shape"),
         ({"rows": torch.zeros(3, 2, dtype=torch.int64)}, r"batch\.rows has shape"),
     ],

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from eagle3fn.use import decode
 from eagle3fn.use.chain import Chain
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
+from eagle3fn.use.taps import Taps
 
 DEPTH, VOCAB, DRAFT_VOCAB = 6, 128, 96
 
@@ -199,6 +201,44 @@ def test_prefill_that_ends_takes_no_verification():
 def test_hooks_are_gone_afterwards():
     speculate(target(), random_draft(), prompt(0, 4), 2, 4, ())
     assert not any(layer._forward_hooks for layer in target().model.layers)
+
+
+class Layer(torch.nn.Module):
+    """Output in the given kind of container, if any."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Any) -> Any:
+        x = (x if isinstance(x, Tensor) else x[0]) + 1
+        return self.kind([x, x * 0]) if self.kind else x
+
+
+class Decoder(torch.nn.Module):
+    """Three layers over the ids as numbers."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer(kind) for _ in range(3))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        x = input_ids[..., None].float()
+        for layer in self.layers:
+            x = layer(x)
+        return SimpleNamespace(last_hidden_state=x)
+
+
+@pytest.mark.parametrize("kind", [None, tuple, list])
+def test_taps_are_those_of_extraction(kind):
+    """Whatever container the layers' outputs come in."""
+    model, ids = Decoder(kind), prompt(0, 5)
+    aux, _ = features(model, ids, torch.ones_like(ids), (0, 1, 2))
+    taps = Taps(model, (0, 1, 2))
+    taps.open()
+    model(ids)
+    taps.close()
+    assert torch.equal(taps.rows(5), aux)
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)])

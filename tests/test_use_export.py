@@ -141,6 +141,9 @@ def add(name, value):
         (add("extra.weight", torch.zeros(2)), r"extra\.weight is not a parameter"),
         (add("fc.weight", torch.zeros(2, 2)), r"fc\.weight has shape \(2, 2\)"),
         (add("embed_tokens.weight", torch.zeros(2, 16)), r"embed_tokens\.weight has shape \(2, 16\)"),
+        (add("d2t", torch.tensor(3)), r"d2t has shape \(\)"),
+        (add("d2t", torch.zeros(2, 8, dtype=torch.int64)), r"d2t has shape \(2, 8\)"),
+        (add("t2d", torch.tensor(True)), r"t2d has shape \(\)"),
         (add("d2t", tame_frozen(PLAIN).t2d.nonzero().flatten()), "must be offsets"),
         (add("t2d", torch.ones(40, dtype=torch.bool)), "name different tokens"),
     ],
@@ -165,15 +168,33 @@ def test_t2d_is_taken_from_d2t_where_it_is_missing(tmp_path):
     ("change", "message"),
     [
         ({"eagle_aux_hidden_state_layer_ids": [1, 2, 8]}, "one above"),
-        ({"architectures": ["LlamaForCausalLM"]}, "not an EAGLE-3 draft"),
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLMEagle3"),
         ({"draft_vocab_size": 30}, "lm_head|d2t"),
+        ({"eagle_aux_hidden_state_layer_ids": 3}, "eagle_aux_hidden_state_layer_ids = 3"),
+        ({"eagle_aux_hidden_state_layer_ids": ["1", "3", "8"]}, "eagle_aux_hidden_state_layer_ids"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": 3}}, "eagle_config.*: 3"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": "abc"}}, "eagle_aux_hidden_state_layer_ids"),
+        ({"eagle_config": [3]}, "eagle_config"),
+        ({"architectures": 3}, "architectures = 3"),
+        ({"hidden_size": "big"}, "hidden_size|not a number"),
+        ({"rope_scaling": [2]}, "rope_scaling"),
     ],
 )
 def test_wrong_configs_are_refused(tmp_path, change, message):
     write(tmp_path, aux_layers=(0, 2, 7))
     tree = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(tree | change))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_draft(tmp_path, torch.float32)
+    assert "config.json" in str(caught.value) or "model.safetensors" in str(caught.value)
+
+
+def test_a_config_without_sizes_is_refused(tmp_path):
+    write(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    del tree["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"config\.json.*hidden_size"):
         load_draft(tmp_path, torch.float32)
 
 
@@ -191,3 +212,39 @@ def test_missing_or_damaged_files_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
         load_draft(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{", None])
+def test_a_config_that_is_no_object_is_named(tmp_path, text):
+    write(tmp_path)
+    file = tmp_path / "config.json"
+    file.unlink()
+    file.mkdir() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: "):
+        load_draft(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, None])
+def test_weights_that_are_no_file_of_tensors_are_named(tmp_path, content):
+    write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.unlink()
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: "):
+        load_draft(tmp_path, torch.float32)
+
+
+def test_truncated_weights_and_a_file_in_place_of_the_folder_are_named(tmp_path):
+    write(tmp_path / "draft")
+    file = tmp_path / "draft/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        load_draft(tmp_path / "draft", torch.float32)
+    with pytest.raises(UserError, match=r"model\.safetensors.config\.json: "):
+        load_draft(file, torch.float32)
+
+
+def test_layers_of_a_target_too_shallow_for_the_default_are_written(tmp_path):
+    export(tame_params(PLAIN), tame_frozen(PLAIN), replace(PLAIN.draft(), aux_layers=(0, 1, 2)), tmp_path, 3,
+           torch.float32)  # fmt: skip
+    assert load_draft(tmp_path, torch.float32).config.aux_layers == (0, 1, 2)

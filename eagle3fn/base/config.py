@@ -61,6 +61,9 @@ class OptimizerConfig:
         """Refuse values outside their range."""
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
         require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        for name in ("learning_rate", "max_grad_norm", "eps", "weight_decay"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"optimizer.{name}", value, "at least 0 and finite")
         require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "above 0")
         require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "in [0, 1)")
         require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "in [0, 1)")
@@ -89,7 +92,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. `steps` 0 means `epochs` over the data; `init` "target" starts head, norm and fc from the target."""
+    """The loop. `steps` 0 means as many as `--minutes` allow, or `epochs` need.
+
+    `init` "target" starts head, norm and projection from the target.
+    """
 
     epochs: int = 10
     steps: int = 0
@@ -105,6 +111,7 @@ class TrainConfig:
         """Refuse values outside their range."""
         for name in ("epochs", "eval_every", "checkpoint_every", "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        require(0 <= self.seed < 2**40, "train.seed", self.seed, "in [0, 2**40)")
         require(self.steps >= 0, "train.steps", self.steps, "at least 0 (0: as many as epochs need)")
 
 
@@ -142,6 +149,8 @@ def load_config(path: str | Path | None, overrides: list[str], draft: DraftConfi
     tree = _read_toml(path) if path else {}
     for text in overrides:
         _override(tree, text)
+    if not isinstance(tree.get("draft", {}), dict):
+        raise UserError(f"{path}: draft = {tree['draft']!r}: must be a section, [draft]")
     if draft is not None:
         tree["draft"] = {**to_dict(draft), **tree.get("draft", {})}
     if "draft" not in tree:
@@ -165,6 +174,8 @@ def _override(tree: dict, text: str) -> None:
         raise UserError(f"override {text!r}: must read section.key=value, as in objective.ttt_length=5")
     for section in sections:
         tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {text!r}: {section} is a value, not a section")
     try:
         tree[key] = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,5 +1,6 @@
 """The draft's shape: read from a SpecForge-style JSON or derived from the target's configuration."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from eagle3fn.base.files import read_json
 
 DEFAULT_DRAFT_VOCAB = 32_000
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "mrope")
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_NEEDS = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",), "llama3": _LLAMA3}
 _VLM_KEYS = ("vision_config", "vision_tower", "image_token_id")
 
 
@@ -35,8 +38,13 @@ class DraftConfig:
         """Refuse shapes that cannot be built."""
         sizes = (n for n in self.__dataclass_fields__ if n.endswith(("size", "heads", "dim", "embeddings")))
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"draft.{name} = {getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"draft.{name} = {value!r}: must be a whole number, at least 1")
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise UserError(f"draft.{name} = {value!r}: must be a finite number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"draft.num_attention_heads = {self.num_attention_heads}: must be a multiple of "
@@ -50,13 +58,21 @@ class DraftConfig:
             raise UserError(f"draft.head_dim = {self.head_dim}: must be even, RoPE turns pairs")
         if self.aux_layers is not None and len(self.aux_layers) != 3:
             raise UserError(f"draft.aux_layers = {self.aux_layers}: must name three target layers")
-        if self.rope_type not in ROPE_TYPES:
-            raise UserError(f"draft.rope_scaling type {self.rope_type!r}: must be one of {', '.join(ROPE_TYPES)}")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        scaling = {} if self.rope_scaling is None else self.rope_scaling
+        if not isinstance(scaling, dict) or self.rope_type not in ROPE_TYPES:
+            raise UserError(f"draft.rope_scaling = {scaling!r}: its rope_type must be one of {', '.join(ROPE_TYPES)}")
+        for name in _ROPE_NEEDS.get(self.rope_type, ()):
+            value = scaling.get(name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise UserError(f"draft.rope_scaling.{name} = {value!r}: {self.rope_type} needs a number above 0")
 
     @property
     def rope_type(self) -> str:
         """The RoPE variant, "default" without scaling."""
-        scaling = self.rope_scaling or {}
+        scaling = self.rope_scaling if isinstance(self.rope_scaling, dict) else {}
         return scaling.get("rope_type", scaling.get("type", "default"))
 
 
@@ -67,18 +83,20 @@ def draft_config_from_json(path: str | Path) -> DraftConfig:
         UserError: unreadable, not an EAGLE-3 draft, or a size is missing or impossible.
     """
     tree = read_json(path)
-    names = tree.get("architectures") or []
-    if not any("Eagle3" in name for name in names):
-        raise UserError(f"{path}: architectures = {names}: not an EAGLE-3 draft (LlamaForCausalLMEagle3)")
+    names = tree.get("architectures") if isinstance(tree, dict) else None
+    if not isinstance(names, list) or not any("Eagle3" in str(name) for name in names):
+        raise UserError(f'{path}: architectures = {names!r}: a draft configuration has ["LlamaForCausalLMEagle3"]')
     if "draft_vocab_size" not in tree:
         raise UserError(f"{path}: draft_vocab_size is missing; name the draft vocabulary's size")
     eagle = tree.get("eagle_config") or {}
-    layers = eagle.get("eagle_aux_hidden_state_layer_ids")
+    layers = eagle.get("eagle_aux_hidden_state_layer_ids") if isinstance(eagle, dict) else eagle
+    if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+        raise UserError(f"{path}: eagle_config = {eagle!r}: eagle_aux_hidden_state_layer_ids must list three layers")
     return _build(
         tree,
         str(path),
         draft_vocab_size=tree["draft_vocab_size"],
-        target_hidden_size=tree.get("target_hidden_size") or tree["hidden_size"],
+        target_hidden_size=tree.get("target_hidden_size") or tree.get("hidden_size"),
         aux_layers=None if layers is None else tuple(layers),
     )
 
@@ -104,6 +122,9 @@ def draft_config_from_target(tree: dict[str, Any], where: str, draft_vocab_size:
 
 def _build(tree: dict[str, Any], where: str, **fixed: Any) -> DraftConfig:
     rope = tree.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters = {rope!r}: must be an object")
+    rope = rope.get("full_attention", rope)  # one set a kind of layer: the draft's layer attends to everything
     scaling = tree.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
     try:
         heads = tree["num_attention_heads"]
@@ -121,10 +142,12 @@ def _build(tree: dict[str, Any], where: str, **fixed: Any) -> DraftConfig:
             initializer_range=tree.get("initializer_range", 0.02),
             **fixed,
         )
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, UserError):
+            raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: a size in the configuration is not a number ({error})") from None
     except KeyError as error:
         raise UserError(f"{where}: {error.args[0]} is missing from the configuration") from None
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def aux_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int]:

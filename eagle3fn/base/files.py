@@ -7,6 +7,7 @@ import lzma
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
             fsync_path(file)
         fsync_path(temporary)
         if path.exists():
@@ -68,6 +70,25 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` (made if need be) for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    import fcntl
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is at work there; wait, or name another folder") from None
+        yield
 
 
 def open_text(path: str | Path, mode: str = "rt") -> IO[str]:
@@ -116,7 +137,7 @@ def read_jsonl(path: str | Path) -> list[Any]:
                     rows.append(_parse_line(path, number, line))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a JSONL file (plain, .gz or .xz)") from None
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged or not text ({error}); write it anew") from None
     return rows
 
@@ -127,6 +148,8 @@ def _parse_line(path: str | Path, number: int, line: str) -> Any:
     except json.JSONDecodeError as error:
         message = f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); mend or delete the line"
         raise UserError(message) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{number}: not usable JSON ({error}); mend or delete the line") from None
 
 
 def sha256(path: str | Path) -> str:

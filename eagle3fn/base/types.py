@@ -35,7 +35,8 @@ class Batch(NamedTuple):
     last_hidden: Tensor  # (B, S, Ht)
     position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S-1
     n: Tensor | None = None  # (K,) fp32: rows trained at each unroll step over the *global* batch; absent: this batch's
-    rows: Tensor | None = None  # (B, R) int64, `base.rows.contributing_rows`; absent: found from the mask
+    rows: Tensor | None = None  # (B, R) int64, `base.rows.contributing_rows`; absent: found from the mask.
+    # Rows given must be those of this mask: another choice gives another loss.
 
 
 class VocabMap(NamedTuple):

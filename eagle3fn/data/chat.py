@@ -22,7 +22,7 @@ def messages_of(row: Any, where: str) -> list[dict[str, str]]:
     `where` names the row in errors, as in `chats.jsonl:7`.
 
     Raises:
-        UserError: no list of turns, an unknown role, or content that is missing or no string.
+        UserError: no list of turns, an unknown role, or content that is missing, no string or not Unicode.
     """
     turns = (row.get("conversations") or row.get("messages")) if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -42,6 +42,11 @@ def _message(turn: Any, where: str) -> dict[str, str]:
     content = turn.get("content", turn.get("value"))
     if not isinstance(content, str):
         raise UserError(f"{where}: content {_short(content)}: must be a string; mend or delete the row")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        what = "holds half of a surrogate pair, which UTF-8 has no bytes for"
+        raise UserError(f"{where}: content {_short(content)}: {what}; mend or delete the row") from None
     return {"role": role, "content": content}
 
 

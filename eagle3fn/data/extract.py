@@ -111,7 +111,7 @@ def _check_target(config: Any, layers: Sequence[int], max_length: int) -> None:
     if limit is not None and max_length > limit:
         raise UserError(
             f"max_length = {max_length}: the target's max_position_embeddings is {limit}; "
-            f"set data.max_length to at most {limit}"
+            f"set --max-length to at most {limit}"
         )
     if len(layers) != 3 or not all(0 <= layer < config.num_hidden_layers for layer in layers):
         raise UserError(f"layers {list(layers)}: must be three target layers in [0, {config.num_hidden_layers})")
@@ -155,13 +155,16 @@ def _check_supervised(tokenizer: Any, encoded: list[Encoded], conversations: str
     share = "100%" if marked else "0%"
     raise UserError(
         f"{conversations}: {share} of the tokens are supervised; conversations need user and assistant turns "
-        f"within max_length, and the chat template must tell them apart. First row, supervised in ⟦ ⟧: {shown}"
+        f"within --max-length, and the chat template must tell them apart. First row, supervised in ⟦ ⟧: {shown!r}"
     )
 
 
 def _refuse_other(out: Path, fingerprint: str) -> None:
     for path in [out / "index.json", *sorted(out.glob("shard-*.json"))]:
-        if path.is_file() and read_json(path).get("fingerprint") != fingerprint:
+        tree = read_json(path) if path.is_file() else {"fingerprint": fingerprint}
+        if not isinstance(tree, dict):
+            raise UserError(f"{path}: not a JSON object; remove the folder {out} or choose another")
+        if tree.get("fingerprint") != fingerprint:
             raise UserError(
                 f"{path}: made from other conversations, another target or other settings; "
                 f"remove the folder {out} or choose another"
@@ -176,13 +179,14 @@ def _entries(group: list[Encoded], first: int) -> list[dict[str, Any]]:
 
 
 def _finished(out: Path, number: int, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The sidecar of shard `number` if the shard is there and holds these samples."""
+    """The sidecar of shard `number` if the shard is there, holds these samples and has the sidecar's hash."""
     path = out / shard_name(number)
     if not path.is_file() or not path.with_suffix(".json").is_file():
         return None
     sidecar = read_json(path.with_suffix(".json"))
-    same = sidecar["samples"] == entries and sidecar["bytes"] == path.stat().st_size
-    return sidecar if same else None
+    found = {"file": path.name, "bytes": path.stat().st_size, "samples": entries}
+    same = all(sidecar.get(key) == value for key, value in found.items())
+    return sidecar if same and sidecar.get("sha256") == sha256(path) else None
 
 
 def run_target(model: Any, group: list[Encoded], layers: Sequence[int], batch: int) -> list[Sample]:

@@ -1,5 +1,6 @@
 """The feature folder: safetensors shards of many samples, and `index.json`, which is written last."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from eagle3fn.data.specforge_ckpt import find_ckpts, read_ckpt, read_ckpt_tokens
 SCHEMA = 1
 REMEDY = "run eagle3fn extract again"
 _INDEX_KEYS = ("schema", "target", "dtype", "max_length", "samples", "shards", "totals")
+_INDEX_TYPES = {"target": dict, "dtype": str, "samples": list, "shards": list}
+_SAMPLE_TYPES = {"id": str, "key": str, "shard": str, "length": int}
+_SHARD_TYPES = {"file": str, "bytes": int, "sha256": str}
 
 
 class FeatureSet(NamedTuple):
@@ -26,6 +30,7 @@ class FeatureSet(NamedTuple):
     index: dict[str, Any]  # empty for the older trainer's files
     vocab_size: int | None  # V, if known
     hidden_size: int | None  # Ht, if known
+    verified: set[str]  # shards whose bytes were compared with the index's hash
 
 
 def shard_name(number: int) -> str:
@@ -81,7 +86,7 @@ def open_features(folder: str | Path, vocab_size: int | None = None, hidden_size
     if not names:
         raise UserError(f"{folder}: no index.json, no .ckpt and no .ckpt.gz there; {REMEDY} or name another folder")
     samples = [{"id": name, "shard": name} for name in names]
-    return FeatureSet(folder, samples, {}, vocab_size, hidden_size)
+    return FeatureSet(folder, samples, {}, vocab_size, hidden_size, set())
 
 
 def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -> FeatureSet:
@@ -92,8 +97,7 @@ def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -
         raise UserError(f"{path}: {missing[0]} is missing; {REMEDY}")
     if index["schema"] != SCHEMA:
         raise UserError(f"{path}: schema {index['schema']}: this version reads {SCHEMA}; {REMEDY}")
-    if not index["samples"]:
-        raise UserError(f"{path}: no samples; {REMEDY} on more conversations")
+    _check_index(index, path)
     for shard in index["shards"]:
         file = folder / shard["file"]
         size = file.stat().st_size if file.is_file() else None
@@ -101,13 +105,61 @@ def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -
             found = "missing" if size is None else f"{size} bytes"
             raise UserError(f"{file}: {found}, must be {shard['bytes']} bytes; {REMEDY}")
     target = index["target"]
+    _check_types(target, {"vocab_size": int, "hidden_size": int}, "target", path)
     for name, wanted in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
         if wanted not in (None, target[name]):
             raise UserError(
-                f"{path}: made with target {target['name']!r}, {name} {target[name]}, not {wanted}; "
+                f"{path}: made with target {target.get('name')!r}, {name} {target[name]}, not {wanted}; "
                 f"name that target or {REMEDY}"
             )
-    return FeatureSet(folder, index["samples"], index, target["vocab_size"], target["hidden_size"])
+    return FeatureSet(folder, index["samples"], index, target["vocab_size"], target["hidden_size"], set())
+
+
+def _check_index(index: dict[str, Any], path: Path) -> None:
+    _check_types(index, _INDEX_TYPES, "", path)
+    for name, types in (("samples", _SAMPLE_TYPES), ("shards", _SHARD_TYPES)):
+        for number, entry in enumerate(index[name]):
+            _check_types(entry, types, f"{name}[{number}]", path)
+    if not index["samples"]:
+        raise UserError(f"{path}: no samples; {REMEDY} on more conversations")
+    known = {shard["file"] for shard in index["shards"]}
+    for number, entry in enumerate(index["samples"]):
+        if entry["shard"] not in known:
+            raise UserError(f"{path}: samples[{number}].shard is {entry['shard']!r}: must be one of its shards; {REMEDY}")
+
+
+def _check_types(tree: Any, types: dict[str, type], where: str, path: Path) -> None:
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: {where} is {tree!r:.80}: must be a dict; {REMEDY}")
+    for key, kind in types.items():
+        if type(tree.get(key)) is not kind:
+            name = f"{where}.{key}" if where else key
+            found = f"is {tree[key]!r:.80}: must be a {kind.__name__}" if key in tree else "is missing"
+            raise UserError(f"{path}: {name} {found}; {REMEDY}")
+
+
+def check_target(features: FeatureSet, config_hash: str, aux_layers: Sequence[int], where: str) -> None:
+    """Refuse features made with a target of another configuration or with other tapped layers.
+
+    `where` names what asks for `config_hash` and `aux_layers`, as in `the run`. What the index doesn't hold is not
+    compared, so the older trainer's files pass.
+
+    Raises:
+        UserError: they differ; names the index and both values.
+    """
+    path, target = features.folder / "index.json", features.index.get("target", {})
+    found = target.get("config_hash", config_hash)
+    if found != config_hash:
+        raise UserError(
+            f"{path}: made with a target of config_hash {str(found)[:12]}, {where} has {config_hash[:12]}; "
+            f"name that target or {REMEDY} into another folder"
+        )
+    layers = target.get("aux_layers", list(aux_layers))
+    if layers != list(aux_layers):
+        raise UserError(
+            f"{path}: made with aux_layers {layers}, {where} has {list(aux_layers)}; "
+            f"set those layers or {REMEDY} into another folder"
+        )
 
 
 def check_shards(features: FeatureSet) -> None:
@@ -117,26 +169,33 @@ def check_shards(features: FeatureSet) -> None:
         UserError: names the first shard that differs.
     """
     for shard in features.index.get("shards", []):
-        if sha256(features.folder / shard["file"]) != shard["sha256"]:
-            raise UserError(f"{features.folder / shard['file']}: its bytes have changed; {REMEDY}")
+        _verify(features, shard)
+
+
+def _verify(features: FeatureSet, shard: dict[str, Any]) -> None:
+    if sha256(features.folder / shard["file"]) != shard["sha256"]:
+        raise UserError(f"{features.folder / shard['file']}: its bytes have changed; {REMEDY}")
+    features.verified.add(shard["file"])
 
 
 def read_sample(features: FeatureSet, number: int) -> Sample:
-    """Sample `number` with its features, checked.
+    """Sample `number` with its features, checked; the first one of a shard has the shard's hash compared too.
 
     Raises:
-        UserError: a shard missing or damaged; wrong shapes or dtypes, NaN or infinity, an id outside the vocabulary.
+        UserError: a shard missing, damaged or changed; wrong shapes or dtypes, NaN or infinity, an id outside the vocabulary.
     """
     entry = features.samples[number]
     path = features.folder / entry["shard"]
     sample = Sample(*_tensors(path, entry, Sample._fields)) if features.index else read_ckpt(path)
+    if features.index and entry["shard"] not in features.verified:
+        _verify(features, next(shard for shard in features.index["shards"] if shard["file"] == entry["shard"]))
     _check_tokens(sample.input_ids, sample.loss_mask, features, number)
     _check_hidden(sample, features, number)
     return sample
 
 
 def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `loss_mask` of sample `number`, each `(S,)` int64, checked; its features are not read."""
+    """`input_ids` and `loss_mask` of sample `number`, each `(S,)` int64, checked; its features are not read, nor its shard hashed."""
     entry = features.samples[number]
     path = features.folder / entry["shard"]
     ids, mask = _tensors(path, entry, Sample._fields[:2]) if features.index else read_ckpt_tokens(path)

@@ -1,7 +1,7 @@
 """Keeping an evaluation's texts out of the training data: 13-gram overlap (as in arXiv 2005.14165, appendix C)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,30 @@ def grams(text: str) -> Grams:
 
 
 def grams_of_file(path: str | Path) -> Grams:
-    """The 13-grams of every string in a JSONL file's rows.
+    """The 13-grams of every string in a JSONL file's rows, at any depth.
 
     Raises:
-        UserError: unreadable, or a row is not an object.
+        UserError: unreadable, a row is not an object, or there is no string in the file.
     """
     found: Grams = set()
+    count = 0
     for number, row in enumerate(read_jsonl(path), 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}: row {number} is not a JSON object; mend or delete it")
-        for value in row.values():
-            found |= grams(value) if isinstance(value, str) else set()
+        for text in _texts(row):
+            found |= grams(text)
+            count += 1
+    if not count:
+        raise UserError(f"{path}: no text in it to keep out; name a JSONL file whose rows hold texts")
     return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def without(rows: Iterable[dict[str, Any]], forbidden: Grams) -> list[dict[str, Any]]:

@@ -63,8 +63,10 @@ def split(n: int, held_out: int) -> tuple[list[int], list[int]]:
     """The first samples to train on, and the last `held_out` to evaluate on.
 
     Raises:
-        UserError: none are left to train on.
+        UserError: `held_out` is negative, or none are left to train on.
     """
+    if held_out < 0:
+        raise UserError(f"data.held_out = {held_out}: must be 0 or more")
     if held_out >= n:
         raise UserError(f"data.held_out = {held_out}: must be below the number of samples, {n}; extract more samples")
     return list(range(n - held_out)), list(range(n - held_out, n))

@@ -3,6 +3,7 @@
 import gzip
 import io
 import pickle
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Sample
 
 ENDINGS = (".ckpt", ".ckpt.gz")
+# What torch.load and its unpickler raise on files that torch.save did not write, text among them.
+DAMAGED = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError),
+    *(ArithmeticError, struct.error, zlib.error, pickle.UnpicklingError),
+)
 _REMEDY = "delete the file or write it anew"
 
 
@@ -47,15 +53,18 @@ def _load(path: Path) -> dict[str, Any]:
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; restore it or open the folder anew") from None
-    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: damaged or not a dict of tensors ({_line(error)}); {_REMEDY}") from None
+    except DAMAGED as error:
+        raise UserError(f"{path}: damaged or not a dict of tensors ({reason(error)}); {_REMEDY}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not a dict of tensors; {_REMEDY}")
     return tree
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def reason(error: Exception) -> str:
+    """One line of an error of `DAMAGED`; what the unpickler says, torch's advice on `weights_only` too, is left out."""
+    line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    plain = isinstance(error, (OSError, EOFError, RuntimeError, ValueError, zlib.error))
+    return line if plain and "weights_only" not in line else "not tensors stored by torch.save"
 
 
 def _is_zip(path: Path) -> bool:

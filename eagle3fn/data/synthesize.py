@@ -3,6 +3,8 @@
 Batch `b` is a pure function of (target, seed, settings, `b`): a run cut off goes on where it stopped.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +13,13 @@ import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_jsonl
+from eagle3fn.data.fingerprint import weights_digest
 from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.overlap import grams_of_file, without
 
 _MARK = "\x02user turn\x02"
 _COMPACT_EVERY = 8
+_TRIED, _USABLE = 20, 0.05  # a target that has less than this share of usable turns after so many batches is refused
 
 
 class Sampling(NamedTuple):
@@ -42,38 +46,49 @@ def synthesize(
 ) -> int:
     """Write `count` or more conversations to `out` (JSONL, `.xz` and `.gz` compress); returns their number.
 
-    Finished batches wait in `<out>.parts/` until all are there. A user turn is kept once. `exclude` names a JSONL
+    Finished batches wait in `<out>.parts/` until all are there, and are taken up again by a call with the same
+    target, template, sampling, `seed` and `batch`. A user turn is kept once. `exclude` names a JSONL
     file whose texts must not come back: conversations that share 13 words in a row with it are dropped.
 
     Raises:
-        UserError: the tokenizer has no chat template, or the target ends no turn.
+        UserError: the tokenizer has no chat template, or less than 5% of the turns asked for are usable.
     """
-    parts = Path(f"{out}.parts")
+    parts, digest = Path(f"{out}.parts"), _digest(model, tokenizer, seed, batch)
     forbidden = grams_of_file(exclude) if exclude else set()
     rows: list[dict] = []
     seen: set[str] = set()
-    for index, turns in enumerate(_batches(model, tokenizer, parts, seed, batch)):
+    for index, turns in enumerate(_batches(model, tokenizer, parts / digest, seed, batch), 1):
         rows += [row for row in without(turns, forbidden) if not (_user(row) in seen or seen.add(_user(row)))]
         on_progress(len(rows), count)
         if len(rows) >= count:
             break
-        if index >= 20 and len(rows) < index:
-            raise UserError(f"target wrote {len(rows)} usable turns in {index} batches: is it a chat model?")
+        if index >= _TRIED and len(rows) < _USABLE * index * batch:
+            raise UserError(
+                f"target wrote {len(rows)} usable turns of {index * batch} asked for: they must end by themselves, "
+                "differ and be free of the excluded texts; take an instruction-tuned target, or exclude less"
+            )
     write_jsonl(out, rows)
-    for part in parts.glob("*.jsonl"):
+    for part in parts.glob(f"*{digest}-*"):
         part.unlink()
-    parts.rmdir()
+    if not any(parts.iterdir()):
+        parts.rmdir()
     return len(rows)
+
+
+def _digest(model: Any, tokenizer: Any, seed: int, batch: int) -> str:
+    """What a batch is a function of, as 12 hex digits."""
+    settings = [weights_digest(model), tokenizer.chat_template, USER_TURN, ANSWER, seed, batch]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _user(row: dict) -> str:
     return row["conversations"][0]["content"]
 
 
-def _batches(model: Any, tokenizer: Any, parts: Path, seed: int, batch: int) -> Iterator[list[dict]]:
+def _batches(model: Any, tokenizer: Any, stem: Path, seed: int, batch: int) -> Iterator[list[dict]]:
     index = 0
     while True:
-        part = parts / f"{seed}-{batch}-{index:05d}.jsonl"
+        part = stem.with_name(f"{stem.name}-{index:05d}.jsonl")
         if not part.exists():
             write_jsonl(part, _write_batch(model, tokenizer, seed, index, batch))
         yield read_jsonl(part)
@@ -130,10 +145,9 @@ def generate(
     """
     if not prompts:
         return []
-    tokenizer.padding_side = "left"
-    coded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
     ends = torch.tensor(sorted(end_tokens(model)), device=model.device)
-    mask, step_ids, cache = coded.attention_mask, coded.input_ids, None
+    step_ids, mask = (x.to(model.device) for x in _left_padded(tokenizer, prompts, int(ends[0])))
+    cache = None
     alive = torch.arange(len(prompts), device=model.device)
     rows: list[list[int]] = [[] for _ in prompts]
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
@@ -163,8 +177,19 @@ def generate(
     return list(zip(rows, done.tolist(), strict=True))
 
 
+def _left_padded(tokenizer: Any, prompts: list[str], end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask `(B, S)` int64; `end` pads where the tokenizer has no pad token (the mask hides it)."""
+    rows = tokenizer(prompts, add_special_tokens=False).input_ids
+    pad, width = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id, max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    return torch.tensor(ids), torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Draw one token a row from `(B, V)` fp32 logits by temperature and nucleus; `(B,)` int64."""
+    """Draw one token a row from `(B, V)` fp32 logits by temperature and nucleus; `(B,)` int64.
+
+    It draws among the 256 likeliest tokens: their softmax alone is the nucleus's mass.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1)
     top = torch.topk(logits / sampling.temperature, min(256, logits.shape[-1]), dim=-1)

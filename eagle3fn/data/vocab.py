@@ -1,7 +1,6 @@
 """The vocabulary map: which target tokens the draft can say."""
 
 import json
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.features import FeatureSet, read_tokens
+from eagle3fn.data.specforge_ckpt import DAMAGED, reason
 
 _REMEDY = "build the map again"
 
@@ -90,9 +90,11 @@ def load_map(path: str | Path, vocab_size: int, draft_size: int, target_hash: st
     missing = [name for name in VocabMap._fields if not isinstance(tensors.get(name), Tensor)]
     if missing:
         raise UserError(f"{path}: no tensor {missing[0]}; {_REMEDY}")
+    if not isinstance(provenance, dict):
+        raise UserError(f"{path}: its provenance is {provenance!r:.80}: must be a JSON object; {_REMEDY}")
     made_for = provenance.get("target_hash")
     if target_hash and made_for and made_for != target_hash:
-        name = provenance.get("target", made_for[:12])
+        name = provenance.get("target", str(made_for)[:12])
         raise UserError(f"{path}: made for another target ({name}), not {target_hash[:12]}; {_REMEDY} for this one")
     vocab_map = VocabMap(tensors["t2d"], tensors["d2t"])
     check_map(vocab_map, vocab_size, draft_size, str(path))
@@ -111,7 +113,7 @@ def map_size(path: str | Path) -> int:
     return tensors["d2t"].numel()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
     try:
         with open(path, "rb") as file:
             ours = file.read(9)[8:] == b"{"
@@ -122,7 +124,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {_REMEDY}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path}: damaged or not a vocabulary map ({reason}); {_REMEDY}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or not a vocabulary map ({error}); {_REMEDY}") from None
+    except DAMAGED as error:
+        raise UserError(f"{path}: damaged or not a vocabulary map ({reason(error)}); {_REMEDY}") from None
     return (tree if isinstance(tree, dict) else {}), {}

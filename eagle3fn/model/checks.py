@@ -1,5 +1,6 @@
 """Refusals before any work: a batch that does not fit the parameters, the configuration or the frozen tensors."""
 
+import torch
 from torch import Tensor
 
 from eagle3fn.base.config import Config
@@ -32,6 +33,8 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     _shape("batch.n", batch.n, (objective.ttt_length,))
     if batch.rows is not None and (batch.rows.ndim != 2 or len(batch.rows) != b):
         raise UserError(f"batch.rows has shape {tuple(batch.rows.shape)}; it must be (B, R) with B = {b}")
+    for name in ("input_ids", "loss_mask", "attention_mask", "position_ids", "rows"):
+        _kind(f"batch.{name}", getattr(batch, name), torch.int64)
     for name in ("aux_hidden", "last_hidden"):
         if not getattr(batch, name).is_floating_point():
             raise UserError(f"batch.{name} has dtype {getattr(batch, name).dtype}; it must be floating point")
@@ -54,6 +57,13 @@ def check_frozen(frozen: Frozen, config: Config) -> None:
     _shape("frozen.target_head", frozen.target_head, (v, draft.target_hidden_size))
     _shape("frozen.t2d", frozen.t2d, (v,))
     _shape("frozen.d2t", frozen.d2t, (d,))
+    _kind("frozen.t2d", frozen.t2d, torch.bool)
+    _kind("frozen.d2t", frozen.d2t, torch.int64)
+
+
+def _kind(name: str, value: Tensor | None, dtype: torch.dtype) -> None:
+    if value is not None and value.dtype != dtype:
+        raise UserError(f"{name} has dtype {value.dtype}; it must be {dtype}")
 
 
 def _shape(name: str, value: Tensor | None, *allowed: tuple[int, ...]) -> None:

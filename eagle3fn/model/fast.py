@@ -70,7 +70,7 @@ def unroll(params: Params, batch: Batch, plan: Plan, config: Config, frozen: Fro
     draft, k = config.draft, config.objective.ttt_length
     hidden = layers.project(params, batch.aux_hidden)
     s, dtype = hidden.shape[1], hidden.dtype
-    cos, sin = rope_table(draft, s + k, dtype, hidden.device)
+    cos, sin = rope_table(draft, s + k, dtype, hidden.device, beyond=k)
     positions = torch.arange(s, device=hidden.device)[None] if batch.position_ids is None else batch.position_ids
     own = _take(positions.expand(hidden.shape[:2]), plan.rows)
     ids = F.pad(batch.input_ids, (0, k + 1))

@@ -60,17 +60,18 @@ def _unroll(params: Params, batch: Batch, teacher: Teacher, n: Tensor | None, co
     hidden = layers.project(params, batch.aux_hidden)
     ids, loss_mask, position_mask = shift(batch.input_ids), batch.loss_mask, teacher.position_mask
     mask = block_mask(batch.attention_mask, hidden.dtype)
-    cos, sin = rope_table(config.draft, s + config.objective.ttt_length, hidden.dtype, hidden.device)
+    k = config.objective.ttt_length
+    cos, sin = rope_table(config.draft, s + k, hidden.dtype, hidden.device, beyond=k)
     positions = torch.arange(s, device=ids.device)[None] if batch.position_ids is None else batch.position_ids
     groups = config.draft.num_attention_heads // config.draft.num_key_value_heads
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    for i in range(config.objective.ttt_length):
+    for i in range(k):
         embeds = layers.embed(params, frozen, ids, hidden.dtype)
         turn = cos[positions + i][:, None], sin[positions + i][:, None]
-        q, k, v = layers.qkv(params, config.draft, embeds, hidden, *turn)
-        keys.append(layers.repeat_heads(k, groups))
-        values.append(layers.repeat_heads(v, groups))
+        q, key, value = layers.qkv(params, config.draft, embeds, hidden, *turn)
+        keys.append(layers.repeat_heads(key, groups))
+        values.append(layers.repeat_heads(value, groups))
         hidden = layers.finish_layer(params, config.draft, hidden, unrolled_attention(q, keys, values, mask))
         logits = layers.logits(params, config.draft, hidden)
         p, q = teacher.p[:, i : i + s], teacher.q[:, i : i + s]

@@ -38,13 +38,13 @@ def head_and_kl(student: Tensor, head: Tensor, labels: Labels, target_head: Tens
 
     Differentiable once by `student` and `head`; a second derivative raises. Works under `vjp` and `vmap`.
     """
-    out = _HeadAndKL.apply(student, head, *labels, target_head, t2d, d2t)
+    out = _HeadAndKL.apply(student, head, *labels, target_head, t2d, d2t, torch.is_grad_enabled())
     return Scores(*out[:5])
 
 
 class _HeadAndKL(torch.autograd.Function):
     @staticmethod
-    def forward(student, head, target, index, weight, target_head, t2d, d2t):  # pyright: ignore
+    def forward(student, head, target, index, weight, target_head, t2d, d2t, wanted):  # pyright: ignore
         k, rows, _ = student.shape
         count = target.shape[0]
         size = max(1, _CHUNK_BYTES // (4 * k * head.shape[0]))
@@ -58,9 +58,13 @@ class _HeadAndKL(torch.autograd.Function):
             *scores, grad = _chunk(
                 x, head, target[start:stop], weight[:, start:stop], draft_rows, target_head, t2d, d2t
             )
-            part = grad.flatten(0, 1).to(head.dtype)
-            parts.append((*scores, (part @ head).view(x.shape)))
-            grad_head += part.T @ x.flatten(0, 1)
+            if wanted:
+                part = grad.flatten(0, 1).to(head.dtype)
+                scores.append((part @ head).view(x.shape))
+                grad_head += part.T @ x.flatten(0, 1)
+            else:
+                scores.append(torch.zeros_like(x))
+            parts.append(scores)
         kl, correct, accept, known, grads = (
             torch.cat(each, dim=min(1, each[0].ndim - 1)) for each in zip(*parts, strict=True)
         )
@@ -75,7 +79,7 @@ class _HeadAndKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any):  # pyright: ignore
-        return (*_Scaled.apply(grad, *ctx.saved_tensors), *(None,) * 6)
+        return (*_Scaled.apply(grad, *ctx.saved_tensors), *(None,) * 7)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any):

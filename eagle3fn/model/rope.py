@@ -8,9 +8,14 @@ from torch import Tensor
 from eagle3fn.base.draft_config import DraftConfig
 
 
-def rope_table(config: DraftConfig, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 … length-1, each `(length, E)`: computed in fp32, cast to `dtype`."""
-    inverse, scale = _frequencies(config, length)
+def rope_table(
+    config: DraftConfig, length: int, dtype: torch.dtype, device: torch.device, beyond: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions 0 … length-1, each `(length, E)`: computed in fp32, cast to `dtype`.
+
+    The last `beyond` positions are the unroll's, behind the sequence's end; they do not stretch the dynamic variant.
+    """
+    inverse, scale = _frequencies(config, length - beyond)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
     angles = torch.cat([angles, angles], dim=-1)
     cos, sin = angles.cos(), angles.sin()
@@ -20,7 +25,7 @@ def rope_table(config: DraftConfig, length: int, dtype: torch.dtype, device: tor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn `x` `(B, heads, S, E)` by tables `(B or 1, 1, S, E)` in `x`'s dtype (halves, not interleaved)."""
+    """Turn `x` `(B, heads, S, E)` by tables that broadcast to it, in `x`'s dtype (halves, not interleaved)."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 

@@ -60,7 +60,7 @@ def accumulate(
 
     def scaled(inner: Params, batch: Batch) -> tuple[Tensor, Aux]:
         loss, aux = forward_loss(inner, batch, config=config, frozen=frozen)
-        return loss / share, aux
+        return loss / share, aux._replace(losses=aux.losses / share)
 
     legacy = config.optimizer.accumulation == "legacy" or len(batches) == 1
     total = None

@@ -19,6 +19,7 @@ from eagle3fn.model.table import EMBED, check_params, shapes
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _EVERYWHERE = ("default", "linear", "dynamic")
 
 
@@ -121,10 +122,18 @@ def _config_json(config: DraftConfig, target_layers: int, dtype: torch.dtype) ->
     if config.target_hidden_size != config.hidden_size:
         tree["target_hidden_size"] = config.target_hidden_size
     layers = aux_layers(config, target_layers)
-    if layers != (1, target_layers // 2 - 1, target_layers - 4):
-        tree["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers), "use_aux_hidden_state": True}
-        tree["eagle_aux_hidden_state_layer_ids"] = [layer + 1 for layer in layers]
+    if layers != _default_layers(config, target_layers):
+        tree["eagle_config"] = {_LAYER_IDS: list(layers), "use_aux_hidden_state": True}
+        tree[_LAYER_IDS] = [layer + 1 for layer in layers]
     return tree
+
+
+def _default_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int] | None:
+    """What engines tap unless told otherwise; None where the target is too shallow for that."""
+    try:
+        return aux_layers(replace(config, aux_layers=None), target_layers)
+    except UserError:
+        return None
 
 
 def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Draft:
@@ -140,8 +149,8 @@ def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> D
         tensors = load_file(file)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; name a folder written by export") from None
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged ({error}); export it anew") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or not a file ({error}); export it anew") from None
     vocab = _read_map({name: tensors.pop(name, None) for name in ("t2d", "d2t")}, config, file)
     embed = None if EMBED in shapes(config) else tensors.pop(EMBED, None)
     params = {name: tensors.pop(name) for name in shapes(config) if name in tensors} | tensors
@@ -156,17 +165,27 @@ def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> D
 
 
 def _read_config(file: Path) -> DraftConfig:
-    config, tree = draft_config_from_json(file), read_json(file)
-    inputs = tree.get("eagle_aux_hidden_state_layer_ids")
+    try:
+        config, tree = draft_config_from_json(file), read_json(file)
+    except OSError as error:
+        raise UserError(f"{file}: not readable ({error}); name a folder written by export") from None
+    inputs = _layer_ids(tree, file)
     if inputs is None:
         return config
     outputs = tuple(layer - 1 for layer in inputs)
     if config.aux_layers not in (None, outputs):
         raise UserError(
-            f"{file}: eagle_aux_hidden_state_layer_ids = {inputs} must be one above eagle_config's "
+            f"{file}: {_LAYER_IDS} = {inputs} must be one above eagle_config's "
             f"{list(config.aux_layers or ())}; mend the one that is wrong"
         )
     return replace(config, aux_layers=outputs)
+
+
+def _layer_ids(tree: dict[str, Any], file: Path) -> list[int] | None:
+    ids = tree.get(_LAYER_IDS)
+    if ids is not None and not (isinstance(ids, list) and all(type(one) is int for one in ids) and len(ids) == 3):
+        raise UserError(f"{file}: {_LAYER_IDS} = {ids}: must be a list of three integers; mend it")
+    return ids
 
 
 def _read_map(found: dict[str, Tensor | None], config: DraftConfig, file: Path) -> VocabMap:
@@ -175,6 +194,8 @@ def _read_map(found: dict[str, Tensor | None], config: DraftConfig, file: Path) 
     if d2t is None and d != v:
         raise UserError(f"{file}: d2t is missing, and the draft vocabulary ({d}) is not the target's ({v})")
     offset = torch.zeros(v, dtype=torch.int64) if d2t is None else d2t.to(torch.int64)
+    if offset.ndim != 1:
+        raise UserError(f"{file}: d2t has shape {tuple(offset.shape)}, {CONFIG} says {(d,)}; export it anew")
     ids = offset + torch.arange(len(offset))
     if t2d is None:
         t2d = torch.zeros(v, dtype=torch.bool)

@@ -11,7 +11,7 @@ from eagle3fn.base.files import read_json, read_jsonl, whole_file, write_json
 
 _TABLE = (
     ("lossless in fp32", "lossless", "{}"),
-    ("accepted length (draft length 7)", "accepted_length", "{:.3f}"),
+    ("accepted length (draft length {draft_length})", "accepted_length", "{:.3f}"),
     ("untrained draft's", "untrained_accepted_length", "{:.3f}"),
     ("held-out, simulated", "held_out_accepted_length", "{:.3f}"),
     ("tokens/s, plain", "plain_tokens_per_s", "{:.1f}"),
@@ -29,25 +29,25 @@ _TABLE = (
 def write_report(folder: Path) -> str:
     """Write `report.json` and `curves.png` into a demo folder; returns the table as text.
 
-    Reads `features/index.json`, `train/metrics.jsonl`, `train/eval.jsonl`, `evaluation.json` and `stages.json`.
+    Reads `features/index.json`, `train/metrics.jsonl`, `train/eval.jsonl` and `evaluation.json`, and, if they are
+    there, `stages.json` (seconds of each stage) and `settings.json`.
 
     Raises:
-        UserError: one of them is missing; it names the file.
+        UserError: one of them is missing or holds something else; it names the file.
     """
     steps, evals = read_jsonl(folder / "train/metrics.jsonl"), read_jsonl(folder / "train/eval.jsonl")
     if not steps:
         raise UserError(f"{folder}/train/metrics.jsonl: no steps; run eagle3fn train first")
-    stages = read_json(folder / "stages.json")
+    stages, settings = folder / "stages.json", folder / "settings.json"
     trained = [row for row in evals if row["step"] > 0 and "accepted_length" in row]
     report: dict[str, Any] = {
-        **read_json(folder / "evaluation.json"),
+        **_evaluation(folder / "evaluation.json"),
         "steps": steps[-1]["step"],
         "train_tokens_per_s": sum(row["tokens"] for row in steps) / sum(row["seconds"] for row in steps),
         "supervised_tokens": read_json(folder / "features/index.json")["totals"]["supervised"],
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
-        "stage_seconds": stages,
-        "wall_s": sum(stages.values()),
-        "settings": read_json(settings) if (settings := folder / "settings.json").exists() else {},
+        **(_stages(stages) if stages.exists() else {}),
+        "settings": _object(settings) if settings.exists() else {},
         "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(),
         "versions": _versions(),
@@ -55,14 +55,47 @@ def write_report(folder: Path) -> str:
     write_json(folder / "report.json", report)
     with whole_file(folder / "curves.png") as temporary:
         _draw(steps, evals, report, temporary)
-    lines = [f"{label:38}{style.format(report[key])}" for label, key, style in _TABLE if report.get(key) is not None]
+    rows = [(label.format_map(report), style.format(report[key])) for label, key, style in _TABLE if _has(report, key)]
+    lines = [f"{label:38}{value}" for label, value in rows]
     return "\n".join([*lines, f"\n{folder}/report.json, {folder}/curves.png"])
+
+
+def _has(report: dict[str, Any], key: str) -> bool:
+    return report.get(key) is not None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}, it must be a JSON object; write it anew")
+    return found
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    found = _object(path)
+    rates = found.get("acceptance_by_position")
+    if type(found.get("draft_length")) is not int or not isinstance(rates, list) or not all(map(_is_number, rates)):
+        raise UserError(f"{path}: draft_length or acceptance_by_position is missing; run eagle3fn evaluate again")
+    return found
+
+
+def _stages(path: Path) -> dict[str, Any]:
+    stages = _object(path)
+    if not all(map(_is_number, stages.values())):
+        raise UserError(f"{path}: must hold the seconds of each stage; mend it or delete it")
+    return {"stage_seconds": stages, "wall_s": sum(stages.values())}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("eagle3fn", "torch", "transformers")}
+    from eagle3fn import __version__
+
+    return {"eagle3fn": __version__, **{name: version(name) for name in ("torch", "transformers")}}
 
 
 def _machine() -> dict[str, Any]:

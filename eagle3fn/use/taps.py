@@ -1,4 +1,7 @@
-"""Outputs of chosen target layers, kept by forward hooks that stay in place over many calls."""
+"""Outputs of chosen target layers, kept by forward hooks that stay in place over many calls.
+
+Which tensor is a layer's output is decided as in `data.target.features`.
+"""
 
 from typing import Any
 
@@ -31,6 +34,6 @@ class Taps:
 
     def _keep(self, index: int) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            self._latest[index] = output[0] if isinstance(output, tuple) else output
+            self._latest[index] = output if isinstance(output, Tensor) else output[0]
 
         return hook
