@@ -112,7 +112,11 @@ def test_parts_of_other_settings_or_targets_are_not_taken(tmp_path, monkeypatch)
     other = tiny_model()
     other.model.norm.weight += 1
     greedy = Sampling(0, 1, 8)
-    for target, its, change in ((other, tokenizer, {}), (model, tiny_tokenizer(MARKED), {}), (model, tokenizer, greedy)):
+    for target, its, change in (
+        (other, tokenizer, {}),
+        (model, tiny_tokenizer(MARKED), {}),
+        (model, tokenizer, greedy),
+    ):
         written.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(room, "ANSWER", change or room.ANSWER)

@@ -146,7 +146,11 @@ def test_bad_input_is_refused_before_the_target_runs(tmp_path, monkeypatch):
     refused(tmp_path, [GOOD, {"id": "r7"}], r"c.jsonl:2 \(id r7\): no list of turns", monkeypatch)
     refused(tmp_path, [{"conversations": talk("a")}], r"c.jsonl: 0% .*⟦ ⟧: '<\|im_start\|>user\\n", monkeypatch)
     refused(
-        tmp_path, [GOOD], "max_length = 257.*max_position_embeddings is 256; set --max-length to at most 256", monkeypatch, max_length=257
+        tmp_path,
+        [GOOD],
+        "max_length = 257.*max_position_embeddings is 256; set --max-length to at most 256",
+        monkeypatch,
+        max_length=257,
     )
     refused(tmp_path, [GOOD], r"layers \[0, 1, 5\].*\[0, 5\)", monkeypatch, layers=(0, 1, 5))
     with pytest.raises(UserError, match=r"none.jsonl: no such file; name"):

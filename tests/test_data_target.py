@@ -251,6 +251,20 @@ def test_missing_weights_are_not_made_up(saved):
         load(saved[1])
 
 
+def test_no_family_misses_weights(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert weights_digest(load(tmp_path)[0]) == weights_digest(model)
+
+
+def test_a_cut_gguf_file_is_refused(tmp_path):
+    path = tmp_path / "t.gguf"
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + (5).to_bytes(8, "little"))
+    for reader in (target_config, load, read):
+        with pytest.raises(UserError, match=r"t.gguf: not loadable as a target"):
+            reader(path)
+
+
 def test_tied_heads_load(tmp_path):
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

@@ -174,7 +174,7 @@ def test_t2d_is_taken_from_d2t_where_it_is_missing(tmp_path):
         ({"eagle_aux_hidden_state_layer_ids": ["1", "3", "8"]}, "eagle_aux_hidden_state_layer_ids"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": 3}}, "eagle_config.*: 3"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": "abc"}}, "eagle_aux_hidden_state_layer_ids"),
-        ({"eagle_config": [3]}, "eagle_config"),
+        ({"eagle_config": [3]}, "eagle_config|aux_layers"),
         ({"architectures": 3}, "architectures = 3"),
         ({"hidden_size": "big"}, "hidden_size|not a number"),
         ({"rope_scaling": [2]}, "rope_scaling"),

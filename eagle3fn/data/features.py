@@ -125,7 +125,9 @@ def _check_index(index: dict[str, Any], path: Path) -> None:
     known = {shard["file"] for shard in index["shards"]}
     for number, entry in enumerate(index["samples"]):
         if entry["shard"] not in known:
-            raise UserError(f"{path}: samples[{number}].shard is {entry['shard']!r}: must be one of its shards; {REMEDY}")
+            raise UserError(
+                f"{path}: samples[{number}].shard is {entry['shard']!r}: must be one of its shards; {REMEDY}"
+            )
 
 
 def _check_types(tree: Any, types: dict[str, type], where: str, path: Path) -> None:
@@ -182,7 +184,8 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
     """Sample `number` with its features, checked; the first one of a shard has the shard's hash compared too.
 
     Raises:
-        UserError: a shard missing, damaged or changed; wrong shapes or dtypes, NaN or infinity, an id outside the vocabulary.
+        UserError: a shard missing, damaged or changed; wrong shapes or dtypes, NaN or infinity, an id outside the
+            vocabulary.
     """
     entry = features.samples[number]
     path = features.folder / entry["shard"]
@@ -195,7 +198,10 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
 
 
 def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `loss_mask` of sample `number`, each `(S,)` int64, checked; its features are not read, nor its shard hashed."""
+    """`input_ids` and `loss_mask` of sample `number`, each `(S,)` int64, checked.
+
+    Its features are not read, so the shard's hash is not compared here.
+    """
     entry = features.samples[number]
     path = features.folder / entry["shard"]
     ids, mask = _tensors(path, entry, Sample._fields[:2]) if features.index else read_ckpt_tokens(path)

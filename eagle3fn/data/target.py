@@ -3,16 +3,18 @@
 The only file that imports transformers.
 """
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from eagle3fn.base.draft_config import refuse_vision
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json
+from eagle3fn.data.weights import check_weights, find_key, read_tensor, weight_files
 
 _LOGIT_TRANSFORMS = {
     "final_logit_softcapping": None,
@@ -42,8 +44,8 @@ def target_config(path_or_id: str | Path) -> dict[str, Any]:
     name, extra = _source(path_or_id)
     try:
         tree = AutoConfig.from_pretrained(name, **extra).to_dict()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loadable(path_or_id, error) from None
+    except _load_errors() as error:
+        raise _not_loadable(_config_of(path_or_id), error) from None
     refuse_vision(tree, str(path_or_id))
     refuse_logit_transform(tree, str(path_or_id))
     return tree
@@ -69,7 +71,7 @@ def load_target(
     A target that has no `attn` implementation is loaded with "eager".
 
     Raises:
-        UserError: as `target_config`, or the weights are not loadable, or its head has a bias.
+        UserError: as `target_config`; the weights are not loadable, do not fit or are not all there; a biased head.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -78,16 +80,22 @@ def load_target(
     logging.disable_progress_bar()
     name, extra = _source(path_or_id)
     loader: Any = AutoModelForCausalLM
+    options: Any = {"dtype": dtype, "output_loading_info": True, **extra}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
         try:
-            model = loader.from_pretrained(name, dtype=dtype, attn_implementation=attn, **extra)
+            model, loading = loader.from_pretrained(name, attn_implementation=attn, **options)
         except ValueError as error:
-            if attn == "eager" or attn not in str(error):
+            if attn == "eager" or not any(word in str(error) for word in (attn, "attention implementation")):
                 raise
-            model = loader.from_pretrained(name, dtype=dtype, attn_implementation="eager", **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            model, loading = loader.from_pretrained(name, attn_implementation="eager", **options)
+    except _load_errors() as error:
+        if not extra and Path(name).is_dir():
+            check_weights(Path(name))
         raise _not_loadable(path_or_id, error) from None
+    missing = set(loading["missing_keys"]) & {key for key, _ in model.named_parameters()}
+    if missing:
+        raise _no_fit(path_or_id, f"no tensor {min(missing)}, which config.json asks for")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise _head_bias(path_or_id)
     return model.to(device).eval().requires_grad_(False), tokenizer
@@ -105,8 +113,33 @@ def _source(path_or_id: str | Path) -> tuple[str, dict[str, str]]:
     return str(path_or_id), {}
 
 
+def _config_of(path_or_id: str | Path) -> str | Path:
+    path = Path(path_or_id)
+    return path / "config.json" if path.is_dir() else path_or_id
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises on damaged files and on values that it didn't expect."""
+    plain = (
+        *(OSError, ValueError, LookupError, ImportError, RuntimeError, AttributeError, TypeError),
+        *(SafetensorError, struct.error),
+    )
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+    except ImportError:
+        return plain
+    return (*plain, StrictDataclassError)
+
+
+def _no_fit(path_or_id: str | Path, what: str) -> UserError:
+    return UserError(f"{path_or_id}: {what}; fetch the target's files again or choose another target")
+
+
 def _not_loadable(path_or_id: str | Path, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if "ignore_mismatched_sizes" in str(error):
+        return _no_fit(path_or_id, "tensors in its files have other shapes than config.json says")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]
     return UserError(
         f"{path_or_id}: not loadable as a target ({reason}); name a folder with config.json, tokenizer and "
         "safetensors, a GGUF file, or a Hugging Face id that is reachable or in the cache"
@@ -121,22 +154,23 @@ def read_target_tensors(path_or_id: str | Path, dtype: torch.dtype) -> TargetTen
     """Embedding, head and final norm in `dtype`, read from the safetensors files without building the model.
 
     Raises:
-        UserError: as `target_config`; no safetensors, a file missing or damaged, or a tensor missing.
+        UserError: as `target_config`; no safetensors, a file missing or damaged, a tensor missing or of another shape.
     """
     tree = target_config(path_or_id)
     if Path(path_or_id).suffix == ".gguf":
         return _tensors_of_model(load_target(path_or_id, dtype)[0], tree)
     folder = _weights_folder(path_or_id)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if any(key.endswith("lm_head.bias") for key in files):
         raise _head_bias(path_or_id)
-    embed_key = _find(files, "embed_tokens.weight", folder)
-    embed = _read(folder, files, embed_key, dtype)
+    vocab, hidden = tree.get("vocab_size"), tree.get("hidden_size")
+    embed_key = find_key(files, "embed_tokens.weight", folder)
+    embed = read_tensor(folder, files, embed_key, dtype, (vocab, hidden))
     norm_key = embed_key.removesuffix("embed_tokens.weight") + "norm.weight"
-    norm = _read(folder, files, _find(files, norm_key, folder), dtype)
+    norm = read_tensor(folder, files, find_key(files, norm_key, folder), dtype, (hidden,))
     head = embed
     if not tree.get("tie_word_embeddings"):
-        head = _read(folder, files, _find(files, "lm_head.weight", folder), dtype)
+        head = read_tensor(folder, files, find_key(files, "lm_head.weight", folder), dtype, (vocab, hidden))
     return TargetTensors(embed, head, _norm_factor(norm, tree))
 
 
@@ -159,50 +193,6 @@ def _weights_folder(path_or_id: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise _not_loadable(path_or_id, error) from None
-
-
-def _weight_files(folder: Path) -> dict[str, str]:
-    """Key to file name, from the index or else from the files themselves."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return read_json(index)["weight_map"]
-    names = [path.name for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
-    if not names:
-        raise UserError(f"{folder}: no *.safetensors; save the target with save_pretrained(safe_serialization=True)")
-    return {key: name for name in names for key in _keys(folder / name)}
-
-
-def _keys(path: Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
-
-
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); fetch the target's files again") from None
-
-
-def _find(files: dict[str, str], ending: str, folder: Path) -> str:
-    """The shortest key that is `ending` or ends in a dot and `ending`."""
-    found = [key for key in files if key == ending or key.endswith("." + ending)]
-    if not found:
-        raise UserError(
-            f"{folder}: no tensor named {ending} in the safetensors files, and none tied to it by "
-            "tie_word_embeddings; fetch the target's files again or choose another target"
-        )
-    return min(found, key=lambda key: (len(key), key))
-
-
-def _read(folder: Path, files: dict[str, str], key: str, dtype: torch.dtype) -> Tensor:
-    with _open(folder / files[key]) as file:
-        value = file.get_tensor(key)
-    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"{folder / files[key]}: {key} is {value.dtype}; take a target whose {key} is not quantised")
-    return value.to(dtype)
 
 
 def decoder(model: Any) -> Any:

@@ -1,0 +1,99 @@
+"""Single tensors out of a target's safetensors files, without building the model; every damage named by its file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import read_json
+
+_REMEDY = "fetch the target's files again"
+
+
+def weight_files(folder: Path) -> dict[str, str]:
+    """Key to file name, from the index or else from the files themselves.
+
+    Raises:
+        UserError: no safetensors, or a damaged index or file.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _weight_map(index)
+    names = [path.name for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
+    if not names:
+        raise UserError(f"{folder}: no *.safetensors; save the target with save_pretrained(safe_serialization=True)")
+    return {key: name for name in names for key in _keys(folder / name)}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    tree = read_json(index)
+    found = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{index}: no weight_map of tensor names to file names; {_REMEDY}")
+    return found
+
+
+def check_weights(folder: Path) -> None:
+    """Open every safetensors file there is, and compare their keys with the index.
+
+    Raises:
+        UserError: names the first file that is damaged, or lacks a tensor that the index puts there.
+    """
+    if not any(folder.glob("*.safetensors*")):
+        return
+    files = weight_files(folder)
+    for name in sorted(set(files.values())):
+        missing = {key for key, place in files.items() if place == name} - set(_keys(folder / name))
+        if missing:
+            raise _no_tensor(folder / name, min(missing))
+
+
+def _no_tensor(path: Path, key: str) -> UserError:
+    return UserError(f"{path}: no tensor {key}, though model.safetensors.index.json names it; {_REMEDY}")
+
+
+def _keys(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); {_REMEDY}") from None
+
+
+def find_key(files: dict[str, str], ending: str, folder: Path) -> str:
+    """The shortest key that is `ending` or ends in a dot and `ending`."""
+    found = [key for key in files if key == ending or key.endswith("." + ending)]
+    if not found:
+        raise UserError(
+            f"{folder}: no tensor named {ending} in the safetensors files, and none tied to it by "
+            f"tie_word_embeddings; {_REMEDY} or choose another target"
+        )
+    return min(found, key=lambda key: (len(key), key))
+
+
+def read_tensor(
+    folder: Path, files: dict[str, str], key: str, dtype: torch.dtype, shape: tuple[int | None, ...]
+) -> Tensor:
+    """The tensor `key` in `dtype`. `shape` is what config.json says, None where it doesn't.
+
+    Raises:
+        UserError: a file missing or damaged or without the tensor, a quantised tensor, another shape.
+    """
+    path = folder / files[key]
+    with _open(path) as file:
+        if key not in file.keys():  # noqa: SIM118
+            raise _no_tensor(path, key)
+        value = file.get_tensor(key)
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"{path}: {key} is {value.dtype}; take a target whose {key} is not quantised")
+    if value.ndim != len(shape) or any(y not in (None, x) for x, y in zip(value.shape, shape, strict=True)):
+        wanted = tuple("?" if size is None else size for size in shape)
+        raise UserError(f"{path}: {key} has shape {tuple(value.shape)}: config.json says {wanted}; {_REMEDY}")
+    return value.to(dtype)
