@@ -129,7 +129,7 @@ def test_evaluate_is_lossless_and_report_gathers(house, tmp_path):
     assert (stage / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def refuse(capsys, code: int, *texts: str) -> None:
+def expect_refusal(capsys, code: int, *texts: str) -> None:
     assert code == 2
     error = capsys.readouterr().err
     for text in texts:
@@ -138,63 +138,65 @@ def refuse(capsys, code: int, *texts: str) -> None:
 
 def test_bad_features_are_refused(house, tmp_path, capsys):
     broken = tmp_path / "features"
-    refuse(capsys, train(house, tmp_path / "o", features=tmp_path / "none"), "none", "extract")
+    expect_refusal(capsys, train(house, tmp_path / "o", features=tmp_path / "none"), "none", "extract")
     shutil.copytree(house / "features", broken)
     shard = broken / "shard-00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    refuse(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "bytes")
+    expect_refusal(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "bytes")
     tensors = load_file(house / "features/shard-00000.safetensors")
     key = next(name for name in tensors if name.endswith("aux_hidden"))
     tensors[key][1, 2] = float("nan")
     save_file(tensors, shard)
-    refuse(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors")
+    expect_refusal(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors")
     shard.unlink()
-    refuse(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "missing")
+    expect_refusal(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "missing")
     assert not (tmp_path / "o/checkpoints").exists()
 
 
 def test_bad_settings_are_refused(house, tmp_path, capsys):
     out = tmp_path / "o"
-    refuse(capsys, train(house, out, "--set", "objective.ttt_length=0"), "objective.ttt_length", "at least 1")
-    refuse(capsys, train(house, out, "--set", "objective.lenght=3"), "unknown key objective.lenght")
-    refuse(capsys, train(house, out, "--set", "data.held_out=10"), "data.held_out")
-    refuse(capsys, train(house, out, "--set", "draft.max_position_embeddings=4"), "max_position_embeddings = 4")
-    refuse(capsys, train(house, out, "--config", tmp_path / "no.toml"), "no.toml")
+    expect_refusal(capsys, train(house, out, "--set", "objective.ttt_length=0"), "objective.ttt_length", "at least 1")
+    expect_refusal(capsys, train(house, out, "--set", "objective.lenght=3"), "unknown key objective.lenght")
+    expect_refusal(capsys, train(house, out, "--set", "data.held_out=10"), "data.held_out")
+    expect_refusal(capsys, train(house, out, "--set", "draft.max_position_embeddings=4"), "max_position_embeddings = 4")
+    expect_refusal(capsys, train(house, out, "--config", tmp_path / "no.toml"), "no.toml")
 
 
 def test_a_map_of_another_target_is_refused(house, tmp_path, capsys):
     from eagle3fn.data.vocab import build_map, save_map
 
     save_map(tmp_path / "map", build_map(torch.arange(300), 64), {"target": "other/model", "target_hash": "0" * 64})
-    refuse(capsys, train(house, tmp_path / "o", vocab=tmp_path / "map"), "other/model")
+    expect_refusal(capsys, train(house, tmp_path / "o", vocab=tmp_path / "map"), "other/model")
 
 
 def test_a_checkpoint_of_another_run_is_refused(house, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(house / "run", out)
-    refuse(capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "optimizer.learning_rate was", "is 0.5")
+    expect_refusal(
+        capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "optimizer.learning_rate was", "is 0.5"
+    )
     state = next((out / "checkpoints").glob("*8/state.safetensors"))
     state.write_bytes(state.read_bytes()[:50])
-    refuse(capsys, train(house, out), "state.safetensors", "damaged")
+    expect_refusal(capsys, train(house, out), "state.safetensors", "damaged")
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_samples_named(house, tmp_path, capsys):
     code = train(house, tmp_path / "o", "--set", "optimizer.learning_rate=1e30", "--set", "optimizer.warmup_ratio=0.0")
-    refuse(capsys, code, "not finite", "row", "learning_rate")
+    expect_refusal(capsys, code, "not finite", "row", "learning_rate")
 
 
 def test_a_refused_call_leaves_the_run_as_it_was(house, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(house / "run", out)
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != ".lock"}
-    refuse(capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "learning_rate")
-    refuse(capsys, train(house, out, steps=5), "train.steps")
-    refuse(capsys, train(house, out, "--minutes", 3), "--minutes")
-    refuse(capsys, train(house, out, steps=0), "chosen by steps")
+    expect_refusal(capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "learning_rate")
+    expect_refusal(capsys, train(house, out, steps=5), "train.steps")
+    expect_refusal(capsys, train(house, out, "--minutes", 3), "--minutes")
+    expect_refusal(capsys, train(house, out, steps=0), "chosen by steps")
     assert all((out / name).read_bytes() == text for name, text in before.items())
     (out / "horizon.json").write_text("[]")
-    refuse(capsys, train(house, out), "horizon.json")
+    expect_refusal(capsys, train(house, out), "horizon.json")
 
 
 def test_minutes_choose_the_steps_once(house, tmp_path):
@@ -210,19 +212,19 @@ def test_one_process_trains_in_a_folder(house, tmp_path, capsys):
     from eagle3fn.base.files import locked
 
     with locked(tmp_path / "run"):
-        refuse(capsys, train(house, tmp_path / "run"), "another process")
+        expect_refusal(capsys, train(house, tmp_path / "run"), "another process")
     assert train(house, tmp_path / "run") == 0
 
 
 def test_features_of_other_taps_or_another_target_are_refused(house, tmp_path, capsys):
-    refuse(capsys, train(house, tmp_path / "o", "--set", "draft.aux_layers=[0,2,3]"), "index.json", "[0, 2, 3]")
+    expect_refusal(capsys, train(house, tmp_path / "o", "--set", "draft.aux_layers=[0,2,3]"), "index.json", "[0, 2, 3]")
     other = tmp_path / "target"
     shutil.copytree(house / "target", other)
     tree = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**tree, "rms_norm_eps": 0.25}))
     arguments = ["--features", house / "features", "--vocab", house / "map", "--out", tmp_path / "o", *SETTINGS]
     code = main(["train", "--target", str(other), *map(str, arguments), "--set", "train.steps=2"])
-    refuse(capsys, code, "another target")
+    expect_refusal(capsys, code, "another target")
 
 
 def test_what_cannot_be_trained_or_written_is_one_line(house, tmp_path, capsys):
@@ -272,17 +274,17 @@ def test_minutes_must_be_a_time(house, minutes):
 def test_malformed_draft_configurations_are_refused(house, tmp_path, capsys, change):
     tree = json.loads((house / "run/untrained/config.json").read_text())
     (tmp_path / "draft.json").write_text(json.dumps({**tree, **change}))
-    refuse(capsys, train(house, tmp_path / "o", "--draft-config", tmp_path / "draft.json"), "draft.json")
+    expect_refusal(capsys, train(house, tmp_path / "o", "--draft-config", tmp_path / "draft.json"), "draft.json")
 
 
 def test_unreadable_conversations_are_refused(house, tmp_path, capsys):
     talks = tmp_path / "talks.jsonl"
     talks.write_text((house / "talks.jsonl").read_text() + "{broken\n")
     arguments = ["--conversations", talks, "--out", tmp_path / "f", "--max-length", 128]
-    refuse(capsys, call(house, "extract", *arguments), "talks.jsonl:11", "not JSON")
+    expect_refusal(capsys, call(house, "extract", *arguments), "talks.jsonl:11", "not JSON")
     talks.write_text("")
-    refuse(capsys, call(house, "extract", *arguments), "talks.jsonl")
-    refuse(capsys, call(house, "extract", *arguments[:-1], 9999), "9999", "256")
+    expect_refusal(capsys, call(house, "extract", *arguments), "talks.jsonl")
+    expect_refusal(capsys, call(house, "extract", *arguments[:-1], 9999), "9999", "256")
     assert not (tmp_path / "f").exists()
 
 
@@ -292,4 +294,4 @@ def test_a_vision_language_target_is_refused_by_name(house, tmp_path, capsys):
     tree = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**tree, "vision_config": {"depth": 1}}))
     code = main(["extract", "--target", str(target), "--conversations", str(house / "talks.jsonl"), "--out", "x"])
-    refuse(capsys, code, "vision")
+    expect_refusal(capsys, code, "vision")
