@@ -120,7 +120,7 @@ def train_both(oracle: Oracle, script: Script, case: Case, choice: OptimizerConf
         norm, summed = None, None
         for batch in batches:
             norm, losses = old.micro_step(batch, micro)
-            steps = torch.stack([loss.detach() for loss in losses])
+            steps = torch.stack([loss.detach() for loss in losses]) / micro
             summed = steps if summed is None else summed + steps
         assert norm is not None and torch.equal(metrics["grad_norm"], norm), index
         assert metrics["learning_rate"] == rate, index
