@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(house, tmp_path):
     assert same_run(out, house / "run")
 
 
-def test_evaluate_is_lossless_and_report_gathers(house, tmp_path):
+def test_evaluate_is_lossless_and_report_gathers(house, tmp_path, capsys):
     stage = tmp_path / "demo"
     shutil.copytree(house / "features", stage / "features")
     shutil.copytree(house / "run", stage / "train")
@@ -122,6 +122,8 @@ def test_evaluate_is_lossless_and_report_gathers(house, tmp_path):
     assert code == 0
     assert main(["report", "--run", str(stage)]) == 0
     report = json.loads((stage / "report.json").read_text())
+    table = capsys.readouterr().out
+    assert all(label in table for label in ("lossless in fp32", "break-even", "training tokens/s", "wall seconds"))
     assert report["lossless"] is True
     assert report["wall_s"] == 3.5
     wanted = "accepted_length acceptance_by_position tokens_per_s plain_tokens_per_s train_tokens_per_s"

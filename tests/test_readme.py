@@ -83,7 +83,8 @@ def test_options_are_the_parsers() -> None:
 def test_legacy_settings_exist() -> None:
     for name, value, _ in rows("Settings that reproduce the old tool"):
         section, key = name.strip("`").split(".")
-        from_dict(SECTIONS[section], {key: ast.literal_eval(value.strip("`"))}, "README.md")
+        wanted = ast.literal_eval(value.strip("`"))
+        assert getattr(from_dict(SECTIONS[section], {key: wanted}, "README.md"), key) == wanted
 
 
 def test_the_tree_is_the_folders() -> None:
