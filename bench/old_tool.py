@@ -15,19 +15,17 @@ os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")  # before torch
 import argparse
 import json
 import math
-import shlex
-import subprocess
 import sys
 import time
 from contextlib import closing
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from bench.provenance import provenance
 from eagle3fn.base.config import Config, load_config, require
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_json
@@ -175,27 +173,17 @@ def compare(options: argparse.Namespace, oracle: Oracle) -> dict[str, Any]:
     return {"same_steps": steps == total, "old": old, "ours": ours}
 
 
-def provenance(oracle: Oracle) -> dict[str, Any]:
+def told(oracle: Oracle) -> dict[str, Any]:
     """Who was compared, where and how."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    revision = subprocess.run(git, check=False, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
-    packages = ("torch", "transformers", "triton", "yunchang", "eagle3fn")
-    return {
-        "oracle": {"name": "SpecForge", "kind": oracle.kind, "commit": COMMIT, "hashes": oracle.hashes},
-        "notes": NOTES,
-        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
-        "threads": torch.get_num_threads(),
-        "revision": revision.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", "-m", "bench.old_tool", *sys.argv[1:]]),
-    }
+    name = {"name": "SpecForge", "kind": oracle.kind, "commit": COMMIT, "hashes": oracle.hashes}
+    return {"oracle": name, "notes": NOTES, **provenance()}
 
 
 def main() -> None:
     options = parse()
     try:
         oracle = load_oracle(commit=True)
-        result = provenance(oracle) | compare(options, oracle)
+        result = told(oracle) | compare(options, oracle)
     except (UserError, OracleMissingError) as error:
         sys.exit(f"bench.old_tool: {error}")
     write_json(options.out / "result.json", result)

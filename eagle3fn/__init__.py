@@ -31,6 +31,9 @@ from eagle3fn.model.table import init_params as init_params
 from eagle3fn.model.table import start_from_target as start_from_target
 from eagle3fn.train.bind import Functions as Functions
 from eagle3fn.train.bind import bind as bind
+from eagle3fn.train.shard import LeafSpec as LeafSpec
+from eagle3fn.train.shard import gather as gather
+from eagle3fn.train.shard import state_specs as state_specs
 from eagle3fn.train.step import init_state as init_state
 from eagle3fn.train.step import step as step
 from eagle3fn.use.export import Draft as Draft

@@ -1,6 +1,7 @@
 """`eagle3fn COMMAND`: builds configurations and calls one function each."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
         if runs:
             sub.add_argument("--device", default="cpu", help="torch device of the target (default cpu)")
 
+    def settings(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--config", help="TOML file")
+        sub.add_argument("--draft-config", help="draft JSON (default: derived from the target)")
+        sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
+
     sub = command("synthesize", _synthesize, "let the target write its own conversations")
     target(sub)
     sub.add_argument("--out", required=True, help="JSONL file; .xz and .gz compress")
@@ -70,10 +76,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--features", required=True)
     sub.add_argument("--vocab", required=True, help="vocabulary map")
     sub.add_argument("--out", required=True, help="run folder; the best draft is exported to OUT/draft")
-    sub.add_argument("--config", help="TOML file")
-    sub.add_argument("--draft-config", help="draft JSON (default: derived from the target)")
-    sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
-    sub.add_argument("--minutes", type=_minutes, help="choose the number of steps to fill this time")
+    settings(sub)
+    sub.add_argument("--on-nonfinite", choices=("stop", "skip"), help="sets train.on_nonfinite")
+    sub.add_argument("--minutes", type=_above_zero, help="choose the number of steps to fill this time")
+
+    sub = command("plan", _plan, "bytes that a run holds, moves and writes; exit code 2 if it cannot fit")
+    sub.add_argument("--target", help="folder or hub id; its config.json is enough")
+    settings(sub)
+    sub.add_argument("--ranks", type=_positive, default=1)
+    sub.add_argument("--tokens", type=_count, default=0, help="of all conversations, for the features' size")
+    sub.add_argument("--memory", type=_above_zero, help="GiB that a rank may hold: refuse a plan beyond it")
 
     _add_checks(command, target)
     return root
@@ -100,22 +112,16 @@ def _add_checks(command: Callable[..., argparse.ArgumentParser], target: Callabl
     sub.add_argument("--bisect", action="store_true", help="name the unroll step and operation a difference begins at")
 
 
-def _positive(text: str) -> int:
-    return _number(int(text), text, 1, 2**40)
+def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high:g}")
+        return kind(text)
+
+    return number
 
 
-def _count(text: str) -> int:
-    return _number(int(text), text, 0, 2**40)
-
-
-def _minutes(text: str) -> float:
-    return _number(float(text), text, 0.01, 1e6)
-
-
-def _number(value: Any, text: str, low: float, high: float) -> Any:
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high:g}")
-    return value
+_positive, _count, _above_zero = _number(int, 1, 2**40), _number(int, 0, 2**40), _number(float, 0.01, 1e6)
 
 
 def _synthesize(options: Any) -> None:
@@ -123,28 +129,18 @@ def _synthesize(options: Any) -> None:
     from eagle3fn.data.target import load_target
 
     model, tokenizer = load_target(options.target, device=options.device)
-    count = synthesize(
-        model,
-        tokenizer,
-        options.out,
-        options.count,
-        seed=options.seed,
-        batch=options.batch,
-        exclude=options.exclude,
-        on_progress=progress.bar("conversation"),
-    )
+    bar, more = progress.bar("conversation"), {"seed": options.seed, "batch": options.batch}
+    count = synthesize(model, tokenizer, options.out, options.count, exclude=options.exclude, on_progress=bar, **more)
     print(f"{options.out}: {count} conversations")
 
 
 def _extract(options: Any) -> None:
-    from eagle3fn.base.draft_config import aux_layers, draft_config_from_json, draft_config_from_target
+    from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.data.extract import extract
     from eagle3fn.data.target import load_target, target_config
 
     tree = target_config(options.target)
-    path = options.draft_config
-    draft = draft_config_from_json(path) if path else draft_config_from_target(tree, options.target)
-    layers = aux_layers(draft, tree["num_hidden_layers"])
+    layers = aux_layers(_draft(options, tree), tree["num_hidden_layers"])
     model, tokenizer = load_target(options.target, device=options.device)
     index = extract(
         model,
@@ -170,47 +166,63 @@ def _vocab(options: Any) -> None:
     from eagle3fn.data.fingerprint import config_hash
     from eagle3fn.data.pipeline import split
     from eagle3fn.data.target import target_config
-    from eagle3fn.data.vocab import build_map, count_tokens, save_map
+    from eagle3fn.data.vocab import count_map, save_map
 
     tree = target_config(options.target)
     features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
     kept, _ = split(len(features.samples), options.held_out)
-    counts = count_tokens(features, kept, tree["vocab_size"])
-    vocab_map = build_map(counts, min(options.size, tree["vocab_size"]))
-    covered = float(counts[vocab_map.t2d].sum() / counts.sum().clamp(min=1))
+    vocab_map, covered = count_map(features, kept, tree["vocab_size"], options.size)
     provenance = {"target": options.target, "target_hash": config_hash(tree), "covered": covered}
     save_map(options.out, vocab_map, provenance)
     print(f"{options.out}: {len(vocab_map.d2t)} of {tree['vocab_size']} tokens, {covered:.2%} of the supervised ones")
+
+
+def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> Any:
+    from eagle3fn.base.draft_config import draft_config_from_json, draft_config_from_target
+
+    path = options.draft_config
+    return draft_config_from_json(path) if path else draft_config_from_target(tree, options.target, size)
 
 
 def _train(options: Any) -> None:
     import torch
 
     from eagle3fn.base.config import load_config
-    from eagle3fn.base.draft_config import aux_layers, draft_config_from_json, draft_config_from_target
+    from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.data.features import check_target, open_features
     from eagle3fn.data.fingerprint import config_hash
     from eagle3fn.data.target import read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
+    from eagle3fn.train.launch import ranks
     from eagle3fn.train.loop import train
-    from eagle3fn.use.publish import run_events
+    from eagle3fn.use.publish import check_published, run_events
 
-    tree = target_config(options.target)
-    size = map_size(options.vocab)
-    path = options.draft_config
-    draft = draft_config_from_json(path) if path else draft_config_from_target(tree, options.target, size)
-    config = load_config(options.config, options.set, draft)
-    features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
-    vocab_map = load_map(options.vocab, config.draft.vocab_size, config.draft.draft_vocab_size, config_hash(tree))
-    tensors = read_target_tensors(options.target, getattr(torch, config.train.dtype))
-    layers = tree["num_hidden_layers"]
-    check_target(features, config_hash(tree), aux_layers(config.draft, layers), options.target)
-    events = run_events(options.out, config, layers)
-    state = train(config, features, vocab_map, tensors, options.out, options.minutes, events)
-    if not (Path(options.out) / "draft").is_dir():
-        raise UserError(
-            f"{options.out}/draft: gone since the run ended at step {int(state.step)}; train into another folder"
-        )
+    with ranks() as world:
+        tree = target_config(options.target)
+        given = options.set + [f"train.on_nonfinite={options.on_nonfinite}"] * bool(options.on_nonfinite)
+        config = load_config(options.config, given, _draft(options, tree, map_size(options.vocab)))
+        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
+        vocab_map = load_map(options.vocab, config.draft.vocab_size, config.draft.draft_vocab_size, config_hash(tree))
+        tensors = read_target_tensors(options.target, getattr(torch, config.train.dtype))
+        layers = tree["num_hidden_layers"]
+        check_target(features, config_hash(tree), aux_layers(config.draft, layers), options.target)
+        events = run_events(options.out, config, layers)
+        state = train(config, features, vocab_map, tensors, options.out, options.minutes, events, world)
+        if world.main:
+            print(check_published(options.out, int(state.step), world.size))
+
+
+def _plan(options: Any) -> None:
+    from eagle3fn.base.config import load_config
+    from eagle3fn.data.target import target_config
+    from eagle3fn.train.plan import GIB, check_fits, describe, make_plan
+
+    tree = target_config(options.target) if options.target else {}
+    known = options.target or options.draft_config
+    config = load_config(options.config, options.set, _draft(options, tree) if known else None)
+    tied = bool(tree.get("tie_word_embeddings"))
+    print(describe(make_plan(config, options.ranks, options.tokens, tied)))
+    check_fits(config, options.ranks, (options.memory or math.inf) * GIB, "--memory", tied)
 
 
 def _evaluate(options: Any) -> None:
@@ -218,15 +230,8 @@ def _evaluate(options: Any) -> None:
     from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
 
     settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, device=options.device)
-    bars: dict[str, Callable[[int, int], None]] = {}
-
-    def on_progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            bars[stage] = progress.bar(f" prompt ({stage})")
-        bars[stage](done, total)
-
-    prompts = read_prompts(options.prompts)
-    report = evaluate(options.target, options.draft, prompts, settings, options.untrained, options.plain, on_progress)
+    prompts, bars = read_prompts(options.prompts), progress.bars(" prompt")
+    report = evaluate(options.target, options.draft, prompts, settings, options.untrained, options.plain, bars)
     write_json(options.out, report)
     print(f"{options.out}: lossless {report['lossless']}, accepted length {report['accepted_length']:.3f}")
 

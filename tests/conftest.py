@@ -7,17 +7,58 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
+from eagle3fn.testing import Case, parity
 from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
 
 torch.set_num_threads(1)
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=20, **COMMON)
-settings.register_profile("ci", max_examples=30, derandomize=True, **COMMON)
+settings.register_profile("ci", max_examples=100, derandomize=True, **COMMON)
+settings.register_profile("catch", settings.get_profile("ci"), max_examples=40, phases=[Phase.explicit, Phase.generate])
 settings.register_profile("nightly", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+NONTRIVIAL = 0.8
+TALLIES = pytest.StashKey[list["Tally"]]()
+
+
+class Tally:
+    """The cases a property was held against, and how many of them leave something to compare."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.cases: list[Case] = []
+        self.nontrivial = 0
+
+    def add(self, case: Case, nontrivial: bool) -> None:
+        self.cases.append(case)
+        self.nontrivial += nontrivial
+
+    def check(self) -> None:
+        """Four of five cases must be non-trivial."""
+        assert self.cases and self.nontrivial >= NONTRIVIAL * len(self.cases), self.told()
+
+    def told(self) -> str:
+        head = f"{self.name}: {len(self.cases)} cases, {self.nontrivial} non-trivial"
+        return "; ".join([head, *parity.describe_counts(parity.counts(self.cases))])
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Counts the cases of a property; the run ends with the counts of all."""
+    made = Tally(request.node.name)
+    request.config.stash.setdefault(TALLIES, []).append(made)
+    return made
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash.get(TALLIES, []):
+        terminalreporter.section("drawn cases by dtype, loss and unroll length K")
+    for made in config.stash.get(TALLIES, []):
+        terminalreporter.line(made.told())
 
 
 @pytest.fixture(scope="session")

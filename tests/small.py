@@ -3,9 +3,14 @@
 import torch
 
 import eagle3fn as e3
+from eagle3fn.testing.builders import Case
 
 H, V, D = 16, 40, 24
 NUMERICS = "fast"
+GATE = Case(  # the fixture of the old tool's own equivalence gates
+    heads=(4, 2), head_dim=16, hidden=64, target_hidden=64, intermediate=128, vocab=256, draft_vocab=64,
+    lengths=(16, 16), steps=3, mask="full", eps=1e-5, dtype="bfloat16",
+)  # fmt: skip
 
 
 def config_of(dtype: str = "float32", steps: int = 20, **objective) -> e3.Config:

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle3fn.cli import main
+from eagle3fn.train.checkpoint import read_leaves
 from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
+from tests.start_ranks import Ended, torchrun
 
 SETTINGS = [
     *("--set", "train.eval_every=4", "--set", "train.checkpoint_every=3", "--set", "data.held_out=2"),
@@ -56,9 +58,19 @@ def rows(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in timeless]
 
 
+def on_ranks(ranks: int, root: Path, out: Path, *more: object) -> Ended:
+    """The same run by torchrun, bit-equal sums asked for, with twice the samples an update."""
+    places = ["--features", root / "features", "--vocab", root / "map", "--out", out]
+    command = ["-m", "eagle3fn.cli", "train", "--target", root / "target", *places, *SETTINGS]
+    return torchrun(ranks, *command, *TREE, *more)
+
+
+TREE = ["--set", "data.global_batch=4", "--set", "train.reduce=tree", "--set", "train.steps=8"]
+
+
 def same_run(a: Path, b: Path) -> bool:
-    last = "checkpoints/step-00000008/state.safetensors"
-    one, two = load_file(a / last), load_file(b / last)
+    last = "checkpoints/step-00000008"
+    one, two = read_leaves(a / last), read_leaves(b / last)
     equal = one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     return equal and all(rows(a / name) == rows(b / name) for name in ("metrics.jsonl", "eval.jsonl"))
 
@@ -109,6 +121,22 @@ def test_a_killed_run_goes_on_to_the_same_bits(house, tmp_path):
     shutil.copytree(house / "run/checkpoints/step-00000006", out / "checkpoints/.step-00000006.x.tmp")
     assert train(house, out) == 0
     assert same_run(out, house / "run")
+
+
+def test_two_ranks_train_as_one_does_to_the_bit(house, tmp_path):
+    assert train(house, tmp_path / "one", *TREE) == 0
+    ended = on_ranks(2, house, tmp_path / "two")
+    assert ended.codes == [0], ended.text
+    assert same_run(tmp_path / "one", tmp_path / "two")
+    drafts = [load_file(tmp_path / name / "draft/model.safetensors") for name in ("one", "two")]
+    assert all(torch.equal(drafts[0][name], value) for name, value in drafts[1].items())
+    assert ended.text.count("held-out accepted length") == 3
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_once(house, tmp_path):
+    ended = on_ranks(2, house, tmp_path / "run", "--set", "data.global_batch=3")
+    assert ended.codes == [1]
+    assert ended.text.count("make 3 micro-batches an update, 2 ranks must divide them") == 1, ended.text
 
 
 def test_evaluate_is_lossless_and_report_gathers(house, tmp_path, capsys):
@@ -178,9 +206,11 @@ def test_a_checkpoint_of_another_run_is_refused(house, tmp_path, capsys):
     expect_refusal(
         capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "optimizer.learning_rate was", "is 0.5"
     )
-    state = next((out / "checkpoints").glob("*8/state.safetensors"))
-    state.write_bytes(state.read_bytes()[:50])
-    expect_refusal(capsys, train(house, out), "state.safetensors", "damaged")
+    state = next((out / "checkpoints").glob("*8/*.distcp"))
+    whole = bytearray(state.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    state.write_bytes(whole)
+    expect_refusal(capsys, train(house, out), state.name, "damaged")
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_samples_named(house, tmp_path, capsys):

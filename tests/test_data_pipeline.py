@@ -2,18 +2,21 @@
 
 import threading
 import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, DistributedSampler
 
 from eagle3fn.base.config import Config, DataConfig, ObjectiveConfig, TrainConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import open_features, read_sample
-from eagle3fn.data.pipeline import batches, order, prefetch, sample_indices, split
+from eagle3fn.data.pipeline import batches, indices_of, order, prefetch, sample_indices, split
 from tests.data_tools import random_sample, write_folder
 
 DRAFT = DraftConfig(4, 8, 1, 1, 4, 50, 20, 4, 64)
@@ -42,6 +45,37 @@ def test_steps_cut_the_epochs_laid_end_to_end(n, size, seed):
     stream = [place for step in range(2 * n) for place in sample_indices(n, size, seed, step)]
     epochs = [place for epoch in range(2 * size) for place in order(n, seed, epoch)]
     assert stream == epochs
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_the_old_orders_are_those_of_torchs_sampler_and_loader(n, micro, share):
+    """`DistributedSampler`, its epoch counted from 1, under a `DataLoader` that drops the rest; or no shuffling."""
+    for kind, shuffle in (("legacy", True), ("stored", False)):
+        made = config(micro * share, micro)
+        made = replace(made, data=replace(made.data, order=kind))
+        if n < micro:
+            with pytest.raises(UserError, match=f"data.micro_batch = {micro}: {n} samples fill no batch"):
+                indices_of(n, made, 0)
+            continue
+        places: Any = range(n)
+        sampler = DistributedSampler(places, num_replicas=1, rank=0, shuffle=shuffle)
+        loader = DataLoader(places, batch_size=micro, sampler=sampler, drop_last=True, collate_fn=list)
+        stream = []
+        for epoch in range(4):
+            sampler.set_epoch(epoch + 1)
+            stream += [place for batch in loader for place in batch]
+        steps = len(stream) // (micro * share)
+        ours = [place for step in range(steps) for place in indices_of(n, made, step)]
+        assert ours == stream[: len(ours)] and len(ours) == steps * micro * share
+
+
+def test_batches_follow_the_order(folder):
+    data = replace(config(2, 1).data, order="stored")
+    made = replace(config(2, 1), data=data)
+    found = [batch.input_ids[0] for micro in batches(folder, [1, 3, 4], made, 0, 3) for batch in micro]
+    for place, ids in zip([1, 3, 4, 1, 3, 4], found, strict=True):
+        assert torch.equal(ids, read_sample(folder, place).input_ids[:6])
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.extract import encode_all, extract
+from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.fingerprint import config_hash, weights_digest
 from eagle3fn.data.target import features, load_target, read_target_tensors, target_config
-from tests.data_tools import SIZES, tiny_model, tiny_tokenizer
+from tests.data_tools import SIZES, tiny_model, tiny_tokenizer, write_talks
 
 FAMILIES = {
     "Llama": {},
@@ -38,6 +40,45 @@ def test_taps_are_the_layers_outputs(model):
     assert torch.equal(model.get_decoder().norm(third), last)
     assert torch.equal(model.lm_head(last), out.logits)
     assert not aux.requires_grad
+
+
+def independent(model, rows):
+    """Outputs of all five layers and the normed last one, `(S, Ht)` each, by row; all rows in one padded run.
+
+    From `output_hidden_states`, which has the last layer's behind the norm; its own is what the norm is given.
+    """
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    caught = []
+    hook = model.get_decoder().norm.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
+    out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    hook.remove()
+    states = [*out.hidden_states[1:-1], *caught, out.hidden_states[-1]]
+    assert len(states) == 6
+    return [[state[number, : len(row)] for state in states] for number, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_extraction_stores_what_an_independent_forward_gives(model, tmp_path, batch):
+    """Every layer as a tap, from the written files, bit for bit at every real row: alone and in padded batches."""
+    talks, tokenizer = write_talks(tmp_path / "c.jsonl", 8), tiny_tokenizer()
+    rows = [row.input_ids for row in encode_all(tokenizer, talks, 90, 300)]
+    ascending = sorted(range(8), key=lambda number: len(rows[number]))
+    seen = {}
+    for start in range(0, 8, batch):
+        chosen = ascending[start : start + batch]
+        assert batch == 1 or len({len(rows[number]) for number in chosen}) > 1
+        seen |= dict(zip(chosen, independent(model, [rows[number] for number in chosen]), strict=True))
+    for taps in ((0, 1, 2), (4, 3, 2)):
+        out = tmp_path / str(taps)
+        extract(model, tokenizer, talks, out, taps, max_length=90, batch=batch, samples_per_shard=8)
+        opened = open_features(out)
+        for number in range(8):
+            sample = read_sample(opened, number)
+            assert torch.equal(sample.input_ids, rows[number])
+            for tap, found in zip(taps, sample.aux_hidden.split(16, -1), strict=True):
+                assert torch.equal(found, seen[number][tap]), (number, tap)
+            assert torch.equal(sample.last_hidden, seen[number][5]), number
 
 
 def test_padded_rows_change_nothing(model):

@@ -27,6 +27,7 @@ def cases(draw):
         mask[0, row] = 1
     elif kind == "block":
         mask[:, row : row + 7] = 1
+    mask = mask * batch.attention_mask
     positions = draw(st.sampled_from([None, torch.arange(max(lengths)).flip(0).expand(len(lengths), -1)]))
     objective = {
         "ttt_length": draw(st.integers(1, 8)),
@@ -78,17 +79,20 @@ def test_rows_that_contribute(case):
     batch, objective = case
     k, mask = objective["ttt_length"], batch.loss_mask
     rows = contributing_rows(mask, k, bucket=1)
-    for number in range(len(mask)):
-        wanted = [t for t in range(mask.shape[1]) if mask[number, t : t + k].any()]
-        assert sorted(set(rows[number].tolist())) == (wanted or [0])
+    b, s = mask.shape
+    wanted = [r * s + t for r in range(b) for t in range(s) if mask[r, t : t + k].any()]
+    assert rows.tolist() == (wanted or [0])
     wide = contributing_rows(mask, k, bucket=16)
-    assert wide.shape[1] in (mask.shape[1], *range(16, 64, 16))
-    assert torch.equal(wide.sort(dim=1).values, wide)
+    assert torch.equal(wide.unique(), rows)
+    assert torch.equal(wide.sort().values, wide)
+    assert all(int((wide // s == r).sum()) % 16 == 0 for r in range(b))
 
 
 def test_given_rows_change_nothing():
     batch, objective = batch_of(3, (20, 9)), {"ttt_length": 3}
-    given_rows = batch._replace(rows=contributing_rows(batch.loss_mask, 3, bucket=1))
+    given_rows = batch._replace(
+        rows=contributing_rows(batch.loss_mask, 3, bucket=1), labels=contributing_rows(batch.loss_mask, 1, bucket=7)
+    )
     (a, _), ga = run((batch, objective), "float64", "fast")
     (b, _), gb = run((given_rows, objective), "float64", "fast")
     assert torch.allclose(a, b, rtol=1e-12)

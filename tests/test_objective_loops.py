@@ -1,15 +1,16 @@
 """The objective once more by plain loops over numbers, in fp64: no batch, no mask tensor, no shift."""
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import eagle3fn as e3
-from eagle3fn.data.vocab import build_map
 from eagle3fn.model import table
 from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
 from eagle3fn.testing.strategies import cases
@@ -139,10 +140,11 @@ def check(case: Case, **objective: Any) -> None:
     assert aux.accept_rows.tolist() == sums.known
 
 
-@settings(max_examples=12)
-@given(cases(dtype="float64", mask="drawn", steps=3))
-def test_the_objective_by_plain_loops(case: Case) -> None:
-    check(case)
+@settings(max_examples=max(8, settings().max_examples // 8))  # loops over numbers are slow
+@given(cases(dtype="float64"), st.sampled_from(["drawn", "full", "one", "empty"]))
+def test_the_objective_by_plain_loops(case: Case, mask: Any) -> None:
+    """Any unroll length; padded rows are not trained, since the loops see none."""
+    check(replace(case, mask=mask, lengths=tuple(min(length, 8) for length in case.lengths[:2])))
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -150,17 +152,3 @@ def test_the_objective_by_plain_loops(case: Case) -> None:
 def test_the_fast_numerics_by_plain_loops(normalization: Any, steps: int) -> None:
     case = Case(dtype="float64", steps=steps, normalization=normalization, lengths=(7, 4), own_positions=True, eps=1e-2)
     check(case, numerics="fast")
-
-
-@given(cases())
-def test_the_vocabulary_map_has_an_inverse(case: Case) -> None:
-    """Draft to target to draft, and target to draft to target on what is kept, is where one began."""
-    counts = torch.randint(0, 4, (case.vocab,), generator=torch.Generator().manual_seed(case.seed))
-    for vocab_map in (build_map(counts, case.draft_vocab), tame_frozen(case)):
-        t2d, d2t = vocab_map.t2d, vocab_map.d2t
-        to_draft = t2d.cumsum(0) - 1
-        ids = torch.arange(case.draft_vocab)
-        assert t2d.dtype == torch.bool and int(t2d.sum()) == len(d2t) == case.draft_vocab
-        assert torch.equal(to_draft[ids + d2t], ids)
-        kept = t2d.nonzero()[:, 0]
-        assert torch.equal(to_draft[kept] + d2t[to_draft[kept]], kept)

@@ -4,14 +4,10 @@ Those two functions are read out of the commit's script and run as they stand, o
 there, and the loss kernel is replaced by its eager expression (level 2). One rank.
 """
 
-import ast
-import hashlib
 import importlib
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,15 +18,11 @@ import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.types import Batch, TrainState
 from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
-from eagle3fn.testing.oracle import Oracle, eager_loss, old_draft
+from eagle3fn.testing.oracle import LK, Oracle, eager_loss, old_draft
+from eagle3fn.testing.oracle_online import on_cpu, script_functions
 from eagle3fn.testing.strategies import drawn, for_oracle
-
-SCRIPT = "7f9089ea903af3ba4e299c8f691d15fd3fdc638355450c5da3f76d5593f2b718"  # sha256 at the commit
-LK = {"kl": None, "lk_alpha": "alpha", "lk_lambda": "lambda"}
-GATE = Case(  # the shapes of the old tool's own equivalence gates
-    heads=(4, 2), head_dim=16, hidden=64, target_hidden=64, intermediate=128, vocab=256, draft_vocab=64,
-    lengths=(16, 16), steps=3, mask="full", dtype="bfloat16",
-)  # fmt: skip
+from tests.conftest import Tally
+from tests.small import GATE
 
 
 class Script(NamedTuple):
@@ -42,14 +34,7 @@ class Script(NamedTuple):
 
 @pytest.fixture(scope="module")
 def script(commit: Oracle) -> Script:
-    path = Path(str(commit.optimizer.__file__)).parent.parent / "scripts/train_eagle3.py"
-    text = path.read_text()
-    assert hashlib.sha256(text.encode()).hexdigest() == SCRIPT
-    wanted = [node for node in ast.parse(text).body if getattr(node, "name", None) in Script._fields]
-    future = ast.parse("from __future__ import annotations").body  # its annotations name what is not imported here
-    names: dict[str, Any] = {"dist": torch.distributed, "torch": torch}
-    exec(compile(ast.Module([*future, *wanted], []), str(path), "exec"), names)
-    return Script(*(names[name] for name in Script._fields))
+    return Script(**script_functions(commit, *Script._fields))
 
 
 class OldTrainer:
@@ -87,7 +72,7 @@ class OldTrainer:
             "hidden_state": batch.aux_hidden, "target": batch.last_hidden,
         }  # fmt: skip
         data |= {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        with eager_loss(self.oracle):
+        with on_cpu(), eager_loss(self.oracle):
             losses = self.script.run_forward(args, self.model, data, self.head, is_online=False)[0]
             norm = self.script.run_backward_and_update(args, losses, self.optimizer, self.steps)
         return norm, losses
@@ -129,35 +114,25 @@ def train_both(oracle: Oracle, script: Script, case: Case, choice: OptimizerConf
     return all(not torch.equal(state.masters[name], params[name].float()) for name in params)
 
 
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "cuda", lambda self, *_, **__: self)
-
-
-@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("micro", [1, 2, 3])
-def test_drawn_training_equals_the_old_script(commit: Oracle, script: Script, micro: int) -> None:
+def test_drawn_training_equals_the_old_script(commit: Oracle, script: Script, micro: int, tally: Tally) -> None:
     """Fifteen drawn cases each; losses by acceptance with one micro-batch alone, as ours has them."""
-    count = Counter()
     for index, drawn_case in enumerate(drawn(15, micro)):
         case = for_oracle(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
         choice = OptimizerConfig(
             learning_rate=(3e-3, 1e-2)[index % 2], warmup_ratio=(0.0, 0.3, 0.015)[index % 3],
             max_grad_norm=(0.5, 5.0)[index % 2], schedule="legacy", accumulation="legacy",
         )  # fmt: skip
-        count["nontrivial"] += train_both(commit, script, case, choice, (4, 10, 17)[index % 3], micro)
-    print(dict(count))
-    assert count["nontrivial"] >= 0.8 * 15
+        tally.add(case, train_both(commit, script, case, choice, (4, 10, 17)[index % 3], micro))
+    tally.check()
 
 
-@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_old_gates_own_shapes(commit: Oracle, script: Script, dtype: Any) -> None:
     choice = OptimizerConfig(learning_rate=1e-2, schedule="legacy", accumulation="legacy")
     assert train_both(commit, script, replace(GATE, dtype=dtype), choice, 10, 2)
 
 
-@pytest.mark.usefixtures("on_cpu")
 def test_a_better_setting_is_told_apart(commit: Oracle, script: Script) -> None:
     """The control: the closed-form schedule and sums in fp32 are not the old script's."""
     for change in ({"schedule": "cosine"}, {"accumulation": "fp32"}):

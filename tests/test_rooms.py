@@ -68,9 +68,16 @@ def test_heavy_packages_are_imported_in_one_file_and_lazily():
     for package, home in ONE_FILE.items():
         users = {p.relative_to(ROOT).as_posix() for p in files() if any(n.split(".")[0] == package for n in imports(p))}
         assert users == {home}
+    users = [p for p in files() if any(name.split(".")[0] == "triton" for name in imports(p))]
+    assert users and {p.parent.relative_to(ROOT).as_posix() for p in users} == {"model/kernels"}
     for path in files():
         top = {name.split(".")[0] for name in top_level(path)}
         assert not top & {"transformers", "matplotlib", "triton", "hypothesis", "pytest"}, path
+
+
+def test_one_file_knows_dtensor():
+    wanted = "torch.distributed.tensor"
+    assert {p.relative_to(ROOT).as_posix() for p in files() if wanted in p.read_text()} == {"train/shard.py"}
 
 
 def test_files_stay_small():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,14 @@ def place(oracle: Oracle, case: Case = CASE) -> tuple[int, str, str]:
 
 def test_equal_runs_have_no_first_difference(oracle: Oracle):
     assert bisect.first_difference(CASE, bisect.ours(), bisect.theirs(oracle)) is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fault_at_the_first_weight_is_found_there(oracle: Oracle, monkeypatch, tied):
+    """With a tied head too, whose product with the target's states is no step of the draft."""
+    monkeypatch.setattr(layers, "rms_norm", wrong_norm)
+    expected = (0, "scaling by the root mean square", table.INPUT_NORM)
+    assert place(oracle, replace(CASE, tied=tied)) == expected
 
 
 def test_a_fault_in_attention_is_found_at_its_step(oracle: Oracle, monkeypatch):

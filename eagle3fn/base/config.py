@@ -45,7 +45,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW on fp32 masters. "legacy" copies the old tool: its cosine recursion, bf16 accumulation."""
+    """AdamW on fp32 masters. "legacy" copies the old tool: its cosine recursion, bf16 accumulation.
+
+    `horizon`: updates that the schedule spans, where a run makes another number; 0: `train.steps`.
+    """
 
     learning_rate: float = 1e-4
     warmup_ratio: float = 0.015
@@ -56,6 +59,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     schedule: Literal["cosine", "legacy"] = "cosine"
     accumulation: Literal["fp32", "legacy"] = "fp32"
+    horizon: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -65,19 +69,24 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"optimizer.{name}", value, "at least 0 and finite")
         require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "above 0")
+        require(self.horizon >= 0, "optimizer.horizon", self.horizon, "at least 0 (0: train.steps)")
         require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "in [0, 1)")
         require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "in [0, 1)")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Samples to batches. `mask_alignment`: "serving" trains the rows a server drafts from, "legacy" the old tool's."""
+    """Samples to batches. `mask_alignment`: "serving" trains the rows a server drafts from, "legacy" the old tool's.
+
+    `order`: "shuffled" by the seed, "legacy" as the old tool's sampler, "stored" as its dataflow launcher.
+    """
 
     max_length: int = 2048
     mask_alignment: Literal["serving", "legacy"] = "serving"
     global_batch: int = 1
     micro_batch: int = 1
     held_out: int = 0
+    order: Literal["shuffled", "legacy", "stored"] = "shuffled"
     prefetch: int = 2
 
     def __post_init__(self) -> None:
@@ -94,7 +103,10 @@ class DataConfig:
 class TrainConfig:
     """The loop. `steps` 0 means as many as `--minutes` allow, or `epochs` need.
 
-    `init` "target" starts head, norm and projection from the target.
+    `init` "target" starts head, norm and projection from the target; "legacy" draws what the old tool draws. `reduce`
+    "tree" sums micro-batches and ranks by one binary tree, so that 1, 2, 4, … ranks give the same bits; "sum" in order,
+    and over ranks as the backend does.
+    A loss or gradient that is not finite ends the run, or under `on_nonfinite` "skip" its update is dropped.
     """
 
     epochs: int = 10
@@ -102,7 +114,9 @@ class TrainConfig:
     seed: int = 0
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     device: str = "cpu"
-    init: Literal["target", "random"] = "target"
+    init: Literal["target", "random", "legacy"] = "target"
+    reduce: Literal["sum", "tree"] = "sum"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     eval_every: int = 500
     checkpoint_every: int = 500
     keep_last: int = 2
@@ -130,6 +144,9 @@ class Config:
         whole = self.objective.loss == "kl" or self.data.micro_batch == self.data.global_batch
         rule = f"{self.data.global_batch}, all of data.global_batch: objective.loss = {self.objective.loss!r} has means"
         require(whole, "data.micro_batch", self.data.micro_batch, f"{rule} over the whole batch")
+        wide = self.train.reduce == "sum" or self.optimizer.accumulation == "fp32"
+        rule = "'sum' with optimizer.accumulation = 'legacy', whose sums in bf16 differ from the ranks' in fp32"
+        require(wide, "train.reduce", self.train.reduce, rule)
 
 
 def require(holds: bool, name: str, value: Any, constraint: str) -> None:
@@ -228,25 +245,6 @@ def to_dict(config: Any) -> dict:
     """Nested plain dicts of a config; None values are left out (TOML has none)."""
     pairs = ((f.name, getattr(config, f.name)) for f in fields(config))
     return {k: to_dict(v) if is_dataclass(v) else v for k, v in pairs if v is not None}
-
-
-def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML that `load_config` reads back to an equal value."""
-    sections = []
-    for section, values in to_dict(config).items():
-        lines = [f"{key} = {_toml_value(value)}" for key, value in values.items()]
-        sections.append("\n".join([f"[{section}]", *lines]))
-    return "\n\n".join(sections) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f'"{k}" = {_toml_value(v)}' for k, v in value.items() if v is not None) + "}"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def with_steps(config: Config, steps: int) -> Config:

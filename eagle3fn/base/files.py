@@ -55,21 +55,26 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-            fsync_path(file)
-        fsync_path(temporary)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-        fsync_path(path.parent)
+        publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Flush a folder with all it holds to the disk, and rename it to `path`, replacing a folder there."""
+    temporary.chmod(0o755)
+    for file in temporary.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+        fsync_path(file)
+    fsync_path(temporary)
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    fsync_path(path.parent)
 
 
 @contextmanager

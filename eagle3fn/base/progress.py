@@ -23,6 +23,18 @@ def bar(unit: str) -> Callable[[int, int], None]:
     return update
 
 
+def bars(unit: str) -> Callable[[str, int, int], None]:
+    """A function `(stage, done, total)` that draws a bar for every stage, one after another."""
+    made: dict[str, Callable[[int, int], None]] = {}
+
+    def update(stage: str, done: int, total: int) -> None:
+        if stage not in made:
+            made[stage] = bar(f"{unit} ({stage})")
+        made[stage](done, total)
+
+    return update
+
+
 def close() -> None:
     """Close the bars that are still open."""
     while _open:

@@ -19,15 +19,23 @@ def step_rows(masks: Sequence[Tensor], k: int) -> Tensor:
 
 
 def contributing_rows(loss_mask: Tensor, k: int, bucket: int = 16) -> Tensor:
-    """Rows `t` with a trained label at `t … t + k - 1`, from an aligned mask `(B, S)`: `(B, R)` int64, ascending.
+    """Rows `t` with a trained label at `t … t + k - 1`, from an aligned mask `(B, S)`: `(T,)` int64, ascending.
 
-    Any other row matters only by its step-0 key and value. `R` is the longest sample's count, rounded up to
-    `bucket` and at most `S`; shorter samples repeat their last row (row 0 where there is none).
+    A row is `b·S + t`. Any other row matters only by its step-0 key and value. Each sample's rows are rounded up to
+    `bucket` by repeating its last one; if no row contributes, row 0 stands `bucket` times. `k = 1` gives the trained
+    rows themselves.
     """
     s = loss_mask.shape[1]
-    needed = torch.stack([torch.nn.functional.pad(loss_mask[:, i:], (0, i)) for i in range(min(k, s))]).sum(0) > 0
-    longest = int(needed.sum(1).max())
-    size = min(s, -(-max(longest, 1) // bucket) * bucket)
-    order = torch.where(needed, torch.arange(s, device=loss_mask.device), s).sort(dim=1).values[:, :size]
-    last = torch.where(order < s, order, -1).max(dim=1, keepdim=True).values.clamp(min=0)
-    return torch.where(order < s, order, last)
+    steps = range(min(k, s))
+    needed = torch.stack([torch.nn.functional.pad(loss_mask[:, i:], (0, i)) for i in steps]).sum(0) > 0
+    parts = [_fill(row.nonzero()[:, 0] + b * s, bucket) for b, row in enumerate(needed.cpu()) if row.any()]
+    return torch.cat(parts or [torch.zeros(bucket, dtype=torch.int64)]).to(loss_mask.device)
+
+
+def both_rows(loss_mask: Tensor, k: int) -> dict[str, Tensor]:
+    """A batch's `rows` and `labels`: contributing rows, and trained ones."""
+    return {"rows": contributing_rows(loss_mask, k), "labels": contributing_rows(loss_mask, 1)}
+
+
+def _fill(rows: Tensor, bucket: int) -> Tensor:
+    return torch.cat([rows, rows[-1:].expand(-len(rows) % bucket)])

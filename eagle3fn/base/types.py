@@ -22,10 +22,12 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What `forward_loss` reads. Rows are right-padded with zeros.
+    """What `forward_loss` reads. Rows are right-padded with zeros, so padding is never trained.
 
     `loss_mask` counts rows, not tokens: it is already aligned (`data.collate.align_mask`), row `t` is trained
     against the target's distribution for token `t + 2`.
+    It must be 0 where `attention_mask` is; that is not checked, as it would read values. With a mask on padding the
+    two numerics differ: legacy hides padded keys from a padded row, fast does not.
     """
 
     input_ids: Tensor  # (B, S) int64
@@ -35,8 +37,9 @@ class Batch(NamedTuple):
     last_hidden: Tensor  # (B, S, Ht)
     position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S-1
     n: Tensor | None = None  # (K,) fp32: rows trained at each unroll step over the *global* batch; absent: this batch's
-    rows: Tensor | None = None  # (B, R) int64, `base.rows.contributing_rows`; absent: found from the mask.
-    # Rows given must be those of this mask: another choice gives another loss.
+    rows: Tensor | None = None  # (T,) int64, `base.rows.contributing_rows(loss_mask, K)`; absent: found from the mask
+    labels: Tensor | None = None  # (P,) int64, `contributing_rows(loss_mask, 1)`; absent: found from the mask.
+    # Rows and labels given must be those of this mask: others give another loss.
 
 
 class VocabMap(NamedTuple):
@@ -77,7 +80,7 @@ class Aux(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything a step reads and writes, as one pytree of plain tensors."""
+    """Everything a step reads and writes, as one pytree of tensors; under a device mesh all but `step` are DTensors."""
 
     params: Params  # compute dtype
     masters: Params  # fp32

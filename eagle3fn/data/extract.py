@@ -51,7 +51,7 @@ def extract(
             limit; a layer outside the target; `out` holds another extraction.
     """
     out, config = Path(out), model.config
-    _check_target(config, layers, max_length)
+    check_target(config, layers, max_length)
     tree = config.to_dict()
     target = {
         "name": name or config.name_or_path,
@@ -75,7 +75,7 @@ def extract(
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     _refuse_other(out, fingerprint)
     rows = encode_all(tokenizer, conversations, max_length, config.vocab_size, limit)
-    kept = [row for row in rows if row.loss_mask.any()]
+    kept = supervised(rows)
     groups = [kept[start : start + samples_per_shard] for start in range(0, len(kept), samples_per_shard)]
     sidecars, done = [], 0
     for number, group in enumerate(groups):
@@ -106,7 +106,8 @@ def _existing(path: str | Path) -> Path:
     return Path(path)
 
 
-def _check_target(config: Any, layers: Sequence[int], max_length: int) -> None:
+def check_target(config: Any, layers: Sequence[int], max_length: int) -> None:
+    """Raise a UserError if the target has no such positions or layers."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise UserError(
@@ -144,6 +145,11 @@ def encode_all(
         encoded.append(Encoded(name or str(number), ids[:max_length], mask[:max_length]))
     _check_supervised(tokenizer, encoded, conversations)
     return encoded
+
+
+def supervised(rows: Sequence[Encoded]) -> list[Encoded]:
+    """The rows with a supervised token."""
+    return [row for row in rows if row.loss_mask.any()]
 
 
 def _check_supervised(tokenizer: Any, encoded: list[Encoded], conversations: str | Path) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, sha256, whole_file, write_json
 from eagle3fn.base.types import Sample
+from eagle3fn.data.faults import hidden_fault, token_fault
 from eagle3fn.data.specforge_ckpt import find_ckpts, read_ckpt, read_ckpt_tokens
 
 SCHEMA = 1
@@ -192,8 +192,10 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
     sample = Sample(*_tensors(path, entry, Sample._fields)) if features.index else read_ckpt(path)
     if features.index and entry["shard"] not in features.verified:
         _verify(features, next(shard for shard in features.index["shards"] if shard["file"] == entry["shard"]))
-    _check_tokens(sample.input_ids, sample.loss_mask, features, number)
-    _check_hidden(sample, features, number)
+    length, wanted = _refuse(features, number, sample.input_ids, sample.loss_mask), features.index.get("dtype")
+    what = hidden_fault(sample.aux_hidden, sample.last_hidden, length, features.hidden_size, wanted)
+    if what:
+        raise _fault(features, number, what)
     return sample
 
 
@@ -205,8 +207,16 @@ def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
     entry = features.samples[number]
     path = features.folder / entry["shard"]
     ids, mask = _tensors(path, entry, Sample._fields[:2]) if features.index else read_ckpt_tokens(path)
-    _check_tokens(ids, mask, features, number)
+    _refuse(features, number, ids, mask)
     return ids, mask
+
+
+def _refuse(features: FeatureSet, number: int, ids: Tensor, mask: Tensor) -> int:
+    """The length of a sample whose tokens and mask are sound."""
+    what = token_fault(ids, mask, features.samples[number].get("length"), features.vocab_size)
+    if what:
+        raise _fault(features, number, what)
+    return len(ids)
 
 
 def _tensors(path: Path, entry: dict[str, Any], names: tuple[str, ...]) -> list[Tensor]:
@@ -221,33 +231,3 @@ def _fault(features: FeatureSet, number: int, what: str) -> UserError:
     entry = features.samples[number]
     remedy = REMEDY if features.index else "delete the file or write it anew"
     return UserError(f"{features.folder / entry['shard']}: sample {entry['id']!r}: {what}; {remedy}")
-
-
-def _check_tokens(ids: Tensor, mask: Tensor, features: FeatureSet, number: int) -> None:
-    length = features.samples[number].get("length", ids.numel())
-    if ids.ndim != 1 or ids.shape != mask.shape or len(ids) != length or len(ids) == 0:
-        what = f"input_ids {tuple(ids.shape)} and loss_mask {tuple(mask.shape)}: both must be ({length or 'S'},)"
-        raise _fault(features, number, what)
-    if ids.dtype != torch.int64 or mask.dtype != torch.int64:
-        raise _fault(features, number, f"input_ids {ids.dtype} and loss_mask {mask.dtype}: both must be int64")
-    limit = features.vocab_size
-    worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
-    if worst < 0 or (limit is not None and worst >= limit):
-        raise _fault(features, number, f"token id {worst}: must be in [0, {limit if limit else 'V'})")
-    if ((mask != 0) & (mask != 1)).any():
-        raise _fault(features, number, "loss_mask holds values other than 0 and 1")
-
-
-def _check_hidden(sample: Sample, features: FeatureSet, number: int) -> None:
-    length, aux, last = len(sample.input_ids), sample.aux_hidden, sample.last_hidden
-    size = features.hidden_size or last.shape[-1]
-    if aux.shape != (length, 3 * size) or last.shape != (length, size):
-        found = f"aux_hidden {tuple(aux.shape)}, last_hidden {tuple(last.shape)}"
-        raise _fault(features, number, f"{found}: must be ({length}, {3 * size}), ({length}, {size})")
-    wanted = features.index.get("dtype", str(last.dtype).removeprefix("torch."))
-    if not last.is_floating_point() or any(str(x.dtype) != f"torch.{wanted}" for x in (aux, last)):
-        raise _fault(features, number, f"aux_hidden {aux.dtype}, last_hidden {last.dtype}: both must be {wanted}")
-    for name, value in (("aux_hidden", aux), ("last_hidden", last)):
-        if not value.isfinite().all():
-            row = int((~value.isfinite()).any(-1).nonzero()[0])
-            raise _fault(features, number, f"{name} holds NaN or infinity at token {row}")

@@ -7,13 +7,14 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import contributing_rows
-from eagle3fn.base.types import Batch
-from eagle3fn.data.collate import collate, global_n
-from eagle3fn.data.features import FeatureSet, read_sample
+from eagle3fn.base.rows import both_rows, step_rows
+from eagle3fn.base.types import Batch, Sample
+from eagle3fn.data.collate import align_mask, collate
+from eagle3fn.data.features import FeatureSet, read_sample, read_tokens
 
 T = TypeVar("T")
 _EPOCHS_APART = 1_000_003
@@ -36,27 +37,69 @@ def sample_indices(n: int, global_batch: int, seed: int, step: int) -> list[int]
     return [_order(n, seed, place // n)[place % n] for place in places]
 
 
+def indices_of(n: int, config: Config, step: int) -> list[int]:
+    """The numbers below `n` that `step` trains on, in the order that `data.order` names.
+
+    "shuffled" is `sample_indices`. "legacy", the old tool's sampler, shuffles by the epoch alone, and "stored", its
+    dataflow launcher, not at all; in both an epoch leaves out what does not fill a micro-batch.
+
+    Raises:
+        UserError: fewer samples than a micro-batch, where none would be left.
+    """
+    data, places = config.data, range(step * config.data.global_batch, (step + 1) * config.data.global_batch)
+    if data.order == "shuffled":
+        return sample_indices(n, data.global_batch, config.train.seed, step)
+    kept = n - n % data.micro_batch
+    if not kept:
+        raise UserError(f"data.micro_batch = {data.micro_batch}: {n} samples fill no batch; extract more or lower it")
+    if data.order == "stored":
+        return [place % kept for place in places]
+    return [_order(n, 0, 1 + place // kept)[place % kept] for place in places]
+
+
 def batches(
-    features: FeatureSet, indices: Sequence[int], config: Config, start: int, stop: int
+    features: FeatureSet,
+    indices: Sequence[int],
+    config: Config,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[tuple[Batch, ...]]:
     """The micro-batches of each global batch of the steps `start` … `stop - 1`, with global counts and rows.
 
-    `indices` are the samples trained on.
+    `indices` are the samples trained on. Of `world` ranks, which must divide the micro-batches, `rank` gets its
+    contiguous block; of the other ranks' samples it reads the masks alone.
 
     Raises:
         UserError: `indices` is empty, or a sample is unreadable.
     """
     if not indices:
         raise UserError(f"{features.folder}: no samples to train on; extract more or lower data.held_out")
-    data = config.data
+    block = config.data.global_batch // world
     for step in range(start, stop):
-        chosen = sample_indices(len(indices), data.global_batch, config.train.seed, step)
-        samples = [read_sample(features, indices[place]) for place in chosen]
-        parts = [samples[i : i + data.micro_batch] for i in range(0, len(samples), data.micro_batch)]
-        micro = [collate(part, data.mask_alignment, data.max_length) for part in parts]
-        k = config.objective.ttt_length
-        n = global_n(micro, k)
-        yield tuple(batch._replace(n=n, rows=contributing_rows(batch.loss_mask, k)) for batch in micro)
+        chosen = [indices[place] for place in indices_of(len(indices), config, step)]
+        own = chosen[rank * block : (rank + 1) * block]
+        others = [_mask(features, number, config) for number in chosen[: rank * block] + chosen[(rank + 1) * block :]]
+        yield micro_batches([read_sample(features, number) for number in own], config, others)
+
+
+def micro_batches(samples: Sequence[Sample], config: Config, others: Sequence[Tensor] = ()) -> tuple[Batch, ...]:
+    """Samples as micro-batches, which carry their rows and the counts of the global batch.
+
+    `others` are the aligned masks `(1, S)` of the global batch's samples that other ranks hold.
+    """
+    data, k = config.data, config.objective.ttt_length
+    parts = [samples[i : i + data.micro_batch] for i in range(0, len(samples), data.micro_batch)]
+    micro = [collate(part, data.mask_alignment, data.max_length) for part in parts]
+    n = step_rows([*(batch.loss_mask for batch in micro), *others], k)
+    return tuple(batch._replace(n=n, **both_rows(batch.loss_mask, k)) for batch in micro)
+
+
+def _mask(features: FeatureSet, number: int, config: Config) -> Tensor:
+    """The aligned mask of one sample, `(1, S)`."""
+    _, mask = read_tokens(features, number)
+    return align_mask(mask[: config.data.max_length], config.data.mask_alignment)[None]
 
 
 def split(n: int, held_out: int) -> tuple[list[int], list[int]]:

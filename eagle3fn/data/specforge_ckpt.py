@@ -24,8 +24,9 @@ _REMEDY = "delete the file or write it anew"
 
 
 def find_ckpts(folder: str | Path) -> list[Path]:
-    """Every feature file under `folder`, at any depth, sorted by path."""
-    return sorted(path for path in Path(folder).rglob("*") if path.name.endswith(ENDINGS) and path.is_file())
+    """Every feature file under `folder`, at any depth, sorted by path as text: the older trainer's order."""
+    found = (path for path in Path(folder).rglob("*") if path.name.endswith(ENDINGS) and path.is_file())
+    return sorted(found, key=str)
 
 
 def read_ckpt(path: Path) -> Sample:

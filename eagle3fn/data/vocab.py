@@ -53,6 +53,17 @@ def build_map(counts: Tensor, draft_size: int) -> VocabMap:
     return VocabMap(t2d, kept - torch.arange(draft_size))
 
 
+def count_map(features: FeatureSet, indices: Iterable[int], vocab_size: int, draft_size: int) -> tuple[VocabMap, float]:
+    """The map of the `draft_size` (at most `vocab_size`) most supervised tokens, and their share of all of those.
+
+    Raises:
+        UserError: an unreadable sample.
+    """
+    counts = count_tokens(features, indices, vocab_size)
+    vocab_map = build_map(counts, min(draft_size, vocab_size))
+    return vocab_map, float(counts[vocab_map.t2d].sum() / counts.sum().clamp(min=1))
+
+
 def check_map(vocab_map: VocabMap, vocab_size: int, draft_size: int, where: str = "vocabulary map") -> None:
     """Raise a UserError unless the map has these sizes and `nonzero(t2d) == d2t + arange(D)`."""
     t2d, d2t = vocab_map

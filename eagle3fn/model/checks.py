@@ -16,6 +16,7 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
         UserError: names the field, what it is and what it must be.
     """
     draft, objective = config.draft, config.objective
+    check_whole(params)
     check_params(params, draft)
     if batch.input_ids.ndim != 2:
         raise UserError(f"batch.input_ids has shape {tuple(batch.input_ids.shape)}; it must be (B, S)")
@@ -31,9 +32,10 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     _shape("batch.last_hidden", batch.last_hidden, (b, s, draft.target_hidden_size))
     _shape("batch.position_ids", batch.position_ids, (b, s), (1, s))
     _shape("batch.n", batch.n, (objective.ttt_length,))
-    if batch.rows is not None and (batch.rows.ndim != 2 or len(batch.rows) != b):
-        raise UserError(f"batch.rows has shape {tuple(batch.rows.shape)}; it must be (B, R) with B = {b}")
-    for name in ("input_ids", "loss_mask", "attention_mask", "position_ids", "rows"):
+    for name, value in (("rows", batch.rows), ("labels", batch.labels)):
+        if value is not None and value.ndim != 1:
+            raise UserError(f"batch.{name} has shape {tuple(value.shape)}; it must have one axis (base.rows)")
+    for name in ("input_ids", "loss_mask", "attention_mask", "position_ids", "rows", "labels"):
         _kind(f"batch.{name}", getattr(batch, name), torch.int64)
     for name in ("aux_hidden", "last_hidden"):
         if not getattr(batch, name).is_floating_point():
@@ -71,8 +73,19 @@ def _shape(name: str, value: Tensor | None, *allowed: tuple[int, ...]) -> None:
         raise UserError(f"{name} has shape {tuple(value.shape)}; it must be {allowed[0]}")
 
 
-def check_sharing(batches: tuple[Batch, ...], config: Config) -> None:
-    """Check that micro-batches of one update can be summed.
+def check_whole(params: Params) -> None:
+    """Refuse sharded leaves: the loss is a function of plain tensors.
+
+    Raises:
+        UserError: names the first sharded leaf and `e3.gather(state)`.
+    """
+    for name, leaf in params.items():
+        if hasattr(leaf, "placements"):
+            raise UserError(f"params: {name} is sharded over ranks; take the parameters of e3.gather(state)")
+
+
+def check_sharing(batches: tuple[Batch, ...], config: Config, world: int = 1) -> None:
+    """Check that micro-batches of one update can be summed, those of the other ranks included.
 
     Raises:
         UserError: none at all, several under a loss with means over the whole batch, or several without the global
@@ -80,13 +93,14 @@ def check_sharing(batches: tuple[Batch, ...], config: Config) -> None:
     """
     if not batches:
         raise UserError("step: an empty tuple of micro-batches; give at least one Batch")
-    loss = config.objective.loss
-    if len(batches) > 1 and loss != "kl":
+    loss, count = config.objective.loss, len(batches) * world
+    where = f"step: {count} micro-batches" + (f" on {world} ranks" if world > 1 else "")
+    if count > 1 and loss != "kl":
         raise UserError(
-            f"step: {len(batches)} micro-batches under objective.loss = {loss!r}, with means over the whole batch; "
-            "give one Batch, or set objective.loss='kl'"
+            f"{where} under objective.loss = {loss!r}, with means over the whole batch; "
+            "give one Batch on one rank, or set objective.loss='kl'"
         )
-    if len(batches) > 1 and config.objective.normalization == "mask" and any(b.n is None for b in batches):
+    if count > 1 and config.objective.normalization == "mask" and any(b.n is None for b in batches):
         raise UserError(
             "batch.n is missing: with several micro-batches and objective.normalization = 'mask' each must carry the "
             "global row counts (data.collate.global_n)"

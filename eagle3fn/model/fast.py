@@ -1,6 +1,7 @@
 """The fast profile of `forward_loss`: the same mathematics on the rows that reach a loss term.
 
-Every row gives its step-0 key and value; queries, MLP, later keys, head and loss are made for contributing rows only.
+Every row gives its step-0 key and value; queries, MLP, later keys, head and loss are made for the `T` contributing
+rows of the whole batch only, as one list. What depends on a token alone is made once a batch, not once a step.
 """
 
 from typing import NamedTuple
@@ -10,120 +11,149 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.config import Config
-from eagle3fn.base.rows import contributing_rows, shift, step_rows
+from eagle3fn.base.rows import contributing_rows, step_rows
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import layers, table
-from eagle3fn.model.attention import block_mask, unrolled_attention
+from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.fused import Labels, Scores, head_and_kl
-from eagle3fn.model.rope import rope_table
+from eagle3fn.model.fused_layers import rms_norm, swiglu
+from eagle3fn.model.rope import rope_table, rotate
 
 
 class Plan(NamedTuple):
-    """Which rows take part, and how labels and rows find each other; `R` rows a sample, labels are the same places."""
+    """Which rows take part, and how rows and labels find each other; rows and labels are places `b·S + t`."""
 
-    rows: Tensor  # (B, R) int64
-    mask: Tensor  # (K, B, R) int64: row t is trained at step i
-    student: Tensor  # (K, B, R) int64: label u's student row u - i, as an index into R
-    scored: Tensor  # (K, B, R) bool: the label has that student row and is trained
-    label: Tensor  # (K, B, R) int64: row t's label t + i, as an index into R
+    rows: Tensor  # (T,) int64
+    labels: Tensor  # (P,) int64
+    mask: Tensor  # (K, T) int64: row t is trained at step i
+    label: Tensor  # (K, T) int64: row t's label t + i, as an index into labels; any where mask is 0
+    scored: Tensor  # (K, P) bool: the label is scored at step i, by row u - i
+    student: Tensor  # (K, P) int64: that row, as an index into rows; any where scored is False
+
+
+class Weights(NamedTuple):
+    """The layer's matrices, those with one input side by side; `left` and `right` take embedding and hidden state."""
+
+    left: Tensor  # (q + 2·kv, H)
+    right: Tensor  # (q + 2·kv, H)
+    o: Tensor  # (H, q)
+    gate_up: Tensor  # (2·I, H)
+    down: Tensor  # (H, I)
 
 
 def forward_fast(params: Params, batch: Batch, config: Config, frozen: Frozen) -> tuple[Tensor, Aux]:
     """Loss and metrics as `forward_loss` documents them, to rounding."""
-    objective = config.objective
-    plan = make_plan(batch, objective.ttt_length)
-    hidden = unroll(params, batch, plan, config, frozen)
-    student = layers.rms_norm(hidden, params[table.NORM], config.draft.rms_norm_eps).flatten(1, 2)
-    b, r = plan.rows.shape
+    objective, k = config.objective, config.objective.ttt_length
+    plan = make_plan(batch, k)
+    hidden = unroll(params, batch, plan.rows, config, frozen)
     if objective.normalization == "rows":
-        n = torch.full((objective.ttt_length,), float(batch.input_ids.numel()), device=hidden.device)
+        n = torch.full((k,), float(batch.input_ids.numel()), device=hidden.device)
     else:
-        n = step_rows([batch.loss_mask], objective.ttt_length) if batch.n is None else batch.n
-    steps = torch.arange(objective.ttt_length, dtype=torch.float64, device=hidden.device)
+        n = step_rows([batch.loss_mask], k) if batch.n is None else batch.n
+    steps = torch.arange(k, dtype=torch.float64, device=hidden.device)
     factor = (objective.decay**steps / n)[:, None].to(layers.at_least_fp32(hidden.dtype))
-    base = torch.arange(b, device=hidden.device)[:, None] * r
-    labels = Labels(
-        target=_take(shift(batch.last_hidden, 1), plan.rows).flatten(0, 1).to(frozen.target_head.dtype),
-        student=(plan.student + base).flatten(1),
-        weight=plan.scored.flatten(1) * factor,
-    )
+    labels = Labels(label_targets(batch, plan.labels, frozen), plan.student, plan.scored * factor)
+    student = rms_norm(hidden, params[table.NORM], config.draft.rms_norm_eps)
     scores = head_and_kl(student, params[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t)
     return scores.loss, _aux(scores, plan, n)
 
 
 def make_plan(batch: Batch, k: int) -> Plan:
-    """Find contributing rows and their labels; `batch.rows` if the pipeline made them, else from the mask here."""
+    """Rows and labels as the batch gives them, else from its mask; a place that repeats counts once."""
+    s, mask = batch.loss_mask.shape[1], batch.loss_mask.flatten()
     rows = contributing_rows(batch.loss_mask, k) if batch.rows is None else batch.rows
-    s = batch.loss_mask.shape[1]
-    steps = torch.arange(k, device=rows.device)[:, None, None]
-    first = torch.ones_like(rows, dtype=torch.bool)
-    first[:, 1:] = rows[:, 1:] != rows[:, :-1]  # repeats fill short samples
-    trained = _take(batch.loss_mask, rows) * first
-    student, has_student = _find(rows, rows - steps)
-    label, has_label = _find(rows, rows + steps)
-    mask = F.pad(batch.loss_mask, (0, k)).expand(k, -1, -1).gather(2, (rows + steps).clamp(max=s + k - 1))
-    return Plan(rows, mask * first * has_label, student, has_student & (trained > 0), label)
+    labels = contributing_rows(batch.loss_mask, 1) if batch.labels is None else batch.labels
+    steps = torch.arange(k, device=rows.device)[:, None]
+    label, has_label = _find(labels, rows + steps)
+    student, has_student = _find(rows, labels - steps)
+    has_label &= (rows % s + steps < s) & _first(rows) & (mask[labels] > 0)[label]
+    has_student &= (labels % s >= steps) & _first(labels) & (mask[labels] > 0)
+    return Plan(rows, labels, has_label.long(), label, has_student, student)
 
 
-def unroll(params: Params, batch: Batch, plan: Plan, config: Config, frozen: Frozen) -> Tensor:
-    """Un-normed hidden states of the contributing rows after each step: `(K, B, R, H)`."""
+def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: Frozen) -> Tensor:
+    """Un-normed hidden states of `rows` `(T,)` after each step: `(K, T, H)`."""
     draft, k = config.draft, config.objective.ttt_length
-    hidden = layers.project(params, batch.aux_hidden)
-    s, dtype = hidden.shape[1], hidden.dtype
-    cos, sin = rope_table(draft, s + k, dtype, hidden.device, beyond=k)
-    positions = torch.arange(s, device=hidden.device)[None] if batch.position_ids is None else batch.position_ids
-    own = _take(positions.expand(hidden.shape[:2]), plan.rows)
-    ids = F.pad(batch.input_ids, (0, k + 1))
-    groups = draft.num_attention_heads // draft.num_key_value_heads
-    mask = block_mask(batch.attention_mask, dtype)[:, 0]
-    mask = _take(mask, plan.rows)[:, None]
+    b, s = batch.input_ids.shape
+    n, j, e = draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim
+    weights, blocks = _weights(params), make_blocks(rows, s)
+    hidden = layers.project(params, batch.aux_hidden).flatten(0, 1)
+    left = _embedded(params, batch, weights, config, frozen)
+    place = rows // s * (s + k) + rows % s + torch.arange(k, device=rows.device)[:, None]
+    lefts = left.index_select(0, place.flatten()).view(k, len(rows), -1)
+    positions = torch.arange(s, device=rows.device) if batch.position_ids is None else batch.position_ids
+    positions = positions.expand(b, s).flatten()
+    cos, sin = (x[:, None] for x in rope_table(draft, s + k, hidden.dtype, hidden.device, beyond=k))
 
-    embeds = layers.embed(params, frozen, ids[:, 1 : s + 1], dtype)
-    _, key, value = layers.qkv(params, draft, embeds, hidden, cos[positions][:, None], sin[positions][:, None], q=False)
-    keys, values = [layers.repeat_heads(key, groups)], [layers.repeat_heads(value, groups)]
-    hidden, out = _take(hidden, plan.rows), []
+    normed = rms_norm(hidden, params[table.HIDDEN_NORM], draft.rms_norm_eps)
+    kv = torch.addmm(left.view(b, s + k, -1)[:, :s, n * e :].flatten(0, 1), normed, weights.right[n * e :].T)
+    kv = kv.view(b, s, 2 * j, e)
+    turn = (x[positions].view(b, s, 1, e) for x in (cos, sin))
+    key, value = rotate(kv[:, :, :j], *turn), kv[:, :, j:]
+    own_key = own_value = hidden.new_empty(0, len(rows), j, e)
+    hidden, positions, out = hidden[rows], positions[rows], []
+    x = torch.addmm(lefts[0, :, : n * e], normed[rows], weights.right[: n * e].T)
     for i in range(k):
-        embeds = layers.embed(params, frozen, ids.gather(1, plan.rows + i + 1), dtype)
-        turn = cos[own + i][:, None], sin[own + i][:, None]
-        q, key, value = layers.qkv(params, draft, embeds, hidden, *turn, kv=i > 0)
         if i:
-            keys.append(layers.repeat_heads(key, groups))
-            values.append(layers.repeat_heads(value, groups))
-        hidden = layers.finish_layer(params, draft, hidden, unrolled_attention(q, keys, values, mask))
+            normed = rms_norm(hidden, params[table.HIDDEN_NORM], draft.rms_norm_eps)
+            x = torch.addmm(lefts[i], normed, weights.right.T)
+        heads = x.view(len(rows), -1, e)
+        turned = rotate(heads[:, : n + j], cos[positions + i], sin[positions + i])
+        if i:
+            own_key = torch.cat([own_key, turned[None, :, n:]])
+            own_value = torch.cat([own_value, heads[None, :, n + j :]])
+        attended = block_attention(turned[:, :n], key, value, own_key, own_value, rows, blocks)
+        hidden = torch.addmm(hidden, attended.flatten(1), weights.o.T)
+        normed = rms_norm(hidden, params[table.POST_NORM], draft.rms_norm_eps)
+        hidden = torch.addmm(hidden, swiglu(F.linear(normed, weights.gate_up)), weights.down.T)
         out.append(hidden)
     return torch.stack(out)
 
 
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows `(B, R)` of `x` `(B, S, …)`."""
-    index = rows.view(*rows.shape, *(1,) * (x.ndim - 2)).expand(*rows.shape, *x.shape[2:])
-    return x.gather(1, index)
+def _weights(params: Params) -> Weights:
+    qkv = torch.cat([params[table.Q], params[table.K], params[table.V]])
+    left, right = qkv.chunk(2, dim=1)
+    return Weights(left, right, params[table.O], torch.cat([params[table.GATE], params[table.UP]]), params[table.DOWN])
 
 
-def _find(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each of `wanted` `(K, B, R)` stands in the ascending `rows` `(B, R)`, and whether it does."""
-    haystack = rows.expand(wanted.shape).contiguous()
-    place = torch.searchsorted(haystack, wanted.contiguous()).clamp(max=rows.shape[1] - 1)
-    return place, haystack.gather(2, place) == wanted
+def _embedded(params: Params, batch: Batch, weights: Weights, config: Config, frozen: Frozen) -> Tensor:
+    """What the next token's embedding gives to q, k and v at places `0 … S + K - 1` of each sample, a flat list."""
+    k = config.objective.ttt_length
+    ids = F.pad(batch.input_ids, (0, k + 1))[:, 1:]
+    embeds = layers.embed(params, frozen, ids, weights.left.dtype)
+    return F.linear(rms_norm(embeds, params[table.INPUT_NORM], config.draft.rms_norm_eps), weights.left).flatten(0, 1)
+
+
+def label_targets(batch: Batch, labels: Tensor, frozen: Frozen) -> Tensor:
+    """The target's last hidden states `(P, Ht)` one place behind the labels, zero past the end."""
+    states, s = batch.last_hidden.flatten(0, 1), batch.last_hidden.shape[1]
+    inside = (labels % s + 1 < s)[:, None]
+    return torch.where(inside, states[(labels + 1).clamp(max=len(states) - 1)], 0).to(frozen.target_head.dtype)
+
+
+def _first(places: Tensor) -> Tensor:
+    """Which of ascending places `(T,)` differ from the one before."""
+    return torch.cat([torch.ones_like(places[:1], dtype=torch.bool), places[1:] != places[:-1]])
+
+
+def _find(places: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each of `wanted` `(K, X)` stands in the ascending `places` `(T,)`, and whether it does."""
+    found = torch.searchsorted(places, wanted).clamp(max=len(places) - 1)
+    return found, places[found] == wanted
 
 
 @torch.no_grad()
 def _aux(scores: Scores, plan: Plan, n: Tensor) -> Aux:
-    k, (b, r) = len(n), plan.rows.shape
-
-    def by_row(x: Tensor) -> Tensor:
-        return x.view(k, b, r).gather(2, plan.label)
-
     alive = plan.mask.cumprod(0)
-    correct, accept = by_row(scores.correct), by_row(scores.accept)
-    known = by_row(scores.known.expand(k, -1)) & (plan.mask > 0)
-    counted = plan.scored.flatten(1) & scores.known
+    correct, accept = scores.correct.gather(1, plan.label), scores.accept.gather(1, plan.label)
+    known = scores.known[plan.label] & (plan.mask > 0)
+    counted = plan.scored & scores.known
     return Aux(
         losses=(scores.kl * counted).sum(1) / n,
-        correct=(correct * plan.mask).sum((1, 2)),
-        rows=plan.mask.sum((1, 2)),
-        accept=(accept * known).sum((1, 2)),
-        accept_rows=known.sum((1, 2)).to(accept.dtype),
+        correct=(correct * plan.mask).sum(1),
+        rows=plan.mask.sum(1),
+        accept=(accept * known).sum(1),
+        accept_rows=known.sum(1).to(accept.dtype),
         greedy=(alive * correct.long().cumprod(0)).sum().float(),
         sampled=(alive * accept.cumprod(0)).sum().float(),
     )

@@ -1,5 +1,7 @@
 """Per-step loss and metrics of the unroll (objective, section 6)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,9 +9,27 @@ from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.types import Frozen
 from eagle3fn.model.layers import at_least_fp32
 
+KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""As `kl_loss`: `(logits, p, mask, n) → scalar`."""
+
+
+def kl_on(device: torch.device, dtype: torch.dtype) -> KL:
+    """The KL of the legacy numerics: on CUDA a kernel, as the old tool's; elsewhere, and in fp64, the expression."""
+    if device.type == "cuda" and dtype != torch.float64:
+        from eagle3fn.model.kernels.legacy_kl import mean_kl
+
+        return mean_kl
+    return kl_loss
+
 
 def step_loss(
-    logits: Tensor, p: Tensor, q: Tensor, mask: Tensor, n: Tensor | None, objective: ObjectiveConfig
+    logits: Tensor,
+    p: Tensor,
+    q: Tensor,
+    mask: Tensor,
+    n: Tensor | None,
+    objective: ObjectiveConfig,
+    kl: KL | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One unroll step's loss under `objective.loss`, and the rows' acceptance, detached.
 
@@ -21,17 +41,18 @@ def step_loss(
         mask: `position_mask`, `(B, S, 1)`.
         n: see `kl_loss`.
         objective: the loss and its weights.
+        kl: another way to compute `kl_loss`.
 
     Returns:
         A scalar and `(B, S)`, both fp32 (fp64 in fp64).
     """
+    kl = kl or kl_loss
     if objective.loss == "kl":
-        return kl_loss(logits, p, mask, n), acceptance(logits.detach(), q)
+        return kl(logits, p, mask, n), acceptance(logits.detach(), q)
     accept = acceptance(logits, q)
     if objective.loss == "lk_alpha":
         return lk_alpha(accept, mask), accept.detach()
-    kl = kl_loss(logits, p, mask, n)
-    return lk_lambda(kl, accept, mask, objective.kl_scale, objective.kl_decay), accept.detach()
+    return lk_lambda(kl(logits, p, mask, n), accept, mask, objective.kl_scale, objective.kl_decay), accept.detach()
 
 
 def kl_loss(logits: Tensor, p: Tensor, mask: Tensor, n: Tensor | None) -> Tensor:

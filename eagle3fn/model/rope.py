@@ -68,15 +68,21 @@ def _llama3(inverse: Tensor, factor: float, scaling: dict) -> Tensor:
 
 
 def _yarn(config: DraftConfig, factor: float, scaling: dict) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071): interpolated below `beta_slow` turns, kept above `beta_fast`, cosines scaled."""
+    """YaRN (arXiv 2309.00071): interpolated below `beta_slow` turns, kept above `beta_fast`, cosines scaled.
+
+    The ramp between begins and ends at whole dimensions unless `truncate` is false, as in GPT-OSS.
+    """
     size, base = config.head_dim, config.rope_theta
     original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
     def dimension(turns: float) -> float:
         return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(dimension(float(scaling.get("beta_fast") or 32))), 0)
-    high = min(math.ceil(dimension(float(scaling.get("beta_slow") or 1))), size - 1)
+    low = dimension(float(scaling.get("beta_fast") or 32))
+    high = dimension(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
     ramp = ((torch.arange(size // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
     inverse = _inverse(base, size)
     scale = scaling.get("attention_factor")

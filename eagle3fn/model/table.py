@@ -1,5 +1,7 @@
 """The draft's parameters: one table of exported names, shapes and initialisation."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,13 +50,34 @@ def shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def init_params(config: DraftConfig, seed: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Params:
-    """Matrices from normal(0, `initializer_range`), norms 1; drawn in fp32 on the CPU, then cast."""
+def init_params(
+    config: DraftConfig, seed: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", init: str = "random"
+) -> Params:
+    """Matrices from normal(0, `initializer_range`), norms 1; drawn in fp32 on the CPU, then cast.
+
+    `init` "legacy" draws as the old tool's module does under the same seed: see `_draw_legacy`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: _draw(shape, config.initializer_range, generator).to(device, dtype)
-        for name, shape in shapes(config).items()
-    }
+    if init == "legacy":
+        drawn = _draw_legacy(config, generator)
+    else:
+        drawn = {name: _draw(shape, config.initializer_range, generator) for name, shape in shapes(config).items()}
+    return {name: value.to(device, dtype) for name, value in drawn.items()}
+
+
+def _draw_legacy(config: DraftConfig, generator: torch.Generator) -> Params:
+    """As the layers of `torch.nn` start: the embedding from normal(0, 1), then matrices uniform in ±1/√fan_in.
+
+    The embedding is drawn first, also where it is the target's and the draw is thrown away.
+    """
+    embedding = torch.empty(config.vocab_size, config.hidden_size).normal_(generator=generator)
+    drawn = {EMBED: embedding}
+    for name, shape in shapes(config).items():
+        if len(shape) == 1:
+            drawn[name] = torch.ones(shape)
+        elif name != EMBED:
+            drawn[name] = torch.nn.init.kaiming_uniform_(torch.empty(shape), math.sqrt(5), generator=generator)
+    return {name: drawn[name] for name in shapes(config)}
 
 
 def _draw(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> Tensor:

@@ -72,7 +72,10 @@ def ours(function: ForwardLoss = forward_loss) -> Run:
 
     def trace(case: Case) -> Trace:
         frozen, params = tame_frozen(case), tame_params(case)
-        own = {} if frozen.embed_tokens is None else {table.EMBED: frozen.embed_tokens}
+        own: dict[str, Tensor] = {}
+        if frozen.embed_tokens is not None:  # a tensor of its own: a tied head's product is no use of the embedding
+            own = {table.EMBED: frozen.embed_tokens.clone()}
+            frozen = frozen._replace(embed_tokens=own[table.EMBED])
         with torch.no_grad(), Trace(params | own) as found:
             function(params, tame_batch(case), config=case.config(), frozen=frozen)
         return found

@@ -1,7 +1,7 @@
 """Tiny problems: a case is a few integers and names, its tensors come from a seeded generator."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +92,13 @@ def normal(shape: tuple[int, ...], scale: float, source: torch.Generator, dtype:
     return (torch.randn(shape, generator=source, dtype=torch.float64) * scale).to(dtype)
 
 
+def on(device: str, tensors: Any) -> Any:
+    """A dict or named tuple with its tensors on `device`."""
+    if isinstance(tensors, dict):
+        return {name: x.to(device) for name, x in tensors.items()}
+    return type(tensors)(*(None if x is None else x.to(device) for x in tensors))
+
+
 def tame_params(case: Case) -> Params:
     """Weights that keep activations near one: norms around 1, matrices scaled by their fan-in."""
     source, params = generator(case, 1), {}
@@ -152,7 +159,7 @@ def _row_mask(case: Case, real: Tensor, wanted: Tensor, source: torch.Generator)
         case "full":
             return real
         case "one":
-            row = int(torch.randint(0, case.lengths[0] - 1, (), generator=source))
+            row = int(torch.randint(0, max(case.lengths[0] - 1, 1), (), generator=source))
             return torch.zeros_like(real).index_put((torch.tensor(0), torch.tensor(row)), torch.tensor(True))
         case "empty":
             return torch.zeros_like(real)

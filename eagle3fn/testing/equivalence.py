@@ -52,15 +52,30 @@ def _runner(against: Against) -> Callable[[Case], Result]:
 
 
 def _compare(mine: ForwardLoss, against: Against, expected: Callable[[Case], Result], case: Case) -> None:
-    def differ(case: Case) -> list[str]:
-        return differences(run_forward(mine, case), expected(case))
+    def known(case: Case) -> bool:
+        return against != "oracle" or for_oracle(case) == case
 
-    if differ(case):
-        same = for_oracle if against == "oracle" else lambda case: case
-        case = simplest(case, lambda simpler: same(simpler) == simpler and bool(differ(simpler)))
-        left, right = run_forward(mine, case), expected(case)
-        lines = [f"  {name}: {_distance(left, right, name)}" for name in differences(left, right)]
-        raise AssertionError("\n".join(["not equal:", *lines, "to repeat it:", snippet(mine, case, against)]))
+    assert_same(lambda case: run_forward(mine, case), expected, case, lambda case: snippet(mine, case, against), known)
+
+
+def assert_same(
+    left: Callable[[Case], Result],
+    right: Callable[[Case], Result],
+    case: Case,
+    repeat: Callable[[Case], str],
+    known: Callable[[Case], bool] = lambda case: True,
+) -> None:
+    """Compare two sides' results on a case by `torch.equal`.
+
+    Raises:
+        AssertionError: what differs and how far, and the lines of `repeat`, for the plainest case that still
+            differs and is `known` to both sides.
+    """
+    if differences(left(case), right(case)):
+        case = simplest(case, lambda simpler: known(simpler) and bool(differences(left(simpler), right(simpler))))
+        a, b = left(case), right(case)
+        lines = [f"  {name}: {_distance(a, b, name)}" for name in differences(a, b)]
+        raise AssertionError("\n".join(["not equal:", *lines, "to repeat it:", repeat(case)]))
 
 
 def _distance(left: Result, right: Result, name: str) -> str:

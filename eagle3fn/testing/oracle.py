@@ -3,8 +3,9 @@
 `SPECFORGE_SRC` names a checkout at the commit of its pull request 600; without it the wheel stands in, for forward
 and backward only. Either is identified by the hashes of the files that are used, never by its version number.
 
-Level 2 of the comparison: the old loss, a Triton kernel, is replaced on its side by the same eager expression that
-the other side uses (`eager_loss`). Its claim is everything but that kernel.
+Level 1 of the comparison: the old loss is its own Triton kernel, and the other side uses ours. Level 2: that kernel
+is replaced on its side by the same eager expression that the other side uses (`eager_loss`); its claim is everything
+but the kernel.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from torch import Tensor
 from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Batch, Frozen, Params
-from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.builders import Case, on, tame_batch, tame_frozen, tame_params
 from eagle3fn.testing.results import Result
 
 COMMIT = "7a81ce53a0381c6438fd19d6e247d34c68497012"
@@ -47,10 +48,8 @@ INSTALL = (
     f"{COMMIT[:12]} and pip install --no-deps triton==3.8.0 yunchang==0.6.4; "
     "or, for forward and backward alone, also pip install --no-deps specforge==0.2.0"
 )
-
-
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
-_LK = {"kl": None, "lk_alpha": "alpha", "lk_lambda": "lambda"}
+LK = {"kl": None, "lk_alpha": "alpha", "lk_lambda": "lambda"}
 
 
 class Oracle(NamedTuple):
@@ -77,22 +76,26 @@ class OracleMissingError(Exception):
     """Why there is no oracle, and what to install."""
 
 
-def load_oracle(*, commit: bool = False) -> Oracle:
+def load_oracle(*, commit: bool = False, native: bool = False) -> Oracle:
     """The oracle at hand; with `commit`, nothing but the commit's own files.
+
+    Its Triton kernels are interpreted and dynamo is off; `native` (for CUDA) wants them compiled, and dynamo as it is.
 
     Raises:
         OracleMissingError: none is at hand, or torch was loaded without the oracle's environment.
     """
-    oracle = _load()
+    oracle = _load(native)
     if commit and oracle.kind != "commit":
         raise OracleMissingError(f"the oracle at hand is a {oracle.kind}, whose optimizer is another one: {INSTALL}")
     return oracle
 
 
 @functools.cache
-def _load() -> Oracle:
-    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-        raise OracleMissingError(f"the oracle needs {ENVIRONMENT} in the environment before torch is loaded")
+def _load(native: bool) -> Oracle:
+    missing = any(os.environ.get(name) != value for name, value in ENVIRONMENT.items())
+    if (native and "TRITON_INTERPRET" in os.environ) or (missing and not native):
+        wanted = "no TRITON_INTERPRET" if native else str(ENVIRONMENT)
+        raise OracleMissingError(f"the oracle needs {wanted} in the environment before torch is loaded")
     source = os.environ.get("SPECFORGE_SRC")
     if source:
         if not (Path(source) / "specforge" / "optimizer.py").is_file():
@@ -147,8 +150,13 @@ def eager_loss(oracle: Oracle) -> Iterator[None]:
         module.LogSoftmaxLoss = kernel
 
 
-def old_draft(oracle: Oracle, config: DraftConfig, params: Params, frozen: Frozen) -> torch.nn.Module:
-    """The old draft model with these weights, in their dtype; it knows only drafts as wide as their target."""
+def old_draft(
+    oracle: Oracle, config: DraftConfig, params: Params, frozen: Frozen, attention: str = "sdpa"
+) -> torch.nn.Module:
+    """The old draft model with these weights, on their device and in their dtype, under this attention backend.
+
+    It knows only drafts as wide as their target.
+    """
     from transformers import LlamaConfig
 
     llama = LlamaConfig(
@@ -171,9 +179,9 @@ def old_draft(oracle: Oracle, config: DraftConfig, params: Params, frozen: Froze
     llama.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
     llama.draft_vocab_size = config.draft_vocab_size
     with contextlib.redirect_stdout(io.StringIO()):
-        draft = oracle.draft.LlamaForCausalLMEagle3(llama, attention_backend="sdpa")
+        draft = oracle.draft.LlamaForCausalLMEagle3(llama, attention_backend=attention)
     assert frozen.embed_tokens is not None
-    draft.to(params["fc.weight"].dtype)
+    draft.to(params["fc.weight"])
     with torch.no_grad():
         for name, leaf in draft.named_parameters():
             leaf.copy_(frozen.embed_tokens if name == "embed_tokens.weight" else params[name])
@@ -193,33 +201,31 @@ class OldForward(NamedTuple):
 
 
 def old_forward(
-    oracle: Oracle, draft: torch.nn.Module, frozen: Frozen, batch: Batch, objective: ObjectiveConfig
+    oracle: Oracle,
+    draft: torch.nn.Module,
+    frozen: Frozen,
+    batch: Batch,
+    objective: ObjectiveConfig,
+    attention: str = "sdpa",
 ) -> OldForward:
-    """`OnlineEagle3Model.forward` on CPU tensors; the shifts before it are its callers' (data and target side).
+    """`OnlineEagle3Model.forward`; the shifts before it are its callers' (data and target side).
 
     Of `objective`, unroll length, teacher and loss are taken; it divides by all rows whatever is asked.
     """
-    loss = {"kl_scale": objective.kl_scale, "kl_decay": objective.kl_decay, "lk_loss_type": _LK[objective.loss]}
+    loss = {"kl_scale": objective.kl_scale, "kl_decay": objective.kl_decay, "lk_loss_type": LK[objective.loss]}
     length = objective.ttt_length
-    model = oracle.eagle3.OnlineEagle3Model(draft, length=length, attention_backend="sdpa", **loss)
+    model = oracle.eagle3.OnlineEagle3Model(draft, length=length, attention_backend=attention, **loss)
     target = _left(batch.last_hidden)
-    compact: dict[str, Any] = {}
-    logits = None
-    if objective.teacher == "full":
-        logits = torch.nn.functional.linear(target, frozen.target_head)
-    else:
-        compact = {
-            "target_hidden_for_compact": target,
-            "target_head_weight": frozen.target_head,
-            "compact_teacher_chunk_size": objective.teacher_chunk,
-        }
+    full = objective.teacher == "full"
+    compact = {} if full else {"target_hidden_for_compact": target, "target_head_weight": frozen.target_head}
     result = model(
         input_ids=_left(batch.input_ids),
         attention_mask=batch.attention_mask,
-        target=logits,
+        target=torch.nn.functional.linear(target, frozen.target_head) if full else None,
         loss_mask=batch.loss_mask[..., None],
         hidden_states=batch.aux_hidden,
         position_ids=batch.position_ids,
+        compact_teacher_chunk_size=objective.teacher_chunk,
         **compact,
     )
     return OldForward(losses=result[0], acceptance=result[1], correct=result[3], rows=result[4])
@@ -229,13 +235,20 @@ def _left(x: Tensor) -> Tensor:
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
 
 
-def run_oracle(oracle: Oracle, case: Case) -> Result:
-    """Everything that is compared, from the old tool at level 2, by name; gradients under their leaf's."""
-    frozen, objective = tame_frozen(case), case.config().objective
-    draft = old_draft(oracle, case.draft(), tame_params(case), frozen)
-    with eager_loss(oracle):
-        result = old_forward(oracle, draft, frozen, tame_batch(case), objective)
-    loss = sum((objective.decay**i * value for i, value in enumerate(result.losses)), start=torch.zeros(()))
+def run_oracle(
+    oracle: Oracle, case: Case, level: Literal[1, 2] = 2, attention: str = "sdpa", device: str = "cpu"
+) -> Result:
+    """Everything that is compared, from the old tool, by name; gradients under their leaf's.
+
+    At level 1 it computes its loss with its own Triton kernel, at level 2 with `EagerLoss`.
+    """
+    frozen, params, batch = (on(device, x) for x in (tame_frozen(case), tame_params(case), tame_batch(case)))
+    objective = case.config().objective
+    draft = old_draft(oracle, case.draft(), params, frozen, attention)
+    with eager_loss(oracle) if level == 2 else contextlib.nullcontext():
+        result = old_forward(oracle, draft, frozen, batch, objective, attention)
+    start = torch.zeros((), device=device)
+    loss = sum((objective.decay**i * value for i, value in enumerate(result.losses)), start=start)
     loss.backward()
     seen = {
         "loss": loss.detach(),

@@ -86,15 +86,25 @@ def describe(oracle: Oracle, tally: Tally, difference: dict[str, Any] | None) ->
     """The text before the last line: who was compared, on what, and lines that repeat a difference."""
     count = len(tally.cases)
     lines = [oracle.describe(), LEVEL, f"threads: {torch.get_num_threads()}"]
-    for name in ("dtype", "loss", "steps"):
-        counts = sorted(Counter(getattr(case, name) for case in tally.cases).items())
-        lines.append(f"{'K' if name == 'steps' else name}: " + ", ".join(f"{key} {number}" for key, number in counts))
+    lines += describe_counts(counts(tally.cases))
     lines.append(f"{tally.equal} of {count} cases equal by torch.equal; {tally.nontrivial} of {count} non-trivial")
     if tally.first is not None and difference is not None:
         told = ", ".join(f"{key} {value}" for key, value in difference.items() if key != "case")
         lines += [f"first difference: {told}; not equal in that case: {', '.join(tally.names)}", "to repeat it:"]
         lines.append(snippet(forward_loss, tally.first, "oracle"))
     return "\n".join(lines)
+
+
+def counts(cases: list[Case]) -> dict[str, dict[str, int]]:
+    """How many cases have each dtype, loss and unroll length `K`."""
+    fields = {"dtype": "dtype", "loss": "loss", "K": "steps"}
+    found = {name: Counter(getattr(case, field) for case in cases) for name, field in fields.items()}
+    return {name: {str(key): count for key, count in sorted(counter.items())} for name, counter in found.items()}
+
+
+def describe_counts(found: dict[str, dict[str, int]]) -> list[str]:
+    """One line for each kind of count."""
+    return [f"{name}: " + ", ".join(f"{key} {count}" for key, count in kind.items()) for name, kind in found.items()]
 
 
 def summary(oracle: Oracle, tally: Tally, difference: dict[str, Any] | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.types import Aux, Params
-from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.builders import Case, on, tame_batch, tame_frozen, tame_params
 
 Result = dict[str, Tensor]
 """`loss`, `losses` and `acceptance` and `correct` and `rows` `(K,)`, then gradients under their leaf's name."""
@@ -31,11 +31,12 @@ def named(loss: Tensor, aux: Aux, gradients: Params) -> Result:
     return seen | gradients
 
 
-def run_forward(forward_loss: ForwardLoss, case: Case) -> Result:
+def run_forward(forward_loss: ForwardLoss, case: Case, device: str = "cpu") -> Result:
     """The result of `forward_loss` on a case, gradients by `value_and_grad`."""
-    config, frozen, batch = case.config(), tame_frozen(case), tame_batch(case)
+    config, params = case.config(), on(device, tame_params(case))
+    frozen, batch = on(device, tame_frozen(case)), on(device, tame_batch(case))
     compute = value_and_grad(lambda params: forward_loss(params, batch, config=config, frozen=frozen), has_aux=True)
-    (loss, aux), gradients = compute(tame_params(case))
+    (loss, aux), gradients = compute(params)
     return named(loss, aux, gradients)
 
 

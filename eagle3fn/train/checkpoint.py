@@ -1,22 +1,40 @@
-"""Checkpoints: one folder a step, whole or not at all, read back to the same bits."""
+"""Checkpoints: one folder a step, whole or not at all, read back to the same bits on any number of ranks.
 
+`step-NNNNNNNN/` holds the state as `torch.distributed.checkpoint` writes it (a file a rank), the draft's parameters
+once more as `draft.safetensors`, and `meta.json`. All ranks write into one temporary folder, which rank 0 renames when
+every file is on the disk.
+"""
+
+import base64
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from eagle3fn.base.config import Config, to_dict
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, whole_folder, write_json
+from eagle3fn.base.files import publish_folder, read_json, sha256, write_json
 from eagle3fn.base.tree import like, named_leaves
 from eagle3fn.base.types import TrainState
+from eagle3fn.train.launch import World
+from eagle3fn.train.shard import full_params
 
-SCHEMA = 1
+SCHEMA = 2
+DRAFT, META = "draft.safetensors", "meta.json"
+MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite", "data.prefetch"}
 _NAME = re.compile(r"step-(\d{8})")
+_ELSEWHERE = "train into another folder"
 
 
 class Resumed(NamedTuple):
@@ -24,58 +42,167 @@ class Resumed(NamedTuple):
 
     state: TrainState
     extra: dict[str, Any]
+    rng: torch.Tensor  # of torch's default generator on rank 0, uint8
 
 
-def save_checkpoint(folder: str | Path, state: TrainState, config: Config, extra: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-NNNNNNNN/` and delete all but the `keep` newest.
+def save_checkpoint(
+    folder: str | Path,
+    state: TrainState,
+    config: Config,
+    data: dict[str, str],
+    extra: dict[str, Any],
+    keep: int,
+    world: World = World(),  # noqa: B008
+) -> Path:
+    """Write `folder/step-NNNNNNNN/` and delete all but the `keep` newest; every rank calls it.
 
-    `extra` is what else a resumed run needs: the data's fingerprint, the best value so far.
+    `data` are the hashes of what the run reads, `extra` is what else a resumed run needs, such as the best value.
+
+    Raises:
+        UserError: not written, such as for want of room; on every rank. The older checkpoints are as they were.
     """
-    step = int(state.step)
-    path = Path(folder) / f"step-{step:08d}"
-    with whole_folder(path) as temporary:
-        leaves = {name: leaf.detach().contiguous().clone() for name, leaf in named_leaves(state).items()}
-        save_file(leaves, temporary / "state.safetensors")
-        write_json(temporary / "meta.json", {"schema": SCHEMA, "step": step, "config": to_dict(config), "extra": extra})
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    path = Path(folder) / f"step-{int(state.step):08d}"
+    temporary = path.with_name(f".{path.name}.tmp")
+    remedy = f"the checkpoints before it are whole; make room or mend {folder}, then call again"
+    try:
+        with _together(world, f"{path}: not written", remedy):
+            if world.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with _distributed(f"{path}: not written", remedy):
+            state_dict_saver.save(_tensors(state), storage_writer=FileSystemWriter(temporary), no_dist=world.size == 1)
+        params = full_params(state.params)
+        sums = world.every({file.name: sha256(file) for file in temporary.glob(f"__{world.rank}_*")})
+        with _together(world, f"{path}: not written", remedy):
+            if world.main:
+                save_file({name: leaf.detach().cpu().contiguous() for name, leaf in params.items()}, temporary / DRAFT)
+                own = {name: sha256(temporary / name) for name in (DRAFT, ".metadata")}
+                files = {name: digest for part in [*sums, own] for name, digest in part.items()}
+                write_json(temporary / META, _meta(state, config, data, extra, files, world))
+                publish_folder(temporary, path)
+                for old in checkpoints(folder)[:-keep]:
+                    shutil.rmtree(old)
+    finally:
+        if world.main:
+            shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def _tensors(state: TrainState) -> dict[str, Any]:
+    return {name: leaf.detach() for name, leaf in named_leaves(state).items()}
+
+
+def _meta(
+    state: TrainState, config: Config, data: dict[str, str], extra: Any, files: dict[str, str], world: World
+) -> dict[str, Any]:
+    step = int(state.step)
+    return {
+        "schema": SCHEMA,
+        "cursor": {"step": step, "samples": step * config.data.global_batch, "seed": config.train.seed},
+        "config": to_dict(config),
+        "data": data,
+        "extra": extra,
+        "world": world.size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rng": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(),
+        "files": files,
+    }
+
+
+@contextmanager
+def _together(world: World, what: str, remedy: str) -> Iterator[None]:
+    """All ranks leave this block together: a file error on one is raised on all, as a UserError."""
+    failed = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        failed = str(error)
+    for number, reason in enumerate(world.every(failed)):
+        if reason is not None:
+            raise UserError(f"{what} (rank {number}: {reason}); {remedy}")
+
+
+@contextmanager
+def _distributed(what: str, remedy: str) -> Iterator[None]:
+    """Turn the failure of any rank, which `torch.distributed.checkpoint` raises on all of them, into a UserError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        number, (reason, _) = min(error.failures.items())
+        raise UserError(f"{what} (rank {number}: {reason}); {remedy}") from None
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = (path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name))
-    return sorted(path for path in found if (path / "meta.json").exists())
+    return sorted(path for path in found if (path / META).exists())
 
 
-def load_checkpoint(path: str | Path, template: TrainState, config: Config, data: str) -> Resumed:
-    """Read a checkpoint into `template`'s structure.
+def remove_unfinished(folder: str | Path) -> None:
+    """Delete what killed saves left behind; rank 0 alone."""
+    for left in [*Path(folder).glob(".step-*.tmp"), *Path(folder).glob(".step-*.old")]:
+        shutil.rmtree(left)
+
+
+def load_checkpoint(
+    path: str | Path,
+    template: TrainState,
+    config: Config,
+    data: dict[str, str],
+    world: World = World(),  # noqa: B008
+) -> Resumed:
+    """Read a checkpoint into leaves shaped and placed as `template`'s, whatever ranks it was written on.
 
     Raises:
-        UserError: unreadable, of another schema, configuration or data, or with leaves of another shape or dtype.
+        UserError: unreadable, of another schema, configuration or data, of other threads under `reduce = "tree"`, or
+            damaged; on every rank.
     """
     path = Path(path)
-    meta = read_json(path / "meta.json")
+    meta = read_json(path / META)
     if meta.get("schema") != SCHEMA:
-        raise UserError(f"{path}: schema {meta.get('schema')!r}, this version reads {SCHEMA}; start a new run")
-    _same_config(meta["config"], to_dict(config), path)
-    if meta["extra"].get("data") != data:
-        raise UserError(f"{path}: written for other features or another vocabulary map; train into another folder")
-    try:
-        leaves = load_file(path / "state.safetensors")
-    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}/state.safetensors: damaged ({error}); delete {path} to resume from an older one"
-        ) from None
-    for name, leaf in named_leaves(template).items():
-        found = leaves.get(name, torch.empty(0))
-        if found.shape != leaf.shape or found.dtype != leaf.dtype:
-            raise UserError(
-                f"{path}/state.safetensors: {name} is {found.dtype} {tuple(found.shape)}, this run has "
-                f"{leaf.dtype} {tuple(leaf.shape)}; train into another folder"
-            )
-        leaves[name] = found.to(leaf.device)
-    return Resumed(like(template, leaves), meta["extra"])
+            f"{path}: a checkpoint of schema {meta.get('schema')!r}, this version reads {SCHEMA}; finish the run with "
+            f"the version that began it, or {_ELSEWHERE}"
+        )
+    _same_config(meta["config"], to_dict(config), path)
+    for name in sorted(data.keys() | meta["data"].keys()):
+        if data.get(name) != meta["data"].get(name):
+            raise UserError(f"{path}: written for other {name}; {_ELSEWHERE}")
+    if config.train.reduce == "tree" and meta["threads"] != torch.get_num_threads():
+        raise UserError(
+            f"{path}: written by ranks of {meta['threads']} threads, these have {torch.get_num_threads()}: under "
+            f"train.reduce = 'tree' the bits would differ; set OMP_NUM_THREADS={meta['threads']}, or {_ELSEWHERE}"
+        )
+    _check_files(path, meta["files"], world)
+    leaves = {name: torch.empty_like(leaf) for name, leaf in _tensors(template).items()}
+    with _distributed(f"{path}: not readable", f"delete {path} to resume from an older one"):
+        state_dict_loader.load(leaves, storage_reader=FileSystemReader(path), no_dist=world.size == 1)
+    rng = torch.tensor(list(base64.b64decode(meta["rng"])), dtype=torch.uint8)
+    return Resumed(like(template, leaves), meta["extra"], rng)
+
+
+def read_leaves(path: str | Path) -> dict[str, torch.Tensor]:
+    """All leaves of a checkpoint under their names, whole, in this process alone; nothing is compared."""
+    reader = FileSystemReader(path)
+    leaves: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with _distributed(f"{path}: not readable", "name a checkpoint's folder"):
+        state_dict_loader.load(leaves, storage_reader=reader, no_dist=True)
+    return leaves
+
+
+def _check_files(path: Path, files: dict[str, str], world: World) -> None:
+    """Compare hashes; the ranks share the files out."""
+    with _together(world, f"{path}: damaged", f"delete {path} to resume from an older one"):
+        for name in sorted(files)[world.rank :: world.size]:
+            if sha256(path / name) != files[name]:
+                raise OSError(f"the bytes of {name} have changed")
 
 
 def _same_config(old: dict, new: dict, path: Path, prefix: str = "") -> None:
@@ -83,8 +210,8 @@ def _same_config(old: dict, new: dict, path: Path, prefix: str = "") -> None:
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             _same_config(a, b, path, f"{prefix}{key}.")
-        elif a != b and [a] != [list(b) if isinstance(b, tuple) else b]:
+        elif a != b and [a] != [list(b) if isinstance(b, tuple) else b] and prefix + key not in MAY_CHANGE:
             raise UserError(
                 f"{path}: a checkpoint of another configuration: {prefix}{key} was {a!r}, is {b!r}; "
-                "train into another folder, or set it back"
+                f"{_ELSEWHERE}, or set it back"
             )

@@ -3,14 +3,16 @@
 import time
 from pathlib import Path
 
-from eagle3fn.base.config import to_toml, with_steps
+from eagle3fn.base.config import with_steps
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, whole_file, write_json
+from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState
 from eagle3fn.data.pipeline import batches
 from eagle3fn.train.bind import bind
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.run import Run, to_device
+from eagle3fn.train.shard import gather
 
 _TIMED_STEPS = 24
 _FILE = "horizon.json"
@@ -26,7 +28,7 @@ def with_horizon(run: Run, state: TrainState, minutes: float | None) -> tuple[Ru
     if plan.steps and minutes is not None:
         raise UserError(f"--minutes and train.steps = {plan.steps} both choose the number of steps; leave one out")
     chosen = "steps" if plan.steps else "epochs" if minutes is None else "minutes"
-    found = _begun(run.out / _FILE)
+    found = run.world.shared(_begun(run.out / _FILE) if run.world.main else None)
     if found and found[1] not in (chosen, "") and chosen != "steps":
         raise UserError(
             f"{run.out / _FILE}: the run began with its steps chosen by {found[1]}, now it is {chosen}; call it as "
@@ -37,11 +39,11 @@ def with_horizon(run: Run, state: TrainState, minutes: float | None) -> tuple[Ru
     elif found:
         steps = found[0]
     elif minutes is not None:
-        steps = max(1, int(minutes * 60 / seconds_per_step(run, state)))
+        steps = run.world.shared(max(1, int(minutes * 60 / seconds_per_step(run, state))))
     else:
         steps = max(1, plan.epochs * len(run.train) // run.config.data.global_batch)
     config = with_steps(run.config, steps)
-    return run._replace(config=config, fns=bind(config, run.frozen)), chosen
+    return run._replace(config=config, fns=bind(config, run.frozen, run.mesh)), chosen
 
 
 def write_horizon(run: Run, chosen: str) -> None:
@@ -63,18 +65,21 @@ def _begun(path: Path) -> tuple[int, str] | None:
 def seconds_per_step(run: Run, state: TrainState) -> float:
     """Measured seconds of a step of average length and its share of an evaluation; the timed steps are dropped."""
     config = with_steps(run.config, _TIMED_STEPS + 1)
-    fns = bind(config, run.frozen)
+    fns = bind(config, run.frozen, run.mesh)
     tokens, begin = 0, time.perf_counter()
-    for number, micro in enumerate(batches(run.features, run.train, config, 0, _TIMED_STEPS + 1)):
-        fns.step(state, tuple(to_device(batch, config.train.device) for batch in micro))
+    world = run.world
+    for number, micro in enumerate(
+        batches(run.features, run.train, config, 0, _TIMED_STEPS + 1, world.rank, world.size)
+    ):
+        _, metrics = fns.step(state, to_device(micro, run.device))
         if number == 0:
             begin = time.perf_counter()
         else:
-            tokens += sum(int(batch.attention_mask.sum()) for batch in micro)
+            tokens += int(metrics["tokens"])
     spent = time.perf_counter() - begin
     lengths = [run.features.samples[i].get("length") for i in run.train]
     known = [min(length, config.data.max_length) for length in lengths if length]
     per_step = sum(known) / len(known) * config.data.global_batch if known else tokens / _TIMED_STEPS
     begin = time.perf_counter()
-    evaluate_held_out(run, state.params)
+    evaluate_held_out(run, gather(state.params))
     return spent * per_step / tokens + (time.perf_counter() - begin) / config.train.eval_every

@@ -16,10 +16,14 @@ Schedule = Callable[[int], float]
 
 
 class Optimizer(NamedTuple):
-    """`init(masters) → state`; `update(grads, state, masters, step) → (masters, state, info)`, all fp32."""
+    """`init(masters) → state`; `update(grads, norm, state, masters, step) → (masters, state, info)`, all fp32.
+
+    `norm` is the global one, of which a sharded leaf's own rank knows only a part. `update(…, donate=True)` writes into
+    the given masters and state; the bits are the same.
+    """
 
     init: Callable[[Params], Any]
-    update: Callable[[Params, Any, Params, int], tuple[Params, Any, dict[str, Any]]]
+    update: Callable[..., tuple[Params, Any, dict[str, Any]]]
 
 
 class Moments(NamedTuple):
@@ -41,41 +45,48 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     def init(masters: Params) -> Moments:
         return Moments(*({k: torch.zeros_like(v) for k, v in masters.items()} for _ in range(2)))
 
-    def update(grads: Params, state: Moments, masters: Params, step: int):
-        grads, norm = clip_by_global_norm(grads, config.max_grad_norm)
+    def update(grads: Params, norm: Tensor, state: Moments, masters: Params, step: int, donate: bool = False):
+        grads = clip(grads, norm, config.max_grad_norm)
         rate = schedule(step)
-        masters, state = adamw(grads, state, masters, step, rate, config)
+        masters, state = adamw(grads, state, masters, step, rate, config, donate)
         return masters, state, {"grad_norm": norm, "learning_rate": rate}
 
     return Optimizer(init, update)
 
 
-def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
-    """Scale all gradients by `max_norm / (norm + 1e-6)`, at most 1; the norm is summed in the dict's order."""
-    norm = torch.nn.utils.get_total_norm(list(grads.values()))
+def clip(grads: Params, norm: Tensor, max_norm: float) -> Params:
+    """Scale all gradients, whose global norm is `norm`, by `max_norm / (norm + 1e-6)`, at most 1."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return {name: grad * scale for name, grad in grads.items()}, norm
+    return {name: grad * scale for name, grad in grads.items()}
 
 
 def adamw(
-    grads: Params, state: Moments, masters: Params, step: int, rate: float, config: OptimizerConfig
+    grads: Params,
+    state: Moments,
+    masters: Params,
+    step: int,
+    rate: float,
+    config: OptimizerConfig,
+    donate: bool = False,
 ) -> tuple[Params, Moments]:
     """One AdamW update (arXiv 1711.05101); `step` counts from 0. The bits of `torch.optim.AdamW` leaf by leaf."""
     beta1, beta2 = config.beta1, config.beta2
     size = rate / (1 - beta1 ** (step + 1))
     root = (1 - beta2 ** (step + 1)) ** 0.5
-    mu = {k: torch.lerp(state.mu[k], g, 1 - beta1) for k, g in grads.items()}
-    nu = {k: (state.nu[k] * beta2).addcmul_(g, g, value=1 - beta2) for k, g in grads.items()}
     decay = 1 - rate * config.weight_decay
-    new = {}
-    for k, master in masters.items():
+    mu, nu, new = {}, {}, {}
+    for k, g in grads.items():
+        m, v, master = (x if donate else None for x in (state.mu[k], state.nu[k], masters[k]))
+        mu[k] = torch.lerp(state.mu[k], g, 1 - beta1, out=m)
+        nu[k] = torch.mul(state.nu[k], beta2, out=v).addcmul_(g, g, value=1 - beta2)
         bottom = nu[k].sqrt().div_(root).add_(config.eps)
-        new[k] = torch.addcdiv(master * decay if config.weight_decay else master, mu[k], bottom, value=-size)
+        old = masters[k] * decay if config.weight_decay else masters[k]
+        new[k] = torch.addcdiv(old, mu[k], bottom, value=-size, out=master)
     return new, Moments(mu, nu)
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Linear warm-up over `int(warmup_ratio · total)` steps, then cosine to 0.
+    """Linear warm-up over `int(warmup_ratio · total)` steps, then cosine to 0; `total` is `horizon` where that is set.
 
     "cosine" is the closed form, 0 from `total_steps` on. "legacy" is the old tool's recursion, which lies
     `2 / (1 + cos(π/T))` above it, `T` the steps behind the warm-up, and rises again past the end.
@@ -85,6 +96,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     """
     if total_steps < 1:
         raise UserError(f"train.steps = {total_steps}: the schedule needs at least 1 step")
+    total_steps = config.horizon or total_steps
     warmup = int(config.warmup_ratio * total_steps)
     base, span = config.learning_rate, total_steps - warmup
     if config.schedule == "legacy":

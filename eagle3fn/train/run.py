@@ -3,19 +3,25 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import Config, to_dict
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.types import Batch, Frozen, VocabMap
+from eagle3fn.base.tree import tree_map
+from eagle3fn.base.types import Frozen, VocabMap
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import FeatureSet, read_tokens
 from eagle3fn.data.pipeline import split
 from eagle3fn.data.target import TargetTensors
 from eagle3fn.train.bind import Functions, bind
+from eagle3fn.train.launch import World
+from eagle3fn.train.plan import check_fits, memory_of
+from eagle3fn.train.reduce import check_ranks
 
+T = TypeVar("T")
 _LOOKED_AT = 100
 
 
@@ -29,18 +35,32 @@ class Run(NamedTuple):
     train: list[int]
     held_out: list[int]
     out: Path
-    data: str  # fingerprint of features and vocabulary map
+    data: dict[str, str]  # hashes of features and vocabulary map
+    device: str  # this rank's
+    world: World = World()
+    mesh: DeviceMesh | None = None
 
 
-def prepare(config: Config, features: FeatureSet, vocab_map: VocabMap, target: TargetTensors, out: str | Path) -> Run:
-    """Check that all parts fit together and bind the functions.
+def prepare(
+    config: Config,
+    features: FeatureSet,
+    vocab_map: VocabMap,
+    target: TargetTensors,
+    out: str | Path,
+    world: World = World(),  # noqa: B008
+) -> Run:
+    """Check that all parts fit together, on all ranks alike, and bind the functions.
 
     Raises:
         UserError: tensors that don't fit the configuration, a device that is not there, samples beyond the position
-            limit, none to train on, or none with a trained row.
+            limit, none to train on, or none with a trained row; a number of ranks that the global batch or
+            `train.reduce` does not fit, or ranks that were started differently.
     """
+    check_world(config, world)
+    device, tied = check_device(world.device(config.train.device)), target.head is target.embed_tokens
+    check_fits(config, world.size, memory_of(device), f"the memory of {device}", tied)
     own = config.draft.hidden_size != config.draft.target_hidden_size
-    dtype, device = getattr(torch, config.train.dtype), check_device(config.train.device)
+    dtype = getattr(torch, config.train.dtype)
     frozen = Frozen(
         None if own else target.embed_tokens.to(device, dtype),
         target.head.to(device, dtype),
@@ -50,8 +70,33 @@ def prepare(config: Config, features: FeatureSet, vocab_map: VocabMap, target: T
     kept, held_out = split(len(features.samples), config.data.held_out)
     _check_lengths(config, features)
     _check_trained(config, features, kept)
-    fns = bind(config, frozen)
-    return Run(config, frozen, fns, features, kept, held_out, Path(out), fingerprint(features, vocab_map))
+    mesh, data = world.mesh(device), fingerprints(features, vocab_map)
+    world.agree(_settings(config) | data)
+    fns = bind(config, frozen, mesh)
+    return Run(config, frozen, fns, features, kept, held_out, Path(out), data, device, world, mesh)
+
+
+def check_world(config: Config, world: World) -> None:
+    """Refuse a number of ranks that cannot share every global batch alike.
+
+    Raises:
+        UserError: names the micro-batches of an update and the ranks.
+    """
+    data, size = config.data, world.size
+    count = data.global_batch // data.micro_batch
+    if count % size:
+        raise UserError(
+            f"data.global_batch = {data.global_batch} and data.micro_batch = {data.micro_batch} make {count} "
+            f"micro-batches an update, {size} ranks must divide them; set data.global_batch to a multiple of "
+            f"{size * data.micro_batch}, or start other ranks"
+        )
+    check_ranks(size, config.train.reduce)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Dotted settings, and the number of threads where bits are promised."""
+    every = {f"{section}.{key}": value for section, part in to_dict(config).items() for key, value in part.items()}
+    return every | ({"number of threads": torch.get_num_threads()} if config.train.reduce == "tree" else {})
 
 
 def check_device(name: str) -> str:
@@ -91,19 +136,19 @@ def _check_trained(config: Config, features: FeatureSet, kept: list[int]) -> Non
     )
 
 
-def fingerprint(features: FeatureSet, vocab_map: VocabMap) -> str:
-    """Hash of what a run reads: the features' own fingerprint, their samples, and the vocabulary map.
+def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
+    """Hashes of what a run reads: the feature index and the vocabulary map.
 
-    Files of the older trainer have no fingerprint of their own: their names and sizes stand in for it.
+    The shards' own hashes are left out, so that a damaged shard may be extracted again. Files of the older trainer
+    have no index: their names and sizes stand in for it.
     """
-    names = [sample["id"] for sample in features.samples]
-    own = features.index.get("fingerprint")
-    if not features.index:
-        own = [(features.folder / sample["shard"]).stat().st_size for sample in features.samples]
-    text = json.dumps([own, names])
-    return hashlib.sha256(text.encode() + vocab_map.t2d.cpu().numpy().tobytes()).hexdigest()
+    index: Any = {key: value for key, value in features.index.items() if key not in ("shards", "totals")}
+    if not index:
+        index = [(sample["id"], (features.folder / sample["shard"]).stat().st_size) for sample in features.samples]
+    text, tokens = json.dumps(index, sort_keys=True).encode(), vocab_map.t2d.cpu().numpy().tobytes()
+    return {"features": hashlib.sha256(text).hexdigest(), "vocabulary map": hashlib.sha256(tokens).hexdigest()}
 
 
-def to_device(batch: Batch, device: str) -> Batch:
-    """The batch with every tensor on `device`."""
-    return Batch(*(None if value is None else value.to(device) for value in batch))  # pyright: ignore[reportArgumentType]
+def to_device(values: T, device: str) -> T:
+    """The tree of tensors, such as a batch, with every tensor on `device`."""
+    return tree_map(lambda value: value.to(device), values)

@@ -27,17 +27,18 @@ def readable(aux: Aux) -> dict[str, Any]:
     }
 
 
-def step_row(step: int, metrics: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
-    """One line of `metrics.jsonl`. Deterministic values first; `seconds` and `tokens_per_s` are the machine's."""
-    return {
-        "step": step,
-        "loss": float(metrics["loss"]),
-        "grad_norm": float(metrics["grad_norm"]),
-        "learning_rate": metrics["learning_rate"],
-        **readable(metrics["aux"]),
-        "tokens": tokens,
-        "seconds": round(seconds, 4),
-    }
+def step_row(step: int, metrics: dict[str, Any], seconds: float, skipped: int = 0) -> dict[str, Any]:
+    """One line of `metrics.jsonl`. Deterministic values first; `seconds` is the machine's.
+
+    `skipped` counts the updates dropped so far; this step's own, if it is one, has neither loss nor rates.
+    """
+    if metrics["skipped"]:
+        values: dict[str, Any] = {"loss": None, "grad_norm": None, "learning_rate": 0.0}
+    else:
+        values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
+        values |= readable(metrics["aux"])
+    tokens = int(metrics["tokens"])
+    return {"step": step, **values, "tokens": tokens, "skipped": skipped, "seconds": round(seconds, 4)}
 
 
 def nonfinite(metrics: dict[str, Any]) -> bool:

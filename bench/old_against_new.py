@@ -1,0 +1,172 @@
+"""The old script against `scripts/train_eagle3_fn.py` on the same arguments, and why pull request 600's table differs.
+
+    python -m bench.old_against_new --out FOLDER --json RESULT [--causes] -- ARGS
+
+`ARGS` are the old script's, without `--output-dir`, handed to both sides as they stand. The old side is its own
+`main()` (bench/old_script.py says what stands in for a GPU), ours is the script's `run`; both in this process, one
+behind the other. Compared by exact value after every update: loss, accuracy, acceptance, gradient norm, each unroll
+step's loss and the rate; at the end by `torch.equal`: weights, masters, both moments. Exit code 0: equal; 1: not.
+
+`--causes` runs both launchers of the pull request on ARGS, and the old one with one difference at a time.
+"""
+
+import os
+
+os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")  # before torch is loaded
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from bench import old_script as old_side
+from bench.provenance import provenance
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import read_jsonl, write_json
+from eagle3fn.base.types import TrainState
+from eagle3fn.testing.oracle import COMMIT, Oracle, OracleMissingError, load_oracle
+from scripts import compare_runs, train_eagle3_fn
+
+COMPARED = ("loss", "grad_norm", "learning_rate", "losses", "accuracy", "acceptance")
+SHOWN = (1, 100, 200)
+WINDOW = 50  # both launchers log every 50th step
+FALLBACK = 10_000  # what the new launcher's schedule spans where --total-steps is not given
+FILES = (
+    *("data/utils.py", "data/preprocessing.py", "runtime/launch.py", "runtime/training/trainer.py"),
+    *("runtime/training/strategy.py", "runtime/training/backend.py", "runtime/data_plane/feature_dataloader.py"),
+)
+
+
+def same_state(state: TrainState, old: dict[str, tuple[torch.Tensor, ...]]) -> dict[str, bool]:
+    """By `torch.equal`: are all leaves of the weights, masters and both moments the old side's?"""
+    trees = {"weights": state.params, "masters": state.masters, "mu": state.opt.mu, "nu": state.opt.nu}
+    if list(state.params) != list(old):
+        raise UserError(f"the sides train different leaves: {sorted(set(state.params) ^ set(old))}")
+    return {
+        name: all(torch.equal(tree[leaf], old[leaf][place]) for leaf in old)
+        for place, (name, tree) in enumerate(trees.items())
+    }
+
+
+def against(oracle: Oracle, arguments: list[str], out: Path) -> tuple[dict[str, Any], old_side.Recorded]:
+    """Both sides on the same arguments; the comparison, and the old side's record."""
+    old = old_side.run_old(oracle, arguments, out / "old")
+    with (out / "old" / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in old.rows)
+    options = train_eagle3_fn.parser().parse_args([*arguments, "--output-dir", str(out / "new")])
+    state = train_eagle3_fn.run(options)
+    rows, new = compare_runs.read_run(out / "old"), read_jsonl(out / "new" / "metrics.jsonl")
+    unequal = [(a["step"], n) for a, b in zip(rows, new, strict=False) for n in COMPARED if a[n] != b[n]]
+    found = compare_runs.first_difference(rows, compare_runs.read_run(out / "new"))
+    result = {
+        "steps": [len(rows), len(new)],
+        "compared": COMPARED,
+        "first_difference": None if found is None else str(found),
+        "unequal_values": len(unequal),
+        "state_equal": same_state(state, old.state),
+        "sha256_of_rows": [digest(side) for side in (rows, new)],
+        "shown": {str(step): [shown(side[step - 1]) for side in (rows, new)] for step in SHOWN if step <= len(rows)},
+    }
+    result["equal"] = not unequal and found is None and all(result["state_equal"].values())
+    return result, old
+
+
+def shown(row: dict[str, Any]) -> dict[str, float]:
+    """A row's values for a table; of the lists the first unroll step."""
+    return {name: row[name][0] if isinstance(row[name], list) else row[name] for name in compare_runs.COLUMNS}
+
+
+def digest(rows: list[dict[str, Any]]) -> str:
+    """One hash over all compared values, which JSON writes in full."""
+    return hashlib.sha256(json.dumps([[row[name] for name in COMPARED] for row in rows]).encode()).hexdigest()
+
+
+def causes(oracle: Oracle, arguments: list[str], out: Path, old: old_side.Recorded) -> dict[str, Any]:
+    """The new launcher beside the old one, and the old one with one difference at a time."""
+    long = [*arguments, "--total-steps", str(FALLBACK)]
+    runs = {
+        "old launcher": old,
+        "sample order alone": old_side.run_old(oracle, arguments, out / "order", stored=True),
+        "schedule length alone": old_side.run_old(oracle, long, out / "length"),
+        "order and length": old_side.run_old(oracle, long, out / "both", stored=True),
+        "new launcher": old_side.run_dataflow(oracle, arguments, out / "dataflow"),
+    }
+    new, both = runs["new launcher"].rows, runs["order and length"].rows
+    steps = range(WINDOW, len(old.rows) + 1, WINDOW)
+    return {
+        "order_and_length_are_all": [row[name] for row in new for name in COMPARED]
+        == [row[name] for row in both for name in COMPARED],
+        "mean_loss_at_step": {name: {str(s): unweighted(run, s) for s in steps} for name, run in runs.items()},
+        "reports_of_one_run": {str(step): reports(old, step) for step in steps},
+        "reports_of_the_new_one": {str(s): runs["new launcher"].shown[s - 1] for s in steps},
+    }
+
+
+def unweighted(run: old_side.Recorded, step: int) -> float:
+    """The mean over unroll steps of their losses: what the old progress bar shows, and the new log's `plosses`."""
+    return mean(run.rows[step - 1]["losses"])
+
+
+def reports(old: old_side.Recorded, step: int) -> dict[str, float | None]:
+    """The same numbers of one run as each launcher tells them at `step`."""
+    row, log = old.rows[step - 1], next((log for log in old.logged if log["step"] == step), {})
+    window = [log[f"train/ploss_{i}"] for i in range(len(row["losses"]))] if log else []
+    hits = [log[f"train/acc_{i}"] for i in range(len(row["losses"]))] if log else []
+    return {
+        "old bar, loss": old.shown[step - 1]["loss"],
+        "old log, mean of ploss_i over the window": mean(window) if window else None,
+        "new log, loss (weighted sum, last batch)": row["loss"],
+        "new log, plosses (mean, last batch)": mean(row["losses"]),
+        "old bar, acc": old.shown[step - 1]["acc"],
+        "old log, mean of acc_i over the window": mean(hits) if hits else None,
+        "new log, acc (mean, last batch)": mean(row["accuracy"]),
+    }
+
+
+def about(oracle: Oracle, options: argparse.Namespace) -> dict[str, Any]:
+    """Where and with what the result was got, the old tool's files by hash."""
+    root = Path(str(oracle.optimizer.__file__)).parent
+    more = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in FILES}
+    flags = ["--out", str(options.out), "--json", str(options.json), *(["--causes"] if options.causes else [])]
+    hashes = oracle.hashes | old_side.SCRIPTS | more
+    return provenance(shlex.join(["python", "-m", "bench.old_against_new", *flags, "--", *options.arguments])) | {
+        "oracle": {"name": "SpecForge", "kind": oracle.kind, "commit": COMMIT, "hashes": hashes},
+        "level": 2,
+        "replaced": old_side.REPLACED,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs; must not hold an earlier one")
+    parser.add_argument("--json", type=Path, required=True, help="the result")
+    parser.add_argument("--causes", action="store_true", help="also what makes the pull request's own table differ")
+    parser.add_argument("arguments", nargs="+", help="the old script's, behind --")
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    try:
+        oracle = load_oracle(commit=True)
+        print(oracle.describe())
+        if (options.out / "new").exists():
+            raise UserError(f"{options.out}: holds an earlier run; name another folder, or delete that one")
+        result, old = against(oracle, options.arguments, options.out)
+        print(json.dumps(result, indent=2))
+        write_json(options.json, head := about(oracle, options) | result)
+        if options.causes:
+            head["causes"] = causes(oracle, options.arguments, options.out, old)
+    except (UserError, OracleMissingError) as error:
+        print(f"bench.old_against_new: {error}", file=sys.stderr)
+        return 2
+    write_json(options.json, head | {"seconds": round(time.perf_counter() - begin)})
+    return 0 if result["equal"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""README's tables of speed and memory, made from the results in bench/results/; `--readme` puts them there."""
+
+import sys
+from typing import Any
+
+from bench.common import RESULTS, ROOT
+from eagle3fn.base.files import read_json, whole_file
+
+BEGIN, END = "<!-- python -m bench.table -->\n\n", "\n<!-- end -->\n"
+HIDDEN = ("--out", "--json", "--rounds", "--mesh", "--allocator", "--no-memory")
+
+
+def text() -> str:
+    """All tables, as Markdown."""
+    steps = sorted((read_json(path) for path in RESULTS.glob("step-*.json")), key=_order)
+    blocks = [step_table(steps)]
+    for stem, about in (("loss", loss_line), ("attention", attention_line), ("scaling", scaling_line)):
+        blocks += [about(read_json(path)) for path in sorted(RESULTS.glob(f"{stem}-*.json"))]
+    blocks += [demo_line(read_json(path)) for path in sorted(RESULTS.glob("demo-step-*.json"))]
+    return "\n".join(blocks) + "\n"
+
+
+def _order(result: dict[str, Any]) -> tuple[Any, ...]:
+    told = result["settings"]
+    return told["device"], told["allocator"] != "raised", -told["seq"], told["masked"]
+
+
+def step_table(results: list[dict[str, Any]]) -> str:
+    """One row a case."""
+    lines = [
+        "| `python -m bench.step …` | allocator | rows needed | old, legacy, fast: ms | old / fast | legacy / fast "
+        "| memory of a step: old, fast, MiB | fast / old | fast, of the matmul rate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    loads = [result["load_average"] for result in results]
+    about = f"Load average when they began: {min(loads)} to {max(loads)} on {results[0]['hardware']['cores']} cores."
+    return "\n".join([*lines, *(step_row(result) for result in results), "", about]) + "\n"
+
+
+def step_row(result: dict[str, Any]) -> str:
+    """A case's row; "-": not measured."""
+    took = ", ".join(number(1000 * result["seconds"][name]) for name in ("old", "legacy", "fast"))
+    used = {name: value["step"] / 2**20 for name, value in result["memory"].items()}
+    cells = [
+        f"`{arguments(result['command'])}`",
+        result["settings"]["allocator"],
+        f"{result['shares']['needed']:.0%}",
+        took,
+        f"{result['ratio']:.2f}",
+        f"{result['ratio_legacy']:.2f}",
+        f"{number(used['old'])}, {number(used['fast'])}" if used else "-",
+        f"{result['memory_ratio']:.2f}" if used else "-",
+        f"{result['mfu']:.0%} of {number(result['matmul_gflops'])} GFLOP/s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def arguments(command: str) -> str:
+    """The options that make the case."""
+    words, kept = command.split()[3:], []
+    options = [i for i, word in enumerate(words) if word.startswith("--")]
+    for i, end in zip(options, [*options[1:], len(words)], strict=True):
+        kept += words[i:end] if words[i] not in HIDDEN else []
+    return " ".join(kept)
+
+
+def number(value: float) -> str:
+    """Rounded, with thousands apart."""
+    return f"{value:,.0f}"
+
+
+def _pairs(values: dict[str, float], pattern: str) -> str:
+    return ", ".join(f"{pattern.format(value)} at {int(place):,}" for place, value in values.items())
+
+
+def loss_line(result: dict[str, Any]) -> str:
+    """Head, teacher and loss alone."""
+    return (
+        f"- Head, teacher and loss alone (`python -m bench.loss`), legacy / fast over draft vocabularies: "
+        f"{_pairs(result['ratio'], '{:.2f}')}; of the matmul rate: {_pairs(result['mfu'], '{:.0%}')}."
+    )
+
+
+def attention_line(result: dict[str, Any]) -> str:
+    """Attention alone."""
+    return (
+        f"- Attention alone (`python -m bench.attention`), legacy / fast over sequence lengths: "
+        f"{_pairs(result['ratio'], '{:.2f}')}; of the matmul rate: {_pairs(result['mfu'], '{:.0%}')}."
+    )
+
+
+def scaling_line(result: dict[str, Any]) -> str:
+    """How cost grows."""
+    seq, vocab = result["sweeps"]["seq"], result["sweeps"]["draft_vocab"]
+    beyond = ", ".join(f"{number(row['memory_beyond_state'] / 2**20)} at {row['draft_vocab']:,}" for row in vocab)
+    return (
+        f"- Growth of the fast step (`python -m bench.scaling`): from {seq[0]['seq']:,} to {seq[-1]['seq']:,} tokens a "
+        f"sample, {seq[0]['tokens']:,} in all, a token takes {result['seq_growth']:.2f} times as long without "
+        f"attention's own time, {seq[-1]['us_per_token'] / seq[0]['us_per_token']:.2f} times with it; memory beyond "
+        f"weights, gradients, masters and moments, in MiB over draft vocabularies: {beyond}."
+    )
+
+
+def demo_line(result: dict[str, Any]) -> str:
+    """The demo's own training steps."""
+    rates = result["tokens_per_s"]
+    return (
+        f"- The demo's training (`python -m bench.demo`, its features and settings, {result['tokens']:,} tokens): "
+        f"{number(rates['legacy'])} tokens/s under the legacy numerics, {number(rates['fast'])} under the fast "
+        f"({result['ratio']:.2f} times)."
+    )
+
+
+def put(page: str) -> str:
+    """The page with the tables between their two marks."""
+    before, rest = page.split(BEGIN, 1)
+    return before + BEGIN + text() + END + rest.split(END, 1)[1]
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    if "--readme" in sys.argv:
+        with whole_file(readme) as temporary:
+            temporary.write_text(put(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    print(text(), end="")

@@ -1,0 +1,1 @@
+"""Kernels for a GPU, each behind the signature of its plain expression."""

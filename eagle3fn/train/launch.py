@@ -1,0 +1,177 @@
+"""Ranks: joining those that torchrun started, leaving them, and one rank's failure ending all.
+
+gloo carries CPU tensors and small objects, NCCL CUDA tensors. A rank that fails notes it in torchrun's store, where a
+thread of every other rank looks twice a second: so a rank stuck in a collective ends too, and the first one's message
+is the only one.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from eagle3fn.base.errors import UserError
+
+_FAILED = "eagle3fn/failed"
+_EVERY_S = 0.5
+_GRACE_S = 2.0
+_SETTLE_S = 0.2
+
+
+class World(NamedTuple):
+    """This process among the ranks; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    joined: bool = False  # a process group is there, be it of one rank
+
+    @property
+    def main(self) -> bool:
+        """True on the rank that writes files and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            self.every(None)
+
+    def every(self, value: Any) -> list[Any]:
+        """The small objects that the ranks give, in their order."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def shared(self, value: Any) -> Any:
+        """Rank 0's object, on all ranks."""
+        return self.every(value if self.main else None)[0]
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Refuse ranks that were started differently.
+
+        Raises:
+            UserError: names the first fact that is not the same on all ranks.
+        """
+        every = self.every(facts)
+        for name, first in every[0].items():
+            for rank, other in enumerate(every):
+                if other[name] != first:
+                    raise UserError(
+                        f"{name} is {first!r} on rank 0, {other[name]!r} on rank {rank}; start all ranks alike "
+                        "(OMP_NUM_THREADS sets the threads)"
+                    )
+
+    def device(self, name: str) -> str:
+        """The device of this rank: the one named, or under several ranks `cuda:LOCAL_RANK` for "cuda".
+
+        Raises:
+            UserError: one device with a number, for several ranks.
+        """
+        kind, _, number = name.partition(":")
+        if kind == "cpu" or self.size == 1:
+            return name
+        if number:
+            raise UserError(
+                f"train.device = {name!r} on {self.size} ranks: each needs its own; set train.device={kind}"
+            )
+        return f"{kind}:{os.environ.get('LOCAL_RANK', self.rank)}"
+
+    def mesh(self, device: str) -> DeviceMesh | None:
+        """One dimension of all ranks; None without a process group."""
+        return init_device_mesh(device.partition(":")[0], (self.size,)) if self.joined else None
+
+
+@contextmanager
+def ranks() -> Iterator[World]:
+    """Join the ranks that torchrun announces in the environment; without it, a world of this process alone.
+
+    On success all ranks wait for each other before they leave. On failure the first failing rank raises its own error,
+    the others end with exit code 1 and in silence.
+
+    Raises:
+        UserError: another rank has died without a word.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield World()
+        return
+    store, world = _join()
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(store, ended), name="ranks", daemon=True)
+    watch.start()
+    try:
+        yield world
+        _wait(world)
+    except BaseException as error:
+        ended.set()
+        if not _is_first(store):
+            time.sleep(_GRACE_S)  # torchrun ends all at the first exit: let the first one speak
+            raise SystemExit(1) from None
+        if _is_lost_peer(error):
+            raise UserError(
+                f"rank {world.rank}: another rank is gone ({str(error).splitlines()[0]}); start all ranks again"
+            ) from None
+        raise
+    ended.set()
+    watch.join()
+    leave()
+
+
+def leave() -> None:
+    """Destroy the process group, if there is one.
+
+    A worker thread of gloo frees the last collective's tensors; where the interpreter ends meanwhile, it aborts.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(_SETTLE_S)
+
+
+def _join() -> tuple[Any, World]:
+    from torch.distributed.rendezvous import rendezvous
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    found = next(rendezvous("env://"))
+    store: Any = found[0]
+    rank, size = found[1:]
+    dist.init_process_group(store=PrefixStore("ranks", store), rank=rank, world_size=size)
+    return store.clone(), World(rank, size, joined=True)
+
+
+def _wait(world: World) -> None:
+    """A group destroyed while a peer still writes aborts it; one already destroyed has nothing to wait for."""
+    if dist.is_initialized():
+        world.barrier()
+
+
+def _is_first(store: Store) -> bool:
+    try:
+        return store.add(_FAILED, 1) == 1
+    except RuntimeError:  # the store went with the rank that held it
+        return False
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+    return isinstance(error, RuntimeError) and lost
+
+
+def _watch(store: Store, ended: threading.Event) -> None:
+    while not ended.wait(_EVERY_S):
+        if _has_failed(store) and not ended.wait(_GRACE_S):
+            os._exit(1)
+
+
+def _has_failed(store: Any) -> bool:
+    try:
+        return store.check([_FAILED])
+    except RuntimeError:  # the rank that held the store is gone
+        return True

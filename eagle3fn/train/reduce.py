@@ -1,0 +1,114 @@
+"""Sums over micro-batches and ranks: in order, or by one binary tree that the number of ranks does not change.
+
+The tree over `M` parts halves them while their number is even; an odd number is summed in order. A rank holds a
+contiguous block of `M / ranks` parts, so for a power of two its block is a subtree, and the ranks are the top.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import partial, reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.tree import pack, tree_map, unpack, wide
+from eagle3fn.base.types import Params
+from eagle3fn.train.shard import gather_rows, padded, rows_of
+
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before 2.13
+_add = partial(tree_map, torch.add)
+
+
+def total(parts: Iterable[Any], count: int, how: str) -> Any:
+    """The sum of `count` trees of tensors, read one by one; at most `log2(count)` partial sums are kept."""
+    return _tree(iter(parts), count) if how == "tree" else reduce(_add, parts)
+
+
+def _tree(parts: Iterator[Any], count: int) -> Any:
+    if count % 2:
+        first = next(parts)
+        return reduce(_add, (next(parts) for _ in range(count - 1)), first)
+    left = _tree(parts, count // 2)
+    return _add(left, _tree(parts, count // 2))
+
+
+def check_ranks(world: int, how: str) -> None:
+    """Refuse a number of ranks that the tree does not fit.
+
+    Raises:
+        UserError: `train.reduce = "tree"` on a number of ranks that is no power of two.
+    """
+    if how == "tree" and world & (world - 1):
+        raise UserError(
+            f"train.reduce = 'tree' on {world} ranks: its sums are the same only for powers of two; start 1, 2, 4, … "
+            "ranks, or set train.reduce='sum'"
+        )
+
+
+def over_ranks(tree: Any, mesh: DeviceMesh | None, how: str) -> Any:
+    """Small tensors summed over the ranks, the same on all."""
+    if mesh is None or mesh.size() == 1:
+        return tree
+    every = gather_rows(pack(tree)[None], mesh.size(), mesh.get_group(), mesh.size())
+    return total((unpack(row, tree) for row in every), mesh.size(), how)
+
+
+def to_shards(grads: Params, mesh: DeviceMesh | None, how: str) -> Params:
+    """Each rank's rows of gradients summed over the ranks in at least fp32; empties `grads` as it goes."""
+    return {name: _to_shard(wide(grads.pop(name)), mesh, how) for name in list(grads)}
+
+
+def _to_shard(grad: Tensor, mesh: DeviceMesh | None, how: str) -> Tensor:
+    if mesh is None or mesh.size() == 1:
+        return grad
+    world, rows = mesh.size(), rows_of(len(grad), mesh.size(), mesh.get_local_rank())
+    block = -(-len(grad) // world)
+    sent = padded(grad, world * block)
+    if how == "tree":
+        every = torch.empty_like(sent)
+        dist.all_to_all_single(every, sent, group=mesh.get_group())
+        summed = total(every.unflatten(0, (world, block)), world, how)
+    else:
+        summed = sent.new_empty(block, *sent.shape[1:])
+        _reduce_scatter(summed, sent, group=mesh.get_group())
+    return summed[: len(rows)]
+
+
+def global_norm(grads: Params, lengths: dict[str, int], mesh: DeviceMesh | None, how: str) -> Tensor:
+    """The norm of all ranks' gradient shards together, `()`; `lengths` are the leaves' global rows, in order.
+
+    "tree" sums squares within each row, then over all rows, halves upon halves: elementwise additions alone, whose
+    bits depend neither on the number of rows a rank holds nor on its threads.
+    """
+    if how == "tree":
+        return _norm_by_rows(grads, lengths, mesh)
+    own = torch.nn.utils.get_total_norm(list(grads.values()))
+    if mesh is None or mesh.size() == 1:
+        return own
+    squared = own.square()
+    dist.all_reduce(squared, group=mesh.get_group())
+    return squared.sqrt()
+
+
+def _norm_by_rows(grads: Params, lengths: dict[str, int], mesh: DeviceMesh | None) -> Tensor:
+    world = 1 if mesh is None else mesh.size()
+    blocks = [-(-lengths[name] // world) for name in grads]
+    rows = [_fold(grad.square()[..., None].flatten(1)) for grad in grads.values()]
+    every = torch.cat([padded(part, block) for part, block in zip(rows, blocks, strict=True)])[None]
+    if mesh is not None and world > 1:
+        every = gather_rows(every, world, mesh.get_group(), world)
+    leaves = zip(every.split(blocks, dim=1), grads, strict=True)
+    return _fold(torch.cat([part.reshape(-1)[: lengths[name]] for part, name in leaves])[None])[0].sqrt()
+
+
+def _fold(x: Tensor) -> Tensor:
+    """Sums of the rows of `(R, C)`, as `(R,)`: the right half is added to the left until one column is left."""
+    columns = x.shape[1]
+    while columns > 1:
+        half = (columns + 1) // 2
+        x[:, : columns - half] += x[:, half:columns]
+        columns = half
+    return x[:, 0]

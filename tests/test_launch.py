@@ -1,0 +1,48 @@
+"""Starting, leaving and failing on two ranks: exit codes, one message, no rank left waiting."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.start_ranks import ROOT, processes, torchrun
+
+JOB = "tests.launch_job"
+SOON_S = 100  # starting Python twice on a busy machine; a rank left waiting would stay for half an hour
+
+
+def test_without_torchrun_there_is_nothing_to_leave(tmp_path):
+    command = [sys.executable, "-m", JOB, "nothing", str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "destroyed"])
+def test_a_good_run_ends_well(how, tmp_path):
+    ended = processes(2, "-m", JOB, how, tmp_path)
+    assert ended.codes == [0, 0], ended.text
+    assert (tmp_path / "step-00000002/meta.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("first_raises", "job: this rank has had enough"),
+        ("asleep", "job: this rank has had enough"),
+        ("bug", "ZeroDivisionError: a bug of this rank"),
+        ("all_raise", "job: data.global_batch = 1 and data.micro_batch = 1 make 1 micro-batches an update"),
+        ("threads", "job: number of threads is 1 on rank 0, 2 on rank 1; start all ranks alike"),
+        ("killed", "job: rank 0: another rank is gone"),
+    ],
+)
+def test_one_rank_ends_all_with_its_own_message(how, message, tmp_path):
+    ended = processes(2, "-m", JOB, how, tmp_path, timeout=SOON_S)
+    assert all(ended.codes), ended.text
+    assert ended.text.count(message) == 1, ended.text
+    if how != "bug":
+        assert "Traceback" not in ended.text, ended.text
+
+
+def test_torchrun_reports_the_failure(tmp_path):
+    ended = torchrun(2, "-m", JOB, "last_raises", tmp_path, timeout=SOON_S)
+    assert ended.codes == [1]
+    assert ended.text.count("job: this rank has had enough") == 1, ended.text
