@@ -25,7 +25,7 @@ from bench.launch import add_arguments
 from bench.problem import SHAPES, Problem, draft_of, make_problem
 from bench.provenance import provenance
 from eagle3fn.model.attention import block_mask, unrolled_attention
-from eagle3fn.model.block_attention import block_attention, make_blocks
+from eagle3fn.model.fast import attention_on
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
@@ -54,7 +54,7 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
     n, j, e = draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim
     mask, rows = block_mask(batch.attention_mask, dtype), batch.rows
     assert rows is not None
-    blocks = make_blocks(rows, s)
+    attend_rows = attention_on(rows.device, dtype, e, rows, s)
     query, own, block = ((len(rows), n, e), (len(rows), j, e), (b, s, j, e)) if fast else ((b, n, s, e),) * 3
     inputs = [[draw(*query) for _ in range(k)], *([draw(*block), *(draw(*own) for _ in range(k - 1))] for _ in "kv")]
     weight, none = draw(k, *query), draw(0, *own)
@@ -64,7 +64,7 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
             return torch.stack([unrolled_attention(queries[i], keys[: i + 1], values[: i + 1], mask) for i in range(k)])
         later = [(torch.stack(keys[1:i]), torch.stack(values[1:i])) if i > 1 else (none, none) for i in range(1, k + 1)]
         each = zip(queries, later, strict=True)
-        return torch.stack([block_attention(q, keys[0], values[0], *mine, rows, blocks) for q, mine in each])
+        return torch.stack([attend_rows(q, keys[0], values[0], *mine) for q, mine in each])
 
     def call() -> object:
         pull = torch.func.vjp(attend, *inputs)[1]

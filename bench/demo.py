@@ -1,7 +1,8 @@
 """Training tokens a second of the demo's own settings and features: fast against legacy numerics, in turns.
 
 Both start from the run's start and train on the same samples in the same order, every sample once as the other side
-does; what an update is, is `scripts/demo.toml`'s. Ends with one line of JSON: `ratio` is legacy over fast time.
+does; what an update is, is `scripts/demo.toml`'s. Ends with one line of JSON: `ratio` is legacy over fast time,
+`accepted_length` the simulated one on the samples held out, after the last update.
 """
 
 import sys
@@ -31,6 +32,7 @@ from eagle3fn.data.pipeline import batches
 from eagle3fn.data.target import read_target_tensors, target_config
 from eagle3fn.data.vocab import load_map, map_size
 from eagle3fn.model.table import HEAD, init_params, start_from_target
+from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.launch import World
 from eagle3fn.train.run import Run, prepare, to_device
 
@@ -46,6 +48,7 @@ def parse() -> argparse.Namespace:
     add("--features", required=True, help="the demo's feature folder")
     add("--vocab", required=True, help="the demo's vocabulary map")
     add("--held-out", type=int, default=24, help="samples at the end that are left out (default 24, the demo's)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default bfloat16)")
     add("--steps", type=int, default=STEPS, help=f"timed updates of each side (default {STEPS})")
     add_arguments(parser)
     return parser.parse_args()
@@ -57,6 +60,7 @@ def prepared(options: argparse.Namespace) -> tuple[dict[str, Run], Params]:
     features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
     draft = draft_config_from_target(tree, options.target, map_size(options.vocab))
     overrides = [f"data.held_out={options.held_out}", f"train.device={options.device}", f"train.seed={options.seed}"]
+    overrides.append(f"train.dtype={options.dtype}")
     config = with_steps(load_config(SETTINGS, overrides, draft), options.steps + WARM)
     vocab = load_map(options.vocab, draft.vocab_size, draft.draft_vocab_size, config_hash(tree))
     dtype = getattr(torch, config.train.dtype)
@@ -101,6 +105,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": {name: tokens / took for name, took in seconds.items()},
         "tokens": tokens,
         "share_needed": sum(needed) / sum(mask.numel() for mask in masks),
+        "accepted_length": {
+            name: evaluate_held_out(runs[name], trainer.state.params)["accepted_length"]
+            for name, trainer in (trainers.items() if one.held_out else ())
+        },
         "last_losses": {name: trainer.losses[-5:] for name, trainer in trainers.items()},
         "settings": to_dict(one.config) | {"timed_updates": options.steps, "samples": len(one.train)},
         **timing.told(),
@@ -113,7 +121,7 @@ def main() -> None:
     result = run(options)
     for name, rate in result["tokens_per_s"].items():
         common.say(options, f"{name:7} {rate:8.1f} tokens/s, last losses {result['last_losses'][name]}")
-    common.finish(result, options.out, f"demo-step-{options.device}-{options.allocator}")
+    common.finish(result, options.out, f"demo-step-{options.dtype}-{options.device}-{options.allocator}")
 
 
 if __name__ == "__main__":

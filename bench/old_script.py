@@ -99,6 +99,13 @@ def stand_in_for_sglang() -> Iterator[None]:
 @contextlib.contextmanager
 def on_cpu(oracle: Oracle, cache: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
     """Both launchers, while their replacements stand; `cache` is for the data sets they build."""
+    for package in ("datasets.config", "accelerate"):  # the checkout's folder datasets/ can be imported too
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise OracleMissingError(
+                f"the old script cannot be loaded ({error}): pip install datasets accelerate"
+            ) from None
     same = lambda self, *_, **__: self  # noqa: E731
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context

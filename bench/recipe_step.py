@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32, help="S, the sequence's length (default 32)")
     parser.add_argument("--json", type=Path, help="write the result")
     options = parser.parse_args()
+    if options.length < 3:
+        parser.error(f"--length {options.length}: must be at least 3, or no row is trained")
     result = one_step(options.length)
     print(json.dumps(result, indent=2))
     if options.json:

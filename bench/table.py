@@ -103,11 +103,12 @@ def scaling_line(result: dict[str, Any]) -> str:
 
 def demo_line(result: dict[str, Any]) -> str:
     """The demo's own training steps."""
-    rates = result["tokens_per_s"]
+    rates, lengths = result["tokens_per_s"], result.get("accepted_length")
+    reached = f"; held-out accepted length {lengths['legacy']:.4f} and {lengths['fast']:.4f}" if lengths else ""
     return (
-        f"- The demo's training (`python -m bench.demo`, its features and settings, {result['tokens']:,} tokens): "
-        f"{number(rates['legacy'])} tokens/s under the legacy numerics, {number(rates['fast'])} under the fast "
-        f"({result['ratio']:.2f} times)."
+        f"- The demo's training (`python -m bench.demo`, its settings in {result['settings']['train']['dtype']}, "
+        f"{result['tokens']:,} tokens, {result['hardware']['instructions']}): {number(rates['legacy'])} tokens/s under "
+        f"the legacy numerics, {number(rates['fast'])} under the fast ({result['ratio']:.2f} times{reached})."
     )
 
 

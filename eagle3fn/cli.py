@@ -209,6 +209,7 @@ def _train(options: Any) -> None:
         events = run_events(options.out, config, layers)
         state = train(config, features, vocab_map, tensors, options.out, options.minutes, events, world)
         if world.main:
+            progress.close()
             print(check_published(options.out, int(state.step), world.size))
 
 

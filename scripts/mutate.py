@@ -44,11 +44,15 @@ OLD = OptimizerConfig(schedule="legacy", accumulation="legacy", learning_rate=1e
 
 
 def main() -> int:
-    """Exit code 0: all caught; 1: some survived."""
+    """Exit code 0: all caught; 1: some survived; 2: nothing was tried."""
     options = arguments()
     found = mutations()
+    lines = len({(m.file, m.line) for m in found})
+    if not 1 <= options.count <= lines:
+        print(f"mutate: --count {options.count}: must be between 1 and {lines}, the lines", file=sys.stderr)
+        return 2
     chosen = draw(found, options.count, options.seed)
-    print(f"{len(found)} mutations on {len({(m.file, m.line) for m in found})} lines of the legacy path", flush=True)
+    print(f"{len(found)} mutations on {lines} lines of the legacy path", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for name in ("eagle3fn", "tests"):
@@ -141,6 +145,8 @@ def passes(place: Path, limit: int) -> dict[str, Any]:
     """`result`, by which test, and how long it took."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
     environment = os.environ | {"HYPOTHESIS_PROFILE": "catch", "PYTHONDONTWRITEBYTECODE": "1"}
+    if source := os.environ.get("SPECFORGE_SRC"):  # the tests run in the copy, where a relative path leads nowhere
+        environment["SPECFORGE_SRC"] = str(Path(source).absolute())
     begun = time.perf_counter()
     done = subprocess.run(
         ["bash", "-c", f'ulimit -t {limit}; exec "$@"', "bash", *command],

@@ -83,8 +83,12 @@ def own_digest() -> str:
 
 
 def finished(path: Path) -> dict[str, Any] | None:
-    """The key that a shard on the disk was made with."""
-    return json.loads(path.read_text())["key"] if path.is_file() else None
+    """The key that a shard on the disk was made with; None if there is none, or a damaged one."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found.get("key") if isinstance(found, dict) else None
 
 
 def estimate(oracle: Oracle, options: argparse.Namespace, left: list[int]) -> None:

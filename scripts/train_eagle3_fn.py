@@ -105,13 +105,13 @@ def refuse(options: argparse.Namespace) -> None:
     one = "every rank holds the whole draft for its own samples; leave it at 1"
     wanted = (
         ("--is-vlm", options.is_vlm, False, "vision-language targets are not supported; choose a text target"),
-        ("--tp-size", options.tp_size > 1, options.tp_size, one),
-        ("--sp-ulysses-size", options.sp_ulysses_size > 1, options.sp_ulysses_size, one),
-        ("--sp-ring-size", options.sp_ring_size > 1, options.sp_ring_size, one),
+        ("--tp-size", options.tp_size != 1, options.tp_size, one),
+        ("--sp-ulysses-size", options.sp_ulysses_size != 1, options.sp_ulysses_size, one),
+        ("--sp-ring-size", options.sp_ring_size != 1, options.sp_ring_size, one),
     )
     for name, found, value, remedy in wanted:
         if found:
-            raise UserError(f"{name}{f' = {value}' if value else ''}: {remedy}")
+            raise UserError(f"{name}{'' if value is False else f' = {value}'}: {remedy}")
     usable = options.attention_backend in ATTENTION
     require(usable, "--attention-backend", options.attention_backend, f"one of {', '.join(ATTENTION)}")
     for name in ("ckpt-dir", "eval-data-path", "eval-hidden-states-path"):

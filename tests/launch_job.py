@@ -13,7 +13,7 @@ import eagle3fn as e3
 from eagle3fn.train.checkpoint import save_checkpoint
 from eagle3fn.train.launch import World, leave, ranks
 from eagle3fn.train.run import check_world
-from tests.ranks_job import config_of, micro_batches
+from tests.ranks_small import config_of, micro_batches
 from tests.small import frozen_of
 
 
@@ -38,6 +38,7 @@ def fail(error: Exception, rank: int, sleep: bool = False) -> Callable[[World, s
 
     def way(world: World, folder: str) -> None:
         if world.rank == rank:
+            (Path(folder) / "raised").write_text(str(time.time()))
             raise error
         if sleep:
             time.sleep(600)

@@ -7,69 +7,26 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import all_gather_object
 from torch.distributed.device_mesh import DeviceMesh
 
 import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves, tree_map
-from eagle3fn.data.collate import global_n
+from eagle3fn.train import step as step_file
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
 from eagle3fn.train.launch import World, ranks
 from eagle3fn.train.shard import is_sharded, local, rows_of, shard
-from tests import small
+from tests.ranks_small import BOUND, SAMPLES, STEPS, alone, config_of, gap, micro_batches, refused, train
 from tests.reference import Draft
 from tests.small import batch_of, frozen_of
-
-SAMPLES, STEPS, BOUND = 12, 2, 5e-6
-
-
-def config_of(reduce: str = "sum", dtype: str = "float32", **objective: Any) -> e3.Config:
-    """A draft with uneven leaves on 3 and 4 ranks, and with fewer rows than ranks: two rows of keys and of values."""
-    config = small.config_of(dtype, **objective)
-    draft = replace(config.draft, head_dim=2, num_key_value_heads=1, intermediate_size=10)
-    return replace(config, draft=draft, train=replace(config.train, reduce=reduce))
-
-
-def micro_batches(step: int, size: int, mesh: DeviceMesh | None) -> tuple[e3.Batch, ...]:
-    """This rank's part of the twelve samples of a step, in micro-batches of `size`."""
-    whole = batch_of(step, lengths=tuple(4 + (5 * i) % 7 for i in range(SAMPLES)))
-    parts = [e3.Batch(*(x[i : i + size] for x in whole[:5])) for i in range(0, SAMPLES, size)]  # pyright: ignore
-    n = global_n(parts, 4)
-    world, rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
-    block = len(parts) // world
-    return tuple(part._replace(n=n) for part in parts[rank * block : (rank + 1) * block])
-
-
-def train(config: e3.Config, mesh: DeviceMesh | None, size: int = 1, donate: bool = False) -> tuple[Any, list]:
-    """Two steps: the gathered state and each step's metrics."""
-    fns = e3.bind(config, frozen_of(config), mesh)
-    state, rows = fns.init_state(fns.init(0)), []
-    for step in range(STEPS):
-        places = {k: leaf.placements for k, leaf in named_leaves(state).items() if is_sharded(leaf)}  # pyright: ignore
-        state, metrics = fns.step(state, micro_batches(step, size, mesh), donate=donate)
-        after = {k: leaf.placements for k, leaf in named_leaves(state).items() if is_sharded(leaf)}  # pyright: ignore
-        assert places == after
-        assert len(places) == (0 if mesh is None else 52)
-        rows.append(tensors(metrics))
-    return e3.gather(state), rows
-
-
-@cache
-def alone(config: e3.Config, size: int = 1) -> tuple[Any, list]:
-    """The same without a mesh."""
-    return train(config, None, size)
-
-
-def gap(left: Any, right: Any) -> float:
-    pairs = zip(named_leaves(left).values(), named_leaves(right).values(), strict=True)
-    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
 
 
 def leaves_of_any_size_come_back(mesh: DeviceMesh, world: World) -> None:
@@ -128,13 +85,48 @@ def tree_is_one_process(mesh: DeviceMesh, world: World) -> None:
             assert equal(rows, wanted), dtype
 
 
-def tensors(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, tuple) else torch.as_tensor(value) for name, value in metrics.items()}
-
-
 def legacy_numerics_too(mesh: DeviceMesh, world: World) -> None:
-    config = config_of("tree", "bfloat16", numerics="legacy")
-    assert equal(train(config, mesh)[0], alone(config)[0])
+    for how in ("tree",) if mesh.size() > 1 else ("tree", "sum"):
+        config = config_of(how, "bfloat16", numerics="legacy")
+        assert equal(train(config, mesh)[0], alone(config)[0]), how
+
+
+def no_rank_waits_before_its_last_micro_batch(mesh: DeviceMesh, world: World) -> None:
+    """One rank gets to its last micro-batch while the others hold back their first; each rank in turn."""
+    config, plain = config_of(), step_file.forward_loss
+    fns, own = e3.bind(config, frozen_of(config), mesh), micro_batches(0, 1, mesh)
+    state = fns.init_state(fns.init(0))
+    folder = Path(gathered(tempfile.mkdtemp() if world.main else None, mesh)[0])
+    for ahead in range(mesh.size()):
+        calls: list[bool] = []
+        step_file.forward_loss = partial(held_back, plain, calls, len(own), world.rank == ahead, folder / f"{ahead}")
+        try:
+            fns.step(state, own)
+        finally:
+            step_file.forward_loss = plain
+        assert all(calls)
+    gathered(None, mesh)
+    if world.main:
+        shutil.rmtree(folder)
+
+
+def held_back(plain: Any, calls: list[bool], count: int, ahead: bool, note: Path, *args: Any, **kwargs: Any) -> Any:
+    """`plain`, called once a micro-batch: who is ahead leaves a note at the last one, the rest wait for it first."""
+    calls.append(True)
+    if ahead and len(calls) == count:
+        note.touch()
+    end = time.monotonic() + 20
+    while not ahead and len(calls) == 1 and not note.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    calls[-1] = ahead or note.exists()
+    return plain(*args, **kwargs)
+
+
+def gathered(value: Any, mesh: DeviceMesh) -> list[Any]:
+    """The objects that the ranks of a mesh give."""
+    every: list[Any] = [None] * mesh.size()
+    all_gather_object(every, value, group=mesh.get_group())
+    return every
 
 
 def donating_keeps_the_bits(mesh: DeviceMesh, world: World) -> None:
@@ -145,7 +137,8 @@ def donating_keeps_the_bits(mesh: DeviceMesh, world: World) -> None:
     state = fns.init_state(fns.init(0))
     fns.step(state, micro_batches(0, 1, mesh), donate=True)
     leaf: Any = state.masters["fc.weight"]
-    for touch in (lambda: leaf + 1, leaf.to_local, lambda: e3.gather(state), lambda: int(state.step)):
+    behind = lambda: torch.func.vjp(lambda x: x * 2, leaf)  # noqa: E731
+    for touch in (lambda: leaf + 1, leaf.to_local, lambda: e3.gather(state), lambda: int(state.step), behind):
         refused(touch, "donate=True")
     refused(lambda: fns.step(state, micro_batches(0, 1, mesh)), "donate=True")
 
@@ -154,10 +147,7 @@ def metrics_are_everyones(mesh: DeviceMesh, world: World) -> None:
     _, rows = train(config_of(), mesh)
     row = rows[-1]
     assert int(row["tokens"]) == int(batch_of(STEPS - 1, tuple(4 + (5 * i) % 7 for i in range(SAMPLES)))[1].sum())
-    from torch.distributed import all_gather_object
-
-    every: list[Any] = [None] * mesh.size()
-    all_gather_object(every, tree_map(lambda x: x.tolist(), row), group=mesh.get_group())
+    every = gathered(tree_map(lambda x: x.tolist(), row), mesh)
     assert all(other == every[0] for other in every)
 
 
@@ -171,6 +161,7 @@ def what_does_not_fit_is_refused(mesh: DeviceMesh, world: World) -> None:
     refused(lambda: fns.forward_loss(state.params, own[0]), r"e3.gather(state)")
     refused(lambda: e3.step(state, own, config=config, frozen=frozen), "another mesh")
     refused(lambda: fns.step(e3.init_state(params, config=config), own), "plain tensor")
+    refused(lambda: fns.step(state._replace(params=replicated(state.params)), own), "it must be Shard(0)")
     refused(lambda: fns.step(state, own[: 1 + world.rank]), "give every rank as many")
     refused(lambda: fns.step(state, own[0]._replace(n=None)), "batch.n is missing")
     lk = config_of(loss="lk_alpha", numerics="legacy")
@@ -179,13 +170,10 @@ def what_does_not_fit_is_refused(mesh: DeviceMesh, world: World) -> None:
         refused(lambda: e3.step(state, own, config=config_of("tree"), frozen=frozen, mesh=mesh), "'tree' on 3 ranks")
 
 
-def refused(call: Callable[[], Any], message: str) -> None:
-    try:
-        call()
-    except e3.UserError as error:
-        assert message in str(error), str(error)
-    else:
-        raise AssertionError(f"not refused: {message}")
+def replicated(params: Any) -> Any:
+    from torch.distributed.tensor import Replicate
+
+    return {name: leaf.redistribute(placements=[Replicate()]) for name, leaf in params.items()}
 
 
 def a_fully_sharded_module_takes_the_state_by_name(mesh: DeviceMesh, world: World) -> None:
@@ -228,7 +216,8 @@ CHECKS: list[tuple[Callable[[DeviceMesh, World], None], tuple[int, ...]]] = [
     (sum_is_near_one_process, (1, 2, 3, 4)),
     (any_split_is_near, (2,)),
     (tree_is_one_process, (1, 2, 4)),
-    (legacy_numerics_too, (2,)),
+    (legacy_numerics_too, (1, 2)),
+    (no_rank_waits_before_its_last_micro_batch, (3,)),
     (donating_keeps_the_bits, (2,)),
     (metrics_are_everyones, (3,)),
     (what_does_not_fit_is_refused, (2, 3)),

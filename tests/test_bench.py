@@ -192,5 +192,5 @@ def test_the_environment_of_a_device() -> None:
 
 def test_readme_has_the_tables_of_the_results() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "| `--seq 1024" in table.text()
+    assert "--seq 1024" in table.text()
     assert table.put(page) == page

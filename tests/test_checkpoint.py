@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import eagle3fn as e3
 from eagle3fn.base.tree import equal
-from eagle3fn.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from eagle3fn.train.checkpoint import checkpoints, digest_of, load_checkpoint, save_checkpoint
 from tests.small import batch_of, config_of, frozen_of
 
 DATA = {"features": "a", "vocabulary map": "b"}
@@ -31,8 +31,8 @@ def template(config):
 
 
 def change(path, **values):
-    meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps(meta | values))
+    meta = json.loads((path / "meta.json").read_text()) | values
+    (path / "meta.json").write_text(json.dumps(meta | {"digest": digest_of(meta)}))
 
 
 def test_the_whole_state_comes_back(saved):
@@ -91,3 +91,16 @@ def test_a_flipped_bit_and_another_configuration_are_refused(saved):
     file.write_bytes(content)
     with pytest.raises(e3.UserError, match=r"damaged.*have changed.*delete"):
         load_checkpoint(path, template(config), config, DATA)
+
+
+def test_what_stands_beside_the_state_is_whole_or_refused(saved):
+    config, _, path = saved
+    text = (path / "meta.json").read_text()
+    wanted = {"schema", "config", "cursor", "rng", "world", "threads", "data"}
+    assert wanted <= json.loads(text).keys()
+    assert json.loads(text)["cursor"] == {"step": 1, "samples": 1, "seed": 0}
+    changed = [text.replace('"best": 1.5', '"best": 1.7'), text.replace('"rng"', '"rnd"')]
+    for damaged in (*changed, "", text[:100], "[]", "{}", '"schema"'):
+        (path / "meta.json").write_text(damaged)
+        with pytest.raises(e3.UserError, match=r"damaged \(.*meta\.json.*delete .* to resume from an older one"):
+            load_checkpoint(path, template(config), config, DATA)

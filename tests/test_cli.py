@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle3fn.cli import main
+from eagle3fn.train import bind, loop
 from eagle3fn.train.checkpoint import read_leaves
 from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
-from tests.start_ranks import Ended, torchrun
+from tests.start_ranks import ROOT, Ended, torchrun
 
 SETTINGS = [
     *("--set", "train.eval_every=4", "--set", "train.checkpoint_every=3", "--set", "data.held_out=2"),
@@ -123,14 +124,29 @@ def test_a_killed_run_goes_on_to_the_same_bits(house, tmp_path):
     assert same_run(out, house / "run")
 
 
-def test_two_ranks_train_as_one_does_to_the_bit(house, tmp_path):
-    assert train(house, tmp_path / "one", *TREE) == 0
-    ended = on_ranks(2, house, tmp_path / "two")
-    assert ended.codes == [0], ended.text
-    assert same_run(tmp_path / "one", tmp_path / "two")
-    drafts = [load_file(tmp_path / name / "draft/model.safetensors") for name in ("one", "two")]
-    assert all(torch.equal(drafts[0][name], value) for name, value in drafts[1].items())
-    assert ended.text.count("held-out accepted length") == 3
+def test_two_ranks_train_as_one_does_to_the_bit_and_one_goes_on_for_them(house, tmp_path):
+    places = ["--target", house / "target", "--features", house / "features", "--vocab", house / "map"]
+    command = [sys.executable, ROOT / "scripts/two_ranks.py", "--work", tmp_path / "work", "--kill-after", 4,
+               "--out", tmp_path / "told.json", "--", *places, *SETTINGS, *TREE]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["equal"]
+    assert told["resumed_from"] in (3, 6)
+    assert all(len(part) == 4 and all(part.values()) for part in told["compared"].values())
+    assert (tmp_path / "work/several.log").read_text().count("held-out accepted length") == 3
+
+
+def test_what_differs_between_two_runs_is_named(house, tmp_path):
+    from scripts.two_ranks import compare
+
+    other = tmp_path / "run"
+    shutil.copytree(house / "run", other)
+    assert all(compare(other, house / "run").values())
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        (other / name).write_text((other / name).read_text().replace('"accuracy": [', '"accuracy": [0.5, '))
+    (other / "draft/config.json").write_text("{}")
+    assert list(compare(other, house / "run").values()) == [True, False, False, False]
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_once(house, tmp_path):
@@ -216,6 +232,24 @@ def test_a_checkpoint_of_another_run_is_refused(house, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_with_the_samples_named(house, tmp_path, capsys):
     code = train(house, tmp_path / "o", "--set", "optimizer.learning_rate=1e30", "--set", "optimizer.warmup_ratio=0.0")
     expect_refusal(capsys, code, "not finite", "row", "learning_rate")
+
+
+def test_metrics_read_one_step_late_are_the_same(house, tmp_path, capsys, monkeypatch):
+    """As on a device that is not waited for; before an evaluation or a checkpoint everything is read."""
+    out, plain, seen = tmp_path / "late", bind.step, []
+
+    def step(*args, **kwargs):
+        metrics = out / "metrics.jsonl"
+        seen.append(len(metrics.read_text().splitlines()) if metrics.exists() else 0)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "_is_late", lambda device: True)
+    monkeypatch.setattr(bind, "step", step)
+    assert train(house, out) == 0
+    assert seen == [0, 0, 1, 3, 4, 4, 6, 6]
+    assert same_run(out, house / "run")
+    huge = ("--set", "optimizer.learning_rate=1e30", "--set", "optimizer.warmup_ratio=0.0")
+    expect_refusal(capsys, train(house, tmp_path / "o", *huge), "not finite", "row", "learning_rate")
 
 
 def test_a_refused_call_leaves_the_run_as_it_was(house, tmp_path, capsys):

@@ -86,11 +86,57 @@ def test_a_process_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(cuda_gate.claim_rows("sdpa", 60, options)) == [{"error": "its process ended with exit code 1"}]
 
 
+def test_a_claim_without_a_row_fails_and_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    """Its process had an oracle, and no time for a case."""
+    found = {"oracle": {"kind": "commit", "sha256": "0", "hashes": dict(COMMIT_FILES)}}
+    monkeypatch.setattr(cuda_gate, "claim_rows", lambda *_: iter([found]))
+    assert cuda_gate.main(["--device", "cpu", "--out", str(tmp_path / "x.json")]) == 1
+    assert "failed: sdpa: not run" in capsys.readouterr().out
+    assert json.loads((tmp_path / "x.json").read_text())["failures"] == ["kernel: not run", "sdpa: not run"]
+
+
+@pytest.mark.parametrize("seconds", [-3e-5, 0, 1e-5])
+def test_a_claim_without_time_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """A time that is written with an exponent is an option's value too."""
+    seen = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **rest: seen.append(command) or popen(["/bin/true"], **rest)
+    )
+    options = parse(["--out", "x.json", "--device", "cpu", "--seed", "-3"])
+    assert list(cuda_gate.claim_rows("sdpa", seconds, options)) == []
+    assert parse(seen[0][3:]).minutes == max(seconds, 0) / 60 and parse(seen[0][3:]).seed == -3
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--minutes", "nan"], ["--cases", "0"], ["--cases", "-1"]])
+def test_nothing_to_compare_is_refused(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--out", "x.json", *arguments])
+    assert "nothing is compared" in capsys.readouterr().err
+
+
+def test_a_distance_that_is_none_is_an_error() -> None:
+    made = passed()
+    row = {"case": "x", "nontrivial": True, "ulps": {"loss": 3, "gradients": 5}}
+    fold(made, "dynamo", row)
+    assert failures(made, ("dynamo",)) == []
+    fold(made, "dynamo", row | {"ulps": {"loss": 3, "gradients": -1}})
+    assert failures(made, ("dynamo",)) == ["dynamo: not finite, so no distance: x"]
+
+
+def test_a_stand_in_is_named(tmp_path: Path) -> None:
+    made = passed()
+    made["oracle"]["kind"] = "wheel"
+    (tmp_path / "2026-cuda-parity.json").write_text(json.dumps(made))
+    assert all("the wheel specforge" in line for line in rows(tmp_path))
+
+
 def test_rows_pass_fail_and_go_stale(tmp_path: Path) -> None:
     assert rows(tmp_path) == [UNVERIFIED]
     file, made = tmp_path / "2026-cuda-parity.json", passed()
     file.write_text(json.dumps(made))
     lines = rows(tmp_path)
+    assert not any("wheel" in line for line in lines)
     assert sum(" passed, 2 of 2 cases" in line for line in lines) == 3 and "not passed: dynamo: not run" in lines[3]
     file.write_text(json.dumps(made | {"sources": made["sources"] | {"model/rope.py": "0"}}))
     assert all("stale: model/rope.py changed" in line for line in rows(tmp_path))

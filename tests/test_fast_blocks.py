@@ -145,7 +145,7 @@ def test_several_chunks_and_groups(pair):
     chunks, groups = 8 * (k * d + v) * 5, 8 * k * d * 2
     with (
         mock.patch.multiple(fused, _CHUNK_BYTES=chunks, _GROUP_BYTES=groups),
-        mock.patch.object(fused, "_score", wraps=fused._score) as score,
+        mock.patch.object(fused, "score", wraps=fused.score) as score,
         mock.patch.object(fused, "first_max", wraps=fused.first_max) as maximum,
     ):
         run(batch, pair, "fast", ttt_length=k)
@@ -184,6 +184,10 @@ def plain_swiglu(x):
     return gate * torch.sigmoid(gate) * up
 
 
+def plain_mlp(x, weight, gate_up, down):
+    return x + plain_swiglu(plain_norm(x, weight) @ gate_up.T) @ down.T
+
+
 def plain_kl(student, head, labels, target_head, t2d):
     z = labels.target @ target_head.T
     p = torch.softmax(z[:, t2d], -1)
@@ -213,8 +217,12 @@ def piece_of(name, generator):
         )
     if name == "norm":
         return lambda x, w: fused_layers.rms_norm(x, w, 1e-5), plain_norm, (draw(3, 5, H), draw(H))
-    if name == "swiglu":
-        return fused_layers.swiglu, plain_swiglu, (draw(3, 5, 2 * H),)
+    if name == "norm and linear":
+        inputs = draw(7, H), draw(H), draw(5, H), draw(7, 5)
+        return lambda *x: fused_layers.norm_linear(*x, 1e-5), lambda x, w, m, y: y + plain_norm(x, w) @ m.T, inputs
+    if name == "mlp":
+        inputs = draw(7, H), draw(H), draw(2 * 9, H), draw(H, 9)
+        return lambda *x: fused_layers.mlp(*x, 1e-5), plain_mlp, inputs
     v, d, k, t, p = 130, 64, 3, 11, 17
     _, target_head, t2d, d2t = frozen_of(v, d)
     index = torch.randint(0, t, (k, p), generator=generator)
@@ -231,7 +239,7 @@ def vjp(f, *x) -> Any:
     return torch.func.vjp(f, *x)
 
 
-@pytest.mark.parametrize("name", ["attention 0", "attention 1", "attention 3", "norm", "swiglu", "kl"])
+@pytest.mark.parametrize("name", ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", "kl"])
 def test_pieces_are_the_plain_expression(name, monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK", 8)
     monkeypatch.setattr(fused, "_CHUNK_BYTES", 8 * (3 * 64 + 130) * 5)

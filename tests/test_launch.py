@@ -1,19 +1,31 @@
 """Starting, leaving and failing on two ranks: exit codes, one message, no rank left waiting."""
 
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tests.start_ranks import ROOT, processes, torchrun
 
 JOB = "tests.launch_job"
+WITHIN_S = 15  # 3 and less on a machine that is not busy
 SOON_S = 100  # starting Python twice on a busy machine; a rank left waiting would stay for half an hour
 
 
 def test_without_torchrun_there_is_nothing_to_leave(tmp_path):
     command = [sys.executable, "-m", JOB, "nothing", str(tmp_path)]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def test_half_an_announcement_is_one_line(tmp_path):
+    command, environment = [sys.executable, "-m", JOB, "nothing", str(tmp_path)], os.environ | {"RANK": "0"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "RANK is set" in ended.stderr
+    assert "start the ranks by torchrun" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("how", ["checkpoint", "destroyed"])
@@ -37,6 +49,8 @@ def test_a_good_run_ends_well(how, tmp_path):
 def test_one_rank_ends_all_with_its_own_message(how, message, tmp_path):
     ended = processes(2, "-m", JOB, how, tmp_path, timeout=SOON_S)
     assert all(ended.codes), ended.text
+    if (tmp_path / "raised").exists():
+        assert time.time() - float((tmp_path / "raised").read_text()) < WITHIN_S
     assert ended.text.count(message) == 1, ended.text
     if how != "bug":
         assert "Traceback" not in ended.text, ended.text

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import recipe_step
 from bench.old_data import untie, write_ckpts
 from bench.recipe_step import DRAFT, recipe_config
 from eagle3fn.base.config import OptimizerConfig
@@ -25,7 +26,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.data.extract import extract
 from eagle3fn.data.specforge_ckpt import find_ckpts
 from eagle3fn.model.table import init_params, shapes
-from eagle3fn.testing.oracle import Oracle
+from eagle3fn.testing.oracle import Oracle, OracleMissingError
 from eagle3fn.train.optimizer import make_schedule
 from scripts import compare_runs, train_eagle3_fn
 from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
@@ -72,6 +73,7 @@ def test_every_option_of_the_old_script_is_taken(commit: Oracle) -> None:
         (["--attention-backend", "usp"], "--attention-backend = 'usp'"),
         (["--sp-ulysses-size", "2"], "--sp-ulysses-size = 2"),
         (["--sp-ring-size", "4"], "--sp-ring-size = 4"),
+        (["--tp-size", "0"], "--tp-size = 0"),
         (["--ckpt-dir", "d"], "--ckpt-dir = 'd'"),
         (["--eval-data-path", "e"], "--eval-data-path = 'e'"),
         (["--eval-hidden-states-path", "e"], "--eval-hidden-states-path = 'e'"),
@@ -214,6 +216,7 @@ def test_a_shorter_run_is_not_equal(tmp_path: Path, capsys: pytest.CaptureFixtur
         (lambda p: write_run(p, accuracy=0.5), ":3: accuracy is 0.5: must be a list"),
         (lambda p: write_run(p, step=4), ":3: step 4: must be 3"),
         (lambda p: p.write_text("7\n"), ":1: step 7: must be 1"),
+        (lambda p: write_run(p, loss=10**400), ":3: loss holds 1000"),
     ],
 )
 def test_damaged_runs_are_refused(tmp_path: Path, damage: Any, named: str, capsys: pytest.CaptureFixture) -> None:
@@ -298,7 +301,7 @@ def test_two_ranks_train_the_same_global_batch(data: Path, tmp_path: Path) -> No
 
 def test_both_scripts_are_equal_step_by_step(commit: Oracle, data: Path, tmp_path: Path) -> None:
     """The old `main()` and ours on the same arguments, from the seed on, into the second epoch; and the control."""
-    for package in ("datasets", "accelerate"):
+    for package in ("datasets.config", "accelerate"):  # the checkout's folder datasets/ can be imported too
         pytest.importorskip(package, reason=f"the old script imports {package}")
     from bench import old_script
     from bench.old_against_new import COMPARED, against
@@ -312,6 +315,24 @@ def test_both_scripts_are_equal_step_by_step(commit: Oracle, data: Path, tmp_pat
     for name in COMPARED:
         assert [row[name] for row in stored.rows] == [row[name] for row in new.rows], name
     assert [row["loss"] for row in new.rows] != [row["loss"] for row in old.rows]
+
+
+def test_without_datasets_it_says_what_to_install(
+    commit: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import old_script
+
+    monkeypatch.setitem(sys.modules, "datasets.config", None)
+    with pytest.raises(OracleMissingError, match="pip install datasets"):
+        old_script.run_old(commit, [], tmp_path)
+
+
+@pytest.mark.parametrize("length", ["0", "2"])
+def test_a_step_without_a_trained_row_is_refused(length: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe_step", "--length", length])
+    monkeypatch.setattr(recipe_step, "one_step", lambda _: {})
+    with pytest.raises(SystemExit, match="2"):
+        recipe_step.main()
 
 
 def test_the_recipe_has_the_full_draft_shapes(tmp_path: Path) -> None:

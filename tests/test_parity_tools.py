@@ -1,6 +1,7 @@
 """The nightly shards and the seeded mutations: what they keep, repeat, draw and leave out."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from eagle3fn.testing.oracle import Oracle
 from eagle3fn.testing.strategies import drawn, for_oracle
-from scripts import nightly
+from scripts import mutate, nightly
 from scripts.mutations import Mutation, find_mutations
 
 SOURCE = b'''"""A file."""
@@ -57,6 +58,10 @@ def test_finished_shards_are_not_repeated(oracle: Oracle, tmp_path: Path, monkey
     listed = [for_oracle(case) for case in drawn(7, 5)]
     assert seen[-2:] == [listed[2:4], listed[4:7]] and len(seen) == 4  # two for the estimate
     seen.clear()
+    paths[1].write_text(paths[1].read_text()[:50])
+    paths[2].write_text("[]")
+    assert call(monkeypatch, tmp_path, "--seed", "5") == 0 and seen[-2:] == [listed[2:4], listed[4:7]]
+    seen.clear()
     assert call(monkeypatch, tmp_path, "--seed", "5") == 0 and seen == []
     assert "3 of 3 shards are finished" in capsys.readouterr().out
 
@@ -66,6 +71,25 @@ def test_a_difference_is_kept_with_its_place(oracle: Oracle, tmp_path: Path, mon
     assert call(monkeypatch, tmp_path, "--seed", "5") == 1
     total = json.loads((tmp_path / "summary.json").read_text())
     assert total["equal"] < 7 and total["first_difference"]["leaf"] == "midlayer.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("count", [0, -1, 10**6])
+def test_a_count_that_cannot_be_drawn_is_refused(count: int, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["mutate", "--count", str(count)])
+    monkeypatch.setattr(mutate, "executed", lambda: {file: set(range(999)) for file in mutate.FILES})
+    assert mutate.main() == 2 and "must be between 1 and" in capsys.readouterr().err
+
+
+def test_mutated_tests_find_the_old_tool_by_a_relative_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They run in another folder; with no old tool there they would be skipped, and pass."""
+    seen = []
+    monkeypatch.setenv("SPECFORGE_SRC", "SpecForge")
+    monkeypatch.setattr(
+        mutate.subprocess, "run",
+        lambda *a, **k: seen.append(k["env"]["SPECFORGE_SRC"]) or subprocess.CompletedProcess(a, 0, "", ""),
+    )  # fmt: skip
+    mutate.passes(tmp_path, 1)
+    assert seen == [str(Path.cwd() / "SpecForge")]
 
 
 def test_mutations_leave_out_refusals_texts_and_annotations() -> None:

@@ -70,6 +70,7 @@ def test_defaults_are_the_codes() -> None:
         given = {option.option_strings[0]: option.default for option in options if not option.required}
         known |= {f"{command} {name}": value for name, value in given.items() if value not in (None, [])}
     table = {name.strip("`"): cell for name, cell, *_ in rows("Every default")}
+    assert len(table) == len(rows("Every default")), "a setting stands there twice"
     values = {name: None if cell == "unset" else ast.literal_eval(cell.strip("`")) for name, cell in table.items()}
     assert {name: repr(value) for name, value in values.items()} == {name: repr(value) for name, value in known.items()}
 
@@ -89,15 +90,16 @@ def test_legacy_settings_exist() -> None:
 
 def test_the_tree_is_the_folders() -> None:
     lines = chapter("The tree").split("```text\n")[1].split("```")[0].splitlines()
-    listed, place = set(), [""]
+    listed, place = [], [""]
     for line in lines:
         name, comment = line.split(maxsplit=1) if not line.endswith("/") else (line.strip(), "")
         place = [*place[: 1 + (len(line) - len(line.lstrip())) // 2], name]
         assert comment or name.endswith("/"), line
-        listed |= set() if name.endswith("/") else {"".join(place)}
+        listed += [] if name.endswith("/") else ["".join(place)]
     files = [path for pattern in TREE_FILES for path in ROOT.glob(pattern) if path.is_file()]
     kept = [path for path in files if "__pycache__" not in path.parts and path.name != "__init__.py"]
-    assert listed - {"eagle3fn/__init__.py"} == {path.relative_to(ROOT).as_posix() for path in kept}
+    assert len(listed) == len(set(listed)), "a file stands there twice"
+    assert set(listed) - {"eagle3fn/__init__.py"} == {path.relative_to(ROOT).as_posix() for path in kept}
 
 
 @pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "ARCHITECTURE"])

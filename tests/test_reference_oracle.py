@@ -8,10 +8,12 @@ from hypothesis import given
 from torch import Tensor
 
 from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.model.forward import forward_loss
+from eagle3fn.model.table import EMBED
 from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.oracle import Oracle, eager_loss, old_draft, old_forward, run_oracle
-from eagle3fn.testing.results import Result, differences, named, nontrivial
+from eagle3fn.testing.results import Result, differences, named, nontrivial, run_forward
 from eagle3fn.testing.strategies import for_oracle, oracle_cases
 from tests.conftest import Tally
 from tests.reference import Trainer, weighted_sum
@@ -72,6 +74,15 @@ def test_drawn_cases_equal_the_old_tool(oracle: Oracle, dtype: str, tally: Tally
 
     check()
     tally.check()
+
+
+def test_the_frozen_embedding_has_no_gradient(oracle: Oracle) -> None:
+    """On no side; every other leaf has one, that of a tied head's embedding not either."""
+    for case in (CASES[0], replace(CASES[0], tied=True)):
+        trained = {"loss", "losses", "acceptance", "correct", "rows", *tame_params(case)}
+        assert EMBED not in trained
+        sides = run_oracle(oracle, case), reference(case), run_forward(forward_loss, case)
+        assert [set(side) for side in sides] == [trained] * 3
 
 
 def test_a_reordering_is_detected(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves
 from eagle3fn.train.reduce import _fold, total
 from eagle3fn.train.shard import rows_of, specs
-from tests.ranks_job import CHECKS, config_of, micro_batches, refused, train
+from tests.ranks_job import CHECKS
+from tests.ranks_small import config_of, micro_batches, refused, train
 from tests.small import frozen_of
 from tests.start_ranks import torchrun
 
@@ -37,7 +39,17 @@ def test_rows_are_cut_as_chunk_cuts_them():
             assert [part for part in mine if part] == wanted
 
 
+class OnlyTypes(TorchDispatchMode):
+    """Refuses every operation but the promotion of dtypes, so that nothing can be allocated."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is torch.ops.aten.promote_types.default, func
+        return func(*args)
+
+
 def test_specs_need_no_process_and_no_memory():
+    with OnlyTypes():
+        assert e3.state_specs(config_of()).masters == specs(config_of(), 1, 0).masters
     parts = [named_leaves(specs(config_of(), 3, rank)) for rank in range(3)]
     name = "masters.midlayer.self_attn.k_proj.weight"
     assert [part[name].local_shape for part in parts] == [(1, 32), (1, 32), (0, 32)]  # pyright: ignore
@@ -92,6 +104,15 @@ def test_donating_reuses_the_buffers_and_touching_the_old_state_raises():
         refused(touch, "donate=True")
     refused(lambda: fns.step(state, micro_batches(0, 1, None)), "donate=True")
     refused(lambda: fns.forward_loss(state.params, micro_batches(0, 1, None)[0]), "donate=True")
+
+
+@pytest.mark.parametrize("numerics", ["fast", "legacy"])
+def test_a_donated_state_cannot_be_differentiated(numerics):
+    config = config_of(numerics=numerics)
+    fns, batch = e3.bind(config, frozen_of(config)), micro_batches(0, 1, None)[0]
+    params = (state := fns.init_state(fns.init(0))).params
+    fns.step(state, batch, donate=True)
+    refused(lambda: e3.value_and_grad(fns.forward_loss, has_aux=True)(params, batch), "has shape (0,)")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

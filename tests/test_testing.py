@@ -176,6 +176,60 @@ def test_a_difference_is_named_and_its_snippet_repeats_it(function, name):
         exec(compile(code, "snippet", "exec"), {})
 
 
+def forward_loss(params, batch: Batch, *, config, frozen):
+    """A wrong one, named as the one it is held against."""
+    return reordered(params, batch, config=config, frozen=frozen)
+
+
+def test_functions_of_one_name_stay_apart_in_the_snippet():
+    with pytest.raises(AssertionError) as failure:
+        assert_equivalent(forward_loss, against=e3.forward_loss, cases=40)
+    with pytest.raises(AssertionError, match="loss:"):
+        exec(compile(str(failure.value).split("to repeat it:\n")[1], "snippet", "exec"), {})
+
+
+class Model:
+    def forward_loss(self, params, batch: Batch, *, config, frozen):
+        return reordered(params, batch, config=config, frozen=frozen)
+
+
+def test_a_methods_snippet_runs_where_the_method_is_in_scope():
+    method = Model().forward_loss
+    with pytest.raises(AssertionError) as failure:
+        assert_equivalent(method, cases=40)
+    code = str(failure.value).split("to repeat it:\n")[1]
+    with pytest.raises(AssertionError, match="loss:"):
+        exec(compile(code, "snippet", "exec"), {"forward_loss": method})
+
+
+def fragile(params, batch: Batch, *, config, frozen):
+    """Wrong in bf16; with KL it cannot be run."""
+    if config.objective.loss == "kl":
+        raise RuntimeError("no KL here")
+    return (reordered if config.train.dtype == "bfloat16" else e3.forward_loss)(
+        params, batch, config=config, frozen=frozen
+    )
+
+
+def test_what_is_raised_says_how_to_repeat_it():
+    with pytest.raises(RuntimeError, match="no KL here") as failure:
+        assert_equivalent(fragile, cases=3, loss="kl")
+    with pytest.raises(RuntimeError, match="no KL here"):
+        exec(compile(failure.value.__notes__[0].split("to repeat it:\n")[1], "snippet", "exec"), {})
+
+
+def test_a_case_that_cannot_be_run_is_no_plainer_one():
+    with pytest.raises(AssertionError, match="loss: 1 ulps") as failure:
+        assert_equivalent(fragile, cases=40, loss="lk_alpha")
+    assert "loss='lk_alpha'" in str(failure.value)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_case_is_no_pass(count: int):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        assert_equivalent(reordered, cases=count)
+
+
 def test_metrics_are_compared():
     def miscounted(params, batch, *, config, frozen):
         loss, aux = e3.forward_loss(params, batch, config=config, frozen=frozen)

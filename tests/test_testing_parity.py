@@ -144,6 +144,15 @@ def test_the_environment_is_set_before_torch(oracle: Oracle):
     assert last_line(done.stdout)["equal"] == 2
 
 
+def test_an_old_tool_that_cannot_be_loaded_is_none(tmp_path: Path):
+    """With other versions of its dependencies it fails in other ways than by an import."""
+    (tmp_path / "specforge").mkdir()
+    (tmp_path / "specforge" / "optimizer.py").touch()
+    (tmp_path / "specforge" / "__init__.py").write_text("raise AttributeError('not in this version')")
+    done = in_process(["--cases", "2"], SPECFORGE_SRC=str(tmp_path))
+    assert done.returncode == 3 and "AttributeError: not in this version" in done.stderr
+
+
 def test_without_an_old_tool_it_says_what_to_install(tmp_path: Path):
     done = in_process(["--cases", "2"], SPECFORGE_SRC=str(tmp_path))
     assert done.returncode == 3

@@ -4,6 +4,8 @@ Every row gives its step-0 key and value; queries, MLP, later keys, head and los
 rows of the whole batch only, as one list. What depends on a token alone is made once a batch, not once a step.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,8 +17,9 @@ from eagle3fn.base.rows import contributing_rows, step_rows
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import layers, table
 from eagle3fn.model.block_attention import block_attention, make_blocks
+from eagle3fn.model.flash_attention import fits, flash_attention
 from eagle3fn.model.fused import Labels, Scores, head_and_kl
-from eagle3fn.model.fused_layers import rms_norm, swiglu
+from eagle3fn.model.fused_layers import mlp, norm_linear, rms_norm
 from eagle3fn.model.rope import rope_table, rotate
 
 
@@ -76,8 +79,8 @@ def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: F
     draft, k = config.draft, config.objective.ttt_length
     b, s = batch.input_ids.shape
     n, j, e = draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim
-    weights, blocks = _weights(params), make_blocks(rows, s)
-    hidden = layers.project(params, batch.aux_hidden).flatten(0, 1)
+    weights, hidden = _weights(params), layers.project(params, batch.aux_hidden).flatten(0, 1)
+    attend = attention_on(hidden.device, hidden.dtype, e, rows, s)
     left = _embedded(params, batch, weights, config, frozen)
     place = rows // s * (s + k) + rows % s + torch.arange(k, device=rows.device)[:, None]
     lefts = left.index_select(0, place.flatten()).view(k, len(rows), -1)
@@ -95,19 +98,24 @@ def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: F
     x = torch.addmm(lefts[0, :, : n * e], normed[rows], weights.right[: n * e].T)
     for i in range(k):
         if i:
-            normed = rms_norm(hidden, params[table.HIDDEN_NORM], draft.rms_norm_eps)
-            x = torch.addmm(lefts[i], normed, weights.right.T)
+            x = norm_linear(hidden, params[table.HIDDEN_NORM], weights.right, lefts[i], draft.rms_norm_eps)
         heads = x.view(len(rows), -1, e)
         turned = rotate(heads[:, : n + j], cos[positions + i], sin[positions + i])
         if i:
             own_key = torch.cat([own_key, turned[None, :, n:]])
             own_value = torch.cat([own_value, heads[None, :, n + j :]])
-        attended = block_attention(turned[:, :n], key, value, own_key, own_value, rows, blocks)
+        attended = attend(turned[:, :n], key, value, own_key, own_value)
         hidden = torch.addmm(hidden, attended.flatten(1), weights.o.T)
-        normed = rms_norm(hidden, params[table.POST_NORM], draft.rms_norm_eps)
-        hidden = torch.addmm(hidden, swiglu(F.linear(normed, weights.gate_up)), weights.down.T)
+        hidden = mlp(hidden, params[table.POST_NORM], weights.gate_up, weights.down, draft.rms_norm_eps)
         out.append(hidden)
     return torch.stack(out)
+
+
+def attention_on(device: torch.device, dtype: torch.dtype, size: int, rows: Tensor, s: int) -> Callable[..., Tensor]:
+    """Attention of queries at `rows` of `B·S`: a flash kernel where there is one, else in blocks cut on the host."""
+    if fits(device, dtype, size):
+        return partial(flash_attention, rows=rows)
+    return partial(block_attention, rows=rows, blocks=make_blocks(rows, s))
 
 
 def _weights(params: Params) -> Weights:

@@ -4,6 +4,8 @@ Nothing of size `(rows, D)` or `(rows, V)` outlives a chunk, and a label's teach
 student rows that are scored against it.
 """
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from eagle3fn.model.layers import at_least_fp32
 from eagle3fn.model.once import differentiable_once
 
-_CHUNK_BYTES, _GROUP_BYTES = 32 << 20, 4 << 20
+_CHUNK_BYTES, _CUDA_CHUNK_BYTES, _GROUP_BYTES = 32 << 20, 256 << 20, 4 << 20
 
 
 class Labels(NamedTuple):
@@ -46,7 +48,8 @@ def head_and_kl(student: Tensor, head: Tensor, labels: Labels, target_head: Tens
 def _forward(student, head, target, index, weight, target_head, t2d, d2t, wanted: bool) -> tuple[Tensor, ...]:
     k, rows, _ = student.shape
     kept = torch.arange(len(head), device=head.device) + d2t
-    size = max(1, _CHUNK_BYTES // (head.itemsize * (k * len(head) + len(target_head))))
+    grade, room = score_on(head.device, head.dtype), _CHUNK_BYTES if head.device.type == "cpu" else _CUDA_CHUNK_BYTES
+    size = max(1, room // (head.itemsize * (k * len(head) + len(target_head))))
     flat = student.flatten(0, 1)
     place = index + rows * torch.arange(k, device=index.device)[:, None]  # (K, P) into flat
     by_flat = torch.zeros_like(flat if wanted else flat[:0])
@@ -56,7 +59,7 @@ def _forward(student, head, target, index, weight, target_head, t2d, d2t, wanted
         part = slice(start, start + size)
         x = flat[place[:, part]]
         logits, z = F.linear(x, head), F.linear(target[part], target_head)
-        scores = _score(logits, z, t2d, kept)
+        scores = grade(logits, z, t2d, kept)
         parts.append(scores)
         if wanted:
             factor = (weight[:, part] * scores[3]).flatten()[:, None]
@@ -76,7 +79,16 @@ def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, Tens
 _head_and_kl: Any = differentiable_once(_forward, _backward, by=2, kept=6)
 
 
-def _score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def score_on(device: torch.device, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`score`, or on CUDA its kernel where Triton is installed; the two agree to rounding."""
+    if device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton"):
+        from eagle3fn.model.kernels import score as kernel
+
+        return kernel.score
+    return score
+
+
+def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """KL, correctness and acceptance `(K, P)` of student `logits` `(K, P, D)`, and `known` `(P,)`, by teacher `z`.
 
     Overwrites `logits` with the KL's gradient by them. Groups of labels keep what is fp32 in the processor's cache.

@@ -1,4 +1,4 @@
-"""Layers of the fast profile whose backward is written out, so that little is kept: norm and SwiGLU."""
+"""Layers of the fast profile whose backward is written out, so that little is kept: norm, projection, and MLP."""
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)[0]
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """`silu(gate) · up` of both side by side, `(…, 2·I)` to `(…, I)`; keeps the input alone."""
-    return _swiglu(x)[0]
+def norm_linear(x: Tensor, weight: Tensor, matrix: Tensor, plus: Tensor, eps: float) -> Tensor:
+    """`plus` `(T, O)` and `matrix` `(O, H)` times the normed `x` `(T, H)`: `(T, O)`; keeps `x`, norms it again."""
+    return _norm_linear(x, weight, matrix, plus, eps)[0]
+
+
+def mlp(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
+    """`x` `(T, H)` and the SwiGLU MLP of the normed `x`; keeps `x` and what `gate_up` `(2·I, H)` makes of it."""
+    return _mlp(x, weight, gate_up, down, eps)[0]
 
 
 def _norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -33,20 +38,47 @@ def _norm_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor,
     return grad.addcmul_(normed, inner, value=-1).mul_(scale).to(x.dtype), by_weight.to(weight.dtype)
 
 
-def _swiglu_forward(x: Tensor) -> tuple[Tensor]:
+def _norm_linear_forward(x: Tensor, weight: Tensor, matrix: Tensor, plus: Tensor, eps: float) -> tuple[Tensor]:
+    return (torch.addmm(plus, _norm_forward(x, weight, eps)[0], matrix.T),)
+
+
+def _norm_linear_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
+    (x, weight, matrix, _, eps), (grad,) = inputs, grads
+    normed, scale = _norm_forward(x, weight, eps)
+    by_x, by_weight = _norm_backward((x, weight, eps), (normed, scale), (grad @ matrix,))
+    return by_x, by_weight, grad.T @ normed, grad
+
+
+def _mlp_forward(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    inner = F.linear(_norm_forward(x, weight, eps)[0], gate_up)
+    return torch.addmm(x, _swiglu(inner), down.T), inner
+
+
+def _mlp_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
+    (x, weight, gate_up, down, eps), (_, inner), (grad,) = inputs, outputs, grads
+    by_down = grad.T @ _swiglu(inner)
+    by_inner = _swiglu_backward(grad @ down, inner)
+    normed, scale = _norm_forward(x, weight, eps)
+    by_gate_up = by_inner.T @ normed
+    by_x, by_weight = _norm_backward((x, weight, eps), (normed, scale), (by_inner @ gate_up,))
+    return by_x + grad, by_weight, by_gate_up, by_down
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    """`silu(gate) · up` of both side by side, `(…, 2·I)` to `(…, I)`."""
     gate, up = x.chunk(2, dim=-1)
-    return (F.silu(gate).mul_(up),)
+    return F.silu(gate).mul_(up)
 
 
-def _swiglu_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor]:
-    (x,), (grad,) = inputs, grads
+def _swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     out = torch.empty_like(x)
     by_gate, by_up = out.chunk(2, dim=-1)
     by_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
     torch.mul(grad, F.silu(gate), out=by_up)
-    return (out,)
+    return out
 
 
 _rms_norm = differentiable_once(_norm_forward, _norm_backward, by=2, kept=1)
-_swiglu = differentiable_once(_swiglu_forward, _swiglu_backward, by=1)
+_norm_linear = differentiable_once(_norm_linear_forward, _norm_linear_backward, by=4)
+_mlp = differentiable_once(_mlp_forward, _mlp_backward, by=4, kept=1)

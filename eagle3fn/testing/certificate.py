@@ -79,6 +79,8 @@ def _rows(path: Path) -> list[str]:
         f"{certificate['card']}, torch {certificate['torch']}" if certificate["device"] == "cuda" else "dry run, CPU"
     )
     old = stale(certificate) if certificate.get("oracle") else []
+    if (certificate.get("oracle") or {}).get("kind") == "wheel":
+        where += "; in the old tool's place the wheel specforge"
     lines = []
     for name, title in CLAIMS.items():
         faults = failures(certificate, (name,))

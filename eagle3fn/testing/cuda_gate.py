@@ -9,6 +9,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -46,6 +47,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--claim", choices=tuple(CLAIMS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if not (options.claim or (0 < options.minutes < math.inf and options.cases > 0)):
+        parser.error(f"--minutes {options.minutes}, --cases {options.cases}: must be above 0, or nothing is compared")
     if options.claim is None and options.out is None:
         parser.error("--out is missing: name the certificate's file")
     return options
@@ -73,8 +76,8 @@ def run_gate(options: argparse.Namespace) -> int:
             write_json(options.out, result)
     faults = failures(result, tuple(names))
     write_json(options.out, result | {"complete": True, "failures": faults})
-    for name in names:
-        print(json.dumps({name: {key: value for key, value in result["claims"][name].items() if key != "list"}}))
+    for name, claim in result["claims"].items():
+        print(json.dumps({name: {key: value for key, value in claim.items() if key != "list"}}))
     print("\n".join(f"failed: {fault}" for fault in faults) or f"passed: {', '.join(names)} on {options.device}")
     return 0 if not faults else NO_ORACLE if result["oracle"] is None else 1
 
@@ -115,7 +118,7 @@ def environment(claim: str, device: str) -> dict[str, str]:
 def claim_rows(name: str, seconds: float, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What a claim's process says, line by line; its end if that was not a good one."""
     command = [sys.executable, "-m", "eagle3fn.testing.cuda_gate", "--claim", name, "--device", options.device]
-    command += ["--minutes", str(seconds / 60), "--seed", str(options.seed), "--cases", str(options.cases)]
+    command += [f"--minutes={max(seconds, 0) / 60}", f"--seed={options.seed}", f"--cases={options.cases}"]
     kept = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=kept | environment(name, options.device))
     assert child.stdout is not None
@@ -146,6 +149,8 @@ def fold(result: dict[str, Any], name: str, row: dict[str, Any]) -> None:
     if "ulps" in row:
         before = claim.setdefault("ulps", {})
         claim["ulps"] = {key: max(far, before.get(key, 0)) for key, far in row["ulps"].items()}
+        if min(row["ulps"].values()) < 0:
+            claim["error"] = claim["error"] or f"not finite, so no distance: {row['case']}"
     elif not row["decided"]:
         claim["undecidable"] += 1
     else:

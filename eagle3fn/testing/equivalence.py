@@ -29,7 +29,11 @@ def assert_equivalent(
         AssertionError: something differs; the message names it, with the distance in representable values (ulps),
             and ends with lines that repeat the case, made as plain as it still fails, when pasted.
         OracleMissingError: `against="oracle"` and no old tool is at hand; the message says what to install.
+        ValueError: fewer than one case, which would pass whatever is given; or an unknown `against`.
+        Exception: whatever a side raises on a case; a note on it ends with lines that repeat that.
     """
+    if cases < 1:
+        raise ValueError(f"cases = {cases}: must be at least 1, or nothing is compared")
     expected = _runner(against)
     for case in drawn(cases, seed, **fixed):
         _compare(my_forward_loss, against, expected, for_oracle(case) if against == "oracle" else case)
@@ -71,11 +75,24 @@ def assert_same(
         AssertionError: what differs and how far, and the lines of `repeat`, for the plainest case that still
             differs and is `known` to both sides.
     """
-    if differences(left(case), right(case)):
-        case = simplest(case, lambda simpler: known(simpler) and bool(differences(left(simpler), right(simpler))))
+    try:
+        unequal = differences(left(case), right(case))
+    except Exception as error:
+        error.add_note(f"to repeat it:\n{repeat(case)}")
+        raise
+    if unequal:
+        case = simplest(case, lambda simpler: known(simpler) and _differ(left, right, simpler))
         a, b = left(case), right(case)
         lines = [f"  {name}: {_distance(a, b, name)}" for name in differences(a, b)]
         raise AssertionError("\n".join(["not equal:", *lines, "to repeat it:", repeat(case)]))
+
+
+def _differ(left: Callable[[Case], Result], right: Callable[[Case], Result], case: Case) -> bool:
+    """Whether two sides differ on a case; one that a side cannot run shows nothing."""
+    try:
+        return bool(differences(left(case), right(case)))
+    except Exception:
+        return False
 
 
 def _distance(left: Result, right: Result, name: str) -> str:
@@ -88,18 +105,23 @@ def _distance(left: Result, right: Result, name: str) -> str:
 
 def snippet(mine: ForwardLoss, case: Case, against: Against = "legacy") -> str:
     """Lines of Python that repeat a comparison; a function defined inside another one has to be in scope."""
-    functions = [mine, against] if callable(against) else [mine]
     before = "import os\n\nos.environ.update(TRITON_INTERPRET='1', TORCHDYNAMO_DISABLE='1')  # before torch is loaded\n"
     lines = [before] if against == "oracle" else []
-    lines += ["from eagle3fn.testing import Case, assert_case", *filter(None, map(_import, functions))]
-    other = _name(against) if callable(against) else repr(against)
-    return "\n".join([*lines, f"assert_case({_name(mine)}, {case!r}, against={other})"])
+    name = _name(mine)
+    lines += ["from eagle3fn.testing import Case, assert_case", *_import(mine, name)]
+    other = repr(against)
+    if callable(against):
+        other = _name(against) if against is mine or _name(against) != name else f"other_{name}"
+        lines += _import(against, other) if against is not mine else []
+    return "\n".join([*lines, f"assert_case({name}, {case!r}, against={other})"])
 
 
 def _name(function: ForwardLoss) -> str:
     return str(getattr(function, "__qualname__", "my_forward_loss")).rpartition(".")[2].replace("<lambda>", "my_lambda")
 
 
-def _import(function: ForwardLoss) -> str:
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<locals>")
-    return "" if "<" in name or module in (None, "__main__") else f"from {module} import {name}"
+def _import(function: ForwardLoss, name: str) -> list[str]:
+    """The line that imports a module's function as `name`; none for another, as a method or one of `__main__`."""
+    module, own = getattr(function, "__module__", None), getattr(function, "__qualname__", "<locals>")
+    known = own.isidentifier() and module not in (None, "__main__")
+    return [f"from {module} import {own}" + (f" as {name}" if name != own else "")] if known else []

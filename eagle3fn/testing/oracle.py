@@ -106,8 +106,8 @@ def _load(native: bool) -> Oracle:
             draft = importlib.import_module("specforge.modeling.draft.llama3_eagle")
             eagle3 = _first("specforge.core.eagle3", "specforge.algorithms.eagle3.model")
             optimizer = importlib.import_module("specforge.optimizer")
-    except ImportError as error:
-        raise OracleMissingError(f"SpecForge cannot be imported ({error}): {INSTALL}") from None
+    except Exception as error:  # with other versions of its dependencies not an ImportError alone
+        raise OracleMissingError(f"SpecForge cannot be imported ({type(error).__name__}: {error}): {INSTALL}") from None
     root = Path(str(optimizer.__file__)).parent
     names = [name for name in COMMIT_FILES if (root / name).is_file()]
     if eagle3.__file__ and root / "core/eagle3.py" != Path(eagle3.__file__):

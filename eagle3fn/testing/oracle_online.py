@@ -55,7 +55,8 @@ def old_module(oracle: Oracle, name: str) -> Any:
     try:
         return importlib.import_module(name.removesuffix(".py").replace("/", "."))
     except ImportError as error:
-        raise OracleMissingError(f"{name} cannot be imported ({error}): {INSTALL}") from None
+        wanted = "pip install datasets accelerate, which it imports, and"
+        raise OracleMissingError(f"{name} cannot be imported ({error}): {wanted} {INSTALL}") from None
 
 
 def script_functions(oracle: Oracle, *names: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ every file is on the disk.
 """
 
 import base64
+import hashlib
+import json
 import re
 import shutil
 import warnings
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from eagle3fn.base.config import Config, to_dict
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import publish_folder, read_json, sha256, write_json
+from eagle3fn.base.files import publish_folder, sha256, write_json
 from eagle3fn.base.tree import like, named_leaves
 from eagle3fn.base.types import TrainState
 from eagle3fn.train.launch import World
@@ -35,6 +37,7 @@ DRAFT, META = "draft.safetensors", "meta.json"
 MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite", "data.prefetch"}
 _NAME = re.compile(r"step-(\d{8})")
 _ELSEWHERE = "train into another folder"
+_OLDER = "delete {} to resume from an older one"
 
 
 class Resumed(NamedTuple):
@@ -78,7 +81,8 @@ def save_checkpoint(
                 save_file({name: leaf.detach().cpu().contiguous() for name, leaf in params.items()}, temporary / DRAFT)
                 own = {name: sha256(temporary / name) for name in (DRAFT, ".metadata")}
                 files = {name: digest for part in [*sums, own] for name, digest in part.items()}
-                write_json(temporary / META, _meta(state, config, data, extra, files, world))
+                meta = _meta(state, config, data, extra, files, world)
+                write_json(temporary / META, meta | {"digest": digest_of(meta)})
                 publish_folder(temporary, path)
                 for old in checkpoints(folder)[:-keep]:
                     shutil.rmtree(old)
@@ -161,12 +165,7 @@ def load_checkpoint(
             damaged; on every rank.
     """
     path = Path(path)
-    meta = read_json(path / META)
-    if meta.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path}: a checkpoint of schema {meta.get('schema')!r}, this version reads {SCHEMA}; finish the run with "
-            f"the version that began it, or {_ELSEWHERE}"
-        )
+    meta = _read_meta(path)
     _same_config(meta["config"], to_dict(config), path)
     for name in sorted(data.keys() | meta["data"].keys()):
         if data.get(name) != meta["data"].get(name):
@@ -178,7 +177,7 @@ def load_checkpoint(
         )
     _check_files(path, meta["files"], world)
     leaves = {name: torch.empty_like(leaf) for name, leaf in _tensors(template).items()}
-    with _distributed(f"{path}: not readable", f"delete {path} to resume from an older one"):
+    with _distributed(f"{path}: not readable", _OLDER.format(path)):
         state_dict_loader.load(leaves, storage_reader=FileSystemReader(path), no_dist=world.size == 1)
     rng = torch.tensor(list(base64.b64decode(meta["rng"])), dtype=torch.uint8)
     return Resumed(like(template, leaves), meta["extra"], rng)
@@ -197,9 +196,31 @@ def read_leaves(path: str | Path) -> dict[str, torch.Tensor]:
     return leaves
 
 
+def digest_of(meta: dict[str, Any]) -> str:
+    """Hash of what stands in `meta.json`, its own left out."""
+    rest = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / META).read_bytes())
+        schema = meta["schema"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({META}: {error}); {_OLDER.format(path)}") from None
+    if schema != SCHEMA:
+        raise UserError(
+            f"{path}: a checkpoint of schema {schema!r}, this version reads {SCHEMA}; finish the run with the version "
+            f"that began it, or {_ELSEWHERE}"
+        )
+    if meta.get("digest") != digest_of(meta):
+        raise UserError(f"{path}: damaged (the bytes of {META} have changed); {_OLDER.format(path)}")
+    return meta
+
+
 def _check_files(path: Path, files: dict[str, str], world: World) -> None:
     """Compare hashes; the ranks share the files out."""
-    with _together(world, f"{path}: damaged", f"delete {path} to resume from an older one"):
+    with _together(world, f"{path}: damaged", _OLDER.format(path)):
         for name in sorted(files)[world.rank :: world.size]:
             if sha256(path / name) != files[name]:
                 raise OSError(f"the bytes of {name} have changed")

@@ -97,7 +97,7 @@ def ranks() -> Iterator[World]:
     the others end with exit code 1 and in silence.
 
     Raises:
-        UserError: another rank has died without a word.
+        UserError: another rank has died without a word, or the environment announces ranks by halves.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield World()
@@ -139,7 +139,10 @@ def _join() -> tuple[Any, World]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    found = next(rendezvous("env://"))
+    try:
+        found = next(rendezvous("env://"))
+    except ValueError as error:
+        raise UserError(f"RANK is set, but {error}; start the ranks by torchrun, or unset RANK") from None
     store: Any = found[0]
     rank, size = found[1:]
     dist.init_process_group(store=PrefixStore("ranks", store), rank=rank, world_size=size)

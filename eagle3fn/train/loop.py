@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, held-out evaluation, checkpoints; resumed without a trace."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -22,8 +23,11 @@ from eagle3fn.train.horizon import with_horizon, write_horizon
 from eagle3fn.train.launch import World
 from eagle3fn.train.run import Run, prepare, to_device
 from eagle3fn.train.shard import gather
+from eagle3fn.train.step import Metrics
 from eagle3fn.train.stop import sigterm_noted
 from eagle3fn.train.track import append_row, cut_rows, nonfinite, step_row
+
+ROWS = ("metrics.jsonl", "eval.jsonl")
 
 
 class Events(NamedTuple):
@@ -32,6 +36,14 @@ class Events(NamedTuple):
     on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
     on_eval: Callable[[dict[str, Any]], None] = lambda row: None
     on_best: Callable[[Params, Frozen, dict[str, Any]], None] = lambda params, frozen, row: None
+
+
+class Made(NamedTuple):
+    """An update whose metrics were not read yet."""
+
+    number: int
+    begin: float  # when it was called, or the one before it was read
+    metrics: Metrics
 
 
 class Kept(NamedTuple):
@@ -68,7 +80,7 @@ def train(
         state, kept = _resume(run, state)
         if world.main:
             write_horizon(run, chosen)
-            for name in ("metrics.jsonl", "eval.jsonl"):
+            for name in ROWS:
                 cut_rows(run.out / name, int(state.step) or -1)  # without a checkpoint, step 0 is evaluated again
         if int(state.step) < run.config.train.steps:
             state = _steps(run, state, kept, events, told)
@@ -99,29 +111,54 @@ def _steps(run: Run, state: TrainState, kept: Kept, events: Events, told: Callab
     plan, start, total = run.config.train, int(state.step), run.config.train.steps
     if start == 0:
         kept = _evaluate(run, state, kept, events)
-    source = prefetch(_on_device(run, start, total), run.config.data.prefetch)
+    source, made = prefetch(_on_device(run, start, total), run.config.data.prefetch), deque[Made]()
     with closing(source):
         for number, micro in enumerate(source, start + 1):
             begin = time.perf_counter()
             state, metrics = run.fns.step(state, micro, donate=True)
-            if nonfinite(metrics) and not metrics["skipped"]:
-                raise UserError(_nonfinite_message(run, number - 1))
-            kept = kept._replace(skipped=kept.skipped + metrics["skipped"])
-            if run.world.main:
-                row = step_row(number, metrics, time.perf_counter() - begin, kept.skipped)
-                append_row(run.out / "metrics.jsonl", row)
-                events.on_step(row, total)
-            if number % plan.eval_every == 0 or number == total:
+            made.append(Made(number, begin, metrics))
+            evaluates, saves = (
+                number % each == 0 or number == total for each in (plan.eval_every, plan.checkpoint_every)
+            )
+            kept = _tell(run, made, kept, events, wait=evaluates or saves or not _is_late(run.device))
+            if evaluates:
                 kept = _evaluate(run, state, kept, events)
             stop = any(run.world.every(told()))
-            if number % plan.checkpoint_every == 0 or number == total or stop:
-                folder = run.out / "checkpoints"
-                if run.world.main:
-                    fsync_path(run.out / "metrics.jsonl")
-                save_checkpoint(folder, state, run.config, run.data, kept._asdict(), plan.keep_last, run.world)
+            if saves or stop:
+                kept = _tell(run, made, kept, events, wait=True)
+                _save(run, state, kept)
             if stop:
                 break
     return state
+
+
+def _is_late(device: str) -> bool:
+    """Whether a step's metrics are read when the next one is on its way: reading them waits for the device."""
+    return device != "cpu"
+
+
+def _tell(run: Run, made: deque[Made], kept: Kept, events: Events, wait: bool) -> Kept:
+    """Write and tell the metrics of all steps but the newest, or with `wait` of that too; refuse what is not finite."""
+    while len(made) > (not wait):
+        number, begin, metrics = made.popleft()
+        if nonfinite(metrics) and not metrics["skipped"]:
+            raise UserError(_nonfinite_message(run, number - 1))
+        kept = kept._replace(skipped=kept.skipped + metrics["skipped"])
+        if run.world.main:
+            row = step_row(number, metrics, time.perf_counter() - begin, kept.skipped)
+            append_row(run.out / "metrics.jsonl", row)
+            events.on_step(row, run.config.train.steps)
+        if made:  # on a device it began when this one ended
+            made[0] = made[0]._replace(begin=time.perf_counter())
+    return kept
+
+
+def _save(run: Run, state: TrainState, kept: Kept) -> None:
+    if run.world.main:
+        for name in ROWS:
+            fsync_path(run.out / name)
+    folder = run.out / "checkpoints"
+    save_checkpoint(folder, state, run.config, run.data, kept._asdict(), run.config.train.keep_last, run.world)
 
 
 def _on_device(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, ...]]:

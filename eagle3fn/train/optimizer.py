@@ -19,7 +19,7 @@ class Optimizer(NamedTuple):
     """`init(masters) → state`; `update(grads, norm, state, masters, step) → (masters, state, info)`, all fp32.
 
     `norm` is the global one, of which a sharded leaf's own rank knows only a part. `update(…, donate=True)` writes into
-    the given masters and state; the bits are the same.
+    the given gradients, masters and state; the bits are the same.
     """
 
     init: Callable[[Params], Any]
@@ -46,7 +46,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
         return Moments(*({k: torch.zeros_like(v) for k, v in masters.items()} for _ in range(2)))
 
     def update(grads: Params, norm: Tensor, state: Moments, masters: Params, step: int, donate: bool = False):
-        grads = clip(grads, norm, config.max_grad_norm)
+        grads = clip(grads, norm, config.max_grad_norm, donate)
         rate = schedule(step)
         masters, state = adamw(grads, state, masters, step, rate, config, donate)
         return masters, state, {"grad_norm": norm, "learning_rate": rate}
@@ -54,10 +54,10 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     return Optimizer(init, update)
 
 
-def clip(grads: Params, norm: Tensor, max_norm: float) -> Params:
-    """Scale all gradients, whose global norm is `norm`, by `max_norm / (norm + 1e-6)`, at most 1."""
+def clip(grads: Params, norm: Tensor, max_norm: float, donate: bool = False) -> Params:
+    """Scale gradients, whose global norm is `norm`, by `max_norm / (norm + 1e-6)`, at most 1; `donate`: in place."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return {name: grad * scale for name, grad in grads.items()}
+    return {name: torch.mul(grad, scale, out=grad if donate else None) for name, grad in grads.items()}
 
 
 def adamw(

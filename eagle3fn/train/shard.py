@@ -132,14 +132,19 @@ def check_placed(state: TrainState, mesh: DeviceMesh | None) -> None:
     """Refuse a state that is not placed as `mesh` says.
 
     Raises:
-        UserError: a mesh of several dimensions, a sharded state without its mesh, a plain one with a mesh, or a state
-            of another mesh.
+        UserError: a mesh of several dimensions, a sharded state without its mesh, a plain one with a mesh, a state of
+            another mesh, a leaf that is not cut along its rows, or a state that was given away.
     """
     if mesh is not None and mesh.ndim != 1:
         raise UserError(f"mesh has {mesh.ndim} dimensions; the state is sharded over one: give a one-dimensional mesh")
     for name, leaf in named_leaves(state._replace(step=())).items():
         if is_sharded(leaf) and (mesh is None or leaf.device_mesh != mesh):  # pyright: ignore[reportAttributeAccessIssue]
             raise UserError(f"state.{name} is sharded over another mesh than step was given; give both the same mesh")
+        if isinstance(leaf, Donated):
+            raise UserError(_DONATED)
+        placements = getattr(leaf, "placements", None)
+        if placements and not placements[0].is_shard(0):
+            raise UserError(f"state.{name} is placed as {placements[0]}; it must be Shard(0), as init_state makes it")
         if mesh is not None and not is_sharded(leaf):
             raise UserError(f"state.{name} is a plain tensor, step was given a mesh; use init_state(…, mesh=mesh)")
 
@@ -168,6 +173,7 @@ def _donated_dtensor() -> type:
 
     names = ("to_local", "full_tensor", "redistribute", "__repr__")
     body = {"__slots__": (), "placements": property(refuse), "__torch_function__": Donated.__torch_function__}
+    body["__torch_dispatch__"] = classmethod(refuse)  # torch.func asks no __torch_function__
     return type("DonatedDTensor", (DTensor,), body | dict.fromkeys(names, refuse))
 
 
@@ -176,5 +182,7 @@ def take(state: TrainState) -> TrainState:
     taken = placed_like(tree_map(Tensor.detach, local(state)), state)
     leaves = {id(leaf): leaf for leaf in named_leaves(state).values()}  # fp32 params are their masters
     for leaf in leaves.values():
+        if not is_sharded(leaf):
+            leaf.data = leaf.new_empty(0)  # torch.func looks behind the class: let it find nothing
         leaf.__class__ = _donated_dtensor() if is_sharded(leaf) else Donated
     return taken

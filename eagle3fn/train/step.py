@@ -103,12 +103,18 @@ def _metrics(loss: Tensor, aux: Aux, batches: tuple[Batch, ...], config: Config,
     count = torch.full_like(tokens, len(batches))
     own = loss, aux, tokens, count, count * count
     loss, aux, tokens, count, square = over_ranks(own, mesh, config.train.reduce)
-    if mesh is not None and square * mesh.size() != count * count:  # equal if and only if all counts are
-        raise UserError(
-            f"step: {count} micro-batches over {mesh.size()} ranks, {len(batches)} on rank {mesh.get_local_rank()}; "
-            "give every rank as many"
-        )
+    if mesh is not None:
+        _check_counts(square * mesh.size() == count * count, len(batches), mesh)  # equal if and only if all counts are
     return {"loss": loss, "aux": aux, "tokens": tokens}
+
+
+def _check_counts(same: Tensor, own: int, mesh: DeviceMesh) -> None:
+    """Refuse ranks with different numbers of micro-batches; a device other than the CPU is not waited for, it stops."""
+    told = f"step: {own} micro-batches on rank {mesh.get_local_rank()}, not as many on others; give every rank as many"
+    if mesh.device_type != "cpu":
+        torch._assert_async(same, told)  # pyright: ignore[reportPrivateImportUsage]
+    elif not same:
+        raise UserError(told)
 
 
 def _update(

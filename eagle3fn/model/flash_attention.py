@@ -1,0 +1,105 @@
+"""Attention of the fast profile by a flash kernel, for CUDA: nothing is read on the host, nothing of size S·S is made.
+
+The contributing rows' queries are laid into whole sequences, so that the kernel's own causal rule holds; its result and
+log-sum-exp are merged with the rows' own later keys. The backward gives the kernel the merged result and log-sum-exp:
+it then makes the probabilities of the one softmax over both parts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle3fn.model.block_attention import dot, gather, spread
+from eagle3fn.model.once import differentiable_once
+
+_KINDS, _LARGEST, _MULTIPLE = (torch.bfloat16, torch.float16), 256, 8
+
+
+def fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether there is such a kernel for heads of this size."""
+    return device.type == "cuda" and dtype in _KINDS and size <= _LARGEST and size % _MULTIPLE == 0
+
+
+def flash_attention(q: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, rows: Tensor) -> Tensor:
+    """`block_attention`. Rows that repeat must have equal queries; the first gets the gradient of all."""
+    return _attention(q, key, value, own_key, own_value, rows)[0]
+
+
+def _forward(q, key, value, own_key, own_value, rows) -> tuple[Tensor, Tensor]:
+    j, scale = key.shape[2], q.shape[-1] ** -0.5
+    block, block_sum = _flash(_whole(q, rows, key), _heads(key, q), _heads(value, q), scale)
+    block, block_sum = (_rows(x, rows) for x in (block, block_sum))
+    scores = _own_scores(q, own_key, scale)
+    total = torch.logsumexp(torch.cat([block_sum[..., None], scores], dim=-1), dim=-1)
+    out = block.to(total.dtype) * torch.exp(block_sum - total)[..., None]
+    weights = torch.exp(scores - total[..., None]).unflatten(1, (j, -1))
+    return spread(out.unflatten(1, (j, -1)), weights, own_value).flatten(1, 2).to(q.dtype), total
+
+
+def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
+    (q, key, value, own_key, own_value, rows), (out, total), (grad,) = inputs, outputs, grads
+    j, scale = key.shape[2], q.shape[-1] ** -0.5
+    whole_grad, whole_q = _whole(grad, rows, key, add=True), _whole(q, rows, key)
+    merged = _whole(out, rows, key), _whole(total, rows, key)
+    by_q, *by_block = _flash_backward(whole_grad, whole_q, *merged, _heads(key, q), _heads(value, q), scale)
+    first = torch.cat([torch.ones_like(rows[:1], dtype=torch.bool), rows[1:] != rows[:-1]])
+    by_q = torch.where(first[:, None, None], _rows(by_q, rows), 0)
+    by_key, by_value = (x.unflatten(1, (j, -1)).sum(2).transpose(1, 2) for x in by_block)
+
+    weights = torch.exp(_own_scores(q, own_key, scale) - total[..., None])
+    delta = (grad.to(total.dtype) * out).sum(-1, keepdim=True)
+    by_weight = dot(grad.unflatten(1, (j, -1)), own_value).flatten(1, 2)
+    by_score = (weights * (by_weight - delta) * scale).to(q.dtype).unflatten(1, (j, -1))
+    by_q = spread(by_q.unflatten(1, (j, -1)), by_score, own_key).flatten(1, 2)
+    by_own = gather(q.unflatten(1, (j, -1)), by_score)
+    by_own_value = gather(grad.unflatten(1, (j, -1)), weights.to(q.dtype).unflatten(1, (j, -1)))
+    return by_q, by_key, by_value, by_own, by_own_value
+
+
+def _own_scores(q: Tensor, own: Tensor, scale: float) -> Tensor:
+    """Scaled products of queries `(T, N, E)` with each row's own keys: `(T, N, I)`, at least fp32."""
+    scores = dot(q.unflatten(1, (own.shape[2], -1)), own).flatten(1, 2)
+    return scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+
+
+def _whole(x: Tensor, rows: Tensor, key: Tensor, add: bool = False) -> Tensor:
+    """Rows `(T, N, …)` laid into `(B, N, S, …)`, zero elsewhere; of rows that repeat, one, or with `add` their sum."""
+    b, s = key.shape[:2]
+    flat = x.new_zeros(b * s, *x.shape[1:])
+    flat = flat.index_add_(0, rows, x) if add else flat.index_copy_(0, rows, x)
+    return flat.unflatten(0, (b, s)).transpose(1, 2)
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """`(B, N, S, …)` at the rows: `(T, N, …)`."""
+    return x.transpose(1, 2).flatten(0, 1)[rows]
+
+
+def _heads(x: Tensor, q: Tensor) -> Tensor:
+    """`(B, S, J, E)` once for each query head: `(B, N, S, E)`."""
+    groups = q.shape[1] // x.shape[2]
+    return x[:, :, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3).transpose(1, 2)
+
+
+def _flash(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of `(B, N, S, E)` and its log-sum-exp `(B, N, S)`."""
+    ops: Any = torch.ops.aten
+    if q.device.type == "cpu":
+        return ops._scaled_dot_product_flash_attention_for_cpu(q, key, value, 0.0, True, scale=scale)
+    return ops._scaled_dot_product_flash_attention(q, key, value, 0.0, True, scale=scale)[:2]
+
+
+def _flash_backward(grad: Tensor, q: Tensor, out: Tensor, total: Tensor, key: Tensor, value: Tensor, scale: float):
+    ops: Any = torch.ops.aten
+    if q.device.type == "cpu":
+        return ops._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, key, value, out, total, 0.0, True, scale=scale
+        )
+    s, seed = q.shape[2], torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: the seed is not read
+    return ops._scaled_dot_product_flash_attention_backward(
+        grad, q, key, value, out, total.contiguous(), None, None, s, s, 0.0, True, seed, seed, scale=scale
+    )
+
+
+_attention: Any = differentiable_once(_forward, _backward, by=5, kept=1)
