@@ -22,19 +22,17 @@ def text() -> str:
 
 def _order(result: dict[str, Any]) -> tuple[Any, ...]:
     told = result["settings"]
-    return told["device"], told["allocator"] != "raised", -told["seq"], told["masked"]
+    return told["device"], told["dtype"], told["allocator"] != "raised", -told["seq"], told["masked"]
 
 
 def step_table(results: list[dict[str, Any]]) -> str:
     """One row a case."""
     lines = [
-        "| `python -m bench.step …` | allocator | rows needed | old, legacy, fast: ms | old / fast | legacy / fast "
-        "| memory of a step: old, fast, MiB | fast / old | fast, of the matmul rate |",
+        "| `python -m bench.step …` | allocator, processor, load | rows needed | old, legacy, fast: ms | old / fast "
+        "| legacy / fast | memory of a step: old, fast, MiB | fast / old | fast, of the matmul rate |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    loads = [result["load_average"] for result in results]
-    about = f"Load average when they began: {min(loads)} to {max(loads)} on {results[0]['hardware']['cores']} cores."
-    return "\n".join([*lines, *(step_row(result) for result in results), "", about]) + "\n"
+    return "\n".join([*lines, *(step_row(result) for result in results)]) + "\n"
 
 
 def step_row(result: dict[str, Any]) -> str:
@@ -43,7 +41,7 @@ def step_row(result: dict[str, Any]) -> str:
     used = {name: value["step"] / 2**20 for name, value in result["memory"].items()}
     cells = [
         f"`{arguments(result['command'])}`",
-        result["settings"]["allocator"],
+        f"{result['settings']['allocator']}, {result['hardware']['instructions']}, {result['load_average']:.1f}",
         f"{result['shares']['needed']:.0%}",
         took,
         f"{result['ratio']:.2f}",

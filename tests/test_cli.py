@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eagle3fn.base.config import TrainConfig
+from eagle3fn.base.errors import UserError
 from eagle3fn.cli import main
 from eagle3fn.train import bind, loop
 from eagle3fn.train.checkpoint import read_leaves
@@ -203,6 +205,11 @@ def test_bad_features_are_refused(house, tmp_path, capsys):
 def test_bad_settings_are_refused(house, tmp_path, capsys):
     out = tmp_path / "o"
     expect_refusal(capsys, train(house, out, "--set", "objective.ttt_length=0"), "objective.ttt_length", "at least 1")
+    expect_refusal(
+        capsys, train(house, out, "--set", "objective.loss=lk"), "objective.loss = 'lk'", "'kl' or 'lk_alpha'"
+    )
+    with pytest.raises(UserError, match=r"train\.reduce = .mean.: must be .sum. or .tree."):
+        TrainConfig(reduce="mean")  # pyright: ignore
     expect_refusal(capsys, train(house, out, "--set", "objective.lenght=3"), "unknown key objective.lenght")
     expect_refusal(capsys, train(house, out, "--set", "data.held_out=10"), "data.held_out")
     expect_refusal(capsys, train(house, out, "--set", "draft.max_position_embeddings=4"), "max_position_embeddings = 4")

@@ -219,10 +219,14 @@ def piece_of(name, generator):
         return lambda x, w: fused_layers.rms_norm(x, w, 1e-5), plain_norm, (draw(3, 5, H), draw(H))
     if name == "norm and linear":
         inputs = draw(7, H), draw(H), draw(5, H), draw(7, 5)
-        return lambda *x: fused_layers.norm_linear(*x, 1e-5), lambda x, w, m, y: y + plain_norm(x, w) @ m.T, inputs
+        return (
+            lambda x, w, m, y: fused_layers.norm_linear(x, w, m, y, 1e-5),
+            lambda x, w, m, y: y + plain_norm(x, w) @ m.T,
+            inputs,
+        )
     if name == "mlp":
         inputs = draw(7, H), draw(H), draw(2 * 9, H), draw(H, 9)
-        return lambda *x: fused_layers.mlp(*x, 1e-5), plain_mlp, inputs
+        return lambda x, w, g, d: fused_layers.mlp(x, w, g, d, 1e-5), plain_mlp, inputs
     v, d, k, t, p = 130, 64, 3, 11, 17
     _, target_head, t2d, d2t = frozen_of(v, d)
     index = torch.randint(0, t, (k, p), generator=generator)

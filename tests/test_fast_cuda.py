@@ -113,6 +113,14 @@ def test_attention_by_flash_is_the_plain_expression(later):
     grad = draw(*want.shape)
     assert all(error(a, b) < 1e-12 for a, b in zip(back(grad), want_back(grad), strict=True))
 
+    def gradient(*x):
+        return torch.func.vjp(lambda *y: flash_attention.flash_attention(*y, rows=rows), *x)[1](grad)  # pyright: ignore
+
+    mapped = torch.func.vmap(gradient)(*(torch.stack([x, x.flip(0) / 2]) for x in inputs))
+    assert all(error(a[1], b) < 1e-12 for a, b in zip(mapped, gradient(*(x.flip(0) / 2 for x in inputs)), strict=True))
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.func.grad(lambda q: gradient(q, *inputs[1:])[0].sum())(inputs[0])
+
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_the_objective_by_flash_is_legacy(k):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import eagle3fn as e3
+from eagle3fn.base.config import to_dict
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.cli import main
@@ -65,7 +66,7 @@ def test_a_plan_from_a_target_a_draft_or_numbers(tmp_path, capsys, tree):
     draft = {**tree, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 32_000}
     (tmp_path / "draft.json").write_text(json.dumps(draft))
     config = e3.Config(e3.draft_config_from_target(tree, "tree"))
-    (tmp_path / "plain.toml").write_text(to_toml(config))
+    (tmp_path / "plain.toml").write_text(to_toml(to_dict(config)))
     plan = make_plan(config, 8, 10**8)
     features = (8 * tree["hidden_size"] + 16) * 10**8
     for source in (

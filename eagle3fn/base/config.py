@@ -1,7 +1,6 @@
 """Configuration: frozen dataclasses, read from TOML with dotted overrides; unknown keys are refused."""
 
 import math
-import tomllib
 import types
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.toml import override, read_toml
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        _check_choices(self, "objective")
         require(self.ttt_length >= 1, "objective.ttt_length", self.ttt_length, "at least 1")
         require(0 < self.decay <= 1, "objective.decay", self.decay, "in (0, 1]")
         require(self.teacher_chunk >= 1, "objective.teacher_chunk", self.teacher_chunk, "at least 1")
@@ -63,6 +64,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        _check_choices(self, "optimizer")
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
         require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "in [0, 1)")
         for name in ("learning_rate", "max_grad_norm", "eps", "weight_decay"):
@@ -91,6 +93,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        _check_choices(self, "data")
         require(self.max_length >= 3, "data.max_length", self.max_length, "at least 3")
         require(self.micro_batch >= 1, "data.micro_batch", self.micro_batch, "at least 1")
         fits = self.global_batch >= 1 and self.global_batch % self.micro_batch == 0
@@ -123,6 +126,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        _check_choices(self, "train")
         for name in ("epochs", "eval_every", "checkpoint_every", "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         require(0 <= self.seed < 2**40, "train.seed", self.seed, "in [0, 2**40)")
@@ -155,6 +159,14 @@ def require(holds: bool, name: str, value: Any, constraint: str) -> None:
         raise UserError(f"{name} = {value!r}: must be {constraint}")
 
 
+def _check_choices(config: Any, section: str) -> None:
+    """Refuse a value that its field does not list."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            wanted = " or ".join(map(repr, get_args(hint)))
+            require(getattr(config, name) in get_args(hint), f"{section}.{name}", getattr(config, name), wanted)
+
+
 def load_config(path: str | Path | None, overrides: list[str], draft: DraftConfig | None = None) -> Config:
     """Read a TOML file (or none), apply `section.key=value` overrides, and check every key and type.
 
@@ -163,9 +175,9 @@ def load_config(path: str | Path | None, overrides: list[str], draft: DraftConfi
     Raises:
         UserError: unreadable file, unknown key, wrong type, value out of range, no draft section.
     """
-    tree = _read_toml(path) if path else {}
+    tree = read_toml(path) if path else {}
     for text in overrides:
-        _override(tree, text)
+        override(tree, text)
     if not isinstance(tree.get("draft", {}), dict):
         raise UserError(f"{path}: draft = {tree['draft']!r}: must be a section, [draft]")
     if draft is not None:
@@ -173,30 +185,6 @@ def load_config(path: str | Path | None, overrides: list[str], draft: DraftConfi
     if "draft" not in tree:
         raise UserError("no [draft] section; add one, or name a target or a draft configuration to take it from")
     return from_dict(Config, tree, str(path or "overrides"))
-
-
-def _read_toml(path: str | Path) -> dict:
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML ({error})") from None
-
-
-def _override(tree: dict, text: str) -> None:
-    name, equals, value = text.partition("=")
-    *sections, key = name.strip().split(".")
-    if not equals or not sections:
-        raise UserError(f"override {text!r}: must read section.key=value, as in objective.ttt_length=5")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"override {text!r}: {section} is a value, not a section")
-    try:
-        tree[key] = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        tree[key] = value.strip()
 
 
 def from_dict(kind: Any, tree: dict, where: str, prefix: str = "") -> Any:
@@ -223,7 +211,7 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     origin, options = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where, name + ".")
-    if origin is Literal and value in options:
+    if origin is Literal:  # its section checks the value
         return value
     if origin in (types.UnionType,):
         if value is None and type(None) in options:
@@ -237,8 +225,7 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         return value
     if origin is dict and isinstance(value, dict):
         return value
-    wanted = " or ".join(map(repr, options)) if origin is Literal else str(getattr(hint, "__name__", hint))
-    raise UserError(f"{where}: {name} = {value!r}: must be {wanted}")
+    raise UserError(f"{where}: {name} = {value!r}: must be {getattr(hint, '__name__', hint)}")
 
 
 def to_dict(config: Any) -> dict:

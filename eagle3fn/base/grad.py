@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from eagle3fn.base.tree import check_whole
+
 
 def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
     """Return a function that gives `(function(x, …), gradient by x)`; with `has_aux`, `((value, aux), gradient)`.
@@ -14,9 +16,12 @@ def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Calla
     Differentiates by the first argument, any pytree of tensors. Uses `torch.func.vjp` with one pull-back
     under `no_grad`: the bits and the memory of `.backward()`, where `torch.func.grad` back-propagates with
     `create_graph=True` (other kernels, several times the memory). For higher orders call `torch.func` itself.
+    The returned function raises `UserError` for sharded leaves: they are gathered first.
     """
 
     def wrapped(x: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        check_whole(x)
+
         def closed(inner: Any) -> Any:
             return function(inner, *args, **kwargs)
 

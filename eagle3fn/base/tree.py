@@ -7,6 +7,8 @@ import optree
 import torch
 from torch import Tensor
 
+from eagle3fn.base.errors import UserError
+
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Apply `function` leaf by leaf to trees of one structure."""
@@ -18,6 +20,17 @@ def named_leaves(tree: Any) -> dict[str, Tensor]:
     paths, leaves, _ = optree.tree_flatten_with_accessor(tree)
     names = [".".join(_entry(entry) for entry in path) for path in paths]
     return dict(zip(names, leaves, strict=True))
+
+
+def check_whole(tree: Any) -> None:
+    """Refuse sharded leaves: the loss is a function of plain tensors.
+
+    Raises:
+        UserError: names the first sharded leaf and `e3.gather(state)`.
+    """
+    for name, leaf in named_leaves(tree).items():
+        if hasattr(leaf, "placements"):
+            raise UserError(f"params: {name} is sharded over ranks; take the parameters of e3.gather(state)")
 
 
 def _entry(entry: Any) -> str:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.tree import check_whole
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.model.table import check_params
 
@@ -71,17 +72,6 @@ def _kind(name: str, value: Tensor | None, dtype: torch.dtype) -> None:
 def _shape(name: str, value: Tensor | None, *allowed: tuple[int, ...]) -> None:
     if value is not None and tuple(value.shape) not in allowed:
         raise UserError(f"{name} has shape {tuple(value.shape)}; it must be {allowed[0]}")
-
-
-def check_whole(params: Params) -> None:
-    """Refuse sharded leaves: the loss is a function of plain tensors.
-
-    Raises:
-        UserError: names the first sharded leaf and `e3.gather(state)`.
-    """
-    for name, leaf in params.items():
-        if hasattr(leaf, "placements"):
-            raise UserError(f"params: {name} is sharded over ranks; take the parameters of e3.gather(state)")
 
 
 def check_sharing(batches: tuple[Batch, ...], config: Config, world: int = 1) -> None:

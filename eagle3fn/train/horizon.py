@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from eagle3fn.base.config import with_steps
+from eagle3fn.base.config import to_dict, with_steps
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, whole_file, write_json
 from eagle3fn.base.toml import to_toml
@@ -50,7 +50,7 @@ def write_horizon(run: Run, chosen: str) -> None:
     """Keep the choice, and the resolved configuration, in the run's folder."""
     write_json(run.out / _FILE, {"steps": run.config.train.steps, "chosen_by": chosen})
     with whole_file(run.out / "config.toml") as temporary:
-        temporary.write_text(to_toml(run.config))
+        temporary.write_text(to_toml(to_dict(run.config)))
 
 
 def _begun(path: Path) -> tuple[int, str] | None:
