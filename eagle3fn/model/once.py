@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 def differentiable_once(
-    forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]], by: int, kept: int = 0
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    by: int,
+    kept: int = 0,
+    else_take: str = "objective.numerics = 'legacy'",
 ) -> Callable[..., tuple[Tensor, ...]]:
     """A function of tensors and constants with the outputs of `forward` and the gradient of `backward`.
 
@@ -17,6 +21,7 @@ def differentiable_once(
         backward: `(inputs, outputs, grads) → gradients` by the first `by` inputs.
         by: how many inputs, the first ones, are differentiated.
         kept: how many outputs, the last ones, carry no gradient: metrics, or what `backward` reads.
+        else_take: what can be differentiated twice, for the error's message.
 
     The function raises `RuntimeError` when its gradient is differentiated. Under `vmap` it is called once for each
     entry of the mapped axis.
@@ -36,9 +41,7 @@ def differentiable_once(
 
         @staticmethod
         def backward(ctx: Any, *_: Any):  # pyright: ignore
-            raise RuntimeError(
-                "the fast numerics can be differentiated once; set objective.numerics = 'legacy' for higher orders"
-            )
+            raise RuntimeError(f"this loss can be differentiated once; for higher orders take {else_take}")
 
         vmap = staticmethod(lambda info, in_dims, *args: _each(Backward, info, in_dims, args))
 

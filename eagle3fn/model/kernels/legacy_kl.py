@@ -5,13 +5,13 @@ on that shape and on the order of operations, so both are kept. Triton is import
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.model.once import differentiable_once
 
 LARGEST = 131_072
 _WARPS = ((32_768, 32), (8_192, 16), (2_048, 8), (1, 4))  # from this block size on
@@ -26,7 +26,7 @@ def mean_kl(logits: Tensor, p: Tensor, mask: Tensor, n: Tensor | None = None) ->
     Raises:
         UserError: Triton is not installed, or `D` is beyond a block.
     """
-    loss = _MeanKL.apply(logits, p, mask[..., 0] != 0)[0]
+    loss = _mean_kl(logits, p, mask[..., 0] != 0)[0]
     return loss if n is None else loss * (mask.numel() / n)
 
 
@@ -45,67 +45,30 @@ def launch_shape(columns: int) -> tuple[int, int]:
     return block, next(warps for least, warps in _WARPS if block >= least)
 
 
-class _MeanKL(torch.autograd.Function):
+def _forward(logits: Tensor, p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over all rows; beside it each row's maximum and sum of exponentials, for the backward."""
-
-    @staticmethod
-    def forward(logits, p, mask):  # pyright: ignore
-        logits, p, mask = logits.contiguous(), p.contiguous(), mask.contiguous()
-        columns = logits.shape[-1]
-        block, warps = launch_shape(columns)
-        row, top, total = (torch.zeros(mask.numel(), device=logits.device) for _ in range(3))
-        _kernels()[0][(mask.numel(),)](logits, p, mask, row, top, total, columns, BLOCK=block, num_warps=warps)
-        return row.mean(), top, total
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*inputs, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any):  # pyright: ignore
-        return _MeanKLGradient.apply(grad, *ctx.saved_tensors), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any):
-        """One launch for each entry of the mapped axis."""
-        each = _one_by_one(_MeanKL.apply, info, in_dims, args)
-        return tuple(torch.stack(column) for column in zip(*each, strict=True)), (0, 0, 0)
+    logits, p, mask = logits.contiguous(), p.contiguous(), mask.contiguous()
+    columns = logits.shape[-1]
+    block, warps = launch_shape(columns)
+    row, top, total = (torch.zeros(mask.numel(), device=logits.device) for _ in range(3))
+    _kernels()[0][(mask.numel(),)](logits, p, mask, row, top, total, columns, BLOCK=block, num_warps=warps)
+    return row.mean(), top, total
 
 
-class _MeanKLGradient(torch.autograd.Function):
+def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor]:
     """The gradient by the logits, in their dtype; zero in rows that are masked."""
-
-    @staticmethod
-    def forward(grad, logits, p, mask, top, total):  # pyright: ignore
-        out = logits.clone(memory_format=torch.contiguous_format)  # overwritten by the kernel
-        columns = logits.shape[-1]
-        block, warps = launch_shape(columns)
-        _kernels()[1][(mask.numel(),)](
-            out, p.contiguous(), mask.contiguous(), grad, 1 / mask.numel(), top, total, columns, BLOCK=block,
-            num_warps=warps,
-        )  # fmt: skip
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept."""
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any):  # pyright: ignore
-        raise RuntimeError(
-            "the Triton loss of the legacy numerics can be differentiated once; for higher orders use the CPU, or fp64"
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any):
-        """One launch for each entry of the mapped axis."""
-        return torch.stack(_one_by_one(_MeanKLGradient.apply, info, in_dims, args)), 0
+    (logits, p, mask), (_, top, total), (grad,) = inputs, outputs, grads
+    out = logits.clone(memory_format=torch.contiguous_format)  # overwritten by the kernel
+    columns = logits.shape[-1]
+    block, warps = launch_shape(columns)
+    _kernels()[1][(mask.numel(),)](
+        out, p.contiguous(), mask.contiguous(), grad, 1 / mask.numel(), top, total, columns, BLOCK=block,
+        num_warps=warps,
+    )  # fmt: skip
+    return (out,)
 
 
-def _one_by_one(function: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> list[Any]:
-    pairs = list(zip(args, in_dims, strict=True))
-    return [function(*(x if dim is None else x.select(dim, i) for x, dim in pairs)) for i in range(info.batch_size)]
+_mean_kl = differentiable_once(_forward, _backward, by=1, kept=2, else_take="the CPU, or fp64")
 
 
 @functools.cache
