@@ -67,6 +67,12 @@ def number(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def about(result: dict[str, Any]) -> str:
+    """Its dtype and processor."""
+    told = result["settings"]
+    return f"{told.get('dtype') or told['train']['dtype']}, {result['hardware']['instructions']}"
+
+
 def _pairs(values: dict[str, float], pattern: str) -> str:
     return ", ".join(f"{pattern.format(value)} at {int(place):,}" for place, value in values.items())
 
@@ -74,7 +80,7 @@ def _pairs(values: dict[str, float], pattern: str) -> str:
 def loss_line(result: dict[str, Any]) -> str:
     """Head, teacher and loss alone."""
     return (
-        f"- Head, teacher and loss alone (`python -m bench.loss`), legacy / fast over draft vocabularies: "
+        f"- Head, teacher and loss alone (`python -m bench.loss`, {about(result)}), legacy / fast over draft vocabularies: "
         f"{_pairs(result['ratio'], '{:.2f}')}; of the matmul rate: {_pairs(result['mfu'], '{:.0%}')}."
     )
 
@@ -82,7 +88,7 @@ def loss_line(result: dict[str, Any]) -> str:
 def attention_line(result: dict[str, Any]) -> str:
     """Attention alone."""
     return (
-        f"- Attention alone (`python -m bench.attention`), legacy / fast over sequence lengths: "
+        f"- Attention alone (`python -m bench.attention`, {about(result)}), legacy / fast over lengths: "
         f"{_pairs(result['ratio'], '{:.2f}')}; of the matmul rate: {_pairs(result['mfu'], '{:.0%}')}."
     )
 
@@ -92,7 +98,7 @@ def scaling_line(result: dict[str, Any]) -> str:
     seq, vocab = result["sweeps"]["seq"], result["sweeps"]["draft_vocab"]
     beyond = ", ".join(f"{number(row['memory_beyond_state'] / 2**20)} at {row['draft_vocab']:,}" for row in vocab)
     return (
-        f"- Growth of the fast step (`python -m bench.scaling`): from {seq[0]['seq']:,} to {seq[-1]['seq']:,} tokens a "
+        f"- Growth of the fast step (`python -m bench.scaling`, {about(result)}): from {seq[0]['seq']:,} to {seq[-1]['seq']:,} tokens a "
         f"sample, {seq[0]['tokens']:,} in all, a token takes {result['seq_growth']:.2f} times as long without "
         f"attention's own time, {seq[-1]['us_per_token'] / seq[0]['us_per_token']:.2f} times with it; memory beyond "
         f"weights, gradients, masters and moments, in MiB over draft vocabularies: {beyond}."
@@ -104,8 +110,8 @@ def demo_line(result: dict[str, Any]) -> str:
     rates, lengths = result["tokens_per_s"], result.get("accepted_length")
     reached = f"; held-out accepted length {lengths['legacy']:.4f} and {lengths['fast']:.4f}" if lengths else ""
     return (
-        f"- The demo's training (`python -m bench.demo`, its settings in {result['settings']['train']['dtype']}, "
-        f"{result['tokens']:,} tokens, {result['hardware']['instructions']}): {number(rates['legacy'])} tokens/s under "
+        f"- The demo's training (`python -m bench.demo`, its settings, {result['tokens']:,} tokens, "
+        f"{about(result)}): {number(rates['legacy'])} tokens/s under "
         f"the legacy numerics, {number(rates['fast'])} under the fast ({result['ratio']:.2f} times{reached})."
     )
 

@@ -51,6 +51,20 @@ def test_the_kernel_is_its_torch_twin(dtype, pair):
 
 
 @needs_triton
+@pytest.mark.parametrize("gap", [20.0, 200.0])
+def test_a_draft_vocabulary_far_below_the_teachers_best(gap):
+    _, _, t2d, d2t = frozen_of(150, 70)
+    found = []
+    for score in (kernel.score, fused.score):
+        source = torch.Generator().manual_seed(0)
+        logits, z = torch.randn(2, 2, 70, generator=source), torch.randn(2, 150, generator=source)
+        z[0, int((~t2d).nonzero()[0])] = gap
+        found.append((*score(logits, z, t2d, torch.arange(70) + d2t), logits))
+    for mine, twin in zip(*found, strict=True):
+        torch.testing.assert_close(mine, twin, rtol=2e-6, atol=2e-6)
+
+
+@needs_triton
 @pytest.mark.parametrize("block", [16, 64])
 def test_the_kernel_in_blocks_of_any_size(block, monkeypatch):
     monkeypatch.setattr(kernel, "_BLOCK", block)
@@ -143,8 +157,11 @@ def test_flash_is_as_near_to_fp64_as_legacy(dtype):
         assert error(grads[name], truth[name]) < max(FLOOR[dtype], 2 * error(legacy[name], truth[name])), name
 
 
-def test_flash_is_for_cuda_and_the_heads_it_takes():
+def test_flash_is_for_cuda_and_the_heads_it_takes(monkeypatch):
     cuda = torch.device("cuda")
+    with mock.patch.object(flash_attention, "_has_flash", lambda device: False):
+        assert not flash_attention.fits(cuda, torch.bfloat16, 128)
+    monkeypatch.setattr(flash_attention, "_has_flash", lambda device: True)
     assert flash_attention.fits(cuda, torch.bfloat16, 128)
     assert not flash_attention.fits(torch.device("cpu"), torch.bfloat16, 128)
     assert not flash_attention.fits(cuda, torch.float32, 128)

@@ -13,16 +13,21 @@ from torch import Tensor
 from eagle3fn.model.block_attention import dot, gather, spread
 from eagle3fn.model.once import differentiable_once
 
-_KINDS, _LARGEST, _MULTIPLE = (torch.bfloat16, torch.float16), 256, 8
+_KINDS = (torch.bfloat16, torch.float16)
+_SIZES = (*range(8, 193, 8), *range(232, 257, 8))  # some cards have no backward between
 
 
 def fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
-    """Whether there is such a kernel for heads of this size."""
-    return device.type == "cuda" and dtype in _KINDS and size <= _LARGEST and size % _MULTIPLE == 0
+    """Whether there is such a kernel for heads of this size, on this card."""
+    return device.type == "cuda" and dtype in _KINDS and size in _SIZES and _has_flash(device)
+
+
+def _has_flash(device: torch.device) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash_attention(q: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, rows: Tensor) -> Tensor:
-    """`block_attention`. Rows that repeat must have equal queries; the first gets the gradient of all."""
+    """`block_attention`. Rows that repeat must be equal in all inputs; the first query gets the gradient of all."""
     return _attention(q, key, value, own_key, own_value, rows)[0]
 
 

@@ -58,7 +58,8 @@ def step(
 
     Raises:
         UserError: no micro-batch, several without `n`, `train.steps` not set, a state placed otherwise than `mesh`
-            says, ranks that the reduction does not fit, or that hold different numbers of micro-batches.
+            says, ranks that the reduction does not fit, or different numbers of micro-batches (off the CPU: an
+            assertion of the device).
     """
     batches = (batch,) if isinstance(batch, Batch) else tuple(batch)
     world, how = 1 if mesh is None else mesh.size(), config.train.reduce

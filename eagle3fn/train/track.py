@@ -28,7 +28,8 @@ def readable(aux: Aux) -> dict[str, Any]:
 
 
 def step_row(step: int, metrics: dict[str, Any], seconds: float, skipped: int = 0) -> dict[str, Any]:
-    """One line of `metrics.jsonl`. Deterministic values first; `seconds` is the machine's.
+    """One line of `metrics.jsonl`. Deterministic values first; `seconds` is the machine's, on a
+    device with what the next batch took to read.
 
     `skipped` counts the updates dropped so far; this step's own, if it is one, has neither loss nor rates.
     """

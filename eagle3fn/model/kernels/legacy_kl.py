@@ -51,7 +51,8 @@ def _forward(logits: Tensor, p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, T
     columns = logits.shape[-1]
     block, warps = launch_shape(columns)
     row, top, total = (torch.zeros(mask.numel(), device=logits.device) for _ in range(3))
-    _kernels()[0][(mask.numel(),)](logits, p, mask, row, top, total, columns, BLOCK=block, num_warps=warps)
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        _kernels()[0][(mask.numel(),)](logits, p, mask, row, top, total, columns, BLOCK=block, num_warps=warps)
     return row.mean(), top, total
 
 
@@ -61,10 +62,11 @@ def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor]:
     out = logits.clone(memory_format=torch.contiguous_format)  # overwritten by the kernel
     columns = logits.shape[-1]
     block, warps = launch_shape(columns)
-    _kernels()[1][(mask.numel(),)](
-        out, p.contiguous(), mask.contiguous(), grad, 1 / mask.numel(), top, total, columns, BLOCK=block,
-        num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _kernels()[1][(mask.numel(),)](
+            out, p.contiguous(), mask.contiguous(), grad, 1 / mask.numel(), top, total, columns, BLOCK=block,
+            num_warps=warps,
+        )  # fmt: skip
     return (out,)
 
 

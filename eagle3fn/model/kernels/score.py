@@ -31,8 +31,9 @@ def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> tuple[Tensor,
     every, ours, kl, accept = (logits.new_empty(n, dtype=torch.float32) for n in (labels, labels, *(k * labels,) * 2))
     token, said = (logits.new_empty(n, dtype=torch.int64) for n in (labels, k * labels))
     width = {"BLOCK": min(_BLOCK, 1 << (size - 1).bit_length()), "num_warps": _WARPS}
-    teach[(labels,)](z, kept, every, ours, token, size, columns, **width)
-    grade[(labels, k)](logits, z, kept, every, ours, kl, said, accept, labels, size, columns, **width)
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        teach[(labels,)](z, kept, every, ours, token, size, columns, **width)
+        grade[(labels, k)](logits, z, kept, every, ours, kl, said, accept, labels, size, columns, **width)
     kl, said, accept = (x.view(k, labels) for x in (kl, said, accept))
     return kl, kept[said] == token, accept, t2d[token]
 
@@ -61,14 +62,17 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
             top = higher
         tl.store(every + label, top + tl.log(total))
         tl.store(token + label, place)
-        part = 0.0
+        top = float("-inf")  # the draft's own: its logits may lie far below the largest
+        total = 0.0
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             real = column < columns
             at = tl.load(kept + column, mask=real, other=0)
             x = tl.load(z + at, mask=real, other=float("-inf")).to(tl.float32)
-            part += tl.sum(tl.exp(x - top), axis=0)
-        tl.store(ours + label, top + tl.log(part))
+            higher = tl.maximum(top, tl.max(x, axis=0))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
+            top = higher
+        tl.store(ours + label, top + tl.log(total))
 
     @triton.jit
     def grade(logits, z, kept, every, ours, kl, said, accept, labels, size, columns, BLOCK: tl.constexpr):  # pyright: ignore
