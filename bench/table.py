@@ -80,7 +80,7 @@ def _pairs(values: dict[str, float], pattern: str) -> str:
 def loss_line(result: dict[str, Any]) -> str:
     """Head, teacher and loss alone."""
     return (
-        f"- Head, teacher and loss alone (`python -m bench.loss`, {about(result)}), legacy / fast over draft vocabularies: "
+        f"- Head, teacher and loss alone (`python -m bench.loss`, {about(result)}), legacy / fast over D: "
         f"{_pairs(result['ratio'], '{:.2f}')}; of the matmul rate: {_pairs(result['mfu'], '{:.0%}')}."
     )
 
@@ -98,7 +98,8 @@ def scaling_line(result: dict[str, Any]) -> str:
     seq, vocab = result["sweeps"]["seq"], result["sweeps"]["draft_vocab"]
     beyond = ", ".join(f"{number(row['memory_beyond_state'] / 2**20)} at {row['draft_vocab']:,}" for row in vocab)
     return (
-        f"- Growth of the fast step (`python -m bench.scaling`, {about(result)}): from {seq[0]['seq']:,} to {seq[-1]['seq']:,} tokens a "
+        f"- Growth of the fast step (`python -m bench.scaling`, {about(result)}): from {seq[0]['seq']:,} to "
+        f"{seq[-1]['seq']:,} tokens a "
         f"sample, {seq[0]['tokens']:,} in all, a token takes {result['seq_growth']:.2f} times as long without "
         f"attention's own time, {seq[-1]['us_per_token'] / seq[0]['us_per_token']:.2f} times with it; memory beyond "
         f"weights, gradients, masters and moments, in MiB over draft vocabularies: {beyond}."
