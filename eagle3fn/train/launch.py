@@ -5,6 +5,7 @@ thread of every other rank looks twice a second: so a rank stuck in a collective
 is the only one.
 """
 
+import atexit
 import os
 import threading
 import time
@@ -125,13 +126,9 @@ def ranks() -> Iterator[World]:
 
 
 def leave() -> None:
-    """Destroy the process group, if there is one.
-
-    A worker thread of gloo frees the last collective's tensors; where the interpreter ends meanwhile, it aborts.
-    """
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        time.sleep(_SETTLE_S)
 
 
 def _join() -> tuple[Any, World]:
@@ -143,6 +140,8 @@ def _join() -> tuple[Any, World]:
         found = next(rendezvous("env://"))
     except ValueError as error:
         raise UserError(f"RANK is set, but {error}; start the ranks by torchrun, or unset RANK") from None
+    # a worker thread of gloo frees the last collective's tensors: if the interpreter has ended by then, it aborts
+    atexit.register(time.sleep, _SETTLE_S)
     store: Any = found[0]
     rank, size = found[1:]
     dist.init_process_group(store=PrefixStore("ranks", store), rank=rank, world_size=size)
