@@ -218,10 +218,10 @@ def piece_of(name, generator):
     if name == "norm":
         return lambda x, w: fused_layers.rms_norm(x, w, 1e-5), plain_norm, (draw(3, 5, H), draw(H))
     if name == "norm and linear":
-        inputs = draw(7, H), draw(H), draw(5, H), draw(7, 5)
+        inputs, place = (draw(7, H), draw(H), draw(5, H), draw(9, 5)), torch.tensor([8, 0, 3, 3, 5, 6, 1])
         return (
-            lambda x, w, m, y: fused_layers.norm_linear(x, w, m, y, 1e-5),
-            lambda x, w, m, y: y + plain_norm(x, w) @ m.T,
+            lambda x, w, m, y: fused_layers.norm_linear(x, w, m, y, place, 1e-5),
+            lambda x, w, m, y: y[place] + plain_norm(x, w) @ m.T,
             inputs,
         )
     if name == "mlp":

@@ -28,7 +28,7 @@ def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Calla
         value, pullback, *aux = vjp(closed, x, has_aux=has_aux)
         _check_scalar(value)
         with torch.no_grad():
-            (gradient,) = pullback(torch.ones_like(value))
+            (gradient,) = pullback(torch.ones_like(value), retain_graph=False)
         return ((value, aux[0]) if has_aux else value), gradient
 
     return wrapped

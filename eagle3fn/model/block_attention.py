@@ -3,6 +3,7 @@
 Nothing of size `(K, N, T, S)` is kept: the backward makes the probabilities again, block by block.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from eagle3fn.model.once import differentiable_once
 
 _BLOCK, _STRIDE = 128, 64
+
+Own = Sequence[Tensor] | Tensor
 
 
 class Block(NamedTuple):
@@ -37,18 +40,19 @@ def make_blocks(rows: Tensor, s: int) -> tuple[Block, ...]:
 
 
 def block_attention(
-    q: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, rows: Tensor, blocks: tuple[Block, ...]
+    q: Tensor, key: Tensor, value: Tensor, own_key: Own, own_value: Own, rows: Tensor, blocks: tuple[Block, ...]
 ) -> Tensor:
     """Attention of `q` `(T, N, E)`, which stand at `rows` `(T,)` of `B·S`; the result has the same shape.
 
-    `key` and `value` `(B, S, J, E)` are step 0's, seen up to the row itself; `own_key` and `own_value`
-    `(I, T, J, E)` are the rows' own of later steps, all seen. One softmax over both; padding is on the right.
+    `key` and `value` `(B, S, J, E)` are step 0's, seen up to the row itself; `own_key` and `own_value`,
+    of `I` steps `(T, J, E)` each, are the rows' own of later steps, all seen. One softmax over both; padding is on the right.
     `blocks` are `make_blocks(rows, S)`.
     """
-    return _attention(q, key, value, own_key, own_value, rows % key.shape[1], blocks)[0]
+    return _attention(q, key, value, *own_key, *own_value, rows % key.shape[1], blocks)[0]
 
 
-def _forward(q, key, value, own_key, own_value, position, blocks: tuple[Block, ...]) -> tuple[Tensor]:
+def _forward(q, key, value, *rest) -> tuple[Tensor]:
+    own_key, own_value, position, blocks = split(rest)
     q = _grouped(q, key) * q.shape[-1] ** -0.5
     scores, out = dot(q, own_key), torch.empty_like(q)
     weights = torch.empty_like(scores)
@@ -62,7 +66,8 @@ def _forward(q, key, value, own_key, own_value, position, blocks: tuple[Block, .
 
 
 def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
-    q, key, value, own_key, own_value, position, blocks = inputs
+    q, key, value, *rest = inputs
+    own_key, own_value, position, blocks = split(rest)
     scale, q, grad = q.shape[-1] ** -0.5, _grouped(q, key), _grouped(grads[0], key)
     q = q * scale
     scores, by_weight = dot(q, own_key), dot(grad, own_value)
@@ -82,7 +87,13 @@ def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]
         by_score[part], weights[part] = _rows_first(by_s[..., end:], block), _rows_first(p[..., end:], block)
     by_q = spread(by_q, by_score, own_key).mul_(scale).flatten(1, 2)
     by_key, by_value = (x.transpose(1, 2).to(key.dtype) for x in (by_key, by_value))
-    return by_q, by_key, by_value, gather(q, by_score), gather(grad, weights)
+    return by_q, by_key, by_value, *gather(q, by_score), *gather(grad, weights)
+
+
+def split(rest: Sequence[Any]) -> tuple[Any, ...]:
+    """Own keys and own values, as many, and the two inputs behind them."""
+    count = (len(rest) - 2) // 2
+    return rest[:count], rest[count:-2], *rest[-2:]
 
 
 def _probabilities(q: Tensor, keys: Tensor, scores: Tensor, position: Tensor, block: Block) -> Tensor:
@@ -94,23 +105,22 @@ def _probabilities(q: Tensor, keys: Tensor, scores: Tensor, position: Tensor, bl
     return torch.softmax(torch.cat([block_scores, own], dim=-1), dim=-1)
 
 
-def dot(x: Tensor, own: Tensor) -> Tensor:
-    """Products of `x` `(T, J, G, E)` with each row's own `(I, T, J, E)`: `(T, J, G, I)`."""
+def dot(x: Tensor, own: Own) -> Tensor:
+    """Products of `x` `(T, J, G, E)` with each row's own, `I` times `(T, J, E)`: `(T, J, G, I)`."""
     each = [(x * mine[:, :, None]).sum(-1) for mine in own]
     return torch.stack(each, dim=-1) if each else x.new_empty(*x.shape[:3], 0)
 
 
-def spread(x: Tensor, weights: Tensor, own: Tensor) -> Tensor:
-    """`x` `(T, J, G, E)` plus each row's own `(I, T, J, E)` times `weights` `(T, J, G, I)`, in place."""
+def spread(x: Tensor, weights: Tensor, own: Own) -> Tensor:
+    """`x` `(T, J, G, E)` plus each row's own, `I` times `(T, J, E)`, times `weights` `(T, J, G, I)`, in place."""
     for i, mine in enumerate(own):
         x.addcmul_(weights[..., i, None], mine[:, :, None])
     return x
 
 
-def gather(x: Tensor, weights: Tensor) -> Tensor:
-    """`x` `(T, J, G, E)` times `weights` `(T, J, G, I)`, summed over a key's queries: `(I, T, J, E)`."""
-    each = [(x * w[..., None]).sum(2) for w in weights.unbind(-1)]
-    return torch.stack(each) if each else x.new_empty(0, x.shape[0], x.shape[1], x.shape[3])
+def gather(x: Tensor, weights: Tensor) -> list[Tensor]:
+    """`x` `(T, J, G, E)` times `weights` `(T, J, G, I)`, summed over a key's queries: `I` times `(T, J, E)`."""
+    return [(x * w[..., None]).sum(2) for w in weights.unbind(-1)]
 
 
 def _grouped(x: Tensor, key: Tensor) -> Tensor:
@@ -138,4 +148,4 @@ def _rows_first(x: Tensor, block: Block) -> Tensor:
     return x.unflatten(1, (-1, block.stop - block.start)).permute(2, 0, 1, 3)
 
 
-_attention: Any = differentiable_once(_forward, _backward, by=5)
+_attention: Any = differentiable_once(_forward, _backward, unread=((), (0,)))

@@ -48,15 +48,14 @@ def forward_fast(params: Params, batch: Batch, config: Config, frozen: Frozen) -
     """Loss and metrics as `forward_loss` documents them, to rounding."""
     objective, k = config.objective, config.objective.ttt_length
     plan = make_plan(batch, k)
-    hidden = unroll(params, batch, plan.rows, config, frozen)
+    student = unroll(params, batch, plan.rows, config, frozen)
     if objective.normalization == "rows":
-        n = torch.full((k,), float(batch.input_ids.numel()), device=hidden.device)
+        n = torch.full((k,), float(batch.input_ids.numel()), device=student.device)
     else:
         n = step_rows([batch.loss_mask], k) if batch.n is None else batch.n
-    steps = torch.arange(k, dtype=torch.float64, device=hidden.device)
-    factor = (objective.decay**steps / n)[:, None].to(layers.at_least_fp32(hidden.dtype))
+    steps = torch.arange(k, dtype=torch.float64, device=student.device)
+    factor = (objective.decay**steps / n)[:, None].to(layers.at_least_fp32(student.dtype))
     labels = Labels(label_targets(batch, plan.labels, frozen), plan.student, plan.scored * factor)
-    student = rms_norm(hidden, params[table.NORM], config.draft.rms_norm_eps)
     scores = head_and_kl(student, params[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t)
     return scores.loss, _aux(scores, plan, n)
 
@@ -75,7 +74,7 @@ def make_plan(batch: Batch, k: int) -> Plan:
 
 
 def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: Frozen) -> Tensor:
-    """Un-normed hidden states of `rows` `(T,)` after each step: `(K, T, H)`."""
+    """Normed hidden states of `rows` `(T,)` after each step: `(K, T, H)`."""
     draft, k = config.draft, config.objective.ttt_length
     b, s = batch.input_ids.shape
     n, j, e = draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim
@@ -83,7 +82,6 @@ def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: F
     attend = attention_on(hidden.device, hidden.dtype, e, rows, s)
     left = _embedded(params, batch, weights, config, frozen)
     place = rows // s * (s + k) + rows % s + torch.arange(k, device=rows.device)[:, None]
-    lefts = left.index_select(0, place.flatten()).view(k, len(rows), -1)
     positions = torch.arange(s, device=rows.device) if batch.position_ids is None else batch.position_ids
     positions = positions.expand(b, s).flatten()
     cos, sin = (x[:, None] for x in rope_table(draft, s + k, hidden.dtype, hidden.device, beyond=k))
@@ -93,21 +91,21 @@ def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: F
     kv = kv.view(b, s, 2 * j, e)
     turn = (x[positions].view(b, s, 1, e) for x in (cos, sin))
     key, value = rotate(kv[:, :, :j], *turn), kv[:, :, j:]
-    own_key = own_value = hidden.new_empty(0, len(rows), j, e)
-    hidden, positions, out = hidden[rows], positions[rows], []
-    x = torch.addmm(lefts[0, :, : n * e], normed[rows], weights.right[: n * e].T)
+    own_key, own_value, out = [], [], []
+    hidden, positions = hidden[rows], positions[rows]
+    x = torch.addmm(left[:, : n * e].index_select(0, place[0]), normed[rows], weights.right[: n * e].T)
     for i in range(k):
         if i:
-            x = norm_linear(hidden, params[table.HIDDEN_NORM], weights.right, lefts[i], draft.rms_norm_eps)
+            x = norm_linear(hidden, params[table.HIDDEN_NORM], weights.right, left, place[i], draft.rms_norm_eps)
         heads = x.view(len(rows), -1, e)
         turned = rotate(heads[:, : n + j], cos[positions + i], sin[positions + i])
         if i:
-            own_key = torch.cat([own_key, turned[None, :, n:]])
-            own_value = torch.cat([own_value, heads[None, :, n + j :]])
+            own_key.append(turned[:, n:])
+            own_value.append(heads[:, n + j :].clone())  # a view would keep the queries too
         attended = attend(turned[:, :n], key, value, own_key, own_value)
         hidden = torch.addmm(hidden, attended.flatten(1), weights.o.T)
         hidden = mlp(hidden, params[table.POST_NORM], weights.gate_up, weights.down, draft.rms_norm_eps)
-        out.append(hidden)
+        out.append(rms_norm(hidden, params[table.NORM], draft.rms_norm_eps))
     return torch.stack(out)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle3fn.model.block_attention import dot, gather, spread
+from eagle3fn.model.block_attention import Own, dot, gather, split, spread
 from eagle3fn.model.once import differentiable_once
 
 _KINDS = (torch.bfloat16, torch.float16)
@@ -26,16 +26,16 @@ def _has_flash(device: torch.device) -> bool:
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def flash_attention(q: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, rows: Tensor) -> Tensor:
+def flash_attention(q: Tensor, key: Tensor, value: Tensor, own_key: Own, own_value: Own, rows: Tensor) -> Tensor:
     """`block_attention`. Rows that repeat must be equal in all inputs; the first query gets the gradient of all."""
-    return _attention(q, key, value, own_key, own_value, rows)[0]
+    return _attention(q, key, value, *own_key, *own_value, rows, key.shape[2])[0]
 
 
-def _forward(q, key, value, own_key, own_value, rows) -> tuple[Tensor, Tensor]:
-    j, scale = key.shape[2], q.shape[-1] ** -0.5
+def _forward(q, key, value, *rest) -> tuple[Tensor, Tensor]:
+    (own_key, own_value, rows, j), scale = split(rest), q.shape[-1] ** -0.5
     block, block_sum = _flash(_whole(q, rows, key), _heads(key, q), _heads(value, q), scale)
     block, block_sum = (_rows(x, rows) for x in (block, block_sum))
-    scores = _own_scores(q, own_key, scale)
+    scores = _own_scores(q.unflatten(1, (j, -1)), own_key, scale)
     total = torch.logsumexp(torch.cat([block_sum[..., None], scores], dim=-1), dim=-1)
     out = block.to(total.dtype) * torch.exp(block_sum - total)[..., None]
     weights = torch.exp(scores - total[..., None]).unflatten(1, (j, -1))
@@ -43,8 +43,8 @@ def _forward(q, key, value, own_key, own_value, rows) -> tuple[Tensor, Tensor]:
 
 
 def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
-    (q, key, value, own_key, own_value, rows), (out, total), (grad,) = inputs, outputs, grads
-    j, scale = key.shape[2], q.shape[-1] ** -0.5
+    (q, key, value, *rest), (out, total), (grad,) = inputs, outputs, grads
+    (own_key, own_value, rows, j), scale = split(rest), q.shape[-1] ** -0.5
     whole_grad, whole_q = _whole(grad, rows, key, add=True), _whole(q, rows, key)
     merged = _whole(out, rows, key), _whole(total, rows, key)
     by_q, *by_block = _flash_backward(whole_grad, whole_q, *merged, _heads(key, q), _heads(value, q), scale)
@@ -52,19 +52,19 @@ def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]
     by_q = torch.where(first[:, None, None], _rows(by_q, rows), 0)
     by_key, by_value = (x.unflatten(1, (j, -1)).sum(2).transpose(1, 2) for x in by_block)
 
-    weights = torch.exp(_own_scores(q, own_key, scale) - total[..., None])
+    weights = torch.exp(_own_scores(q.unflatten(1, (j, -1)), own_key, scale) - total[..., None])
     delta = (grad.to(total.dtype) * out).sum(-1, keepdim=True)
     by_weight = dot(grad.unflatten(1, (j, -1)), own_value).flatten(1, 2)
     by_score = (weights * (by_weight - delta) * scale).to(q.dtype).unflatten(1, (j, -1))
     by_q = spread(by_q.unflatten(1, (j, -1)), by_score, own_key).flatten(1, 2)
     by_own = gather(q.unflatten(1, (j, -1)), by_score)
     by_own_value = gather(grad.unflatten(1, (j, -1)), weights.to(q.dtype).unflatten(1, (j, -1)))
-    return by_q, by_key, by_value, by_own, by_own_value
+    return by_q, by_key, by_value, *by_own, *by_own_value
 
 
-def _own_scores(q: Tensor, own: Tensor, scale: float) -> Tensor:
-    """Scaled products of queries `(T, N, E)` with each row's own keys: `(T, N, I)`, at least fp32."""
-    scores = dot(q.unflatten(1, (own.shape[2], -1)), own).flatten(1, 2)
+def _own_scores(q: Tensor, own: Own, scale: float) -> Tensor:
+    """Scaled products of queries `(T, J, G, E)` with each row's own keys: `(T, N, I)`, at least fp32."""
+    scores = dot(q, own).flatten(1, 2)
     return scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
 
 
@@ -107,4 +107,4 @@ def _flash_backward(grad: Tensor, q: Tensor, out: Tensor, total: Tensor, key: Te
     )
 
 
-_attention: Any = differentiable_once(_forward, _backward, by=5, kept=1)
+_attention: Any = differentiable_once(_forward, _backward, kept=1)

@@ -54,29 +54,44 @@ def _forward(student, head, target, index, weight, target_head, t2d, d2t, wanted
     place = index + rows * torch.arange(k, device=index.device)[:, None]  # (K, P) into flat
     by_flat = torch.zeros_like(flat if wanted else flat[:0])
     by_head = torch.zeros_like(head if wanted else head[:0], dtype=at_least_fp32(head.dtype))
-    parts = []
-    for start in range(0, len(target), size):
-        part = slice(start, start + size)
-        x = flat[place[:, part]]
-        logits, z = F.linear(x, head), F.linear(target[part], target_head)
-        scores = grade(logits, z, t2d, kept)
-        parts.append(scores)
+
+    def score_part(place: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        x = flat[place]
+        logits = F.linear(x, head)
+        scores = grade(logits, F.linear(target, target_head), t2d, kept)
         if wanted:
-            factor = (weight[:, part] * scores[3]).flatten()[:, None]
+            factor = (weight * scores[3]).flatten()[:, None]
             by_logits = logits.flatten(0, 1)
-            by_flat.index_add_(0, place[:, part].flatten(), ((by_logits @ head) * factor).to(flat.dtype))
-            by_head += by_logits.T @ (x.flatten(0, 1) * factor).to(x.dtype)
+            by_flat.index_add_(0, place.flatten(), ((by_logits @ head) * factor).to(flat.dtype))
+            _add_product(by_head, by_logits, (x.flatten(0, 1) * factor).to(x.dtype), room)
+        return scores
+
+    parts = map(score_part, place.split(size, 1), weight.split(size, 1), target.split(size))
     kl, correct, accept, known = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
     loss = (weight * torch.where(known, kl, 0.0)).sum()
     return loss, kl, correct, accept, known, by_flat.view(-1, *student.shape[1:]), by_head.to(head.dtype)
 
 
+def _add_product(out: Tensor, a: Tensor, b: Tensor, room: int) -> None:
+    """Add `aᵀ·b` to `out` `(D, H)`, with at most `room` bytes beside it."""
+    if out.dtype == a.dtype:
+        out.addmm_(a.T, b)
+        return
+    size = max(1, room // (a.itemsize * b.shape[1]))
+    for start in range(0, len(out), size):
+        part = slice(start, start + size)
+        out[part] += a[:, part].T @ b
+
+
 def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, Tensor]:
+    """The gradients made in the forward, times the loss's own; where that is seen to be 1, themselves and no copy."""
     (grad,) = grads
+    if grad.device.type == "cpu" and grad == 1:
+        return outputs[5:]  # pyright: ignore
     return tuple((x * grad).to(x.dtype) for x in outputs[5:])  # pyright: ignore
 
 
-_head_and_kl: Any = differentiable_once(_forward, _backward, by=2, kept=6)
+_head_and_kl: Any = differentiable_once(_forward, _backward, kept=6, unread=(tuple(range(2, 8)), tuple(range(5))))
 
 
 def score_on(device: torch.device, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -13,9 +13,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)[0]
 
 
-def norm_linear(x: Tensor, weight: Tensor, matrix: Tensor, plus: Tensor, eps: float) -> Tensor:
-    """`plus` `(T, O)` and `matrix` `(O, H)` times the normed `x` `(T, H)`: `(T, O)`; keeps `x`, norms it again."""
-    return _norm_linear(x, weight, matrix, plus, eps)[0]
+def norm_linear(x: Tensor, weight: Tensor, matrix: Tensor, plus: Tensor, place: Tensor, eps: float) -> Tensor:
+    """`plus[place]` `(T, O)` and `matrix` `(O, H)` times the normed `x` `(T, H)`: `(T, O)`; keeps `x`, norms it again."""
+    return _norm_linear(x, weight, matrix, plus, place, eps)[0]
 
 
 def mlp(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
@@ -38,15 +38,15 @@ def _norm_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor,
     return grad.addcmul_(normed, inner, value=-1).mul_(scale).to(x.dtype), by_weight.to(weight.dtype)
 
 
-def _norm_linear_forward(x: Tensor, weight: Tensor, matrix: Tensor, plus: Tensor, eps: float) -> tuple[Tensor]:
-    return (torch.addmm(plus, _norm_forward(x, weight, eps)[0], matrix.T),)
+def _norm_linear_forward(x, weight, matrix, plus, place, eps) -> tuple[Tensor]:
+    return (plus[place].addmm_(_norm_forward(x, weight, eps)[0], matrix.T),)
 
 
 def _norm_linear_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
-    (x, weight, matrix, _, eps), (grad,) = inputs, grads
+    (x, weight, matrix, plus, place, eps), (grad,) = inputs, grads
     normed, scale = _norm_forward(x, weight, eps)
     by_x, by_weight = _norm_backward((x, weight, eps), (normed, scale), (grad @ matrix,))
-    return by_x, by_weight, grad.T @ normed, grad
+    return by_x, by_weight, grad.T @ normed, torch.zeros_like(plus).index_add_(0, place, grad)
 
 
 def _mlp_forward(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -79,6 +79,7 @@ def _swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-_rms_norm = differentiable_once(_norm_forward, _norm_backward, by=2, kept=1)
-_norm_linear = differentiable_once(_norm_linear_forward, _norm_linear_backward, by=4)
-_mlp = differentiable_once(_mlp_forward, _mlp_backward, by=4, kept=1)
+_result = ((), (0,))
+_rms_norm = differentiable_once(_norm_forward, _norm_backward, kept=1, unread=_result)
+_norm_linear = differentiable_once(_norm_linear_forward, _norm_linear_backward, unread=_result)
+_mlp = differentiable_once(_mlp_forward, _mlp_backward, kept=1, unread=_result)

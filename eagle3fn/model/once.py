@@ -10,17 +10,18 @@ from torch import Tensor
 def differentiable_once(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],
-    by: int,
     kept: int = 0,
+    unread: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
     else_take: str = "objective.numerics = 'legacy'",
 ) -> Callable[..., tuple[Tensor, ...]]:
     """A function of tensors and constants with the outputs of `forward` and the gradient of `backward`.
 
     Args:
         forward: `(*inputs) → outputs`, a tuple of tensors.
-        backward: `(inputs, outputs, grads) → gradients` by the first `by` inputs.
-        by: how many inputs, the first ones, are differentiated.
+        backward: `(inputs, outputs, grads) → gradients` by the first inputs, as many as it returns.
         kept: how many outputs, the last ones, carry no gradient: metrics, or what `backward` reads.
+        unread: places of inputs and of outputs that `backward` does not read: it finds None there, and they are not
+            kept alive. An input on which the gradient depends must not be among them: a second derivative comes by it.
         else_take: what can be differentiated twice, for the error's message.
 
     The function raises `RuntimeError` when its gradient is differentiated. Under `vmap` it is called once for each
@@ -54,22 +55,26 @@ def differentiable_once(
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             if kept:
                 ctx.mark_non_differentiable(*output[-kept:])
-            ctx.fixed = [None if isinstance(x, Tensor) else x for x in inputs]
-            ctx.outputs = len(output)
-            ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
+            ctx.set_materialize_grads(False)  # else the kept outputs get zeros of their own size
+            ctx.sizes = len(inputs), len(output)
+            given = [*_without(inputs, unread[0]), *_without(output, unread[1])]
+            ctx.fixed = [None if isinstance(x, Tensor) else (x,) for x in given]
+            ctx.save_for_backward(*(x for x in given if isinstance(x, Tensor)))
 
         @staticmethod
         def backward(ctx: Any, *grads: Any):  # pyright: ignore
-            saved = list(ctx.saved_tensors)
-            tensors, outputs = iter(saved[: -ctx.outputs]), saved[-ctx.outputs :]
-            inputs = [next(tensors) if x is None else x for x in ctx.fixed]
-            sizes = len(inputs), len(outputs)
-            found = Backward.apply(sizes, *inputs, *outputs, *grads[: len(outputs) - kept])
-            return (*found, *(None,) * (len(inputs) - by))
+            (inputs, outputs), tensors = ctx.sizes, iter(ctx.saved_tensors)
+            given = [next(tensors) if x is None else x[0] for x in ctx.fixed]
+            found = Backward.apply(ctx.sizes, *given, *grads[: outputs - kept])
+            return (*found, *(None,) * (inputs - len(found)))
 
         vmap = staticmethod(lambda info, in_dims, *args: _each(Forward, info, in_dims, args))
 
     return Forward.apply
+
+
+def _without(values: tuple, places: tuple[int, ...]) -> list[Any]:
+    return [None if place in places else value for place, value in enumerate(values)]
 
 
 def _each(function: Any, info: Any, dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -14,6 +14,8 @@ from eagle3fn.base.types import Params
 
 Schedule = Callable[[int], float]
 
+_BLOCK_BYTES = 16 << 20  # of a leaf that is updated in place at once: what lies beside it is no larger
+
 
 class Optimizer(NamedTuple):
     """`init(masters) → state`; `update(grads, norm, state, masters, step) → (masters, state, info)`, all fp32.
@@ -74,15 +76,24 @@ def adamw(
     size = rate / (1 - beta1 ** (step + 1))
     root = (1 - beta2 ** (step + 1)) ** 0.5
     decay = 1 - rate * config.weight_decay
-    mu, nu, new = {}, {}, {}
-    for k, g in grads.items():
-        m, v, master = (x if donate else None for x in (state.mu[k], state.nu[k], masters[k]))
-        mu[k] = torch.lerp(state.mu[k], g, 1 - beta1, out=m)
-        nu[k] = torch.mul(state.nu[k], beta2, out=v).addcmul_(g, g, value=1 - beta2)
-        bottom = nu[k].sqrt().div_(root).add_(config.eps)
-        old = masters[k] * decay if config.weight_decay else masters[k]
-        new[k] = torch.addcdiv(old, mu[k], bottom, value=-size, out=master)
-    return new, Moments(mu, nu)
+
+    def leaf(g: Tensor, m: Tensor, v: Tensor, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        to_m, to_v, to_master = (m, v, master) if donate else (None, None, None)
+        m = torch.lerp(m, g, 1 - beta1, out=to_m)
+        v = torch.mul(v, beta2, out=to_v).addcmul_(g, g, value=1 - beta2)
+        bottom = v.sqrt().div_(root).add_(config.eps)
+        old = master * decay if config.weight_decay else master
+        return m, v, torch.addcdiv(old, m, bottom, value=-size, out=to_master)
+
+    if donate:
+        for k, g in grads.items():
+            rows = max(1, _BLOCK_BYTES * len(g) // g.nbytes) if g.numel() else 1
+            for part in zip(*(x.split(rows) for x in (g, state.mu[k], state.nu[k], masters[k])), strict=True):
+                leaf(*part)
+        return masters, state
+    new = {k: leaf(g, state.mu[k], state.nu[k], masters[k]) for k, g in grads.items()}
+    mu, nu, after = ({k: part[i] for k, part in new.items()} for i in range(3))
+    return after, Moments(mu, nu)
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:

@@ -70,7 +70,7 @@ def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor]:
     return (out,)
 
 
-_mean_kl = differentiable_once(_forward, _backward, by=1, kept=2, else_take="the CPU, or fp64")
+_mean_kl = differentiable_once(_forward, _backward, kept=2, else_take="the CPU, or fp64")
 
 
 @functools.cache
