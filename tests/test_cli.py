@@ -1,5 +1,6 @@
 """The command line from a tiny target to an evaluated draft, and what it answers to bad input."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -257,6 +258,20 @@ def test_metrics_read_one_step_late_are_the_same(house, tmp_path, capsys, monkey
     assert same_run(out, house / "run")
     huge = ("--set", "optimizer.learning_rate=1e30", "--set", "optimizer.warmup_ratio=0.0")
     expect_refusal(capsys, train(house, tmp_path / "o", *huge), "not finite", "row", "learning_rate")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_batch_that_cannot_be_read_loses_no_metrics(late, house, tmp_path, capsys, monkeypatch):
+    plain, out = loop.batches, tmp_path / "run"
+
+    def broken(*args):
+        yield from itertools.islice(plain(*args), 2)
+        raise UserError("shard 7: truncated")
+
+    monkeypatch.setattr(loop, "_is_late", lambda device: late)
+    monkeypatch.setattr(loop, "batches", broken)
+    expect_refusal(capsys, train(house, out), "shard 7: truncated")
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_refused_call_leaves_the_run_as_it_was(house, tmp_path, capsys):

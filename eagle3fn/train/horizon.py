@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import torch
+
 from eagle3fn.base.config import to_dict, with_steps
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, whole_file, write_json
@@ -73,9 +75,11 @@ def seconds_per_step(run: Run, state: TrainState) -> float:
     ):
         _, metrics = fns.step(state, to_device(micro, run.device))
         if number == 0:
+            _wait(run.device)
             begin = time.perf_counter()
         else:
             tokens += int(metrics["tokens"])
+    _wait(run.device)
     spent = time.perf_counter() - begin
     lengths = [run.features.samples[i].get("length") for i in run.train]
     known = [min(length, config.data.max_length) for length in lengths if length]
@@ -83,3 +87,9 @@ def seconds_per_step(run: Run, state: TrainState) -> float:
     begin = time.perf_counter()
     evaluate_held_out(run, gather(state.params))
     return spent * per_step / tokens + (time.perf_counter() - begin) / config.train.eval_every
+
+
+def _wait(device: str) -> None:
+    """A device is still at work when a step returns."""
+    if device != "cpu":
+        torch.accelerator.synchronize(device)

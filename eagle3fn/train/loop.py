@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from eagle3fn.train.stop import sigterm_noted
 from eagle3fn.train.track import append_row, cut_rows, nonfinite, step_row
 
 ROWS = ("metrics.jsonl", "eval.jsonl")
+T = TypeVar("T")
 
 
 class Events(NamedTuple):
@@ -113,7 +114,7 @@ def _steps(run: Run, state: TrainState, kept: Kept, events: Events, told: Callab
         kept = _evaluate(run, state, kept, events)
     source, made = prefetch(_on_device(run, start, total), run.config.data.prefetch), deque[Made]()
     with closing(source):
-        for number, micro in enumerate(source, start + 1):
+        for number, micro in enumerate(_or_else(source, lambda: _tell(run, made, kept, events, True)), start + 1):
             begin = time.perf_counter()
             state, metrics = run.fns.step(state, micro, donate=True)
             made.append(Made(number, begin, metrics))
@@ -130,6 +131,15 @@ def _steps(run: Run, state: TrainState, kept: Kept, events: Events, told: Callab
             if stop:
                 break
     return state
+
+
+def _or_else(source: Iterator[T], before: Callable[[], object]) -> Iterator[T]:
+    """What the source gives; where that raises, `before` is called first: the steps done are told."""
+    try:
+        yield from source
+    except Exception:
+        before()
+        raise
 
 
 def _is_late(device: str) -> bool:
