@@ -45,8 +45,8 @@ def block_attention(
     """Attention of `q` `(T, N, E)`, which stand at `rows` `(T,)` of `B·S`; the result has the same shape.
 
     `key` and `value` `(B, S, J, E)` are step 0's, seen up to the row itself; `own_key` and `own_value`,
-    of `I` steps `(T, J, E)` each, are the rows' own of later steps, all seen. One softmax over both; padding is on the right.
-    `blocks` are `make_blocks(rows, S)`.
+    of `I` steps `(T, J, E)` each, are the rows' own of later steps, all seen. One softmax over both; padding is on
+    the right. `blocks` are `make_blocks(rows, S)`.
     """
     return _attention(q, key, value, *own_key, *own_value, rows % key.shape[1], blocks)[0]
 

@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def norm_linear(x: Tensor, weight: Tensor, matrix: Tensor, plus: Tensor, place: Tensor, eps: float) -> Tensor:
-    """`plus[place]` `(T, O)` and `matrix` `(O, H)` times the normed `x` `(T, H)`: `(T, O)`; keeps `x`, norms it again."""
+    """`plus[place]` and `matrix` `(O, H)` times the normed `x` `(T, H)`: `(T, O)`; keeps `x`, norms it again."""
     return _norm_linear(x, weight, matrix, plus, place, eps)[0]
 
 

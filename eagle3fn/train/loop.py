@@ -113,8 +113,9 @@ def _steps(run: Run, state: TrainState, kept: Kept, events: Events, told: Callab
     if start == 0:
         kept = _evaluate(run, state, kept, events)
     source, made = prefetch(_on_device(run, start, total), run.config.data.prefetch), deque[Made]()
+    tell_all = lambda: _tell(run, made, kept, events, wait=True)  # noqa: E731
     with closing(source):
-        for number, micro in enumerate(_or_else(source, lambda: _tell(run, made, kept, events, True)), start + 1):
+        for number, micro in enumerate(_or_else(source, tell_all), start + 1):
             begin = time.perf_counter()
             state, metrics = run.fns.step(state, micro, donate=True)
             made.append(Made(number, begin, metrics))
@@ -126,7 +127,7 @@ def _steps(run: Run, state: TrainState, kept: Kept, events: Events, told: Callab
                 kept = _evaluate(run, state, kept, events)
             stop = any(run.world.every(told()))
             if saves or stop:
-                kept = _tell(run, made, kept, events, wait=True)
+                kept = tell_all()
                 _save(run, state, kept)
             if stop:
                 break
