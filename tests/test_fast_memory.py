@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def problem(d, dtype="float32"):
     config, kind = config_of(dtype, "fast", V, d, ttt_length=2), getattr(torch, dtype)
     draft = replace(config.draft, hidden_size=WIDTH, target_hidden_size=WIDTH)
     frozen, batch = frozen_of(V, d), batch_of(5, [12, 9], V)
-    frozen = frozen._replace(embed_tokens=frozen.embed_tokens.repeat(1, 4), target_head=frozen.target_head.repeat(1, 4))
+    frozen = e3.Frozen(**{k: x.repeat(1, 4) if x.ndim == 2 else x for k, x in frozen._asdict().items()})
     fns = e3.bind(replace(config, draft=draft), frozen)
     wide = {name: getattr(batch, name).repeat(1, 1, 4).to(kind) for name in ("aux_hidden", "last_hidden")}
     return fns, fns.init(0), batch._replace(**wide)
@@ -76,7 +77,8 @@ def test_beyond_the_gradients_memory_is_flat_in_the_draft_vocabulary(part, small
 def test_a_scaled_loss_has_the_scaled_gradient_and_a_pullback_can_be_called_again():
     fns, params, batch = problem(1024)
     loss = lambda x: fns.forward_loss(x, batch)[0]  # noqa: E731
-    once, pullback = torch.func.vjp(loss, params)
+    pair: Any = torch.func.vjp(loss, params)
+    once, pullback = pair
     (first,), (second,) = pullback(torch.ones_like(once)), pullback(torch.ones_like(once))
     (twice,) = pullback(torch.full_like(once, 2.0))
     _, plain = e3.value_and_grad(loss)(params)
