@@ -51,6 +51,19 @@ def test_the_kernel_is_its_torch_twin(dtype, pair):
 
 
 @needs_triton
+def test_of_equal_logits_the_first_is_said():
+    """The teacher is the first step's student on the draft vocabulary, and low elsewhere: that student is right."""
+    _, _, t2d, d2t = frozen_of(150, 70)
+    kept = torch.arange(70) + d2t
+    for score in (kernel.score, fused.score):
+        logits = torch.randint(-2, 2, (2, 6, 70), generator=torch.Generator().manual_seed(3)).float()
+        z = torch.full((6, 150), -3.0).index_copy_(1, kept, logits[0])
+        assert (logits[0] == 1).sum(-1).min() > 3
+        _, correct, _, _ = score(logits, z, t2d, kept)
+        assert correct[0].all() and not correct[1].all()
+
+
+@needs_triton
 @pytest.mark.parametrize("gap", [20.0, 200.0])
 def test_a_draft_vocabulary_far_below_the_teachers_best(gap):
     _, _, t2d, d2t = frozen_of(150, 70)
