@@ -71,19 +71,33 @@ def adamw(
     config: OptimizerConfig,
     donate: bool = False,
 ) -> tuple[Params, Moments]:
-    """One AdamW update (arXiv 1711.05101); `step` counts from 0. The bits of `torch.optim.AdamW` leaf by leaf."""
+    """One AdamW update (arXiv 1711.05101); `step` counts from 0. The bits of `torch.optim.AdamW` leaf by leaf.
+
+    On CUDA `torch.optim.AdamW` runs the foreach kernels, and they round otherwise than the plain ones: a plain division
+    by a number is a product with its reciprocal there. So a leaf is a list of one here; elsewhere it is the same.
+    """
     beta1, beta2 = config.beta1, config.beta2
     size = rate / (1 - beta1 ** (step + 1))
     root = (1 - beta2 ** (step + 1)) ** 0.5
     decay = 1 - rate * config.weight_decay
 
     def leaf(g: Tensor, m: Tensor, v: Tensor, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        to_m, to_v, to_master = (m, v, master) if donate else (None, None, None)
-        m = torch.lerp(m, g, 1 - beta1, out=to_m)
-        v = torch.mul(v, beta2, out=to_v).addcmul_(g, g, value=1 - beta2)
-        bottom = v.sqrt().div_(root).add_(config.eps)
-        old = master * decay if config.weight_decay else master
-        return m, v, torch.addcdiv(old, m, bottom, value=-size, out=to_master)
+        if not donate:
+            m, v, master = m.clone(), v.clone(), master.clone()
+        if config.weight_decay:
+            torch._foreach_mul_([master], decay)
+
+        # The running means of the gradient and of its square.
+        torch._foreach_lerp_([m], [g], 1 - beta1)
+        torch._foreach_mul_([v], beta2)
+        torch._foreach_addcmul_([v], [g], [g], 1 - beta2)
+
+        # master - size · m / (sqrt(v) / root + eps)
+        bottom = torch._foreach_sqrt([v])
+        torch._foreach_div_(bottom, [root])
+        torch._foreach_add_(bottom, config.eps)
+        torch._foreach_addcdiv_([master], [m], bottom, [-size])
+        return m, v, master
 
     if donate:
         for k, g in grads.items():
