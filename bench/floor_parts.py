@@ -1,9 +1,9 @@
-"""What a training step runs on CUDA, kernel by kernel: products, bytes and launches of our fast step and SpecForge's.
+"""What our training step runs on CUDA under the fast numerics, kernel by kernel: FLOPs, bytes, launches.
 
-A kernel reads each input once and writes each output once, in whole elements; a gather reads what it takes, `index_add_`
-also what it adds to, and a product with an addend copies that first. What a kernel moves inside itself is left out: the
-flash backward's fp32 sums, sectors of 32 bytes of which a gather needs two. `tests/test_floors.py` holds the fast
-step's counts against the operations that PyTorch is asked for.
+A kernel reads each input once and writes each output once, in whole elements; a gather reads what it
+takes, `index_add_` also what it adds to, and a product with an addend copies that first. What a kernel
+moves inside itself is left out: the flash backward's fp32 sums, sectors of 32 bytes of which a gather
+needs two. `tests/test_floors.py` holds the counts against the operations that PyTorch is asked for.
 """
 
 from typing import NamedTuple
