@@ -62,7 +62,8 @@ def _loss(tally: Tally, size: Size, h: int) -> None:
     tally.passes("teacher", "draft columns, two softmaxes, padding", 8 * m * c * F, 6 * m * c * F, 8)
     tally.linear("head and loss", "logits", m, h, c, k)
     if size.batch > 1:  # else the slice of a step is a view
-        tally.passes("head and loss", "p and q of a step copied", *2 * (2 * m * c * F,), 2, k)
+        copied = 2 * m * c * F
+        tally.passes("head and loss", "p and q of a step copied", copied, copied, 2, k)
     tally.passes("head and loss", "argmax, softmax, acceptance", m * c * (2 * C + 4 * F), 3 * m * c * F, 12, k)
     loss, gradient = taught * m * c * (2 * C + F), taught * m * c * (C + 2 * F)
     tally.passes("head and loss", "Triton loss", loss, 0, 4, k)
