@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -119,7 +119,10 @@ def scripted(monkeypatch: Any, ids: Tensor, count: int, script: tuple[int, ...])
 
 
 def test_lossless_whatever_is_drafted():
-    """Tokens are plain greedy's for drawn scripts, and the draws take every path through a block."""
+    """Tokens are plain greedy's for drawn scripts.
+
+    Few draws needn't take every path through a block: the examples do.
+    """
     seen: Counter[str] = Counter()
 
     @given(
@@ -130,6 +133,10 @@ def test_lossless_whatever_is_drafted():
         script=st.lists(st.integers(0, 7), min_size=1, max_size=4),
         end=st.integers(0, 40),
     )
+    @example(seed=0, size=4, length=4, count=16, script=[7], end=40)  # all
+    @example(seed=0, size=4, length=4, count=16, script=[0], end=40)  # none
+    @example(seed=0, size=4, length=4, count=16, script=[3], end=40)  # some
+    @example(seed=0, size=4, length=7, count=16, script=[7], end=3)  # end inside a block
     def check(seed, size, length, count, script, end):
         ids = prompt(seed, size)
         with pytest.MonkeyPatch.context() as patch:
