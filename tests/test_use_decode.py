@@ -1,5 +1,6 @@
 """Speculative decoding gives plain greedy's tokens, counts honestly, and drafts exactly as trained."""
 
+import warnings
 from collections import Counter
 from functools import cache
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, Train
 from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Frozen, VocabMap
-from eagle3fn.data.target import features
+from eagle3fn.data.target import cache_name, features
 from eagle3fn.model import layers
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.model.table import init_params
@@ -203,6 +204,23 @@ def test_prefill_that_ends_takes_no_verification():
     first = plain(target(), ids, 1)
     got = speculate(target(), random_draft(), ids, 4, 20, first)
     assert (got.tokens, got.verifications, got.accepted_length) == (first, 0, 0.0)
+
+
+def test_the_cache_goes_by_the_name_the_model_knows():
+    """Whichever of the two this transformers knows, and no word of what will be removed."""
+    old, new, both = (
+        SimpleNamespace(forward=forward)
+        for forward in (
+            lambda input_ids, past_key_values=None: None,
+            lambda input_ids, cache=None: None,
+            lambda input_ids, cache=None, past_key_values=None: None,
+        )
+    )
+    assert [cache_name(model) for model in (old, new, both)] == ["past_key_values", "cache", "cache"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        speculate(target(), random_draft(), prompt(0, 4), 2, 8, ())
 
 
 def test_hooks_are_gone_afterwards():
