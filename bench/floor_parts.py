@@ -199,7 +199,8 @@ def chunks(size: Size) -> list[int]:
     """Labels of each chunk of the head, as `fused.head_and_kl` cuts them on CUDA."""
     d = size.draft
     most = max(1, fused._CUDA_CHUNK_BYTES // (C * (size.k * d.draft_vocab_size + d.vocab_size)))
-    return [min(most, size.labels - start) for start in range(0, size.labels, most)]
+    equal = -(-size.labels // -(-size.labels // most))
+    return [min(equal, size.labels - start) for start in range(0, size.labels, equal)]
 
 
 def _head(tally: Tally, size: Size, h: int) -> None:
@@ -221,7 +222,7 @@ def _head(tally: Tally, size: Size, h: int) -> None:
         tally.passes(part, "rows times factors", *_times(rows * h, 2 * (C + F), 2 * (C + F)), 4)
         tally.passes(part, "rows added", *_times(rows * h * C, 2, 1), 1)
         tally.product(part, "gradient by head", c, rows, h)
-        tally.passes(part, "head gradient summed in fp32", c * h * (2 * F + C), c * h * 2 * F, 2 * pieces)
+        tally.passes(part, "head gradient summed in fp32", c * h * (F + C), c * h * F, pieces)
     tally.passes(part, "head gradient rounded", c * h * F, c * h * C, 1)
     tally.passes(part, "gradients times the loss's own", *_both((k * size.rows + c) * h * C), 2)
 

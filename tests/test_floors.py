@@ -88,6 +88,8 @@ class Asked(TorchDispatchMode):
         name = function._schema.name.split("::")[1]
         given, made = ([x for x in tree_leaves(y) if isinstance(x, torch.Tensor)] for y in ((args, kwargs or {}), out))
         self._watch(given, made)
+        if name.startswith("_foreach_") and not made:  # in place: the first list is what it writes
+            made = given[:1]
         if name not in NO_KERNEL and bytes_of(made):
             launches, read, written = kernels_of(name, given, made)
             self.count += launches
@@ -174,7 +176,7 @@ def test_a_tiny_head_by_plain_loops() -> None:
     read = written = flops = taught = 0
     with mock.patch.object(fused, "_CUDA_CHUNK_BYTES", 20 * 2 * (k * d + v)):
         steps, parts = fast_step(size), chunks(size)
-    assert parts == [20, 20, size.labels - 40]
+    assert sum(parts) == size.labels and max(parts) <= 20 and max(parts) - min(parts) <= len(parts)
     for labels in parts:
         for rows, inner, columns in ((k * labels, h, d), (k * labels, d, h), (d, k * labels, h)):
             read += 2 * (rows * inner + inner * columns)

@@ -49,7 +49,9 @@ def _forward(student, head, target, index, weight, target_head, t2d, d2t, wanted
     k, rows, _ = student.shape
     kept = torch.arange(len(head), device=head.device) + d2t
     grade, room = score_on(head.device, head.dtype), _CHUNK_BYTES if head.device.type == "cpu" else _CUDA_CHUNK_BYTES
-    size = max(1, room // (head.itemsize * (k * len(head) + len(target_head))))
+    most = max(1, room // (head.itemsize * (k * len(head) + len(target_head))))
+    chunks = max(1, -(-len(target) // most))
+    size = max(1, -(-len(target) // chunks))  # equal ones: a last chunk of few labels would cost as many passes
     flat = student.flatten(0, 1)
     place = index + rows * torch.arange(k, device=index.device)[:, None]  # (K, P) into flat
     by_flat = torch.zeros_like(flat if wanted else flat[:0])
@@ -80,7 +82,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, room: int) -> None:
     size = max(1, room // (a.itemsize * b.shape[1]))
     for start in range(0, len(out), size):
         part = slice(start, start + size)
-        out[part] += a[:, part].T @ b
+        out[part].add_(a[:, part].T @ b)
 
 
 def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
