@@ -5,7 +5,8 @@ without a card. What it is not: its numbers are the CPU's, its kernels are inter
 
 PyTorch's device of shapes alone, "meta", lends its name, as every build of PyTorch knows it. While `stand_in()` is
 open every operation passes `_run`, which takes the values out, computes, and puts the results on the card again.
-Where the package asks for CUDA by name, to choose a kernel, the choice is made as on a card.
+Attention is chosen as on a card. Loss and scores are the plain expressions, as an interpreted kernel takes seconds;
+where a test calls a Triton kernel by name, it is interpreted.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from eagle3fn.model import fast, flash_attention, forward, fused, losses
+from eagle3fn.model import fast, flash_attention
 from eagle3fn.model.kernels import legacy_kl, score
 
 NAME = "meta"
@@ -165,15 +166,6 @@ def stand_in() -> Iterator[list[Wait]]:
     loss_kernels = tuple(map(_Launch, legacy_kl._kernels()))
     score_kernels = tuple(map(_Launch, score._kernels()))
 
-    def kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
-        return device.type == NAME and dtype != torch.float64
-
-    def kl_on(device: torch.device, dtype: torch.dtype) -> losses.KL:
-        return legacy_kl.mean_kl if kernel_runs(device, dtype) else losses.kl_loss
-
-    def score_on(device: torch.device, dtype: torch.dtype) -> Callable:
-        return score.score if kernel_runs(device, dtype) else fused.score
-
     def fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
         return device.type == NAME and dtype in flash_attention._KINDS and size in flash_attention._SIZES
 
@@ -181,8 +173,6 @@ def stand_in() -> Iterator[list[Wait]]:
         (torch.cuda, "device_of", lambda x: contextlib.nullcontext()),
         (legacy_kl, "_kernels", lambda: loss_kernels),
         (score, "_kernels", lambda: score_kernels),
-        (forward, "kl_on", kl_on),
-        (fused, "score_on", score_on),
         (fast, "fits", fits),
         (flash_attention, "_flash", _by_value(flash_attention._flash)),
         (flash_attention, "_flash_backward", _by_value(flash_attention._flash_backward)),

@@ -1,8 +1,8 @@
 """The package's `step` equals the old script's own `run_forward` and `run_backward_and_update`, update by update.
 
-Those two functions are read out of the commit's script and run as they stand. On a card each side computes its loss
-with its own Triton kernel (level 1); on the CPU `Tensor.cuda` does nothing, and the loss kernel is replaced by its eager
-expression (level 2). One rank.
+Those two functions are read out of the commit's script and run as they stand, on one rank. On a card each side computes
+its loss with its own Triton kernel (level 1); on the CPU `Tensor.cuda` does nothing, and the loss kernel is replaced by
+its eager expression (level 2).
 """
 
 import contextlib

@@ -36,7 +36,7 @@ def two_steps(numerics: str, dtype: str, donate: bool) -> tuple[e3.TrainState, f
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_fast_step_waits_for_nothing(donate: bool) -> None:
-    state, loss, waits = two_steps("fast", "bfloat16", donate)
+    state, loss, waits = two_steps("fast", "bfloat16", donate)  # its scores' kernels: tests/test_fast_cuda.py
     assert waits == []
     devices = {name: leaf.device.type for name, leaf in named_leaves(state).items()}
     assert devices.pop("step") == "cpu" and set(devices.values()) == {NAME}
@@ -54,7 +54,7 @@ def test_the_stand_in_refuses_what_a_card_refuses() -> None:
         there = torch.ones(3, device=NAME)
         assert (there + 1).device.type == NAME and waits == []
         with pytest.raises(RuntimeError, match="on the same device"):
-            there + torch.ones(3)
+            _ = there + torch.ones(3)
         assert (there + torch.tensor(1.0)).tolist() == [2.0, 2.0, 2.0]  # a number may come from the host
 
 

@@ -46,7 +46,8 @@ def target(device: str = "cpu") -> Any:
         initializer_range=0.3,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
+    model: Any = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return model.to(device)
 
 
 def draft_config() -> DraftConfig:
