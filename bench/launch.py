@@ -6,8 +6,10 @@ A script calls `settle()` first when it is run; where the environment is another
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 
+BEGIN = time.monotonic()  # of the process, if this is loaded first
 RAISED = "4294967296"  # bytes: large temporaries stay in the heap, so they are not mapped and zeroed anew at each step
 THRESHOLDS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 

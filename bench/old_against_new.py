@@ -84,8 +84,8 @@ def compare_rows(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[
         "sha256_of_rows": [digest(side) for side in (rows, new)],
         "shown": {
             str(step): [shown(side[step - 1]) for side in (rows, new)]
-            for step in SHOWN
-            if step <= min(len(rows), len(new))
+            for step in sorted({*SHOWN, len(rows)})
+            if 0 < step <= min(len(rows), len(new))
         },
     }
 

@@ -28,6 +28,7 @@ SCRIPTS = {  # sha256 at the commit
     "train_eagle3_dataflow.py": "cc310f522eb082d00f61590dc320515b0872b1f33abef8a26e0c9148c39259e6",
 }
 DECAY = 0.8
+NOT_SAVED = "SpecForge's checkpoints are not written"
 
 
 class Recorded(NamedTuple):
@@ -142,7 +143,7 @@ def run_old(
             unshuffled = lambda *a, **k: loaders(*a, **(k | {"shuffle": False}))  # noqa: E731
             stack.enter_context(patch.object(old, "prepare_dp_dataloaders", unshuffled))
         if not saves:
-            more.append("SpecForge's checkpoints are not written")
+            more.append(NOT_SAVED)
             stack.enter_context(patch.object(old, "save_checkpoints", lambda *_: None))
         _call(old.main, [*arguments, "--output-dir", str(out / "run")], out / "log.txt")
     return Recorded(rows, shown, logged, state_of(seen["optimizer"]), (*replaced, *more))

@@ -80,7 +80,7 @@ def _conversations(cache: Path | None) -> Replacement:
             lambda: stand_in({"datasets": {"Dataset": Unread}}),
         )
     if not _is_there("datasets.config"):  # the checkout's folder datasets/ can be imported too
-        raise OracleMissingError("SpecForge's script reads conversations with datasets: pip install datasets")
+        raise OracleMissingError("SpecForge reads conversations with datasets: pip install datasets")
     return Replacement(
         "data sets are cached in the run's folder",
         lambda: patch("datasets.config.HF_DATASETS_CACHE", cache),
@@ -205,7 +205,7 @@ class Unread:
         """Nothing."""
 
     def __getitem__(self, name: str) -> Any:
-        raise UserError(f"{name}: conversations are not read; put the vocabulary map into --cache-dir")
+        raise UserError(f"{name}: conversations are not read; put the map into --cache-dir")
 
 
 def _is_there(module: str) -> bool:

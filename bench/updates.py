@@ -30,11 +30,9 @@ import math
 import os
 import shutil
 import tempfile
-import threading
 import time
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import Any
 from unittest.mock import patch
@@ -46,8 +44,10 @@ from bench.old_against_new import compare_rows, identity, same_state
 from bench.problem import SHAPES, draft_of
 from bench.provenance import provenance
 from bench.random_run import BATCH, SAMPLES, UNROLL, Sizes, write_problem
+from bench.replacements import replacements
+from bench.stages import Stages
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_jsonl, write_json
+from eagle3fn.base.files import read_jsonl
 from eagle3fn.base.types import TrainState
 from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
 from eagle3fn.train.loop import Events
@@ -63,7 +63,10 @@ SMALLER = Sizes("smollm2", 512, 1e-4)  # for a card with less memory
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), required=True)
     add("--seconds", type=float, default=90, help="all must end within these (default 90)")
@@ -90,76 +93,21 @@ def sizes_of(options: argparse.Namespace) -> tuple[Sizes, str | None]:
     return sizes._replace(shape=shape, length=length), why
 
 
-class Report:
-    """The result as it grows; when time is up, a thread writes it and ends the process."""
-
-    def __init__(self, options: argparse.Namespace, root: Path, head: dict[str, Any]) -> None:
-        self.options = options
-        self.root = root
-        self.now = "start"
-        self.result = head | {"equal": False, "complete": False, "seconds": {}, "faults": []}
-        self.lock = threading.Lock()
-        self.write()
-        self.timer = threading.Timer(options.seconds, self._time_is_up)
-        self.timer.daemon = True
-        self.timer.start()
-
-    def write(self) -> None:
-        """The file as of now, with the rows that are there."""
-        with self.lock:
-            rows = [rows_of(self.root / side) for side in ("old", "new")]
-            self.result |= compare_rows(*rows)
-            self.result["equal"] = self._is_equal(rows[0])
-            write_json(self.options.out, self.result)
-
-    def _is_equal(self, rows: list[dict[str, Any]]) -> bool:
-        """Of a run that trained nothing, or only a part, nothing is claimed."""
-        result, count = self.result, self.options.updates
-        result["nontrivial"] = (
-            all(row["grad_norm"] > 0 for row in rows) and len({row["loss"] for row in rows}) == len(rows) > 0
-        )
-        return (
-            not result["faults"]
-            and result["nontrivial"]
-            and result["steps"] == [count, count]
-            and result["rows_equal"]
-            and all(result.get("state_equal", {"none": False}).values())
-        )
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """A part of the work; what it raises becomes a fault, and the next one goes on."""
-        begin, self.now = time.perf_counter(), name
-        try:
-            yield
-        except (Exception, SystemExit):
-            self.fault(traceback.format_exc())
-        self.result["seconds"][name] = round(time.perf_counter() - begin, 1)
-        self.write()
-
-    def fault(self, text: str) -> None:
-        """Add one to the stage at work, with the end of what SpecForge printed."""
-        log = self.root / "old" / "log.txt"
-        if self.now == "SpecForge" and log.is_file():
-            text += f"\nits output ends:\n{log.read_text(errors='replace')[-2000:]}"
-        self.result["faults"].append({"where": self.now, "traceback": text})
-
-    def end(self) -> dict[str, Any]:
-        """The whole result, written."""
-        self.timer.cancel()
-        self.result["complete"] = True
-        self.write()
-        return self.result
-
-    def _time_is_up(self) -> None:
-        frame = sys._current_frames()[threading.main_thread().ident or 0]
-        stack = "".join(traceback.format_stack(frame))
-        self.fault(f"{stack}not finished within {self.options.seconds:g} s")
-        try:
-            self.write()
-            shutil.rmtree(self.root, ignore_errors=True)
-        finally:
-            os._exit(1)
+def judged(result: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The comparison as far as both sides have come; of a part, or of nothing, no claim."""
+    rows, new = (rows_of(root / side) for side in ("old", "new"))
+    found = compare_rows(rows, new)
+    count = result["updates"]
+    moving = len({row["loss"] for row in rows}) == len(rows) > 0
+    found["nontrivial"] = moving and all(row["grad_norm"] > 0 for row in rows)
+    found["equal"] = (
+        not result["faults"]
+        and found["nontrivial"]
+        and found["steps"] == [count, count]
+        and found["rows_equal"]
+        and all(result["state_equal"].values())
+    )
+    return found
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -177,9 +125,22 @@ def train_ours(arguments: Sequence[str], out: Path, device: str) -> TrainState:
         return train_eagle3_fn.run(options, device=device)
 
 
-def measure(oracle: Oracle, options: argparse.Namespace, change: Sequence[str] = ()) -> dict[str, Any]:
-    """Both sides and the comparison; `change` are more arguments for ours alone, as a control."""
+def measure(
+    oracle: Oracle,
+    options: argparse.Namespace,
+    change: Sequence[str] = (),
+    spent: float = 0.0,
+) -> dict[str, Any]:
+    """Both sides and the comparison.
+
+    Args:
+        oracle: SpecForge at its commit.
+        options: as parsed.
+        change: more arguments for ours alone: a control, which must be seen.
+        spent: seconds of `options.seconds` that have gone by.
+    """
     sizes, why = sizes_of(options)
+    stood_in = replacements(oracle, options.device, None)
     head = provenance() | {
         "oracle": identity(oracle),
         "device": options.device,
@@ -194,31 +155,68 @@ def measure(oracle: Oracle, options: argparse.Namespace, change: Sequence[str] =
             "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
             "attention": "sdpa",
         },
-        "replaced": [],
+        "state_equal": {"compared": False},
+        "replaced": [*(chosen.said for chosen in stood_in), old_script.NOT_SAVED, OUR_FILES],
     }
     with tempfile.TemporaryDirectory(prefix="updates-") as folder:
-        root, arguments, old, state = Path(folder), [], None, None
-        report = Report(options, root, head)
-        with report.stage("problem"):
-            arguments = write_problem(root, sizes, options.updates, options.device, options.seed)
-        if arguments:
-            with report.stage("SpecForge"):
-                old = old_script.run_old(
-                    oracle,
-                    arguments,
-                    root / "old",
-                    device=options.device,
-                    conversations=False,
-                    saves=False,
-                )
-                report.result["replaced"] = [*old.replaced, OUR_FILES]
-            free()
-            with report.stage("ours"):
-                state = train_ours([*arguments, *change], root / "new", options.device)
-        if old is not None and state is not None:
-            with report.stage("state"):
-                report.result["state_equal"] = same_state(state, old.state)
-        return report.end()
+        root = Path(folder)
+        stages = Stages(
+            options.out,
+            head,
+            seconds=options.seconds - spent,
+            more=lambda result: judged(result, root),
+            at_the_end=lambda: shutil.rmtree(root, ignore_errors=True),
+            tell=tell,
+            logs={"SpecForge": root / "old" / "log.txt"},
+        )
+        with closing(stages):
+            train_both(oracle, options, sizes, root, change, stages)
+            return stages.end()
+
+
+def train_both(
+    oracle: Oracle,
+    options: argparse.Namespace,
+    sizes: Sizes,
+    root: Path,
+    change: Sequence[str],
+    stages: Stages,
+) -> None:
+    """The problem, one side after the other, and their last states beside each other."""
+    arguments, old, state = [], None, None
+    with stages.stage("problem"):
+        arguments = write_problem(root, sizes, options.updates, options.device, options.seed)
+        free()
+    if not arguments:
+        return
+
+    # A side that fails does not keep the other from its rows.
+    with stages.stage("SpecForge"):
+        old = old_script.run_old(
+            oracle,
+            arguments,
+            root / "old",
+            device=options.device,
+            conversations=False,
+            saves=False,
+        )
+        stages.result["replaced"] = [*old.replaced, OUR_FILES]
+    with stages.stage("ours"):
+        free()
+        state = train_ours([*arguments, *change], root / "new", options.device)
+
+    if old is not None and state is not None:
+        with stages.stage("state"):
+            stages.result["state_equal"] = same_state(state, old.state)
+
+
+def tell(result: dict[str, Any]) -> None:
+    """Faults on stderr, and a line of JSON on stdout, whatever SpecForge's output is sent to."""
+    for fault in result["faults"]:
+        print(f"{fault['where']}:\n{fault['traceback']}", file=sys.__stderr__)
+    names = ("equal", "steps", "unequal_values", "first_difference", "seconds")
+    summary = {name: result[name] for name in names} | {"faults": len(result["faults"])}
+    print(json.dumps(summary), file=sys.__stdout__, flush=True)
 
 
 def free() -> None:
@@ -228,8 +226,12 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The exit code; the last line on stdout is a summary in JSON."""
+def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
+    """The exit code; the last line on stdout is a summary in JSON.
+
+    `begin` is when the process began, by `time.monotonic`.
+    """
+    begin = time.monotonic() if begin is None else begin
     try:
         options = parse(arguments)
         if options.device == "cuda" and not torch.cuda.is_available():
@@ -237,16 +239,13 @@ def main(arguments: list[str] | None = None) -> int:
         oracle = load_oracle(commit=True, native=options.device == "cuda")
         old_script.script_path(oracle, "train_eagle3.py")
         torch.use_deterministic_algorithms(True)
-        result = measure(oracle, options)
+        result = measure(oracle, options, spent=time.monotonic() - begin)
     except (UserError, OracleMissingError, OSError) as error:
         print(f"bench.updates: {error}", file=sys.stderr)
         return 2
-    for fault in result["faults"]:
-        print(f"{fault['where']}:\n{fault['traceback']}", file=sys.stderr)
-    names = ("equal", "steps", "unequal_values", "first_difference", "seconds")
-    print(json.dumps({name: result[name] for name in names} | {"faults": len(result["faults"])}))
+    tell(result)
     return 0 if result["equal"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(begin=launch.BEGIN))
