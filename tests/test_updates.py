@@ -1,41 +1,25 @@
-"""Updates of SpecForge's script against ours on random features, and what stands in for what on which device."""
+"""Updates of SpecForge's script against ours on random features: what is claimed, and when."""
 
-import contextlib
-import importlib
 import json
-import os
-import random
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import fsdp
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import launch, old_script, replacements, updates
 from bench.old_data import draft_tree
 from bench.problem import draft_of
 from bench.random_run import target_tree
 from bench.recipe_step import DRAFT
-from bench.replacements import Replacement
 from bench.stages import Stages
-from eagle3fn.base.config import OptimizerConfig
-from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
-from eagle3fn.base.tree import tree_map
-from eagle3fn.testing.oracle import Oracle, OracleMissingError
-from eagle3fn.train.optimizer import Moments, adamw
+from eagle3fn.testing.oracle import Oracle
+from eagle3fn.train.track import append_row
 from scripts import train_eagle3_fn
-
-ONLY_WITHOUT_CARD = ("Triton loss", "no card", "cuda does nothing", "gloo", "averages", "FullyShardedDataParallel")
 
 
 def options(out: Path, *more: str) -> Any:
@@ -85,110 +69,6 @@ def test_a_fault_of_specforge_leaves_our_rows(commit: Oracle, tmp_path: Path) ->
     assert [fault["where"] for fault in result["faults"]] == ["SpecForge"]
     assert "planted" in result["faults"][0]["traceback"] and "its output ends" in result["faults"][0]["traceback"]
     assert result["steps"] == [0, 3] and not result["equal"] and not dist.is_initialized()
-
-
-class FakeCard:
-    """Streams and events of a card that is none, for `FullyShardedDataParallel`."""
-
-    class Stream:
-        def __init__(self, **_: Any) -> None:
-            self.wait_stream = self.wait_event = self.synchronize = lambda *_: None
-
-    def __init__(self) -> None:
-        self.Event = lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None)
-        self.current_stream = self.Stream
-        self.stream = lambda _: contextlib.nullcontext()
-        self.current_device = lambda: torch.device("cpu")
-        self.is_available, self.device_count = (lambda: True), (lambda: 1)
-
-
-@contextlib.contextmanager
-def card_on_cpu(oracle: Oracle) -> Iterator[list[str]]:
-    """What is done with a card, on the CPU: NCCL is gloo, the mesh and FSDP's streams are the CPU's."""
-    module = importlib.import_module("torch.distributed.fsdp.fully_sharded_data_parallel")
-    init, mesh, from_group = dist.init_process_group, dist.device_mesh.init_device_mesh, dist.DeviceMesh.from_group
-    backends: list[str] = []
-
-    def handle(state: Any, *_: Any, **__: Any) -> Any:
-        state._device_handle = FakeCard()
-        return state
-
-    def join(backend: str, **more: Any) -> None:
-        backends.append(backend)
-        init("gloo", **more)
-
-    def change(of: Any, name: str, value: Any) -> Replacement:
-        return Replacement(name, lambda: patch.object(of, name, value))
-
-    without = replacements._without_card(oracle)
-    kept = [chosen for chosen in without if not any(word in chosen.said for word in ("gloo", "averages", "Fully"))]
-    fakes = [
-        change(dist, "init_process_group", join),
-        change(dist.device_mesh, "init_device_mesh", lambda _, *a, **k: mesh("cpu", *a, **k)),
-        change(dist.DeviceMesh, "from_group", lambda group, device_type: from_group(group, "cpu")),
-        change(torch.cuda, "device_count", lambda: 1),
-        change(torch.cuda, "set_device", lambda _: None),
-        change(module, "_init_device_handle", handle),
-    ]
-    found = [*kept, *fakes, *replacements._with_card()]
-    with patch.object(replacements, "_without_card", lambda _: found):
-        yield backends
-
-
-def test_with_the_real_fsdp_and_process_group_of_one_rank_state_and_bits_are_the_same(
-    commit: Oracle, tmp_path: Path
-) -> None:
-    """SpecForge's own `init_distributed`, announced as by torchrun, and FSDP around its model."""
-    wrapped = []
-    real = fsdp.FullyShardedDataParallel.forward
-
-    def forward(self: Any, *args: Any, **more: Any) -> Any:
-        wrapped.append(type(self.module).__name__)
-        return real(self, *args, **more)
-
-    with card_on_cpu(commit) as backends, patch.object(fsdp.FullyShardedDataParallel, "forward", forward):
-        result = updates.measure(commit, options(tmp_path / "r.json"))
-    assert result["faults"] == [] and result["equal"]
-    assert backends == ["nccl"] and wrapped == 3 * ["OnlineEagle3Model"] and not dist.is_initialized()
-
-
-def test_with_a_card_nothing_of_the_cards_work_is_replaced(commit: Oracle) -> None:
-    distributed = importlib.import_module("specforge.distributed")
-
-    def now() -> list[Any]:
-        model = commit.eagle3
-        return [
-            *(torch.Tensor.cuda, torch.nn.Module.cuda, torch.cuda.is_available, dist.all_reduce),
-            *(distributed.init_distributed, fsdp.FullyShardedDataParallel, vars(model)["LogSoftmaxLoss"]),
-        ]
-
-    before, announced = now(), {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    with replacements.on_device(commit, "cuda", None) as said:
-        assert all(a is b for a, b in zip(now(), before, strict=True)) and announced <= os.environ.keys()
-        assert sys.modules["datasets"].Dataset is replacements.Unread
-    assert not any(word in line for line in said for word in ONLY_WITHOUT_CARD)
-    assert any("torchrun" in line for line in said) and "RANK" not in os.environ
-    with replacements.on_device(commit, "cpu", None) as said:
-        assert all(a is not b for a, b in zip(now(), before, strict=True)) and "RANK" not in os.environ
-    assert all(any(word in line for line in said) for word in ONLY_WITHOUT_CARD)
-    assert all(a is b for a, b in zip(now(), before, strict=True))
-
-
-def test_stand_ins_for_packages_do_what_is_asked_of_them(commit: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("accelerate", "datasets.config"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with replacements.on_device(commit, "cpu", None) as said:
-        set_seed = importlib.import_module("accelerate.utils").set_seed
-        drawn = []
-        for _ in range(2):
-            set_seed(7)
-            drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
-        assert drawn[0] == drawn[1] and drawn[0][2] == float(torch.rand((), generator=torch.manual_seed(7)))
-        with pytest.raises(UserError, match="--cache-dir"):
-            replacements.Unread.from_generator(generator=None).shuffle(seed=1).map(len)["input_ids"]
-    assert any("accelerate" in line for line in said) and any("datasets" in line for line in said)
-    with pytest.raises(OracleMissingError, match="pip install datasets"):
-        replacements.replacements(commit, "cpu", Path("cache"))
 
 
 def test_when_time_is_up_the_result_says_where_it_was(tmp_path: Path) -> None:
@@ -297,40 +177,27 @@ def test_exit_codes_tell_equal_from_unequal(commit: Oracle, tmp_path: Path, capf
         torch.use_deterministic_algorithms(was)
 
 
-class Seen(TorchDispatchMode):
-    """Operations on lists, with their numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_foreach_" in str(func):
-            numbers = [part for part in args if not (isinstance(part, list) and torch.is_tensor(part[0]))]
-            self.calls.append((str(func).removesuffix("_"), numbers))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_adamw_makes_the_operations_that_torchs_makes_on_a_card(decay: float) -> None:
-    """Its bits on CUDA are those of lists of leaves, which is what `foreach` chooses there."""
-    config = OptimizerConfig(learning_rate=1e-2, weight_decay=decay)
-    leaf, grad = torch.randn(6, 4), torch.randn(6, 4)
-    theirs = torch.optim.AdamW([leaf.clone().requires_grad_()], lr=1e-2, weight_decay=decay, foreach=True)
-    master = theirs.param_groups[0]["params"][0]
-    state, masters = Moments({"a": torch.zeros(6, 4)}, {"a": torch.zeros(6, 4)}), {"a": leaf.clone()}
-    for step in range(3):
-        master.grad = grad * (step + 1)
-        with Seen() as expected:
-            theirs.step()
-        for donate in (False, True):
-            with Seen() as seen:
-                after, moments = adamw(
-                    {"a": grad * (step + 1)}, tree_map(torch.clone, state), tree_map(torch.clone, masters), step,
-                    1e-2, config, donate,
-                )  # fmt: skip
-            steps_counted = [call for call in expected.calls if call[1] and not torch.is_tensor(call[1][0])]
-            assert [call for call in seen.calls if call[1]] == steps_counted
-            assert len(seen.calls) == len(expected.calls) - 1  # theirs counts its step in a list too
-            assert torch.equal(after["a"], master.detach())
-        state, masters = moments, after
+@pytest.mark.parametrize(
+    ("change", "equal"),
+    [
+        ({}, True),
+        ({"faults": [{"where": "ours", "traceback": ""}]}, False),
+        ({"updates": 3}, False),
+        ({"state_equal": {"weights": True, "nu": False}}, False),
+        ({"state_equal": {"compared": False}}, False),
+        ({"new": {"grad_norm": 2.5}}, False),
+        ({"new": {"losses": [0.5, 0.25]}}, False),
+        ({"both": {"grad_norm": 0.0}}, False),
+        ({"both": {"loss": 1.0}}, False),
+    ],
+)
+def test_equal_is_claimed_of_a_whole_and_moving_run_alone(change: dict, equal: bool, tmp_path: Path) -> None:
+    for side in ("old", "new"):
+        (tmp_path / side).mkdir()
+        for step in (1, 2):
+            lists = {name: [0.5, 0.75] for name in ("losses", "accuracy", "acceptance")}
+            row = {"step": step, "loss": 1 / step, "grad_norm": 2.0, "learning_rate": 0.1} | lists
+            row |= change.get("both", {}) | (change.get("new", {}) if side == "new" else {})
+            append_row(tmp_path / side / "metrics.jsonl", row)
+    result = {"faults": [], "updates": 2, "state_equal": {"weights": True, "nu": True}} | change
+    assert updates.judged(result, tmp_path)["equal"] is equal
