@@ -14,6 +14,8 @@ from eagle3fn.base.files import write_json
 
 Result = dict[str, Any]
 
+_REMOVE = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True); sys.exit(1)"
+
 
 class Stages:
     """Writes its result when it is made, after each stage and at the end, always whole.
@@ -24,10 +26,10 @@ class Stages:
     Args:
         out: the result's file.
         head: what is known before the first stage.
-        seconds: from now on.
+        seconds: the limit, of which `spent` have gone by.
         more: what else follows from the result so far; asked before each writing.
-        at_the_end: called before the process is ended.
         tell: is given the result before the process is ended.
+        remove: a folder that goes with the process.
         logs: a stage's name to a file whose end is added to that stage's faults.
     """
 
@@ -37,21 +39,22 @@ class Stages:
         head: Result,
         seconds: float,
         more: Callable[[Result], Result],
-        at_the_end: Callable[[], None],
         tell: Callable[[Result], None],
+        remove: Path,
         logs: dict[str, Path],
+        spent: float = 0.0,
     ) -> None:
         self.out = out
         self.more = more
-        self.at_the_end = at_the_end
         self.tell = tell
+        self.remove = remove
         self.logs = logs
         self.now = "start"
         self.limit = seconds
         self.result: Result = head | {"complete": False, "seconds": {}, "faults": []}
         self.lock = threading.Lock()
         self.write()
-        self.timer = threading.Timer(max(seconds, 0.0), self._time_is_up)
+        self.timer = threading.Timer(max(seconds - spent, 0.0), self._time_is_up)
         self.timer.daemon = True
         self.timer.start()
 
@@ -94,9 +97,11 @@ class Stages:
         frame = sys._current_frames()[threading.main_thread().ident or 0]
         stack = "".join(traceback.format_stack(frame))
         try:
-            self.fault(f"{stack}not finished within {self.limit:.1f} s")
+            self.fault(f"{stack}not finished within {self.limit:g} s")
             self.write()
-            self.at_the_end()
             self.tell(self.result)
+
+            # The other threads would still write there, so first the process becomes another one.
+            os.execv(sys.executable, [sys.executable, "-S", "-c", _REMOVE, str(self.remove)])
         finally:
             os._exit(1)

@@ -28,7 +28,6 @@ import gc
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -163,10 +162,11 @@ def measure(
         stages = Stages(
             options.out,
             head,
-            seconds=options.seconds - spent,
+            seconds=options.seconds,
+            spent=spent,
             more=lambda result: judged(result, root),
-            at_the_end=lambda: shutil.rmtree(root, ignore_errors=True),
             tell=tell,
+            remove=root,
             logs={"SpecForge": root / "old" / "log.txt"},
         )
         with closing(stages):

@@ -1,7 +1,8 @@
 """Updates of SpecForge's script against ours on random features: what is claimed, and when."""
 
 import json
-import threading
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,11 +16,12 @@ from bench.old_data import draft_tree
 from bench.problem import draft_of
 from bench.random_run import target_tree
 from bench.recipe_step import DRAFT
-from bench.stages import Stages
 from eagle3fn.base.files import read_json
 from eagle3fn.testing.oracle import Oracle
 from eagle3fn.train.track import append_row
 from scripts import train_eagle3_fn
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def options(out: Path, *more: str) -> Any:
@@ -71,34 +73,41 @@ def test_a_fault_of_specforge_leaves_our_rows(commit: Oracle, tmp_path: Path) ->
     assert result["steps"] == [0, 3] and not result["equal"] and not dist.is_initialized()
 
 
+SLOW = """
+import sys, threading
+from pathlib import Path
+from bench.stages import Stages
+
+root = Path(sys.argv[1])
+(root / "work").mkdir()
+(root / "log").write_text("last words")
+stages = Stages(
+    root / "r.json",
+    {"device": "cpu"},
+    seconds=float(sys.argv[2]),
+    more=lambda result: {"equal": False},
+    tell=lambda result: print("faults:", len(result["faults"]), flush=True),
+    remove=root / "work",
+    logs={"slow": root / "log"},
+)
+with stages.stage("quick"):
+    raise ValueError("planted")
+with stages.stage("slow"):
+    while True:
+        (root / "work").mkdir(exist_ok=True)
+"""
+
+
 def test_when_time_is_up_the_result_says_where_it_was(tmp_path: Path) -> None:
-    ended, codes, told = threading.Event(), [], []
-
-    def leave(code: int) -> None:
-        codes.append(code)
-        ended.set()
-
-    (tmp_path / "log").write_text("last words")
-    with patch("os._exit", leave):
-        stages = Stages(
-            tmp_path / "r.json",
-            {"device": "cpu"},
-            seconds=0.3,
-            more=lambda result: {"equal": False},
-            at_the_end=lambda: told.append("removed"),
-            tell=lambda result: told.append(len(result["faults"])),
-            logs={"slow": tmp_path / "log"},
-        )
-        assert not read_json(tmp_path / "r.json")["complete"]
-        with stages.stage("quick"):
-            raise ValueError("planted")
-        with stages.stage("slow"):
-            assert ended.wait(20)
+    call = [sys.executable, "-c", SLOW, str(tmp_path), "0.5"]
+    done = subprocess.run(call, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == "faults: 2\n", done.stderr
     result = read_json(tmp_path / "r.json")
-    assert codes == [1] and told == ["removed", 2] and not result["complete"]
+    assert not result["complete"] and not (tmp_path / "work").exists()
     assert [fault["where"] for fault in result["faults"]] == ["quick", "slow"]
     text = result["faults"][1]["traceback"]
-    assert "ended.wait(20)" in text and "not finished within 0.3 s" in text and "last words" in text
+    assert 'File "<string>"' in text and "not finished within 0.5 s" in text and "last words" in text
+    assert "planted" in result["faults"][0]["traceback"]
 
 
 @pytest.mark.parametrize(
