@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -61,13 +62,10 @@ def replacements(oracle: Oracle, device: str, cache: Path | None) -> list[Replac
     ]
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         chosen.append(Replacement("dynamo is off", contextlib.nullcontext))
-    if not _is_there("accelerate"):
-        chosen.append(
-            Replacement(
-                "accelerate, which only seeds random, numpy and torch, is a stand-in",
-                lambda: stand_in({"accelerate": {}, "accelerate.utils": {"set_seed": _set_seed}}),
-            )
-        )
+    for name, (use, modules) in PACKAGES.items():
+        if not _is_there(name):
+            said = f"{name}, which only {use}, is a stand-in"
+            chosen.append(Replacement(said, partial(stand_in, modules)))
     chosen.append(_conversations(cache))
     return [*chosen, *(_without_card(oracle) if device == "cpu" else _with_card())]
 
@@ -208,18 +206,34 @@ class Unread:
         raise UserError(f"{name}: conversations are not read; put the map into --cache-dir")
 
 
-def _is_there(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
+class Fields:
+    """In the place of `pydantic.BaseModel`: what is given, unchecked."""
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
 
 
 def _set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # of all devices
+
+
+PACKAGES = {
+    "accelerate": (
+        "seeds random, numpy and torch",
+        {"accelerate": {}, "accelerate.utils": {"set_seed": _set_seed}},
+    ),
+    "pydantic": ("holds the fields of chat templates", {"pydantic": {"BaseModel": Fields}}),
+}
+
+
+def _is_there(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def _announced() -> AbstractContextManager[Any]:
