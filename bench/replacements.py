@@ -99,36 +99,23 @@ def _with_card() -> list[Replacement]:
 def _without_card(oracle: Oracle) -> list[Replacement]:
     distributed = importlib.import_module("specforge.distributed")
     same = lambda self, *_, **__: self  # noqa: E731
+    whole = (
+        "FullyShardedDataParallel, which refuses a CPU, gives the module back: there is nothing to shard on one rank"
+    )
+
+    def put(said: str, of: Any, name: str, value: Any) -> Replacement:
+        return Replacement(said, lambda: patch.object(of, name, value))
+
+    loss = "level 2: its Triton loss by the equal eager expression"
+    gloo = "the process group is gloo, of one rank"
     return [
-        Replacement(
-            "level 2: its Triton loss by the equal eager expression",
-            lambda: eager_loss(oracle),
-        ),
-        Replacement(
-            "no card is seen",
-            lambda: patch.object(torch.cuda, "is_available", lambda: False),
-        ),
-        Replacement(
-            "Tensor.cuda does nothing",
-            lambda: patch.object(torch.Tensor, "cuda", same),
-        ),
-        Replacement(
-            "Module.cuda does nothing",
-            lambda: patch.object(torch.nn.Module, "cuda", same),
-        ),
-        Replacement(
-            "the process group is gloo, of one rank",
-            lambda: patch.object(distributed, "init_distributed", _init_distributed),
-        ),
-        Replacement(
-            "averages over the process group are skipped",
-            lambda: patch.object(dist, "all_reduce", _all_reduce),
-        ),
-        Replacement(
-            "FullyShardedDataParallel, which refuses a CPU, gives the module back: there is "
-            "nothing to shard on one rank",
-            lambda: patch.object(fsdp, "FullyShardedDataParallel", Whole),
-        ),
+        Replacement(loss, lambda: eager_loss(oracle)),
+        put("no card is seen", torch.cuda, "is_available", lambda: False),
+        put("Tensor.cuda does nothing", torch.Tensor, "cuda", same),
+        put("Module.cuda does nothing", torch.nn.Module, "cuda", same),
+        put(gloo, distributed, "init_distributed", _init_distributed),
+        put("averages over the process group are skipped", dist, "all_reduce", _all_reduce),
+        put(whole, fsdp, "FullyShardedDataParallel", Whole),
     ]
 
 
