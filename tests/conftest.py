@@ -10,9 +10,12 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from eagle3fn.testing import Case, parity
+from eagle3fn.testing.interpreter import mend_interpreter
 from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
 
 torch.set_num_threads(1)
+if os.environ["TRITON_INTERPRET"] == "1":
+    mend_interpreter()
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=20, **COMMON)
