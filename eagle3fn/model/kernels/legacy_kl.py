@@ -74,7 +74,7 @@ _mean_kl = differentiable_once(_forward, _backward, kept=2, else_take="the CPU, 
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any]:  # noqa: C901
+def _kernels() -> tuple[Any, Any]:  # noqa: C901, PLR0915
     """The forward and the backward kernel.
 
     Every pass over a row is a loop of one turn: written without the loop, the compiler would share loads and products
