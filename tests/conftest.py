@@ -10,9 +10,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from eagle3fn.testing import Case, parity
+from eagle3fn.testing.interpreter import mend_interpreter
 from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
 
 devices.settle_torch()
+if not devices.ON_CARD:
+    mend_interpreter()
 pytest_plugins = ["tests.devices"]
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
