@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import optree
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from eagle3fn.model import fast, flash_attention
 from eagle3fn.model.kernels import legacy_kl, score
@@ -78,9 +78,19 @@ class _Everything(TorchDispatchMode):
 _waits: list[Wait] = []
 
 
+def taken(tree: Any) -> Any:
+    """The values of the card's tensors in a tree."""
+    return optree.tree_map(lambda x: x.held if isinstance(x, OnCard) else x, tree)
+
+
+def put(tree: Any) -> Any:
+    """A tree with its tensors on the card."""
+    return optree.tree_map(lambda x: OnCard(x) if isinstance(x, Tensor) and not isinstance(x, OnCard) else x, tree)
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation: on the host if all its tensors are there, else on the card."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    tensors = [x for x in optree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, OnCard)]
     _refuse_mixed(func, tensors, ours)
     _note_waits(func, args, kwargs, ours)
@@ -93,11 +103,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     # Compute on the CPU.
     on_host = dict(kwargs, device=torch.device("cpu")) if wanted is not None else kwargs
-    inner_args, inner_kwargs = tree_map_only(OnCard, lambda x: x.held, (args, on_host))
+    inner_args, inner_kwargs = taken(args), taken(on_host)
     out = func(*inner_args, **inner_kwargs)
-
     if on_card:
-        out = tree_map_only(Tensor, lambda x: x if isinstance(x, OnCard) else OnCard(x), out)
+        out = put(out)
     if not ours or not on_card or func is aten._to_copy.default:
         return out
     return return_and_correct_aliasing(func, args, kwargs, out)
@@ -143,7 +152,7 @@ class _Launch:
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self.kernel[grid](*(x.held if isinstance(x, OnCard) else x for x in args), **kwargs)
+            return self.kernel[grid](*taken(args), **kwargs)
 
         return call
 
@@ -152,10 +161,7 @@ def _by_value(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of the CPU's own, called for tensors on the card."""
 
     def call(*args: Any) -> Any:
-        if not isinstance(args[0], OnCard):
-            return function(*args)
-        out = function(*tree_map_only(OnCard, lambda x: x.held, args))
-        return tree_map_only(Tensor, OnCard, out)
+        return put(function(*taken(args))) if isinstance(args[0], OnCard) else function(*args)
 
     return call
 
