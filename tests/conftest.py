@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from eagle3fn.testing import Case, parity
-from eagle3fn.testing.interpreter import mend_interpreter
 from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
+from tests.interpreter import mend_interpreter
 
 torch.set_num_threads(1)
 if os.environ["TRITON_INTERPRET"] == "1":
