@@ -175,7 +175,15 @@ def stand_in() -> Iterator[list[Wait]]:
     def fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
         return device.type == NAME and dtype in flash_attention._KINDS and size in flash_attention._SIZES
 
+    make = torch.tensor
+
+    def tensor(data: Any, *, device: Any = None, **rest: Any) -> Tensor:
+        """PyTorch makes one of numbers past every mode."""
+        on_card = device is not None and torch.device(device).type == NAME
+        return make(data, **rest).to(NAME) if on_card else make(data, device=device, **rest)
+
     replaced = [
+        (torch, "tensor", tensor),
         (torch.cuda, "device_of", lambda x: contextlib.nullcontext()),
         (legacy_kl, "_kernels", lambda: loss_kernels),
         (score, "_kernels", lambda: score_kernels),

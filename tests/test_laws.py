@@ -207,7 +207,7 @@ def test_inputs_are_untouched(numerics: str, device: str, data: st.DataObject) -
     leaves, repeated = named_leaves(first), named_leaves(again)
     assert all(torch.equal(leaves[name], repeated[name]) for name in leaves)
     mine = {value.data_ptr() for value in named_leaves((state.params, state.masters, state.opt)).values()}
-    assert not mine & {value.data_ptr() for value in leaves.values()}
+    assert not (mine - {0}) & {value.data_ptr() for value in leaves.values()}  # 0: nowhere, as on the stand-in
 
 
 @given(cases())
