@@ -20,7 +20,7 @@ import torch
 from bench import common
 from bench.problem import draft_of
 from bench.provenance import provenance
-from eagle3fn.testing.gate_part import Report, part_options, parse_part
+from eagle3fn.testing.gate_part import Report, parse_part, part_options
 
 SHAPES = ("qwen2.5-7b", "llama-3-8b")
 SEQ, K = 2048, 7

@@ -24,7 +24,7 @@ import torch
 from bench import common, sides
 from bench.cuda_gate import K, chosen_shape
 from bench.problem import draft_of, draw_params, make_problem
-from eagle3fn.testing.gate_part import Report, part_options, parse_part
+from eagle3fn.testing.gate_part import Report, parse_part, part_options
 
 STEP = "eagle3fn step"
 WORK = {"cuda": ("kernel", "gpu_memcpy", "gpu_memset"), "cpu": ("cpu_op",)}

@@ -14,11 +14,11 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / ".venv-cuda" / "site"
 DEFAULT_PARTS = ("smoke", "parity", "bench", "profile")
 PARTS = (*DEFAULT_PARTS, "updates")
+OLDEST_PYTHON = (3, 11)
 LEAST_CAPABILITY = (8, 0)
 AT_HAND = ("torch", "triton", "transformers", "numpy", "safetensors", "tqdm", "pytest", "hypothesis")
 ADDED = ("optree", "yunchang")  # and SpecForge, where no checkout is named
@@ -127,19 +128,22 @@ def _writable(folder: Path) -> bool:
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def check_python(device: str) -> None:
     """Refuse a Python without what must be at hand."""
-    if sys.version_info < (3, 11):
-        raise RefusedError(f"Python {sys.version.split()[0]}: 3.11 or newer is needed; name another by PYTHON")
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        least = ".".join(map(str, OLDEST_PYTHON))
+        raise RefusedError(f"Python {sys.version.split()[0]}: {least} or newer is needed; name another by PYTHON")
     for package in AT_HAND:
         if importlib.util.find_spec(package) is None:
             what = "its kernels are written in it; " if package == "triton" else ""
-            raise RefusedError(
-                f"{sys.executable} has no {package}: {what}install it, or name another Python by PYTHON"
-            )
+            raise RefusedError(f"{sys.executable} has no {package}: {what}install it, or name another Python by PYTHON")
     if device == "cuda":
         check_card()
 

@@ -15,7 +15,7 @@ prepare_cuda() {
   command -v "$python" >/dev/null || refuse "PYTHON=$python: no such program"
   plan=$("$python" -m scripts.cuda_check "$@") || exit $?
   mapfile -t lines <<<"$plan"
-  wheels=${lines[1]} src=${lines[2]}
+  wheels=${lines[1]:-} src=${lines[2]:-}
 
   if [ "${lines[0]}" = install ]; then
     [ -z "$wheels" ] || source=(--no-index --find-links "$wheels")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +48,8 @@ PARTS = {
 }
 
 
-class Stopped(BaseException):  # noqa: N818 (as KeyboardInterrupt: no error, and caught by nothing on the way)
-    """The gate itself was told to end."""
+class Stopped(BaseException):
+    """The gate itself was told to end; no `Exception`, so that nothing on the way takes it for a fault."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"scripts/cuda_gate.sh: {refusal}", file=sys.stderr)
         return 2
     wanted = parts_of(options)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a part that dies leaves no image of its memory on the disk
     return run_gate(options, {name: PARTS[name] for name in wanted})
 
 
@@ -75,11 +77,15 @@ def run_gate(options: Any, parts: Mapping[str, Part]) -> int:
             limit = limit_of(name, parts, end - time.monotonic())
             if limit <= 0:
                 break
-            print(f"{name}: up to {limit:.0f} s", flush=True)
+            say(f"{name}: up to {limit:.0f} s")
             result["left_out"].remove(name)
-            run_part(part, options.device, limit, result["parts"].setdefault(name, {}), result["revision"])
+            said = result["parts"].setdefault(name, {})
+            try:
+                run_part(part, options.device, limit, said, result["revision"])
+            except Exception:  # of the gate's own doing: no room for a folder, no process to be had
+                said |= {"state": "died", "reason": traceback.format_exc()[-KEPT_OUTPUT:]}
             write(out, result)
-            print(told(name, result["parts"][name]), flush=True)
+            say(told(name, said))
         result["complete"] = True
     result["seconds"] = round(time.monotonic() - begin, 1)
     states = [part["state"] for part in result["parts"].values()]
@@ -136,7 +142,7 @@ def run_part(part: Part, device: str, limit: float, said: dict[str, Any], revisi
             with paths[1].open("ab") as stdout, paths[2].open("ab") as stderr:
                 process = subprocess.Popen(
                     [sys.executable, *part.command, *words], cwd=ROOT, env=environment(device, revision),
-                    stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=no_core,
+                    stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True,
                 )  # fmt: skip
             in_time = wait(process, begin + limit + GRACE, paths[1:])
             end_group(process)
@@ -152,11 +158,6 @@ def run_part(part: Part, device: str, limit: float, said: dict[str, Any], revisi
                 said["reason"] = reason
             if said["state"] == "passed" and (reason or listed(said["result"], "faults")):
                 said["state"] = "failed"
-
-
-def no_core() -> None:
-    """A part that dies leaves no image of its memory on the disk."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def environment(device: str, revision: str) -> dict[str, str]:
@@ -278,7 +279,8 @@ def told_to_stop() -> Iterator[None]:
 
 def told(name: str, part: dict[str, Any]) -> str:
     """A part's end, for people."""
-    lines = [f"{name}: {part['state']} after {part['seconds']} s" + f" ({part['reason']})" * ("reason" in part)]
+    lines = [f"{name}: {part['state']} after {part['seconds']} s"]
+    lines += [f"  {part['reason']}"] if "reason" in part else []
     for fault in listed(part["result"], "faults"):
         where, trace = (str(fault.get(key, "")) if isinstance(fault, dict) else "" for key in ("where", "traceback"))
         last = next((line for line in reversed(trace.splitlines()) if line.strip()), str(fault))
@@ -289,10 +291,16 @@ def told(name: str, part: dict[str, Any]) -> str:
 def conclude(result: dict[str, Any], out: Path, passed: bool) -> None:
     """Say what passed, and what time did not allow."""
     for what in result["left_out"]:
-        print(f"left out: {what}")
+        say(f"left out: {what}")
     states = {name: part["state"] for name, part in result["parts"].items()}
-    print(json.dumps({"parts": states, "left_out": len(result["left_out"]), "seconds": result["seconds"]}))
-    print(f"{'passed' if passed else 'NOT PASSED'}: {result['kind']}; {out}", flush=True)
+    say(json.dumps({"parts": states, "left_out": len(result["left_out"]), "seconds": result["seconds"]}))
+    say(f"{'passed' if passed else 'NOT PASSED'}: {result['kind']}; {out}")
+
+
+def say(text: str) -> None:
+    """A line for people; if nobody reads any more, the gate goes on."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

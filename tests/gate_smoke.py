@@ -31,7 +31,7 @@ from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
 from eagle3fn.model.kernels import legacy_kl
 from eagle3fn.model.kernels import score as score_kernel
-from eagle3fn.testing.gate_part import Report, context_lost, part_options, parse_part
+from eagle3fn.testing.gate_part import Report, context_lost, parse_part, part_options
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
 
@@ -284,7 +284,7 @@ def target(shape: str, device: str, vocab: int | None, dtype: torch.dtype = torc
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -122,9 +122,7 @@ def _parity_rows(result: dict[str, Any], link: str, where: str) -> list[str]:
         faults = failures(parity, (name,))
         state = f"not passed: {'; '.join(faults)}" if faults else "passed"
         state = f"stale: {', '.join(old)} changed" if old else state
-        lines.append(
-            f"| CUDA, `{name}`: {title} | {state}{_numbers(parity['claims'].get(name))}; {link} | {where} |"
-        )
+        lines.append(f"| CUDA, `{name}`: {title} | {state}{_numbers(parity['claims'].get(name))}; {link} | {where} |")
     return lines
 
 

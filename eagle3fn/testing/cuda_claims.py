@@ -65,9 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(
-    cases: Iterator[Named], options: argparse.Namespace, end: float, say: Callable[[dict[str, Any]], None]
-) -> None:
+def run(cases: Iterator[Named], options: argparse.Namespace, end: float, say: Callable[[dict[str, Any]], None]) -> None:
     """Say a row for each case from `options.first` on: what was compared, or how it raised."""
     for index, case in enumerate(cases):
         if index < options.first:

@@ -17,6 +17,7 @@ PROFILE = "gate"  # of Hypothesis, in tests/conftest.py
 RESTARTS = 2
 LOST = re.compile(r"CUDA error: (?!out of memory)|device-side assert|illegal memory access|misaligned address")
 KEPT_SLOW = 10
+ENDED = ("passed", "failed", "skipped")
 
 
 def run_tests(report: Report, device: str, environment: dict[str, str], seconds: float) -> None:
@@ -50,7 +51,7 @@ def run_once(
                 return row["exit_code"], row["log"]
             if "collected" in row and not seen["collected"]:
                 seen["collected"] = row["collected"]
-            if "test" in row:
+            if row.get("outcome") in ENDED:
                 seen["outcomes"][row["test"]] = row
                 report.change(lambda result: result.update(tests=counts(seen)))
                 text = row.get("text") or ""
@@ -65,12 +66,12 @@ def counts(seen: dict[str, Any]) -> dict[str, Any]:
     """How many of the tests passed, failed, were skipped and did not end; the slowest."""
     rows = list(seen["outcomes"].values())
     found = Counter(row["outcome"] for row in rows)
-    slowest = sorted(rows, key=lambda row: -row["seconds"])[:KEPT_SLOW]
+    slowest = sorted(rows, key=lambda row: -row.get("seconds", 0.0))[:KEPT_SLOW]
     return {
         "collected": len(seen["collected"]),
-        **{name: found[name] for name in ("passed", "failed", "skipped")},
+        **{name: found[name] for name in ENDED},
         "left_out": len(set(seen["collected"]) - set(seen["outcomes"])),
-        "slowest": {row["test"]: round(row["seconds"], 2) for row in slowest},
+        "slowest": {row["test"]: round(row.get("seconds", 0.0), 2) for row in slowest},
     }
 
 
