@@ -5,7 +5,7 @@ from triton.compiler import ASTSource, compile
 
 from eagle3fn.model.kernels.score import _kernels
 
-INTEGERS = ("labels", "size", "columns")
+INTEGERS = ("steps", "labels", "size", "columns")
 LONG = ("kept", "token", "said")
 
 

@@ -1,9 +1,22 @@
-"""Process-wide test set-up; the environment must be settled before torch is imported."""
+"""Process-wide set-up; the environment must be settled before torch is imported."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+from tests.devices import (  # hooks of pytest
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_generate_tests,
+    pytest_report_header,
+    pytest_runtest_call,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_runtest_setup,
+    pytest_sessionfinish,
+    settle_environment,
+)
+
+settle_environment()
 
 import pytest
 import torch
@@ -11,13 +24,15 @@ from hypothesis import HealthCheck, Phase, settings
 
 from eagle3fn.testing import Case, parity
 from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
+from tests import devices
 
-torch.set_num_threads(1)
+devices.settle_torch()
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=20, **COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, **COMMON)
 settings.register_profile("catch", settings.get_profile("ci"), max_examples=40, phases=[Phase.explicit, Phase.generate])
+settings.register_profile("gate", settings.get_profile("catch"), max_examples=5)
 settings.register_profile("nightly", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -55,6 +70,8 @@ def tally(request: pytest.FixtureRequest) -> Tally:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in devices.told(config):
+        terminalreporter.line(line, red=True)
     if config.stash.get(TALLIES, []):
         terminalreporter.section("drawn cases by dtype, loss and unroll length K")
     for made in config.stash.get(TALLIES, []):
@@ -77,6 +94,6 @@ def commit() -> Oracle:
 
 def oracle_or_skip(commit: bool = False) -> Oracle:
     try:
-        return load_oracle(commit=commit)
+        return load_oracle(commit=commit, native=devices.ON_CARD)
     except OracleMissingError as error:
         pytest.skip(str(error))

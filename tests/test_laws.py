@@ -77,7 +77,19 @@ def test_places_behind_the_last_trained_row_have_exactly_zero_gradient(numerics:
 @given(data=st.data())
 def test_what_stands_in_padding_does_not_move_a_bit(numerics: str, data: st.DataObject) -> None:
     """Tokens and features of padded places; loss, metrics and every gradient."""
-    case = data.draw(drawn(numerics, mask=data.draw(st.sampled_from(SERVED))))
+    check_padding(data.draw(drawn(numerics, mask=data.draw(st.sampled_from(SERVED)))), numerics)
+
+
+@BOTH
+@pytest.mark.parametrize("lengths", [(1, 9), (1, 1, 4)])
+def test_what_stands_in_padding_does_not_move_a_bit_behind_a_sample_of_one_place(
+    numerics: str, lengths: tuple[int, ...]
+) -> None:
+    """Its only row is its last: the row that mask "one" trains must lie elsewhere. Drawn once in many cases."""
+    check_padding(Case(lengths=lengths, mask="one", teacher="compact", seed=713749), numerics)
+
+
+def check_padding(case: Case, numerics: str) -> None:
     config, batch, other = config_of(case, numerics), tame_batch(case), tame_batch(case, 1)
     real = batch.attention_mask > 0
     noisy = batch._replace(

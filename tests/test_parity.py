@@ -1,4 +1,6 @@
-"""The package equals the reference by `torch.equal`, one rank, on drawn cases.
+"""The package equals the reference by `torch.equal`, one rank, on drawn cases, on the CPU and on a card.
+
+Level 2: on a card our loss is the plain expression too, not the kernel.
 
 The reference is itself held against the old tool in `test_reference_oracle`. One number is compared to rounding
 alone: `Aux.sampled`, which the old tool does not have and whose order of summation nothing prescribes.
@@ -18,9 +20,9 @@ import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.types import Aux, Batch, Params
-from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.builders import Case, on, tame_batch, tame_frozen, tame_params
 from eagle3fn.testing.equivalence import assert_same
-from eagle3fn.testing.results import Result, differences
+from eagle3fn.testing.results import Result, differences, plain_kl
 from eagle3fn.testing.strategies import cases, drawn
 from tests.conftest import Tally
 from tests.reference import Metrics, Trainer, mask_counts
@@ -37,44 +39,46 @@ def named(loss: Tensor, metrics: Aux | Metrics, gradients: Params) -> Result:
     return {"loss": loss.detach(), **seen, **gradients}
 
 
-def ours(case: Case) -> Result:
-    functions = e3.bind(case.config(), tame_frozen(case))
-    batch = tame_batch(case)
+def ours(case: Case, device: str = "cpu") -> Result:
+    functions = e3.bind(case.config(), on(device, tame_frozen(case)))
+    batch = on(device, tame_batch(case))
     compute = value_and_grad(lambda params: functions.forward_loss(params, batch), has_aux=True)
-    (loss, aux), gradients = compute(tame_params(case))
+    with plain_kl():
+        (loss, aux), gradients = compute(on(device, tame_params(case)))
     return named(loss, aux, gradients)
 
 
-def theirs(case: Case) -> Result:
-    return named(*run_reference(case))
+def theirs(case: Case, device: str = "cpu") -> Result:
+    return named(*run_reference(case, device))
 
 
-def hold(case: Case) -> Result:
+def hold(case: Case, device: str = "cpu") -> Result:
     """Both sides on one case, compared; the reference's result."""
-    left, right = ours(case), theirs(case)
+    left, right = ours(case, device), theirs(case, device)
     assert list(left) == list(right)
     if set(differences(left, right)) - {ROUNDED}:
-        assert_same(exact(ours), exact(theirs), case, repeat)
+        assert_same(exact(ours, device), exact(theirs, device), case, lambda case: repeat(case, device))
     assert torch.allclose(left[ROUNDED], right[ROUNDED], rtol=1e-5, atol=1e-6)
     return right
 
 
-def repeat(case: Case) -> str:
-    return f"from tests.test_parity import Case, hold\n\nhold({case})"
+def repeat(case: Case, device: str) -> str:
+    where = "" if device == "cpu" else f", {device!r}"
+    return f"from tests.test_parity import Case, hold\n\nhold({case}{where})"
 
 
-def exact(side: Callable[[Case], Result]) -> Callable[[Case], Result]:
+def exact(side: Callable[[Case, str], Result], device: str) -> Callable[[Case], Result]:
     """A side without the metric that is compared to rounding."""
-    return lambda case: {name: value for name, value in side(case).items() if name != ROUNDED}
+    return lambda case: {name: value for name, value in side(case, device).items() if name != ROUNDED}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_forward_and_gradients_equal_the_reference(dtype: str, tally: Tally) -> None:
+def test_forward_and_gradients_equal_the_reference(dtype: str, device: str, tally: Tally) -> None:
     """Losses, metrics and every gradient leaf."""
 
     @given(cases(dtype=dtype))
     def check(case: Case) -> None:
-        seen = hold(case)
+        seen = hold(case, device)
         tally.add(case, all(bool(seen[name].count_nonzero()) for name in ["loss", *tame_params(case)]))
 
     check()
@@ -83,15 +87,15 @@ def test_forward_and_gradients_equal_the_reference(dtype: str, tally: Tally) -> 
 
 @pytest.mark.parametrize("normalization", ["rows", "mask"])
 @pytest.mark.parametrize("teacher", ["full", "compact"])
-def test_fp64_equals_the_reference(teacher: str, normalization: str) -> None:
-    hold(Case(dtype="float64", teacher=teacher, normalization=normalization, lengths=(8, 5)))  # pyright: ignore
+def test_fp64_equals_the_reference(teacher: Any, normalization: Any, device: str) -> None:
+    hold(Case(dtype="float64", teacher=teacher, normalization=normalization, lengths=(8, 5)), device)
 
 
 @pytest.mark.parametrize("loss", ["kl", "lk_alpha", "lk_lambda"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_old_gates_own_shapes_equal_the_reference(dtype: Any, loss: Any) -> None:
-    """Target and draft of the old tool's equivalence gates."""
-    hold(replace(GATE, dtype=dtype, loss=loss))
+def test_the_old_gates_own_shapes_equal_the_reference(dtype: Any, loss: Any, device: str) -> None:
+    """Target and draft of SpecForge's equivalence gates."""
+    hold(replace(GATE, dtype=dtype, loss=loss), device)
 
 
 def test_a_failure_ends_with_lines_that_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +121,10 @@ def test_given_counts_are_used() -> None:
 
 
 @pytest.mark.parametrize("change", ["norm", "rope"])
-def test_a_reordering_is_detected(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_a_reordering_is_detected(monkeypatch: pytest.MonkeyPatch, change: str, device: str) -> None:
     """The control: the same mathematics in another order of operations must not pass."""
     case = Case(dtype="bfloat16", lengths=(8, 6), steps=4)
-    hold(case)
+    hold(case, device)
 
     def cast_last(self: reference_model.RMSNorm, x: Tensor) -> Tensor:
         wide = x.float()
@@ -135,7 +139,7 @@ def test_a_reordering_is_detected(monkeypatch: pytest.MonkeyPatch, change: str) 
         monkeypatch.setattr(reference_model.RMSNorm, "forward", cast_last)
     else:
         monkeypatch.setattr(reference_model.Rotary, "turn", scaled_query)
-    found = differences(ours(case), theirs(case))
+    found = differences(ours(case, device), theirs(case, device))
     assert "lm_head.weight" in found and "loss" in found
 
 
@@ -160,22 +164,24 @@ def micro_batches(case: Case, step: int, count: int) -> tuple[Batch, ...]:
     return tuple(batch._replace(n=n) for batch in batches)
 
 
-def train_both(case: Case, choice: OptimizerConfig, total: int, micro: int) -> bool:
+def train_both(case: Case, choice: OptimizerConfig, total: int, micro: int, device: str = "cpu") -> bool:
     """Ten updates on both sides: loss, norm and rate of each; then the whole state. True if every leaf has moved."""
     config = case.config(choice, total)
-    frozen, params = tame_frozen(case), tame_params(case)
+    frozen, params = on(device, tame_frozen(case)), on(device, tame_params(case))
     functions = e3.bind(config, frozen)
-    trainer = Trainer(config, reference_draft(case), frozen.target_head)
+    trainer = Trainer(config, reference_draft(case, device), frozen.target_head)
     state = functions.init_state(params)
     for index in range(10):
-        batches, before = micro_batches(case, index, micro), state
-        state, metrics = functions.step(before, batches)
+        batches, before = tuple(on(device, batch) for batch in micro_batches(case, index, micro)), state
+        with plain_kl():
+            state, metrics = functions.step(before, batches)
         expected = trainer.step(list(batches))
         assert torch.equal(metrics["loss"], expected["loss"]), index
         assert torch.equal(metrics["grad_norm"], expected["grad_norm"]), index
         assert float(metrics["learning_rate"]) == expected["learning_rate"], index
         if index == 0:  # a state is a value: the same update again
-            assert torch.equal(functions.step(before, batches)[1]["grad_norm"], expected["grad_norm"])
+            with plain_kl():
+                assert torch.equal(functions.step(before, batches)[1]["grad_norm"], expected["grad_norm"])
     leaves, moments = trainer.draft.trainable(), trainer.moments()
     assert int(state.step) == 10
     assert list(state.params) == list(leaves)
@@ -189,15 +195,15 @@ def train_both(case: Case, choice: OptimizerConfig, total: int, micro: int) -> b
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_equals_the_reference(dtype: str, tally: Tally) -> None:
+def test_training_equals_the_reference(dtype: str, device: str, tally: Tally) -> None:
     """Some of the updates lie past the schedule's end."""
 
     @settings(max_examples=max(12, settings().max_examples // 4))  # one costs twenty passes and more
     @given(cases(dtype=dtype), optimizers(), st.sampled_from([8, 10, 17]), st.sampled_from([1, 2]))
     def check(case: Case, choice: OptimizerConfig, total: int, micro: int) -> None:
         case = case if micro == 1 else replace(case, loss="kl")  # the others have means over the whole batch
-        note(f"from tests.test_parity import *\n\ntrain_both({case}, {choice}, {total}, {micro})")
-        tally.add(case, train_both(case, choice, total, micro))
+        note(f"from tests.test_parity import *\n\ntrain_both({case}, {choice}, {total}, {micro}, {device!r})")
+        tally.add(case, train_both(case, choice, total, micro, device))
 
     check()
     tally.check()

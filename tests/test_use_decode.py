@@ -1,5 +1,6 @@
 """Speculative decoding gives plain greedy's tokens, counts honestly, and drafts exactly as trained."""
 
+import warnings
 from collections import Counter
 from functools import cache
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,7 +17,7 @@ from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, Train
 from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Frozen, VocabMap
-from eagle3fn.data.target import features
+from eagle3fn.data.target import cache_name, features
 from eagle3fn.model import layers
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.model.table import init_params
@@ -119,7 +120,10 @@ def scripted(monkeypatch: Any, ids: Tensor, count: int, script: tuple[int, ...])
 
 
 def test_lossless_whatever_is_drafted():
-    """Tokens are plain greedy's for drawn scripts, and the draws take every path through a block."""
+    """Tokens are plain greedy's for drawn scripts.
+
+    Few draws needn't take every path through a block: the examples do.
+    """
     seen: Counter[str] = Counter()
 
     @given(
@@ -130,6 +134,10 @@ def test_lossless_whatever_is_drafted():
         script=st.lists(st.integers(0, 7), min_size=1, max_size=4),
         end=st.integers(0, 40),
     )
+    @example(seed=0, size=4, length=4, count=16, script=[7], end=40)  # all
+    @example(seed=0, size=4, length=4, count=16, script=[0], end=40)  # none
+    @example(seed=0, size=4, length=4, count=16, script=[3], end=40)  # some
+    @example(seed=0, size=4, length=7, count=16, script=[7], end=3)  # end inside a block
     def check(seed, size, length, count, script, end):
         ids = prompt(seed, size)
         with pytest.MonkeyPatch.context() as patch:
@@ -196,6 +204,23 @@ def test_prefill_that_ends_takes_no_verification():
     first = plain(target(), ids, 1)
     got = speculate(target(), random_draft(), ids, 4, 20, first)
     assert (got.tokens, got.verifications, got.accepted_length) == (first, 0, 0.0)
+
+
+def test_the_cache_goes_by_the_name_the_model_knows():
+    """Whichever of the two this transformers knows, and no word of what will be removed."""
+    old, new, both = (
+        SimpleNamespace(forward=forward)
+        for forward in (
+            lambda input_ids, past_key_values=None: None,
+            lambda input_ids, cache=None: None,
+            lambda input_ids, cache=None, past_key_values=None: None,
+        )
+    )
+    assert [cache_name(model) for model in (old, new, both)] == ["past_key_values", "cache", "cache"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        speculate(target(), random_draft(), prompt(0, 4), 2, 8, ())
 
 
 def test_hooks_are_gone_afterwards():

@@ -16,6 +16,7 @@ from eagle3fn.base.files import read_jsonl, write_jsonl
 from eagle3fn.data.fingerprint import weights_digest
 from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.overlap import grams_of_file, without
+from eagle3fn.data.target import cache_name
 
 _MARK = "\x02user turn\x02"
 _COMPACT_EVERY = 8
@@ -147,7 +148,7 @@ def generate(
         return []
     ends = torch.tensor(sorted(end_tokens(model)), device=model.device)
     step_ids, mask = (x.to(model.device) for x in _left_padded(tokenizer, prompts, int(ends[0])))
-    cache = None
+    name, cache = cache_name(model), None
     alive = torch.arange(len(prompts), device=model.device)
     rows: list[list[int]] = [[] for _ in prompts]
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
@@ -157,11 +158,11 @@ def generate(
             input_ids=step_ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{name: cache},
         )
-        cache = out.past_key_values
+        cache = out[name]
         token = sample(out.logits[:, -1].float(), sampling, generator)
         done[alive] |= torch.isin(token, ends)
         for row, value in zip(alive.tolist(), token.tolist(), strict=True):

@@ -3,6 +3,7 @@
 The only file that imports transformers.
 """
 
+import inspect
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,3 +242,12 @@ def empty_cache() -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()
+
+
+def cache_name(model: Any) -> str:
+    """What `model` calls its key-value cache, as an argument and in its output.
+
+    "cache" in newer releases of transformers (5.24 knows both), "past_key_values" in older ones and in models that
+    bring their own code.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.model.layers import at_least_fp32
-from eagle3fn.model.once import differentiable_once
+from eagle3fn.model.once import differentiable_once, graph_is_kept
 
 _CHUNK_BYTES, _CUDA_CHUNK_BYTES, _GROUP_BYTES = 32 << 20, 256 << 20, 4 << 20
 
@@ -49,7 +49,9 @@ def _forward(student, head, target, index, weight, target_head, t2d, d2t, wanted
     k, rows, _ = student.shape
     kept = torch.arange(len(head), device=head.device) + d2t
     grade, room = score_on(head.device, head.dtype), _CHUNK_BYTES if head.device.type == "cpu" else _CUDA_CHUNK_BYTES
-    size = max(1, room // (head.itemsize * (k * len(head) + len(target_head))))
+    most = max(1, room // (head.itemsize * (k * len(head) + len(target_head))))
+    chunks = max(1, -(-len(target) // most))
+    size = max(1, -(-len(target) // chunks))  # equal ones: a last chunk of few labels would cost as many passes
     flat = student.flatten(0, 1)
     place = index + rows * torch.arange(k, device=index.device)[:, None]  # (K, P) into flat
     by_flat = torch.zeros_like(flat if wanted else flat[:0])
@@ -80,15 +82,19 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, room: int) -> None:
     size = max(1, room // (a.itemsize * b.shape[1]))
     for start in range(0, len(out), size):
         part = slice(start, start + size)
-        out[part] += a[:, part].T @ b
+        out[part].add_(a[:, part].T @ b)
 
 
-def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, Tensor]:
-    """The gradients made in the forward, times the loss's own; where that is seen to be 1, themselves and no copy."""
-    (grad,) = grads
-    if grad.device.type == "cpu" and grad == 1:
-        return outputs[5:]  # pyright: ignore
-    return tuple((x * grad).to(x.dtype) for x in outputs[5:])  # pyright: ignore
+def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
+    """The gradients made in the forward, times the loss's own.
+
+    They are written over where this is the graph's last pull-back: a copy of the head's gradient is saved. A graph that
+    is kept may be pulled back again, by a caller who has changed what he was given: he gets tensors of his own.
+    """
+    (grad,), made = grads, outputs[5:]
+    if graph_is_kept():
+        return tuple((x * grad).to(x.dtype) for x in made)
+    return tuple(x.mul_(grad) for x in made)
 
 
 _head_and_kl: Any = differentiable_once(_forward, _backward, kept=6, unread=(tuple(range(2, 8)), tuple(range(5))))

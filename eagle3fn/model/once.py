@@ -73,6 +73,11 @@ def differentiable_once(
     return Forward.apply
 
 
+def graph_is_kept() -> bool:
+    """In a backward: whether the graph stays for another one (`retain_graph`), as it does for a pull-back of `vjp`."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
+
+
 def _without(values: tuple, places: tuple[int, ...]) -> list[Any]:
     return [None if place in places else value for place, value in enumerate(values)]
 

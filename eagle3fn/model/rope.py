@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from eagle3fn.base.device import send
 from eagle3fn.base.draft_config import DraftConfig
 
 
@@ -17,11 +18,12 @@ def rope_table(
     """
     inverse, scale = _frequencies(config, length - beyond)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
-    angles = torch.cat([angles, angles], dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    if scale != 1.0:
-        cos, sin = cos * scale, sin * scale
-    return cos.to(device, dtype), sin.to(device, dtype)
+
+    def table(half: Tensor) -> Tensor:
+        half = send(half * scale if scale != 1.0 else half, device).to(dtype)
+        return torch.cat([half, half], dim=-1)
+
+    return table(angles.cos()), table(angles.sin())
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ class Case:
     """One tiny problem: shapes, options and the seed of its tensors.
 
     `mask` says which rows are trained: about two of three real ones but the last, any of them with padded rows, all
-    real ones, one, none. `tokens` says where the target's choices lie: anywhere, in the draft vocabulary, or, if
-    there is an outside, mostly outside. `tied` makes the target's head its embedding, where widths allow.
+    real ones, one (not its sample's last, unless every sample has one place alone), none. `tokens` says where the
+    target's choices lie: anywhere, in the draft vocabulary, or, if there is an outside, mostly outside. `tied` makes
+    the target's head its embedding, where widths allow.
     """
 
     heads: tuple[int, int] = (4, 2)  # N, J
@@ -159,7 +160,8 @@ def _row_mask(case: Case, real: Tensor, wanted: Tensor, source: torch.Generator)
         case "full":
             return real
         case "one":
-            row = int(torch.randint(0, max(case.lengths[0] - 1, 1), (), generator=source))
-            return torch.zeros_like(real).index_put((torch.tensor(0), torch.tensor(row)), torch.tensor(True))
+            sample = next((i for i, length in enumerate(case.lengths) if length > 1), 0)
+            row = int(torch.randint(0, max(case.lengths[sample] - 1, 1), (), generator=source))
+            return torch.zeros_like(real).index_put((torch.tensor(sample), torch.tensor(row)), torch.tensor(True))
         case "empty":
             return torch.zeros_like(real)

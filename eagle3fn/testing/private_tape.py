@@ -14,44 +14,37 @@ from eagle3fn.testing.oracle import Oracle
 def on_private_tape(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """`operation(*tensors)`, differentiable once under `torch.func.vjp` with the bits of its own `.backward()`.
 
-    The operation runs on ordinary tensors and an autograd graph of its own; its pull-back asks that graph. A second
-    derivative raises: the graph knows of none, and would give zero. Every tensor must be an argument: one that is
-    closed over belongs to the transform.
+    The operation runs on ordinary tensors, in the pull-back once more, on an autograd graph of its own, so that a
+    backward that writes over what it saved may be called twice. A second derivative raises: the graph knows of none,
+    and would give zero. Every tensor must be an argument: one that is closed over belongs to the transform.
     """
-    return _Tape.apply(_Graph(), operation, *tensors)  # pyright: ignore
-
-
-class _Graph:
-    """What the forward leaves for the pull-back; no list, which torch.func would take apart and copy."""
-
-    inputs: list[Tensor]
-    output: Tensor
+    return _Tape.apply(operation, *tensors)  # pyright: ignore
 
 
 class _Tape(torch.autograd.Function):
     @staticmethod
-    def forward(tape, operation, *tensors):  # pyright: ignore
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
-            tape.inputs, tape.output = inputs, operation(*inputs)
-        return tape.output.detach()
+    def forward(operation, *tensors):  # pyright: ignore
+        return operation(*(x.detach() for x in tensors)).detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.tape = inputs[0]
-        ctx.save_for_backward(*inputs[2:])
+        ctx.operation = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore
-        found = iter(_TapeGradient.apply(ctx.tape, grad, *ctx.saved_tensors))
-        return None, None, *(next(found) if x.is_floating_point() else None for x in ctx.saved_tensors)
+        found = iter(_TapeGradient.apply(ctx.operation, grad, *ctx.saved_tensors))
+        return None, *(next(found) if x.is_floating_point() else None for x in ctx.saved_tensors)
 
 
 class _TapeGradient(torch.autograd.Function):
     @staticmethod
-    def forward(tape, grad, *_):  # pyright: ignore
-        leaves = [x for x in tape.inputs if x.requires_grad]
-        found = torch.autograd.grad(tape.output, leaves, grad, retain_graph=True, allow_unused=True)
+    def forward(operation, grad, *tensors):  # pyright: ignore
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
+            output = operation(*inputs)
+        leaves = [x for x in inputs if x.requires_grad]
+        found = torch.autograd.grad(output, leaves, grad, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
 
     @staticmethod

@@ -1,6 +1,7 @@
 """What is compared of a forward and backward pass, by name, and how far two results lie apart."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.types import Aux, Params
+from eagle3fn.model import forward as forward_file
+from eagle3fn.model.losses import kl_loss
 from eagle3fn.testing.builders import Case, on, tame_batch, tame_frozen, tame_params
 
 Result = dict[str, Tensor]
@@ -38,6 +41,17 @@ def run_forward(forward_loss: ForwardLoss, case: Case, device: str = "cpu") -> R
     compute = value_and_grad(lambda params: forward_loss(params, batch, config=config, frozen=frozen), has_aux=True)
     (loss, aux), gradients = compute(params)
     return named(loss, aux, gradients)
+
+
+@contextlib.contextmanager
+def plain_kl() -> Iterator[None]:
+    """Our side of level 2: the legacy numerics take the plain expression of the loss, on CUDA too, while it is open."""
+    chosen = forward_file.kl_on
+    forward_file.kl_on = lambda device, dtype: kl_loss
+    try:
+        yield
+    finally:
+        forward_file.kl_on = chosen
 
 
 def differences(left: Result, right: Result) -> list[str]:

@@ -1,5 +1,8 @@
 """Optimizers as `(init, update)` pairs of pure functions, and schedules as functions of the step."""
 
+# pyright: reportPrivateImportUsage=false
+# torch names its operations on lists, `_foreach_…`, as private.
+
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -71,28 +74,36 @@ def adamw(
     config: OptimizerConfig,
     donate: bool = False,
 ) -> tuple[Params, Moments]:
-    """One AdamW update (arXiv 1711.05101); `step` counts from 0. The bits of `torch.optim.AdamW` leaf by leaf."""
+    """One AdamW update (arXiv 1711.05101); `step` counts from 0. The bits of `torch.optim.AdamW` on every device.
+
+    On CUDA that one runs over lists of leaves, and a list divided by a number is a true division, where a tensor is
+    multiplied by the reciprocal: so the operations on lists are used, with one leaf each. On a CPU both are the same.
+    """
     beta1, beta2 = config.beta1, config.beta2
     size = rate / (1 - beta1 ** (step + 1))
     root = (1 - beta2 ** (step + 1)) ** 0.5
     decay = 1 - rate * config.weight_decay
 
-    def leaf(g: Tensor, m: Tensor, v: Tensor, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        to_m, to_v, to_master = (m, v, master) if donate else (None, None, None)
-        m = torch.lerp(m, g, 1 - beta1, out=to_m)
-        v = torch.mul(v, beta2, out=to_v).addcmul_(g, g, value=1 - beta2)
-        bottom = v.sqrt().div_(root).add_(config.eps)
-        old = master * decay if config.weight_decay else master
-        return m, v, torch.addcdiv(old, m, bottom, value=-size, out=to_master)
+    def update(g: Tensor, m: Tensor, v: Tensor, master: Tensor) -> None:
+        torch._foreach_lerp_([m], [g], 1 - beta1)
+        torch._foreach_mul_([v], beta2)
+        torch._foreach_addcmul_([v], [g], [g], 1 - beta2)
+        bottom = torch._foreach_sqrt([v])
+        torch._foreach_div_(bottom, [root])
+        torch._foreach_add_(bottom, config.eps)
+        if config.weight_decay:
+            torch._foreach_mul_([master], decay)
+        torch._foreach_addcdiv_([master], [m], bottom, [-size])
 
     if donate:
         for k, g in grads.items():
             rows = max(1, _BLOCK_BYTES * len(g) // g.nbytes) if g.numel() else 1
             for part in zip(*(x.split(rows) for x in (g, state.mu[k], state.nu[k], masters[k])), strict=True):
-                leaf(*part)
+                update(*part)
         return masters, state
-    new = {k: leaf(g, state.mu[k], state.nu[k], masters[k]) for k, g in grads.items()}
-    mu, nu, after = ({k: part[i] for k, part in new.items()} for i in range(3))
+    mu, nu, after = ({k: v.clone() for k, v in tree.items()} for tree in (state.mu, state.nu, masters))
+    for k, g in grads.items():
+        update(g, mu[k], nu[k], after[k])
     return after, Moments(mu, nu)
 
 

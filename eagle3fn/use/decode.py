@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.target import empty_cache
+from eagle3fn.data.target import cache_name, empty_cache
 from eagle3fn.use.chain import Chain
 from eagle3fn.use.export import Draft
 from eagle3fn.use.taps import Taps
@@ -102,7 +102,7 @@ class Target:
     """The target with its key-value cache and, if a draft is given, the taps it reads, while the context is open."""
 
     def __init__(self, model: Any, draft: Draft | None) -> None:
-        self.model, self.cache = model, empty_cache()
+        self.model, self.cache, self.cache_name = model, empty_cache(), cache_name(model)
         count = model.config.get_text_config().num_hidden_layers
         chosen = () if draft is None else aux_layers(draft.config, count)
         self.taps = Taps(model, chosen)
@@ -116,7 +116,8 @@ class Target:
 
     def read(self, ids: Tensor, keep: int = 0) -> Tensor:
         """Run over `ids` `(1, R)` behind the cache; the token after each row, or after the last `keep`."""
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        cache = {self.cache_name: self.cache}
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=keep, **cache)
         return out.logits.argmax(-1)
 
     def features(self, rows: int) -> Tensor:

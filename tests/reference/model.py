@@ -18,10 +18,12 @@ def bias_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive `(B, 1, S, S)`: the most negative finite value once for "later", once for "padding"; both overflow."""
     rows, length = attention_mask.shape
     lowest = torch.finfo(dtype).min
-    later = torch.ones(length, length, dtype=torch.bool).triu(1)
-    causal = torch.zeros(length, length, dtype=dtype).masked_fill(later, lowest)
+    device = attention_mask.device
+    later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    causal = torch.zeros(length, length, dtype=dtype, device=device).masked_fill(later, lowest)
     absent = (attention_mask == 0)[:, None, None, :].expand(rows, 1, length, length)
-    return torch.zeros(rows, 1, length, length, dtype=dtype).masked_fill(absent, lowest) + causal
+    zeros = torch.zeros(rows, 1, length, length, dtype=dtype, device=device)
+    return zeros.masked_fill(absent, lowest) + causal
 
 
 class RMSNorm(nn.Module):
@@ -49,8 +51,8 @@ class Rotary:
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate `(B, heads, S, E)` by `(B or 1, S)` positions."""
-        cos = self.cos.to(x.dtype)[positions][:, None]
-        sin = self.sin.to(x.dtype)[positions][:, None]
+        cos = self.cos.to(x)[positions][:, None]
+        sin = self.sin.to(x)[positions][:, None]
         left, right = x.chunk(2, dim=-1)
         return x * cos + torch.cat([-right, left], dim=-1) * sin
 
@@ -158,5 +160,6 @@ class Draft(nn.Module):
         assert set(leaves) == set(params), set(leaves) ^ set(params)
         for name, leaf in leaves.items():
             assert leaf.shape == params[name].shape, name
-            leaf.data = params[name].detach().clone()
+            place, _, last = name.rpartition(".")
+            setattr(self.get_submodule(place), last, nn.Parameter(params[name].detach().clone()))
         return self

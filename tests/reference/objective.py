@@ -48,9 +48,9 @@ def full_logits(target: Tensor, head: Tensor, t2d: Tensor) -> tuple[Tensor, Tens
 def compact_logits(target: Tensor, head: Tensor, t2d: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same three with a running maximum and sum over chunks of the vocabulary."""
     draft = at_least_fp32(functional.linear(target, head[t2d]))
-    top = torch.full((*target.shape[:-1], 1), float("-inf"), dtype=draft.dtype)
+    top = draft.new_full((*target.shape[:-1], 1), float("-inf"))
     total = torch.zeros_like(top)
-    token = torch.zeros(target.shape[:-1], dtype=torch.long)
+    token = torch.zeros(target.shape[:-1], dtype=torch.long, device=target.device)
     for first in range(0, len(head), chunk):
         part = at_least_fp32(functional.linear(target, head[first : first + chunk]))
         best, where = part.max(dim=-1, keepdim=True)
@@ -137,7 +137,7 @@ def forward(draft: Draft, head: Tensor, batch: Batch, config: ObjectiveConfig) -
     counts = mask_counts(batch.loss_mask, steps) if batch.n is None else batch.n
 
     hidden = draft.fc(batch.aux_hidden)
-    positions = torch.arange(length)[None] if batch.position_ids is None else batch.position_ids
+    positions = torch.arange(length, device=hidden.device)[None] if batch.position_ids is None else batch.position_ids
     bias = bias_mask(batch.attention_mask, hidden.dtype)
     past: list[tuple[Tensor, Tensor]] = []
     losses, steps_seen = [], []

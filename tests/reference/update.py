@@ -83,7 +83,7 @@ class Trainer:
 
     def gradients(self, micro_batches: list[Batch]) -> tuple[Tensor, list[Metrics], dict[str, Tensor]]:
         """Loss, metrics per micro-batch, gradients added in the compute dtype ("legacy") or in fp32."""
-        objective, total, seen = self.config.objective, torch.zeros(()), []
+        objective, total, seen = self.config.objective, torch.zeros((), device=self.head.device), []
         leaves = self.draft.trainable()
         summed: dict[str, Tensor] = {}
         for batch in micro_batches:
@@ -115,8 +115,9 @@ class Trainer:
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.schedule.step()
-        for name, leaf in self.draft.trainable().items():
-            leaf.data = self.masters[name].detach().to(leaf.dtype)
+        with torch.no_grad():
+            for name, leaf in self.draft.trainable().items():
+                leaf.copy_(self.masters[name])
         return norm, rate
 
     def step(self, micro_batches: list[Batch]) -> dict[str, Any]:

@@ -1,0 +1,14 @@
+"""Tensors between the host and a device."""
+
+import torch
+from torch import Tensor
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on `device`, without the host waiting for what the device is doing.
+
+    A copy to CUDA out of ordinary memory waits for the whole stream; one out of pinned memory is queued in it.
+    """
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
