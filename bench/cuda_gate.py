@@ -20,7 +20,7 @@ import torch
 from bench import common
 from bench.problem import draft_of
 from bench.provenance import provenance
-from eagle3fn.testing.gate_part import Report, parse_part, part_options
+from eagle3fn.testing.gate_part import Report, parse_part, part_options, run_part
 
 SHAPES = ("qwen2.5-7b", "llama-3-8b")
 SEQ, K = 2048, 7
@@ -145,4 +145,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_part(main)

@@ -9,7 +9,6 @@ its blocks on the host.
 import argparse
 import contextlib
 import json
-import sys
 import tempfile
 import traceback
 import warnings
@@ -24,7 +23,7 @@ import torch
 from bench import common, sides
 from bench.cuda_gate import K, chosen_shape
 from bench.problem import draft_of, draw_params, make_problem
-from eagle3fn.testing.gate_part import Report, parse_part, part_options
+from eagle3fn.testing.gate_part import Report, parse_part, part_options, run_part
 
 STEP = "eagle3fn step"
 WORK = {"cuda": ("kernel", "gpu_memcpy", "gpu_memset"), "cpu": ("cpu_op",)}
@@ -208,8 +207,10 @@ def run(report: Report, device: str) -> None:
     report.result["sync_warnings"] = len(stacks)
     report.write()
 
+    traced(update, device)  # the first trace holds the tracer's own start
     events = traced(update, device)
     report.result["profile"] = found = summary(events, device)
+    report.result["idle_share_untraced"] = 1 - found["busy_ms"] / report.result["step_ms"]
     report.write()
     if not found["launches"]:
         report.fault("profile", "the profiler saw no kernel, so nothing is known of waits")
@@ -232,4 +233,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_part(main)

@@ -31,7 +31,7 @@ from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
 from eagle3fn.model.kernels import legacy_kl
 from eagle3fn.model.kernels import score as score_kernel
-from eagle3fn.testing.gate_part import Report, context_lost, parse_part, part_options
+from eagle3fn.testing.gate_part import Report, context_lost, parse_part, part_options, run_part
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
 
@@ -253,7 +253,7 @@ def check_step(size: Size, numerics: str, dtype: torch.dtype, way: str) -> dict[
         float((whole.masters[name].double() - leaf.to(whole.masters[name].device).double()).abs().max())
         for name, leaf in params.items()
     )
-    assert 0 < moved <= 1.001 * metrics["learning_rate"], f"weights moved by {moved}"
+    assert 0 < moved <= 1.01 * metrics["learning_rate"], f"weights moved by {moved}"
     norm = sum(float(leaf.double().square().sum()) for leaf in size.truth[1].values()) ** 0.5
     return {
         "loss": abs(float(metrics["loss"]) / size.truth[0] - 1) / LOSS_BOUND[dtype],
@@ -417,4 +417,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_part(main)

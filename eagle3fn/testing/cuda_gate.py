@@ -19,7 +19,7 @@ from typing import Any
 
 from eagle3fn.testing.certificate import CLAIMS, failures
 from eagle3fn.testing.device_tests import run_tests
-from eagle3fn.testing.gate_part import Report, parse_part, part_options
+from eagle3fn.testing.gate_part import Report, parse_part, part_options, run_part
 from eagle3fn.testing.gate_process import follow
 from eagle3fn.testing.oracle import ENVIRONMENT
 
@@ -187,4 +187,4 @@ def _fold_case(claim: dict[str, Any], row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_part(main)

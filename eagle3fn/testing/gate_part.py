@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -40,11 +40,15 @@ def parse_part(parser: argparse.ArgumentParser, arguments: list[str] | None = No
     return options
 
 
-class Report:
-    """A part's result: `faults`, `left_out`, and what else `result` is given; written whole each time.
+def run_part(main: Callable[[], int]) -> NoReturn:
+    """Run a part as this process. One that crashes, or that hangs and gets a SIGTERM, says on stderr where it was."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGTERM, chain=True)
+    sys.exit(main())
 
-    A SIGTERM writes every thread's stack to stderr before it ends the process, so that a part which hangs says where.
-    """
+
+class Report:
+    """A part's result: `faults`, `left_out`, and what else `result` is given; written whole each time."""
 
     def __init__(self, out: Path, seconds: float, before: dict[str, Any] | None = None) -> None:
         self.out = out
@@ -53,8 +57,6 @@ class Report:
         self.result: dict[str, Any] = kept | (before or {})
         self.written = 0.0
         self.lock = threading.RLock()
-        faulthandler.enable()
-        faulthandler.register(signal.SIGTERM, chain=True)
 
     def left(self) -> float:
         """Seconds until the part's time is over."""
