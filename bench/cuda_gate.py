@@ -62,7 +62,7 @@ def items(device: str) -> dict[str, Item]:
     if device == "cpu":
         options = ["--shape", "tiny", "--rounds", "1", "--device", device, "--dtype", "float32"]  # bf16 is slow here
         return {
-            "step-tiny": Item(60, ["bench.step", *options, "--seq", "96", "--no-memory"]),
+            "step-tiny": Item(60, ["bench.step", *options, "--seq", "96", "--memory-here"]),
             "loss-tiny": Item(20, ["bench.loss", *options, "--seq", "96"]),
             "attention-tiny": Item(20, ["bench.attention", *options, "--seqs", "96"]),
         }

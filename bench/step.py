@@ -6,8 +6,8 @@ share of the matmul rate measured in the same rounds, counting what the needed r
 `ratio` and `memory_ratio` are null; `ratio_legacy` and `memory_ratio_legacy` hold the fast side against our own legacy
 numerics in any case. `--mesh` adds the fast side on a mesh of one rank, `mesh_overhead` is what that costs.
 
-Memory is measured in a child process for each side; on CUDA, where allocated bytes are counted, with `--memory-here` in
-this process, before the rounds. `--partial FILE` gets the result without the old tool before its side is made.
+Memory is measured in a child process for each side; with `--memory-here` in this process, before the rounds: as exact on
+CUDA, where allocated bytes are counted, and rough on the CPU. `--partial FILE` gets the result without the old tool before its side is made.
 
 Under torchrun each rank has its own batch of one sharded state; the old tool and memory are then left out.
 """
@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default bfloat16)")
     add("--mesh", action="store_true", help="also the fast side on a mesh of one rank")
     add("--no-memory", action="store_true", help="leave memory out")
-    add("--memory-here", action="store_true", help="on CUDA: memory in this process, without a child for each side")
+    add("--memory-here", action="store_true", help="measure memory in this process, without a child for each side")
     add("--partial", help="a file that gets our own sides' result first")
     add("--memory-of", choices=(*sides.OURS, "old"), help="measure the memory of this side alone")
     add_arguments(parser)
@@ -107,7 +107,7 @@ def measure(
     problem, device = problem_of(options, world.rank), options.device
     makes = {name: partial(side_of, name, options, problem, oracle, mesh) for name in names}
     with sides.old_loss(oracle, device):
-        if options.memory_here and device != "cpu":
+        if options.memory_here:
             common.best_matmul(getattr(torch, options.dtype), device)  # its workspace is no side's
             found = {name: memory.measured(make, MEMORY_STEPS, device) for name, make in makes.items()}
             calls = {name: side.update for name, side in found.items()}

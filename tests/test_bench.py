@@ -87,7 +87,7 @@ def test_scaling_has_every_point_and_a_picture(tmp_path: Path) -> None:
     assert result["memory_growth"] == pytest.approx(beyond[1] / beyond[0])
 
 
-def test_the_gates_part_refuses_without_cuda_and_rehearses_on_cpu(tmp_path: Path) -> None:
+def test_the_gates_part_refuses_without_cuda_and_rehearses_on_cpu(tmp_path: Path, oracle) -> None:
     out = tmp_path / "gate.json"
     if not torch.cuda.is_available():
         assert "no CUDA device is there" in call("-m", "bench.cuda_gate", "--seconds", "9", "--out", out, code=2).stderr
@@ -102,8 +102,9 @@ def test_the_gates_part_refuses_without_cuda_and_rehearses_on_cpu(tmp_path: Path
     assert result["left_out"] == [] and result["faults"] == []
     assert result["parts"]["loss-tiny"]["mfu"]["64"] > 0
     assert result["parts"]["attention-tiny"]["ratio"]["96"] > 0
-    assert result["parts"]["step-tiny"]["first_loss"]["fast"] > 0
-    assert result["parts"]["step-tiny"]["ratio"] > 0
+    step = result["parts"]["step-tiny"]
+    assert step["ratio"] > 0 and step["memory"].keys() == {"legacy", "fast", "old"}
+    assert all(used["step"] == used["peak"] - used["inputs"] for used in step["memory"].values())
 
 
 @pytest.mark.parametrize("seed", range(20))

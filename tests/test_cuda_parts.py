@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +95,21 @@ def test_a_planted_read_is_found_in_a_real_profile(planted: bool) -> None:
     found = found_in(profile_step.traced(update, "cpu"), is_read)
     assert Counter(read.what for read in found) == Counter({"aten::_local_scalar_dense": 1} if planted else {})
     assert all(read.inside == ("aten::item",) for read in found)
+
+
+def test_a_warning_of_a_wait_is_kept_with_its_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def reads_a_value() -> None:
+        warnings.warn(f"{profile_step.SYNC_WARNING} (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    with profile_step.sync_stacks("cuda") as stacks:
+        reads_a_value()
+        reads_a_value()
+    assert modes == ["warn", "default"] and len(stacks) == 2
+    assert all("in reads_a_value" in stack for stack in stacks)
 
 
 def test_a_step_on_the_cpu_is_profiled(tmp_path: Path) -> None:
