@@ -6,8 +6,9 @@ share of the matmul rate measured in the same rounds, counting what the needed r
 `ratio` and `memory_ratio` are null; `ratio_legacy` and `memory_ratio_legacy` hold the fast side against our own legacy
 numerics in any case. `--mesh` adds the fast side on a mesh of one rank, `mesh_overhead` is what that costs.
 
-Memory is measured in a child process for each side; with `--memory-here` in this process, before the rounds: as exact on
-CUDA, where allocated bytes are counted, and rough on the CPU. `--partial FILE` gets the result without the old tool before its side is made.
+Memory is measured in a child process for each side; with `--memory-here` in this process, before the rounds: as exact
+on CUDA, where allocated bytes are counted, and rough on the CPU. `--partial FILE` gets the result without SpecForge
+before its side is made.
 
 Under torchrun each rank has its own batch of one sharded state; the old tool and memory are then left out.
 """
