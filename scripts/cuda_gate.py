@@ -109,7 +109,9 @@ def start(options: Any, parts: Mapping[str, Part]) -> dict[str, Any]:
     from bench.provenance import provenance
     from eagle3fn.testing.certificate import sources
 
-    words = [f"--{name}={getattr(options, name)}" for name in ("parts", "minutes", "device")]
+    kind, colon, earlier = options.parts.partition(":")
+    words = ["--parts", kind + colon + Path(earlier).name, "--minutes", f"{options.minutes:g}"]
+    words += ["--device", options.device]
     found = provenance(" ".join(["scripts/cuda_gate.sh all", *words]), options.revision)
     return {
         "kind": KINDS[options.device],
@@ -137,7 +139,7 @@ def run_part(part: Part, device: str, limit: float, said: dict[str, Any], revisi
     with tempfile.TemporaryDirectory(prefix="cuda-gate-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         paths = folder / "result.json", folder / "stdout", folder / "stderr"
-        words = [f"--device={device}", f"--seconds={limit:.3f}", f"--out={paths[0]}"]
+        words = ["--device", device, f"--seconds={limit:.3f}", "--out", str(paths[0])]
         try:
             with paths[1].open("ab") as stdout, paths[2].open("ab") as stderr:
                 process = subprocess.Popen(

@@ -28,7 +28,7 @@ ROW = {"case": "x", "nontrivial": True, "decided": True, "old_kernel": {}, "own_
 ORACLE = {"oracle": {"kind": "commit", "sha256": "0", "hashes": dict(COMMIT_FILES)}}
 
 # What a part may do: small programs that get the options of a part.
-OUT = "import json, os, signal, sys, time\nout = sys.argv[-1].removeprefix('--out=')\n"
+OUT = "import json, os, signal, sys, time\nout = sys.argv[-1]\n"
 GOOD = "open(out, 'w').write(json.dumps({'faults': [], 'left_out': ['more'], 'number': 7}))\n"
 CHILD = "child = os.fork()\nif not child:\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    time.sleep(60)\n"
 PROGRAMS = {
@@ -137,7 +137,9 @@ def test_every_part_passed_is_exit_code_0(tmp_path: Path) -> None:
     assert code == 0 and result["complete"] and result["left_out"] == ["a: more"]
     hashes = sources(every=True)
     assert result["sources"] == hashes and sources().items() < hashes.items()
-    assert {"date", "command", "versions", "hardware"} <= result.keys()
+    assert {"date", "versions", "hardware"} <= result.keys()
+    parts = "smoke,parity,bench,profile"
+    assert result["command"] == f"scripts/cuda_gate.sh all --parts {parts} --minutes 0.333333 --device cpu"
 
 
 def test_the_script_rehearses_on_the_cpu(tmp_path: Path) -> None:
@@ -362,6 +364,9 @@ def test_a_case_that_raises_does_not_end_its_claim(monkeypatch, tmp_path: Path) 
     said.clear()
     cuda_claims.run(iter(cases), options, time.monotonic() + 9, said.append)
     assert said[-1] == {"lost": 2}
+    late = argparse.Namespace(first=0, stop=9, device="cpu")
+    cuda_claims.run(iter(cases), late, time.monotonic() - 1, said.append)
+    assert said[-1] == {"case": 0}
 
 
 def test_jobs_share_the_time_or_run_at_once(tmp_path: Path) -> None:
@@ -373,6 +378,7 @@ def test_jobs_share_the_time_or_run_at_once(tmp_path: Path) -> None:
         raise RuntimeError("planted")
 
     jobs = {"tests": fails} | {name: (lambda seconds, name=name: got.update({name: seconds})) for name in CLAIMS}
+    assert [cuda_gate.share_of(left) for left in (["tests"], ["tests", "sdpa"], ["sdpa", "dynamo"])] == [1, 0.6, 0.5]
     report = Report(tmp_path / "x.json", 100)
     cuda_gate.run_jobs(jobs, report, 1)
     assert got["tests"] == pytest.approx(60, abs=1) and got["kernel"] == pytest.approx(25, abs=1)

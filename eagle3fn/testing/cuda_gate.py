@@ -27,7 +27,8 @@ NOT_ON_CPU = {
     "flex_attention": "flex_attention has no backward on the CPU",
     "dynamo": "SpecForge's kernels are interpreted on the CPU",
 }
-SHARES = {"tests": 60.0} | dict.fromkeys(CLAIMS, 10.0)
+NAMES = ("tests", *CLAIMS)
+TESTS_SHARE = 0.6  # of the time, where one thing is done after the other
 MANY_CORES = 8
 RESTARTS = 3  # of a claim whose process lost its card
 START = {"cases": 0, "undecidable": 0, "nontrivial": 0, "equal_old_kernel": 0, "equal_own_kernel": 0}
@@ -41,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     part_options(parser)
-    parser.add_argument("--only", choices=tuple(SHARES), help="the tests, or one claim")
+    parser.add_argument("--only", choices=NAMES, help="the tests, or one claim")
     parser.add_argument("--cases", type=int, default=10**6, help="cases of a claim at most")
     parser.add_argument("--seed", type=int, default=0)
     options = parse_part(parser, arguments)
@@ -65,13 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def names_of(options: argparse.Namespace) -> list[str]:
     """What is run, in this order."""
-    names = [name for name in SHARES if options.device == "cuda" or name not in NOT_ON_CPU]
+    names = [name for name in NAMES if options.device == "cuda" or name not in NOT_ON_CPU]
     return [name for name in names if options.only in (None, name)]
 
 
 def jobs_at_once(device: str) -> int:
     """On a card, with cores to spare, everything at once: nothing here is timed, and each has more time then."""
-    return len(SHARES) if device == "cuda" and (os.cpu_count() or 1) >= MANY_CORES else 1
+    return len(NAMES) if device == "cuda" and (os.cpu_count() or 1) >= MANY_CORES else 1
 
 
 def first_result(options: argparse.Namespace) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def first_result(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": options.device,
         "seed": options.seed,
-        "flags": {name: environment(name, options.device) for name in SHARES},
+        "flags": {name: environment(name, options.device) for name in NAMES},
         "oracle": None,
         "tests": None,
         "claims": {},
@@ -108,9 +109,8 @@ def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
 
     def run(name: str) -> None:
         with lock:
-            later = sum(SHARES[other] for other in todo)
+            share = 1.0 if at_once > 1 else share_of(todo)
             todo.remove(name)
-        share = 1.0 if at_once > 1 else SHARES[name] / later
         seconds = report.left() * share
         if seconds <= 0:
             report.leave_out(name)
@@ -120,6 +120,11 @@ def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(run, jobs))
+
+
+def share_of(todo: list[str]) -> float:
+    """The first one's share of the time that is left: of the tests more than of all claims, which share the rest."""
+    return TESTS_SHARE if todo[0] == "tests" and len(todo) > 1 else 1 / len(todo)
 
 
 def job_of(name: str, options: argparse.Namespace, report: Report) -> Job:
