@@ -13,13 +13,13 @@ GATE = Case(  # the fixture of the old tool's own equivalence gates
 )  # fmt: skip
 
 
-def config_of(dtype: str = "float32", steps: int = 20, **objective) -> e3.Config:
+def config_of(dtype: str = "float32", steps: int = 20, head_dim: int = 6, **objective) -> e3.Config:
     draft = e3.DraftConfig(
         hidden_size=H,
         intermediate_size=24,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=6,
+        head_dim=head_dim,
         vocab_size=V,
         draft_vocab_size=D,
         target_hidden_size=H,

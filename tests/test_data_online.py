@@ -1,6 +1,8 @@
 """The online roll-out is extraction without the files: the same samples, batches, losses, gradients and updates."""
 
+import copy
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 
 import pytest
@@ -18,11 +20,20 @@ from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import online_batches, roll_out
 from eagle3fn.data.pipeline import batches, prefetch
 from eagle3fn.data.vocab import build_map
+from eagle3fn.testing.builders import on
 from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
 
 LAYERS = (1, 2, 4)
 TOKENIZER = tiny_tokenizer()
 MODELS = {dtype: tiny_model(initializer_range=0.3).to(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+
+
+@cache
+def model_on(device: str, dtype: str):
+    """The tiny target on a device; samples come back to the CPU."""
+    return MODELS[dtype] if device == "cpu" else copy.deepcopy(MODELS[dtype]).to(device)
+
+
 CUT = 40  # cuts the longer conversations inside an answer, so that their last mask entry is 1
 
 
@@ -45,16 +56,17 @@ def same(left, right):
 
 @pytest.mark.parametrize("dtype", MODELS)
 @pytest.mark.parametrize(("batch", "group"), [(1, 3), (2, 3), (3, 8)])
-def test_samples_are_those_that_extraction_stores(tmp_path, dtype, batch, group):
-    opened, rows = stored(MODELS[dtype], tmp_path, batch=batch, samples_per_shard=group)
-    online = list(roll_out(MODELS[dtype], iter(rows), LAYERS, batch, group))
+def test_samples_are_those_that_extraction_stores(tmp_path, dtype, batch, group, device):
+    model = model_on(device, dtype)
+    opened, rows = stored(model, tmp_path, batch=batch, samples_per_shard=group)
+    online = list(roll_out(model, iter(rows), LAYERS, batch, group))
     assert len(online) == 8 and len({len(row.input_ids) for row in rows}) > 3
     assert same(online, [read_sample(opened, number) for number in range(8)])
 
 
-def test_alone_in_its_run_a_sample_has_the_same_bits_in_any_company():
+def test_alone_in_its_run_a_sample_has_the_same_bits_in_any_company(device):
     """Otherwise padding and neighbours move the last bits in fp32: equal to rounding."""
-    model, source = MODELS["float32"], torch.Generator().manual_seed(0)
+    model, source = model_on(device, "float32"), torch.Generator().manual_seed(0)
     sizes = torch.randint(3, 30, (24,), generator=source).tolist()
     rows = [pair(str(n), torch.randint(300, (size,), generator=source)) for n, size in enumerate(sizes)]
     alone = list(roll_out(model, rows, LAYERS, batch=1))
@@ -80,14 +92,16 @@ def problem(model, rows, dtype, **objective):
         e3.DataConfig(global_batch=4, micro_batch=2, mask_alignment="legacy"),
         e3.TrainConfig(steps=5, dtype=dtype),
     )
-    frozen = e3.Frozen(model.model.embed_tokens.weight, model.lm_head.weight, *build_map(counts, 40))
+    vocab = on(str(model.device), build_map(counts, 40))
+    frozen = e3.Frozen(model.model.embed_tokens.weight, model.lm_head.weight, *vocab)
     return config, e3.bind(config, frozen)
 
 
-def run(fns, start, source):
-    """Losses, gradients and states over the batches of `source`."""
+def run(fns, start, source, device):
+    """Losses, gradients and states over the batches of `source`, on a device."""
     state, seen = start, []
     for micro in source:
+        micro = tuple(on(device, batch) for batch in micro)
         gradients = [e3.value_and_grad(fns.forward_loss, has_aux=True)(state.params, batch) for batch in micro]
         state, metrics = fns.step(state, micro)
         seen.append((gradients, state, {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)}))
@@ -96,9 +110,9 @@ def run(fns, start, source):
 
 @pytest.mark.parametrize("alignment", ["legacy", "serving"])
 @pytest.mark.parametrize(("dtype", "numerics"), [("float32", "fast"), ("float32", "legacy"), ("bfloat16", "legacy")])
-def test_five_updates_equal_those_of_stored_features(tmp_path, dtype, numerics, alignment):
+def test_five_updates_equal_those_of_stored_features(tmp_path, dtype, numerics, alignment, device):
     """Batches, losses, gradients of each micro-batch and every leaf of the state, more than two epochs long."""
-    model = MODELS[dtype]
+    model = model_on(device, dtype)
     opened, rows = stored(model, tmp_path, batch=1)
     config, fns = problem(model, rows, dtype, numerics=numerics)
     config = replace(config, data=replace(config.data, mask_alignment=alignment))
@@ -107,8 +121,8 @@ def test_five_updates_equal_those_of_stored_features(tmp_path, dtype, numerics, 
         for source in (batches(opened, range(8), config, 0, 5), online_batches(model, rows, LAYERS, config, 0, 5))
     )
     assert equal(offline, online) and len(online) == 5 and online[0][0].n is not None
-    start = fns.init_state(fns.init(0))
-    left, right = run(fns, start, offline), run(fns, start, online)
+    start = fns.init_state(on(device, fns.init(0)))
+    left, right = run(fns, start, offline, device), run(fns, start, online, device)
     assert equal(left, right)
     assert all(bool(value.any()) for value in left[0][0][0][1].values()), "a gradient leaf is zero"
 

@@ -1,5 +1,6 @@
 """Taps on tiny targets of several families; weights read without the model; targets that are refused."""
 
+import copy
 import json
 
 import pytest
@@ -30,8 +31,15 @@ def model(request):
     return tiny_model(request.param, **FAMILIES[request.param])
 
 
-def test_taps_are_the_layers_outputs(model):
-    ids = torch.randint(300, (1, 11), generator=torch.Generator().manual_seed(1))
+@pytest.fixture(scope="module")
+def placed(model, device):
+    """The same target on the device."""
+    return model if device == "cpu" else copy.deepcopy(model).to(device)
+
+
+def test_taps_are_the_layers_outputs(placed):
+    model = placed
+    ids = torch.randint(300, (1, 11), generator=torch.Generator().manual_seed(1)).to(model.device)
     aux, last = features(model, ids, torch.ones_like(ids), LAYERS)
     out = model(input_ids=ids, output_hidden_states=True)
     first, second, third = aux.split(16, -1)
@@ -47,21 +55,21 @@ def independent(model, rows):
 
     From `output_hidden_states`, which has the last layer's behind the norm; its own is what the norm is given.
     """
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
     caught = []
     hook = model.get_decoder().norm.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
     out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     hook.remove()
     states = [*out.hidden_states[1:-1], *caught, out.hidden_states[-1]]
     assert len(states) == 6
-    return [[state[number, : len(row)] for state in states] for number, row in enumerate(rows)]
+    return [[state[number, : len(row)].cpu() for state in states] for number, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_extraction_stores_what_an_independent_forward_gives(model, tmp_path, batch):
+def test_extraction_stores_what_an_independent_forward_gives(placed, tmp_path, batch):
     """Every layer as a tap, from the written files, bit for bit at every real row: alone and in padded batches."""
-    talks, tokenizer = write_talks(tmp_path / "c.jsonl", 8), tiny_tokenizer()
+    model, talks, tokenizer = placed, write_talks(tmp_path / "c.jsonl", 8), tiny_tokenizer()
     rows = [row.input_ids for row in encode_all(tokenizer, talks, 90, 300)]
     ascending = sorted(range(8), key=lambda number: len(rows[number]))
     seen = {}
@@ -81,9 +89,10 @@ def test_extraction_stores_what_an_independent_forward_gives(model, tmp_path, ba
             assert torch.equal(sample.last_hidden, seen[number][5]), number
 
 
-def test_padded_rows_change_nothing(model):
+def test_padded_rows_change_nothing(placed):
+    model = placed
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(300, (3, 12), generator=generator)
+    ids = torch.randint(300, (3, 12), generator=generator).to(model.device)
     mask = torch.ones_like(ids)
     for row, length in enumerate((12, 7, 3)):
         mask[row, length:] = 0

@@ -1,4 +1,7 @@
-"""The fast profile is the legacy mathematics: on drawn cases both are held against an fp64 evaluation."""
+"""The fast profile is the legacy mathematics: on drawn cases both are held against an fp64 evaluation.
+
+The truth is computed on the CPU, whatever the device.
+"""
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 import eagle3fn as e3
 from eagle3fn.base.rows import contributing_rows
 from eagle3fn.base.tree import named_leaves
+from eagle3fn.testing.builders import on
 from tests.small import batch_of, config_of, frozen_of
 
 # Relative gradient error against fp64, leaf by leaf: a few units of the dtype's rounding, as for the legacy profile.
@@ -32,11 +36,13 @@ def cases(draw):
     objective = {
         "ttt_length": draw(st.integers(1, 8)),
         "normalization": draw(st.sampled_from(["mask", "rows"])),
+        "head_dim": draw(st.sampled_from([6, 8])),  # the flash kernel takes multiples of 8
     }
     return batch._replace(loss_mask=mask, position_ids=positions), objective
 
 
-def run(case, dtype, numerics):
+def run(case, dtype, numerics, device="cpu"):
+    """Loss and metrics, and gradients, all on the CPU."""
     batch, objective = case
     config = config_of(dtype, numerics=numerics, **objective)
     start = config_of("float32", **objective)
@@ -44,7 +50,9 @@ def run(case, dtype, numerics):
     embed, target_head, t2d, d2t = frozen_of(start)
     kind = getattr(torch, dtype)
     frozen = e3.Frozen(None if embed is None else embed.to(kind), target_head.to(kind), t2d, d2t)
-    return e3.value_and_grad(e3.bind(config, frozen).forward_loss, has_aux=True)(params, batch)
+    fns = e3.bind(config, on(device, frozen))
+    (loss, aux), grads = e3.value_and_grad(fns.forward_loss, has_aux=True)(on(device, params), on(device, batch))
+    return (loss.cpu(), on("cpu", aux)), on("cpu", grads)
 
 
 def error(a, b):
@@ -52,9 +60,9 @@ def error(a, b):
     return float((a - b).norm() / b.norm()) if b.norm() > 0 else float(a.norm())
 
 
-@given(cases())
-def test_fast_is_legacy_in_fp64(case):
-    (loss, aux), grads = run(case, "float64", "fast")
+@given(case=cases())
+def test_fast_is_legacy_in_fp64(device, case):
+    (loss, aux), grads = run(case, "float64", "fast", device)
     (want, want_aux), want_grads = run(case, "float64", "legacy")
     assert torch.allclose(loss, want, rtol=1e-12)
     for name, value in named_leaves(aux).items():
@@ -65,10 +73,10 @@ def test_fast_is_legacy_in_fp64(case):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @given(case=cases())
-def test_fast_is_as_near_to_fp64_as_legacy(dtype, case):
+def test_fast_is_as_near_to_fp64_as_legacy(dtype, device, case):
     (_, _), truth = run(case, "float64", "legacy")
-    (loss, _), fast = run(case, dtype, "fast")
-    (want, _), legacy = run(case, dtype, "legacy")
+    (loss, _), fast = run(case, dtype, "fast", device)
+    (want, _), legacy = run(case, dtype, "legacy", device)
     assert torch.allclose(loss.float(), want.float(), rtol=2e-2 if dtype == "bfloat16" else 1e-4, atol=1e-6)
     for name in truth:
         assert error(fast[name], truth[name]) < max(BOUND[dtype], 2 * error(legacy[name], truth[name])), name
@@ -109,10 +117,10 @@ def test_small_chunks_change_nothing(monkeypatch):
     assert all(error(ga[k], gb[k]) < 1e-12 for k in ga)
 
 
-def test_vmap_over_parameters():
+def test_vmap_over_parameters(device):
     config = config_of("float64", numerics="fast")
-    fns, batch = e3.bind(config, frozen_of(config)), batch_of(5, (12,))
-    two = [fns.init(seed) for seed in (0, 1)]
+    fns, batch = e3.bind(config, on(device, frozen_of(config))), on(device, batch_of(5, (12,)))
+    two = [on(device, fns.init(seed)) for seed in (0, 1)]
     stacked = {k: torch.stack([p[k] for p in two]) for k in two[0]}
 
     def gradient(params):
@@ -123,6 +131,35 @@ def test_vmap_over_parameters():
         loss, grad = gradient(params)
         assert torch.allclose(losses[i], loss, rtol=1e-12)
         assert all(error(grads[k][i], grad[k]) < 1e-12 for k in grad)
+
+
+@pytest.mark.parametrize("numerics", ["fast", "legacy"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_second_pull_back_does_not_see_what_was_done_with_the_first(dtype, numerics, device):
+    """Its own saved tensors must not be what a pull-back hands out: a caller may clip them in place."""
+    config = config_of(dtype, numerics=numerics)
+    fns, batch = e3.bind(config, on(device, frozen_of(config))), on(device, batch_of(6, (9, 5)))
+    loss, pull_back, _ = torch.func.vjp(lambda p: fns.forward_loss(p, batch), on(device, fns.init(0)), has_aux=True)
+    with torch.no_grad():
+        (first,) = pull_back(torch.ones_like(loss))
+        wanted = {name: gradient.clone() for name, gradient in first.items()}
+        for gradient in first.values():
+            gradient.mul_(0.01)
+        (second,) = pull_back(torch.ones_like(loss))
+    assert all(torch.equal(second[name], wanted[name]) for name in wanted)
+    assert all(second[name].data_ptr() != first[name].data_ptr() for name in wanted if device == "cpu")
+
+
+@pytest.mark.parametrize("numerics", ["fast", "legacy"])
+def test_a_pull_back_scales_the_gradient(numerics, device):
+    """By 3 the gradient is three times that by 1; the last pull-back of a graph writes over what it saved."""
+    config = config_of("float64", numerics=numerics)
+    fns, batch = e3.bind(config, on(device, frozen_of(config))), on(device, batch_of(6, (9, 5)))
+    loss, pull_back, _ = torch.func.vjp(lambda p: fns.forward_loss(p, batch), on(device, fns.init(0)), has_aux=True)
+    with torch.no_grad():
+        (one,) = pull_back(torch.ones_like(loss))
+        (three,) = pull_back(torch.full_like(loss, 3.0), retain_graph=False)
+    assert all(error(three[name].cpu(), 3 * one[name].cpu()) < 1e-12 for name in one)
 
 
 def test_differentiating_twice_raises_and_legacy_does_it():
@@ -145,13 +182,13 @@ def test_differentiating_twice_raises_and_legacy_does_it():
         curvature("fast")
 
 
-def test_training_by_fast_follows_legacy():
-    batch = batch_of(7, (16,))
+def test_training_by_fast_follows_legacy(device):
+    batch = on(device, batch_of(7, (16,)))
     ends = []
     for numerics in ("fast", "legacy"):
         config = config_of("float64", numerics=numerics)
-        fns = e3.bind(config, frozen_of(config))
-        state = fns.init_state(fns.init(0))
+        fns = e3.bind(config, on(device, frozen_of(config)))
+        state = fns.init_state(on(device, fns.init(0)))
         for _ in range(5):
             state, metrics = fns.step(state, batch)
         ends.append((state, float(metrics["loss"])))

@@ -1,5 +1,8 @@
-"""What the fast profile runs on CUDA, as far as a CPU can tell: its kernels interpreted and compiled, its attention by
-the CPU's flash kernel, and a whole step on tensors that have a CUDA device but no values."""
+"""What the fast profile runs on CUDA: its kernels and its flash attention, on a card, and as far as a CPU can tell.
+
+There the kernels are interpreted, and compiled for a card; attention is the CPU's flash kernel; a whole step runs on
+tensors without values, and on the stand-in for a card.
+"""
 
 import os
 import subprocess
@@ -27,22 +30,22 @@ FLOOR = {"float32": 2e-5, "bfloat16": 0.15}  # relative gradient error against f
 by_flash = mock.patch.object(fast, "fits", lambda device, dtype, size: True)
 
 
-def scores_of(score, dtype, v, d, k=2, p=2, width=8):
+def scores_of(score, dtype, v, d, device, k=2, p=2, width=8):
     """Scores and the overwritten logits; values are multiples of 1/4, so that there are ties."""
     source = torch.Generator().manual_seed(v * d + width)
     _, _, t2d, d2t = frozen_of(v, d)
     kept = torch.arange(d) + d2t
-    logits = (torch.randint(-width, width, (k, p, d), generator=source) / 4).to(dtype)
-    z = (torch.randint(-width, width, (p, v), generator=source) / 4).to(dtype)
-    return *score(logits, z, t2d, kept), logits
+    logits = (torch.randint(-width, width, (k, p, d), generator=source) / 4).to(device, dtype)
+    z = (torch.randint(-width, width, (p, v), generator=source) / 4).to(device, dtype)
+    return *score(logits, z, t2d.to(device), kept.to(device)), logits
 
 
 @needs_triton
 @pytest.mark.parametrize("pair", [(130, 64), (128, 128), (5000, 4097), (2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernel_is_its_torch_twin(dtype, pair):
-    kl, correct, accept, known, by_logits = scores_of(kernel.score, dtype, *pair)
-    want_kl, want_correct, want_accept, want_known, want = scores_of(fused.score, dtype, *pair)
+def test_the_kernel_is_its_torch_twin(dtype, pair, device):
+    kl, correct, accept, known, by_logits = scores_of(kernel.score, dtype, *pair, device)
+    want_kl, want_correct, want_accept, want_known, want = scores_of(fused.score, dtype, *pair, device)
     torch.testing.assert_close(kl, want_kl, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(accept, want_accept, rtol=2e-6, atol=2e-6)
     assert torch.equal(correct, want_correct) and torch.equal(known, want_known)
@@ -51,7 +54,7 @@ def test_the_kernel_is_its_torch_twin(dtype, pair):
 
 
 @needs_triton
-def test_of_equal_logits_the_first_is_said():
+def test_of_equal_logits_the_first_is_said(device):
     """The teacher is the first step's student on the draft vocabulary, and low elsewhere: that student is right."""
     _, _, t2d, d2t = frozen_of(150, 70)
     kept = torch.arange(70) + d2t
@@ -59,31 +62,31 @@ def test_of_equal_logits_the_first_is_said():
         logits = torch.randint(-2, 2, (2, 6, 70), generator=torch.Generator().manual_seed(3)).float()
         z = torch.full((6, 150), -3.0).index_copy_(1, kept, logits[0])
         assert (logits[0] == 1).sum(-1).min() > 3
-        _, correct, _, _ = score(logits, z, t2d, kept)
+        _, correct, _, _ = score(*(x.to(device) for x in (logits, z, t2d, kept)))
         assert correct[0].all() and not correct[1].all()
 
 
 @needs_triton
 @pytest.mark.parametrize("gap", [20.0, 200.0])
-def test_a_draft_vocabulary_far_below_the_teachers_best(gap):
+def test_a_draft_vocabulary_far_below_the_teachers_best(gap, device):
     _, _, t2d, d2t = frozen_of(150, 70)
     found = []
     for score in (kernel.score, fused.score):
         source = torch.Generator().manual_seed(0)
         logits, z = torch.randn(2, 2, 70, generator=source), torch.randn(2, 150, generator=source)
         z[0, int((~t2d).nonzero()[0])] = gap
-        found.append((*score(logits, z, t2d, torch.arange(70) + d2t), logits))
+        logits, z, *rest = (x.to(device) for x in (logits, z, t2d, torch.arange(70) + d2t))
+        found.append((*score(logits, z, *rest), logits))
     for mine, twin in zip(*found, strict=True):
         torch.testing.assert_close(mine, twin, rtol=2e-6, atol=2e-6)
 
 
 @needs_triton
 @pytest.mark.parametrize("block", [16, 64])
-def test_the_kernel_in_blocks_of_any_size(block, monkeypatch):
+def test_the_kernel_in_blocks_of_any_size(block, device, monkeypatch):
     monkeypatch.setattr(kernel, "_BLOCK", block)
-    for a, b in zip(
-        scores_of(kernel.score, torch.float32, 150, 70), scores_of(fused.score, torch.float32, 150, 70), strict=True
-    ):
+    sides = (scores_of(score, torch.float32, 150, 70, device) for score in (kernel.score, fused.score))
+    for a, b in zip(*sides, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
@@ -147,6 +150,23 @@ def test_attention_by_flash_is_the_plain_expression(later):
     assert all(error(a[1], b) < 1e-12 for a, b in zip(mapped, gradient(*(x.flip(0) / 2 for x in inputs)), strict=True))
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.func.grad(lambda q: gradient(q, *inputs[1:])[0].sum())(inputs[0])
+
+
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_attention_by_flash_in_bf16_is_near_the_plain_expression(later, device):
+    """On a card the flash kernel has bf16 alone: result and gradients against fp64 on the same numbers."""
+    source, s = torch.Generator().manual_seed(later), 40
+    draw = lambda *size: torch.randn(*size, generator=source).bfloat16()  # noqa: E731
+    rows = contributing_rows((torch.rand(2, s, generator=source) < 0.6).long(), 1, bucket=1)
+    blocks, own = (draw(2, s, KV_HEADS, SIZE) for _ in "kv"), (draw(later, len(rows), KV_HEADS, SIZE) for _ in "kv")
+    inputs = draw(len(rows), HEADS, SIZE), *blocks, *own
+    grad = draw(len(rows), HEADS, SIZE)
+    placed, there = (x.to(device) for x in inputs), rows.to(device)
+    out, back = torch.func.vjp(lambda *x: flash_attention.flash_attention(*x, rows=there), *placed)  # pyright: ignore
+    want, want_back = torch.func.vjp(lambda *x: plain(*x, rows=rows), *(x.double() for x in inputs))  # pyright: ignore
+    assert error(out.cpu(), want) < 1e-2
+    for a, b in zip(back(grad.to(device)), want_back(grad.double()), strict=True):
+        assert error(a.cpu(), b) < 2e-2
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn.base.tree import named_leaves
+from eagle3fn.base.types import Params
 from eagle3fn.data.collate import global_n
 from eagle3fn.data.vocab import build_map
-from eagle3fn.testing.builders import Case, generator, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.builders import Case, generator, on, tame_batch, tame_frozen, tame_params
 from eagle3fn.testing.strategies import cases
 from eagle3fn.train.step import accumulate
 
@@ -42,11 +43,17 @@ def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return e3.value_and_grad(function)(x)[1]
 
 
+def problem(case: Case, device: str) -> tuple[e3.Frozen, Params, e3.Batch]:
+    """The case's tensors on a device."""
+    return on(device, tame_frozen(case)), on(device, tame_params(case)), on(device, tame_batch(case))
+
+
 def evaluate(case: Case, config: e3.Config, batch: e3.Batch) -> dict[str, Tensor]:
-    """Loss, metrics and gradients by name."""
-    frozen = tame_frozen(case)
+    """Loss, metrics and gradients by name, on the batch's device."""
+    device = str(batch.input_ids.device)
+    frozen, params, _ = problem(case, device)
     compute = e3.value_and_grad(lambda p: e3.forward_loss(p, batch, config=config, frozen=frozen), has_aux=True)
-    (loss, aux), gradients = compute(tame_params(case))
+    (loss, aux), gradients = compute(params)
     return {"loss": loss, **aux._asdict(), **gradients}
 
 
@@ -57,10 +64,12 @@ def near(a: Tensor, b: Tensor, magnitude: Tensor | float | None = None) -> bool:
 
 @BOTH
 @given(data=st.data())
-def test_places_behind_the_last_trained_row_have_exactly_zero_gradient(numerics: str, data: st.DataObject) -> None:
+def test_places_behind_the_last_trained_row_have_exactly_zero_gradient(
+    numerics: str, device: str, data: st.DataObject
+) -> None:
     """Masked and padded ones, and samples without a trained row."""
     case = data.draw(drawn(numerics, mask=data.draw(st.sampled_from(["drawn", "full", "one", "empty"]))))
-    config, frozen, params, batch = config_of(case, numerics), tame_frozen(case), tame_params(case), tame_batch(case)
+    config, (frozen, params, batch) = config_of(case, numerics), problem(case, device)
 
     def loss(aux_hidden: Tensor) -> Tensor:
         return e3.forward_loss(params, batch._replace(aux_hidden=aux_hidden), config=config, frozen=frozen)[0]
@@ -75,22 +84,22 @@ def test_places_behind_the_last_trained_row_have_exactly_zero_gradient(numerics:
 @BOTH
 @FEW
 @given(data=st.data())
-def test_what_stands_in_padding_does_not_move_a_bit(numerics: str, data: st.DataObject) -> None:
+def test_what_stands_in_padding_does_not_move_a_bit(numerics: str, device: str, data: st.DataObject) -> None:
     """Tokens and features of padded places; loss, metrics and every gradient."""
-    check_padding(data.draw(drawn(numerics, mask=data.draw(st.sampled_from(SERVED)))), numerics)
+    check_padding(data.draw(drawn(numerics, mask=data.draw(st.sampled_from(SERVED)))), numerics, device)
 
 
 @BOTH
 @pytest.mark.parametrize("lengths", [(1, 9), (1, 1, 4)])
 def test_what_stands_in_padding_does_not_move_a_bit_behind_a_sample_of_one_place(
-    numerics: str, lengths: tuple[int, ...]
+    numerics: str, lengths: tuple[int, ...], device: str
 ) -> None:
     """Its only row is its last: the row that mask "one" trains must lie elsewhere. Drawn once in many cases."""
-    check_padding(Case(lengths=lengths, mask="one", teacher="compact", seed=713749), numerics)
+    check_padding(Case(lengths=lengths, mask="one", teacher="compact", seed=713749), numerics, device)
 
 
-def check_padding(case: Case, numerics: str) -> None:
-    config, batch, other = config_of(case, numerics), tame_batch(case), tame_batch(case, 1)
+def check_padding(case: Case, numerics: str, device: str) -> None:
+    config, (batch, other) = config_of(case, numerics), (on(device, tame_batch(case, index)) for index in (0, 1))
     real = batch.attention_mask > 0
     noisy = batch._replace(
         input_ids=torch.where(real, batch.input_ids, other.input_ids + 1),
@@ -104,25 +113,24 @@ def check_padding(case: Case, numerics: str) -> None:
 @BOTH
 @FEW
 @given(data=st.data())
-def test_causality_by_gradient_at_every_unroll_step(numerics: str, data: st.DataObject) -> None:
+def test_causality_by_gradient_at_every_unroll_step(numerics: str, device: str, data: st.DataObject) -> None:
     """Row t of step i sees features up to t, embeddings of tokens 1 … t + i + 1, no other sample, and no teacher.
 
     One row is trained, and an infinite count takes every other step out of the loss.
     """
     case = data.draw(drawn(numerics, mask="full", normalization="mask", tokens="inside", target_hidden=16, hidden=16))
-    config, frozen, params = config_of(case, numerics, loss="kl"), tame_frozen(case), tame_params(case)
+    config, (frozen, params, batch) = config_of(case, numerics, loss="kl"), problem(case, device)
     sample = case.lengths.index(max(case.lengths))
     s = max(case.lengths)
-    order = torch.randperm(case.vocab - 1, generator=generator(case, 50))[:s] + 1
+    order = torch.randperm(case.vocab - 1, generator=generator(case, 50))[:s].to(device) + 1
     assume(len(order) == s)  # every place has a token of its own, none the 0 that enters at the end
-    batch = tame_batch(case)
-    batch = batch._replace(input_ids=batch.input_ids.index_copy(0, torch.tensor([sample]), order[None]))
+    batch = batch._replace(input_ids=batch.input_ids.index_copy(0, torch.tensor([sample], device=device), order[None]))
     assert frozen.embed_tokens is not None
     for step in range(min(case.steps, s)):
         row = data.draw(st.integers(0, s - 1 - step))
         mask = torch.zeros_like(batch.loss_mask)
         mask[sample, row + step] = 1
-        n = torch.full((case.steps,), torch.inf)
+        n = torch.full((case.steps,), torch.inf, device=device)
         n[step] = 1.0
 
         def loss(inputs: dict[str, Tensor], mask: Tensor = mask, n: Tensor = n) -> Tensor:
@@ -135,7 +143,7 @@ def test_causality_by_gradient_at_every_unroll_step(numerics: str, data: st.Data
         value, slopes = e3.value_and_grad(loss)(inputs)
         features = slopes["aux_hidden"].abs().sum(-1)
         places = slopes["embed"].abs().sum(-1)[order]
-        others = torch.arange(len(case.lengths)) != sample
+        others = torch.arange(len(case.lengths), device=device) != sample
         assert features[sample, row + 1 :].sum() == 0 and features[others].sum() == 0
         assert places[row + step + 2 :].sum() == 0 and places[0] == 0
         assert slopes["last_hidden"].abs().sum() == 0
@@ -147,10 +155,10 @@ def test_causality_by_gradient_at_every_unroll_step(numerics: str, data: st.Data
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @FEW
 @given(data=st.data())
-def test_micro_batches_add_up(numerics: str, dtype: str, data: st.DataObject) -> None:
+def test_micro_batches_add_up(numerics: str, dtype: str, device: str, data: st.DataObject) -> None:
     """Any split under "mask"; under "rows" one of equal parts. Counts are equal, sums within the bound."""
     case = data.draw(cases(loss="kl", dtype=dtype))
-    config, frozen, params, whole = config_of(case, numerics), tame_frozen(case), tame_params(case), tame_batch(case)
+    config, (frozen, params, whole) = config_of(case, numerics), problem(case, device)
     rows, equal = len(case.lengths), case.normalization == "rows"
     cuts = range(1, rows) if equal else sorted(data.draw(st.sets(st.integers(1, max(1, rows - 1)))) & set(range(rows)))
     sizes = [b - a for a, b in zip([0, *cuts], [*cuts, rows], strict=True)]
@@ -169,10 +177,11 @@ def test_micro_batches_add_up(numerics: str, dtype: str, data: st.DataObject) ->
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @FEW
 @given(data=st.data())
-def test_the_compact_teacher_is_the_full_one(dtype: str, data: st.DataObject) -> None:
+def test_the_compact_teacher_is_the_full_one(dtype: str, device: str, data: st.DataObject) -> None:
     """Any chunk, longer than the vocabulary too; the fast numerics always stream and are held against legacy."""
     case = data.draw(cases(dtype=dtype, teacher="compact"))
-    compact, full = (evaluate(case, config_of(case, "legacy", teacher=kind), tame_batch(case)) for kind in KINDS)
+    batch = on(device, tame_batch(case))
+    compact, full = (evaluate(case, config_of(case, "legacy", teacher=kind), batch) for kind in KINDS)
     for name, value in full.items():
         same = near(compact[name], value) if value.is_floating_point() else torch.equal(compact[name], value)
         assert same, name
@@ -184,12 +193,11 @@ KINDS = ("compact", "full")
 @BOTH
 @FEW
 @given(data=st.data())
-def test_inputs_are_untouched(numerics: str, data: st.DataObject) -> None:
+def test_inputs_are_untouched(numerics: str, device: str, data: st.DataObject) -> None:
     """Every tensor of state, batch and frozen: the same bits, and never written to. The step is a function of them."""
     case = data.draw(drawn(numerics))
-    config, frozen = config_of(case, numerics), tame_frozen(case)
-    state = e3.init_state(tame_params(case), config=config)
-    batch = tame_batch(case)
+    config, (frozen, params, batch) = config_of(case, numerics), problem(case, device)
+    state = e3.init_state(params, config=config)
     inputs = named_leaves((state, batch, frozen))
     before = {name: (value.clone(), value._version) for name, value in inputs.items()}
     e3.forward_loss(state.params, batch, config=config, frozen=frozen)

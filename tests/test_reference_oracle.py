@@ -1,6 +1,13 @@
-"""The reference equals the old tool by `torch.equal`, at level 2 (see `eagle3fn.testing.oracle`)."""
+"""The reference equals SpecForge by `torch.equal`, at level 2 (see `eagle3fn.testing.oracle`); so does the package.
 
+On a card the package is held at level 1: each side computes its loss with its own Triton kernel.
+"""
+
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
+
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +17,10 @@ from torch import Tensor
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.model.table import EMBED
-from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.builders import Case, on, tame_batch, tame_frozen, tame_params
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.oracle import Oracle, eager_loss, old_draft, old_forward, run_oracle
-from eagle3fn.testing.results import Result, differences, named, nontrivial, run_forward
+from eagle3fn.testing.results import Result, differences, named, nontrivial, plain_kl, run_forward
 from eagle3fn.testing.strategies import for_oracle, oracle_cases
 from tests.conftest import Tally
 from tests.reference import Trainer, weighted_sum
@@ -33,23 +40,36 @@ CASES = [
 ]
 
 
-def reference(case: Case) -> Result:
+def reference(case: Case, device: str = "cpu") -> Result:
     """Everything that is compared, by name; gradients under their leaf's."""
-    loss, metrics, gradients = run_reference(case)
+    loss, metrics, gradients = run_reference(case, device)
     return named(loss, metrics, gradients)  # pyright: ignore[reportArgumentType]
 
 
-def hold(oracle: Oracle, case: Case) -> Result:
-    """Both sides on one case, compared; the old tool's result."""
-    old = run_oracle(oracle, case)
+def hold(oracle: Oracle, case: Case, device: str = "cpu") -> Result:
+    """SpecForge and the reference on one case, compared at level 2; SpecForge's result."""
+    return compare(lambda c: run_oracle(oracle, c, 2, "sdpa", device), lambda c: reference(c, device), case, "hold")
 
+
+def hold_package(oracle: Oracle, case: Case, device: str = "cpu") -> Result:
+    """SpecForge and the package on one case, compared at level 1 on a card, else at level 2; SpecForge's result."""
+    level = 1 if device == "cuda" else 2
+
+    def ours(case: Case) -> Result:
+        with plain_kl() if level == 2 else contextlib.nullcontext():
+            return run_forward(forward_loss, case, device)
+
+    return compare(lambda c: run_oracle(oracle, c, level, "sdpa", device), ours, case, "hold_package")
+
+
+def compare(theirs: Callable[[Case], Result], ours: Callable[[Case], Result], case: Case, name: str) -> Result:
     def repeat(case: Case) -> str:
         lines = ["import tests.conftest", "from tests.test_reference_oracle import *", ""]
-        return "\n".join([*lines, f"hold(load_oracle(), {case})"])
+        return "\n".join([*lines, f"{name}(load_oracle(), {case})"])
 
-    if differences(old, reference(case)):
-        sides = (lambda case: run_oracle(oracle, case)), reference
-        assert_same(*sides, case, repeat, known=lambda case: for_oracle(case) == case)
+    old = theirs(case)
+    if differences(old, ours(case)):
+        assert_same(theirs, ours, case, repeat, known=lambda case: for_oracle(case) == case)
     return old
 
 
@@ -64,13 +84,16 @@ def test_forward_and_gradients_equal_the_old_tool(
     assert nontrivial(hold(oracle, case))
 
 
+@pytest.mark.parametrize("side", [hold, hold_package], ids=["reference", "package"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_drawn_cases_equal_the_old_tool(oracle: Oracle, dtype: str, tally: Tally) -> None:
-    """The old tool knows neither a target of another width nor a division by trained rows."""
+def test_drawn_cases_equal_the_old_tool(
+    oracle: Oracle, dtype: str, side: Callable[..., Result], device: str, tally: Tally
+) -> None:
+    """SpecForge knows neither a target of another width nor a division by trained rows."""
 
     @given(oracle_cases(dtype=dtype))
     def check(case: Case) -> None:
-        tally.add(case, nontrivial(hold(oracle, case)))
+        tally.add(case, nontrivial(side(oracle, case, device)))
 
     check()
     tally.check()
@@ -85,7 +108,7 @@ def test_the_frozen_embedding_has_no_gradient(oracle: Oracle) -> None:
         assert [set(side) for side in sides] == [trained] * 3
 
 
-def test_a_reordering_is_detected(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reordering_is_detected(oracle: Oracle, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """The control: a norm that multiplies by its weight before the cast must not pass."""
     case = replace(CASES[0], dtype="bfloat16")
 
@@ -94,10 +117,10 @@ def test_a_reordering_is_detected(oracle: Oracle, monkeypatch: pytest.MonkeyPatc
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (self.weight * scaled).to(x.dtype)
 
-    old = run_oracle(oracle, case)
-    assert differences(old, run_oracle(oracle, case)) == []
+    old, again = (run_oracle(oracle, case, 2, "sdpa", device) for _ in range(2))
+    assert differences(old, again) == []
     monkeypatch.setattr(reference_model.RMSNorm, "forward", cast_last)
-    assert "lm_head.weight" in differences(old, reference(case))
+    assert "lm_head.weight" in differences(old, reference(case, device))
 
 
 def test_the_eager_loss_states_the_kernel(oracle: Oracle) -> None:
@@ -114,16 +137,18 @@ def test_the_eager_loss_states_the_kernel(oracle: Oracle) -> None:
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.4])
 @pytest.mark.parametrize("total", [5, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_updates_equal_the_old_optimizer(commit: Oracle, dtype: str, total: int, warmup_ratio: float) -> None:
+def test_updates_equal_the_old_optimizer(
+    commit: Oracle, dtype: Any, total: int, warmup_ratio: float, device: str
+) -> None:
     """Five updates of parameters, masters, moments, norm and rate; the last ones lie past the end of the schedule."""
     oracle = commit
     case = replace(CASES[0], dtype=dtype)
     choice = OptimizerConfig(
         learning_rate=1e-2, warmup_ratio=warmup_ratio, schedule="legacy", accumulation="legacy", max_grad_norm=0.5
     )
-    frozen = tame_frozen(case)
-    trainer = Trainer(case.config(choice, total), reference_draft(case), frozen.target_head)
-    draft = old_draft(oracle, case.draft(), tame_params(case), frozen)
+    frozen = on(device, tame_frozen(case))
+    trainer = Trainer(case.config(choice, total), reference_draft(case, device), frozen.target_head)
+    draft = old_draft(oracle, case.draft(), on(device, tame_params(case)), frozen)
     optimizer = oracle.optimizer.BF16Optimizer(
         draft, lr=1e-2, max_grad_norm=0.5, total_steps=total, warmup_ratio=warmup_ratio
     )
@@ -133,7 +158,7 @@ def test_updates_equal_the_old_optimizer(commit: Oracle, dtype: str, total: int,
     for index in range(7):
         source = torch.Generator().manual_seed(index)
         scale = 0.02 if index % 2 else 1.0
-        gradients = {n: (torch.randn(x.shape, generator=source) * scale).to(x.dtype) for n, x in leaves.items()}
+        gradients = {n: (torch.randn(x.shape, generator=source) * scale).to(x) for n, x in leaves.items()}
         for name, leaf in leaves.items():
             leaf.grad = gradients[name].clone()
         old_rate = optimizer.get_learning_rate()
@@ -153,17 +178,17 @@ def test_updates_equal_the_old_optimizer(commit: Oracle, dtype: str, total: int,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_with_accumulation_equals_the_old_loop(commit: Oracle, dtype: str) -> None:
+def test_training_with_accumulation_equals_the_old_loop(commit: Oracle, dtype: Any, device: str) -> None:
     """Four updates of two micro-batches each: backward, gradients added in the compute dtype, update."""
     oracle = commit
     case = replace(CASES[0], dtype=dtype)
     choice = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.3, schedule="legacy", accumulation="legacy")
-    frozen, params = tame_frozen(case), tame_params(case)
-    trainer = Trainer(case.config(choice, 6), reference_draft(case), frozen.target_head)
+    frozen, params = on(device, tame_frozen(case)), on(device, tame_params(case))
+    trainer = Trainer(case.config(choice, 6), reference_draft(case, device), frozen.target_head)
     draft = old_draft(oracle, case.draft(), params, frozen)
     optimizer = oracle.optimizer.BF16Optimizer(draft, lr=1e-2, max_grad_norm=0.5, total_steps=6, warmup_ratio=0.3)
     for index in range(4):
-        batches = [tame_batch(case, 2 * index), tame_batch(case, 2 * index + 1)]
+        batches = [on(device, tame_batch(case, 2 * index + i)) for i in range(2)]
         with eager_loss(oracle):
             for batch in batches:
                 losses = old_forward(oracle, draft, frozen, batch, case.config().objective).losses

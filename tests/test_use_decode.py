@@ -21,7 +21,7 @@ from eagle3fn.data.target import cache_name, features
 from eagle3fn.model import layers
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.model.table import init_params
-from eagle3fn.testing.builders import Case, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.builders import Case, on, tame_batch, tame_frozen, tame_params
 from eagle3fn.train.bind import bind
 from eagle3fn.use import decode
 from eagle3fn.use.chain import Chain
@@ -33,8 +33,8 @@ DEPTH, VOCAB, DRAFT_VOCAB = 6, 128, 96
 
 
 @cache
-def target(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
+def target(device: str = "cpu") -> Any:
+    torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -46,7 +46,7 @@ def target(seed: int = 0) -> Any:
         initializer_range=0.3,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
 
 
 def draft_config() -> DraftConfig:
@@ -70,19 +70,20 @@ def vocab_map() -> VocabMap:
     return VocabMap(t2d, kept - torch.arange(DRAFT_VOCAB))
 
 
-def random_draft(seed: int = 0) -> Draft:
-    return Draft(draft_config(), init_params(draft_config(), seed, torch.float32), vocab_map(), None)
+def random_draft(seed: int = 0, device: str = "cpu") -> Draft:
+    params = init_params(draft_config(), seed, torch.float32)
+    return Draft(draft_config(), on(device, params), on(device, vocab_map()), None)
 
 
-def prompt(seed: int, size: int) -> Tensor:
-    return torch.randint(0, VOCAB, (1, size), generator=torch.Generator().manual_seed(seed))
+def prompt(seed: int, size: int, device: str = "cpu") -> Tensor:
+    return torch.randint(0, VOCAB, (1, size), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def plain(model: Any, ids: Tensor, count: int, ends: frozenset[int] = frozenset()) -> list[int]:
     """Greedy decoding without any cache, hook or block."""
     said: list[int] = []
     while len(said) < count and not (said and said[-1] in ends):
-        whole = torch.cat([ids, torch.tensor([said], dtype=torch.int64)], dim=1)
+        whole = torch.cat([ids, torch.tensor([said], dtype=torch.int64, device=ids.device)], dim=1)
         said.append(int(model(whole, use_cache=False).logits[0, -1].argmax()))
     return said
 
@@ -109,17 +110,18 @@ class Scripted(Chain):
 
 
 def scripted(monkeypatch: Any, ids: Tensor, count: int, script: tuple[int, ...]) -> list[int]:
-    """Prepare `Scripted`; returns the true continuation of at most `count` tokens."""
-    truth = plain(target(), ids, count + 9)
-    Scripted.truth = torch.cat([ids, torch.tensor([truth])], dim=1)
+    """Prepare `Scripted` on the device of `ids`; returns the true continuation of at most `count` tokens."""
+    model = target(str(ids.device))
+    truth = plain(model, ids, count + 9)
+    Scripted.truth = torch.cat([ids, torch.tensor([truth], device=ids.device)], dim=1)
     mask = torch.ones_like(Scripted.truth)
-    Scripted.aux, _ = features(target(), Scripted.truth, mask, aux_layers(draft_config(), DEPTH))
+    Scripted.aux, _ = features(model, Scripted.truth, mask, aux_layers(draft_config(), DEPTH))
     Scripted.script, Scripted.rounds = script, 0
     monkeypatch.setattr(decode, "Chain", Scripted)
     return truth[:count]
 
 
-def test_lossless_whatever_is_drafted():
+def test_lossless_whatever_is_drafted(device):
     """Tokens are plain greedy's for drawn scripts.
 
     Few draws needn't take every path through a block: the examples do.
@@ -139,12 +141,13 @@ def test_lossless_whatever_is_drafted():
     @example(seed=0, size=4, length=4, count=16, script=[3], end=40)  # some
     @example(seed=0, size=4, length=7, count=16, script=[7], end=3)  # end inside a block
     def check(seed, size, length, count, script, end):
-        ids = prompt(seed, size)
+        ids = prompt(seed, size, device)
+        model = target(str(ids.device))
         with pytest.MonkeyPatch.context() as patch:
             truth = scripted(patch, ids, count, tuple(script))
             ends = frozenset(truth[end : end + 1])
-            expected = plain(target(), ids, count, ends)
-            got = speculate(target(), random_draft(), ids, length, count, ends)
+            expected = plain(model, ids, count, ends)
+            got = speculate(model, random_draft(0, device), ids, length, count, ends)
         assert got.tokens == expected
         assert got.verifications <= max(len(got.tokens) - 1, 0)
         assert sum(got.accepted_by_position) + got.verifications >= len(got.tokens) - 1
@@ -164,10 +167,11 @@ def note(seen: Counter[str], got: decode.Decoded, length: int, ends: frozenset[i
 
 
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 12), length=st.integers(0, 7), count=st.integers(1, 16))
-def test_lossless_with_a_random_draft(seed, size, length, count):
-    ids = prompt(seed, size)
-    got = speculate(target(), random_draft(seed % 5), ids, length, count, ())
-    assert got.tokens == plain(target(), ids, count)
+def test_lossless_with_a_random_draft(device, seed, size, length, count):
+    ids = prompt(seed, size, device)
+    model = target(str(ids.device))
+    got = speculate(model, random_draft(seed % 5, device), ids, length, count, ())
+    assert got.tokens == plain(model, ids, count)
     assert len(got.accepted_by_position) == length
 
 
@@ -267,10 +271,11 @@ def test_taps_are_those_of_extraction(kind):
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)])
-def test_inference_chain_is_the_training_unroll(monkeypatch, heads):
+def test_inference_chain_is_the_training_unroll(monkeypatch, heads, device):
     """Logits of unroll step i at row t == those of the chain's row i behind committed rows 0 … t, in fp64."""
     case = Case(heads=heads, steps=4, lengths=(9,), dtype="float64", seed=5)
-    params, frozen, batch, config = tame_params(case), tame_frozen(case), tame_batch(case), case.config()
+    params, frozen, batch = (on(device, x) for x in (tame_params(case), tame_frozen(case), tame_batch(case)))
+    config = case.config()
     trained: list[Tensor] = []
     original = layers.logits
     monkeypatch.setattr(layers, "logits", lambda *args: trained.append(original(*args)) or trained[-1])
@@ -307,32 +312,34 @@ def test_drafted_rows_leave_no_trace():
 
 
 @cache
-def trained_draft() -> tuple[Draft, Tensor, list[int]]:
+def trained_draft(device: str) -> tuple[Draft, Tensor, list[int]]:
     """A draft that learned one answer of the target by heart; its vocabulary is the answer's and the highest ids."""
-    ids = prompt(11, 6)
-    answer = plain(target(), ids, 32)
-    whole = torch.cat([ids, torch.tensor([answer])], dim=1)
+    ids = prompt(11, 6, device)
+    model = target(str(ids.device))
+    answer = plain(model, ids, 32)
+    whole = torch.cat([ids, torch.tensor([answer], device=device)], dim=1)
     ones = torch.ones_like(whole)
-    aux, last = features(target(), whole, ones, aux_layers(draft_config(), DEPTH))
+    aux, last = features(model, whole, ones, aux_layers(draft_config(), DEPTH))
     t2d = torch.arange(VOCAB) >= VOCAB - 40
     t2d[torch.tensor(answer)] = True
     kept = t2d.nonzero().flatten()
-    vocab = VocabMap(t2d, kept - torch.arange(len(kept)))
+    vocab = on(device, VocabMap(t2d, kept - torch.arange(len(kept))))
     shape = DraftConfig(**{**draft_config().__dict__, "draft_vocab_size": len(kept)})
     train = TrainConfig(steps=60, dtype="float32")
     config = Config(shape, ObjectiveConfig(ttt_length=4), OptimizerConfig(learning_rate=1e-2), train=train)
-    weights = target().get_input_embeddings().weight, target().get_output_embeddings().weight
+    weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     functions = bind(config, Frozen(*weights, *vocab))
-    state = functions.init_state(functions.init(0))
+    state = functions.init_state(on(device, functions.init(0)))
     for _ in range(60):
         state, _ = functions.step(state, Batch(whole, ones, ones, aux, last))
     return Draft(shape, state.params, vocab, None), ids, answer
 
 
-def test_a_trained_draft_is_accepted():
-    draft, ids, answer = trained_draft()
-    got = speculate(target(), draft, ids, 4, 32, ())
-    chance = speculate(target(), random_draft(), ids, 4, 32, ())
+def test_a_trained_draft_is_accepted(device):
+    draft, ids, answer = trained_draft(device)
+    model = target(str(ids.device))
+    got = speculate(model, draft, ids, 4, 32, ())
+    chance = speculate(model, random_draft(0, device), ids, 4, 32, ())
     assert got.tokens == chance.tokens == answer
     assert got.accepted_length > 3
     assert chance.accepted_length < 2

@@ -1,4 +1,8 @@
-"""One case of the CUDA gate: controls, parity with the old loss kernel inside our unroll, then with our own."""
+"""One case of the CUDA gate: controls, parity with SpecForge's loss kernel inside our unroll, then with our own.
+
+SpecForge's side is its script's own `run_forward` and `run_backward_and_update` (`testing.oracle_script`), where its
+commit is at hand; of the wheel, which has no such script, the model's forward and `.backward()`.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,11 +13,12 @@ import torch
 from torch import Tensor
 
 from eagle3fn.model import layers
-from eagle3fn.model.forward import forward_legacy, legacy_operations
+from eagle3fn.model.forward import Operations, forward_legacy, legacy_operations
 from eagle3fn.model.kernels.legacy_kl import mean_kl
 from eagle3fn.model.losses import KL
-from eagle3fn.testing.builders import Case
+from eagle3fn.testing.builders import Case, tame_params
 from eagle3fn.testing.oracle import Oracle, run_oracle
+from eagle3fn.testing.oracle_script import run_script, run_step
 from eagle3fn.testing.private_tape import old_kl, with_flex
 from eagle3fn.testing.results import ForwardLoss, Result, differences, nontrivial, run_forward, ulps
 from eagle3fn.testing.strategies import drawn, for_oracle
@@ -32,15 +37,38 @@ def case_at(index: int, seed: int, device: str) -> Case:
     return replace(case, **WIDE, draft_vocab=(3000, 8192, 16_000, 32_768)[index // 4 % 4], lengths=(48, 40), steps=7)
 
 
+def operations_of(kl: KL, attention: str) -> Callable[[torch.device, torch.dtype], Operations]:
+    """The legacy operations with another loss and the attention of one of SpecForge's backends."""
+
+    def choose(device: torch.device, dtype: torch.dtype) -> Operations:
+        operations = legacy_operations(device, dtype)._replace(kl=kl)
+        return with_flex(operations) if attention == "flex_attention" else operations
+
+    return choose
+
+
 def with_kl(kl: KL, attention: str) -> ForwardLoss:
-    """Our legacy `forward_loss` with another loss and the attention of an old backend."""
+    """Our legacy `forward_loss` with these operations."""
+    choose = operations_of(kl, attention)
 
     def forward(params: Any, batch: Any, *, config: Any, frozen: Any) -> Any:
-        operations = legacy_operations(batch.aux_hidden.device, batch.aux_hidden.dtype)._replace(kl=kl)
-        operations = with_flex(operations) if attention == "flex_attention" else operations
+        operations = choose(batch.aux_hidden.device, batch.aux_hidden.dtype)
         return forward_legacy(params, batch, config=config, frozen=frozen, operations=operations)
 
     return forward
+
+
+def their_side(oracle: Oracle, case: Case, attention: str, device: str) -> Callable[[], Result]:
+    """SpecForge on a case at level 1."""
+    run = run_script if oracle.kind == "commit" else run_oracle
+    return lambda: run(oracle, case, 1, attention, device)
+
+
+def our_side(oracle: Oracle, kl: KL, case: Case, attention: str, device: str) -> Callable[[], Result]:
+    """Ours on a case, with what SpecForge's side gives."""
+    if oracle.kind == "commit":
+        return lambda: run_step(operations_of(kl, attention), case, device)
+    return lambda: run_forward(with_kl(kl, attention), case, device)
 
 
 @contextlib.contextmanager
@@ -60,20 +88,16 @@ def reordered() -> Iterator[None]:
 
 
 def compare_case(oracle: Oracle, case: Case, attention: str, device: str) -> dict[str, Any]:
-    """The old tool against itself, against ours with its loss and with our own, and against a reordering."""
-    old, own = with_kl(old_kl(oracle), attention), with_kl(mean_kl, attention)
+    """SpecForge against itself, against ours with its loss and with our own, and against a reordering."""
+    theirs = their_side(oracle, case, attention, device)
+    with_old = our_side(oracle, old_kl(oracle), case, attention, device)
+    with_own = our_side(oracle, mean_kl, case, attention, device)
 
     def wrong() -> Result:
         with reordered():
-            return run_forward(own, case, device)
+            return with_own()
 
-    return _verdict(
-        repr(case),
-        lambda: run_oracle(oracle, case, 1, attention, device),
-        lambda: run_forward(old, case, device),
-        lambda: run_forward(own, case, device),
-        wrong,
-    )
+    return _verdict(repr(case), theirs, with_old, with_own, wrong)
 
 
 def compare_kernel(oracle: Oracle, width: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -128,9 +152,10 @@ def _apart(a: Result, b: Result) -> dict[str, int]:
 
 
 def distance(oracle: Oracle, case: Case, device: str) -> dict[str, Any]:
-    """The old tool as people run it against ours: the largest distance in ulps; -1: not finite."""
-    old, own = run_oracle(oracle, case, 1, "sdpa", device), run_forward(with_kl(mean_kl, "sdpa"), case, device)
-    gradients = [name for name in old if name not in ("loss", "losses", "acceptance", "correct", "rows")]
+    """SpecForge as people run it against ours: the largest distance in ulps; -1: not finite."""
+    old = their_side(oracle, case, "sdpa", device)()
+    own = our_side(oracle, mean_kl, case, "sdpa", device)()
+    gradients = list(tame_params(case))
     each = [ulps(old[name], own[name]) for name in gradients]
     far = {"loss": ulps(old["loss"], own["loss"]), "gradients": -1 if -1 in each else max(each)}
     return {"case": repr(case), "nontrivial": nontrivial(old), "ulps": far}

@@ -248,7 +248,7 @@ def run_oracle(
     with eager_loss(oracle) if level == 2 else contextlib.nullcontext():
         result = old_forward(oracle, draft, frozen, batch, objective, attention)
     start = torch.zeros((), device=device)
-    loss = sum((objective.decay**i * value for i, value in enumerate(result.losses)), start=start)
+    loss: Any = sum((objective.decay**i * value for i, value in enumerate(result.losses)), start=start)
     loss.backward()
     seen = {
         "loss": loss.detach(),
