@@ -96,11 +96,12 @@ def run_item(report: Report, name: str, item: Item, seconds: float) -> None:
             except subprocess.TimeoutExpired:
                 code = None
         said = log.read_bytes()[-8000:].decode("utf-8", "replace")
-        found = read_numbers(out) or read_numbers(partial)
+        whole = read_numbers(out)
+        found = whole or read_numbers(partial)
     about = {"chosen": item.chosen} if item.chosen else {}
     about |= {"item_seconds": round(time.monotonic() - begin, 1)}
     report.change(lambda result: result["parts"].update({name: about | (found or {})}))
-    if code is None:
+    if code is None and not whole:
         report.leave_out(f"{name}: SpecForge's side" if found else name)
     elif code:
         report.fault(name, f"{said}\nexit code {code}")

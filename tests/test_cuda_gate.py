@@ -369,7 +369,7 @@ def test_a_case_that_raises_does_not_end_its_claim(monkeypatch, tmp_path: Path) 
     assert said[-1] == {"case": 0}
 
 
-def test_jobs_share_the_time_or_run_at_once(tmp_path: Path) -> None:
+def test_jobs_share_the_time_or_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other each has its share of what is left; at once each has all; a job that raises is alone."""
     got: dict[str, float] = {}
 
@@ -378,11 +378,17 @@ def test_jobs_share_the_time_or_run_at_once(tmp_path: Path) -> None:
         raise RuntimeError("planted")
 
     jobs = {"tests": fails} | {name: (lambda seconds, name=name: got.update({name: seconds})) for name in CLAIMS}
-    assert [cuda_gate.share_of(left) for left in (["tests"], ["tests", "sdpa"], ["sdpa", "dynamo"])] == [1, 0.6, 0.5]
+    for at_once, shares in {1: (1, 0.6, 0.5), 2: (1, 1, 0.5), 5: (1, 1, 1)}.items():
+        left = ["tests"], ["tests", "sdpa"], ["sdpa", "dynamo"]
+        assert tuple(cuda_gate.share_of(names, at_once, 5 if len(names) > 1 else 1) for names in left) == shares
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert cuda_gate.jobs_at_once("cuda") == 5 and cuda_gate.jobs_at_once("cpu") == 2
     report = Report(tmp_path / "x.json", 100)
     cuda_gate.run_jobs(jobs, report, 1)
     assert got["tests"] == pytest.approx(60, abs=1) and got["kernel"] == pytest.approx(25, abs=1)
     assert got["dynamo"] == pytest.approx(100, abs=1) and "planted" in report.result["faults"][0]["traceback"]
+    cuda_gate.run_jobs(jobs, report, 2)
+    assert got["tests"] == pytest.approx(100, abs=1) and got["kernel"] == pytest.approx(25, abs=1)
     cuda_gate.run_jobs(jobs, report, 5)
     assert all(seconds == pytest.approx(100, abs=1) for seconds in got.values())
     report.end = time.monotonic()

@@ -1,8 +1,8 @@
 """Parity on a CUDA card: `python -m eagle3fn.testing.cuda_gate --seconds N --out FILE`, a part of the CUDA gate.
 
 First the tests that take a device, then three claims of parity and one distance, each in a process of its own with its
-own environment; on a card with many cores beside it all at once, else one after the other. Every fault is kept and the
-next case runs. Exit code 0: everything passed; 1: a difference, an exception, a control that failed, a skip, or no case
+own environment; on a card with many cores beside it all at once, else the tests beside one claim after the other. Every
+fault is kept and the next case runs. Exit code 0: everything passed; 1: a difference, an exception, a control that failed, a skip, or no case
 or test at all. `--device cpu` is a rehearsal: the kernels interpreted, `sdpa` alone; it certifies nothing about CUDA.
 """
 
@@ -71,8 +71,11 @@ def names_of(options: argparse.Namespace) -> list[str]:
 
 
 def jobs_at_once(device: str) -> int:
-    """On a card, with cores to spare, everything at once: nothing here is timed, and each has more time then."""
-    return len(NAMES) if device == "cuda" and (os.cpu_count() or 1) >= MANY_CORES else 1
+    """On a card, with cores to spare, everything at once, else the tests beside the claims: nothing here is timed."""
+    cores = os.cpu_count() or 1
+    if device == "cuda" and cores >= MANY_CORES:
+        return len(NAMES)
+    return min(cores, 2)
 
 
 def first_result(options: argparse.Namespace) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
 
     def run(name: str) -> None:
         with lock:
-            share = 1.0 if at_once > 1 else share_of(todo)
+            share = share_of(todo, at_once, len(jobs))
             todo.remove(name)
         seconds = report.left() * share
         if seconds <= 0:
@@ -122,9 +125,13 @@ def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
         list(pool.map(run, jobs))
 
 
-def share_of(todo: list[str]) -> float:
-    """The first one's share of the time that is left: of the tests more than of all claims, which share the rest."""
-    return TESTS_SHARE if todo[0] == "tests" and len(todo) > 1 else 1 / len(todo)
+def share_of(todo: list[str], at_once: int, jobs: int) -> float:
+    """The next one's share of the time that is left: what runs after it gets the rest."""
+    if at_once >= jobs:
+        return 1.0
+    if todo[0] == "tests" and len(todo) > 1:
+        return TESTS_SHARE if at_once == 1 else 1.0
+    return 1 / len(todo)
 
 
 def job_of(name: str, options: argparse.Namespace, report: Report) -> Job:

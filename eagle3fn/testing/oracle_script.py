@@ -177,9 +177,7 @@ def run_step(operations: Callable[..., Operations], case: Case, device: str = "c
         after, metrics = fns.step(fns.init_state(params), on(device, tame_batch(case)))
     finally:
         forward_file.legacy_operations = chosen
-    state = {
-        name: (after.params[name], after.masters[name], after.opt.mu[name], after.opt.nu[name]) for name in params
-    }
+    state = {name: (after.params[name], after.masters[name], after.opt.mu[name], after.opt.nu[name]) for name in params}
     return result | {"grad_norm": metrics["grad_norm"]} | _flat(state)
 
 
