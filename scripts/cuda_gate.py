@@ -167,6 +167,7 @@ def environment(device: str, revision: str) -> dict[str, str]:
     settings = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     kept = {name: value for name, value in os.environ.items() if name not in settings}
     kept |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    kept |= {"EAGLE3FN_PART_BEGAN": str(time.monotonic())}  # what the part imports is counted too
     kept |= {"EAGLE3FN_REVISION": revision} if revision else {}
     return kept | (settings if device == "cpu" else {})
 

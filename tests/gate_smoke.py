@@ -32,7 +32,7 @@ from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
 from eagle3fn.model.kernels import legacy_kl
 from eagle3fn.model.kernels import score as score_kernel
-from eagle3fn.testing.gate_part import Report, context_lost, parse_part, part_options, run_part
+from eagle3fn.testing.gate_part import BEGAN, Report, context_lost, parse_part, part_options, run_part
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
 
@@ -402,6 +402,7 @@ def main() -> int:
         report.result["restarts"] += 1
         report.write()
         words = [f"--device={options.device}", f"--seconds={max(report.left(), 0.001)}", f"--out={options.out}"]
+        os.environ[BEGAN] = str(time.monotonic())
         os.execv(sys.executable, [sys.executable, "-m", "tests.gate_smoke", *words, f"--first={first}"])
 
     found: list[Named] = []

@@ -1,9 +1,9 @@
 """Parity on a CUDA card: `python -m eagle3fn.testing.cuda_gate --seconds N --out FILE`, a part of the CUDA gate.
 
-First the tests that take a device, then three claims of parity and one distance, each in a process of its own with its
-own environment; on a card with many cores beside it all at once, else the tests beside one claim after the other. Every
-fault is kept and the next case runs. Exit code 0: everything passed; 1: a difference, an exception, a control that failed, a skip, or no case
-or test at all. `--device cpu` is a rehearsal: the kernels interpreted, `sdpa` alone; it certifies nothing about CUDA.
+The tests that take a device, then three claims of parity and one distance, each in a process of its own with its own
+environment: all at once, or on a single core one after the other. Every fault is kept and the next case runs. Exit code
+0: everything passed; 1: a difference, an exception, a control that failed, a skip, or no case or test at all.
+`--device cpu` is a rehearsal: the kernels interpreted, `sdpa` alone; it certifies nothing about CUDA.
 """
 
 import argparse
@@ -29,7 +29,6 @@ NOT_ON_CPU = {
 }
 NAMES = ("tests", *CLAIMS)
 TESTS_SHARE = 0.6  # of the time, where one thing is done after the other
-MANY_CORES = 8
 RESTARTS = 3  # of a claim whose process lost its card
 START = {"cases": 0, "undecidable": 0, "nontrivial": 0, "equal_old_kernel": 0, "equal_own_kernel": 0}
 START |= {"reordering_seen": 0, "raised": 0, "first_difference": None, "error": None, "list": []}
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(options.out, options.seconds, first_result(options))
     report.write()
     names = names_of(options)
-    run_jobs({name: job_of(name, options, report) for name in names}, report, jobs_at_once(options.device))
+    run_jobs({name: job_of(name, options, report) for name in names}, report, jobs_at_once())
     claims = tuple(name for name in names if name != "tests")
     for fault in failures(report.result, claims) if claims else []:
         report.fault("claims", fault)
@@ -70,12 +69,9 @@ def names_of(options: argparse.Namespace) -> list[str]:
     return [name for name in names if options.only in (None, name)]
 
 
-def jobs_at_once(device: str) -> int:
-    """On a card, with cores to spare, everything at once, else the tests beside the claims: nothing here is timed."""
-    cores = os.cpu_count() or 1
-    if device == "cuda" and cores >= MANY_CORES:
-        return len(NAMES)
-    return min(cores, 2)
+def jobs_at_once() -> int:
+    """Everything, as nothing here is timed and each has more time then; on a single core one job."""
+    return len(NAMES) if (os.cpu_count() or 1) > 1 else 1
 
 
 def first_result(options: argparse.Namespace) -> dict[str, Any]:
@@ -112,7 +108,7 @@ def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
 
     def run(name: str) -> None:
         with lock:
-            share = share_of(todo, at_once, len(jobs))
+            share = 1.0 if at_once > 1 else share_of(todo)
             todo.remove(name)
         seconds = report.left() * share
         if seconds <= 0:
@@ -125,13 +121,9 @@ def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
         list(pool.map(run, jobs))
 
 
-def share_of(todo: list[str], at_once: int, jobs: int) -> float:
-    """The next one's share of the time that is left: what runs after it gets the rest."""
-    if at_once >= jobs:
-        return 1.0
-    if todo[0] == "tests" and len(todo) > 1:
-        return TESTS_SHARE if at_once == 1 else 1.0
-    return 1 / len(todo)
+def share_of(todo: list[str]) -> float:
+    """The next one's share of the time that is left, where what comes after it gets the rest."""
+    return TESTS_SHARE if todo[0] == "tests" and len(todo) > 1 else 1 / len(todo)
 
 
 def job_of(name: str, options: argparse.Namespace, report: Report) -> Job:
