@@ -6,7 +6,10 @@ A script calls `settle()` first when it is run; where the environment is another
 import argparse
 import os
 import sys
+import time
+from collections.abc import Callable
 
+BEGIN = time.monotonic()  # of the process, if this is loaded first
 RAISED = "4294967296"  # bytes: large temporaries stay in the heap, so they are not mapped and zeroed anew at each step
 THRESHOLDS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
@@ -35,12 +38,22 @@ def environment(device: str, threads: int, allocator: str) -> dict[str, str | No
     return wanted | dict.fromkeys(THRESHOLDS, RAISED if allocator == "raised" else None)
 
 
-def settle() -> None:
+def exact(device: str, threads: int, allocator: str) -> dict[str, str | None]:
+    """As `environment`, for comparisons by exact value: dynamo is off, and cuBLAS keeps to its workspace."""
+    wanted = environment(device, threads, allocator)
+    return wanted | {"TORCHDYNAMO_DISABLE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def settle(of: Callable[[str, int, str], dict[str, str | None]] = environment) -> None:
     """Go on in the environment that the command line asks for; may replace this process by a new one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
     options = parser.parse_known_args()[0]
-    wanted = environment(options.device, options.threads, options.allocator)
+    go_on_in(of(options.device, options.threads, options.allocator))
+
+
+def go_on_in(wanted: dict[str, str | None]) -> None:
+    """Go on with these variables, None for an absent one; may replace this process by a new one."""
     if all(os.environ.get(name) == value for name, value in wanted.items()):
         return
     kept = {name: value for name, value in os.environ.items() if name not in wanted}

@@ -1,18 +1,20 @@
-"""The old script against `scripts/train_eagle3_fn.py` on the same arguments, and why pull request 600's table differs.
+"""SpecForge's script against ours on the same arguments, and why pull request 600's table differs.
 
     python -m bench.old_against_new --out FOLDER --json RESULT [--causes] -- ARGS
 
-`ARGS` are the old script's, without `--output-dir`, handed to both sides as they stand. The old side is its own
-`main()` (bench/old_script.py says what stands in for a GPU), ours is the script's `run`; both in this process, one
-behind the other. Compared by exact value after every update: loss, accuracy, acceptance, gradient norm, each unroll
-step's loss and the rate; at the end by `torch.equal`: weights, masters, both moments. Exit code 0: equal; 1: not.
+`ARGS` are SpecForge's, without `--output-dir`, handed to both sides as they stand. Its side is its own `main()`
+(bench/replacements.py says what stands in for a GPU), ours is the `run` of `scripts/train_eagle3_fn.py`; both in this
+process, one after the other. Compared by exact value after every update: loss, accuracy, acceptance, gradient norm,
+each unroll step's loss and the rate; at the end by `torch.equal`: weights, masters, both moments. Exit code 0: equal;
+1: not.
 
 `--causes` runs both launchers of the pull request on ARGS, and the old one with one difference at a time.
 """
 
 import os
 
-os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")  # before torch is loaded
+if __name__ == "__main__":
+    os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")  # before torch is loaded
 
 import argparse
 import hashlib
@@ -29,7 +31,7 @@ import torch
 from bench import old_script as old_side
 from bench.provenance import provenance
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_jsonl, write_json
+from eagle3fn.base.files import write_json
 from eagle3fn.base.types import TrainState
 from eagle3fn.testing.oracle import COMMIT, Oracle, OracleMissingError, load_oracle
 from scripts import compare_runs, train_eagle3_fn
@@ -55,27 +57,37 @@ def same_state(state: TrainState, old: dict[str, tuple[torch.Tensor, ...]]) -> d
     }
 
 
-def against(oracle: Oracle, arguments: list[str], out: Path) -> tuple[dict[str, Any], old_side.Recorded]:
-    """Both sides on the same arguments; the comparison, and the old side's record."""
-    old = old_side.run_old(oracle, arguments, out / "old")
-    with (out / "old" / "metrics.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in old.rows)
+def against(
+    oracle: Oracle, arguments: list[str], out: Path, device: str = "cpu"
+) -> tuple[dict[str, Any], old_side.Recorded]:
+    """Both sides on the same arguments; the comparison, and SpecForge's record."""
+    old = old_side.run_old(oracle, arguments, out / "old", device=device)
     options = train_eagle3_fn.parser().parse_args([*arguments, "--output-dir", str(out / "new")])
-    state = train_eagle3_fn.run(options)
-    rows, new = compare_runs.read_run(out / "old"), read_jsonl(out / "new" / "metrics.jsonl")
-    unequal = [(a["step"], n) for a, b in zip(rows, new, strict=False) for n in COMPARED if a[n] != b[n]]
-    found = compare_runs.first_difference(rows, compare_runs.read_run(out / "new"))
-    result = {
+    state = train_eagle3_fn.run(options, device=device)
+
+    rows = [compare_runs.read_run(out / side) for side in ("old", "new")]
+    result = compare_rows(*rows) | {"state_equal": same_state(state, old.state)}
+    result["equal"] = result["rows_equal"] and all(result["state_equal"].values())
+    return result, old
+
+
+def compare_rows(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every value of every update, by exact value; SpecForge's rows first."""
+    unequal = [name for a, b in zip(rows, new, strict=False) for name in COMPARED if a[name] != b[name]]
+    found = compare_runs.first_difference(rows, new)
+    return {
         "steps": [len(rows), len(new)],
         "compared": COMPARED,
         "first_difference": None if found is None else str(found),
         "unequal_values": len(unequal),
-        "state_equal": same_state(state, old.state),
+        "rows_equal": found is None and not unequal,
         "sha256_of_rows": [digest(side) for side in (rows, new)],
-        "shown": {str(step): [shown(side[step - 1]) for side in (rows, new)] for step in SHOWN if step <= len(rows)},
+        "shown": {
+            str(step): [shown(side[step - 1]) for side in (rows, new)]
+            for step in sorted({*SHOWN, len(rows)})
+            if 0 < step <= min(len(rows), len(new))
+        },
     }
-    result["equal"] = not unequal and found is None and all(result["state_equal"].values())
-    return result, old
 
 
 def shown(row: dict[str, Any]) -> dict[str, float]:
@@ -130,17 +142,22 @@ def reports(old: old_side.Recorded, step: int) -> dict[str, float | None]:
     }
 
 
-def about(oracle: Oracle, options: argparse.Namespace) -> dict[str, Any]:
+def about(oracle: Oracle, options: argparse.Namespace, replaced: tuple[str, ...]) -> dict[str, Any]:
     """Where and with what the result was got, the old tool's files by hash."""
+    flags = ["--out", str(options.out), "--json", str(options.json), *(["--causes"] if options.causes else [])]
+    return provenance(shlex.join(["python", "-m", "bench.old_against_new", *flags, "--", *options.arguments])) | {
+        "oracle": identity(oracle),
+        "level": 2,
+        "replaced": replaced,
+    }
+
+
+def identity(oracle: Oracle) -> dict[str, Any]:
+    """SpecForge by its commit and the hashes of the files that a run uses."""
     root = Path(str(oracle.optimizer.__file__)).parent
     more = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in FILES}
-    flags = ["--out", str(options.out), "--json", str(options.json), *(["--causes"] if options.causes else [])]
     hashes = oracle.hashes | old_side.SCRIPTS | more
-    return provenance(shlex.join(["python", "-m", "bench.old_against_new", *flags, "--", *options.arguments])) | {
-        "oracle": {"name": "SpecForge", "kind": oracle.kind, "commit": COMMIT, "hashes": hashes},
-        "level": 2,
-        "replaced": old_side.REPLACED,
-    }
+    return {"name": "SpecForge", "kind": oracle.kind, "commit": COMMIT, "hashes": hashes}
 
 
 def main() -> int:
@@ -158,7 +175,7 @@ def main() -> int:
             raise UserError(f"{options.out}: holds an earlier run; name another folder, or delete that one")
         result, old = against(oracle, options.arguments, options.out)
         print(json.dumps(result, indent=2))
-        write_json(options.json, head := about(oracle, options) | result)
+        write_json(options.json, head := about(oracle, options, old.replaced) | result)
         if options.causes:
             head["causes"] = causes(oracle, options.arguments, options.out, old)
     except (UserError, OracleMissingError) as error:

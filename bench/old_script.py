@@ -1,45 +1,34 @@
-"""The old tool's two launchers, `main()` and all, on the CPU in this process, with what they compute recorded.
+"""SpecForge's two launchers, `main()` and all, in this process, with what they compute recorded.
 
 `train_eagle3.py` and `train_eagle3_dataflow.py` of SpecForge's pull request 600 are loaded from `SPECFORGE_SRC` and run
 as they stand: arguments, data set, vocabulary map, loader, model, head, optimizer, reports, checkpoints. What stands in
-for a GPU and for packages that are not needed here is in `REPLACED`, and nothing else is touched.
+for a GPU, or for packages that are not needed here, is chosen by the device in bench/replacements.py; a finished run
+names it.
 """
-
-import os
-
-os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")  # before torch is loaded
 
 import contextlib
 import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
-from torch.distributed import fsdp
 
+from bench.replacements import on_device
 from eagle3fn.base.errors import UserError
-from eagle3fn.testing.oracle import Oracle, OracleMissingError, eager_loss
+from eagle3fn.testing.oracle import Oracle, OracleMissingError
+from eagle3fn.train.track import append_row
 
 SCRIPTS = {  # sha256 at the commit
     "train_eagle3.py": "7f9089ea903af3ba4e299c8f691d15fd3fdc638355450c5da3f76d5593f2b718",
     "train_eagle3_dataflow.py": "cc310f522eb082d00f61590dc320515b0872b1f33abef8a26e0c9148c39259e6",
 }
-REPLACED = (
-    "level 2: its Triton loss by the equal eager expression; dynamo off",
-    "Tensor.cuda and Module.cuda do nothing; the process group is gloo, of one rank; averages over it are skipped",
-    "FullyShardedDataParallel, which refuses a CPU, gives the module back: there is nothing to shard on one rank",
-    "rope_theta is set again as an attribute of the draft's configuration, where transformers 5 hides it",
-    "sglang, which only names choices of an option, is a stand-in",
-)
-GROUPS = ("TP", "DP", "DRAFT_DP", "DRAFT_SP", "SP_ULYSSES", "SP_RING")
 DECAY = 0.8
+NOT_SAVED = "SpecForge's checkpoints are not written"
 
 
 class Recorded(NamedTuple):
@@ -49,101 +38,30 @@ class Recorded(NamedTuple):
     shown: list[dict[str, float]]  # what the progress bar shows after each micro-batch, or the logger of the new one
     logged: list[dict[str, Any]]  # what its tracker was given
     state: dict[str, tuple[torch.Tensor, ...]]  # weight, master and both moments by name
+    replaced: tuple[str, ...]  # what was not SpecForge's own
 
 
-class Whole:
-    """In the place of `FullyShardedDataParallel`."""
-
-    def __new__(cls, module: torch.nn.Module, **_: Any) -> Any:
-        """The module itself."""
-        return module
-
-    @staticmethod
-    @contextlib.contextmanager
-    def state_dict_type(*_: Any) -> Iterator[None]:
-        """The state dict is whole anyway."""
-        yield
-
-
-def load_script(oracle: Oracle, name: str) -> ModuleType:
-    """One of the launchers as a module.
+def script_path(oracle: Oracle, name: str) -> Path:
+    """Where one of the launchers lies.
 
     Raises:
-        OracleMissingError: its file is not the commit's.
+        OracleMissingError: it is not there, or not the commit's file.
     """
     path = Path(str(oracle.optimizer.__file__)).parent.parent / "scripts" / name
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SCRIPTS[name]:
         raise OracleMissingError(f"{path}: not the commit's file; set SPECFORGE_SRC to a whole checkout")
+    return path
+
+
+def load_script(oracle: Oracle, name: str) -> ModuleType:
+    """One of the launchers as a module; raises as `script_path`."""
+    path = script_path(oracle, name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
-
-
-@contextlib.contextmanager
-def stand_in_for_sglang() -> Iterator[None]:
-    """Modules that name the choices of one option."""
-    absent = [name for name in ("sglang", "sglang.srt", "sglang.srt.server_args") if name not in sys.modules]
-    for name in absent:
-        sys.modules[name] = ModuleType(name)
-        vars(sys.modules[name])["ATTENTION_BACKEND_CHOICES"] = ["flashinfer", "fa3", "triton"]
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]
-
-
-@contextlib.contextmanager
-def on_cpu(oracle: Oracle, cache: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
-    """Both launchers, while their replacements stand; `cache` is for the data sets they build."""
-    for package in ("datasets.config", "accelerate"):  # the checkout's folder datasets/ can be imported too
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise OracleMissingError(
-                f"the old script cannot be loaded ({error}): pip install datasets accelerate"
-            ) from None
-    same = lambda self, *_, **__: self  # noqa: E731
-    with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        enter(stand_in_for_sglang())
-        enter(patch.object(fsdp, "FullyShardedDataParallel", Whole))
-        enter(patch.object(torch.Tensor, "cuda", same))
-        enter(patch.object(torch.nn.Module, "cuda", same))
-        enter(patch.object(dist, "all_reduce", _all_reduce))
-        enter(patch("datasets.config.HF_DATASETS_CACHE", cache))
-        enter(patch.object(importlib.import_module("specforge.distributed"), "init_distributed", _init_distributed))
-        enter(eager_loss(oracle))
-        old = load_script(oracle, "train_eagle3.py")
-        enter(patch.object(old.AutoDraftModelConfig, "from_file", _with_theta(old.AutoDraftModelConfig.from_file)))
-        yield old, load_script(oracle, "train_eagle3_dataflow.py")
-
-
-_reduce = dist.all_reduce
-
-
-def _all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, **rest: Any) -> Any:
-    return None if op == dist.ReduceOp.AVG else _reduce(tensor, op, **rest)
-
-
-def _init_distributed(**_: Any) -> None:
-    distributed = importlib.import_module("specforge.distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
-    for name in GROUPS:
-        setattr(distributed, f"_{name}_GROUP", dist.group.WORLD)
-
-
-def _with_theta(read: Any) -> Any:
-    def from_file(path: str) -> Any:
-        config = read(path)
-        rope = getattr(config, "rope_parameters", None) or {}
-        config.rope_theta = rope.get("rope_theta", 10_000.0)
-        return config
-
-    return from_file
 
 
 def row_of(step: int, losses: list, accuracy: list, acceptance: list, norm: Any, rate: float) -> dict[str, Any]:
@@ -170,11 +88,32 @@ def _one_batch(arguments: list[str]) -> None:
         raise UserError("--draft-accumulation-steps: its report holds the last micro-batch alone; leave it out here")
 
 
-def run_old(oracle: Oracle, arguments: list[str], out: Path, stored: bool = False) -> Recorded:
-    """`train_eagle3.py` with these arguments; `stored`: its loader does not shuffle, nothing else differs."""
+def run_old(
+    oracle: Oracle,
+    arguments: list[str],
+    out: Path,
+    stored: bool = False,
+    device: str = "cpu",
+    conversations: bool = True,
+    saves: bool = True,
+) -> Recorded:
+    """`train_eagle3.py` with these arguments. Rows go into `OUT/metrics.jsonl` as they come, also of a run that fails.
+
+    Args:
+        oracle: SpecForge at its commit.
+        arguments: the script's, without `--output-dir`.
+        out: the folder that all it writes goes into.
+        stored: its loader does not shuffle, nothing else differs.
+        device: "cpu" or "cuda".
+        conversations: False: they are not read; see `replacements`.
+        saves: False: its checkpoints are not written.
+    """
     _one_batch(arguments)
-    rows, shown, logged, seen = [], [], [], {}
-    with on_cpu(oracle, out / "datasets") as (old, _), contextlib.ExitStack() as stack:
+    rows, shown, logged, seen, more = [], [], [], {}, []
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    cache = out / "datasets" if conversations else None
+    with on_device(oracle, device, cache) as replaced, contextlib.ExitStack() as stack:
+        old = load_script(oracle, "train_eagle3.py")
         forward, update, progress, loaders = (
             old.run_forward, old.run_backward_and_update, old.get_progress_metrics, old.prepare_dp_dataloaders
         )  # fmt: skip
@@ -187,6 +126,7 @@ def run_old(oracle: Oracle, arguments: list[str], out: Path, stored: bool = Fals
             rate, seen["optimizer"] = optimizer.get_learning_rate(), optimizer
             norm = update(args, losses, optimizer, step)
             rows.append(row_of(step, losses, seen["lists"][1], seen["lists"][2], norm, rate))
+            append_row(out / "metrics.jsonl", rows[-1])
             return norm
 
         def get_progress_metrics(*args: Any) -> Any:
@@ -202,15 +142,19 @@ def run_old(oracle: Oracle, arguments: list[str], out: Path, stored: bool = Fals
         if stored:
             unshuffled = lambda *a, **k: loaders(*a, **(k | {"shuffle": False}))  # noqa: E731
             stack.enter_context(patch.object(old, "prepare_dp_dataloaders", unshuffled))
+        if not saves:
+            more.append(NOT_SAVED)
+            stack.enter_context(patch.object(old, "save_checkpoints", lambda *_: None))
         _call(old.main, [*arguments, "--output-dir", str(out / "run")], out / "log.txt")
-    return Recorded(rows, shown, logged, state_of(seen["optimizer"]))
+    return Recorded(rows, shown, logged, state_of(seen["optimizer"]), (*replaced, *more))
 
 
-def run_dataflow(oracle: Oracle, arguments: list[str], out: Path) -> Recorded:
+def run_dataflow(oracle: Oracle, arguments: list[str], out: Path, device: str = "cpu") -> Recorded:
     """`train_eagle3_dataflow.py`, the new launcher of pull request 600, with these arguments."""
     _one_batch(arguments)
     rows, shown, seen = [], [], {}
-    with on_cpu(oracle, out / "datasets") as (_, new), contextlib.ExitStack() as stack:
+    with on_device(oracle, device, out / "datasets") as replaced, contextlib.ExitStack() as stack:
+        new = load_script(oracle, "train_eagle3_dataflow.py")
         strategy = importlib.import_module("specforge.runtime.training.strategy").Eagle3TrainStrategy
         core = importlib.import_module("specforge.runtime.training.trainer").TrainerCore
         forward, step = strategy.forward_loss, core.train_step
@@ -230,7 +174,7 @@ def run_dataflow(oracle: Oracle, arguments: list[str], out: Path) -> Recorded:
         stack.enter_context(patch.object(strategy, "forward_loss", forward_loss))
         stack.enter_context(patch.object(core, "train_step", train_step))
         _call(new.main, [*arguments, "--output-dir", str(out / "run")], out / "log.txt")
-    return Recorded(rows, shown, [], state_of(seen["optimizer"]))
+    return Recorded(rows, shown, [], state_of(seen["optimizer"]), replaced)
 
 
 def _call(main: Any, arguments: list[str], log: Path) -> None:

@@ -160,8 +160,17 @@ def length_of(options: argparse.Namespace, samples: int, size: int = 1) -> Lengt
     return Length(micro // share, options.total_steps or options.num_epochs * math.ceil(loader / share))
 
 
-def config_of(options: argparse.Namespace, draft: DraftConfig, samples: int, size: int = 1) -> Config:
-    """The old script's training of `samples` feature files on `size` ranks, as a configuration."""
+def config_of(
+    options: argparse.Namespace,
+    draft: DraftConfig,
+    samples: int,
+    size: int = 1,
+    device: str | None = None,
+) -> Config:
+    """SpecForge's training of `samples` feature files on `size` ranks, as a configuration.
+
+    `device` is "cuda" where there is a card, "cpu" elsewhere, unless it is named.
+    """
     length, batch = length_of(options, samples, size), options.target_batch_size
     objective = ObjectiveConfig(
         ttt_length=options.ttt_length, normalization="rows", numerics="legacy", loss=LOSSES[options.lk_loss_type],
@@ -178,7 +187,7 @@ def config_of(options: argparse.Namespace, draft: DraftConfig, samples: int, siz
     )  # fmt: skip
     plan = TrainConfig(
         steps=length.steps, seed=options.seed, init="legacy", checkpoint_every=options.save_interval,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )  # fmt: skip
     return Config(draft, objective, optimizer, data, plan)
 
@@ -200,8 +209,12 @@ def vocab_of(options: argparse.Namespace, features: FeatureSet, draft: DraftConf
     return vocab
 
 
-def run(options: argparse.Namespace, world: World = World()) -> TrainState:  # noqa: B008
-    """Train as the options say; returns the last state.
+def run(
+    options: argparse.Namespace,
+    world: World = World(),  # noqa: B008
+    device: str | None = None,
+) -> TrainState:
+    """Train as the options say; returns the last state. `device`: see `config_of`.
 
     Raises:
         UserError: an option that is refused, or whatever `train.loop.train` raises.
@@ -214,7 +227,7 @@ def run(options: argparse.Namespace, world: World = World()) -> TrainState:  # n
     features = open_features(options.train_hidden_states_path, tree["vocab_size"], tree["hidden_size"])
     layers = tree["num_hidden_layers"]
     check_target(features, config_hash(tree), aux_layers(draft, layers), options.target_model_path)
-    config = config_of(options, draft, len(features.samples), world.size)
+    config = config_of(options, draft, len(features.samples), world.size, device)
     if checkpoints(out / "checkpoints") and not options.resume:
         raise UserError(f"{out}: holds a run; go on with --resume, or name another --output-dir")
     if world.main and (unused := idle(options)):

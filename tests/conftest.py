@@ -2,31 +2,21 @@
 
 import os
 
-from tests.devices import (  # hooks of pytest
-    pytest_addoption,
-    pytest_collection_modifyitems,
-    pytest_configure,
-    pytest_generate_tests,
-    pytest_report_header,
-    pytest_runtest_call,
-    pytest_runtest_makereport,
-    pytest_runtest_protocol,
-    pytest_runtest_setup,
-    pytest_sessionfinish,
-    settle_environment,
-)
+from tests import devices
 
-settle_environment()
+devices.settle_environment()
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from eagle3fn.testing import Case, parity
+from eagle3fn.testing.interpreter import mend_interpreter
 from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
-from tests import devices
 
 devices.settle_torch()
+if not devices.ON_CARD:
+    mend_interpreter()
+pytest_plugins = ["tests.devices"]
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=20, **COMMON)

@@ -7,6 +7,8 @@ processes, as Triton's interpreter and its compiler cannot share one: `TEST_DEVI
 - `cpu`: the CPU alone.
 - `cuda`: a card alone, which must be there. Nothing may be skipped, and no test at all is a failure.
 - `stand-in`: the tests of "cuda" on a card that is not there (tests/stand_in_card.py). It certifies nothing.
+
+PYTEST_DONT_REWRITE: it is imported before torch, to settle the environment.
 """
 
 import contextlib
@@ -111,7 +113,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Leave a test out that would begin after the run's time."""
-    if time.monotonic() - begin < item.config.getoption("--seconds"):
+    if time.monotonic() - begin < float(item.config.getoption("--seconds")):  # pyright: ignore
         return None
     item.config.stash[COUNTS]["left out"] += 1
     tell(item.config, {"test": item.nodeid, "outcome": "left out"})

@@ -5,7 +5,8 @@ without a card. What it is not: its numbers are the CPU's, its kernels are inter
 
 PyTorch's device of shapes alone, "meta", lends its name, as every build of PyTorch knows it. While `stand_in()` is
 open every operation passes `_run`, which takes the values out, computes, and puts the results on the card again.
-Where the package asks for CUDA by name, to choose a kernel, the choice is made as on a card.
+Attention is chosen as on a card. Loss and scores are the plain expressions, as an interpreted kernel takes seconds;
+where a test calls a Triton kernel by name, it is interpreted.
 """
 
 import contextlib
@@ -14,12 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import optree
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
 
-from eagle3fn.model import fast, flash_attention, forward, fused, losses
+from eagle3fn.model import fast, flash_attention
 from eagle3fn.model.kernels import legacy_kl, score
 
 NAME = "meta"
@@ -77,9 +78,19 @@ class _Everything(TorchDispatchMode):
 _waits: list[Wait] = []
 
 
+def taken(tree: Any) -> Any:
+    """The values of the card's tensors in a tree."""
+    return optree.tree_map(lambda x: x.held if isinstance(x, OnCard) else x, tree)
+
+
+def put(tree: Any) -> Any:
+    """A tree with its tensors on the card."""
+    return optree.tree_map(lambda x: OnCard(x) if isinstance(x, Tensor) and not isinstance(x, OnCard) else x, tree)
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation: on the host if all its tensors are there, else on the card."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    tensors = [x for x in optree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, OnCard)]
     _refuse_mixed(func, tensors, ours)
     _note_waits(func, args, kwargs, ours)
@@ -92,11 +103,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     # Compute on the CPU.
     on_host = dict(kwargs, device=torch.device("cpu")) if wanted is not None else kwargs
-    inner_args, inner_kwargs = tree_map_only(OnCard, lambda x: x.held, (args, on_host))
+    inner_args, inner_kwargs = taken(args), taken(on_host)
     out = func(*inner_args, **inner_kwargs)
-
     if on_card:
-        out = tree_map_only(Tensor, lambda x: x if isinstance(x, OnCard) else OnCard(x), out)
+        out = put(out)
     if not ours or not on_card or func is aten._to_copy.default:
         return out
     return return_and_correct_aliasing(func, args, kwargs, out)
@@ -142,7 +152,7 @@ class _Launch:
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self.kernel[grid](*(x.held if isinstance(x, OnCard) else x for x in args), **kwargs)
+            return self.kernel[grid](*taken(args), **kwargs)
 
         return call
 
@@ -151,10 +161,7 @@ def _by_value(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of the CPU's own, called for tensors on the card."""
 
     def call(*args: Any) -> Any:
-        if not isinstance(args[0], OnCard):
-            return function(*args)
-        out = function(*tree_map_only(OnCard, lambda x: x.held, args))
-        return tree_map_only(Tensor, OnCard, out)
+        return put(function(*taken(args))) if isinstance(args[0], OnCard) else function(*args)
 
     return call
 
@@ -165,15 +172,6 @@ def stand_in() -> Iterator[list[Wait]]:
     loss_kernels = tuple(map(_Launch, legacy_kl._kernels()))
     score_kernels = tuple(map(_Launch, score._kernels()))
 
-    def kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
-        return device.type == NAME and dtype != torch.float64
-
-    def kl_on(device: torch.device, dtype: torch.dtype) -> losses.KL:
-        return legacy_kl.mean_kl if kernel_runs(device, dtype) else losses.kl_loss
-
-    def score_on(device: torch.device, dtype: torch.dtype) -> Callable:
-        return score.score if kernel_runs(device, dtype) else fused.score
-
     def fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
         return device.type == NAME and dtype in flash_attention._KINDS and size in flash_attention._SIZES
 
@@ -181,8 +179,6 @@ def stand_in() -> Iterator[list[Wait]]:
         (torch.cuda, "device_of", lambda x: contextlib.nullcontext()),
         (legacy_kl, "_kernels", lambda: loss_kernels),
         (score, "_kernels", lambda: score_kernels),
-        (forward, "kl_on", kl_on),
-        (fused, "score_on", score_on),
         (fast, "fits", fits),
         (flash_attention, "_flash", _by_value(flash_attention._flash)),
         (flash_attention, "_flash_backward", _by_value(flash_attention._flash_backward)),

@@ -18,6 +18,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.cli import main
 from eagle3fn.train import bind, loop
 from eagle3fn.train.checkpoint import read_leaves
+from tests import devices
 from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
 from tests.start_ranks import ROOT, Ended, torchrun
 
@@ -77,6 +78,29 @@ def same_run(a: Path, b: Path) -> bool:
     one, two = read_leaves(a / last), read_leaves(b / last)
     equal = one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     return equal and all(rows(a / name) == rows(b / name) for name in ("metrics.jsonl", "eval.jsonl"))
+
+
+def on_device(device: str) -> list[str]:
+    where = ["--set", f"train.device={device}"]
+    return [*where, "--set", "data.prefetch=0"] if devices.STAND_IN else where  # it is there in its own thread alone
+
+
+def test_a_run_on_a_device_leaves_rows_and_a_draft(house, tmp_path, device):
+    assert train(house, tmp_path / "run", *on_device(device)) == 0
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+    draft = load_file(tmp_path / "run" / "draft" / "model.safetensors")
+    assert draft and all(bool(leaf.count_nonzero()) for leaf in draft.values())
+
+
+@pytest.mark.skipif(devices.STAND_IN, reason="a checkpoint is not read into tensors of the device of shapes alone")
+def test_a_run_on_a_device_goes_on_from_its_checkpoint_to_the_same_bits(house, tmp_path, device):
+    """Its last two steps are made again, from the checkpoint of step 6."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert train(house, whole, *on_device(device)) == 0
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000008")
+    assert train(house, again, *on_device(device)) == 0
+    assert same_run(whole, again)
 
 
 def test_a_run_leaves_what_the_readme_says(house):

@@ -100,8 +100,8 @@ def problem(model, rows, dtype, **objective):
 def run(fns, start, source, device):
     """Losses, gradients and states over the batches of `source`, on a device."""
     state, seen = start, []
-    for micro in source:
-        micro = tuple(on(device, batch) for batch in micro)
+    for batches_of_a_step in source:
+        micro = tuple(on(device, batch) for batch in batches_of_a_step)
         gradients = [e3.value_and_grad(fns.forward_loss, has_aux=True)(state.params, batch) for batch in micro]
         state, metrics = fns.step(state, micro)
         seen.append((gradients, state, {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)}))

@@ -44,8 +44,9 @@ def scores_of(score, dtype, v, d, device, k=2, p=2, width=8):
 @pytest.mark.parametrize("pair", [(130, 64), (128, 128), (5000, 4097), (2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_is_its_torch_twin(dtype, pair, device):
-    kl, correct, accept, known, by_logits = scores_of(kernel.score, dtype, *pair, device)
-    want_kl, want_correct, want_accept, want_known, want = scores_of(fused.score, dtype, *pair, device)
+    v, d = pair
+    kl, correct, accept, known, by_logits = scores_of(kernel.score, dtype, v, d, device)
+    want_kl, want_correct, want_accept, want_known, want = scores_of(fused.score, dtype, v, d, device)
     torch.testing.assert_close(kl, want_kl, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(accept, want_accept, rtol=2e-6, atol=2e-6)
     assert torch.equal(correct, want_correct) and torch.equal(known, want_known)

@@ -6,7 +6,6 @@ On a card the package is held at level 1: each side computes its loss with its o
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-
 from typing import Any
 
 import pytest

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +46,8 @@ def target(device: str = "cpu") -> Any:
         initializer_range=0.3,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
+    model: Any = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return model.to(device)
 
 
 def draft_config() -> DraftConfig:
@@ -86,6 +87,13 @@ def plain(model: Any, ids: Tensor, count: int, ends: frozenset[int] = frozenset(
         whole = torch.cat([ids, torch.tensor([said], dtype=torch.int64, device=ids.device)], dim=1)
         said.append(int(model(whole, use_cache=False).logits[0, -1].argmax()))
     return said
+
+
+def clear(ids: Tensor, said: list[int]) -> bool:
+    """Whether each greedy token leads the next best by far more than rounding; else a block may say the other."""
+    whole = torch.cat([ids, torch.tensor([said], dtype=torch.int64, device=ids.device)], dim=1)
+    best = target(str(ids.device))(whole, use_cache=False).logits[0, ids.shape[1] - 1 : -1].topk(2).values
+    return bool((best[:, 0] - best[:, 1] > 1e-3).all())
 
 
 class Scripted(Chain):
@@ -136,10 +144,10 @@ def test_lossless_whatever_is_drafted(device):
         script=st.lists(st.integers(0, 7), min_size=1, max_size=4),
         end=st.integers(0, 40),
     )
-    @example(seed=0, size=4, length=4, count=16, script=[7], end=40)  # all
-    @example(seed=0, size=4, length=4, count=16, script=[0], end=40)  # none
-    @example(seed=0, size=4, length=4, count=16, script=[3], end=40)  # some
-    @example(seed=0, size=4, length=7, count=16, script=[7], end=3)  # end inside a block
+    @example(seed=1, size=4, length=4, count=16, script=[7], end=40)  # all
+    @example(seed=1, size=4, length=4, count=16, script=[0], end=40)  # none
+    @example(seed=1, size=4, length=4, count=16, script=[3], end=40)  # some
+    @example(seed=1, size=4, length=7, count=16, script=[7], end=3)  # end inside a block
     def check(seed, size, length, count, script, end):
         ids = prompt(seed, size, device)
         model = target(str(ids.device))
@@ -147,6 +155,7 @@ def test_lossless_whatever_is_drafted(device):
             truth = scripted(patch, ids, count, tuple(script))
             ends = frozenset(truth[end : end + 1])
             expected = plain(model, ids, count, ends)
+            assume(clear(ids, truth))
             got = speculate(model, random_draft(0, device), ids, length, count, ends)
         assert got.tokens == expected
         assert got.verifications <= max(len(got.tokens) - 1, 0)
@@ -170,9 +179,17 @@ def note(seen: Counter[str], got: decode.Decoded, length: int, ends: frozenset[i
 def test_lossless_with_a_random_draft(device, seed, size, length, count):
     ids = prompt(seed, size, device)
     model = target(str(ids.device))
+    expected = plain(model, ids, count)
+    assume(clear(ids, expected))
     got = speculate(model, random_draft(seed % 5, device), ids, length, count, ())
-    assert got.tokens == plain(model, ids, count)
+    assert got.tokens == expected
     assert len(got.accepted_by_position) == length
+
+
+def test_a_tie_within_rounding_is_seen():
+    """One of 8,400 prompts: two tokens 4e-6 apart."""
+    assert not clear(prompt(287, 7), plain(target(), prompt(287, 7), 16))
+    assert clear(prompt(1, 4), plain(target(), prompt(1, 4), 16))
 
 
 def test_counts_by_hand(monkeypatch):

@@ -85,14 +85,14 @@ def adamw(
     decay = 1 - rate * config.weight_decay
 
     def update(g: Tensor, m: Tensor, v: Tensor, master: Tensor) -> None:
+        if config.weight_decay:
+            torch._foreach_mul_([master], decay)
         torch._foreach_lerp_([m], [g], 1 - beta1)
         torch._foreach_mul_([v], beta2)
         torch._foreach_addcmul_([v], [g], [g], 1 - beta2)
         bottom = torch._foreach_sqrt([v])
         torch._foreach_div_(bottom, [root])
         torch._foreach_add_(bottom, config.eps)
-        if config.weight_decay:
-            torch._foreach_mul_([master], decay)
         torch._foreach_addcdiv_([master], [m], bottom, [-size])
 
     if donate:

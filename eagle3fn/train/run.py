@@ -9,6 +9,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.config import Config, to_dict
+from eagle3fn.base.device import send
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Frozen, VocabMap
@@ -150,5 +151,5 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
 
 
 def to_device(values: T, device: str) -> T:
-    """The tree of tensors, such as a batch, with every tensor on `device`."""
-    return tree_map(lambda value: value.to(device), values)
+    """The tree of tensors, such as a batch, with every tensor on `device`; on the way there the host does not wait."""
+    return tree_map(lambda value: send(value, device) if device != "cpu" else value.to(device), values)

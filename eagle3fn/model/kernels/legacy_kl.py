@@ -74,7 +74,7 @@ _mean_kl = differentiable_once(_forward, _backward, kept=2, else_take="the CPU, 
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any]:  # noqa: C901
+def _kernels() -> tuple[Any, Any]:  # noqa: C901, PLR0915
     """The forward and the backward kernel.
 
     Every pass over a row is a loop of one turn: written without the loop, the compiler would share loads and products
@@ -141,7 +141,8 @@ def _kernels() -> tuple[Any, Any]:  # noqa: C901
             real = column < columns
             z = tl.load(logits + column, mask=real, other=0.0).to(tl.float32)
             weight = tl.load(p + column, mask=real, other=0.0).to(tl.float32)
-            by_logit = -(weight * g - tl.exp(z - top) / total * pull)  # a fused product rounds once: this order
+            pulled = tl.exp(z - top) / total * pull  # before the other product: Triton 3.6 keeps the order written
+            by_logit = -(weight * g - pulled)  # a fused product rounds once: this order
             tl.store(logits + column, by_logit, mask=real)
 
     return forward, backward

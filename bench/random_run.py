@@ -1,0 +1,126 @@
+"""What both training scripts read, of seeded random numbers: target, features, map, draft."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from bench.old_data import EMBED, HEAD, SHARD, draft_tree
+from bench.problem import Drawer, draft_of, make_frozen, turns
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.files import write_json
+
+UNROLL = 7
+BATCH = 2
+SAMPLES = 10
+MASKED = 0.5  # share of the tokens without a loss, in turns
+TEMPLATE = "qwen"
+
+
+class Sizes(NamedTuple):
+    """What is trained on a device."""
+
+    shape: str  # of bench.problem.SHAPES
+    length: int  # tokens of the longest sample
+    rate: float
+
+
+def write_target(folder: Path, draft: DraftConfig, device: str, seed: int) -> dict[str, Any]:
+    """A random target with nothing but embedding, final norm, head and a tokenizer of one word.
+
+    Returns its vocabulary map as SpecForge stores one: `t2d` `(V,)` bool, `d2t` `(D,)` int64.
+    """
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    frozen = make_frozen(draft, seed, torch.bfloat16, device)
+    assert frozen.embed_tokens is not None
+    tensors = {
+        EMBED: frozen.embed_tokens.cpu(),
+        "model.norm.weight": torch.ones(draft.target_hidden_size, dtype=torch.bfloat16),
+        HEAD: frozen.target_head.cpu(),
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {}, "weight_map": dict.fromkeys(tensors, SHARD)},
+    )
+    write_json(folder / "config.json", target_tree(draft))
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder)
+    return {"t2d": frozen.t2d.cpu(), "d2t": frozen.d2t.cpu()}
+
+
+def target_tree(draft: DraftConfig) -> dict[str, Any]:
+    """The configuration of a target for which this draft is made."""
+    names = (
+        *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+        *("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+    )
+    fixed = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "num_hidden_layers": 28,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    return fixed | {name: getattr(draft, name) for name in names}
+
+
+def write_features(folder: Path, draft: DraftConfig, length: int, device: str, seed: int) -> None:
+    """Samples of four lengths, in SpecForge's files; half of the tokens are trained, in turns."""
+    folder.mkdir(parents=True)
+    source = torch.Generator().manual_seed(seed)
+    draw = Drawer(seed + 3, torch.bfloat16, device)
+    for number in range(SAMPLES):
+        size = length - number % 4 * (length // 16)
+        tree = {
+            "input_ids": torch.randint(0, draft.vocab_size, (size,), generator=source),
+            "loss_mask": turns(size, MASKED, source),
+            "aux_hidden_state": draw((1, size, 3 * draft.target_hidden_size), 1.0).cpu(),
+            "hidden_state": draw((1, size, draft.target_hidden_size), 2.0).cpu(),
+        }
+        torch.save(tree, folder / f"data_{number:06d}.ckpt")
+
+
+def write_problem(root: Path, sizes: Sizes, updates: int, device: str, seed: int) -> list[str]:
+    """All that both scripts read, under `root`; returns their arguments for so many updates.
+
+    Large tensors are drawn on `device`, so their values depend on it.
+    """
+    draft = draft_of(sizes.shape, None, sizes.length)
+    vocab = write_target(root / "target", draft, device, seed)
+    write_features(root / "features", draft, sizes.length, device, seed)
+    write_json(root / "draft.json", draft_tree(target_tree(draft), draft.draft_vocab_size))
+
+    # Where both look for the map first; its name is a hash of what it would be counted from.
+    named = (root / "none.jsonl", sizes.length, TEMPLATE, root / "target")
+    key = hashlib.md5("-".join(map(str, named)).encode()).hexdigest()
+    (root / "cache" / "vocab_mapping").mkdir(parents=True)
+    torch.save(vocab, root / "cache" / "vocab_mapping" / f"{key}.pt")
+
+    settings = {
+        "target-model-path": root / "target",
+        "draft-model-config": root / "draft.json",
+        "train-data-path": root / "none.jsonl",
+        "train-hidden-states-path": root / "features",
+        "cache-dir": root / "cache",
+        "chat-template": TEMPLATE,
+        "attention-backend": "sdpa",
+        "max-length": sizes.length,
+        "batch-size": BATCH,
+        "ttt-length": UNROLL,
+        "learning-rate": sizes.rate,
+        "warmup-ratio": 0.1,
+        "num-epochs": math.ceil(updates / (SAMPLES // BATCH)),
+        "max-num-steps": updates,
+        "seed": seed,
+        "dataloader-num-workers": 0,
+        "build-dataset-num-proc": 1,
+    }
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]

@@ -1,0 +1,251 @@
+"""Updates of SpecForge's script against ours, at a real draft's shapes, on seeded random features.
+
+    python -m bench.updates --device cuda --seconds 90 --out RESULT [--updates 20]
+
+A temporary folder gets a target of random weights that holds what both scripts read, feature files,
+a vocabulary map and a draft's configuration. SpecForge's own `main()` and the `run` of
+`scripts/train_eagle3_fn.py` then train on the same arguments in this process: `sdpa`, deterministic
+algorithms, no dynamo. On CUDA they train Qwen2.5-7B's draft, each side with its own Triton loss
+(level 1). On the CPU, a rehearsal, they train a tiny one with the same eager loss (level 2).
+
+Every number of every update and the last state are compared by exact value. The result is written
+after each stage; a stage that fails, or is at work when time is up, leaves its traceback under
+`faults`. Exit code 0: equal; 1: a difference or a fault; 2: nothing was compared, and one line says
+why.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from bench import launch
+
+    launch.settle(launch.exact)
+
+import argparse
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from bench import old_script
+from bench.old_against_new import compare_rows, identity, same_state
+from bench.problem import SHAPES, draft_of
+from bench.provenance import provenance
+from bench.random_run import BATCH, SAMPLES, UNROLL, Sizes, write_problem
+from bench.replacements import replacements
+from bench.stages import Stages
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import read_jsonl
+from eagle3fn.base.types import TrainState
+from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
+from eagle3fn.train.loop import Events
+from eagle3fn.train.plan import GIB, memory_of
+from scripts import train_eagle3_fn
+
+NEEDED = 44 * GIB  # of a card's memory, for the largest shapes
+OUR_FILES = "our checkpoints and drafts are not written"
+
+
+SIZES = {"cuda": Sizes("qwen2.5-7b", 512, 1e-4), "cpu": Sizes("tiny", 40, 1e-3)}
+SMALLER = Sizes("smollm2", 512, 1e-4)  # for a card with less memory
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), required=True)
+    add("--seconds", type=float, default=90, help="all must end within these (default 90)")
+    add("--out", type=Path, required=True, help="the result's file")
+    add("--updates", type=int, default=20, help="optimizer updates on each side (default 20)")
+    add("--shape", choices=SHAPES, help="the draft's shape (default: by the device)")
+    add("--length", type=int, help="tokens of the longest sample (default: by the device)")
+    add("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    for name, least in (("seconds", 0), ("updates", 0), ("length", 15)):
+        value = getattr(options, name)
+        if value is not None and not least < value < math.inf:
+            raise UserError(f"--{name} {value}: must be above {least}")
+    return options
+
+
+def sizes_of(options: argparse.Namespace) -> tuple[Sizes, str | None]:
+    """What to train, and why it is less than it should be, if it is."""
+    sizes, why = SIZES[options.device], None
+    if options.device == "cuda" and (there := memory_of("cuda")) < NEEDED:
+        sizes = SMALLER
+        why = f"the card has {there / GIB:.0f} GiB, {SIZES['cuda'].shape} takes {NEEDED // GIB}"
+    shape, length = options.shape or sizes.shape, options.length or sizes.length
+    return sizes._replace(shape=shape, length=length), why
+
+
+def judged(result: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The comparison as far as both sides have come; of a part, or of nothing, no claim."""
+    rows, new = (rows_of(root / side) for side in ("old", "new"))
+    found = compare_rows(rows, new)
+    count = result["updates"]
+    moving = len({row["loss"] for row in rows}) == len(rows) > 0
+    found["nontrivial"] = moving and all(row["grad_norm"] > 0 for row in rows)
+    found["equal"] = (
+        not result["faults"]
+        and found["nontrivial"]
+        and found["steps"] == [count, count]
+        and found["rows_equal"]
+        and all(result["state_equal"].values())
+    )
+    return found
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a side has written so far."""
+    path = folder / "metrics.jsonl"
+    return read_jsonl(path) if path.is_file() else []
+
+
+def train_ours(arguments: Sequence[str], out: Path, device: str) -> TrainState:
+    """Our script's `run`, whose checkpoints and drafts are not written."""
+    options = train_eagle3_fn.parser().parse_args([*arguments, "--output-dir", str(out)])
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(train_eagle3_fn, "run_events", lambda *_: Events()))
+        stack.enter_context(patch("eagle3fn.train.loop.save_checkpoint", lambda *_: None))
+        return train_eagle3_fn.run(options, device=device)
+
+
+def measure(
+    oracle: Oracle,
+    options: argparse.Namespace,
+    change: Sequence[str] = (),
+    spent: float = 0.0,
+) -> dict[str, Any]:
+    """Both sides and the comparison.
+
+    Args:
+        oracle: SpecForge at its commit.
+        options: as parsed.
+        change: more arguments for ours alone: a control, which must be seen.
+        spent: seconds of `options.seconds` that have gone by.
+    """
+    sizes, why = sizes_of(options)
+    stood_in = replacements(oracle, options.device, None)
+    head = provenance() | {
+        "oracle": identity(oracle),
+        "device": options.device,
+        "level": 1 if options.device == "cuda" else 2,
+        "updates": options.updates,
+        "draft": asdict(draft_of(sizes.shape, None, sizes.length)),
+        "settings": sizes._asdict() | {"batch": BATCH, "samples": SAMPLES, "ttt_length": UNROLL},
+        "smaller_because": why,
+        "seed": options.seed,
+        "flags": {
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+            "attention": "sdpa",
+        },
+        "state_equal": {"compared": False},
+        "replaced": [*(chosen.said for chosen in stood_in), old_script.NOT_SAVED, OUR_FILES],
+    }
+    with tempfile.TemporaryDirectory(prefix="updates-") as folder:
+        root = Path(folder)
+        stages = Stages(
+            options.out,
+            head,
+            seconds=options.seconds,
+            spent=spent,
+            more=lambda result: judged(result, root),
+            tell=tell,
+            remove=root,
+            logs={"SpecForge": root / "old" / "log.txt"},
+        )
+        with closing(stages):
+            train_both(oracle, options, sizes, root, change, stages)
+            return stages.end()
+
+
+def train_both(
+    oracle: Oracle,
+    options: argparse.Namespace,
+    sizes: Sizes,
+    root: Path,
+    change: Sequence[str],
+    stages: Stages,
+) -> None:
+    """The problem, one side after the other, and their last states beside each other."""
+    arguments, old, state = [], None, None
+    with stages.stage("problem"):
+        arguments = write_problem(root, sizes, options.updates, options.device, options.seed)
+        free()
+    if not arguments:
+        return
+
+    # A side that fails does not keep the other from its rows.
+    with stages.stage("SpecForge"):
+        old = old_script.run_old(
+            oracle,
+            arguments,
+            root / "old",
+            device=options.device,
+            conversations=False,
+            saves=False,
+        )
+        stages.result["replaced"] = [*old.replaced, OUR_FILES]
+    with stages.stage("ours"):
+        free()
+        state = train_ours([*arguments, *change], root / "new", options.device)
+
+    if old is not None and state is not None:
+        with stages.stage("state"):
+            stages.result["state_equal"] = same_state(state, old.state)
+
+
+def tell(result: dict[str, Any]) -> None:
+    """Faults on stderr, and a line of JSON on stdout, whatever SpecForge's output is sent to."""
+    for fault in result["faults"]:
+        print(f"{fault['where']}:\n{fault['traceback']}", file=sys.__stderr__)
+    names = ("equal", "steps", "unequal_values", "first_difference", "seconds")
+    summary = {name: result[name] for name in names} | {"faults": len(result["faults"])}
+    print(json.dumps(summary), file=sys.__stdout__, flush=True)
+
+
+def free() -> None:
+    """Give back what the side before has left, also on the card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
+    """The exit code; the last line on stdout is a summary in JSON.
+
+    `begin` is when the process began, by `time.monotonic`.
+    """
+    begin = time.monotonic() if begin is None else begin
+    try:
+        options = parse(arguments)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: no CUDA device here; --device cpu is a rehearsal")
+        oracle = load_oracle(commit=True, native=options.device == "cuda")
+        old_script.script_path(oracle, "train_eagle3.py")
+        torch.use_deterministic_algorithms(True)
+        result = measure(oracle, options, spent=time.monotonic() - begin)
+    except (UserError, OracleMissingError, OSError) as error:
+        print(f"bench.updates: {error}", file=sys.stderr)
+        return 2
+    tell(result)
+    return 0 if result["equal"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(begin=launch.BEGIN))
