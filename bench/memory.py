@@ -5,7 +5,7 @@ import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,16 +18,30 @@ MEANING = {
 }
 
 
+class Measured(NamedTuple):
+    """A side whose memory was measured: what makes a step, what its first one returned, bytes by `MEANING`'s names."""
+
+    update: Callable[[], Any]
+    first: Any
+    used: dict[str, int]
+
+
 def measure(make: Callable[[], Callable[[], Any]], steps: int, device: str) -> dict[str, Any]:
     """Bytes (see `MEANING`) of `steps` calls of what `make` returns; resident set on CPU, allocated bytes on CUDA."""
+    return measured(make, steps, device).used
+
+
+def measured(make: Callable[[], Callable[[], Any]], steps: int, device: str) -> Measured:
+    """The same, and the side itself: where allocated bytes are counted, others may live beside it."""
     inputs = now(device)
     update = make()
     idle = now(device)
     reset(device)
-    for _ in range(steps):
+    first = update()
+    for _ in range(steps - 1):
         update()
     peak = largest(device)
-    return {"peak": peak, "inputs": inputs, "idle": idle, "step": peak - inputs}
+    return Measured(update, first, {"peak": peak, "inputs": inputs, "idle": idle, "step": peak - inputs})
 
 
 def now(device: str) -> int:

@@ -17,13 +17,16 @@ from bench.launch import THRESHOLDS
 PACKAGES = ("torch", "transformers", "triton", "yunchang")
 
 
-def provenance(command: str | None = None) -> dict[str, Any]:
-    """The revision ends in -dirty where files differ from it; `command` is this process's own unless given."""
+def provenance(command: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """The revision ends in -dirty where files differ from it; `command` is this process's own unless given.
+
+    A machine without git is told the revision: by `revision`, or by EAGLE3FN_REVISION in the environment.
+    """
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    revision = subprocess.run(git, check=False, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+    given = revision or os.environ.get("EAGLE3FN_REVISION")
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "revision": revision.strip() or "unknown",
+        "revision": given or said(git) or "unknown",
         "command": own_command() if command is None else command,
         "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
         "hardware": hardware(),
@@ -55,7 +58,32 @@ def hardware() -> dict[str, Any]:
         "memory_gib": round(memory / 2**30, 1),
         "libc": " ".join(platform.libc_ver()),
     }
-    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+    return found | (card() if torch.cuda.is_available() else {})
+
+
+def card() -> dict[str, Any]:
+    """The CUDA card, its driver and what it can do."""
+    properties = torch.cuda.get_device_properties(0)
+    driver = said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver or "unknown",
+        "cuda": torch.version.cuda,
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+    }
+
+
+def said(command: list[str]) -> str:
+    """What a program printed; empty where it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().split("\n")[0]
 
 
 def _version(name: str) -> str:

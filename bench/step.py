@@ -6,6 +6,10 @@ share of the matmul rate measured in the same rounds, counting what the needed r
 `ratio` and `memory_ratio` are null; `ratio_legacy` and `memory_ratio_legacy` hold the fast side against our own legacy
 numerics in any case. `--mesh` adds the fast side on a mesh of one rank, `mesh_overhead` is what that costs.
 
+Memory is measured in a child process for each side; with `--memory-here` in this process, before the rounds: as exact
+on CUDA, where allocated bytes are counted, and rough on the CPU. `--partial FILE` gets the result without SpecForge
+before its side is made.
+
 Under torchrun each rank has its own batch of one sharded state; the old tool and memory are then left out.
 """
 
@@ -21,6 +25,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import subprocess
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -32,6 +37,7 @@ from bench.launch import add_arguments
 from bench.problem import SHAPES, Problem, draft_of, draw_params, make_problem
 from bench.provenance import provenance
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import write_json
 from eagle3fn.testing.oracle import Oracle
 from eagle3fn.train.launch import World, ranks
 
@@ -50,6 +56,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default bfloat16)")
     add("--mesh", action="store_true", help="also the fast side on a mesh of one rank")
     add("--no-memory", action="store_true", help="leave memory out")
+    add("--memory-here", action="store_true", help="measure memory in this process, without a child for each side")
+    add("--partial", help="a file that gets our own sides' result first")
     add("--memory-of", choices=(*sides.OURS, "old"), help="measure the memory of this side alone")
     add_arguments(parser)
     return parser.parse_args(arguments)
@@ -98,24 +106,34 @@ def measure(
 ) -> dict[str, Any]:
     """Times of every side, FLOPs, and shares of the matmul rate, over all ranks."""
     problem, device = problem_of(options, world.rank), options.device
-    calls = {name: side_of(name, options, problem, oracle, mesh) for name in names}
+    makes = {name: partial(side_of, name, options, problem, oracle, mesh) for name in names}
     with sides.old_loss(oracle, device):
-        losses = {name: float(call()) for name, call in calls.items()}
+        if options.memory_here:
+            common.best_matmul(getattr(torch, options.dtype), device)  # its workspace is no side's
+            found = {name: memory.measured(make, MEMORY_STEPS, device) for name, make in makes.items()}
+            calls = {name: side.update for name, side in found.items()}
+            losses = {name: float(side.first) for name, side in found.items()}
+            used = {name: side.used for name, side in found.items()}
+        else:
+            calls = {name: make() for name, make in makes.items()}
+            losses = {name: float(call()) for name, call in calls.items()}
+            used = {}
         common.check_losses(losses)
         warm = 0 if device == "cpu" else 3
         timing = common.in_turns(calls, options.rounds or ROUNDS, getattr(torch, options.dtype), device, world, warm)
     mask = problem.batch.loss_mask
     needed, dense = (common.flops(problem.draft, mask, options.k, every) for every in (False, True))
     spread = world.every((needed.total, common.row_shares(mask, options.k)))
-    told = timing.told()
+    times = timing.told()
     return {
         "ratio": timing.ratio("old", "fast") if "old" in names else None,
         "ratio_legacy": timing.ratio("legacy", "fast"),
         "mesh_overhead": timing.ratio("mesh", "fast") - 1 if "mesh" in names else None,
         "mfu": timing.share("fast", mean(part[0] for part in spread)),
         "mfu_dense": {name: timing.share(name, dense.total) for name in names if name in ("legacy", "old")},
-        "tokens_per_s": {name: world.size * mask.numel() / took for name, took in told["seconds"].items()},
-        **told,
+        "tokens_per_s": {name: world.size * mask.numel() / took for name, took in times["seconds"].items()},
+        **times,
+        "memory_here": used,
         "first_loss": losses,
         "flops_needed": needed._asdict() | {"total": needed.total},
         "flops_dense": dense.total,
@@ -126,15 +144,32 @@ def measure(
 def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
     """Everything about one case."""
     oracle, reason = sides.find_oracle(options.device) if world.size == 1 else (None, sides.ONE_RANK)
+    ours = [*sides.OURS, *(["mesh"] if options.mesh else [])]
     names = [*sides.OURS, *(["old"] if oracle else []), *(["mesh"] if options.mesh else [])]
-    alone = world.size == 1 and not options.no_memory
-    used = {name: in_child(name, *sys.argv[1:]) for name in names if name != "mesh"} if alone else {}
-    step = {name: value["step"] for name, value in used.items()}
+    children = world.size == 1 and not options.no_memory and not options.memory_here
+    used = {name: in_child(name, *sys.argv[1:]) for name in names if name != "mesh"} if children else {}
     options.device = world.device(options.device)
-    result = measure(options, names, oracle, world, world.mesh(options.device))
-    told = ("shape", "seq", "batch", "masked", "k", "dtype", "device", "seed", "allocator")
+    mesh = world.mesh(options.device)
+    if options.partial and oracle:
+        measured = measure(options, ours, None, world, mesh)
+        write_json(options.partial, told(options, world, measured, used, None, "its side was not measured yet"))
+    return told(options, world, measure(options, names, oracle, world, mesh), used, oracle, reason)
+
+
+def told(
+    options: argparse.Namespace,
+    world: World,
+    result: dict[str, Any],
+    used: dict[str, Any],
+    oracle: Oracle | None,
+    reason: str | None,
+) -> dict[str, Any]:
+    """The result of what was measured: first what is asked most, then the settings and the rest."""
+    used = used | result.pop("memory_here")
+    step = {name: value["step"] for name, value in used.items()}
+    about = ("shape", "seq", "batch", "masked", "k", "dtype", "device", "seed", "allocator")
     draft_vocab = draft_of(options.shape, options.draft_vocab, options.seq).draft_vocab_size
-    settings = {name: getattr(options, name) for name in told} | {"draft_vocab": draft_vocab, "ranks": world.size}
+    settings = {name: getattr(options, name) for name in about} | {"draft_vocab": draft_vocab, "ranks": world.size}
     return {
         "ratio": result.pop("ratio"),
         "memory_ratio": step["fast"] / step["old"] if "old" in step else None,

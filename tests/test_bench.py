@@ -87,20 +87,24 @@ def test_scaling_has_every_point_and_a_picture(tmp_path: Path) -> None:
     assert result["memory_growth"] == pytest.approx(beyond[1] / beyond[0])
 
 
-def test_the_gate_refuses_without_cuda_and_runs_dry_on_cpu(tmp_path: Path) -> None:
+def test_the_gates_part_refuses_without_cuda_and_rehearses_on_cpu(tmp_path: Path, oracle) -> None:
     out = tmp_path / "gate.json"
     if not torch.cuda.is_available():
-        assert "no CUDA device is there" in call("-m", "bench.cuda_gate", "--out", out, code=2).stderr
+        assert "no CUDA device is there" in call("-m", "bench.cuda_gate", "--seconds", "9", "--out", out, code=2).stderr
         assert not out.exists()
-    late = last_line(call("-m", "bench.cuda_gate", "--device", "cpu", "--minutes", "0", "--out", out, code=1))
-    assert late == {"parts": {}, "left_out": ["step-tiny", "loss-tiny", "attention-tiny"], "out": str(out)}
-    call("-m", "bench.cuda_gate", "--device", "cpu", "--out", out)
+    call("-m", "bench.cuda_gate", "--device", "cpu", "--seconds", "1", "--out", out, code=1)
     result = json.loads(out.read_text())
-    assert result["kind"] == "dry run on CPU, no measurement"
-    assert result["left_out"] == []
+    assert result["left_out"] == ["step-tiny", "loss-tiny", "attention-tiny"]
+    assert result["faults"][0]["traceback"] == "nothing was measured"
+    call("-m", "bench.cuda_gate", "--device", "cpu", "--seconds", "300", "--out", out)
+    result = json.loads(out.read_text())
+    assert result["kind"] == "rehearsal on a CPU, no measurement"
+    assert result["left_out"] == [] and result["faults"] == []
     assert result["parts"]["loss-tiny"]["mfu"]["64"] > 0
     assert result["parts"]["attention-tiny"]["ratio"]["96"] > 0
-    assert result["parts"]["step-tiny"]["first_loss"]["fast"] > 0
+    step = result["parts"]["step-tiny"]
+    assert step["ratio"] > 0 and step["memory"].keys() == {"legacy", "fast", "old"}
+    assert all(used["step"] == used["peak"] - used["inputs"] for used in step["memory"].values())
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -10,13 +10,22 @@ from eagle3fn.base.files import read_json
 from eagle3fn.testing.oracle import COMMIT_FILES
 
 CLAIMS = {
-    "kernel": "our Triton loss equals the old one, alone",
-    "sdpa": "legacy numerics equal the old tool with `sdpa`, its Triton loss, dynamo off",
-    "flex_attention": "legacy numerics equal the old tool with `flex_attention` (unfused), its Triton loss, dynamo off",
-    "dynamo": "distance from the old tool with dynamo on; no parity",
+    "kernel": "our Triton loss equals SpecForge's, alone",
+    "sdpa": "legacy numerics equal SpecForge with `sdpa`, its Triton loss, dynamo off",
+    "flex_attention": "legacy numerics equal SpecForge with `flex_attention` (unfused), its Triton loss, dynamo off",
+    "dynamo": "distance from SpecForge with dynamo on; no parity",
 }
 PARITY = ("kernel", "sdpa", "flex_attention")
-PATTERN = "*cuda-parity*.json"
+PATTERN = "*cuda-gate*.json"
+KIND = "cuda gate"  # of a result that was got on a card
+TITLES = {
+    "smoke": "every kernel, numerics, step, decoding and extraction once, tiny and at real widths",
+    "tests": "the tests that take a device",
+    "bench": "a step's time and memory",
+    "profile": "one fast step by kernels, without a wait for the host",
+    "updates": "SpecForge's script against ours, update by update",
+}
+OUTCOMES = ("passed", "failed", "skipped", "left_out")
 UNVERIFIED = "| anything else on CUDA | unverified, no result file yet | CUDA |"
 _LEGACY = (
     "base/grad.py base/rows.py model/attention.py model/forward.py model/kernels/legacy_kl.py model/layers.py "
@@ -24,17 +33,18 @@ _LEGACY = (
 )
 
 
-def sources() -> dict[str, str]:
-    """Sha256 of every file of the legacy path."""
+def sources(every: bool = False) -> dict[str, str]:
+    """Sha256 of every file of the legacy path, or of the whole package."""
     root = Path(eagle3fn.__file__).parent
-    return {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in _LEGACY.split()}
+    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.py"))] if every else _LEGACY.split()
+    return {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names}
 
 
-def failures(certificate: dict[str, Any], claims: tuple[str, ...]) -> list[str]:
-    """Why it does not certify these claims; empty if it does. What did not run has not passed."""
-    found = [] if certificate.get("oracle") else ["no oracle: nothing was compared"]
+def failures(parity: dict[str, Any], claims: tuple[str, ...]) -> list[str]:
+    """Why the gate's part `parity` does not certify these claims; empty if it does. What did not run has not passed."""
+    found = [] if parity.get("oracle") else ["no oracle: nothing was compared"]
     for name in claims:
-        claim = certificate["claims"].get(name)
+        claim = parity["claims"].get(name)
         found += [f"{name}: not run"] if claim is None else [f"{name}: {reason}" for reason in _faults(name, claim)]
     return found
 
@@ -42,13 +52,14 @@ def failures(certificate: dict[str, Any], claims: tuple[str, ...]) -> list[str]:
 def _faults(name: str, claim: dict[str, Any]) -> list[str]:
     count = {key: claim[key] for key in ("cases", "undecidable", "nontrivial")}
     faults = [claim["error"]] if claim.get("error") else []
+    faults += [f"{claim['raised']} cases ended with an exception"] if claim.get("raised") else []
     if not count["cases"]:
         return [*faults, "zero cases"]
     if name not in PARITY:
         return faults
     decided = count["cases"] - count["undecidable"]
     if not decided:
-        faults.append("every case undecidable: the old tool differs from itself")
+        faults.append("every case undecidable: SpecForge differs from itself")
     for key in ("equal_old_kernel", "equal_own_kernel"):
         if claim[key] < decided:
             faults.append(f"{key} in {claim[key]} of {decided} decided cases")
@@ -59,38 +70,68 @@ def _faults(name: str, claim: dict[str, Any]) -> list[str]:
     return faults
 
 
-def stale(certificate: dict[str, Any]) -> list[str]:
-    """Files of ours or of the old tool that are not those the result was got with."""
-    ours, theirs = certificate["sources"], certificate["oracle"]["hashes"]
+def stale(result: dict[str, Any]) -> list[str]:
+    """Files of ours or of SpecForge that are not those the claims of a gate's result were got with."""
+    oracle = result["parts"]["parity"]["result"]["oracle"]
+    ours, theirs = result["sources"], oracle["hashes"]
     changed = [name for name, digest in sources().items() if ours.get(name) != digest]
-    known = theirs if certificate["oracle"]["kind"] == "wheel" else COMMIT_FILES
+    known = theirs if oracle["kind"] == "wheel" else COMMIT_FILES
     return changed + [f"specforge/{name}" for name in known if theirs.get(name) != known[name]]
 
 
 def rows(folder: str | Path) -> list[str]:
-    """README's rows: one for each claim of each result file in `folder`, or the row that says there is none."""
+    """README's rows: those of each result of the gate in `folder`, or the row that says there is none.
+
+    A rehearsal on the CPU gives none.
+    """
     found = [row for path in sorted(Path(folder).glob(PATTERN)) for row in _rows(path)]
     return found or [UNVERIFIED]
 
 
 def _rows(path: Path) -> list[str]:
-    certificate = read_json(path)
-    where = (
-        f"{certificate['card']}, torch {certificate['torch']}" if certificate["device"] == "cuda" else "dry run, CPU"
-    )
-    old = stale(certificate) if certificate.get("oracle") else []
-    if (certificate.get("oracle") or {}).get("kind") == "wheel":
-        where += "; in the old tool's place the wheel specforge"
+    result = read_json(path)
+    if result.get("kind") != KIND:
+        return []
+    hardware, versions = result["hardware"], result["versions"]
+    where = f"{hardware['gpu']}, torch {versions['torch']}"
+    link = f"[{result['date'][:10]}](bench/results/{path.name})"
     lines = []
-    for name, title in CLAIMS.items():
-        faults = failures(certificate, (name,))
-        state = (
-            f"stale: {', '.join(old)} changed" if old else f"not passed: {'; '.join(faults)}" if faults else "passed"
-        )
-        numbers = _numbers(certificate["claims"].get(name))
-        link = f"[{certificate['date'][:10]}](bench/results/{path.name})"
-        lines.append(f"| CUDA, `{name}`: {title} | {state}{numbers}; {link} | {where} |")
+    for name, part in result["parts"].items():
+        if name == "parity":
+            lines += _parity_rows(result, link, where)
+        else:
+            said = f"{_state(part)}, at revision {result['revision'][:12]}; {link}"
+            lines.append(f"| CUDA, `{name}`: {TITLES.get(name, name)} | {said} | {where} |")
     return lines
+
+
+def _parity_rows(result: dict[str, Any], link: str, where: str) -> list[str]:
+    """Rows of the claims and, before them, of the tests that ran on the card."""
+    part = result["parts"]["parity"]
+    parity = part["result"]
+    if not isinstance(parity, dict) or "claims" not in parity:
+        return [f"| CUDA, `parity`: nothing was compared | not passed: {part['state']}; {link} | {where} |"]
+    old = stale(result) if parity.get("oracle") else []
+    if (parity.get("oracle") or {}).get("kind") == "wheel":
+        where += "; in SpecForge's place its wheel specforge"
+    lines = []
+    if parity.get("tests"):
+        counts = ", ".join(f"{parity['tests'][key]} {key.replace('_', ' ')}" for key in OUTCOMES)
+        lines.append(f"| CUDA, `tests`: {TITLES['tests']} | {counts}; {link} | {where} |")
+    for name, title in CLAIMS.items():
+        faults = failures(parity, (name,))
+        state = f"not passed: {'; '.join(faults)}" if faults else "passed"
+        state = f"stale: {', '.join(old)} changed" if old else state
+        lines.append(f"| CUDA, `{name}`: {title} | {state}{_numbers(parity['claims'].get(name))}; {link} | {where} |")
+    return lines
+
+
+def _state(part: dict[str, Any]) -> str:
+    """How a part ended, with how many faults and how much left out."""
+    found = part["result"] if isinstance(part["result"], dict) else {}
+    counts = {"faults": len(found.get("faults", ())), "left out": len(found.get("left_out", ()))}
+    shown = "".join(f", {count} {name}" for name, count in counts.items() if count)
+    return ("passed" if part["state"] == "passed" else f"not passed: {part['state']}") + shown
 
 
 def _numbers(claim: dict[str, Any] | None) -> str:
@@ -100,8 +141,8 @@ def _numbers(claim: dict[str, Any] | None) -> str:
         return ", at most " + ", ".join(f"{value} ulps in {name}" for name, value in claim["ulps"].items())
     decided = claim["cases"] - claim["undecidable"]
     return (
-        f", {claim['equal_own_kernel']} of {decided} cases with our loss kernel, {claim['equal_old_kernel']} with the "
-        f"old one; {claim['undecidable']} undecidable"
+        f", {claim['equal_own_kernel']} of {decided} cases with our loss kernel, {claim['equal_old_kernel']} with "
+        f"SpecForge's; {claim['undecidable']} undecidable"
     )
 
 

@@ -1,148 +1,177 @@
-"""The CUDA gate: `python -m eagle3fn.testing.cuda_gate --out FILE`, three claims of parity and a certificate.
+"""Parity on a CUDA card: `python -m eagle3fn.testing.cuda_gate --seconds N --out FILE`, a part of the CUDA gate.
 
-Each claim runs in a process of its own, with its own environment, for its share of the time. The result grows case by
-case. Exit code 0: every claim of parity passed; 1: a difference, a control that failed, a skip or no case at all; 3: no
-old tool. `--device cpu` is a dry run: the kernels interpreted, `sdpa` alone; it certifies nothing about CUDA.
+The tests that take a device, then three claims of parity and one distance, each in a process of its own with its own
+environment: all at once, or on a single core one after the other. Every fault is kept and the next case runs. Exit code
+0: everything passed; 1: a difference, an exception, a control that failed, a skip, or no case or test at all.
+`--device cpu` is a rehearsal: the kernels interpreted, `sdpa` alone; it certifies nothing about CUDA.
 """
 
 import argparse
-import datetime
-import itertools
-import json
-import math
 import os
-import platform
-import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from eagle3fn.base.files import write_json
-from eagle3fn.testing.certificate import CLAIMS, failures, sources
-from eagle3fn.testing.oracle import ENVIRONMENT, Oracle, OracleMissingError, load_oracle
+from eagle3fn.testing.certificate import CLAIMS, failures
+from eagle3fn.testing.device_tests import run_tests
+from eagle3fn.testing.gate_part import Report, parse_part, part_options, run_part
+from eagle3fn.testing.gate_process import follow
+from eagle3fn.testing.oracle import ENVIRONMENT
 
 NOT_ON_CPU = {
     "flex_attention": "flex_attention has no backward on the CPU",
-    "dynamo": "the old tool's kernels are interpreted on the CPU",
+    "dynamo": "SpecForge's kernels are interpreted on the CPU",
 }
-DRY_WIDTHS = (100, 1000, 2047)
-GRACE = 45.0  # seconds beyond its time for a claim's last case, before its process is ended
-NO_ORACLE = 3
+NAMES = ("tests", *CLAIMS)
+TESTS_SHARE = 0.6  # of the time, where one thing is done after the other
+RESTARTS = 3  # of a claim whose process lost its card
+START = {"cases": 0, "undecidable": 0, "nontrivial": 0, "equal_old_kernel": 0, "equal_own_kernel": 0}
+START |= {"reordering_seen": 0, "raised": 0, "first_difference": None, "error": None, "list": []}
+
+Job = Callable[[float], None]
+"""Runs until it is done, or for so many seconds."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options; `--claim` is for the processes that the gate starts itself."""
+    """The options of the part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the certificate, a JSON file")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=7.0, help="no case begins later (default 7)")
+    part_options(parser)
+    parser.add_argument("--only", choices=NAMES, help="the tests, or one claim")
     parser.add_argument("--cases", type=int, default=10**6, help="cases of a claim at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--claim", choices=tuple(CLAIMS), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if not (options.claim or (0 < options.minutes < math.inf and options.cases > 0)):
-        parser.error(f"--minutes {options.minutes}, --cases {options.cases}: must be above 0, or nothing is compared")
-    if options.claim is None and options.out is None:
-        parser.error("--out is missing: name the certificate's file")
+    options = parse_part(parser, arguments)
+    if options.cases < 1:
+        parser.error(f"--cases {options.cases}: must be above 0, or nothing is compared")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The gate, or one claim of it."""
+    """The part."""
     options = parse(arguments)
-    if options.claim:
-        return run_claim(options)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("cuda_gate: no CUDA device here, so nothing is verified; --device cpu is a dry run", file=sys.stderr)
-        return 1
-    return run_gate(options)
+    report = Report(options.out, options.seconds, first_result(options))
+    report.write()
+    names = names_of(options)
+    run_jobs({name: job_of(name, options, report) for name in names}, report, jobs_at_once())
+    claims = tuple(name for name in names if name != "tests")
+    for fault in failures(report.result, claims) if claims else []:
+        report.fault("claims", fault)
+    return report.finish()
 
 
-def run_gate(options: argparse.Namespace) -> int:
-    """Every claim in turn; the certificate is written whenever a case is done."""
-    result, end = certificate(options), time.monotonic() + 60 * options.minutes
-    names = [name for name in CLAIMS if options.device == "cuda" or name not in NOT_ON_CPU]
-    for index, name in enumerate(names):
-        share = (end - time.monotonic()) / (len(names) - index)
-        for row in claim_rows(name, share, options):
-            fold(result, name, row)
-            write_json(options.out, result)
-    faults = failures(result, tuple(names))
-    write_json(options.out, result | {"complete": True, "failures": faults})
-    for name, claim in result["claims"].items():
-        print(json.dumps({name: {key: value for key, value in claim.items() if key != "list"}}))
-    print("\n".join(f"failed: {fault}" for fault in faults) or f"passed: {', '.join(names)} on {options.device}")
-    return 0 if not faults else NO_ORACLE if result["oracle"] is None else 1
+def names_of(options: argparse.Namespace) -> list[str]:
+    """What is run, in this order."""
+    names = [name for name in NAMES if options.device == "cuda" or name not in NOT_ON_CPU]
+    return [name for name in names if options.only in (None, name)]
 
 
-def certificate(options: argparse.Namespace) -> dict[str, Any]:
-    """The result before the first case: what runs where, bound to the hashes of both sides."""
-    cuda = options.device == "cuda"
+def jobs_at_once() -> int:
+    """Everything, as nothing here is timed and each has more time then; on a single core one job."""
+    return len(NAMES) if (os.cpu_count() or 1) > 1 else 1
+
+
+def first_result(options: argparse.Namespace) -> dict[str, Any]:
+    """The result before the first case."""
     return {
         "device": options.device,
-        "card": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "driver": _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if cuda else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "revision": _said(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
-        "flags": {name: environment(name, options.device) for name in CLAIMS},
         "seed": options.seed,
-        "minutes": options.minutes,
-        "sources": sources(),
+        "flags": {name: environment(name, options.device) for name in NAMES},
         "oracle": None,
+        "tests": None,
         "claims": {},
-        "not_run": {} if cuda else NOT_ON_CPU,
-        "complete": False,
+        "not_run": {} if options.device == "cuda" else NOT_ON_CPU,
     }
 
 
-def environment(claim: str, device: str) -> dict[str, str]:
-    """What a claim's process finds set before torch is loaded; the oracle's other variables are not there."""
+def environment(name: str, device: str) -> dict[str, str]:
+    """What a process finds set before torch is loaded; the oracle's other variables are not there."""
     if device == "cpu":
-        return ENVIRONMENT
+        return dict(ENVIRONMENT)
     flags = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    return flags if claim == "dynamo" else flags | {"TORCHDYNAMO_DISABLE": "1"}
+    return flags if name == "dynamo" else flags | {"TORCHDYNAMO_DISABLE": "1"}
 
 
-def claim_rows(name: str, seconds: float, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What a claim's process says, line by line; its end if that was not a good one."""
-    command = [sys.executable, "-m", "eagle3fn.testing.cuda_gate", "--claim", name, "--device", options.device]
-    command += [f"--minutes={max(seconds, 0) / 60}", f"--seed={options.seed}", f"--cases={options.cases}"]
+def whole_environment(name: str, device: str) -> dict[str, str]:
+    """This process's own, with the variables of `environment` and without the oracle's others."""
     kept = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=kept | environment(name, options.device))
-    assert child.stdout is not None
-    timer = threading.Timer(max(seconds, 0) + GRACE, child.kill)
-    timer.start()
-    for line in child.stdout:
-        if line.startswith("{"):
-            yield json.loads(line)
-    timer.cancel()
-    if child.wait():
-        yield {"error": f"its process ended with exit code {child.returncode}"}
+    return kept | environment(name, device)
+
+
+def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
+    """Run the jobs in their order, so many at a time; of the time that is left each has its share."""
+    todo = list(jobs)
+    lock = threading.Lock()
+
+    def run(name: str) -> None:
+        with lock:
+            share = 1.0 if at_once > 1 else share_of(todo)
+            todo.remove(name)
+        seconds = report.left() * share
+        if seconds <= 0:
+            report.leave_out(name)
+            return
+        with report.guarded(name):
+            jobs[name](seconds)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(run, jobs))
+
+
+def share_of(todo: list[str]) -> float:
+    """The next one's share of the time that is left, where what comes after it gets the rest."""
+    return TESTS_SHARE if todo[0] == "tests" and len(todo) > 1 else 1 / len(todo)
+
+
+def job_of(name: str, options: argparse.Namespace, report: Report) -> Job:
+    """The tests, or a claim."""
+    if name == "tests":
+        return lambda seconds: run_tests(report, options.device, whole_environment(name, options.device), seconds)
+    return lambda seconds: run_claim(name, options, report, seconds)
+
+
+def run_claim(name: str, options: argparse.Namespace, report: Report, seconds: float) -> None:
+    """Fold in what a claim's processes say; another one goes on where one lost its card."""
+    end = time.monotonic() + seconds
+    first, restarts = 0, 0
+    while first is not None:
+        start, first = first, None
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "rows.jsonl"
+            command = [sys.executable, "-m", "eagle3fn.testing.cuda_claims", "--claim", name]
+            command += ["--device", options.device, f"--seconds={max(end - time.monotonic(), 0.0):f}"]
+            command += [f"--first={start}", f"--stop={options.cases}", f"--seed={options.seed}", "--rows", str(rows)]
+            for row in follow(command, whole_environment(name, options.device), rows, end):
+                if "lost" in row and restarts < RESTARTS and time.monotonic() < end:
+                    first, restarts = row["lost"] + 1, restarts + 1
+                report.change(lambda result, row=row: fold(result, name, row))
+                if "raised" in row:
+                    report.fault(f"{name}: {row['raised']}", row["traceback"])
 
 
 def fold(result: dict[str, Any], name: str, row: dict[str, Any]) -> None:
-    """Add a line of a claim's process to the certificate."""
+    """Add a line of a claim's process to the result."""
     if "oracle" in row:
         result["oracle"] = row["oracle"]
         return
-    start = {"cases": 0, "undecidable": 0, "nontrivial": 0, "equal_old_kernel": 0, "equal_own_kernel": 0}
-    start |= {"reordering_seen": 0, "first_difference": None, "error": None, "list": []}
-    claim = result["claims"].setdefault(name, start)
-    if "error" in row:
+    claim = result["claims"].setdefault(name, START | {"list": []})
+    if "raised" in row:
+        claim["raised"] += 1
+    elif "lost" in row:
+        claim["lost"] = [*claim.get("lost", []), row["lost"]]
+    elif "exit_code" in row:
+        if row["exit_code"]:
+            claim["error"] = claim["error"] or f"its process ended with exit code {row['exit_code']}: {row['log']}"
+    elif "error" in row:
         claim["error"] = claim["error"] or row["error"]
-        return
+    else:
+        _fold_case(claim, row)
+
+
+def _fold_case(claim: dict[str, Any], row: dict[str, Any]) -> None:
     claim["cases"] += 1
     claim["nontrivial"] += row["nontrivial"]
     claim["list"].append(row)
@@ -161,62 +190,5 @@ def fold(result: dict[str, Any], name: str, row: dict[str, Any]) -> None:
             claim["first_difference"] = row
 
 
-def run_claim(options: argparse.Namespace) -> int:
-    """One claim, one line of JSON a case on stdout. An exception in a case is that claim's error."""
-    end = time.monotonic() + 60 * options.minutes
-    torch.use_deterministic_algorithms(options.claim != "dynamo")
-    try:
-        oracle = load_oracle(native=options.device == "cuda")
-    except OracleMissingError as error:
-        say({"error": f"no oracle: {error}"})
-        return 0
-    say({"oracle": {"kind": oracle.kind, "sha256": oracle.digest, "hashes": oracle.hashes}})
-    for case in itertools.islice(claim_cases(options, oracle), options.cases):
-        if time.monotonic() > end:
-            break
-        try:
-            say(case())
-        except Exception as error:
-            say({"error": f"{type(error).__name__}: {error}"})
-            return 0
-    return 0
-
-
-def claim_cases(options: argparse.Namespace, oracle: Oracle) -> Iterator[Callable[[], dict[str, Any]]]:
-    """The cases of a claim, each as a function of nothing; without end but for the kernel's."""
-    from eagle3fn.testing.cuda_cases import WIDTHS, case_at, compare_case, compare_kernel, distance
-
-    device = options.device
-    if options.claim == "kernel":
-        pairs = itertools.product(WIDTHS if device == "cuda" else DRY_WIDTHS, (torch.float32, torch.bfloat16))
-        yield from (partial(compare_kernel, oracle, width, dtype, device) for width, dtype in pairs)
-        return
-    for index in itertools.count():
-        case = case_at(index, options.seed, device)
-        if options.claim == "dynamo":
-            yield partial(distance, oracle, case, device)
-        else:
-            yield partial(compare_case, oracle, case, options.claim, device)
-
-
-def say(row: dict[str, Any]) -> None:
-    """One line for the gate."""
-    print(json.dumps(row), flush=True)
-
-
-def _said(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_part(main)
