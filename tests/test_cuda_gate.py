@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from eagle3fn.testing import cuda_claims, cuda_gate, device_tests, gate_part, gate_process
-from eagle3fn.testing.certificate import CLAIMS, PARITY, UNVERIFIED, failures, rows, sources
+from eagle3fn.testing.certificate import CLAIMS, NOT_SEEN, PARITY, UNVERIFIED, failures, rows, seen, sources
 from eagle3fn.testing.cuda_gate import fold, parse, run_claim
 from eagle3fn.testing.gate_part import Report
 from eagle3fn.testing.oracle import COMMIT_FILES
@@ -416,6 +416,7 @@ def written(path: Path, **change: Any) -> Path:
     """A made-up result of the gate in this file."""
     state = {"state": "passed", "exit_code": 0, "seconds": 1.0, "limit": 2.0, "stderr": ""}
     tests = {"collected": 5, "passed": 4, "failed": 0, "skipped": 0, "left_out": 1, "slowest": {}}
+    tests["files"] = {"tests/test_a.py": {"all": 3, "passed": 3}, "tests/test_b.py": {"all": 2, "passed": 1}}
     result = {
         "kind": "cuda gate",
         "date": "2026-12-01T00:00:00Z",
@@ -438,8 +439,10 @@ def test_rows_pass_fail_and_go_stale(tmp_path: Path) -> None:
     file = tmp_path / "2026-12-01-cuda-gate.json"
     result = json.loads(written(file).read_text())
     lines = rows(tmp_path)
-    assert all(line.endswith("| made up, torch 2.11.0 |") and file.name in line for line in lines)
-    assert lines[0].startswith("| CUDA, `smoke`:") and "passed, 2 left out, at revision 0123456789ab" in lines[0]
+    assert all("| made up, torch 2.11.0 |" in line and file.name in line for line in lines)
+    assert all(line.count(" | ") == 3 for line in lines)
+    assert lines[0].startswith("| CUDA, `smoke`:") and "| passed, 2 left out; " in lines[0]
+    assert "revision 0123456789ab" in lines[0]
     assert lines[1].startswith("| CUDA, `tests`:") and "4 passed, 0 failed, 0 skipped, 1 left out" in lines[1]
     assert sum(" passed, 2 of 2 cases" in line for line in lines) == 3
     assert "not passed: dynamo: not run" in lines[5] and "not passed: died" in lines[6] and len(lines) == 7
@@ -463,7 +466,20 @@ def test_rows_of_a_stand_in_and_of_a_part_without_result(tmp_path: Path) -> None
     assert sum("its wheel specforge" in line for line in rows(tmp_path)) == 5
     parts["parity"] |= {"result": None, "state": "died"}
     written(file, parts=parts)
-    assert any("`parity`: nothing was compared | not passed: died" in line for line in rows(tmp_path))
+    assert any("`parity`: nothing was compared |" in x and "| not passed: died" in x for x in rows(tmp_path))
+
+
+def test_a_row_that_names_tests_says_whether_a_card_has_seen_them(tmp_path: Path) -> None:
+    good, bad = {"tests/test_a.py"}, {"tests/test_a.py", "tests/test_b.py"}
+    assert seen(good, tmp_path) == NOT_SEEN
+    file = written(tmp_path / "2026-12-01-cuda-gate.json")
+    assert seen(good, tmp_path) == f"passed, [2026-12-01](bench/results/{file.name})"
+    assert seen(bad, tmp_path).startswith("not passed, ") and seen({"tests/test_c.py"}, tmp_path) == NOT_SEEN
+    assert seen(good | {"tests/test_c.py"}, tmp_path).startswith("not passed, ")
+    written(file, sources={})
+    assert seen(good, tmp_path).endswith(", sources have changed since")
+    written(file, kind="rehearsal on a CPU, certifies nothing")
+    assert seen(good, tmp_path) == NOT_SEEN
 
 
 def test_readme_has_the_rows_of_the_result_files() -> None:

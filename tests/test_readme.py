@@ -14,6 +14,7 @@ import torch
 from eagle3fn.base.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, from_dict
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.cli import parser
+from eagle3fn.testing.certificate import NOT_SEEN, seen
 from eagle3fn.use.evaluate import EvalSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,26 @@ def test_legacy_settings_exist() -> None:
         section, key = name.strip("`").split(".")
         wanted = ast.literal_eval(value.strip("`"))
         assert getattr(from_dict(SECTIONS[section], {key: wanted}, "README.md"), key) == wanted
+
+
+def takes_a_device(file: str) -> bool:
+    """Whether a test, or a fixture, of the file has an argument `device`."""
+    functions = (n for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef))
+    return any(a.arg == "device" for f in functions if f.name.startswith(("test_", "placed")) for a in f.args.args)
+
+
+def test_each_claim_says_whether_a_card_has_seen_it() -> None:
+    """The last column is made of the gate's result files; a row without a test that takes a device has a dash."""
+    rows = [line.strip("| ").split(" | ") for line in chapter("What is verified, and where").splitlines()]
+    rows = [row for row in rows if len(row) > 1 and not row[0].startswith(("property", "---", "CUDA, `", "anything"))]
+    assert len(rows) > 30 and {len(row) for row in rows} == {4}
+    for title, how, _, on_card in rows:
+        files = {name for name in re.findall(r"tests/test_\w+\.py", f"{title} {how}") if takes_a_device(name)}
+        if files and on_card != "-":
+            assert on_card == seen(files, ROOT / "bench" / "results"), title
+        elif on_card != "-":
+            assert on_card == NOT_SEEN and "bench" in how, title
+    assert sum(row[3] != "-" for row in rows) > 12
 
 
 def test_the_tree_is_the_folders() -> None:

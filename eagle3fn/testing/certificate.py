@@ -26,10 +26,12 @@ TITLES = {
     "updates": "SpecForge's script against ours, update by update",
 }
 OUTCOMES = ("passed", "failed", "skipped", "left_out")
-UNVERIFIED = "| anything else on CUDA | unverified, no result file yet | CUDA |"
+UNVERIFIED = "| anything else on a card | no result file yet | - | not seen |"
+NOT_SEEN = "not seen"
 _LEGACY = (
-    "base/grad.py base/rows.py model/attention.py model/forward.py model/kernels/legacy_kl.py model/layers.py "
-    "model/losses.py model/rope.py model/table.py model/teacher.py"
+    "base/device.py base/grad.py base/rows.py model/attention.py model/forward.py model/kernels/legacy_kl.py "
+    "model/layers.py model/losses.py model/once.py model/rope.py model/table.py model/teacher.py train/optimizer.py "
+    "train/reduce.py train/step.py"
 )
 
 
@@ -80,7 +82,7 @@ def stale(result: dict[str, Any]) -> list[str]:
 
 
 def rows(folder: str | Path) -> list[str]:
-    """README's rows: those of each result of the gate in `folder`, or the row that says there is none.
+    """README's rows of four cells: those of each result of the gate in `folder`, or the one that says there is none.
 
     A rehearsal on the CPU gives none.
     """
@@ -100,8 +102,8 @@ def _rows(path: Path) -> list[str]:
         if name == "parity":
             lines += _parity_rows(result, link, where)
         else:
-            said = f"{_state(part)}, at revision {result['revision'][:12]}; {link}"
-            lines.append(f"| CUDA, `{name}`: {TITLES.get(name, name)} | {said} | {where} |")
+            said = f"{_state(part)}; {link}, revision {result['revision'][:12]}"
+            lines.append(_row(f"`{name}`: {TITLES.get(name, name)}", said, where))
     return lines
 
 
@@ -110,20 +112,39 @@ def _parity_rows(result: dict[str, Any], link: str, where: str) -> list[str]:
     part = result["parts"]["parity"]
     parity = part["result"]
     if not isinstance(parity, dict) or "claims" not in parity:
-        return [f"| CUDA, `parity`: nothing was compared | not passed: {part['state']}; {link} | {where} |"]
+        return [_row("`parity`: nothing was compared", f"not passed: {part['state']}; {link}", where)]
     old = stale(result) if parity.get("oracle") else []
     if (parity.get("oracle") or {}).get("kind") == "wheel":
         where += "; in SpecForge's place its wheel specforge"
     lines = []
     if parity.get("tests"):
         counts = ", ".join(f"{parity['tests'][key]} {key.replace('_', ' ')}" for key in OUTCOMES)
-        lines.append(f"| CUDA, `tests`: {TITLES['tests']} | {counts}; {link} | {where} |")
+        lines.append(_row(f"`tests`: {TITLES['tests']}", f"{counts}; {link}", where))
     for name, title in CLAIMS.items():
         faults = failures(parity, (name,))
         state = f"not passed: {'; '.join(faults)}" if faults else "passed"
         state = f"stale: {', '.join(old)} changed" if old else state
-        lines.append(f"| CUDA, `{name}`: {title} | {state}{_numbers(parity['claims'].get(name))}; {link} | {where} |")
+        said = f"{state}{_numbers(parity['claims'].get(name))}; {link}"
+        lines.append(_row(f"`{name}`: {title}", said, where))
     return lines
+
+
+def _row(title: str, said: str, where: str) -> str:
+    return f"| CUDA, {title} | `scripts/cuda_gate.sh all` | {where} | {said} |"
+
+
+def seen(files: set[str], folder: str | Path) -> str:
+    """What README's last column says of a row that names these files of tests: by the newest result that ran them."""
+    found = NOT_SEEN
+    for path in sorted(Path(folder).glob(PATTERN)):
+        result = read_json(path)
+        parity = result["parts"].get("parity", {}).get("result") or {}
+        ran = [value for name, value in ((parity.get("tests") or {}).get("files") or {}).items() if name in files]
+        if result.get("kind") == KIND and ran:
+            good = len(ran) == len(files) and all(one["passed"] and one["passed"] == one["all"] for one in ran)
+            found = f"{'passed' if good else 'not passed'}, [{result['date'][:10]}](bench/results/{path.name})"
+            found += "" if result["sources"] == sources(every=True) else ", sources have changed since"
+    return found
 
 
 def _state(part: dict[str, Any]) -> str:

@@ -71,8 +71,16 @@ def counts(seen: dict[str, Any]) -> dict[str, Any]:
         "collected": len(seen["collected"]),
         **{name: found[name] for name in ENDED},
         "left_out": len(set(seen["collected"]) - set(seen["outcomes"])),
+        "files": by_file(seen),
         "slowest": {row["test"]: round(row.get("seconds", 0.0), 2) for row in slowest},
     }
+
+
+def by_file(seen: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Of each file's tests how many were collected and how many passed."""
+    every = Counter(name.partition("::")[0] for name in seen["collected"])
+    good = Counter(name.partition("::")[0] for name, row in seen["outcomes"].items() if row["outcome"] == "passed")
+    return {file: {"all": every[file], "passed": good[file]} for file in every}
 
 
 def conclude(report: Report, seen: dict[str, Any], code: int | str | None, log: str) -> None:
