@@ -90,7 +90,8 @@ def put(tree: Any) -> Any:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation: on the host if all its tensors are there, else on the card."""
-    tensors = [x for x in optree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given: Any = (args, kwargs)
+    tensors = [x for x in optree.tree_leaves(given) if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, OnCard)]
     _refuse_mixed(func, tensors, ours)
     _note_waits(func, args, kwargs, ours)
