@@ -164,6 +164,15 @@ class Donated(Tensor):
         raise UserError(_DONATED)
 
 
+class _DonatedShard(Tensor):
+    """What then stands behind a sharded leaf, where torch 2.11 looks under torch.func."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse every operation."""
+        raise UserError(_DONATED)
+
+
 @lru_cache(maxsize=1)
 def _donated_dtensor() -> type:
     from torch.distributed.tensor import DTensor
@@ -182,7 +191,12 @@ def take(state: TrainState) -> TrainState:
     taken = placed_like(tree_map(Tensor.detach, local(state)), state)
     leaves = {id(leaf): leaf for leaf in named_leaves(state).values()}  # fp32 params are their masters
     for leaf in leaves.values():
-        if not is_sharded(leaf):
-            leaf.data = leaf.new_empty(0)  # torch.func looks behind the class: let it find nothing
-        leaf.__class__ = _donated_dtensor() if is_sharded(leaf) else Donated
+        # torch.func looks behind the class: let it find nothing, or what refuses.
+        if is_sharded(leaf):
+            sharded: Any = leaf
+            sharded._local_tensor = Tensor._make_subclass(_DonatedShard, torch.empty(0))
+            leaf.__class__ = _donated_dtensor()
+        else:
+            leaf.data = leaf.new_empty(0)
+            leaf.__class__ = Donated
     return taken
