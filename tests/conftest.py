@@ -9,9 +9,9 @@ devices.settle_environment()
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from eagle3fn.model.kernels.interpreter import mend_interpreter
 from eagle3fn.testing import Case, parity
 from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
-from tests.interpreter import mend_interpreter
 
 devices.settle_torch()
 if not devices.ON_CARD:

@@ -32,6 +32,7 @@ from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
 from eagle3fn.model.kernels import legacy_kl
 from eagle3fn.model.kernels import score as score_kernel
+from eagle3fn.model.kernels.interpreter import mend_interpreter
 from eagle3fn.testing.gate_part import BEGAN, Report, context_lost, parse_part, part_options, run_part
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
@@ -391,6 +392,8 @@ def main() -> int:
     part_options(parser)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     options = parse_part(parser)
+    if options.device == "cpu":
+        mend_interpreter()
     before = read_json(options.out) if options.first else {"device": options.device, "checks": [], "restarts": 0}
     report = Report(options.out, options.seconds, before)
     report.write()
