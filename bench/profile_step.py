@@ -77,10 +77,10 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def is_wait(event: Event) -> bool:
-    """Whether the host waits for the card in it: a call that says so, or a copy to memory that is not pinned."""
+    """Whether the host waits for the card in it: a call that says so, or a copy with memory that is not pinned."""
     if event.kind in CALLS:
         return event.name in WAITS
-    return event.kind == "gpu_memcpy" and "DtoH" in event.name and "Pageable" in event.name
+    return event.kind == "gpu_memcpy" and "Pageable" in event.name
 
 
 def is_read(event: Event) -> bool:

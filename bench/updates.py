@@ -50,7 +50,7 @@ from eagle3fn.base.files import read_jsonl
 from eagle3fn.base.types import TrainState
 from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
 from eagle3fn.train.loop import Events
-from eagle3fn.train.plan import GIB, memory_of
+from eagle3fn.train.plan import GIB
 from scripts import train_eagle3_fn
 
 NEEDED = 44 * GIB  # of a card's memory, for the largest shapes
@@ -85,9 +85,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def sizes_of(options: argparse.Namespace) -> tuple[Sizes, str | None]:
     """What to train, and why it is less than it should be, if it is."""
     sizes, why = SIZES[options.device], None
-    if options.device == "cuda" and (there := memory_of("cuda")) < NEEDED:
+    if options.device == "cuda" and (there := torch.cuda.mem_get_info()[0]) < NEEDED:
         sizes = SMALLER
-        why = f"the card has {there / GIB:.0f} GiB, {SIZES['cuda'].shape} takes {NEEDED // GIB}"
+        why = f"the card has {there / GIB:.0f} GiB free, {SIZES['cuda'].shape} takes {NEEDED // GIB}"
     shape, length = options.shape or sizes.shape, options.length or sizes.length
     return sizes._replace(shape=shape, length=length), why
 

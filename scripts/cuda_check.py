@@ -106,9 +106,10 @@ def parts_of(options: argparse.Namespace) -> list[str]:
 def _gate_result(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(tree["parts"], dict) and isinstance(tree["left_out"], list):
+        parts, left = tree["parts"], tree["left_out"]
+        if all(isinstance(part, dict) for part in parts.values()) and all(isinstance(name, str) for name in left):
             return tree
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise RefusedError(f"--parts failed:{path}: no result of the gate there; name the file of an earlier --out")
 
@@ -118,7 +119,9 @@ def check_options(options: argparse.Namespace) -> None:
     if not 0 < options.minutes <= LONGEST:
         raise RefusedError(f"--minutes {options.minutes:g}: must be above 0 and at most {LONGEST:g}")
     parts_of(options)
-    out = options.out
+    out, (kind, _, earlier) = options.out, options.parts.partition(":")
+    if out is not None and kind == "failed" and out.absolute() == Path(earlier).absolute():
+        raise RefusedError(f"--out {out}: holds the earlier result, which would be lost; name another file")
     if out is not None and (out.is_dir() or not _writable(out.parent)):
         raise RefusedError(f"--out {out}: cannot be written; name a file in a folder of yours")
 
@@ -145,7 +148,11 @@ def check_python(device: str) -> None:
             what = "its kernels are written in it; " if package == "triton" else ""
             raise RefusedError(f"{sys.executable} has no {package}: {what}install it, or name another Python by PYTHON")
     if device == "cuda":
-        check_card()
+        try:
+            check_card()
+        except (RuntimeError, OSError, ImportError) as error:  # a driver, a library or a card that does not work
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RefusedError(f"the card cannot be used ({reason}); mend it, or --device cpu rehearses") from None
 
 
 def check_card() -> None:

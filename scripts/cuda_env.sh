@@ -23,7 +23,7 @@ prepare_cuda() {
     fresh=$(mktemp -d .venv-cuda/new.XXXXXX)
     trap 'rm -rf "$fresh"' EXIT
     printf '%s\n' "${lines[@]:3}" >"$fresh.txt"
-    "$python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target "$fresh" \
+    timeout 120 "$python" -m pip install --retries 1 --quiet --disable-pip-version-check --no-deps --require-hashes --target "$fresh" \
       ${source[@]+"${source[@]}"} --requirement "$fresh.txt" >"$fresh.log" 2>&1 || {
       tail -n 1 "$fresh.log" >&2
       rm -f "$fresh.txt" "$fresh.log"
@@ -41,10 +41,12 @@ prepare_cuda() {
     src=$PWD/.cache/specforge
     if [ ! -d "$src" ]; then
       rm -rf "$src.new"
-      git clone --quiet https://github.com/sgl-project/SpecForge "$src.new" &&
+      timeout 120 git clone --quiet https://github.com/sgl-project/SpecForge "$src.new" &&
         git -C "$src.new" checkout --quiet "$specforge_commit" && mv -T "$src.new" "$src" ||
         refuse "SpecForge could not be cloned; name a checkout by --src"
     fi
+    [ "$(git -C "$src" rev-parse HEAD 2>/dev/null)" = "$specforge_commit" ] ||
+      refuse "$src is not SpecForge's pull request 600; remove it, or name a checkout by --src"
   fi
   export SPECFORGE_SRC=$src
 }

@@ -92,7 +92,7 @@ def run_gate(options: Any, parts: Mapping[str, Part]) -> int:
     passed = result["complete"] and not result["left_out"] and all(state == "passed" for state in states)
     for name, part in result["parts"].items():
         result["left_out"] += [f"{name}: {what}" for what in listed(part["result"], "left_out")]
-    write(out, result)
+    passed = write(out, result) and passed
     conclude(result, out, passed)
     return 0 if passed else 1
 
@@ -101,7 +101,11 @@ def default_out(device: str) -> Path:
     """The result's file, where none is named."""
     if device == "cpu":
         return ROOT / "runs" / "cuda-gate-rehearsal.json"
-    return ROOT / "bench" / "results" / f"{datetime.date.today()}-cuda-gate.json"
+    folder, name = ROOT / "bench" / "results", f"{datetime.date.today()}-cuda-gate"
+    number = 1
+    while (folder / f"{name}{'' if number == 1 else f'-{number}'}.json").exists():  # an earlier call's result stays
+        number += 1
+    return folder / f"{name}{'' if number == 1 else f'-{number}'}.json"
 
 
 def start(options: Any, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -185,7 +189,8 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     """Kill what is alive of a part and of all that it started."""
     if process.returncode is None:
         signal_group(process, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver cannot be killed
+            process.wait(timeout=LAST_WORDS)
 
 
 def ended(process: subprocess.Popen[bytes], until: float, logs: tuple[Path, ...]) -> bool:
@@ -253,14 +258,16 @@ def listed(result: dict[str, Any] | None, name: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def write(out: Path, result: dict[str, Any]) -> None:
-    """The result so far, whole; a disk that is full now may have room after the next part."""
+def write(out: Path, result: dict[str, Any]) -> bool:
+    """The result so far, whole; a disk that is full now may have room after the next part. False: not written."""
     from eagle3fn.base.files import write_json
 
     try:
         write_json(out, result)
     except OSError as error:
         print(f"{out}: not written ({error})", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ case ${1-} in
     ;;
 esac
 shift
+for word in "$@"; do
+  case $word in -h | --help) exec sed -n '2,5s/^# //p' "$0" ;; esac
+done
 case ${HYPOTHESIS_PROFILE-ci} in
   dev | ci | nightly) ;;
   *)

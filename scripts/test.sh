@@ -31,6 +31,14 @@ on_device() {
 }
 
 [ "${1:-}" != --device ] || on_device "$@"
+for word in "$@"; do
+  case $word in
+    --device | --device=* | --wheels | --wheels=* | --src | --src=*)
+      echo "scripts/test.sh: $word: give --device cuda first, then --wheels DIR and --src DIR, then what pytest gets" >&2
+      exit 2
+      ;;
+  esac
+done
 
 source scripts/venv.sh
 # The old tool's wheel, a stand-in for its checkout (SPECFORGE_SRC) in the parity tests; without its dependencies.

@@ -68,7 +68,7 @@ def test_a_wait_is_found_with_what_is_around_it(name: str, kind: str, tmp_path: 
         Event("aten::add", "cpu_op", 120, 130, "1 1"),
         Event("cudaLaunchKernel", "cuda_runtime", 121, 122, "1 1"),
         Event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 125, 126, "0 7"),
-        Event("Memcpy HtoD (Pageable -> Device)", "gpu_memcpy", 125, 126, "0 7"),
+        Event("Memcpy HtoD (Pinned -> Device)", "gpu_memcpy", 125, 126, "0 7"),
     ]
     assert found_in(others, is_wait) == []
     assert found_in([*others, wait], is_wait) == [Wait(name, ("aten::item", "aten::_local_scalar_dense"))]

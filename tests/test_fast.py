@@ -162,6 +162,27 @@ def test_a_pull_back_scales_the_gradient(numerics, device):
     assert all(error(three[name].cpu(), 3 * one[name].cpu()) < 1e-12 for name in one)
 
 
+@pytest.mark.parametrize("numerics", ["fast", "legacy"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_of_many_cotangents_at_once(numerics, keep, device):
+    """By `vmap` over `torch.autograd.grad`: the entries share what was saved."""
+    config = config_of("float64", numerics=numerics)
+    fns, batch = e3.bind(config, on(device, frozen_of(config))), on(device, batch_of(6, (9, 5)))
+    factors = torch.tensor([2.0, 3.0], dtype=torch.float64, device=device)
+
+    def slopes(of_many):
+        params = {name: leaf.clone().requires_grad_() for name, leaf in on(device, fns.init(0)).items()}
+        loss = fns.forward_loss(params, batch)[0]
+        return of_many(loss, list(params.values()), factors.to(loss.dtype))
+
+    one = slopes(lambda loss, leaves, _: torch.autograd.grad(loss, leaves))
+    mapped = slopes(
+        lambda loss, leaves, v: torch.vmap(lambda x: torch.autograd.grad(loss, leaves, x, retain_graph=keep))(v)
+    )
+    for found, single in zip(mapped, one, strict=True):
+        assert error(found[0].cpu(), 2 * single.cpu()) < 1e-12 and error(found[1].cpu(), 3 * single.cpu()) < 1e-12
+
+
 def test_differentiating_twice_raises_and_legacy_does_it():
     batch = batch_of(6, (9,))
 

@@ -79,7 +79,11 @@ def test_what_is_sent_to_a_card_is_pinned_first(monkeypatch: pytest.MonkeyPatch)
     """Only then is the copy queued behind the device's work; the host goes on."""
     seen = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append("pinned") or self)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: seen.append(non_blocking) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: seen.append(how) or self)
     send(torch.ones(1), torch.device("cuda"))
+    assert seen == ["pinned", {"non_blocking": True}]
+    seen.clear()
     send(torch.ones(1), torch.device("cpu"))
-    assert seen == ["pinned", True, True]
+    send(torch.ones(1, device="meta"), torch.device("cuda"))  # it lies on a device already
+    send(torch.ones(1, device="meta"), "cpu")  # the host may read it at once
+    assert seen == [{}, {}, {}]

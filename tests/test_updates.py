@@ -140,9 +140,9 @@ def test_a_missing_checkout_or_script_is_one_line(
 
 def test_a_card_with_less_memory_gets_a_smaller_draft(tmp_path: Path) -> None:
     asked = updates.parse(["--device", "cuda", "--out", str(tmp_path / "r.json")])
-    with patch.object(updates, "memory_of", lambda _: 80e9):
+    with patch.object(torch.cuda, "mem_get_info", lambda: (80e9, 80e9)):
         assert updates.sizes_of(asked) == (updates.SIZES["cuda"], None)
-    with patch.object(updates, "memory_of", lambda _: 24e9):
+    with patch.object(torch.cuda, "mem_get_info", lambda: (24e9, 80e9)):
         sizes, why = updates.sizes_of(asked)
     assert sizes == updates.SMALLER and why is not None and "22 GiB" in why
 

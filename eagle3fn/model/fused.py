@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.model.layers import at_least_fp32
-from eagle3fn.model.once import differentiable_once, graph_is_kept
+from eagle3fn.model.once import differentiable_once, is_last_pull_back
 
 _CHUNK_BYTES, _CUDA_CHUNK_BYTES, _GROUP_BYTES = 32 << 20, 256 << 20, 4 << 20
 
@@ -88,13 +88,13 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, room: int) -> None:
 def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
     """The gradients made in the forward, times the loss's own.
 
-    They are written over where this is the graph's last pull-back: a copy of the head's gradient is saved. A graph that
-    is kept may be pulled back again, by a caller who has changed what he was given: he gets tensors of his own.
+    They are written over where nobody reads them again: a copy of the head's gradient is saved. A graph that is kept
+    may be pulled back again, by a caller who has changed what he was given: he gets tensors of his own.
     """
     (grad,), made = grads, outputs[5:]
-    if graph_is_kept():
-        return tuple((x * grad).to(x.dtype) for x in made)
-    return tuple(x.mul_(grad) for x in made)
+    if is_last_pull_back(grad):
+        return tuple(x.mul_(grad) for x in made)
+    return tuple((x * grad).to(x.dtype) for x in made)
 
 
 _head_and_kl: Any = differentiable_once(_forward, _backward, kept=6, unread=(tuple(range(2, 8)), tuple(range(5))))

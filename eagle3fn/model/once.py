@@ -1,5 +1,6 @@
 """Functions with a backward of their own: right under `vjp` and `vmap`, and refused when differentiated twice."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -73,9 +74,18 @@ def differentiable_once(
     return Forward.apply
 
 
-def graph_is_kept() -> bool:
-    """In a backward: whether the graph stays for another one (`retain_graph`), as it does for a pull-back of `vjp`."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
+_mapped = threading.local()
+
+
+def is_last_pull_back(grad: Tensor) -> bool:
+    """In a backward: whether what was saved for it is read now for the last time, so that it may be written over.
+
+    Not where the graph stays for another backward (`retain_graph`, as for a pull-back of `vjp`), nor under `vmap`:
+    the entries of the mapped axis share what was saved.
+    """
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
+    shared = getattr(_mapped, "depth", 0) > 0 or torch._C._functorch.is_batchedtensor(grad)
+    return not kept and not shared
 
 
 def _without(values: tuple, places: tuple[int, ...]) -> list[Any]:
@@ -85,12 +95,14 @@ def _without(values: tuple, places: tuple[int, ...]) -> list[Any]:
 def _each(function: Any, info: Any, dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """One call for each entry of the mapped axis, stacked."""
     pairs = list(zip(args, dims, strict=True))
-    columns = zip(
-        *(
+    _mapped.depth = getattr(_mapped, "depth", 0) + 1
+    try:
+        entries = [
             function.apply(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs))
             for i in range(info.batch_size)
-        ),
-        strict=True,
-    )
+        ]
+    finally:
+        _mapped.depth -= 1
+    columns = zip(*entries, strict=True)
     stacked = tuple(torch.stack(column) for column in columns)
     return stacked, (0,) * len(stacked)

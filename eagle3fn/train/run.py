@@ -152,4 +152,4 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
 
 def to_device(values: T, device: str) -> T:
     """The tree of tensors, such as a batch, with every tensor on `device`; on the way there the host does not wait."""
-    return tree_map(lambda value: send(value, device) if device != "cpu" else value.to(device), values)
+    return tree_map(lambda value: send(value, device), values)
