@@ -84,7 +84,8 @@ def is_last_pull_back(grad: Tensor) -> bool:
     the entries of the mapped axis share what was saved.
     """
     kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
-    shared = getattr(_mapped, "depth", 0) > 0 or torch._C._functorch.is_batchedtensor(grad)
+    batched = torch._C._functorch.is_batchedtensor(grad)  # pyright: ignore
+    shared = batched or getattr(_mapped, "depth", 0) > 0
     return not kept and not shared
 
 
