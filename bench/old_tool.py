@@ -10,7 +10,8 @@ off, because this runs on the CPU. So its tokens a second here say nothing about
 
 import os
 
-os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")  # before torch is loaded
+if __name__ == "__main__":  # before torch is loaded; who imports this has settled it
+    os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")
 
 import argparse
 import json

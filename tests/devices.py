@@ -107,6 +107,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if CHOSEN is not None:
         order = {name: place for place, name in enumerate(FIRST)}
         items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
+    if ON_CARD and "TRITON_INTERPRET" in os.environ:
+        raise pytest.UsageError("TRITON_INTERPRET was set while the tests were collected: find the module that sets it")
     tell(config, {"collected": [item.nodeid for item in items]})
 
 

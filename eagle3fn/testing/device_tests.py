@@ -46,6 +46,7 @@ def run_once(
         left = max(end - time.monotonic(), 0.0)
         command = [sys.executable, "-m", "pytest", "-m", "device", "--outcomes", str(rows), f"--seconds={left:f}"]
         command += ["-p", "no:cacheprovider", *(names or [str(ROOT / "tests")])]
+        reasons: set[str] = set()
         for row in follow(command, environment, rows, end):
             if "exit_code" in row:
                 return row["exit_code"], row["log"]
@@ -55,8 +56,9 @@ def run_once(
                 seen["outcomes"][row["test"]] = row
                 report.change(lambda result: result.update(tests=counts(seen)))
                 text = row.get("text") or ""
-                if row["outcome"] != "passed":
+                if row["outcome"] == "failed" or (row["outcome"] == "skipped" and text not in reasons):
                     report.fault(f"{row['outcome']}: {row['test']}", text)
+                    reasons.add(text)  # of many tests skipped for one reason the first is told, and all are counted
                 if row["outcome"] == "failed" and LOST.search(text):
                     return "lost", ""
     raise AssertionError("a process that is followed ends with its exit code")
