@@ -20,7 +20,8 @@ from random import Random
 from types import FrameType
 from typing import Any
 
-os.environ |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}  # before torch is loaded
+if __name__ == "__main__":  # before torch is loaded; who imports this has settled it
+    os.environ |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
