@@ -157,11 +157,12 @@ def test_attention_by_flash_is_the_plain_expression(later):
 def test_attention_by_flash_in_bf16_is_near_the_plain_expression(later, device):
     """On a card the flash kernel has bf16 alone: result and gradients against fp64 on the same numbers."""
     source, s = torch.Generator().manual_seed(later), 40
+    size = 8  # of a head: a card's kernel takes multiples of 8
     draw = lambda *size: torch.randn(*size, generator=source).bfloat16()  # noqa: E731
     rows = contributing_rows((torch.rand(2, s, generator=source) < 0.6).long(), 1, bucket=1)
-    blocks, own = (draw(2, s, KV_HEADS, SIZE) for _ in "kv"), (draw(later, len(rows), KV_HEADS, SIZE) for _ in "kv")
-    inputs = draw(len(rows), HEADS, SIZE), *blocks, *own
-    grad = draw(len(rows), HEADS, SIZE)
+    blocks, own = (draw(2, s, KV_HEADS, size) for _ in "kv"), (draw(later, len(rows), KV_HEADS, size) for _ in "kv")
+    inputs = draw(len(rows), HEADS, size), *blocks, *own
+    grad = draw(len(rows), HEADS, size)
     placed, there = (x.to(device) for x in inputs), rows.to(device)
     out, back = torch.func.vjp(lambda *x: flash_attention.flash_attention(*x, rows=there), *placed)  # pyright: ignore
     want, want_back = torch.func.vjp(lambda *x: plain(*x, rows=rows), *(x.double() for x in inputs))  # pyright: ignore

@@ -53,7 +53,8 @@ class Rotary:
         """Rotate `(B, heads, S, E)` by `(B or 1, S)` positions."""
         cos = self.cos.to(x)[positions][:, None]
         sin = self.sin.to(x)[positions][:, None]
-        left, right = x.chunk(2, dim=-1)
+        half = x.shape[-1] // 2
+        left, right = x[..., :half], x[..., half:]  # slices: a chunk's gradient lies otherwise, and so do CUDA's bits
         return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
