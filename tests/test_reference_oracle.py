@@ -4,6 +4,7 @@ On a card the package is held at level 1: each side computes its loss with its o
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.model.forward import forward_loss
@@ -96,6 +98,35 @@ def test_drawn_cases_equal_the_old_tool(
 
     check()
     tally.check()
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products in here by dtype, and by shape and stride of both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.seen[(str(func), *((x.dtype, x.shape, x.stride()) for x in args))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("side", ["reference", "package"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("rows", [(10,), (7, 5)])
+def test_products_lie_in_memory_as_specforges(
+    oracle: Oracle, side: str, steps: int, heads: tuple[int, int], rows: tuple[int, ...]
+) -> None:
+    """Forward and backward. A card's bits depend on it: layouts that a CPU does not tell apart differed on one."""
+    case = Case(heads=heads, lengths=rows, steps=steps)
+    with Products() as theirs:
+        run_oracle(oracle, case)
+    with Products() as ours:
+        reference(case) if side == "reference" else run_forward(forward_loss, case)
+    assert theirs.seen and ours.seen == theirs.seen
 
 
 def test_the_frozen_embedding_has_no_gradient(oracle: Oracle) -> None:

@@ -53,9 +53,11 @@ class Rotary:
         """Rotate `(B, heads, S, E)` by `(B or 1, S)` positions."""
         cos = self.cos.to(x)[positions][:, None]
         sin = self.sin.to(x)[positions][:, None]
+        # SpecForge's order: which gradient of `x` comes first decides how their sum lies in memory, and that CUDA's bits.
+        upright = x * cos
         half = x.shape[-1] // 2
-        left, right = x[..., :half], x[..., half:]  # slices: a chunk's gradient lies otherwise, and so do CUDA's bits
-        return x * cos + torch.cat([-right, left], dim=-1) * sin
+        left, right = x[..., :half], x[..., half:]
+        return upright + torch.cat([-right, left], dim=-1) * sin
 
 
 class Attention(nn.Module):
