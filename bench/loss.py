@@ -77,7 +77,15 @@ def legacy_call(problem: Problem, leaves: Params, hidden: Tensor, k: int, oracle
             mask = shift(mask, 1)
         return total
 
-    return partial(gradients, loss, leaves | {"hidden": hidden})
+    take = gradients if oracle is None else _by_tape
+    return partial(take, loss, leaves | {"hidden": hidden})
+
+
+def _by_tape(loss: Callable[[Params], Tensor], leaves: Params) -> tuple[Tensor, Params]:
+    """Loss and gradients by autograd's own tape: torch.func refuses SpecForge's loss Function."""
+    inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    value = loss(inputs)
+    return value.detach(), dict(zip(inputs, torch.autograd.grad(value, list(inputs.values())), strict=True))
 
 
 def _old_loss(oracle: Oracle, logits: Tensor, p: Tensor, q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
