@@ -92,6 +92,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[COUNTS] = Counter()
     if path := config.getoption("--outcomes"):
         path.write_text("")
+        tell(config, {"run": about()})
+
+
+def about() -> dict[str, Any]:
+    """What a file of outcomes says of its run."""
+    import torch
+
+    from bench.provenance import provenance
+    from eagle3fn.testing.certificate import sources
+
+    said = provenance("python -m pytest", os.environ.get("EAGLE3FN_REVISION"))
+    return {"device": CHOSEN, "torch": torch.__version__, **said, "sources": sources(every=True)}
 
 
 COUNTS = pytest.StashKey[Counter]()

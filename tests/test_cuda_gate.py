@@ -416,7 +416,8 @@ def written(path: Path, **change: Any) -> Path:
     """A made-up result of the gate in this file."""
     state = {"state": "passed", "exit_code": 0, "seconds": 1.0, "limit": 2.0, "stderr": ""}
     tests = {"collected": 5, "passed": 4, "failed": 0, "skipped": 0, "left_out": 1, "slowest": {}}
-    tests["files"] = {"tests/test_a.py": {"all": 3, "passed": 3}, "tests/test_b.py": {"all": 2, "passed": 1}}
+    tests["files"] = {"tests/test_a.py": {"all": 3, "ended": 3, "passed": 3}}
+    tests["files"]["tests/test_b.py"] = {"all": 2, "ended": 2, "passed": 1}
     result = {
         "kind": "cuda gate",
         "date": "2026-12-01T00:00:00Z",
@@ -474,8 +475,20 @@ def test_a_row_that_names_tests_says_whether_a_card_has_seen_them(tmp_path: Path
     assert seen(good, tmp_path) == NOT_SEEN
     file = written(tmp_path / "2026-12-01-cuda-gate.json")
     assert seen(good, tmp_path) == f"passed, [2026-12-01](bench/results/{file.name})"
-    assert seen(bad, tmp_path).startswith("not passed, ") and seen({"tests/test_c.py"}, tmp_path) == NOT_SEEN
-    assert seen(good | {"tests/test_c.py"}, tmp_path).startswith("not passed, ")
+    assert seen(bad, tmp_path).startswith("4 of 5 passed, ") and seen({"tests/test_c.py"}, tmp_path) == NOT_SEEN
+    assert seen(good | {"tests/test_c.py"}, tmp_path).startswith("3 of 3 passed, ")  # not all that the row names
+
+    # A later run of the tests alone counts more, but for the files that it did not get to.
+    name = "tests/test_b.py::test"
+    head = {"run": {"date": "2026-12-02", "sources": sources(every=True), "revision": "a", "versions": {"torch": "2"}}}
+    head["run"]["hardware"] = {"gpu": "made up"}
+    lines = [head, {"collected": [name, "tests/test_a.py::test"]}, {"test": name, "outcome": "passed"}]
+    later = tmp_path / "2026-12-02-cuda-tests.jsonl"
+    later.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert seen({"tests/test_b.py"}, tmp_path) == f"passed, [2026-12-02](bench/results/{later.name})"
+    assert seen(good, tmp_path) == f"passed, [2026-12-01](bench/results/{file.name})"
+    assert sum("`tests`" in row and "1 passed, 0 failed" in row for row in rows(tmp_path)) == 1
+    later.unlink()
     written(file, sources={})
     assert seen(good, tmp_path).endswith(", sources have changed since")
     written(file, kind="rehearsal on a CPU, certifies nothing")

@@ -2,11 +2,13 @@
 
 import hashlib
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import eagle3fn
-from eagle3fn.base.files import read_json
+from eagle3fn.base.files import read_json, read_jsonl
 from eagle3fn.testing.oracle import COMMIT_FILES
 
 CLAIMS = {
@@ -17,6 +19,7 @@ CLAIMS = {
 }
 PARITY = ("kernel", "sdpa", "flex_attention")
 PATTERN = "*cuda-gate*.json"
+TESTS_PATTERN = "*cuda-tests*.jsonl"  # of `scripts/test.sh --device cuda --outcomes=FILE`
 KIND = "cuda gate"  # of a result that was got on a card
 TITLES = {
     "smoke": "every kernel, numerics, step, decoding and extraction once, tiny and at real widths",
@@ -82,12 +85,27 @@ def stale(result: dict[str, Any]) -> list[str]:
 
 
 def rows(folder: str | Path) -> list[str]:
-    """README's rows of four cells: those of each result of the gate in `folder`, or the one that says there is none.
+    """README's rows of four cells: the newest of each part and claim in `folder`, or the one that says there is none.
 
     A rehearsal on the CPU gives none.
     """
-    found = [row for path in sorted(Path(folder).glob(PATTERN)) for row in _rows(path)]
-    return found or [UNVERIFIED]
+    newest: dict[str, str] = {}
+    for path in sorted(Path(folder).glob(PATTERN), key=lambda path: read_json(path)["date"]):
+        newest |= {row.split(":")[0]: row for row in _rows(path)}  # of each part and claim the last result
+    for path in sorted(Path(folder).glob(TESTS_PATTERN), key=lambda path: read_jsonl(path)[0]["run"]["date"]):
+        row = _tests_row(path)
+        newest[row.split(":")[0]] = row
+    return list(newest.values()) or [UNVERIFIED]
+
+
+def _tests_row(path: Path) -> str:
+    head, *outcomes = read_jsonl(path)
+    counts = Counter(row["outcome"].replace(" ", "_") for row in outcomes if "outcome" in row)
+    said = ", ".join(f"{counts[key]} {key.replace('_', ' ')}" for key in OUTCOMES)
+    hardware, versions = head["run"]["hardware"], head["run"]["versions"]
+    link = f"[{head['run']['date'][:10]}](bench/results/{path.name}), revision {head['run']['revision'][:12]}"
+    where = f"{hardware['gpu']}, torch {versions['torch']}"
+    return _row(f"`tests`: {TITLES['tests']}", f"{said}; {link}", where, "scripts/test.sh --device cuda")
 
 
 def _rows(path: Path) -> list[str]:
@@ -129,22 +147,55 @@ def _parity_rows(result: dict[str, Any], link: str, where: str) -> list[str]:
     return lines
 
 
-def _row(title: str, said: str, where: str) -> str:
-    return f"| CUDA, {title} | `scripts/cuda_gate.sh all` | {where} | {said} |"
+def _row(title: str, said: str, where: str, command: str = "scripts/cuda_gate.sh all") -> str:
+    return f"| CUDA, {title} | `{command}` | {where} | {said} |"
+
+
+class Run(NamedTuple):
+    """One run of the tests on a card: of each file's tests how many there are, ended and passed."""
+
+    date: str
+    files: dict[str, Counter[str]]
+    sources: dict[str, str]
+    link: str
 
 
 def seen(files: set[str], folder: str | Path) -> str:
-    """What README's last column says of a row that names these files of tests: by the newest result that ran them."""
+    """What README's last column says of a row that names these files of tests: by the newest run in which one ended."""
     found = NOT_SEEN
-    for path in sorted(Path(folder).glob(PATTERN)):
-        result = read_json(path)
-        parity = result["parts"].get("parity", {}).get("result") or {}
-        ran = [value for name, value in ((parity.get("tests") or {}).get("files") or {}).items() if name in files]
-        if result.get("kind") == KIND and ran:
-            good = len(ran) == len(files) and all(one["passed"] and one["passed"] == one["all"] for one in ran)
-            found = f"{'passed' if good else 'not passed'}, [{result['date'][:10]}](bench/results/{path.name})"
-            found += "" if result["sources"] == sources(every=True) else ", sources have changed since"
+    for run in sorted(_runs(Path(folder)), key=lambda run: run.date):
+        ran = [run.files[name] for name in files if name in run.files and run.files[name]["ended"]]
+        if not ran:
+            continue
+        every, good = (sum(counts[key] for counts in ran) for key in ("all", "passed"))
+        whole = good == every and len(ran) == len(files)
+        found = f"{'passed' if whole else f'{good} of {every} passed'}, [{run.date[:10]}]({run.link})"
+        found += "" if _package(run.sources) == _package(sources(every=True)) else ", sources have changed since"
     return found
+
+
+def _package(hashes: dict[str, str]) -> dict[str, str]:
+    """Without the room that only tests."""
+    return {name: digest for name, digest in hashes.items() if not name.startswith("testing/")}
+
+
+def _runs(folder: Path) -> Iterator[Run]:
+    """The runs of the tests in results of the gate, and in files of outcomes (tests/devices.py)."""
+    for path in folder.glob(PATTERN):
+        result = read_json(path)
+        told = ((result["parts"].get("parity") or {}).get("result") or {}).get("tests") or {}
+        if result.get("kind") == KIND and told.get("files"):
+            files = {name: Counter({"ended": one["passed"]} | one) for name, one in told["files"].items()}
+            yield Run(result["date"], files, result["sources"], f"bench/results/{path.name}")
+    for path in folder.glob(TESTS_PATTERN):
+        head, *rows = read_jsonl(path)
+        files: dict[str, Counter[str]] = {}
+        for row in rows:
+            for name in row.get("collected", ()):
+                files.setdefault(name.partition("::")[0], Counter())["all"] += 1
+            if row.get("outcome") in ("passed", "failed", "skipped"):
+                files[row["test"].partition("::")[0]] += Counter({"ended": 1, "passed": row["outcome"] == "passed"})
+        yield Run(head["run"]["date"], files, head["run"]["sources"], f"bench/results/{path.name}")
 
 
 def _state(part: dict[str, Any]) -> str:

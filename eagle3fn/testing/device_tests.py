@@ -79,10 +79,11 @@ def counts(seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_file(seen: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Of each file's tests how many were collected and how many passed."""
+    """Of each file's tests how many were collected, ended and passed."""
     every = Counter(name.partition("::")[0] for name in seen["collected"])
     good = Counter(name.partition("::")[0] for name, row in seen["outcomes"].items() if row["outcome"] == "passed")
-    return {file: {"all": every[file], "passed": good[file]} for file in every}
+    ended = Counter(name.partition("::")[0] for name in seen["outcomes"])
+    return {file: {"all": every[file], "ended": ended[file], "passed": good[file]} for file in every}
 
 
 def conclude(report: Report, seen: dict[str, Any], code: int | str | None, log: str) -> None:

@@ -53,7 +53,7 @@ class Rotary:
         """Rotate `(B, heads, S, E)` by `(B or 1, S)` positions."""
         cos = self.cos.to(x)[positions][:, None]
         sin = self.sin.to(x)[positions][:, None]
-        # SpecForge's order: which gradient of `x` comes first decides how their sum lies in memory, and so CUDA's bits.
+        # SpecForge's order: which gradient of `x` comes first decides how their sum lies in memory, and a card's bits.
         upright = x * cos
         half = x.shape[-1] // 2
         left, right = x[..., :half], x[..., half:]
