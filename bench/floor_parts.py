@@ -13,8 +13,10 @@ from eagle3fn.model import fused
 from eagle3fn.model.table import shapes
 from eagle3fn.train.optimizer import _BLOCK_BYTES
 
-F, C = 4, 2  # bytes of fp32 and of the compute dtype, bf16
-LOGSUMEXP, INDEX_PUT = 7, 8  # kernels behind one call: its passes; a sort and the sum
+F = 4  # bytes of fp32
+C = 2  # bytes of the compute dtype, bf16
+LOGSUMEXP = 7  # kernels that one call launches: its passes
+INDEX_PUT = 8  # kernels that one call launches: a sort, and the sum
 
 
 class Kernels(NamedTuple):
@@ -188,7 +190,7 @@ def _norms(tally: Tally, size: Size, h: int, places: int) -> None:
         ("input", places, 1, 1),
         ("hidden, step 0", size.places, 1, 1),
         ("hidden, later steps", t, 2 * (k - 1), k - 1),
-        ("behind attention", t, 2 * k, k),
+        ("after attention", t, 2 * k, k),
         ("final", t, k, k),
     ):
         tally.passes("norms", what, *_times(rows * h, C + 5 * F, C + 4 * F), 8, forward)

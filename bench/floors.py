@@ -64,12 +64,12 @@ def parts(side: str, size: Size, card_name: str) -> dict[str, dict[str, float]]:
     """FLOPs, bytes, launches, floor and expected seconds of each part of a side's step, and of `total`."""
     card, place = CARDS[card_name], list(CARDS).index(card_name)
     judged = JUDGED | (FOREACH if side == "SpecForge" else {})
-    told: dict[str, dict[str, float]] = {}
+    by_part: dict[str, dict[str, float]] = {}
     row: dict[str, float] = {}
     for kernels in SIDES[side](size):
         least = floor(kernels, card)
         share = judged.get(kernels.part, (0.9, 0.85))[place]
-        row = told.setdefault(kernels.part, {})
+        row = by_part.setdefault(kernels.part, {})
         for name, value in (
             ("flops", kernels.flops),
             ("read", kernels.read),
@@ -79,9 +79,9 @@ def parts(side: str, size: Size, card_name: str) -> dict[str, dict[str, float]]:
             ("expected", max(least / share, kernels.count * LEAST)),
         ):
             row[name] = row.get(name, 0) + value
-    told["waiting"] = dict.fromkeys(row, 0) | {"expected": size.k * WAITS[side][place]}
-    total = {name: math.fsum(row[name] for row in told.values()) for name in next(iter(told.values()))}
-    return told | {"total": total}
+    by_part["waiting"] = dict.fromkeys(row, 0) | {"expected": size.k * WAITS[side][place]}
+    total = {name: math.fsum(row[name] for row in by_part.values()) for name in next(iter(by_part.values()))}
+    return by_part | {"total": total}
 
 
 def size_of(
@@ -160,10 +160,10 @@ def result(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(told: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
     """The result for people."""
-    lines = [f"{told['rows']} rows, {told['labels']} labels, {told['weights']:,} trained values"]
-    for card, each in told["cards"].items():
+    lines = [f"{found['rows']} rows, {found['labels']} labels, {found['weights']:,} trained values"]
+    for card, each in found["cards"].items():
         for side, rows in each.items():
             lines.append(f"\n{card}, {side:<21} TFLOP      GB launches floor ms  expected  share")
             whole = rows["total"]["expected"]
@@ -174,17 +174,17 @@ def table(told: dict[str, Any]) -> str:
                     f"{row['floor'] * 1e3:8.2f} {row['expected'] * 1e3:9.2f} {row['expected'] / whole:6.1%}"
                 )
         fast, dense = (each[side]["total"]["expected"] for side in SIDES)
-        tokens = told["settings"]["batch"] * told["settings"]["seq"]
-        needed = sum(told["needed_flops"].values()) / CARDS[card].products
+        tokens = found["settings"]["batch"] * found["settings"]["seq"]
+        needed = sum(found["needed_flops"].values()) / CARDS[card].products
         lines.append(
             f"{card}: {tokens / fast:,.0f} and {tokens / dense:,.0f} tokens/s, {dense / fast:.2f} times; "
             f"fast: {needed / fast:.0%} of the matmul rate on the needed rows"
         )
-    peak = {side: value / 2**30 for side, value in told["step_bytes"].items()}
+    peak = {side: value / 2**30 for side, value in found["step_bytes"].items()}
     lines.append(
         f"\npeak of a step: fast {peak['fast']:.1f} GiB, SpecForge {peak['SpecForge']:.1f} GiB, both with "
-        f"{told['state_bytes'] / 2**30:.1f} of weights, masters, moments; bench in one process: "
-        f"{told['bytes_needed'] / 2**30:.0f} GiB"
+        f"{found['state_bytes'] / 2**30:.1f} of weights, masters, moments; bench in one process: "
+        f"{found['bytes_needed'] / 2**30:.0f} GiB"
     )
     return "\n".join(lines)
 
@@ -200,8 +200,8 @@ def main() -> None:
     add("--card", choices=CARDS, help="one card (default: all)")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    told = result(options)
-    print(json.dumps(told) if options.json else table(told))
+    found = result(options)
+    print(json.dumps(found) if options.json else table(found))
 
 
 if __name__ == "__main__":

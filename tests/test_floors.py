@@ -224,9 +224,9 @@ def test_the_command(capsys, monkeypatch) -> None:
     call = ["floors", "--shape", "llama-3-8b", "--seq", "512", "--masked", "0.5", "--card", "h200"]
     monkeypatch.setattr("sys.argv", [*call, "--json"])
     floors.main()
-    told = json.loads(capsys.readouterr().out)
-    assert told["cards"].keys() == {"h200"} and told["cards"]["h200"].keys() == {"fast", "SpecForge"}
-    assert told["bytes_needed"] == floors.bytes_needed(problem.draft_of("llama-3-8b", None, 512), 1, 512, 7)
+    found = json.loads(capsys.readouterr().out)
+    assert found["cards"].keys() == {"h200"} and found["cards"]["h200"].keys() == {"fast", "SpecForge"}
+    assert found["bytes_needed"] == floors.bytes_needed(problem.draft_of("llama-3-8b", None, 512), 1, 512, 7)
     monkeypatch.setattr("sys.argv", call)
     floors.main()
     out = capsys.readouterr().out
