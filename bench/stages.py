@@ -76,11 +76,20 @@ class Stages:
             text += f"\nits output ends:\n{log.read_text(errors='replace')[-2000:]}"
         self.result["faults"].append({"where": self.now, "traceback": text})
 
-    def write(self) -> None:
-        """The file as of now."""
-        with self.lock:
-            self.result |= self.more(self.result)
+    def write(self, wait: float = -1) -> None:
+        """The file as of now; `wait`: seconds for another thread to end its writing, then without what that has half done."""
+        held = self.lock.acquire(timeout=wait)
+        try:
+            try:
+                self.result |= self.more(self.result)
+            except Exception:
+                if wait < 0:
+                    raise
+                self.fault(traceback.format_exc())
             write_json(self.out, self.result)
+        finally:
+            if held:
+                self.lock.release()
 
     def end(self) -> Result:
         """The whole result, written."""
@@ -98,10 +107,11 @@ class Stages:
         stack = "".join(traceback.format_stack(frame))
         try:
             self.fault(f"{stack}not finished within {self.limit:g} s")
-            self.write()
+            self.write(wait=2)
             self.tell(self.result)
-
-            # The other threads would still write there, so first the process becomes another one.
-            os.execv(sys.executable, [sys.executable, "-S", "-c", _REMOVE, str(self.remove)])
         finally:
-            os._exit(1)
+            try:
+                # The other threads would still write there, so first the process becomes another one.
+                os.execv(sys.executable, [sys.executable, "-S", "-c", _REMOVE, str(self.remove)])
+            finally:
+                os._exit(1)
