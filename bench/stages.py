@@ -77,7 +77,7 @@ class Stages:
         self.result["faults"].append({"where": self.now, "traceback": text})
 
     def write(self, wait: float = -1) -> None:
-        """The file as of now; `wait`: seconds for another thread to end its writing, then without what that has half done."""
+        """The file as of now. It waits so many seconds for another thread to end its writing, then leaves that out."""
         held = self.lock.acquire(timeout=wait)
         try:
             try:
