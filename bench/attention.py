@@ -23,23 +23,36 @@ from torch import Tensor
 from bench import common
 from bench.launch import add_arguments
 from bench.problem import SHAPES, Problem, draft_of, make_problem
-from bench.provenance import provenance
 from eagle3fn.model.attention import block_mask, unrolled_attention
 from eagle3fn.model.fast import attention_on
+from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="smollm2", help="the draft's shape (default smollm2)")
-    add("--seqs", type=int, nargs="+", default=[512, 1024, 2048], help="lengths (default 512 1024 2048)")
+    add(
+        "--seqs",
+        type=int,
+        nargs="+",
+        default=[512, 1024, 2048],
+        help="lengths (default 512 1024 2048)",
+    )
     add("--batch", type=int, default=1, help="samples (default 1)")
     add("--masked", type=float, default=0.5, help="share of masked tokens (default 0.5)")
     add("--k", type=int, default=7, help="unroll steps (default 7)")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype (default bfloat16)")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="dtype (default bfloat16)",
+    )
     add_arguments(parser)
     return parser.parse_args()
 
@@ -55,14 +68,27 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
     mask, rows = block_mask(batch.attention_mask, dtype), batch.rows
     assert rows is not None
     attend_rows = attention_on(rows.device, dtype, e, rows, s)
-    query, own, block = ((len(rows), n, e), (len(rows), j, e), (b, s, j, e)) if fast else ((b, n, s, e),) * 3
-    inputs = [[draw(*query) for _ in range(k)], *([draw(*block), *(draw(*own) for _ in range(k - 1))] for _ in "kv")]
+    query, own, block = (
+        ((len(rows), n, e), (len(rows), j, e), (b, s, j, e)) if fast else ((b, n, s, e),) * 3
+    )
+    inputs = [
+        [draw(*query) for _ in range(k)],
+        *([draw(*block), *(draw(*own) for _ in range(k - 1))] for _ in "kv"),
+    ]
     weight, none = draw(k, *query), draw(0, *own)
 
     def attend(queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> Tensor:
         if not fast:
-            return torch.stack([unrolled_attention(queries[i], keys[: i + 1], values[: i + 1], mask) for i in range(k)])
-        later = [(torch.stack(keys[1:i]), torch.stack(values[1:i])) if i > 1 else (none, none) for i in range(1, k + 1)]
+            return torch.stack(
+                [
+                    unrolled_attention(queries[i], keys[: i + 1], values[: i + 1], mask)
+                    for i in range(k)
+                ]
+            )
+        later = [
+            (torch.stack(keys[1:i]), torch.stack(values[1:i])) if i > 1 else (none, none)
+            for i in range(1, k + 1)
+        ]
         each = zip(queries, later, strict=True)
         return torch.stack([attend_rows(q, keys[0], values[0], *mine) for q, mine in each])
 
@@ -81,15 +107,17 @@ def measure(options: argparse.Namespace, seq: int, world: World) -> dict[str, An
         draft_of(options.shape, None, seq), batch=options.batch, seq=seq, masked=options.masked, k=options.k,
         seed=options.seed, dtype=dtype, device=device, rank=world.rank,
     )  # fmt: skip
-    calls = {name: attention_call(problem, options.k, name, options.seed) for name in ("legacy", "fast")}
+    calls = {
+        name: attention_call(problem, options.k, name, options.seed) for name in ("legacy", "fast")
+    }
     timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, 2)
-    count = common.flops(problem.draft, problem.batch.loss_mask, options.k).attention
+    count = common.flops(problem.draft, problem.batch.row_mask, options.k).attention
     return {
         "seq": seq,
         "ratio": timing.ratio("legacy", "fast"),
         "mfu": timing.share("fast", count),
         "flops_needed": count,
-        "shares": common.row_shares(problem.batch.loss_mask, options.k),
+        "shares": common.row_shares(problem.batch.row_mask, options.k),
         **timing.told(),
     }
 
@@ -98,7 +126,10 @@ def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
     """Every length."""
     options.device = world.device(options.device)
     cases = [measure(options, seq, world) for seq in options.seqs]
-    settings = {name: getattr(options, name) for name in ("shape", "batch", "masked", "k", "dtype", "device", "seed")}
+    settings = {
+        name: getattr(options, name)
+        for name in ("shape", "batch", "masked", "k", "dtype", "device", "seed")
+    }
     return {
         "ratio": {str(case["seq"]): case["ratio"] for case in cases},
         "mfu": {str(case["seq"]): case["mfu"] for case in cases},
@@ -114,9 +145,18 @@ def main() -> None:
         result = run(options, world)
         if world.main:
             for case in result["cases"]:
-                took = ", ".join(f"{name} {value * 1000:.1f} ms" for name, value in case["seconds"].items())
-                common.say(options, f"S {case['seq']}: {took}; ratio {case['ratio']:.2f}, mfu {case['mfu']:.1%}")
-            common.finish(result, options.out, f"attention-{options.shape}-{options.device}-{options.allocator}")
+                took = ", ".join(
+                    f"{name} {value * 1000:.1f} ms" for name, value in case["seconds"].items()
+                )
+                common.say(
+                    options,
+                    f"S {case['seq']}: {took}; ratio {case['ratio']:.2f}, mfu {case['mfu']:.1%}",
+                )
+            common.finish(
+                result,
+                options.out,
+                f"attention-{options.shape}-{options.device}-{options.allocator}",
+            )
 
 
 if __name__ == "__main__":

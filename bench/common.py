@@ -72,7 +72,9 @@ def check_losses(losses: dict[str, float]) -> None:
     """Refuse to time sides that compute different things."""
     first = next(iter(losses.values()))
     if not all(abs(loss - first) <= APART * abs(first) for loss in losses.values()):
-        raise UserError(f"first losses {losses}: more than {APART:.0%} apart, so the sides do not compute the same")
+        raise UserError(
+            f"first losses {losses}: more than {APART:.0%} apart, so the sides do not compute the same"
+        )
 
 
 class Timing(NamedTuple):
@@ -89,7 +91,9 @@ class Timing(NamedTuple):
 
     def share(self, name: str, count: float) -> float:
         """The part of the matmul rate that a call of `count` FLOPs reaches; median of the rounds."""
-        return median(count / took / rate for took, rate in zip(self.seconds[name], self.rates, strict=True))
+        return median(
+            count / took / rate for took, rate in zip(self.seconds[name], self.rates, strict=True)
+        )
 
     def told(self) -> dict[str, Any]:
         """Medians and all values, for a result."""
@@ -102,7 +106,12 @@ class Timing(NamedTuple):
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], rounds: int, dtype: torch.dtype, device: str, world: World, warm: int
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    dtype: torch.dtype,
+    device: str,
+    world: World,
+    warm: int,
 ) -> Timing:
     """Time every call once a round, beside the matmul; `warm` earlier rounds are left out.
 
@@ -120,7 +129,10 @@ def in_turns(
             if number >= 0:
                 times[name].append(took)
     spread = world.every(times)
-    slowest = {name: [max(turn) for turn in zip(*(part[name] for part in spread), strict=True)] for name in calls}
+    slowest = {
+        name: [max(turn) for turn in zip(*(part[name] for part in spread), strict=True)]
+        for name in calls
+    }
     fastest = [min(turn) for turn in zip(*(part["matmul"] for part in spread), strict=True)]
     return Timing(slowest, [matmul.flops / took for took in fastest], matmul.size)
 
@@ -175,7 +187,12 @@ def flops(draft: DraftConfig, mask: Tensor, k: int, dense: bool = False) -> Flop
     rows, later, total = int(need.sum()), int(need[1:].sum()), mask.numel()
     seen = torch.arange(1, mask.shape[1] + 1) + torch.arange(k)[:, None, None]
     pairs = int((seen * need).sum())
-    h, n, j, e = draft.hidden_size, draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim
+    h, n, j, e = (
+        draft.hidden_size,
+        draft.num_attention_heads,
+        draft.num_key_value_heads,
+        draft.head_dim,
+    )
     return Flops(
         projection=4 * total * 3 * draft.target_hidden_size * h,
         keys_values=6 * (total + later) * 2 * 2 * h * j * e,

@@ -19,8 +19,8 @@ import torch
 
 from bench import common
 from bench.problem import draft_of
-from bench.provenance import provenance
 from eagle3fn.testing.gate_part import Report, parse_part, part_options, run_part
+from eagle3fn.testing.provenance import provenance
 
 SHAPES = ("qwen2.5-7b", "llama-3-8b")
 SEQ, K = 2048, 7
@@ -53,14 +53,25 @@ def chosen_shape(shape: str, device: str) -> dict[str, Any]:
             break
     found = {"shape": name, "seq": seq, "needed_bytes": needed, "free_bytes": free}
     if (name, seq) != (shape, SEQ):
-        found["because"] = f"{shape} at {SEQ:,} tokens needs more than the {free / 2**30:.1f} GiB that are free"
+        found["because"] = (
+            f"{shape} at {SEQ:,} tokens needs more than the {free / 2**30:.1f} GiB that are free"
+        )
     return found
 
 
 def items(device: str) -> dict[str, Item]:
     """What is measured, the most important first."""
     if device == "cpu":
-        options = ["--shape", "tiny", "--rounds", "1", "--device", device, "--dtype", "float32"]  # bf16 is slow here
+        options = [
+            "--shape",
+            "tiny",
+            "--rounds",
+            "1",
+            "--device",
+            device,
+            "--dtype",
+            "float32",
+        ]  # bf16 is slow here
         return {
             "step-tiny": Item(60, ["bench.step", *options, "--seq", "96", "--memory-here"]),
             "loss-tiny": Item(20, ["bench.loss", *options, "--seq", "96"]),
@@ -69,11 +80,30 @@ def items(device: str) -> dict[str, Item]:
     found = {}
     for shape in SHAPES:
         chosen = chosen_shape(shape, device)
-        words = ["bench.step", "--shape", chosen["shape"], "--seq", str(chosen["seq"]), "--masked", "0.5"]
+        words = [
+            "bench.step",
+            "--shape",
+            chosen["shape"],
+            "--seq",
+            str(chosen["seq"]),
+            "--masked",
+            "0.5",
+        ]
         words += ["--rounds", "7", "--memory-here", "--device", device]
         found[f"step-{shape}"] = Item(50, words, chosen)
     for shape in SHAPES:
-        words = ["bench.loss", "--shape", shape, "--seq", "2048", "--vocabs", "16000", "32000", "--device", device]
+        words = [
+            "bench.loss",
+            "--shape",
+            shape,
+            "--seq",
+            "2048",
+            "--vocabs",
+            "16000",
+            "32000",
+            "--device",
+            device,
+        ]
         found[f"loss-{shape}"] = Item(1, words)
     words = ["bench.attention", "--shape", SHAPES[0], "--seqs", "2048", "4096", "--device", device]
     return found | {f"attention-{SHAPES[0]}": Item(1, words)}
@@ -132,11 +162,15 @@ def run(report: Report, todo: dict[str, Item]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     part_options(parser)
     options = parse_part(parser, arguments)
     kind = "rehearsal on a CPU, no measurement" if options.device == "cpu" else "measurement"
-    report = Report(options.out, options.seconds, {"kind": kind, "aims": AIMS, "parts": {}, **provenance()})
+    report = Report(
+        options.out, options.seconds, {"kind": kind, "aims": AIMS, "parts": {}, **provenance()}
+    )
     report.write()
     with report.guarded("bench"):
         run(report, items(options.device))

@@ -21,7 +21,14 @@ def dense_step(size: Size) -> Tally:
     tally.linear("queries, keys, values, output", "q", m, 2 * h, q, k)
     tally.linear("queries, keys, values, output", "k and v", m, 2 * h, kv, 2 * k)
     tally.linear("queries, keys, values, output", "o", m, q, h, k)
-    tally.passes("queries, keys, values, output", "sums of input gradients", 4 * 2 * m * h * C, 2 * 2 * m * h * C, 2, k)
+    tally.passes(
+        "queries, keys, values, output",
+        "sums of input gradients",
+        4 * 2 * m * h * C,
+        2 * 2 * m * h * C,
+        2,
+        k,
+    )
     _attention(tally, size, q, kv)
     tally.linear("MLP", "gate and up", m, h, i, 2 * k)
     tally.linear("MLP", "down", m, i, h, k)
@@ -33,7 +40,9 @@ def dense_step(size: Size) -> Tally:
     tally.passes("norms", "gradients", 18 * row, 11 * row, 12, k)
     _loss(tally, size, h)
     n = size.weights
-    tally.passes("sums of weight gradients", "over the steps", 2 * n * C, n * C, len(shapes(d)) - 1, k - 1)
+    tally.passes(
+        "sums of weight gradients", "over the steps", 2 * n * C, n * C, len(shapes(d)) - 1, k - 1
+    )
     _optimizer(tally, n, len(shapes(d)))
     return tally
 
@@ -49,7 +58,9 @@ def _attention(tally: Tally, size: Size, q: int, kv: int) -> None:
         tally[-1] = tally[-1]._replace(read=laid + keys, written=laid)
         tally.product("attention", "backward", pairs, 5, q)
         tally[-1] = tally[-1]._replace(read=4 * laid + keys, written=laid + keys, count=3)
-        tally.passes("attention", "keys so far copied, their gradients summed", 3 * keys, 2 * keys, 6)
+        tally.passes(
+            "attention", "keys so far copied, their gradients summed", 3 * keys, 2 * keys, 6
+        )
         tally.passes("attention", "rotary, block mask, layouts", 8 * laid, 8 * laid, 20)
 
 
@@ -59,12 +70,21 @@ def _loss(tally: Tally, size: Size, h: int) -> None:
     taught = size.labels / m  # the rows that the Triton kernels do not skip
     tally.product("teacher", "logits", m, d.target_hidden_size, v)
     tally.passes("teacher", "to fp32, argmax, log-sum-exp", m * v * (C + 3 * F), m * v * F, 4)
-    tally.passes("teacher", "draft columns, two softmaxes, padding", 8 * m * c * F, 6 * m * c * F, 8)
+    tally.passes(
+        "teacher", "draft columns, two softmaxes, padding", 8 * m * c * F, 6 * m * c * F, 8
+    )
     tally.linear("head and loss", "logits", m, h, c, k)
     if size.batch > 1:  # else the slice of a step is a view
         copied = 2 * m * c * F
         tally.passes("head and loss", "p and q of a step copied", copied, copied, 2, k)
-    tally.passes("head and loss", "argmax, softmax, acceptance", m * c * (2 * C + 4 * F), 3 * m * c * F, 12, k)
+    tally.passes(
+        "head and loss",
+        "argmax, softmax, acceptance",
+        m * c * (2 * C + 4 * F),
+        3 * m * c * F,
+        12,
+        k,
+    )
     loss, gradient = taught * m * c * (2 * C + F), taught * m * c * (C + 2 * F)
     tally.passes("head and loss", "Triton loss", loss, 0, 4, k)
     tally.passes("head and loss", "Triton gradient", gradient, m * c * C, 2, k)

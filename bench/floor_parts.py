@@ -3,13 +3,13 @@
 A kernel reads each input once and writes each output once, in whole elements; a gather reads what it
 takes, `index_add_` also what it adds to, and a product with an addend copies that first. What a kernel
 moves inside itself is left out: the flash backward's fp32 sums, sectors of 32 bytes of which a gather
-needs two. `tests/test_floors.py` holds the counts against the operations that PyTorch is asked for.
+needs two. `tests/bench/test_floors.py` holds the counts against the operations that PyTorch is asked for.
 """
 
 from typing import NamedTuple
 
 from eagle3fn.base.draft_config import DraftConfig
-from eagle3fn.model import fused
+from eagle3fn.model import head_loss as fused
 from eagle3fn.model.table import shapes
 from eagle3fn.train.optimizer import _BLOCK_BYTES
 
@@ -48,28 +48,56 @@ class Size(NamedTuple):
     @property
     def weights(self) -> int:
         """Trained values."""
-        return sum(size[0] * (size[1] if len(size) > 1 else 1) for size in shapes(self.draft).values())
+        return sum(
+            size[0] * (size[1] if len(size) > 1 else 1) for size in shapes(self.draft).values()
+        )
 
 
 class Tally(list[Kernels]):
     """Kernels in the order in which they are added."""
 
-    def product(self, part: str, what: str, rows: int, inner: int, columns: int, times: int = 1, plus: int = 0) -> None:
+    def product(
+        self,
+        part: str,
+        what: str,
+        rows: int,
+        inner: int,
+        columns: int,
+        times: int = 1,
+        plus: int = 0,
+    ) -> None:
         """`(rows, inner)·(inner, columns)`; `plus`: 1 adds to the output in place, 2 to a copy of an addend."""
         out = rows * columns * C
         flops, read = 2 * rows * inner * columns, (rows * inner + inner * columns) * C + plus * out
         written = out + (out if plus == 2 else 0)
-        self.append(Kernels(part, what, times * (1 + plus // 2), times * flops, times * read, times * written))
+        self.append(
+            Kernels(
+                part, what, times * (1 + plus // 2), times * flops, times * read, times * written
+            )
+        )
 
-    def linear(self, part: str, what: str, rows: int, inner: int, columns: int, times: int = 1, plus: int = 0) -> None:
+    def linear(
+        self,
+        part: str,
+        what: str,
+        rows: int,
+        inner: int,
+        columns: int,
+        times: int = 1,
+        plus: int = 0,
+    ) -> None:
         """A product and its two gradients."""
         self.product(part, what, rows, inner, columns, times, plus)
         self.product(part, what + ", gradients", rows, columns, inner, times)
         self.product(part, what + ", gradients", columns, rows, inner, times)
 
-    def passes(self, part: str, what: str, read: float, written: float, count: int, times: int = 1) -> None:
+    def passes(
+        self, part: str, what: str, read: float, written: float, count: int, times: int = 1
+    ) -> None:
         """`count` kernels that together read and write so many bytes."""
-        self.append(Kernels(part, what, count * times, 0, round(read) * times, round(written) * times))
+        self.append(
+            Kernels(part, what, count * times, 0, round(read) * times, round(written) * times)
+        )
 
 
 def fast_step(size: Size) -> Tally:
@@ -81,7 +109,12 @@ def fast_step(size: Size) -> Tally:
 
     # What depends on a place alone, once a batch.
     tally.passes("small", "plan, factors, metrics, tokens", k * t * C * 100, k * t * C * 70, 110)
-    tally.passes("weights side by side", "cat of q, k, v and of gate, up", *_both((w * 2 * h + 2 * i * h) * C), 2)
+    tally.passes(
+        "weights side by side",
+        "cat of q, k, v and of gate, up",
+        *_both((w * 2 * h + 2 * i * h) * C),
+        2,
+    )
     tally.passes("weights side by side", "their gradients", *_both(w * 2 * h * C), 1)
     tally.product("projection", "fc", m, 3 * d.target_hidden_size, h)
     tally.product("projection", "fc, gradient", h, m, 3 * d.target_hidden_size)
@@ -126,7 +159,9 @@ def _times(count: float, read: float, written: float) -> tuple[float, float]:
 
 def _step0(tally: Tally, size: Size, h: int, q: int, kv: int, w: int, places: int) -> None:
     part, m, t = "step-0 keys and values", size.places, size.rows
-    tally.passes("queries and output", "rows of hidden, norm, left half", *_both(t * (2 * h + q) * C), 3)
+    tally.passes(
+        "queries and output", "rows of hidden, norm, left half", *_both(t * (2 * h + q) * C), 3
+    )
     # Gradients of rows laid back: of hidden and its norm, then of q's part of the left half, into its columns.
     rows, part_q = "queries and output", places * q
     laid = (m + 2 * t) * h * C, (2 * m + t) * h * C
@@ -136,7 +171,9 @@ def _step0(tally: Tally, size: Size, h: int, q: int, kv: int, w: int, places: in
     read, written = m * (2 * kv + w) + 2 * places * w, m * (2 * kv + 2 * w) + 2 * places * w
     tally.passes(part, "gradient of the left half", read * C, written * C, 5)
     tally.passes(part, "sums of hidden gradients", *_times(m * h * C, 4, 2), 2)
-    tally.passes(part, "sums of key and value gradients", *_times(2 * m * kv * C, 2, 1), 2, size.k - 1)
+    tally.passes(
+        part, "sums of key and value gradients", *_times(2 * m * kv * C, 2, 1), 2, size.k - 1
+    )
 
 
 def _rotary(tally: Tally, size: Size, q: int, kv: int, w: int) -> None:
@@ -160,21 +197,36 @@ def _attention(tally: Tally, size: Size, q: int, kv: int) -> None:
     """Flash over whole sequences, each query head with a key of its own, and the rows' own later keys beside it."""
     flash, merge, d, k = "attention, flash", "attention, own keys", size.draft, size.k
     m, t, n, wide = size.places, size.rows, d.num_attention_heads, F // C
-    pairs = size.batch * size.seq * size.seq // 2  # half of the square, as flash kernels are counted
+    pairs = (
+        size.batch * size.seq * size.seq // 2
+    )  # half of the square, as flash kernels are counted
     laid, row, own, sums = m * q * C, t * q * C, t * kv * C, t * n * F
-    tally.passes(flash, "queries laid out, heads expanded", row + 2 * m * kv * C, laid + row + 2 * laid, 4, k)
-    tally.append(Kernels(flash, "forward", k, k * 4 * pairs * q, k * 3 * laid, k * (laid + m * n * F)))
+    tally.passes(
+        flash, "queries laid out, heads expanded", row + 2 * m * kv * C, laid + row + 2 * laid, 4, k
+    )
+    tally.append(
+        Kernels(flash, "forward", k, k * 4 * pairs * q, k * 3 * laid, k * (laid + m * n * F))
+    )
     tally.passes(flash, "rows taken", *_both(row + sums), 2, k)
     read, written = 4 * row + sums + 2 * m * kv * C + m * n * F, 5 * laid + 3 * row + 2 * m * n * F
     tally.passes(flash, "all laid out, heads expanded", read, written + sums, 11, k)
     read = 5 * laid + m * n * F
     tally.append(Kernels(flash, "backward", 3 * k, k * 10 * pairs * q, k * read, k * 3 * laid))
     tally.passes(flash, "rows and groups", 2 * row + 2 * laid, 2 * row + 2 * m * kv * C, 8, k)
-    tally.passes(merge, "merge", (1 + 2 * wide) * row + 8 * sums, (1 + 2 * wide) * row + 6 * sums, 6 + LOGSUMEXP, k)
+    tally.passes(
+        merge,
+        "merge",
+        (1 + 2 * wide) * row + 8 * sums,
+        (1 + 2 * wide) * row + 6 * sums,
+        6 + LOGSUMEXP,
+        k,
+    )
     tally.passes(merge, "gradient by own scores", (2 + 2 * wide) * row, 2 * wide * row + sums, 3, k)
     for i in range(1, k):
         small = i * sums
-        tally.passes(merge, "own scores", i * (2 * row + own) + 4 * small, i * row + 4 * small, 2 * i + 5)
+        tally.passes(
+            merge, "own scores", i * (2 * row + own) + 4 * small, i * row + 4 * small, 2 * i + 5
+        )
         tally.passes(merge, "own values", i * (wide * row + own) + small, i * wide * row, i)
         read, written = i * (4 * row + 2 * own) + 9 * small, i * 2 * row + 8 * small
         tally.passes(merge, "own scores, gradients", read, written, 4 * i + 11)
@@ -194,7 +246,9 @@ def _norms(tally: Tally, size: Size, h: int, places: int) -> None:
         ("final", t, k, k),
     ):
         tally.passes("norms", what, *_times(rows * h, C + 5 * F, C + 4 * F), 8, forward)
-        tally.passes("norms", what + ", gradient", *_times(rows * h, 2 * C + 11 * F, C + 7 * F), 11, backward)
+        tally.passes(
+            "norms", what + ", gradient", *_times(rows * h, 2 * C + 11 * F, C + 7 * F), 11, backward
+        )
 
 
 def chunks(size: Size) -> list[int]:
@@ -235,6 +289,9 @@ def _optimizer(tally: Tally, size: Size) -> None:
     tally.passes("gradients to fp32, norm, clip", "to fp32", n * C, n * F, len(leaves))
     tally.passes("gradients to fp32, norm, clip", "norm", n * F, 0, len(leaves) + 2)
     tally.passes("gradients to fp32, norm, clip", "clip", n * F, n * F, len(leaves) + 4)
-    blocks = sum(-(-leaf[0] // max(1, _BLOCK_BYTES // (F * (leaf[1] if len(leaf) > 1 else 1)))) for leaf in leaves)
+    blocks = sum(
+        -(-leaf[0] // max(1, _BLOCK_BYTES // (F * (leaf[1] if len(leaf) > 1 else 1))))
+        for leaf in leaves
+    )
     tally.passes("AdamW", "seven passes", *_times(n * F, 11, 7), 7 * blocks)
     tally.passes("AdamW", "bf16 weights", n * F, n * C, len(leaves))

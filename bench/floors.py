@@ -52,7 +52,9 @@ JUDGED = {
     "AdamW": (1.3, 1.05),  # blocks of 16 MiB stay in the card's cache between passes
 }
 FOREACH = {"AdamW": (0.9, 0.85)}  # SpecForge's passes go over whole lists of leaves
-OVERHEAD = 3 << 30  # a process's context, libraries' workspaces, the benchmark's own products, holes of the allocator
+OVERHEAD = (
+    3 << 30
+)  # a process's context, libraries' workspaces, the benchmark's own products, holes of the allocator
 
 
 def floor(kernels: Kernels, card: Card) -> float:
@@ -80,7 +82,10 @@ def parts(side: str, size: Size, card_name: str) -> dict[str, dict[str, float]]:
         ):
             row[name] = row.get(name, 0) + value
     by_part["waiting"] = dict.fromkeys(row, 0) | {"expected": size.k * WAITS[side][place]}
-    total = {name: math.fsum(row[name] for row in by_part.values()) for name in next(iter(by_part.values()))}
+    total = {
+        name: math.fsum(row[name] for row in by_part.values())
+        for name in next(iter(by_part.values()))
+    }
     return by_part | {"total": total}
 
 
@@ -103,11 +108,19 @@ def new_bytes(size: Size, side: str) -> int:
     what its norms keep in fp32.
     """
     d, k, m, t = size.draft, size.k, size.places, size.rows
-    h, i, n, v, c = d.hidden_size, d.intermediate_size, d.num_attention_heads, d.vocab_size, d.draft_vocab_size
+    h, i, n, v, c = (
+        d.hidden_size,
+        d.intermediate_size,
+        d.num_attention_heads,
+        d.vocab_size,
+        d.draft_vocab_size,
+    )
     q, w = n * d.head_dim, (n + 2 * d.num_key_value_heads) * d.head_dim
     gradients, wide = size.weights * C, size.weights * F
     if side == "fast":
-        kept = k * t * C * (2 * i + 6 * h + 3 * q) + (2 * i * h + 2 * w * h) * C + 4 * m * C * (h + q)
+        kept = (
+            k * t * C * (2 * i + 6 * h + 3 * q) + (2 * i * h + 2 * w * h) * C + 4 * m * C * (h + q)
+        )
         head = 2 * k * t * h * C + (256 << 20) + c * h * (F + C)
         backward = (k * t * h + c * h + 3 * 2 * i * h + 2 * i * h + 6 * t * i) * C
         return max(kept + head, kept + backward, gradients + wide)
@@ -129,7 +142,9 @@ def bytes_needed(draft: DraftConfig, batch: int, seq: int, k: int) -> int:
     state = 3 * size.weights * (C + 3 * F)
     frozen = draft.vocab_size * (draft.hidden_size + draft.target_hidden_size) * C
     given = size.places * 4 * draft.target_hidden_size * C
-    drawn = draft.vocab_size * draft.target_hidden_size * (2 * F)  # while the frozen tensors are made
+    drawn = (
+        draft.vocab_size * draft.target_hidden_size * (2 * F)
+    )  # while the frozen tensors are made
     step = max(new_bytes(size, side) for side in ("fast", "legacy", "SpecForge"))
     return int(1.15 * (max(state + step, drawn) + frozen + given)) + OVERHEAD
 
@@ -139,12 +154,16 @@ def result(options: argparse.Namespace) -> dict[str, Any]:
     if not 0 <= options.masked < 1:
         raise UserError(f"--masked {options.masked}: the share must be in [0, 1); give 0.5")
     if min(options.seq, options.batch, options.k) < 1:
-        raise UserError(f"--seq {options.seq} --batch {options.batch} --k {options.k}: all must be at least 1")
+        raise UserError(
+            f"--seq {options.seq} --batch {options.batch} --k {options.k}: all must be at least 1"
+        )
     draft = draft_of(options.shape, None, options.seq)
     size, mask = size_of(draft, options.batch, options.seq, options.masked, options.k)
     state = size.weights * (C + 3 * F)
     return {
-        "settings": {name: getattr(options, name) for name in ("shape", "seq", "batch", "masked", "k")},
+        "settings": {
+            name: getattr(options, name) for name in ("shape", "seq", "batch", "masked", "k")
+        },
         "rows": size.rows,
         "labels": size.labels,
         "weights": size.weights,
@@ -190,9 +209,16 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="qwen2.5-7b", help="the draft's shape (default qwen2.5-7b)")
+    add(
+        "--shape",
+        choices=SHAPES,
+        default="qwen2.5-7b",
+        help="the draft's shape (default qwen2.5-7b)",
+    )
     add("--seq", type=int, default=2048, help="tokens of a sample (default 2048)")
     add("--batch", type=int, default=1, help="samples of a step (default 1)")
     add("--masked", type=float, default=0.5, help="share of masked tokens (default 0.5)")

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, help="timed rounds, every side once in each")
     add("--seed", type=int, default=0, help="seed of weights, features and mask (default 0)")
     add("--json", action="store_true", help="print nothing but the line of JSON")
-    add("--out", help="the JSON's file (default: named by the settings, in bench/results/; -: none)")
+    add(
+        "--out", help="the JSON's file (default: named by the settings, in bench/results/; -: none)"
+    )
 
 
 def environment(device: str, threads: int, allocator: str) -> dict[str, str | None]:

@@ -26,17 +26,17 @@ import eagle3fn as e3
 from bench import common, sides
 from bench.launch import add_arguments
 from bench.problem import SHAPES, Drawer, Problem, draft_of, draw_params, make_problem
-from bench.provenance import provenance
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.rows import shift
 from eagle3fn.base.types import Params
 from eagle3fn.model import layers, table
-from eagle3fn.model.fast import label_targets, make_plan
-from eagle3fn.model.fused import Labels, head_and_kl
+from eagle3fn.model.fast import label_targets, plan_rows
 from eagle3fn.model.fused_layers import rms_norm
+from eagle3fn.model.head_loss import Labels, head_and_kl
 from eagle3fn.model.losses import correct_rows, step_loss
 from eagle3fn.model.teacher import make_teacher
-from eagle3fn.testing.oracle import Oracle
+from eagle3fn.specforge.oracle import Oracle
+from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
@@ -44,26 +44,42 @@ Call = Callable[[], tuple[Tensor, Params]]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="smollm2", help="the draft's shape (default smollm2)")
     add("--seq", type=int, default=512, help="tokens of a sample (default 512)")
     add("--batch", type=int, default=1, help="samples (default 1)")
-    add("--vocabs", type=int, nargs="+", help="draft vocabularies (default 8192 16384 32768, tiny: 64)")
+    add(
+        "--vocabs",
+        type=int,
+        nargs="+",
+        help="draft vocabularies (default 8192 16384 32768, tiny: 64)",
+    )
     add("--masked", type=float, default=0.5, help="share of masked tokens (default 0.5)")
     add("--k", type=int, default=7, help="unroll steps (default 7)")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype (default bfloat16)")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="dtype (default bfloat16)",
+    )
     add_arguments(parser)
     return parser.parse_args()
 
 
-def legacy_call(problem: Problem, leaves: Params, hidden: Tensor, k: int, oracle: Oracle | None) -> Call:
+def legacy_call(
+    problem: Problem, leaves: Params, hidden: Tensor, k: int, oracle: Oracle | None
+) -> Call:
     """Teacher, head, loss and metrics step by step on all rows; with an oracle, by its loss kernel."""
     batch, frozen, s = problem.batch, problem.frozen, problem.batch.input_ids.shape[1]
-    objective = e3.ObjectiveConfig(numerics="legacy", ttt_length=k, normalization="rows", teacher="full")
+    objective = e3.ObjectiveConfig(
+        numerics="legacy", ttt_length=k, normalization="rows", teacher="full"
+    )
 
     def loss(inner: Params) -> Tensor:
-        teacher = make_teacher(shift(batch.last_hidden, 1), batch.loss_mask, frozen, objective)
+        teacher = make_teacher(shift(batch.last_hidden, 1), batch.row_mask, frozen, objective)
         mask, total = teacher.position_mask, torch.zeros((), device=hidden.device)
         for i in range(k):
             logits = layers.logits(inner, problem.draft, inner["hidden"][i])
@@ -85,29 +101,37 @@ def _by_tape(loss: Callable[[Params], Tensor], leaves: Params) -> tuple[Tensor, 
     """Loss and gradients by autograd's own tape: torch.func refuses SpecForge's loss Function."""
     inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     value = loss(inputs)
-    return value.detach(), dict(zip(inputs, torch.autograd.grad(value, list(inputs.values())), strict=True))
+    return value.detach(), dict(
+        zip(inputs, torch.autograd.grad(value, list(inputs.values())), strict=True)
+    )
 
 
-def _old_loss(oracle: Oracle, logits: Tensor, p: Tensor, q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _old_loss(
+    oracle: Oracle, logits: Tensor, p: Tensor, q: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     module: Any = oracle.eagle3
     loss = module.LogSoftmaxLoss.apply(logits, p.contiguous(), mask)
     with torch.no_grad():
-        return loss, module.compute_acceptance_rate(logits=logits, target_probs=q, position_mask=mask, reduce_fn=None)[
-            0
-        ]
+        return loss, module.compute_acceptance_rate(
+            logits=logits, target_probs=q, position_mask=mask, reduce_fn=None
+        )[0]
 
 
 def fast_call(problem: Problem, leaves: Params, hidden: Tensor, k: int) -> Call:
     """What the fast numerics do behind the last hidden state, on the rows that contribute."""
     batch, frozen, objective = problem.batch, problem.frozen, e3.ObjectiveConfig()
-    plan = make_plan(batch, k)
+    plan = plan_rows(batch, k)
     rows = hidden.flatten(1, 2)[:, plan.rows]
     factor = objective.decay ** torch.arange(k, device=hidden.device) / batch.input_ids.numel()
-    labels = Labels(label_targets(batch, plan.labels, frozen), plan.student, plan.scored * factor[:, None])
+    labels = Labels(
+        label_targets(batch, plan.labels, frozen), plan.student, plan.scored * factor[:, None]
+    )
 
     def loss(inner: Params) -> Tensor:
         student = rms_norm(inner["hidden"], inner[table.NORM], problem.draft.rms_norm_eps)
-        return head_and_kl(student, inner[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t).loss
+        return head_and_kl(
+            student, inner[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t
+        ).loss
 
     return partial(gradients, loss, leaves | {"hidden": rows})
 
@@ -117,7 +141,9 @@ def gradients(loss: Callable[[Params], Tensor], leaves: Params) -> tuple[Tensor,
     return value_and_grad(loss)(leaves)
 
 
-def measure(options: argparse.Namespace, vocab: int | None, oracle: Oracle | None, world: World) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, vocab: int | None, oracle: Oracle | None, world: World
+) -> dict[str, Any]:
     """One draft vocabulary."""
     dtype, device, k = getattr(torch, options.dtype), options.device, options.k
     draft = draft_of(options.shape, vocab, options.seq)
@@ -127,7 +153,9 @@ def measure(options: argparse.Namespace, vocab: int | None, oracle: Oracle | Non
     )  # fmt: skip
     params = draw_params(draft, options.seed, dtype, device)
     leaves = {name: params[name] for name in (table.NORM, table.HEAD)}
-    hidden = Drawer(options.seed + 7, dtype, device)((k, options.batch, options.seq, draft.hidden_size), 1.0)
+    hidden = Drawer(options.seed + 7, dtype, device)(
+        (k, options.batch, options.seq, draft.hidden_size), 1.0
+    )
     calls = {
         "legacy": legacy_call(problem, leaves, hidden, k, None),
         "fast": fast_call(problem, leaves, hidden, k),
@@ -137,14 +165,14 @@ def measure(options: argparse.Namespace, vocab: int | None, oracle: Oracle | Non
     losses = {name: float(call()[0]) for name, call in calls.items()}
     common.check_losses(losses)
     timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, 0)
-    work = common.flops(draft, problem.batch.loss_mask, k)
+    work = common.flops(draft, problem.batch.row_mask, k)
     return {
         "draft_vocab": draft.draft_vocab_size,
         "ratio": timing.ratio("legacy", "fast"),
         "mfu": timing.share("fast", work.head + work.teacher),
         "flops_needed": work.head + work.teacher,
         "first_loss": losses,
-        "shares": common.row_shares(problem.batch.loss_mask, k),
+        "shares": common.row_shares(problem.batch.row_mask, k),
         **timing.told(),
     }
 
@@ -159,7 +187,8 @@ def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
     return {
         "ratio": {str(case["draft_vocab"]): case["ratio"] for case in cases},
         "mfu": {str(case["draft_vocab"]): case["mfu"] for case in cases},
-        "settings": {n: getattr(options, n) for n in told} | {"rounds": options.rounds or ROUNDS, "ranks": world.size},
+        "settings": {n: getattr(options, n) for n in told}
+        | {"rounds": options.rounds or ROUNDS, "ranks": world.size},
         "cases": cases,
         **(sides.describe(oracle, reason, options.device) if options.device != "cpu" else {}),
         **provenance(),
@@ -172,11 +201,16 @@ def main() -> None:
         result = run(options, world)
         if world.main:
             for case in result["cases"]:
-                took = ", ".join(f"{name} {value * 1000:.1f} ms" for name, value in case["seconds"].items())
-                common.say(
-                    options, f"D {case['draft_vocab']}: {took}; ratio {case['ratio']:.2f}, mfu {case['mfu']:.1%}"
+                took = ", ".join(
+                    f"{name} {value * 1000:.1f} ms" for name, value in case["seconds"].items()
                 )
-            common.finish(result, options.out, f"loss-{options.shape}-{options.device}-{options.allocator}")
+                common.say(
+                    options,
+                    f"D {case['draft_vocab']}: {took}; ratio {case['ratio']:.2f}, mfu {case['mfu']:.1%}",
+                )
+            common.finish(
+                result, options.out, f"loss-{options.shape}-{options.device}-{options.allocator}"
+            )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def measured(make: Callable[[], Callable[[], Any]], steps: int, device: str) -> 
     for _ in range(steps - 1):
         update()
     peak = largest(device)
-    return Measured(update, first, {"peak": peak, "inputs": inputs, "idle": idle, "step": peak - inputs})
+    return Measured(
+        update, first, {"peak": peak, "inputs": inputs, "idle": idle, "step": peak - inputs}
+    )
 
 
 def now(device: str) -> int:

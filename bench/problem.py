@@ -53,9 +53,14 @@ def turns(length: int, masked: float, generator: torch.Generator) -> Tensor:
     """
     hidden = round(length * masked)
     counts = _counts(hidden, length - hidden, generator)
-    parts = [_split(size, count, generator) for size, count in zip((hidden, length - hidden), counts, strict=True)]
+    parts = [
+        _split(size, count, generator)
+        for size, count in zip((hidden, length - hidden), counts, strict=True)
+    ]
     longest = max(counts)
-    laid = [(kind, part[i]) for i in range(longest) for kind, part in enumerate(parts) if i < len(part)]
+    laid = [
+        (kind, part[i]) for i in range(longest) for kind, part in enumerate(parts) if i < len(part)
+    ]
     return torch.cat([torch.full((size,), kind, dtype=torch.int64) for kind, size in laid])
 
 
@@ -63,7 +68,9 @@ def _counts(hidden: int, shown: int, generator: torch.Generator) -> tuple[int, i
     """How many turns of each kind: equally many where both can."""
     low, high = TURN
     least = [-(-size // high) for size in (hidden, shown)]
-    most = [max(size // low, at_least) for size, at_least in zip((hidden, shown), least, strict=True)]
+    most = [
+        max(size // low, at_least) for size, at_least in zip((hidden, shown), least, strict=True)
+    ]
     first, last = max(least), min(most)
     if first > last:
         return (least[0], most[1]) if least[0] > most[1] else (most[0], least[1])
@@ -76,7 +83,9 @@ def _split(total: int, count: int, generator: torch.Generator) -> list[int]:
     sizes = []
     for left in range(count - 1, -1, -1):
         least, most = max(TURN[0], total - left * TURN[1]), min(TURN[1], total - left * TURN[0])
-        sizes.append(int(torch.randint(least, most + 1, (), generator=generator)) if left else total)
+        sizes.append(
+            int(torch.randint(least, most + 1, (), generator=generator)) if left else total
+        )
         total -= sizes[-1]
     return sizes
 
@@ -94,7 +103,7 @@ def make_problem(
     made = Batch(
         input_ids=ids.to(device),
         attention_mask=torch.ones_like(ids).to(device),
-        loss_mask=mask.to(device),
+        row_mask=mask.to(device),
         aux_hidden=draw((batch, seq, 3 * draft.target_hidden_size), 1.0),
         last_hidden=draw((batch, seq, draft.target_hidden_size), 2.0),
         **{name: rows.to(device) for name, rows in both_rows(mask, k).items()},
@@ -105,7 +114,9 @@ def make_problem(
 def make_frozen(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) -> Frozen:
     """A random target whose choices lie in the draft vocabulary, a random subset: its other rows are halved."""
     source = torch.Generator().manual_seed(seed)
-    kept = torch.randperm(draft.vocab_size, generator=source)[: draft.draft_vocab_size].sort().values
+    kept = (
+        torch.randperm(draft.vocab_size, generator=source)[: draft.draft_vocab_size].sort().values
+    )
     t2d = torch.zeros(draft.vocab_size, dtype=torch.bool)
     t2d[kept] = True
     draw = Drawer(seed + 2, dtype, device)
@@ -122,7 +133,9 @@ def draw_params(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) 
     """Weights that keep activations near one."""
     draw = Drawer(seed + 1, dtype, device)
     return {
-        name: torch.ones(shape, dtype=dtype, device=device) if len(shape) == 1 else draw(shape, shape[1] ** -0.5)
+        name: torch.ones(shape, dtype=dtype, device=device)
+        if len(shape) == 1
+        else draw(shape, shape[1] ** -0.5)
         for name, shape in shapes(draft).items()
     }
 
@@ -136,4 +149,6 @@ class Drawer:
 
     def __call__(self, shape: tuple[int, ...], scale: float) -> Tensor:
         """One tensor of this shape."""
-        return (torch.randn(shape, generator=self.generator, device=self.device) * scale).to(self.dtype)
+        return (torch.randn(shape, generator=self.generator, device=self.device) * scale).to(
+            self.dtype
+        )

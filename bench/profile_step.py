@@ -28,8 +28,20 @@ from eagle3fn.testing.gate_part import Report, parse_part, part_options, run_par
 STEP = "eagle3fn step"
 WORK = {"cuda": ("kernel", "gpu_memcpy", "gpu_memset"), "cpu": ("cpu_op",)}
 CALLS = ("cuda_runtime", "cuda_driver")
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpy2D")
-WAITS += ("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize", "cudaFree", "cuMemFree_v2")
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "cudaMemcpy2D",
+)
+WAITS += (
+    "cuStreamSynchronize",
+    "cuCtxSynchronize",
+    "cuEventSynchronize",
+    "cudaFree",
+    "cuMemFree_v2",
+)
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2")
 SHOWN, WARM, TIMED = 20, 3, 5
 SYNC_WARNING = "called a synchronizing CUDA operation"
@@ -56,7 +68,9 @@ def read_trace(path: Path) -> list[Event]:
     """The spans of a trace that the profiler exported."""
     tree = json.loads(path.read_text(encoding="utf-8"))
     return [
-        Event(one["name"], one["cat"], one["ts"], one["ts"] + one["dur"], f"{one['pid']} {one['tid']}")
+        Event(
+            one["name"], one["cat"], one["ts"], one["ts"] + one["dur"], f"{one['pid']} {one['tid']}"
+        )
         for one in tree["traceEvents"]
         if one.get("ph") == "X" and "cat" in one and "dur" in one
     ]
@@ -92,8 +106,15 @@ def found_in(events: Sequence[Event], counts: Callable[[Event], bool]) -> list[W
     """The events of the step that count, each with the operators around it."""
     step = step_of(events)
     wanted = [event for event in events if counts(event) and event.start >= step.start]
-    wanted = [event for event in wanted if event.kind not in (*CALLS, "cpu_op") or event.start <= step.stop]
-    return [Wait(event.name, around(event, events)) for event in sorted(wanted, key=lambda event: event.start)]
+    wanted = [
+        event
+        for event in wanted
+        if event.kind not in (*CALLS, "cpu_op") or event.start <= step.stop
+    ]
+    return [
+        Wait(event.name, around(event, events))
+        for event in sorted(wanted, key=lambda event: event.start)
+    ]
 
 
 def around(inner: Event, events: Sequence[Event]) -> tuple[str, ...]:
@@ -127,7 +148,12 @@ def summary(events: Sequence[Event], device: str) -> dict[str, Any]:
         "idle_share": 1 - covered([(event.start, event.stop) for event in work]) / span,
         "launches": len(work),
         "kernels": [
-            {"name": name[:160], "ms": took[name] / 1e3, "launches": times[name], "of_span": took[name] / span}
+            {
+                "name": name[:160],
+                "ms": took[name] / 1e3,
+                "launches": times[name],
+                "of_span": took[name] / span,
+            }
             for name in most
         ],
         "copies": dict(Counter(event.name for event in work if event.kind == "gpu_memcpy")),
@@ -179,7 +205,9 @@ def judge(report: Report, stacks: Sequence[str], waits: Sequence[Wait]) -> None:
         report.fault("host synchronisation", f"{stack}{times} times in a step: {SYNC_WARNING}")
     for wait, times in Counter(waits).items():
         place = "\n".join(wait.inside) or "no operator"
-        report.fault("host synchronisation", f"inside of\n{place}\n{times} times in a step: {wait.what}")
+        report.fault(
+            "host synchronisation", f"inside of\n{place}\n{times} times in a step: {wait.what}"
+        )
 
 
 def problem_on(device: str) -> tuple[dict[str, Any], Callable[[], torch.Tensor]]:
@@ -222,7 +250,9 @@ def run(report: Report, device: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     part_options(parser)
     options = parse_part(parser, arguments)
     report = Report(options.out, options.seconds)

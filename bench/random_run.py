@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from bench.old_data import EMBED, HEAD, SHARD, draft_tree
 from bench.problem import Drawer, draft_of, make_frozen, turns
+from bench.specforge_data import EMBED, HEAD, SHARD, draft_tree
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.files import write_json
 

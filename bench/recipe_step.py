@@ -15,31 +15,36 @@ from typing import Any
 
 import torch
 
-from bench.provenance import provenance
 from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig, draft_config_from_json
 from eagle3fn.base.files import write_json
 from eagle3fn.base.types import Batch, Frozen
+from eagle3fn.specforge import script
+from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.bind import bind
-from scripts import train_eagle3_fn
 
 DRAFT = Path(__file__).resolve().parent.parent / "scripts/recipes/qwen2.5-7b-draft.json"
-RECIPE = "--learning-rate 1e-4 --warmup-ratio 0.015 --max-grad-norm 0.5 --ttt-length 7 --max-length 2048"
+RECIPE = (
+    "--learning-rate 1e-4 --warmup-ratio 0.015 --max-grad-norm 0.5 --ttt-length 7 --max-length 2048"
+)
 SAMPLES = 1000  # of the imagined data set: they set the schedule's length
 
 
 def recipe_config(draft: DraftConfig) -> Config:
     """The recipe's configuration, with `SAMPLES` samples."""
     places = ("--target-model-path", "", "--train-data-path", "", "--output-dir", "")
-    options = train_eagle3_fn.parser().parse_args([*places, *RECIPE.split()])
+    options = script.parser().parse_args([*places, *RECIPE.split()])
     options.target_batch_size = options.tp_size * options.batch_size
-    return train_eagle3_fn.config_of(options, draft, SAMPLES)
+    return script.config_of(options, draft, SAMPLES)
 
 
 def random_frozen(draft: DraftConfig, generator: torch.Generator) -> Frozen:
     """Embedding and head from normal(0, 0.02) in bf16; the draft says the first `D` tokens."""
     shape = (draft.vocab_size, draft.hidden_size)
-    embed, head = (torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator) for _ in range(2))
+    embed, head = (
+        torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        for _ in range(2)
+    )
     t2d = torch.arange(draft.vocab_size) < draft.draft_vocab_size
     return Frozen(embed, head, t2d, torch.zeros(draft.draft_vocab_size, dtype=torch.int64))
 
@@ -47,7 +52,9 @@ def random_frozen(draft: DraftConfig, generator: torch.Generator) -> Frozen:
 def random_batch(draft: DraftConfig, length: int, generator: torch.Generator) -> Batch:
     """One sequence; the second half of its rows is trained."""
     ids = torch.randint(draft.draft_vocab_size, (1, length), generator=generator)
-    mask = (torch.arange(length) >= length // 2).long()[None] * (torch.arange(length) < length - 1).long()
+    mask = (torch.arange(length) >= length // 2).long()[None] * (
+        torch.arange(length) < length - 1
+    ).long()
     wide = torch.randn(1, length, 4 * draft.hidden_size, generator=generator).bfloat16()
     aux, last = wide.split([3 * draft.hidden_size, draft.hidden_size], dim=-1)
     return Batch(ids, torch.ones_like(ids), mask, aux.contiguous(), last.contiguous())
@@ -63,8 +70,12 @@ def one_step(length: int) -> dict[str, Any]:
     batch, begin = random_batch(draft, length, generator), time.perf_counter()
     sums = {name: float(value.double().sum()) for name, value in state.masters.items()}
     after, metrics = fns.step(state, batch)
-    moved = [name for name, value in after.masters.items() if not torch.equal(value, state.masters[name])]
-    untouched = all(float(value.double().sum()) == sums[name] for name, value in state.masters.items())
+    moved = [
+        name for name, value in after.masters.items() if not torch.equal(value, state.masters[name])
+    ]
+    untouched = all(
+        float(value.double().sum()) == sums[name] for name, value in state.masters.items()
+    )
     assert torch.isfinite(metrics["loss"]) and torch.isfinite(metrics["grad_norm"])
     assert sorted(moved) == sorted(sums) and untouched
     return {
@@ -80,8 +91,12 @@ def one_step(length: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=32, help="S, the sequence's length (default 32)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--length", type=int, default=32, help="S, the sequence's length (default 32)"
+    )
     parser.add_argument("--json", type=Path, help="write the result")
     options = parser.parse_args()
     if options.length < 3:
@@ -89,7 +104,10 @@ def main() -> None:
     result = one_step(options.length)
     print(json.dumps(result, indent=2))
     if options.json:
-        write_json(options.json, provenance(f"python -m bench.recipe_step --length {options.length}") | result)
+        write_json(
+            options.json,
+            provenance(f"python -m bench.recipe_step --length {options.length}") | result,
+        )
 
 
 if __name__ == "__main__":

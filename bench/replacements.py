@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed import fsdp
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.testing.oracle import Oracle, OracleMissingError, eager_loss
+from eagle3fn.specforge.oracle import Oracle, OracleMissingError, eager_loss
 
 SGLANG = ("sglang", "sglang.srt", "sglang.srt.server_args")
 NAMES = {"ATTENTION_BACKEND_CHOICES": ["flashinfer", "fa3", "triton"]}
@@ -78,7 +78,9 @@ def _conversations(cache: Path | None) -> Replacement:
             lambda: stand_in({"datasets": {"Dataset": Unread}}),
         )
     if not _is_there("datasets.config"):  # the checkout's folder datasets/ can be imported too
-        raise OracleMissingError("SpecForge reads conversations with datasets: pip install datasets")
+        raise OracleMissingError(
+            "SpecForge reads conversations with datasets: pip install datasets"
+        )
     return Replacement(
         "data sets are cached in the run's folder",
         lambda: patch("datasets.config.HF_DATASETS_CACHE", cache),
@@ -99,9 +101,7 @@ def _with_card() -> list[Replacement]:
 def _without_card(oracle: Oracle) -> list[Replacement]:
     distributed = importlib.import_module("specforge.distributed")
     same = lambda self, *_, **__: self  # noqa: E731
-    whole = (
-        "FullyShardedDataParallel, which refuses a CPU, gives the module back: there is nothing to shard on one rank"
-    )
+    whole = "FullyShardedDataParallel, which refuses a CPU, gives the module back: there is nothing to shard on one rank"
 
     def put(said: str, of: Any, name: str, value: Any) -> Replacement:
         return Replacement(said, lambda: patch.object(of, name, value))

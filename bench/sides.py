@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import eagle3fn as e3
 from bench.problem import Problem
 from eagle3fn.base.types import Frozen, Params
-from eagle3fn.testing.oracle import Oracle, OracleMissingError, eager_loss, load_oracle, old_draft
+from eagle3fn.specforge.oracle import Oracle, OracleMissingError, eager_loss, load_oracle, old_draft
 
 DECAY, STEPS = 0.8, 1000
 OURS = ("legacy", "fast")
@@ -38,7 +38,12 @@ def describe(oracle: Oracle | None, reason: str | None, device: str) -> dict[str
     """Which old tool, by hash, and what was changed about it; or why there is none."""
     if oracle is None:
         return {"old_tool": None, "old_tool_missing": reason}
-    told = {"name": "SpecForge", "kind": oracle.kind, "digest": oracle.digest, "hashes": oracle.hashes}
+    told = {
+        "name": "SpecForge",
+        "kind": oracle.kind,
+        "digest": oracle.digest,
+        "hashes": oracle.hashes,
+    }
     return {"old_tool": told, "notes": list(ON_CPU if device == "cpu" else ON_CUDA)}
 
 
@@ -49,11 +54,15 @@ def config_of(problem: Problem, params: Params, numerics: str, k: int) -> e3.Con
         problem.draft,
         e3.ObjectiveConfig(ttt_length=k, numerics=numerics, normalization="rows", teacher="full"),  # pyright: ignore
         e3.OptimizerConfig(schedule="legacy", accumulation="legacy"),
-        train=e3.TrainConfig(steps=STEPS, dtype=str(leaf.dtype).split(".")[1], device=str(leaf.device)),  # pyright: ignore
+        train=e3.TrainConfig(
+            steps=STEPS, dtype=str(leaf.dtype).split(".")[1], device=str(leaf.device)
+        ),  # pyright: ignore
     )
 
 
-def our_side(problem: Problem, params: Params, numerics: str, k: int, mesh: DeviceMesh | None) -> Update:
+def our_side(
+    problem: Problem, params: Params, numerics: str, k: int, mesh: DeviceMesh | None
+) -> Update:
     """Our `step` under these numerics; the old state's buffers are donated, as the old tool updates in place."""
     fns = e3.bind(config_of(problem, params, numerics, k), problem.frozen, mesh=mesh)
     state = fns.init_state(params)
@@ -78,7 +87,7 @@ def old_side(problem: Problem, params: Params, oracle: Oracle, k: int) -> Update
     optimizer = oracle.optimizer.BF16Optimizer(draft, max_grad_norm=plan.max_grad_norm, **schedule)
 
     def update() -> torch.Tensor:
-        ids, target, mask = head.preprocess(batch.input_ids, batch.last_hidden, batch.loss_mask)
+        ids, target, mask = head.preprocess(batch.input_ids, batch.last_hidden, batch.row_mask)
         losses = model(
             input_ids=ids,
             attention_mask=batch.attention_mask,
@@ -86,7 +95,10 @@ def old_side(problem: Problem, params: Params, oracle: Oracle, k: int) -> Update
             target=head(target),
             hidden_states=batch.aux_hidden,
         )[0]
-        loss = sum((DECAY**i * value for i, value in enumerate(losses)), start=torch.zeros((), device=ids.device))
+        loss = sum(
+            (DECAY**i * value for i, value in enumerate(losses)),
+            start=torch.zeros((), device=ids.device),
+        )
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -105,11 +117,18 @@ def old_head(oracle: Oracle, frozen: Frozen) -> Any:
 
 
 def make_side(
-    name: str, problem: Problem, params: Params, oracle: Oracle | None, k: int, mesh: DeviceMesh | None = None
+    name: str,
+    problem: Problem,
+    params: Params,
+    oracle: Oracle | None,
+    k: int,
+    mesh: DeviceMesh | None = None,
 ) -> Update:
     """The side of this name: "legacy", "fast", "mesh" (fast, on a mesh of this rank alone), or "old"."""
     if name == "mesh":
-        return our_side(problem, params, "fast", k, one_rank_mesh(problem.batch.input_ids.device.type))
+        return our_side(
+            problem, params, "fast", k, one_rank_mesh(problem.batch.input_ids.device.type)
+        )
     if name in OURS:
         return our_side(problem, params, name, k, mesh)
     assert name == "old" and oracle is not None

@@ -35,28 +35,44 @@ from torch.distributed.device_mesh import DeviceMesh
 from bench import common, memory, sides
 from bench.launch import add_arguments
 from bench.problem import SHAPES, Problem, draft_of, draw_params, make_problem
-from bench.provenance import provenance
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
-from eagle3fn.testing.oracle import Oracle
+from eagle3fn.specforge.oracle import Oracle
+from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS, MEMORY_STEPS = 5, 2
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="smollm2", help="the draft's shape (default smollm2)")
     add("--seq", type=int, default=1024, help="tokens of a sample (default 1024)")
     add("--batch", type=int, default=1, help="samples of a step, on each rank (default 1)")
     add("--draft-vocab", type=int, help="draft vocabulary (default: the shape's)")
-    add("--masked", type=float, default=0.5, help="share of masked tokens, in turns of 64 to 256 (default 0.5)")
+    add(
+        "--masked",
+        type=float,
+        default=0.5,
+        help="share of masked tokens, in turns of 64 to 256 (default 0.5)",
+    )
     add("--k", type=int, default=7, help="unroll steps (default 7)")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default bfloat16)")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="compute dtype (default bfloat16)",
+    )
     add("--mesh", action="store_true", help="also the fast side on a mesh of one rank")
     add("--no-memory", action="store_true", help="leave memory out")
-    add("--memory-here", action="store_true", help="measure memory in this process, without a child for each side")
+    add(
+        "--memory-here",
+        action="store_true",
+        help="measure memory in this process, without a child for each side",
+    )
     add("--partial", help="a file that gets our own sides' result first")
     add("--memory-of", choices=(*sides.OURS, "old"), help="measure the memory of this side alone")
     add_arguments(parser)
@@ -72,7 +88,11 @@ def problem_of(options: argparse.Namespace, rank: int = 0) -> Problem:
 
 
 def side_of(
-    name: str, options: argparse.Namespace, problem: Problem, oracle: Oracle | None, mesh: DeviceMesh | None = None
+    name: str,
+    options: argparse.Namespace,
+    problem: Problem,
+    oracle: Oracle | None,
+    mesh: DeviceMesh | None = None,
 ) -> sides.Update:
     params = draw_params(problem.draft, options.seed, getattr(torch, options.dtype), options.device)
     return sides.make_side(name, problem, params, oracle, options.k, mesh)
@@ -81,12 +101,16 @@ def side_of(
 def memory_of(options: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of one side in this process, whose libraries a step of a tiny problem has loaded beforehand."""
     oracle = sides.find_oracle(options.device)[0] if options.memory_of == "old" else None
-    tiny = argparse.Namespace(**(vars(options) | {"shape": "tiny", "seq": 64, "batch": 1, "draft_vocab": None}))
+    tiny = argparse.Namespace(
+        **(vars(options) | {"shape": "tiny", "seq": 64, "batch": 1, "draft_vocab": None})
+    )
     with sides.old_loss(oracle, options.device):
         side_of(options.memory_of, tiny, problem_of(tiny), oracle)()
         problem = problem_of(options)
         return memory.measure(
-            lambda: side_of(options.memory_of, options, problem, oracle), MEMORY_STEPS, options.device
+            lambda: side_of(options.memory_of, options, problem, oracle),
+            MEMORY_STEPS,
+            options.device,
         )
 
 
@@ -102,7 +126,11 @@ def in_child(name: str, *arguments: str) -> dict[str, Any]:
 
 
 def measure(
-    options: argparse.Namespace, names: list[str], oracle: Oracle | None, world: World, mesh: DeviceMesh | None
+    options: argparse.Namespace,
+    names: list[str],
+    oracle: Oracle | None,
+    world: World,
+    mesh: DeviceMesh | None,
 ) -> dict[str, Any]:
     """Times of every side, FLOPs, and shares of the matmul rate, over all ranks."""
     problem, device = problem_of(options, world.rank), options.device
@@ -110,7 +138,9 @@ def measure(
     with sides.old_loss(oracle, device):
         if options.memory_here:
             common.best_matmul(getattr(torch, options.dtype), device)  # its workspace is no side's
-            found = {name: memory.measured(make, MEMORY_STEPS, device) for name, make in makes.items()}
+            found = {
+                name: memory.measured(make, MEMORY_STEPS, device) for name, make in makes.items()
+            }
             calls = {name: side.update for name, side in found.items()}
             losses = {name: float(side.first) for name, side in found.items()}
             used = {name: side.used for name, side in found.items()}
@@ -120,8 +150,10 @@ def measure(
             used = {}
         common.check_losses(losses)
         warm = 0 if device == "cpu" else 3
-        timing = common.in_turns(calls, options.rounds or ROUNDS, getattr(torch, options.dtype), device, world, warm)
-    mask = problem.batch.loss_mask
+        timing = common.in_turns(
+            calls, options.rounds or ROUNDS, getattr(torch, options.dtype), device, world, warm
+        )
+    mask = problem.batch.row_mask
     needed, dense = (common.flops(problem.draft, mask, options.k, every) for every in (False, True))
     spread = world.every((needed.total, common.row_shares(mask, options.k)))
     times = timing.told()
@@ -130,8 +162,12 @@ def measure(
         "ratio_legacy": timing.ratio("legacy", "fast"),
         "mesh_overhead": timing.ratio("mesh", "fast") - 1 if "mesh" in names else None,
         "mfu": timing.share("fast", mean(part[0] for part in spread)),
-        "mfu_dense": {name: timing.share(name, dense.total) for name in names if name in ("legacy", "old")},
-        "tokens_per_s": {name: world.size * mask.numel() / took for name, took in times["seconds"].items()},
+        "mfu_dense": {
+            name: timing.share(name, dense.total) for name in names if name in ("legacy", "old")
+        },
+        "tokens_per_s": {
+            name: world.size * mask.numel() / took for name, took in times["seconds"].items()
+        },
         **times,
         "memory_here": used,
         "first_loss": losses,
@@ -143,16 +179,25 @@ def measure(
 
 def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
     """Everything about one case."""
-    oracle, reason = sides.find_oracle(options.device) if world.size == 1 else (None, sides.ONE_RANK)
+    oracle, reason = (
+        sides.find_oracle(options.device) if world.size == 1 else (None, sides.ONE_RANK)
+    )
     ours = [*sides.OURS, *(["mesh"] if options.mesh else [])]
     names = [*sides.OURS, *(["old"] if oracle else []), *(["mesh"] if options.mesh else [])]
     children = world.size == 1 and not options.no_memory and not options.memory_here
-    used = {name: in_child(name, *sys.argv[1:]) for name in names if name != "mesh"} if children else {}
+    used = (
+        {name: in_child(name, *sys.argv[1:]) for name in names if name != "mesh"}
+        if children
+        else {}
+    )
     options.device = world.device(options.device)
     mesh = world.mesh(options.device)
     if options.partial and oracle:
         measured = measure(options, ours, None, world, mesh)
-        write_json(options.partial, told(options, world, measured, used, None, "its side was not measured yet"))
+        write_json(
+            options.partial,
+            told(options, world, measured, used, None, "its side was not measured yet"),
+        )
     return told(options, world, measure(options, names, oracle, world, mesh), used, oracle, reason)
 
 
@@ -169,7 +214,10 @@ def told(
     step = {name: value["step"] for name, value in used.items()}
     about = ("shape", "seq", "batch", "masked", "k", "dtype", "device", "seed", "allocator")
     draft_vocab = draft_of(options.shape, options.draft_vocab, options.seq).draft_vocab_size
-    settings = {name: getattr(options, name) for name in about} | {"draft_vocab": draft_vocab, "ranks": world.size}
+    settings = {name: getattr(options, name) for name in about} | {
+        "draft_vocab": draft_vocab,
+        "ranks": world.size,
+    }
     return {
         "ratio": result.pop("ratio"),
         "memory_ratio": step["fast"] / step["old"] if "old" in step else None,
@@ -188,7 +236,9 @@ def told(
 def show(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """The result for people."""
     tool, shares = result["old_tool"], result["shares"]
-    lines = [f"old tool: {tool['kind'] + ' ' + tool['digest'][:16] if tool else result['old_tool_missing']}"]
+    lines = [
+        f"old tool: {tool['kind'] + ' ' + tool['digest'][:16] if tool else result['old_tool_missing']}"
+    ]
     lines += [f"  {note}" for note in result.get("notes", ())]
     lines.append(
         f"seed {options.seed}: {shares['masked']:.1%} of the rows masked, {shares['needed']:.1%} needed at step 0, "
@@ -197,8 +247,12 @@ def show(options: argparse.Namespace, result: dict[str, Any]) -> None:
     for name, took in result["seconds"].items():
         used = result["memory"].get(name)
         memory_text = f", {used['step'] / 2**20:8.0f} MiB" if used else ""
-        lines.append(f"{name:7} {took * 1000:9.1f} ms, {result['tokens_per_s'][name]:9.1f} tokens/s{memory_text}")
-    lines.append(f"matmul {result['matmul_gflops']:.0f} GFLOP/s; fast: {result['mfu']:.1%} of it on the needed rows")
+        lines.append(
+            f"{name:7} {took * 1000:9.1f} ms, {result['tokens_per_s'][name]:9.1f} tokens/s{memory_text}"
+        )
+    lines.append(
+        f"matmul {result['matmul_gflops']:.0f} GFLOP/s; fast: {result['mfu']:.1%} of it on the needed rows"
+    )
     common.say(options, "\n".join(lines))
 
 
@@ -212,10 +266,11 @@ def main() -> None:
         if world.main:
             show(options, result)
             settings = result["settings"]
-            name = (
-                f"step-{options.shape}-s{options.seq}-b{options.batch}-d{settings['draft_vocab']}-m{options.masked:g}"
+            name = f"step-{options.shape}-s{options.seq}-b{options.batch}-d{settings['draft_vocab']}-m{options.masked:g}"
+            name += (
+                f"-{options.dtype}-{options.device}-{options.allocator}"
+                + f"-{world.size}ranks" * (world.size > 1)
             )
-            name += f"-{options.dtype}-{options.device}-{options.allocator}" + f"-{world.size}ranks" * (world.size > 1)
             common.finish(result, options.out, name)
 
 

@@ -14,7 +14,11 @@ def text() -> str:
     """All tables, as Markdown."""
     steps = sorted((read_json(path) for path in RESULTS.glob("step-*.json")), key=_order)
     blocks = [step_table(steps)]
-    for stem, about in (("loss", loss_line), ("attention", attention_line), ("scaling", scaling_line)):
+    for stem, about in (
+        ("loss", loss_line),
+        ("attention", attention_line),
+        ("scaling", scaling_line),
+    ):
         blocks += [about(read_json(path)) for path in sorted(RESULTS.glob(f"{stem}-*.json"))]
     blocks += [demo_line(read_json(path)) for path in sorted(RESULTS.glob("demo-step-*.json"))]
     return "\n".join(blocks) + "\n"
@@ -22,7 +26,13 @@ def text() -> str:
 
 def _order(result: dict[str, Any]) -> tuple[Any, ...]:
     told = result["settings"]
-    return told["device"], told["dtype"], told["allocator"] != "raised", -told["seq"], told["masked"]
+    return (
+        told["device"],
+        told["dtype"],
+        told["allocator"] != "raised",
+        -told["seq"],
+        told["masked"],
+    )
 
 
 def step_table(results: list[dict[str, Any]]) -> str:
@@ -74,7 +84,9 @@ def about(result: dict[str, Any]) -> str:
 
 
 def _pairs(values: dict[str, float], pattern: str) -> str:
-    return ", ".join(f"{pattern.format(value)} at {int(place):,}" for place, value in values.items())
+    return ", ".join(
+        f"{pattern.format(value)} at {int(place):,}" for place, value in values.items()
+    )
 
 
 def loss_line(result: dict[str, Any]) -> str:
@@ -96,7 +108,9 @@ def attention_line(result: dict[str, Any]) -> str:
 def scaling_line(result: dict[str, Any]) -> str:
     """How cost grows."""
     seq, vocab = result["sweeps"]["seq"], result["sweeps"]["draft_vocab"]
-    beyond = ", ".join(f"{number(row['memory_beyond_state'] / 2**20)} at {row['draft_vocab']:,}" for row in vocab)
+    beyond = ", ".join(
+        f"{number(row['memory_beyond_state'] / 2**20)} at {row['draft_vocab']:,}" for row in vocab
+    )
     return (
         f"- Growth of the fast step (`python -m bench.scaling`, {about(result)}): from {seq[0]['seq']:,} to "
         f"{seq[-1]['seq']:,} tokens a "
@@ -109,7 +123,11 @@ def scaling_line(result: dict[str, Any]) -> str:
 def demo_line(result: dict[str, Any]) -> str:
     """The demo's own training steps."""
     rates, lengths = result["tokens_per_s"], result.get("accepted_length")
-    reached = f"; held-out accepted length {lengths['legacy']:.4f} and {lengths['fast']:.4f}" if lengths else ""
+    reached = (
+        f"; held-out accepted length {lengths['legacy']:.4f} and {lengths['fast']:.4f}"
+        if lengths
+        else ""
+    )
     return (
         f"- The demo's training (`python -m bench.demo`, its settings, {result['tokens']:,} tokens, "
         f"{about(result)}): {number(rates['legacy'])} tokens/s under "

@@ -38,20 +38,20 @@ from unittest.mock import patch
 
 import torch
 
-from bench import old_script
-from bench.old_against_new import compare_rows, identity, same_state
+from bench import specforge_script as old_script
+from bench.against_specforge import compare_rows, identity, same_state
 from bench.problem import SHAPES, draft_of
-from bench.provenance import provenance
 from bench.random_run import BATCH, SAMPLES, UNROLL, Sizes, write_problem
 from bench.replacements import replacements
 from bench.stages import Stages
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl
 from eagle3fn.base.types import TrainState
-from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
+from eagle3fn.specforge import script
+from eagle3fn.specforge.oracle import Oracle, OracleMissingError, load_oracle
+from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.loop import Events
-from eagle3fn.train.plan import GIB
-from scripts import train_eagle3_fn
+from eagle3fn.train.memory import GIB
 
 NEEDED = 44 * GIB  # of a card's memory, for the largest shapes
 OUR_FILES = "our checkpoints and drafts are not written"
@@ -87,7 +87,9 @@ def sizes_of(options: argparse.Namespace) -> tuple[Sizes, str | None]:
     sizes, why = SIZES[options.device], None
     if options.device == "cuda" and (there := torch.cuda.mem_get_info()[0]) < NEEDED:
         sizes = SMALLER
-        why = f"the card has {there / GIB:.0f} GiB free, {SIZES['cuda'].shape} takes {NEEDED // GIB}"
+        why = (
+            f"the card has {there / GIB:.0f} GiB free, {SIZES['cuda'].shape} takes {NEEDED // GIB}"
+        )
     shape, length = options.shape or sizes.shape, options.length or sizes.length
     return sizes._replace(shape=shape, length=length), why
 
@@ -117,11 +119,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def train_ours(arguments: Sequence[str], out: Path, device: str) -> TrainState:
     """Our script's `run`, whose checkpoints and drafts are not written."""
-    options = train_eagle3_fn.parser().parse_args([*arguments, "--output-dir", str(out)])
+    options = script.parser().parse_args([*arguments, "--output-dir", str(out)])
     with ExitStack() as stack:
-        stack.enter_context(patch.object(train_eagle3_fn, "run_events", lambda *_: Events()))
+        stack.enter_context(patch.object(script, "run_events", lambda *_: Events()))
         stack.enter_context(patch("eagle3fn.train.loop.save_checkpoint", lambda *_: None))
-        return train_eagle3_fn.run(options, device=device)
+        return script.run(options, device=device)
 
 
 def measure(

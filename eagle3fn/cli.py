@@ -38,28 +38,56 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     def target(sub: argparse.ArgumentParser, runs: bool = True) -> None:
-        sub.add_argument("--target", required=True, help="folder or hub id of a Hugging Face causal language model")
+        sub.add_argument(
+            "--target",
+            required=True,
+            help="folder or hub id of a Hugging Face causal language model",
+        )
         if runs:
-            sub.add_argument("--device", default="cpu", help="torch device of the target (default cpu)")
+            sub.add_argument(
+                "--device", default="cpu", help="torch device of the target (default cpu)"
+            )
 
     def settings(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--config", help="TOML file")
         sub.add_argument("--draft-config", help="draft JSON (default: derived from the target)")
-        sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="SECTION.KEY=VALUE",
+            help="override a setting",
+        )
 
     sub = command("synthesize", _synthesize, "let the target write its own conversations")
     target(sub)
     sub.add_argument("--out", required=True, help="JSONL file; .xz and .gz compress")
-    sub.add_argument("--count", type=_positive, default=1000, help="conversations to write at least (default 1000)")
+    sub.add_argument(
+        "--count",
+        type=_positive,
+        default=1000,
+        help="conversations to write at least (default 1000)",
+    )
     sub.add_argument("--seed", type=_count, default=0)
-    sub.add_argument("--batch", type=_positive, default=64, help="conversations sampled together (default 64)")
-    sub.add_argument("--exclude", help="JSONL whose texts must not come back: 13 words in a row are too many")
+    sub.add_argument(
+        "--batch", type=_positive, default=64, help="conversations sampled together (default 64)"
+    )
+    sub.add_argument(
+        "--exclude", help="JSONL whose texts must not come back: 13 words in a row are too many"
+    )
 
-    sub = command("extract", _extract, "run the target over conversations and write its features; resumable")
+    sub = command(
+        "extract", _extract, "run the target over conversations and write its features; resumable"
+    )
     target(sub)
     sub.add_argument("--conversations", required=True, help="JSONL (plain, .gz, .xz)")
     sub.add_argument("--out", required=True, help="feature folder")
-    sub.add_argument("--max-length", type=_positive, default=2048, help="tokens kept of a conversation (default 2048)")
+    sub.add_argument(
+        "--max-length",
+        type=_positive,
+        default=2048,
+        help="tokens kept of a conversation (default 2048)",
+    )
     sub.add_argument("--limit", type=_positive, help="use only the first conversations")
     sub.add_argument("--batch", type=_positive, default=8)
     sub.add_argument("--draft-config", help="JSON whose eagle_config names the tapped layers")
@@ -68,48 +96,88 @@ def parser() -> argparse.ArgumentParser:
     target(sub, runs=False)
     sub.add_argument("--features", required=True)
     sub.add_argument("--out", required=True, help="safetensors file")
-    sub.add_argument("--size", type=_positive, default=32_000, help="draft vocabulary (default 32000)")
-    sub.add_argument("--held-out", type=_count, default=0, help="samples at the end that are not counted")
+    sub.add_argument(
+        "--size", type=_positive, default=32_000, help="draft vocabulary (default 32000)"
+    )
+    sub.add_argument(
+        "--held-out", type=_count, default=0, help="samples at the end that are not counted"
+    )
 
     sub = command("train", _train, "train the draft; goes on from the newest checkpoint")
     target(sub, runs=False)
     sub.add_argument("--features", required=True)
     sub.add_argument("--vocab", required=True, help="vocabulary map")
-    sub.add_argument("--out", required=True, help="run folder; the best draft is exported to OUT/draft")
+    sub.add_argument(
+        "--out", required=True, help="run folder; the best draft is exported to OUT/draft"
+    )
     settings(sub)
     sub.add_argument("--on-nonfinite", choices=("stop", "skip"), help="sets train.on_nonfinite")
-    sub.add_argument("--minutes", type=_above_zero, help="choose the number of steps to fill this time")
+    sub.add_argument(
+        "--minutes", type=_above_zero, help="choose the number of steps to fill this time"
+    )
 
-    sub = command("plan", _plan, "bytes that a run holds, moves and writes; exit code 2 if it cannot fit")
+    sub = command(
+        "plan", _plan, "bytes that a run holds, moves and writes; exit code 2 if it cannot fit"
+    )
     sub.add_argument("--target", help="folder or hub id; its config.json is enough")
     settings(sub)
     sub.add_argument("--ranks", type=_positive, default=1)
-    sub.add_argument("--tokens", type=_count, default=0, help="of all conversations, for the features' size")
-    sub.add_argument("--memory", type=_above_zero, help="GiB that a rank may hold: refuse a plan beyond it")
+    sub.add_argument(
+        "--tokens", type=_count, default=0, help="of all conversations, for the features' size"
+    )
+    sub.add_argument(
+        "--memory", type=_above_zero, help="GiB that a rank may hold: refuse a plan beyond it"
+    )
 
     _add_checks(command, target)
     return root
 
 
-def _add_checks(command: Callable[..., argparse.ArgumentParser], target: Callable[..., None]) -> None:
-    sub = command("evaluate", _evaluate, "speculative decoding with an exported draft: losslessness, length, speed")
+def _add_checks(
+    command: Callable[..., argparse.ArgumentParser], target: Callable[..., None]
+) -> None:
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "speculative decoding with an exported draft: losslessness, length, speed",
+    )
     target(sub)
     sub.add_argument("--draft", required=True, help="exported draft folder")
     sub.add_argument("--prompts", required=True, help="JSONL with a prompt field (plain, .gz, .xz)")
     sub.add_argument("--out", required=True, help="JSON report")
-    sub.add_argument("--tasks", type=_positive, default=10, help="prompts, in order from the first (default 10)")
+    sub.add_argument(
+        "--tasks", type=_positive, default=10, help="prompts, in order from the first (default 10)"
+    )
     sub.add_argument("--max-new", type=_positive, default=128)
-    sub.add_argument("--plain", help="JSON file that keeps the target's own answers for the next draft")
+    sub.add_argument(
+        "--plain", help="JSON file that keeps the target's own answers for the next draft"
+    )
     sub.add_argument("--untrained", help="an exported untrained draft, to compare with")
 
-    sub = command("report", _report, "gather a run's results in one table, a JSON file and a picture")
-    sub.add_argument("--run", dest="folder", required=True, help="folder with train/ and evaluation.json")
+    sub = command(
+        "report", _report, "gather a run's results in one table, a JSON file and a picture"
+    )
+    sub.add_argument(
+        "--run", dest="folder", required=True, help="folder with train/ and evaluation.json"
+    )
 
-    sub = command("parity", _parity, "the legacy numerics against the old tool, bit for bit, on drawn tiny problems")
-    sub.add_argument("--cases", type=_positive, default=100, help="how many are drawn (default 100)")
-    sub.add_argument("--seed", type=int, default=0, help="the same cases for the same seed (default 0)")
+    sub = command(
+        "parity",
+        _parity,
+        "the legacy numerics against the old tool, bit for bit, on drawn tiny problems",
+    )
+    sub.add_argument(
+        "--cases", type=_positive, default=100, help="how many are drawn (default 100)"
+    )
+    sub.add_argument(
+        "--seed", type=int, default=0, help="the same cases for the same seed (default 0)"
+    )
     sub.add_argument("--json", action="store_true", help="end with one line of JSON")
-    sub.add_argument("--bisect", action="store_true", help="name the unroll step and operation a difference begins at")
+    sub.add_argument(
+        "--bisect",
+        action="store_true",
+        help="name the unroll step and operation a difference begins at",
+    )
 
 
 def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
@@ -121,7 +189,11 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     return number
 
 
-_positive, _count, _above_zero = _number(int, 1, 2**40), _number(int, 0, 2**40), _number(float, 0.01, 1e6)
+_positive, _count, _above_zero = (
+    _number(int, 1, 2**40),
+    _number(int, 0, 2**40),
+    _number(float, 0.01, 1e6),
+)
 
 
 def _synthesize(options: Any) -> None:
@@ -130,7 +202,15 @@ def _synthesize(options: Any) -> None:
 
     model, tokenizer = load_target(options.target, device=options.device)
     bar, more = progress.bar("conversation"), {"seed": options.seed, "batch": options.batch}
-    count = synthesize(model, tokenizer, options.out, options.count, exclude=options.exclude, on_progress=bar, **more)
+    count = synthesize(
+        model,
+        tokenizer,
+        options.out,
+        options.count,
+        exclude=options.exclude,
+        on_progress=bar,
+        **more,
+    )
     print(f"{options.out}: {count} conversations")
 
 
@@ -174,14 +254,20 @@ def _vocab(options: Any) -> None:
     vocab_map, covered = count_map(features, kept, tree["vocab_size"], options.size)
     provenance = {"target": options.target, "target_hash": config_hash(tree), "covered": covered}
     save_map(options.out, vocab_map, provenance)
-    print(f"{options.out}: {len(vocab_map.d2t)} of {tree['vocab_size']} tokens, {covered:.2%} of the supervised ones")
+    print(
+        f"{options.out}: {len(vocab_map.d2t)} of {tree['vocab_size']} tokens, {covered:.2%} of the supervised ones"
+    )
 
 
 def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> Any:
     from eagle3fn.base.draft_config import draft_config_from_json, draft_config_from_target
 
     path = options.draft_config
-    return draft_config_from_json(path) if path else draft_config_from_target(tree, options.target, size)
+    return (
+        draft_config_from_json(path)
+        if path
+        else draft_config_from_target(tree, options.target, size)
+    )
 
 
 def _train(options: Any) -> None:
@@ -189,7 +275,7 @@ def _train(options: Any) -> None:
 
     from eagle3fn.base.config import load_config
     from eagle3fn.base.draft_config import aux_layers
-    from eagle3fn.data.features import check_target, open_features
+    from eagle3fn.data.features import check_made_for, open_features
     from eagle3fn.data.fingerprint import config_hash
     from eagle3fn.data.target import read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
@@ -199,15 +285,23 @@ def _train(options: Any) -> None:
 
     with ranks() as world:
         tree = target_config(options.target)
-        given = options.set + [f"train.on_nonfinite={options.on_nonfinite}"] * bool(options.on_nonfinite)
+        given = options.set + [f"train.on_nonfinite={options.on_nonfinite}"] * bool(
+            options.on_nonfinite
+        )
         config = load_config(options.config, given, _draft(options, tree, map_size(options.vocab)))
         features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
-        vocab_map = load_map(options.vocab, config.draft.vocab_size, config.draft.draft_vocab_size, config_hash(tree))
+        vocab_map = load_map(
+            options.vocab, config.draft.vocab_size, config.draft.draft_vocab_size, config_hash(tree)
+        )
         tensors = read_target_tensors(options.target, getattr(torch, config.train.dtype))
         layers = tree["num_hidden_layers"]
-        check_target(features, config_hash(tree), aux_layers(config.draft, layers), options.target)
+        check_made_for(
+            features, config_hash(tree), aux_layers(config.draft, layers), options.target
+        )
         events = run_events(options.out, config, layers)
-        state = train(config, features, vocab_map, tensors, options.out, options.minutes, events, world)
+        state = train(
+            config, features, vocab_map, tensors, options.out, options.minutes, events, world
+        )
         if world.main:
             progress.close()
             print(check_published(options.out, int(state.step), world.size))
@@ -216,13 +310,13 @@ def _train(options: Any) -> None:
 def _plan(options: Any) -> None:
     from eagle3fn.base.config import load_config
     from eagle3fn.data.target import target_config
-    from eagle3fn.train.plan import GIB, check_fits, describe, make_plan
+    from eagle3fn.train.memory import GIB, check_fits, describe, plan_memory
 
     tree = target_config(options.target) if options.target else {}
     known = options.target or options.draft_config
     config = load_config(options.config, options.set, _draft(options, tree) if known else None)
     tied = bool(tree.get("tie_word_embeddings"))
-    print(describe(make_plan(config, options.ranks, options.tokens, tied)))
+    print(describe(plan_memory(config, options.ranks, options.tokens, tied)))
     check_fits(config, options.ranks, (options.memory or math.inf) * GIB, "--memory", tied)
 
 
@@ -232,13 +326,17 @@ def _evaluate(options: Any) -> None:
 
     settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, device=options.device)
     prompts, bars = read_prompts(options.prompts), progress.bars(" prompt")
-    report = evaluate(options.target, options.draft, prompts, settings, options.untrained, options.plain, bars)
+    report = evaluate(
+        options.target, options.draft, prompts, settings, options.untrained, options.plain, bars
+    )
     write_json(options.out, report)
-    print(f"{options.out}: lossless {report['lossless']}, accepted length {report['accepted_length']:.3f}")
+    print(
+        f"{options.out}: lossless {report['lossless']}, accepted length {report['accepted_length']:.3f}"
+    )
 
 
 def _parity(options: Any) -> int:
-    from eagle3fn.testing.parity import run
+    from eagle3fn.specforge.parity import run
 
     return run(options.cases, options.seed, options.json, options.bisect, progress.bar)
 

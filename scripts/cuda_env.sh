@@ -1,5 +1,5 @@
 # Sourced: `prepare_cuda gate|tests OPTIONS` makes the Python at hand ready for the CUDA gate or the tests on a card.
-# It checks first (scripts/cuda_check.py: exit code 2 and one sentence where something is wrong), and sets `python`,
+# It checks first (tests/gate/check.py: exit code 2 and one sentence where something is wrong), and sets `python`,
 # PYTHONPATH and SPECFORGE_SRC. What is missing goes to .venv-cuda/site, whole or not at all; the Python's own packages
 # stay as they are.
 specforge_commit=7a81ce53a0381c6438fd19d6e247d34c68497012
@@ -13,7 +13,7 @@ prepare_cuda() {
   local plan lines wheels src fresh source=()
   python=${PYTHON:-python3}
   command -v "$python" >/dev/null || refuse "PYTHON=$python: no such program"
-  plan=$("$python" -m scripts.cuda_check "$@") || exit $?
+  plan=$("$python" -m tests.gate.check "$@") || exit $?
   mapfile -t lines <<<"$plan"
   wheels=${lines[1]:-} src=${lines[2]:-}
 

@@ -26,7 +26,11 @@ def main() -> None:
     options = parse()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"minutes": options.minutes, "synthesize": options.synthesize, "tasks": options.tasks}
+    settings = {
+        "minutes": options.minutes,
+        "synthesize": options.synthesize,
+        "tasks": options.tasks,
+    }
     check_settings(out, settings | ({"count": options.count} if options.synthesize else {}))
     target, prompts = fetch(options.cache)
     conversations = CONVERSATIONS
@@ -120,18 +124,33 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="time for all stages after installation (default 10)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="time for all stages after installation (default 10)",
+    )
     parser.add_argument("--out", help="default runs/demo, or runs/demo-N for other minutes")
-    parser.add_argument("--tasks", type=int, help="HumanEval tasks, in order (default 10; 40 from 60 minutes on)")
-    parser.add_argument("--synthesize", action="store_true", help="let the target write the conversations again")
-    parser.add_argument("--count", type=int, default=1000, help="conversations to write with --synthesize")
+    parser.add_argument(
+        "--tasks", type=int, help="HumanEval tasks, in order (default 10; 40 from 60 minutes on)"
+    )
+    parser.add_argument(
+        "--synthesize", action="store_true", help="let the target write the conversations again"
+    )
+    parser.add_argument(
+        "--count", type=int, default=1000, help="conversations to write with --synthesize"
+    )
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="target and prompts")
     options = parser.parse_args()
     if options.minutes < 6:
         parser.error("--minutes: at least 6, evaluation alone takes more than 3")
     options.tasks = options.tasks or (40 if options.minutes >= 60 else 10)
-    options.out = options.out or ("runs/demo" if options.minutes == 10 else f"runs/demo-{options.minutes:g}")
+    options.out = options.out or (
+        "runs/demo" if options.minutes == 10 else f"runs/demo-{options.minutes:g}"
+    )
     return options
 
 
@@ -227,7 +246,9 @@ def stage(out: Path, command: str, product: Path, *arguments: object) -> None:
         return
     print(f"\n== eagle3fn {command} {' '.join(map(str, arguments))}", flush=True)
     begin = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", "eagle3fn.cli", command, *map(str, arguments)], check=False).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "eagle3fn.cli", command, *map(str, arguments)], check=False
+    ).returncode
     if code:
         sys.exit(code)
     stages = seconds_of(out)

@@ -9,19 +9,25 @@ devices.settle_environment()
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from eagle3fn.model.kernels.interpreter import mend_interpreter
-from eagle3fn.testing import Case, parity
-from eagle3fn.testing.oracle import Oracle, OracleMissingError, load_oracle
+from eagle3fn.specforge import parity
+from eagle3fn.specforge.oracle import Oracle, OracleMissingError, load_oracle
+from eagle3fn.testing import Case
+from eagle3fn.testing.triton_interpreter import mend_interpreter
 
 devices.settle_torch()
 if not devices.ON_CARD:
     mend_interpreter()
 pytest_plugins = ["tests.devices"]
 
-COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 settings.register_profile("dev", max_examples=20, **COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, **COMMON)
-settings.register_profile("catch", settings.get_profile("ci"), max_examples=40, phases=[Phase.explicit, Phase.generate])
+settings.register_profile(
+    "catch", settings.get_profile("ci"), max_examples=40, phases=[Phase.explicit, Phase.generate]
+)
 settings.register_profile("gate", settings.get_profile("catch"), max_examples=5)
 settings.register_profile("nightly", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -59,7 +65,9 @@ def tally(request: pytest.FixtureRequest) -> Tally:
     return made
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     for line in devices.told(config):
         terminalreporter.line(line, red=True)
     if config.stash.get(TALLIES, []):

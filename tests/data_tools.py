@@ -39,7 +39,9 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
 
     specials = ["<|im_start|>", "<|im_end|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(specials + letters)}, merges=[]))
+    inner = Tokenizer(
+        models.BPE(vocab={text: i for i, text in enumerate(specials + letters)}, merges=[])
+    )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
@@ -62,7 +64,10 @@ def talk(*texts: str) -> list[dict[str, str]]:
 
 
 def write_talks(path: Path, count: int) -> Path:
-    rows = [{"id": f"row{i}", "conversations": talk("q" * (1 + i % 3), "answer " * (1 + i % 4))} for i in range(count)]
+    rows = [
+        {"id": f"row{i}", "conversations": talk("q" * (1 + i % 3), "answer " * (1 + i % 4))}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -77,13 +82,20 @@ def random_sample(length: int, seed: int, vocab: int = 50, hidden: int = 4) -> S
     )
 
 
-def write_folder(folder: Path, samples: list[Sample], vocab: int = 50, hidden: int = 4, per_shard: int = 3) -> Path:
+def write_folder(
+    folder: Path, samples: list[Sample], vocab: int = 50, hidden: int = 4, per_shard: int = 3
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sidecars = []
     for number, start in enumerate(range(0, len(samples), per_shard)):
         part = {str(i): samples[i] for i in range(start, min(start + per_shard, len(samples)))}
         entries = [
-            {"id": f"row{k}", "key": k, "length": len(s.input_ids), "supervised": int(s.loss_mask.sum())}
+            {
+                "id": f"row{k}",
+                "key": k,
+                "length": len(s.input_ids),
+                "supervised": int(s.row_mask.sum()),
+            }
             for k, s in part.items()
         ]
         sidecars.append(write_shard(folder, number, part, {"samples": entries}))

@@ -27,7 +27,13 @@ CHOSEN = os.environ.get(VARIABLE)
 ON_CARD = CHOSEN == "cuda"
 STAND_IN = CHOSEN == "stand-in"
 FIRST = (  # in a process for one device: what matters most, in case time runs out
-    *("test_oracle_training", "test_reference_oracle", "test_parity", "test_legacy_kernel", "test_fast_cuda"),
+    *(
+        "test_oracle_training",
+        "test_reference_oracle",
+        "test_parity",
+        "test_legacy_kernel",
+        "test_fast_cuda",
+    ),
     *("test_fast", "test_mesh_of_one", "test_laws"),
 )
 INTERPRETED = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
@@ -41,7 +47,9 @@ def settle_environment() -> None:
     if CHOSEN not in (None, "cpu", "cuda", "stand-in"):
         raise pytest.UsageError(f"{VARIABLE}={CHOSEN}: must be cpu, cuda or stand-in, or absent")
     if ON_CARD and "TRITON_INTERPRET" in os.environ:
-        raise pytest.UsageError("TRITON_INTERPRET is set: on a card Triton's kernels are compiled; unset it")
+        raise pytest.UsageError(
+            "TRITON_INTERPRET is set: on a card Triton's kernels are compiled; unset it"
+        )
     for name, value in (COMPILED if ON_CARD else INTERPRETED).items():
         os.environ.setdefault(name, value)
 
@@ -52,7 +60,9 @@ def settle_torch() -> None:
 
     torch.set_num_threads(1)
     if ON_CARD and not torch.cuda.is_available():
-        raise pytest.UsageError(f"{VARIABLE}=cuda: torch {torch.__version__} finds no CUDA device here")
+        raise pytest.UsageError(
+            f"{VARIABLE}=cuda: torch {torch.__version__} finds no CUDA device here"
+        )
     torch.use_deterministic_algorithms(ON_CARD)
 
 
@@ -83,12 +93,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of a run that must tell everything within its time."""
     parser.addoption("--outcomes", type=Path, help="a file for one line of JSON a test, as it ends")
-    parser.addoption("--seconds", type=float, default=float("inf"), help="no test begins later; what is left is told")
+    parser.addoption(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="no test begins later; what is left is told",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, begin the file of outcomes, count what happens."""
-    config.addinivalue_line("markers", "device: takes the device that it runs on (tests/devices.py)")
+    config.addinivalue_line(
+        "markers", "device: takes the device that it runs on (tests/devices.py)"
+    )
     config.stash[COUNTS] = Counter()
     if path := config.getoption("--outcomes"):
         path.write_text("")
@@ -99,8 +116,8 @@ def about() -> dict[str, Any]:
     """What a file of outcomes says of its run."""
     import torch
 
-    from bench.provenance import provenance
-    from eagle3fn.testing.certificate import sources
+    from eagle3fn.testing.provenance import provenance
+    from tests.specforge.certificate import sources
 
     said = provenance("python -m pytest", os.environ.get("EAGLE3FN_REVISION"))
     return {"device": CHOSEN, "torch": torch.__version__, **said, "sources": sources(every=True)}
@@ -120,7 +137,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         order = {name: place for place, name in enumerate(FIRST)}
         items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
     if ON_CARD and "TRITON_INTERPRET" in os.environ:
-        raise pytest.UsageError("TRITON_INTERPRET was set while the tests were collected: find the module that sets it")
+        raise pytest.UsageError(
+            "TRITON_INTERPRET was set while the tests were collected: find the module that sets it"
+        )
     tell(config, {"collected": [item.nodeid for item in items]})
 
 
@@ -184,7 +203,10 @@ def tell(config: pytest.Config, row: dict[str, Any]) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """On a card a skip is a failure, and so is a run without a test."""
-    if faults(session.config) and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if faults(session.config) and session.exitstatus in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -205,5 +227,9 @@ def faults(config: pytest.Config) -> list[str]:
     counts = config.stash[COUNTS]
     if not ON_CARD:
         return []
-    found = [f"{counts['skipped']} tests were skipped: on a card that is a failure"] if counts["skipped"] else []
+    found = (
+        [f"{counts['skipped']} tests were skipped: on a card that is a failure"]
+        if counts["skipped"]
+        else []
+    )
     return found + ([] if counts["passed"] else ["no test passed: nothing was verified"])

@@ -52,7 +52,7 @@ def batch_of(seed: int, lengths: tuple[int, ...]) -> e3.Batch:
     return e3.Batch(
         input_ids=torch.randint(0, V, (b, s), generator=generator) * real,
         attention_mask=real,
-        loss_mask=mask,
+        row_mask=mask,
         aux_hidden=torch.randn(b, s, 3 * H, generator=generator) * real[..., None],
         last_hidden=torch.randn(b, s, H, generator=generator) * real[..., None],
     )

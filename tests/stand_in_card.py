@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 from eagle3fn.model import fast, flash_attention
-from eagle3fn.model.kernels import legacy_kl, score
+from eagle3fn.model.kernels import score
+from eagle3fn.specforge import kl_kernel as legacy_kl
 
 NAME = "meta"
 aten = torch.ops.aten
@@ -30,7 +31,12 @@ READS = {  # what a host cannot know before the device has got there
     *(aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default),
     *(aten.masked_select.default, aten.unique_dim.default, aten._unique2.default),
 }
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
 COPIES = {aten._to_copy.default, aten.copy_.default}
 
 
@@ -85,7 +91,9 @@ def taken(tree: Any) -> Any:
 
 def put(tree: Any) -> Any:
     """A tree with its tensors on the card."""
-    return optree.tree_map(lambda x: OnCard(x) if isinstance(x, Tensor) and not isinstance(x, OnCard) else x, tree)
+    return optree.tree_map(
+        lambda x: OnCard(x) if isinstance(x, Tensor) and not isinstance(x, OnCard) else x, tree
+    )
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -118,7 +126,9 @@ def _refuse_mixed(func: Any, tensors: list[Tensor], ours: list[OnCard]) -> None:
     theirs = [x for x in tensors if not isinstance(x, OnCard) and x.ndim]
     if ours and theirs and func not in COPIES | INDEXING:
         shapes = [tuple(x.shape) for x in theirs]
-        raise RuntimeError(f"{func}: expected all tensors on the same device, but {shapes} are on the host")
+        raise RuntimeError(
+            f"{func}: expected all tensors on the same device, but {shapes} are on the host"
+        )
 
 
 def _note_waits(func: Any, args: Any, kwargs: dict[str, Any], ours: list[OnCard]) -> None:
@@ -142,7 +152,11 @@ def _note_waits(func: Any, args: Any, kwargs: dict[str, Any], ours: list[OnCard]
 
 def _note(what: str) -> None:
     lines = [f for f in traceback.extract_stack() if "/eagle3fn/" in f.filename]
-    _waits.append(Wait(what, tuple(f"{f.filename.rpartition('/')[2]}:{f.lineno}: {f.line}" for f in lines[-3:])))
+    _waits.append(
+        Wait(
+            what, tuple(f"{f.filename.rpartition('/')[2]}:{f.lineno}: {f.line}" for f in lines[-3:])
+        )
+    )
 
 
 class _Launch:
@@ -174,7 +188,11 @@ def stand_in() -> Iterator[list[Wait]]:
     score_kernels = tuple(map(_Launch, score._kernels()))
 
     def fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
-        return device.type == NAME and dtype in flash_attention._KINDS and size in flash_attention._SIZES
+        return (
+            device.type == NAME
+            and dtype in flash_attention._KINDS
+            and size in flash_attention._SIZES
+        )
 
     make = torch.tensor
 

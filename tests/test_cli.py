@@ -20,10 +20,17 @@ from eagle3fn.train import bind, loop
 from eagle3fn.train.checkpoint import read_leaves
 from tests import devices
 from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
-from tests.start_ranks import ROOT, Ended, torchrun
+from tests.train.start_ranks import ROOT, Ended, torchrun
 
 SETTINGS = [
-    *("--set", "train.eval_every=4", "--set", "train.checkpoint_every=3", "--set", "data.held_out=2"),
+    *(
+        "--set",
+        "train.eval_every=4",
+        "--set",
+        "train.checkpoint_every=3",
+        "--set",
+        "data.held_out=2",
+    ),
     *("--set", "objective.ttt_length=2", "--set", "data.global_batch=2"),
 ]
 
@@ -40,10 +47,22 @@ def house(tmp_path_factory) -> Path:
     prompts = [json.dumps({"prompt": text}) for text in ("hello", "how many", "list")]
     (root / "prompts.jsonl").write_text("\n".join(prompts))
     assert (
-        call(root, "extract", "--conversations", root / "talks.jsonl", "--out", root / "features", "--max-length", 128)
+        call(
+            root,
+            "extract",
+            "--conversations",
+            root / "talks.jsonl",
+            "--out",
+            root / "features",
+            "--max-length",
+            128,
+        )
         == 0
     )
-    assert call(root, "vocab", "--features", root / "features", "--out", root / "map", "--size", 64) == 0
+    assert (
+        call(root, "vocab", "--features", root / "features", "--out", root / "map", "--size", 64)
+        == 0
+    )
     assert train(root, root / "run") == 0
     return root
 
@@ -55,7 +74,9 @@ def call(root: Path, command: str, *arguments: object) -> int:
 def train(root: Path, out: Path, *more: object, steps: int = 8, **changes: Path) -> int:
     places = {"features": root / "features", "vocab": root / "map", **changes}
     named = [text for name, path in places.items() for text in (f"--{name}", path)]
-    return call(root, "train", *named, "--out", out, *SETTINGS, "--set", f"train.steps={steps}", *more)
+    return call(
+        root, "train", *named, "--out", out, *SETTINGS, "--set", f"train.steps={steps}", *more
+    )
 
 
 def rows(path: Path) -> list[dict]:
@@ -77,12 +98,16 @@ def same_run(a: Path, b: Path) -> bool:
     last = "checkpoints/step-00000008"
     one, two = read_leaves(a / last), read_leaves(b / last)
     equal = one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    return equal and all(rows(a / name) == rows(b / name) for name in ("metrics.jsonl", "eval.jsonl"))
+    return equal and all(
+        rows(a / name) == rows(b / name) for name in ("metrics.jsonl", "eval.jsonl")
+    )
 
 
 def on_device(device: str) -> list[str]:
     where = ["--set", f"train.device={device}"]
-    return [*where, "--set", "data.prefetch=0"] if devices.STAND_IN else where  # it is there in its own thread alone
+    return (
+        [*where, "--set", "data.prefetch=0"] if devices.STAND_IN else where
+    )  # it is there in its own thread alone
 
 
 def test_a_run_on_a_device_leaves_rows_and_a_draft(house, tmp_path, device):
@@ -92,7 +117,9 @@ def test_a_run_on_a_device_leaves_rows_and_a_draft(house, tmp_path, device):
     assert draft and all(bool(leaf.count_nonzero()) for leaf in draft.values())
 
 
-@pytest.mark.skipif(devices.STAND_IN, reason="a checkpoint is not read into tensors of the device of shapes alone")
+@pytest.mark.skipif(
+    devices.STAND_IN, reason="a checkpoint is not read into tensors of the device of shapes alone"
+)
 def test_a_run_on_a_device_goes_on_from_its_checkpoint_to_the_same_bits(house, tmp_path, device):
     """Its last two steps are made again, from the checkpoint of step 6."""
     whole, again = tmp_path / "whole", tmp_path / "again"
@@ -109,7 +136,10 @@ def test_a_run_leaves_what_the_readme_says(house):
     assert names >= {"config.toml", "metrics.jsonl", "eval.jsonl", "checkpoints", "untrained"}
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 9))
     assert [row["step"] for row in rows(run / "eval.jsonl")] == [0, 4, 8]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-00000006",
+        "step-00000008",
+    ]
 
 
 def test_the_resolved_configuration_repeats_the_run(house, tmp_path):
@@ -138,22 +168,35 @@ def test_a_killed_run_goes_on_to_the_same_bits(house, tmp_path):
         "--set",
         "train.steps=8",
     ]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     metrics = out / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+    while process.poll() is None and not (
+        metrics.exists() and len(metrics.read_text().splitlines()) >= 4
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     with metrics.open("a") as file:
         file.write('{"step": 5, "lo')  # a line half written
-    shutil.copytree(house / "run/checkpoints/step-00000006", out / "checkpoints/.step-00000006.x.tmp")
+    shutil.copytree(
+        house / "run/checkpoints/step-00000006", out / "checkpoints/.step-00000006.x.tmp"
+    )
     assert train(house, out) == 0
     assert same_run(out, house / "run")
 
 
 def test_two_ranks_train_as_one_does_to_the_bit_and_one_goes_on_for_them(house, tmp_path):
-    places = ["--target", house / "target", "--features", house / "features", "--vocab", house / "map"]
-    command = [sys.executable, ROOT / "scripts/two_ranks.py", "--work", tmp_path / "work", "--kill-after", 4,
+    places = [
+        "--target",
+        house / "target",
+        "--features",
+        house / "features",
+        "--vocab",
+        house / "map",
+    ]
+    command = [sys.executable, ROOT / "tests/train/two_ranks.py", "--work", tmp_path / "work", "--kill-after", 4,
                "--out", tmp_path / "told.json", "--", *places, *SETTINGS, *TREE]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -165,13 +208,15 @@ def test_two_ranks_train_as_one_does_to_the_bit_and_one_goes_on_for_them(house, 
 
 
 def test_what_differs_between_two_runs_is_named(house, tmp_path):
-    from scripts.two_ranks import compare
+    from tests.train.two_ranks import compare
 
     other = tmp_path / "run"
     shutil.copytree(house / "run", other)
     assert all(compare(other, house / "run").values())
     for name in ("metrics.jsonl", "eval.jsonl"):
-        (other / name).write_text((other / name).read_text().replace('"accuracy": [', '"accuracy": [0.5, '))
+        (other / name).write_text(
+            (other / name).read_text().replace('"accuracy": [', '"accuracy": [0.5, ')
+        )
     (other / "draft/config.json").write_text("{}")
     assert list(compare(other, house / "run").values()) == [True, False, False, False]
 
@@ -179,7 +224,9 @@ def test_what_differs_between_two_runs_is_named(house, tmp_path):
 def test_ranks_that_do_not_divide_the_batch_are_refused_once(house, tmp_path):
     ended = on_ranks(2, house, tmp_path / "run", "--set", "data.global_batch=3")
     assert ended.codes == [1]
-    assert ended.text.count("make 3 micro-batches an update, 2 ranks must divide them") == 1, ended.text
+    assert ended.text.count("make 3 micro-batches an update, 2 ranks must divide them") == 1, (
+        ended.text
+    )
 
 
 def test_evaluate_is_lossless_and_report_gathers(house, tmp_path, capsys):
@@ -194,10 +241,15 @@ def test_evaluate_is_lossless_and_report_gathers(house, tmp_path, capsys):
     assert main(["report", "--run", str(stage)]) == 0
     report = json.loads((stage / "report.json").read_text())
     table = capsys.readouterr().out
-    assert all(label in table for label in ("lossless in fp32", "break-even", "training tokens/s", "wall seconds"))
+    assert all(
+        label in table
+        for label in ("lossless in fp32", "break-even", "training tokens/s", "wall seconds")
+    )
     assert report["lossless"] is True
     assert report["wall_s"] == 3.5
-    wanted = "accepted_length acceptance_by_position tokens_per_s plain_tokens_per_s train_tokens_per_s"
+    wanted = (
+        "accepted_length acceptance_by_position tokens_per_s plain_tokens_per_s train_tokens_per_s"
+    )
     assert set(wanted.split()) | {"supervised_tokens", "untrained_accepted_length"} <= report.keys()
     assert (stage / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -211,40 +263,64 @@ def expect_refusal(capsys, code: int, *texts: str) -> None:
 
 def test_bad_features_are_refused(house, tmp_path, capsys):
     broken = tmp_path / "features"
-    expect_refusal(capsys, train(house, tmp_path / "o", features=tmp_path / "none"), "none", "extract")
+    expect_refusal(
+        capsys, train(house, tmp_path / "o", features=tmp_path / "none"), "none", "extract"
+    )
     shutil.copytree(house / "features", broken)
     shard = broken / "shard-00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    expect_refusal(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "bytes")
+    expect_refusal(
+        capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "bytes"
+    )
     tensors = load_file(house / "features/shard-00000.safetensors")
     key = next(name for name in tensors if name.endswith("aux_hidden"))
     tensors[key][1, 2] = float("nan")
     save_file(tensors, shard)
     expect_refusal(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors")
     shard.unlink()
-    expect_refusal(capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "missing")
+    expect_refusal(
+        capsys, train(house, tmp_path / "o", features=broken), "shard-00000.safetensors", "missing"
+    )
     assert not (tmp_path / "o/checkpoints").exists()
 
 
 def test_bad_settings_are_refused(house, tmp_path, capsys):
     out = tmp_path / "o"
-    expect_refusal(capsys, train(house, out, "--set", "objective.ttt_length=0"), "objective.ttt_length", "at least 1")
     expect_refusal(
-        capsys, train(house, out, "--set", "objective.loss=lk"), "objective.loss = 'lk'", "'kl' or 'lk_alpha'"
+        capsys,
+        train(house, out, "--set", "objective.ttt_length=0"),
+        "objective.ttt_length",
+        "at least 1",
+    )
+    expect_refusal(
+        capsys,
+        train(house, out, "--set", "objective.loss=lk"),
+        "objective.loss = 'lk'",
+        "'kl' or 'lk_alpha'",
     )
     with pytest.raises(UserError, match=r"train\.reduce = .mean.: must be .sum. or .tree."):
         TrainConfig(reduce="mean")  # pyright: ignore
-    expect_refusal(capsys, train(house, out, "--set", "objective.lenght=3"), "unknown key objective.lenght")
+    expect_refusal(
+        capsys, train(house, out, "--set", "objective.lenght=3"), "unknown key objective.lenght"
+    )
     expect_refusal(capsys, train(house, out, "--set", "data.held_out=10"), "data.held_out")
-    expect_refusal(capsys, train(house, out, "--set", "draft.max_position_embeddings=4"), "max_position_embeddings = 4")
+    expect_refusal(
+        capsys,
+        train(house, out, "--set", "draft.max_position_embeddings=4"),
+        "max_position_embeddings = 4",
+    )
     expect_refusal(capsys, train(house, out, "--config", tmp_path / "no.toml"), "no.toml")
 
 
 def test_a_map_of_another_target_is_refused(house, tmp_path, capsys):
     from eagle3fn.data.vocab import build_map, save_map
 
-    save_map(tmp_path / "map", build_map(torch.arange(300), 64), {"target": "other/model", "target_hash": "0" * 64})
+    save_map(
+        tmp_path / "map",
+        build_map(torch.arange(300), 64),
+        {"target": "other/model", "target_hash": "0" * 64},
+    )
     expect_refusal(capsys, train(house, tmp_path / "o", vocab=tmp_path / "map"), "other/model")
 
 
@@ -252,7 +328,10 @@ def test_a_checkpoint_of_another_run_is_refused(house, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(house / "run", out)
     expect_refusal(
-        capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "optimizer.learning_rate was", "is 0.5"
+        capsys,
+        train(house, out, "--set", "optimizer.learning_rate=0.5"),
+        "optimizer.learning_rate was",
+        "is 0.5",
     )
     state = next((out / "checkpoints").glob("*8/*.distcp"))
     whole = bytearray(state.read_bytes())
@@ -262,7 +341,14 @@ def test_a_checkpoint_of_another_run_is_refused(house, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_samples_named(house, tmp_path, capsys):
-    code = train(house, tmp_path / "o", "--set", "optimizer.learning_rate=1e30", "--set", "optimizer.warmup_ratio=0.0")
+    code = train(
+        house,
+        tmp_path / "o",
+        "--set",
+        "optimizer.learning_rate=1e30",
+        "--set",
+        "optimizer.warmup_ratio=0.0",
+    )
     expect_refusal(capsys, code, "not finite", "row", "learning_rate")
 
 
@@ -281,7 +367,9 @@ def test_metrics_read_one_step_late_are_the_same(house, tmp_path, capsys, monkey
     assert seen == [0, 0, 1, 3, 4, 4, 6, 6]
     assert same_run(out, house / "run")
     huge = ("--set", "optimizer.learning_rate=1e30", "--set", "optimizer.warmup_ratio=0.0")
-    expect_refusal(capsys, train(house, tmp_path / "o", *huge), "not finite", "row", "learning_rate")
+    expect_refusal(
+        capsys, train(house, tmp_path / "o", *huge), "not finite", "row", "learning_rate"
+    )
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -301,8 +389,14 @@ def test_a_batch_that_cannot_be_read_loses_no_metrics(late, house, tmp_path, cap
 def test_a_refused_call_leaves_the_run_as_it_was(house, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(house / "run", out)
-    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != ".lock"}
-    expect_refusal(capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "learning_rate")
+    before = {
+        path.name: path.read_bytes()
+        for path in out.iterdir()
+        if path.is_file() and path.name != ".lock"
+    }
+    expect_refusal(
+        capsys, train(house, out, "--set", "optimizer.learning_rate=0.5"), "learning_rate"
+    )
     expect_refusal(capsys, train(house, out, steps=5), "train.steps")
     expect_refusal(capsys, train(house, out, "--minutes", 3), "--minutes")
     expect_refusal(capsys, train(house, out, steps=0), "chosen by steps")
@@ -329,12 +423,25 @@ def test_one_process_trains_in_a_folder(house, tmp_path, capsys):
 
 
 def test_features_of_other_taps_or_another_target_are_refused(house, tmp_path, capsys):
-    expect_refusal(capsys, train(house, tmp_path / "o", "--set", "draft.aux_layers=[0,2,3]"), "index.json", "[0, 2, 3]")
+    expect_refusal(
+        capsys,
+        train(house, tmp_path / "o", "--set", "draft.aux_layers=[0,2,3]"),
+        "index.json",
+        "[0, 2, 3]",
+    )
     other = tmp_path / "target"
     shutil.copytree(house / "target", other)
     tree = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**tree, "rms_norm_eps": 0.25}))
-    arguments = ["--features", house / "features", "--vocab", house / "map", "--out", tmp_path / "o", *SETTINGS]
+    arguments = [
+        "--features",
+        house / "features",
+        "--vocab",
+        house / "map",
+        "--out",
+        tmp_path / "o",
+        *SETTINGS,
+    ]
     code = main(["train", "--target", str(other), *map(str, arguments), "--set", "train.steps=2"])
     expect_refusal(capsys, code, "another target")
 
@@ -363,7 +470,21 @@ def test_what_cannot_be_trained_or_written_is_one_line(house, tmp_path, capsys):
 @pytest.mark.parametrize("minutes", ["nan", "-1", "0", "x"])
 def test_minutes_must_be_a_time(house, minutes):
     with pytest.raises(SystemExit) as error:
-        main(["train", "--target", "t", "--features", "f", "--vocab", "v", "--out", "o", "--minutes", minutes])
+        main(
+            [
+                "train",
+                "--target",
+                "t",
+                "--features",
+                "f",
+                "--vocab",
+                "v",
+                "--out",
+                "o",
+                "--minutes",
+                minutes,
+            ]
+        )
     assert error.value.code == 2
 
 
@@ -386,7 +507,11 @@ def test_minutes_must_be_a_time(house, minutes):
 def test_malformed_draft_configurations_are_refused(house, tmp_path, capsys, change):
     tree = json.loads((house / "run/untrained/config.json").read_text())
     (tmp_path / "draft.json").write_text(json.dumps({**tree, **change}))
-    expect_refusal(capsys, train(house, tmp_path / "o", "--draft-config", tmp_path / "draft.json"), "draft.json")
+    expect_refusal(
+        capsys,
+        train(house, tmp_path / "o", "--draft-config", tmp_path / "draft.json"),
+        "draft.json",
+    )
 
 
 def test_unreadable_conversations_are_refused(house, tmp_path, capsys):
@@ -405,5 +530,15 @@ def test_a_vision_language_target_is_refused_by_name(house, tmp_path, capsys):
     shutil.copytree(house / "target", target)
     tree = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**tree, "vision_config": {"depth": 1}}))
-    code = main(["extract", "--target", str(target), "--conversations", str(house / "talks.jsonl"), "--out", "x"])
+    code = main(
+        [
+            "extract",
+            "--target",
+            str(target),
+            "--conversations",
+            str(house / "talks.jsonl"),
+            "--out",
+            "x",
+        ]
+    )
     expect_refusal(capsys, code, "vision")

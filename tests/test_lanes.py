@@ -32,8 +32,14 @@ def pinned(lane: str, python: str) -> dict[str, Version]:
     """A lane's versions by name, for one Python; each name stands there once."""
     lines = (LANES / f"{lane}.txt").read_text().splitlines()
     found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    mine = [one for one in found if one.marker is None or one.marker.evaluate({"python_version": python})]
-    assert len({one.name for one in mine}) == len(mine), f"{lane}.txt pins a package twice for Python {python}"
+    mine = [
+        one
+        for one in found
+        if one.marker is None or one.marker.evaluate({"python_version": python})
+    ]
+    assert len({one.name for one in mine}) == len(mine), (
+        f"{lane}.txt pins a package twice for Python {python}"
+    )
     for one in mine:
         assert [specifier.operator for specifier in one.specifier] == ["=="], one
     return {one.name: Version(next(iter(one.specifier)).version) for one in mine}

@@ -11,11 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from eagle3fn.base.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, from_dict
+from eagle3fn.base.config import (
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+    from_dict,
+)
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.cli import parser
-from eagle3fn.testing.certificate import NOT_SEEN, seen
 from eagle3fn.use.evaluate import EvalSettings
+from tests.specforge.certificate import NOT_SEEN, seen
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,8 +53,12 @@ def rows(title: str) -> list[list[str]]:
 
 def commands() -> dict[str, list[argparse.Action]]:
     """Options of every sub-command."""
-    sub = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-    return {name: [a for a in one._actions if a.dest != "help"] for name, one in sub.choices.items()}
+    sub = next(
+        action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    return {
+        name: [a for a in one._actions if a.dest != "help"] for name, one in sub.choices.items()
+    }
 
 
 def test_snippets_run() -> None:
@@ -68,18 +78,32 @@ def test_defaults_are_the_codes() -> None:
         if field.default is not MISSING
     }
     for command, options in commands().items():
-        given = {option.option_strings[0]: option.default for option in options if not option.required}
-        known |= {f"{command} {name}": value for name, value in given.items() if value not in (None, [])}
+        given = {
+            option.option_strings[0]: option.default for option in options if not option.required
+        }
+        known |= {
+            f"{command} {name}": value for name, value in given.items() if value not in (None, [])
+        }
     table = {name.strip("`"): cell for name, cell, *_ in rows("Every default")}
     assert len(table) == len(rows("Every default")), "a setting stands there twice"
-    values = {name: None if cell == "unset" else ast.literal_eval(cell.strip("`")) for name, cell in table.items()}
-    assert {name: repr(value) for name, value in values.items()} == {name: repr(value) for name, value in known.items()}
+    values = {
+        name: None if cell == "unset" else ast.literal_eval(cell.strip("`"))
+        for name, cell in table.items()
+    }
+    assert {name: repr(value) for name, value in values.items()} == {
+        name: repr(value) for name, value in known.items()
+    }
 
 
 def test_options_are_the_parsers() -> None:
     cells = rows("The command line")
-    table = {command.strip("`"): re.findall(r"`(--[\w-]+)`", options) for command, _, options in cells}
-    assert table == {name: [option.option_strings[0] for option in options] for name, options in commands().items()}
+    table = {
+        command.strip("`"): re.findall(r"`(--[\w-]+)`", options) for command, _, options in cells
+    }
+    assert table == {
+        name: [option.option_strings[0] for option in options]
+        for name, options in commands().items()
+    }
 
 
 def test_legacy_settings_exist() -> None:
@@ -91,17 +115,35 @@ def test_legacy_settings_exist() -> None:
 
 def takes_a_device(file: str) -> bool:
     """Whether a test, or a fixture, of the file has an argument `device`."""
-    functions = (n for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef))
-    return any(a.arg == "device" for f in functions if f.name.startswith(("test_", "placed")) for a in f.args.args)
+    functions = (
+        n for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef)
+    )
+    return any(
+        a.arg == "device"
+        for f in functions
+        if f.name.startswith(("test_", "placed"))
+        for a in f.args.args
+    )
 
 
 def test_each_claim_says_whether_a_card_has_seen_it() -> None:
     """The last column is made of the gate's result files; a row without a test that takes a device has a dash."""
-    rows = [line.strip("| ").split(" | ") for line in chapter("What is verified, and where").splitlines()]
-    rows = [row for row in rows if len(row) > 1 and not row[0].startswith(("property", "---", "CUDA, `", "anything"))]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in chapter("What is verified, and where").splitlines()
+    ]
+    rows = [
+        row
+        for row in rows
+        if len(row) > 1 and not row[0].startswith(("property", "---", "CUDA, `", "anything"))
+    ]
     assert len(rows) > 30 and {len(row) for row in rows} == {4}
     for title, how, _, on_card in rows:
-        files = {name for name in re.findall(r"tests/test_\w+\.py", f"{title} {how}") if takes_a_device(name)}
+        files = {
+            name
+            for name in re.findall(r"tests/test_\w+\.py", f"{title} {how}")
+            if takes_a_device(name)
+        }
         if files and on_card != "-":
             assert on_card == seen(files, ROOT / "bench" / "results"), title
         elif on_card != "-":
@@ -120,9 +162,13 @@ def test_the_tree_is_the_folders() -> None:
         assert comment or name.endswith("/"), line
         listed += [] if name.endswith("/") else ["".join(place)]
     files = [path for pattern in TREE_FILES for path in ROOT.glob(pattern) if path.is_file()]
-    kept = [path for path in files if "__pycache__" not in path.parts and path.name != "__init__.py"]
+    kept = [
+        path for path in files if "__pycache__" not in path.parts and path.name != "__init__.py"
+    ]
     assert len(listed) == len(set(listed)), "a file stands there twice"
-    assert set(listed) - {"eagle3fn/__init__.py"} == {path.relative_to(ROOT).as_posix() for path in kept}
+    assert set(listed) - {"eagle3fn/__init__.py"} == {
+        path.relative_to(ROOT).as_posix() for path in kept
+    }
 
 
 @pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "ARCHITECTURE"])
@@ -130,7 +176,9 @@ def test_named_files_and_functions_exist(text: str) -> None:
     for path in re.findall(r"`((?:tests|scripts|bench|eagle3fn)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).is_file(), path
     for room, name in re.findall(r"`(base|data|model|testing|train|use)\.([\w.]+)`", text):
-        if name != "safetensors" and name not in getattr(SECTIONS.get(room), "__dataclass_fields__", {}):
+        if name != "safetensors" and name not in getattr(
+            SECTIONS.get(room), "__dataclass_fields__", {}
+        ):
             file, *rest = name.split(".")
             found: Any = importlib.import_module(f"eagle3fn.{room}.{file}")
             for part in rest:

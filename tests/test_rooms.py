@@ -29,7 +29,9 @@ def imports(path: Path) -> set[str]:
 
 
 def files() -> list[Path]:
-    return [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in ANYWHERE]
+    return [
+        path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in ANYWHERE
+    ]
 
 
 def test_rooms_import_only_upwards():
@@ -56,7 +58,11 @@ def top_level(path: Path) -> set[str]:
 
 
 def test_only_the_command_line_imports_testing_and_lazily():
-    users = [path for path in ROOT.rglob("*.py") if any(name.startswith("eagle3fn.testing") for name in imports(path))]
+    users = [
+        path
+        for path in ROOT.rglob("*.py")
+        if any(name.startswith("eagle3fn.testing") for name in imports(path))
+    ]
     outside = {path.relative_to(ROOT).as_posix() for path in users if path.parent.name != "testing"}
     assert outside == {"cli.py"}
     assert not any(name.startswith("eagle3fn.testing") for name in top_level(ROOT / "cli.py"))
@@ -66,7 +72,11 @@ def test_only_the_command_line_imports_testing_and_lazily():
 
 def test_heavy_packages_are_imported_in_one_file_and_lazily():
     for package, home in ONE_FILE.items():
-        users = {p.relative_to(ROOT).as_posix() for p in files() if any(n.split(".")[0] == package for n in imports(p))}
+        users = {
+            p.relative_to(ROOT).as_posix()
+            for p in files()
+            if any(n.split(".")[0] == package for n in imports(p))
+        }
         assert users == {home}
     users = [p for p in files() if any(name.split(".")[0] == "triton" for name in imports(p))]
     assert users and {p.parent.relative_to(ROOT).as_posix() for p in users} == {"model/kernels"}
@@ -77,9 +87,15 @@ def test_heavy_packages_are_imported_in_one_file_and_lazily():
 
 def test_one_file_knows_dtensor():
     wanted = "torch.distributed.tensor"
-    assert {p.relative_to(ROOT).as_posix() for p in files() if wanted in p.read_text()} == {"train/shard.py"}
+    assert {p.relative_to(ROOT).as_posix() for p in files() if wanted in p.read_text()} == {
+        "train/shard.py"
+    }
 
 
 def test_files_stay_small():
-    long = {path.name: n for path in ROOT.rglob("*.py") if (n := len(path.read_text().splitlines())) > 260}
+    long = {
+        path.name: n
+        for path in ROOT.rglob("*.py")
+        if (n := len(path.read_text().splitlines())) > 260
+    }
     assert not long

@@ -9,11 +9,13 @@ import eagle3fn as e3
 from eagle3fn.base.device import send
 from eagle3fn.base.rows import both_rows
 from eagle3fn.base.tree import named_leaves
-from eagle3fn.testing.builders import Case, on, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.train.run import to_device
 from tests.stand_in_card import NAME, Wait, stand_in
 
-pytest.importorskip("triton", reason="the kernels that a card runs are written in Triton, which is not installed")
+pytest.importorskip(
+    "triton", reason="the kernels that a card runs are written in Triton, which is not installed"
+)
 
 
 def two_steps(numerics: str, dtype: str, donate: bool) -> tuple[e3.TrainState, float, list[Wait]]:
@@ -21,12 +23,12 @@ def two_steps(numerics: str, dtype: str, donate: bool) -> tuple[e3.TrainState, f
     case = Case(head_dim=8, dtype=dtype, normalization="mask", teacher="compact")  # pyright: ignore
     config = case.config()
     config = replace(config, objective=replace(config.objective, numerics=numerics))
-    batch = tame_batch(case)
+    batch = tiny_batch(case)
     n = torch.arange(case.steps, 0, -1.0) + 4
-    batch = batch._replace(**both_rows(batch.loss_mask, case.steps), n=n)
+    batch = batch._replace(**both_rows(batch.row_mask, case.steps), row_counts=n)
     with stand_in() as waits:
-        fns = e3.bind(config, on(NAME, tame_frozen(case)))
-        state = fns.init_state(on(NAME, tame_params(case)))
+        fns = e3.bind(config, on(NAME, tiny_frozen(case)))
+        state = fns.init_state(on(NAME, tiny_params(case)))
         waits.clear()
         for _ in range(2):
             state, metrics = fns.step(state, to_device(batch, NAME), donate=donate)
@@ -36,7 +38,9 @@ def two_steps(numerics: str, dtype: str, donate: bool) -> tuple[e3.TrainState, f
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_fast_step_waits_for_nothing(donate: bool) -> None:
-    state, loss, waits = two_steps("fast", "bfloat16", donate)  # its scores' kernels: tests/test_fast_cuda.py
+    state, loss, waits = two_steps(
+        "fast", "bfloat16", donate
+    )  # its scores' kernels: tests/model/test_fast_cuda.py
     assert waits == []
     devices = {name: leaf.device.type for name, leaf in named_leaves(state).items()}
     assert devices.pop("step") == "cpu" and set(devices.values()) == {NAME}
@@ -46,7 +50,9 @@ def test_a_fast_step_waits_for_nothing(donate: bool) -> None:
 def test_outside_bf16_blocks_of_attention_are_cut_on_the_host() -> None:
     """Once a step, and it is known: the flash kernel takes 16 bits alone."""
     _, _, waits = two_steps("fast", "float32", True)
-    assert len(waits) == 2 and all("make_blocks" in line or "tolist" in line for w in waits for line in w.where[-1:])
+    assert len(waits) == 2 and all(
+        "make_blocks" in line or "tolist" in line for w in waits for line in w.where[-1:]
+    )
 
 
 def test_the_stand_in_refuses_what_a_card_refuses() -> None:
@@ -55,7 +61,11 @@ def test_the_stand_in_refuses_what_a_card_refuses() -> None:
         assert (there + 1).device.type == NAME and waits == []
         with pytest.raises(RuntimeError, match="on the same device"):
             _ = there + torch.ones(3)
-        assert (there + torch.tensor(1.0)).tolist() == [2.0, 2.0, 2.0]  # a number may come from the host
+        assert (there + torch.tensor(1.0)).tolist() == [
+            2.0,
+            2.0,
+            2.0,
+        ]  # a number may come from the host
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,16 @@ class ObjectiveConfig:
         _check_choices(self, "objective")
         require(self.ttt_length >= 1, "objective.ttt_length", self.ttt_length, "at least 1")
         require(0 < self.decay <= 1, "objective.decay", self.decay, "in (0, 1]")
-        require(self.teacher_chunk >= 1, "objective.teacher_chunk", self.teacher_chunk, "at least 1")
+        require(
+            self.teacher_chunk >= 1, "objective.teacher_chunk", self.teacher_chunk, "at least 1"
+        )
         require(0 <= self.kl_scale <= 1, "objective.kl_scale", self.kl_scale, "in [0, 1]")
-        require(0 <= self.kl_decay < math.inf, "objective.kl_decay", self.kl_decay, "at least 0 and finite")
+        require(
+            0 <= self.kl_decay < math.inf,
+            "objective.kl_decay",
+            self.kl_decay,
+            "at least 0 and finite",
+        )
         plain = "'kl' under the fast numerics; for it set objective.numerics='legacy'"
         require(self.loss == "kl" or self.numerics == "legacy", "objective.loss", self.loss, plain)
 
@@ -66,7 +73,9 @@ class OptimizerConfig:
         """Refuse values outside their range."""
         _check_choices(self, "optimizer")
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
-        require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        require(
+            0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "in [0, 1)"
+        )
         for name in ("learning_rate", "max_grad_norm", "eps", "weight_decay"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"optimizer.{name}", value, "at least 0 and finite")
@@ -97,7 +106,12 @@ class DataConfig:
         require(self.max_length >= 3, "data.max_length", self.max_length, "at least 3")
         require(self.micro_batch >= 1, "data.micro_batch", self.micro_batch, "at least 1")
         fits = self.global_batch >= 1 and self.global_batch % self.micro_batch == 0
-        require(fits, "data.global_batch", self.global_batch, f"a multiple of data.micro_batch = {self.micro_batch}")
+        require(
+            fits,
+            "data.global_batch",
+            self.global_batch,
+            f"a multiple of data.micro_batch = {self.micro_batch}",
+        )
         require(self.held_out >= 0, "data.held_out", self.held_out, "at least 0")
         require(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0")
 
@@ -130,7 +144,9 @@ class TrainConfig:
         for name in ("epochs", "eval_every", "checkpoint_every", "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         require(0 <= self.seed < 2**40, "train.seed", self.seed, "in [0, 2**40)")
-        require(self.steps >= 0, "train.steps", self.steps, "at least 0 (0: as many as epochs need)")
+        require(
+            self.steps >= 0, "train.steps", self.steps, "at least 0 (0: as many as epochs need)"
+        )
 
 
 @dataclass(frozen=True)
@@ -164,10 +180,17 @@ def _check_choices(config: Any, section: str) -> None:
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             wanted = " or ".join(map(repr, get_args(hint)))
-            require(getattr(config, name) in get_args(hint), f"{section}.{name}", getattr(config, name), wanted)
+            require(
+                getattr(config, name) in get_args(hint),
+                f"{section}.{name}",
+                getattr(config, name),
+                wanted,
+            )
 
 
-def load_config(path: str | Path | None, overrides: list[str], draft: DraftConfig | None = None) -> Config:
+def load_config(
+    path: str | Path | None, overrides: list[str], draft: DraftConfig | None = None
+) -> Config:
     """Read a TOML file (or none), apply `section.key=value` overrides, and check every key and type.
 
     `draft` fills the draft section; keys the file or overrides name there win.
@@ -183,7 +206,9 @@ def load_config(path: str | Path | None, overrides: list[str], draft: DraftConfi
     if draft is not None:
         tree["draft"] = {**to_dict(draft), **tree.get("draft", {})}
     if "draft" not in tree:
-        raise UserError("no [draft] section; add one, or name a target or a draft configuration to take it from")
+        raise UserError(
+            "no [draft] section; add one, or name a target or a draft configuration to take it from"
+        )
     return from_dict(Config, tree, str(path or "overrides"))
 
 
@@ -196,9 +221,13 @@ def from_dict(kind: Any, tree: dict, where: str, prefix: str = "") -> Any:
     hints = get_type_hints(kind)
     unknown = sorted(set(tree) - set(hints))
     if unknown:
-        raise UserError(f"{where}: unknown key {prefix}{unknown[0]}; known: {', '.join(prefix + k for k in hints)}")
+        raise UserError(
+            f"{where}: unknown key {prefix}{unknown[0]}; known: {', '.join(prefix + k for k in hints)}"
+        )
     values = {key: _convert(hints[key], value, where, prefix + key) for key, value in tree.items()}
-    missing = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory]
+    missing = [
+        f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory
+    ]
     if missing:
         raise UserError(f"{where}: {prefix}{missing[0]} is missing")
     try:

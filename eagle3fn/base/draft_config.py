@@ -11,7 +11,12 @@ from eagle3fn.base.files import read_json
 DEFAULT_DRAFT_VOCAB = 32_000
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "mrope")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_ROPE_NEEDS = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",), "llama3": _LLAMA3}
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": _LLAMA3,
+}
 _VLM_KEYS = ("vision_config", "vision_tower", "image_token_id")
 
 
@@ -36,7 +41,11 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
-        sizes = (n for n in self.__dataclass_fields__ if n.endswith(("size", "heads", "dim", "embeddings")))
+        sizes = (
+            n
+            for n in self.__dataclass_fields__
+            if n.endswith(("size", "heads", "dim", "embeddings"))
+        )
         for name in sizes:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -63,11 +72,15 @@ class DraftConfig:
     def _check_rope(self) -> None:
         scaling = {} if self.rope_scaling is None else self.rope_scaling
         if not isinstance(scaling, dict) or self.rope_type not in ROPE_TYPES:
-            raise UserError(f"draft.rope_scaling = {scaling!r}: its rope_type must be one of {', '.join(ROPE_TYPES)}")
+            raise UserError(
+                f"draft.rope_scaling = {scaling!r}: its rope_type must be one of {', '.join(ROPE_TYPES)}"
+            )
         for name in _ROPE_NEEDS.get(self.rope_type, ()):
             value = scaling.get(name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise UserError(f"draft.rope_scaling.{name} = {value!r}: {self.rope_type} needs a number above 0")
+                raise UserError(
+                    f"draft.rope_scaling.{name} = {value!r}: {self.rope_type} needs a number above 0"
+                )
 
     @property
     def rope_type(self) -> str:
@@ -85,13 +98,19 @@ def draft_config_from_json(path: str | Path) -> DraftConfig:
     tree = read_json(path)
     names = tree.get("architectures") if isinstance(tree, dict) else None
     if not isinstance(names, list) or not any("Eagle3" in str(name) for name in names):
-        raise UserError(f'{path}: architectures = {names!r}: a draft configuration has ["LlamaForCausalLMEagle3"]')
+        raise UserError(
+            f'{path}: architectures = {names!r}: a draft configuration has ["LlamaForCausalLMEagle3"]'
+        )
     if "draft_vocab_size" not in tree:
         raise UserError(f"{path}: draft_vocab_size is missing; name the draft vocabulary's size")
     eagle = tree.get("eagle_config") or {}
     layers = eagle.get("eagle_aux_hidden_state_layer_ids") if isinstance(eagle, dict) else eagle
-    if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-        raise UserError(f"{path}: eagle_config = {eagle!r}: eagle_aux_hidden_state_layer_ids must list three layers")
+    if layers is not None and not (
+        isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    ):
+        raise UserError(
+            f"{path}: eagle_config = {eagle!r}: eagle_aux_hidden_state_layer_ids must list three layers"
+        )
     return _build(
         tree,
         str(path),
@@ -106,10 +125,14 @@ def refuse_vision(tree: dict[str, Any], where: str) -> None:
     found = [key for key in _VLM_KEYS if tree.get(key) is not None]
     if found:
         kind = tree.get("model_type")
-        raise UserError(f"{where}: model_type {kind!r} with {found[0]}: vision-language targets are not supported")
+        raise UserError(
+            f"{where}: model_type {kind!r} with {found[0]}: vision-language targets are not supported"
+        )
 
 
-def draft_config_from_target(tree: dict[str, Any], where: str, draft_vocab_size: int | None = None) -> DraftConfig:
+def draft_config_from_target(
+    tree: dict[str, Any], where: str, draft_vocab_size: int | None = None
+) -> DraftConfig:
     """Derive the draft from a target's configuration: same sizes, heads, RoPE and epsilon, one layer.
 
     Raises:
@@ -117,15 +140,25 @@ def draft_config_from_target(tree: dict[str, Any], where: str, draft_vocab_size:
     """
     refuse_vision(tree, where)
     size = draft_vocab_size or min(DEFAULT_DRAFT_VOCAB, tree.get("vocab_size", DEFAULT_DRAFT_VOCAB))
-    return _build(tree, where, draft_vocab_size=size, target_hidden_size=tree.get("hidden_size"), aux_layers=None)
+    return _build(
+        tree,
+        where,
+        draft_vocab_size=size,
+        target_hidden_size=tree.get("hidden_size"),
+        aux_layers=None,
+    )
 
 
 def _build(tree: dict[str, Any], where: str, **fixed: Any) -> DraftConfig:
     rope = tree.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters = {rope!r}: must be an object")
-    rope = rope.get("full_attention", rope)  # one set a kind of layer: the draft's layer attends to everything
-    scaling = tree.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+    rope = rope.get(
+        "full_attention", rope
+    )  # one set a kind of layer: the draft's layer attends to everything
+    scaling = tree.get("rope_scaling") or (
+        rope if rope.get("rope_type", "default") != "default" else None
+    )
     try:
         heads = tree["num_attention_heads"]
         return DraftConfig(

@@ -92,7 +92,9 @@ def locked(folder: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another process is at work there; wait, or name another folder") from None
+            raise UserError(
+                f"{folder}: another process is at work there; wait, or name another folder"
+            ) from None
         yield
 
 
@@ -124,7 +126,10 @@ def read_json(path: str | Path) -> Any:
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """Write one JSON value a line, compressed by the name's ending, whole or not at all."""
     suffix = Path(path).suffix
-    with whole_file(path) as temporary, _OPENERS.get(suffix, open)(temporary, "wt", encoding="utf-8") as file:
+    with (
+        whole_file(path) as temporary,
+        _OPENERS.get(suffix, open)(temporary, "wt", encoding="utf-8") as file,
+    ):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -154,7 +159,9 @@ def _parse_line(path: str | Path, number: int, line: str) -> Any:
         message = f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); mend or delete the line"
         raise UserError(message) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: not usable JSON ({error}); mend or delete the line") from None
+        raise UserError(
+            f"{path}:{number}: not usable JSON ({error}); mend or delete the line"
+        ) from None
 
 
 def sha256(path: str | Path) -> str:

@@ -10,7 +10,9 @@ from torch.func import vjp
 from eagle3fn.base.tree import check_whole
 
 
-def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
+def value_and_grad(
+    function: Callable[..., Any], has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
     """Return a function that gives `(function(x, …), gradient by x)`; with `has_aux`, `((value, aux), gradient)`.
 
     Differentiates by the first argument, any pytree of tensors. Uses `torch.func.vjp` with one pull-back
@@ -36,4 +38,6 @@ def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Calla
 
 def _check_scalar(value: Tensor) -> None:
     if value.ndim:
-        raise ValueError(f"value_and_grad: the function returned shape {tuple(value.shape)}; it must return a scalar")
+        raise ValueError(
+            f"value_and_grad: the function returned shape {tuple(value.shape)}; it must return a scalar"
+        )

@@ -30,7 +30,9 @@ def override(tree: dict, text: str) -> None:
     name, equals, value = text.partition("=")
     *sections, key = name.strip().split(".")
     if not equals or not sections:
-        raise UserError(f"override {text!r}: must read section.key=value, as in objective.ttt_length=5")
+        raise UserError(
+            f"override {text!r}: must read section.key=value, as in objective.ttt_length=5"
+        )
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
@@ -56,5 +58,9 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f'"{k}" = {_toml_value(v)}' for k, v in value.items() if v is not None) + "}"
+        return (
+            "{"
+            + ", ".join(f'"{k}" = {_toml_value(v)}' for k, v in value.items() if v is not None)
+            + "}"
+        )
     return f'"{value}"' if isinstance(value, str) else repr(value)

@@ -30,7 +30,9 @@ def check_whole(tree: Any) -> None:
     """
     for name, leaf in named_leaves(tree).items():
         if hasattr(leaf, "placements"):
-            raise UserError(f"params: {name} is sharded over ranks; take the parameters of e3.gather(state)")
+            raise UserError(
+                f"params: {name} is sharded over ranks; take the parameters of e3.gather(state)"
+            )
 
 
 def _entry(entry: Any) -> str:
@@ -50,7 +52,9 @@ def like(tree: Any, leaves: dict[str, Tensor]) -> Any:
 def equal(left: Any, right: Any) -> bool:
     """True if both trees have the same named leaves, bit for bit, with equal dtypes."""
     a, b = named_leaves(left), named_leaves(right)
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 def wide(x: Tensor) -> Tensor:
@@ -68,4 +72,6 @@ def unpack(vector: Tensor, like: Any) -> Any:
     leaves, treespec = optree.tree_flatten(like)
     parts = vector.split([leaf.numel() for leaf in leaves])
     pairs = zip(parts, leaves, strict=True)
-    return optree.tree_unflatten(treespec, [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in pairs])
+    return optree.tree_unflatten(
+        treespec, [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in pairs]
+    )

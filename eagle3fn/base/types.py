@@ -16,7 +16,7 @@ class Sample(NamedTuple):
     """One conversation with the target's features; the last axis of `aux_hidden` is three taps side by side."""
 
     input_ids: Tensor  # (S,) int64
-    loss_mask: Tensor  # (S,) int64, 1 on assistant tokens
+    token_mask: Tensor  # (S,) int64, 1 on assistant tokens
     aux_hidden: Tensor  # (S, 3·Ht)
     last_hidden: Tensor  # (S, Ht), after the target's final norm
 
@@ -24,21 +24,27 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """What `forward_loss` reads. Rows are right-padded with zeros, so padding is never trained.
 
-    `loss_mask` counts rows, not tokens: it is already aligned (`data.collate.align_mask`), row `t` is trained
+    `row_mask` counts rows, not tokens: it is already aligned (`data.collate.align_mask`), row `t` is trained
     against the target's distribution for token `t + 2`.
     It must be 0 where `attention_mask` is; that is not checked, as it would read values. With a mask on padding the
-    two numerics differ: legacy hides padded keys from a padded row, fast does not.
+    two numerics differ: plain hides padded keys from a padded row, fast does not.
     """
 
     input_ids: Tensor  # (B, S) int64
     attention_mask: Tensor  # (B, S) int64, 1 on real tokens
-    loss_mask: Tensor  # (B, S) int64
+    row_mask: Tensor  # (B, S) int64
     aux_hidden: Tensor  # (B, S, 3·Ht)
     last_hidden: Tensor  # (B, S, Ht)
     position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S-1
-    n: Tensor | None = None  # (K,) fp32: rows trained at each unroll step over the *global* batch; absent: this batch's
-    rows: Tensor | None = None  # (T,) int64, `base.rows.contributing_rows(loss_mask, K)`; absent: found from the mask
-    labels: Tensor | None = None  # (P,) int64, `contributing_rows(loss_mask, 1)`; absent: found from the mask.
+    row_counts: Tensor | None = (
+        None  # (K,) fp32: rows trained at each step of the *global* batch; absent: this one's
+    )
+    rows: Tensor | None = (
+        None  # (T,) int64, `base.rows.contributing_rows(row_mask, K)`; absent: found from the mask
+    )
+    labels: Tensor | None = (
+        None  # (P,) int64, `contributing_rows(row_mask, 1)`; absent: found from the mask.
+    )
     # Rows and labels given must be those of this mask: others give another loss.
 
 
@@ -61,10 +67,10 @@ class Frozen(NamedTuple):
 class Teacher(NamedTuple):
     """The target's distributions, padded by K rows at the end of the sequence."""
 
-    p: Tensor  # (B, S + K, D) fp32: softmax over the draft vocabulary
-    q: Tensor  # (B, S + K, D) fp32: the same tokens' probabilities under the full vocabulary
+    p_draft: Tensor  # (B, S + K, D) fp32: softmax over the draft vocabulary
+    p_full: Tensor  # (B, S + K, D) fp32: the same tokens' probabilities under the full vocabulary
     token: Tensor  # (B, S + K) int64: the target's argmax
-    position_mask: Tensor  # (B, S, 1) int: loss_mask where the argmax is in the draft vocabulary
+    position_mask: Tensor  # (B, S, 1) int: row_mask where the argmax is in the draft vocabulary
 
 
 class Aux(NamedTuple):
@@ -72,11 +78,11 @@ class Aux(NamedTuple):
 
     losses: Tensor  # (K,) per-step loss, before the decay
     correct: Tensor  # (K,) int64: trained rows whose draft argmax is the target's argmax
-    rows: Tensor  # (K,) int64: rows with loss_mask
-    accept: Tensor  # (K,) sum over rows with position_mask of Σ min(q, draft)
+    rows: Tensor  # (K,) int64: rows with row_mask
+    accept: Tensor  # (K,) sum over rows with position_mask of Σ min(p_full, draft)
     accept_rows: Tensor  # (K,) rows with position_mask
     greedy: Tensor  # () sum over rows of Σ_i Π_{j<=i} correct_j: the drafted tokens a greedy verifier accepts
-    sampled: Tensor  # () the same with Σ min(q, draft) in place of correct
+    sampled: Tensor  # () the same with Σ min(p_full, draft) in place of correct
 
 
 class TrainState(NamedTuple):

@@ -26,13 +26,17 @@ def messages_of(row: Any, where: str) -> list[dict[str, str]]:
     """
     turns = (row.get("conversations") or row.get("messages")) if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise UserError(f'{where}: no list of turns; a row must read {{"conversations": [{{"role", "content"}}, …]}}')
+        raise UserError(
+            f'{where}: no list of turns; a row must read {{"conversations": [{{"role", "content"}}, …]}}'
+        )
     return [_message(turn, f"{where}: turn {number}") for number, turn in enumerate(turns, 1)]
 
 
 def _message(turn: Any, where: str) -> dict[str, str]:
     if not isinstance(turn, dict):
-        raise UserError(f'{where}: {_short(turn)}: must be {{"role": …, "content": …}}; mend or delete the row')
+        raise UserError(
+            f'{where}: {_short(turn)}: must be {{"role": …, "content": …}}; mend or delete the row'
+        )
     name = turn.get("role", turn.get("from"))
     role = _ROLES.get(name, name) if isinstance(name, str) else name
     if role not in _KNOWN:
@@ -41,12 +45,16 @@ def _message(turn: Any, where: str) -> dict[str, str]:
         )
     content = turn.get("content", turn.get("value"))
     if not isinstance(content, str):
-        raise UserError(f"{where}: content {_short(content)}: must be a string; mend or delete the row")
+        raise UserError(
+            f"{where}: content {_short(content)}: must be a string; mend or delete the row"
+        )
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
         what = "holds half of a surrogate pair, which UTF-8 has no bytes for"
-        raise UserError(f"{where}: content {_short(content)}: {what}; mend or delete the row") from None
+        raise UserError(
+            f"{where}: content {_short(content)}: {what}; mend or delete the row"
+        ) from None
     return {"role": role, "content": content}
 
 
@@ -65,14 +73,25 @@ def encode(tokenizer: Any, messages: list[dict[str, str]], where: str) -> tuple[
         UserError: no chat template, a template that refuses the turns or does not render them one behind the other.
     """
     if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target")
+        raise UserError(
+            f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target"
+        )
     if _GENERATION.search(tokenizer.get_chat_template()):
-        coded = _apply(tokenizer, messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        coded = _apply(
+            tokenizer,
+            messages,
+            where,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
         return _tensor(coded["input_ids"]), _tensor(coded["assistant_masks"])
     text = _apply(tokenizer, messages, where, tokenize=False)
     spans = assistant_spans(tokenizer, messages, text, where)
     if not tokenizer.is_fast:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer gives no offsets; take one with a tokenizer.json")
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer gives no offsets; take one with a tokenizer.json"
+        )
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [start for start, _ in coded["offset_mapping"]]
     mask = [int(any(begin <= start < end for begin, end in spans)) for start in starts]
@@ -89,22 +108,32 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], where: str, **options
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except TemplateError as error:
-        raise UserError(f"{where}: the chat template refuses these turns ({error}); mend or delete the row") from None
+        raise UserError(
+            f"{where}: the chat template refuses these turns ({error}); mend or delete the row"
+        ) from None
 
 
-def assistant_spans(tokenizer: Any, messages: list[dict[str, str]], text: str, where: str) -> list[tuple[int, int]]:
+def assistant_spans(
+    tokenizer: Any, messages: list[dict[str, str]], text: str, where: str
+) -> list[tuple[int, int]]:
     """Where in the rendered `text` each assistant turn begins and ends, in characters."""
     marks = end_marks(tokenizer)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0:
             continue
-        prompt = _apply(tokenizer, messages[:index], where, tokenize=False, add_generation_prompt=True)
+        prompt = _apply(
+            tokenizer, messages[:index], where, tokenize=False, add_generation_prompt=True
+        )
         if not text.startswith(prompt):
             raise _not_in_order(tokenizer, where, index)
         upto = _apply(tokenizer, messages[: index + 1], where, tokenize=False)
         begin = len(prompt)
-        end = _last_end(text, begin, len(upto), marks) if text.startswith(upto) else _first_end(text, begin, marks)
+        end = (
+            _last_end(text, begin, len(upto), marks)
+            if text.startswith(upto)
+            else _first_end(text, begin, marks)
+        )
         if end <= begin:
             raise _not_in_order(tokenizer, where, index)
         spans.append((begin, end))

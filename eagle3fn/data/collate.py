@@ -38,7 +38,7 @@ def collate(samples: Sequence[Sample], mode: str, max_length: int) -> Batch:
     return Batch(
         input_ids=_pad([sample.input_ids for sample in short]),
         attention_mask=_pad([torch.ones_like(sample.input_ids) for sample in short]),
-        loss_mask=_pad([align_mask(sample.loss_mask, mode) for sample in short]),
+        row_mask=_pad([align_mask(sample.token_mask, mode) for sample in short]),
         aux_hidden=_pad([sample.aux_hidden for sample in short]),
         last_hidden=_pad([sample.last_hidden for sample in short]),
     )
@@ -48,6 +48,6 @@ def _pad(rows: list[Tensor]) -> Tensor:
     return pad_sequence(rows, batch_first=True)
 
 
-def global_n(batches: Sequence[Batch], steps: int) -> Tensor:
+def global_row_counts(batches: Sequence[Batch], steps: int) -> Tensor:
     """Rows trained at each unroll step by all micro-batches of a global batch together: `(K,)` fp32, at least 1."""
-    return step_rows([batch.loss_mask for batch in batches], steps)
+    return step_rows([batch.row_mask for batch in batches], steps)

@@ -15,7 +15,7 @@ from eagle3fn.base.types import Sample
 from eagle3fn.data.chat import describe_mask, encode, messages_of
 from eagle3fn.data.features import shard_name, write_index, write_shard
 from eagle3fn.data.fingerprint import config_hash, weights_digest
-from eagle3fn.data.target import features
+from eagle3fn.data.target import hidden_states
 
 
 class Encoded(NamedTuple):
@@ -23,7 +23,7 @@ class Encoded(NamedTuple):
 
     id: str
     input_ids: Tensor  # (S,) int64
-    loss_mask: Tensor  # (S,) int64
+    token_mask: Tensor  # (S,) int64
 
 
 def extract(
@@ -51,7 +51,7 @@ def extract(
             limit; a layer outside the target; `out` holds another extraction.
     """
     out, config = Path(out), model.config
-    check_target(config, layers, max_length)
+    check_extraction(config, layers, max_length)
     tree = config.to_dict()
     target = {
         "name": name or config.name_or_path,
@@ -76,7 +76,9 @@ def extract(
     _refuse_other(out, fingerprint)
     rows = encode_all(tokenizer, conversations, max_length, config.vocab_size, limit)
     kept = supervised(rows)
-    groups = [kept[start : start + samples_per_shard] for start in range(0, len(kept), samples_per_shard)]
+    groups = [
+        kept[start : start + samples_per_shard] for start in range(0, len(kept), samples_per_shard)
+    ]
     sidecars, done = [], 0
     for number, group in enumerate(groups):
         entries = _entries(group, number * samples_per_shard)
@@ -85,7 +87,9 @@ def extract(
             (out / "index.json").unlink(missing_ok=True)
             taps = run_target(model, group, layers, batch)
             samples = {entry["key"]: sample for entry, sample in zip(entries, taps, strict=True)}
-            sidecar = write_shard(out, number, samples, {"fingerprint": fingerprint, "samples": entries})
+            sidecar = write_shard(
+                out, number, samples, {"fingerprint": fingerprint, "samples": entries}
+            )
         sidecars.append(sidecar)
         done += len(group)
         on_progress(done, len(kept))
@@ -106,7 +110,7 @@ def _existing(path: str | Path) -> Path:
     return Path(path)
 
 
-def check_target(config: Any, layers: Sequence[int], max_length: int) -> None:
+def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> None:
     """Raise a UserError if the target has no such positions or layers."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
@@ -115,11 +119,17 @@ def check_target(config: Any, layers: Sequence[int], max_length: int) -> None:
             f"set --max-length to at most {limit}"
         )
     if len(layers) != 3 or not all(0 <= layer < config.num_hidden_layers for layer in layers):
-        raise UserError(f"layers {list(layers)}: must be three target layers in [0, {config.num_hidden_layers})")
+        raise UserError(
+            f"layers {list(layers)}: must be three target layers in [0, {config.num_hidden_layers})"
+        )
 
 
 def encode_all(
-    tokenizer: Any, conversations: str | Path, max_length: int, vocab_size: int, limit: int | None = None
+    tokenizer: Any,
+    conversations: str | Path,
+    max_length: int,
+    vocab_size: int,
+    limit: int | None = None,
 ) -> list[Encoded]:
     """Every conversation of a JSONL file as tokens, in the file's order.
 
@@ -149,15 +159,15 @@ def encode_all(
 
 def supervised(rows: Sequence[Encoded]) -> list[Encoded]:
     """The rows with a supervised token."""
-    return [row for row in rows if row.loss_mask.any()]
+    return [row for row in rows if row.token_mask.any()]
 
 
 def _check_supervised(tokenizer: Any, encoded: list[Encoded], conversations: str | Path) -> None:
     total = sum(len(row.input_ids) for row in encoded)
-    marked = sum(int(row.loss_mask.sum()) for row in encoded)
+    marked = sum(int(row.token_mask.sum()) for row in encoded)
     if 0 < marked < total:
         return
-    shown = describe_mask(tokenizer, encoded[0].input_ids, encoded[0].loss_mask)
+    shown = describe_mask(tokenizer, encoded[0].input_ids, encoded[0].token_mask)
     share = "100%" if marked else "0%"
     raise UserError(
         f"{conversations}: {share} of the tokens are supervised; conversations need user and assistant turns "
@@ -179,7 +189,12 @@ def _refuse_other(out: Path, fingerprint: str) -> None:
 
 def _entries(group: list[Encoded], first: int) -> list[dict[str, Any]]:
     return [
-        {"id": row.id, "key": str(key), "length": len(row.input_ids), "supervised": int(row.loss_mask.sum())}
+        {
+            "id": row.id,
+            "key": str(key),
+            "length": len(row.input_ids),
+            "supervised": int(row.token_mask.sum()),
+        }
         for key, row in enumerate(group, first)
     ]
 
@@ -206,8 +221,8 @@ def run_target(model: Any, group: list[Encoded], layers: Sequence[int], batch: i
         mask = torch.zeros_like(ids)
         for row, (i, length) in enumerate(zip(chosen, lengths, strict=True)):
             ids[row, :length], mask[row, :length] = group[i].input_ids, 1
-        aux, last = features(model, ids.to(model.device), mask.to(model.device), layers)
+        aux, last = hidden_states(model, ids.to(model.device), mask.to(model.device), layers)
         for row, (i, length) in enumerate(zip(chosen, lengths, strict=True)):
             taps = (aux[row, :length].cpu().clone(), last[row, :length].cpu().clone())
-            samples[i] = Sample(group[i].input_ids.clone(), group[i].loss_mask.clone(), *taps)
+            samples[i] = Sample(group[i].input_ids.clone(), group[i].token_mask.clone(), *taps)
     return [samples[i] for i in range(len(group))]

@@ -1,6 +1,6 @@
 """The feature folder: safetensors shards of many samples, and `index.json`, which is written last."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,7 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, sha256, whole_file, write_json
 from eagle3fn.base.types import Sample
-from eagle3fn.data.faults import hidden_fault, token_fault
-from eagle3fn.data.specforge_ckpt import find_ckpts, read_ckpt, read_ckpt_tokens
+from eagle3fn.data.validate import hidden_fault, token_fault
 
 SCHEMA = 1
 REMEDY = "run eagle3fn extract again"
@@ -22,15 +21,27 @@ _SAMPLE_TYPES = {"id": str, "key": str, "shard": str, "length": int}
 _SHARD_TYPES = {"file": str, "bytes": int, "sha256": str}
 
 
+STORED = {"token_mask": "loss_mask"}  # a field of `Sample` that shards store under another name
+
+
+class Reader(NamedTuple):
+    """Reads a folder that has no index, one file a sample."""
+
+    find: Callable[[Path], list[Path]]  # the samples' files in a folder, in their order
+    sample: Callable[[Path], Sample]  # one file
+    tokens: Callable[[Path], tuple[Tensor, Tensor]]  # its ids and token mask alone, each (S,) int64
+
+
 class FeatureSet(NamedTuple):
-    """An opened folder. `samples` are the index's entries, or one entry a file for the older trainer's files."""
+    """An opened folder. `samples` are the index's entries, or one entry a file where a `reader` reads them."""
 
     folder: Path
     samples: list[dict[str, Any]]
-    index: dict[str, Any]  # empty for the older trainer's files
+    index: dict[str, Any]  # empty where a reader reads the files
     vocab_size: int | None  # V, if known
     hidden_size: int | None  # Ht, if known
     verified: set[str]  # shards whose bytes were compared with the index's hash
+    reader: Reader | None = None
 
 
 def shard_name(number: int) -> str:
@@ -38,14 +49,16 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, samples: dict[str, Sample], sidecar: dict[str, Any]) -> dict[str, Any]:
+def write_shard(
+    folder: Path, number: int, samples: dict[str, Sample], sidecar: dict[str, Any]
+) -> dict[str, Any]:
     """Write a shard whole, then its sidecar: `sidecar` with the shard's name, size and hash; returns that.
 
     `samples` go by their keys; tensors are stored as `<key>.input_ids` and so on.
     """
     path = folder / shard_name(number)
     tensors = {
-        f"{key}.{name}": value.cpu().contiguous()
+        f"{key}.{STORED.get(name, name)}": value.cpu().contiguous()
         for key, sample in samples.items()
         for name, value in sample._asdict().items()
     }
@@ -56,9 +69,15 @@ def write_shard(folder: Path, number: int, samples: dict[str, Sample], sidecar: 
     return sidecar
 
 
-def write_index(folder: Path, index: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+def write_index(
+    folder: Path, index: dict[str, Any], sidecars: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Write `index.json` from the shards' sidecars, with totals; returns it."""
-    samples = [{**sample, "shard": sidecar["file"]} for sidecar in sidecars for sample in sidecar["samples"]]
+    samples = [
+        {**sample, "shard": sidecar["file"]}
+        for sidecar in sidecars
+        for sample in sidecar["samples"]
+    ]
     totals = {
         "samples": len(samples),
         "tokens": sum(sample["length"] for sample in samples),
@@ -71,8 +90,13 @@ def write_index(folder: Path, index: dict[str, Any], sidecars: list[dict[str, An
     return index
 
 
-def open_features(folder: str | Path, vocab_size: int | None = None, hidden_size: int | None = None) -> FeatureSet:
-    """Open a feature folder, or a folder of the older trainer's files; reads no features.
+def open_features(
+    folder: str | Path,
+    vocab_size: int | None = None,
+    hidden_size: int | None = None,
+    reader: Reader | None = None,
+) -> FeatureSet:
+    """Open a feature folder, or by a `reader` a folder without an index; reads no features.
 
     `vocab_size` (V) and `hidden_size` (Ht) are the target's, checked against the index where there is one.
 
@@ -82,11 +106,11 @@ def open_features(folder: str | Path, vocab_size: int | None = None, hidden_size
     folder = Path(folder)
     if (folder / "index.json").is_file():
         return _open_index(folder, vocab_size, hidden_size)
-    names = [str(path.relative_to(folder)) for path in find_ckpts(folder)]
+    names = [str(path.relative_to(folder)) for path in reader.find(folder)] if reader else []
     if not names:
-        raise UserError(f"{folder}: no index.json, no .ckpt and no .ckpt.gz there; {REMEDY} or name another folder")
+        raise UserError(f"{folder}: no index.json there; {REMEDY} or name another folder")
     samples = [{"id": name, "shard": name} for name in names]
-    return FeatureSet(folder, samples, {}, vocab_size, hidden_size, set())
+    return FeatureSet(folder, samples, {}, vocab_size, hidden_size, set(), reader)
 
 
 def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -> FeatureSet:
@@ -112,7 +136,9 @@ def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -
                 f"{path}: made with target {target.get('name')!r}, {name} {target[name]}, not {wanted}; "
                 f"name that target or {REMEDY}"
             )
-    return FeatureSet(folder, index["samples"], index, target["vocab_size"], target["hidden_size"], set())
+    return FeatureSet(
+        folder, index["samples"], index, target["vocab_size"], target["hidden_size"], set()
+    )
 
 
 def _check_index(index: dict[str, Any], path: Path) -> None:
@@ -136,15 +162,19 @@ def _check_types(tree: Any, types: dict[str, type], where: str, path: Path) -> N
     for key, kind in types.items():
         if type(tree.get(key)) is not kind:
             name = f"{where}.{key}" if where else key
-            found = f"is {tree[key]!r:.80}: must be a {kind.__name__}" if key in tree else "is missing"
+            found = (
+                f"is {tree[key]!r:.80}: must be a {kind.__name__}" if key in tree else "is missing"
+            )
             raise UserError(f"{path}: {name} {found}; {REMEDY}")
 
 
-def check_target(features: FeatureSet, config_hash: str, aux_layers: Sequence[int], where: str) -> None:
+def check_made_for(
+    features: FeatureSet, config_hash: str, aux_layers: Sequence[int], where: str
+) -> None:
     """Refuse features made with a target of another configuration or with other tapped layers.
 
     `where` names what asks for `config_hash` and `aux_layers`, as in `the run`. What the index doesn't hold is not
-    compared, so the older trainer's files pass.
+    compared, so files of a `Reader` pass.
 
     Raises:
         UserError: they differ; names the index and both values.
@@ -189,10 +219,19 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
     """
     entry = features.samples[number]
     path = features.folder / entry["shard"]
-    sample = Sample(*_tensors(path, entry, Sample._fields)) if features.index else read_ckpt(path)
+    if features.reader:
+        sample = features.reader.sample(path)
+    else:
+        sample = Sample(*_tensors(path, entry, Sample._fields))
     if features.index and entry["shard"] not in features.verified:
-        _verify(features, next(shard for shard in features.index["shards"] if shard["file"] == entry["shard"]))
-    length, wanted = _refuse(features, number, sample.input_ids, sample.loss_mask), features.index.get("dtype")
+        _verify(
+            features,
+            next(shard for shard in features.index["shards"] if shard["file"] == entry["shard"]),
+        )
+    length, wanted = (
+        _refuse(features, number, sample.input_ids, sample.token_mask),
+        features.index.get("dtype"),
+    )
     what = hidden_fault(sample.aux_hidden, sample.last_hidden, length, features.hidden_size, wanted)
     if what:
         raise _fault(features, number, what)
@@ -200,13 +239,16 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
 
 
 def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `loss_mask` of sample `number`, each `(S,)` int64, checked.
+    """`input_ids` and `token_mask` of sample `number`, each `(S,)` int64, checked.
 
     Its features are not read, so the shard's hash is not compared here.
     """
     entry = features.samples[number]
     path = features.folder / entry["shard"]
-    ids, mask = _tensors(path, entry, Sample._fields[:2]) if features.index else read_ckpt_tokens(path)
+    if features.reader:
+        ids, mask = features.reader.tokens(path)
+    else:
+        ids, mask = _tensors(path, entry, ("input_ids", "token_mask"))
     _refuse(features, number, ids, mask)
     return ids, mask
 
@@ -222,12 +264,16 @@ def _refuse(features: FeatureSet, number: int, ids: Tensor, mask: Tensor) -> int
 def _tensors(path: Path, entry: dict[str, Any], names: tuple[str, ...]) -> list[Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(f"{entry['key']}.{name}") for name in names]
+            return [file.get_tensor(f"{entry['key']}.{STORED.get(name, name)}") for name in names]
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: missing or damaged at sample {entry['id']!r} ({error}); {REMEDY}") from None
+        raise UserError(
+            f"{path}: missing or damaged at sample {entry['id']!r} ({error}); {REMEDY}"
+        ) from None
 
 
 def _fault(features: FeatureSet, number: int, what: str) -> UserError:
     entry = features.samples[number]
     remedy = REMEDY if features.index else "delete the file or write it anew"
-    return UserError(f"{features.folder / entry['shard']}: sample {entry['id']!r}: {what}; {remedy}")
+    return UserError(
+        f"{features.folder / entry['shard']}: sample {entry['id']!r}: {what}; {remedy}"
+    )

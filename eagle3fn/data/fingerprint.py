@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-_VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+_VOLATILE = (
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
 _PROBE = 64
 
 

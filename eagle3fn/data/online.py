@@ -12,9 +12,9 @@ from typing import Any
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Sample
-from eagle3fn.data.extract import Encoded, check_target, run_target
-from eagle3fn.data.faults import hidden_fault, token_fault
+from eagle3fn.data.extract import Encoded, check_extraction, run_target
 from eagle3fn.data.pipeline import micro_batches, sample_indices
+from eagle3fn.data.validate import hidden_fault, token_fault
 
 
 def roll_out(
@@ -35,19 +35,21 @@ def roll_out(
             id outside its vocabulary; features that are not finite. It names the row.
     """
     source = iter(rows)
-    check_target(model.config, layers, 0)
+    check_extraction(model.config, layers, 0)
     while chosen := list(islice(source, group)):
         for row in chosen:
             _check_row(model.config, row)
         for row, sample in zip(chosen, run_target(model, chosen, layers, batch), strict=True):
-            what = hidden_fault(sample.aux_hidden, sample.last_hidden, len(row.input_ids), None, None)
+            what = hidden_fault(
+                sample.aux_hidden, sample.last_hidden, len(row.input_ids), None, None
+            )
             if what:
                 raise UserError(f"row {row.id!r}: {what}; look at the target's weights and dtype")
             yield sample
 
 
 def _check_row(config: Any, row: Encoded) -> None:
-    what = token_fault(row.input_ids, row.loss_mask, vocab_size=config.vocab_size)
+    what = token_fault(row.input_ids, row.token_mask, vocab_size=config.vocab_size)
     limit = getattr(config, "max_position_embeddings", None)
     if what is None and limit is not None and len(row.input_ids) > limit:
         what = f"{len(row.input_ids)} tokens, beyond the target's max_position_embeddings = {limit}"
@@ -56,7 +58,13 @@ def _check_row(config: Any, row: Encoded) -> None:
 
 
 def online_batches(
-    model: Any, rows: Sequence[Encoded], layers: Sequence[int], config: Config, start: int, stop: int, batch: int = 1
+    model: Any,
+    rows: Sequence[Encoded],
+    layers: Sequence[int],
+    config: Config,
+    start: int,
+    stop: int,
+    batch: int = 1,
 ) -> Iterator[tuple[Batch, ...]]:
     """`data.pipeline.batches` without stored features: the same steps of the same samples in the same order.
 
@@ -67,8 +75,12 @@ def online_batches(
         UserError: `rows` is empty, or as `roll_out`.
     """
     if not rows:
-        raise UserError("online_batches: no rows to train on; give conversations with a supervised token")
+        raise UserError(
+            "online_batches: no rows to train on; give conversations with a supervised token"
+        )
     for step in range(start, stop):
         chosen = sample_indices(len(rows), config.data.global_batch, config.train.seed, step)
-        samples = roll_out(model, [rows[place] for place in chosen], layers, batch, group=len(chosen))
+        samples = roll_out(
+            model, [rows[place] for place in chosen], layers, batch, group=len(chosen)
+        )
         yield micro_batches(list(samples), config)

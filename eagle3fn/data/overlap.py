@@ -34,7 +34,9 @@ def grams_of_file(path: str | Path) -> Grams:
             found |= grams(text)
             count += 1
     if not count:
-        raise UserError(f"{path}: no text in it to keep out; name a JSONL file whose rows hold texts")
+        raise UserError(
+            f"{path}: no text in it to keep out; name a JSONL file whose rows hold texts"
+        )
     return found
 
 
@@ -48,4 +50,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 def without(rows: Iterable[dict[str, Any]], forbidden: Grams) -> list[dict[str, Any]]:
     """The conversations none of whose turns shares a 13-gram with `forbidden`."""
-    return [row for row in rows if not any(grams(turn["content"]) & forbidden for turn in row["conversations"])]
+    return [
+        row
+        for row in rows
+        if not any(grams(turn["content"]) & forbidden for turn in row["conversations"])
+    ]

@@ -46,12 +46,17 @@ def indices_of(n: int, config: Config, step: int) -> list[int]:
     Raises:
         UserError: fewer samples than a micro-batch, where none would be left.
     """
-    data, places = config.data, range(step * config.data.global_batch, (step + 1) * config.data.global_batch)
+    data, places = (
+        config.data,
+        range(step * config.data.global_batch, (step + 1) * config.data.global_batch),
+    )
     if data.order == "shuffled":
         return sample_indices(n, data.global_batch, config.train.seed, step)
     kept = n - n % data.micro_batch
     if not kept:
-        raise UserError(f"data.micro_batch = {data.micro_batch}: {n} samples fill no batch; extract more or lower it")
+        raise UserError(
+            f"data.micro_batch = {data.micro_batch}: {n} samples fill no batch; extract more or lower it"
+        )
     if data.order == "stored":
         return [place % kept for place in places]
     return [_order(n, 0, 1 + place // kept)[place % kept] for place in places]
@@ -75,16 +80,23 @@ def batches(
         UserError: `indices` is empty, or a sample is unreadable.
     """
     if not indices:
-        raise UserError(f"{features.folder}: no samples to train on; extract more or lower data.held_out")
+        raise UserError(
+            f"{features.folder}: no samples to train on; extract more or lower data.held_out"
+        )
     block = config.data.global_batch // world
     for step in range(start, stop):
         chosen = [indices[place] for place in indices_of(len(indices), config, step)]
         own = chosen[rank * block : (rank + 1) * block]
-        others = [_mask(features, number, config) for number in chosen[: rank * block] + chosen[(rank + 1) * block :]]
+        others = [
+            _mask(features, number, config)
+            for number in chosen[: rank * block] + chosen[(rank + 1) * block :]
+        ]
         yield micro_batches([read_sample(features, number) for number in own], config, others)
 
 
-def micro_batches(samples: Sequence[Sample], config: Config, others: Sequence[Tensor] = ()) -> tuple[Batch, ...]:
+def micro_batches(
+    samples: Sequence[Sample], config: Config, others: Sequence[Tensor] = ()
+) -> tuple[Batch, ...]:
     """Samples as micro-batches, which carry their rows and the counts of the global batch.
 
     `others` are the aligned masks `(1, S)` of the global batch's samples that other ranks hold.
@@ -92,8 +104,8 @@ def micro_batches(samples: Sequence[Sample], config: Config, others: Sequence[Te
     data, k = config.data, config.objective.ttt_length
     parts = [samples[i : i + data.micro_batch] for i in range(0, len(samples), data.micro_batch)]
     micro = [collate(part, data.mask_alignment, data.max_length) for part in parts]
-    n = step_rows([*(batch.loss_mask for batch in micro), *others], k)
-    return tuple(batch._replace(n=n, **both_rows(batch.loss_mask, k)) for batch in micro)
+    n = step_rows([*(batch.row_mask for batch in micro), *others], k)
+    return tuple(batch._replace(row_counts=n, **both_rows(batch.row_mask, k)) for batch in micro)
 
 
 def _mask(features: FeatureSet, number: int, config: Config) -> Tensor:
@@ -111,7 +123,9 @@ def split(n: int, held_out: int) -> tuple[list[int], list[int]]:
     if held_out < 0:
         raise UserError(f"data.held_out = {held_out}: must be 0 or more")
     if held_out >= n:
-        raise UserError(f"data.held_out = {held_out}: must be below the number of samples, {n}; extract more samples")
+        raise UserError(
+            f"data.held_out = {held_out}: must be below the number of samples, {n}; extract more samples"
+        )
     return list(range(n - held_out)), list(range(n - held_out, n))
 
 
@@ -125,7 +139,9 @@ def prefetch(items: Iterable[T], size: int) -> Generator[T, None, None]:
         return
     waiting: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(size)
     closed = threading.Event()
-    worker = threading.Thread(target=_fill, args=(items, waiting, closed), name="prefetch", daemon=True)
+    worker = threading.Thread(
+        target=_fill, args=(items, waiting, closed), name="prefetch", daemon=True
+    )
     worker.start()
     try:
         while True:

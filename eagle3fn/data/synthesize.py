@@ -20,7 +20,10 @@ from eagle3fn.data.target import cache_name
 
 _MARK = "\x02user turn\x02"
 _COMPACT_EVERY = 8
-_TRIED, _USABLE = 20, 0.05  # a target that has less than this share of usable turns after so many batches is refused
+_TRIED, _USABLE = (
+    20,
+    0.05,
+)  # a target that has less than this share of usable turns after so many batches is refused
 
 
 class Sampling(NamedTuple):
@@ -59,7 +62,11 @@ def synthesize(
     rows: list[dict] = []
     seen: set[str] = set()
     for index, turns in enumerate(_batches(model, tokenizer, parts / digest, seed, batch), 1):
-        rows += [row for row in without(turns, forbidden) if not (_user(row) in seen or seen.add(_user(row)))]
+        rows += [
+            row
+            for row in without(turns, forbidden)
+            if not (_user(row) in seen or seen.add(_user(row)))
+        ]
         on_progress(len(rows), count)
         if len(rows) >= count:
             break
@@ -111,7 +118,10 @@ def _write_batch(model: Any, tokenizer: Any, seed: int, index: int, batch: int) 
     prompts = [chat_prompt(tokenizer, text) for text in users.values()]
     answers = generate(model, tokenizer, prompts, ANSWER, generator)
     return [
-        {"id": f"{seed}-{name}", "conversations": _turns(user, tokenizer.decode(ids, skip_special_tokens=True))}
+        {
+            "id": f"{seed}-{name}",
+            "conversations": _turns(user, tokenizer.decode(ids, skip_special_tokens=True)),
+        }
         for (name, user), (ids, _) in zip(users.items(), answers, strict=True)
         if len(ids) >= 16
     ]
@@ -124,7 +134,9 @@ def _turns(user: str, answer: str) -> list[dict]:
 def user_frame(tokenizer: Any) -> tuple[str, str]:
     """What the chat template puts before and behind the first user turn."""
     if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target")
+        raise UserError(
+            f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target"
+        )
     text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
     head, _, tail = text.partition(_MARK)
     return head, tail
@@ -181,9 +193,14 @@ def generate(
 def _left_padded(tokenizer: Any, prompts: list[str], end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask `(B, S)` int64; `end` pads where the tokenizer has no pad token (the mask hides it)."""
     rows = tokenizer(prompts, add_special_tokens=False).input_ids
-    pad, width = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id, max(map(len, rows))
+    pad, width = (
+        end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        max(map(len, rows)),
+    )
     ids = [[pad] * (width - len(row)) + row for row in rows]
-    return torch.tensor(ids), torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return torch.tensor(ids), torch.tensor(
+        [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    )
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
@@ -204,5 +221,7 @@ def end_tokens(model: Any) -> set[int]:
     """The target's end-of-turn token ids, from its generation config."""
     ends = model.generation_config.eos_token_id
     if ends is None:
-        raise UserError(f"{model.name_or_path}: no eos_token_id in generation_config.json or config.json")
+        raise UserError(
+            f"{model.name_or_path}: no eos_token_id in generation_config.json or config.json"
+        )
     return set(ends) if isinstance(ends, (list, tuple)) else {ends}

@@ -65,7 +65,10 @@ def refuse_logit_transform(tree: dict[str, Any], where: str) -> None:
 
 
 def load_target(
-    path_or_id: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", attn: str = "sdpa"
+    path_or_id: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    attn: str = "sdpa",
 ) -> tuple[Any, Any]:
     """The target model, in eval mode and without gradients, and its tokenizer.
 
@@ -87,7 +90,9 @@ def load_target(
         try:
             model, loading = loader.from_pretrained(name, attn_implementation=attn, **options)
         except ValueError as error:
-            if attn == "eager" or not any(word in str(error) for word in (attn, "attention implementation")):
+            if attn == "eager" or not any(
+                word in str(error) for word in (attn, "attention implementation")
+            ):
                 raise
             model, loading = loader.from_pretrained(name, attn_implementation="eager", **options)
     except _load_errors() as error:
@@ -107,10 +112,14 @@ def _source(path_or_id: str | Path) -> tuple[str, dict[str, str]]:
     path = Path(path_or_id)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(f"{path}: no such file; name a GGUF file, a model folder or a Hugging Face id")
+            raise UserError(
+                f"{path}: no such file; name a GGUF file, a model folder or a Hugging Face id"
+            )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json there; name a folder that holds a Hugging Face model, or an id")
+        raise UserError(
+            f"{path}: no config.json there; name a folder that holds a Hugging Face model, or an id"
+        )
     return str(path_or_id), {}
 
 
@@ -133,7 +142,9 @@ def _load_errors() -> tuple[type[Exception], ...]:
 
 
 def _no_fit(path_or_id: str | Path, what: str) -> UserError:
-    return UserError(f"{path_or_id}: {what}; fetch the target's files again or choose another target")
+    return UserError(
+        f"{path_or_id}: {what}; fetch the target's files again or choose another target"
+    )
 
 
 def _not_loadable(path_or_id: str | Path, error: Exception) -> UserError:
@@ -148,7 +159,9 @@ def _not_loadable(path_or_id: str | Path, error: Exception) -> UserError:
 
 
 def _head_bias(path_or_id: str | Path) -> UserError:
-    return UserError(f"{path_or_id}: lm_head.bias: targets with a biased head are not supported; choose another target")
+    return UserError(
+        f"{path_or_id}: lm_head.bias: targets with a biased head are not supported; choose another target"
+    )
 
 
 def read_target_tensors(path_or_id: str | Path, dtype: torch.dtype) -> TargetTensors:
@@ -171,13 +184,17 @@ def read_target_tensors(path_or_id: str | Path, dtype: torch.dtype) -> TargetTen
     norm = read_tensor(folder, files, find_key(files, norm_key, folder), dtype, (hidden,))
     head = embed
     if not tree.get("tie_word_embeddings"):
-        head = read_tensor(folder, files, find_key(files, "lm_head.weight", folder), dtype, (vocab, hidden))
+        head = read_tensor(
+            folder, files, find_key(files, "lm_head.weight", folder), dtype, (vocab, hidden)
+        )
     return TargetTensors(embed, head, _norm_factor(norm, tree))
 
 
 def _tensors_of_model(model: Any, tree: dict[str, Any]) -> TargetTensors:
     embed, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return TargetTensors(embed.detach(), head.detach(), _norm_factor(decoder(model).norm.weight.detach(), tree))
+    return TargetTensors(
+        embed.detach(), head.detach(), _norm_factor(decoder(model).norm.weight.detach(), tree)
+    )
 
 
 def _norm_factor(weight: Tensor, tree: dict[str, Any]) -> Tensor:
@@ -207,12 +224,20 @@ def decoder(model: Any) -> Any:
     for module in queue:
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
             return module
-        queue += [m for m in (getattr(module, n, None) for n in ("model", "language_model")) if m not in (None, module)]
-    raise UserError(f"{type(model).__name__}: no list of decoder layers found; choose another target")
+        queue += [
+            m
+            for m in (getattr(module, n, None) for n in ("model", "language_model"))
+            if m not in (None, module)
+        ]
+    raise UserError(
+        f"{type(model).__name__}: no list of decoder layers found; choose another target"
+    )
 
 
 @torch.no_grad()
-def features(model: Any, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+def hidden_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Outputs of three decoder layers `(B, S, 3·Ht)` and the final, normed hidden state `(B, S, Ht)`.
 
     `input_ids` and `attention_mask` are `(B, S)` int64, padded on the right; padded rows hold no meaning.

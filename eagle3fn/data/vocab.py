@@ -1,7 +1,7 @@
 """The vocabulary map: which target tokens the draft can say."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.features import FeatureSet, read_tokens
-from eagle3fn.data.specforge_ckpt import DAMAGED, reason
 
-_REMEDY = "build the map again"
+REMEDY = "build the map again"
 
 
-def count_tokens(features: FeatureSet, indices: Iterable[int], vocab_size: int | None = None) -> Tensor:
+def count_tokens(
+    features: FeatureSet, indices: Iterable[int], vocab_size: int | None = None
+) -> Tensor:
     """How often each token is supervised in the samples `indices`: `(V,)` int64.
 
-    `vocab_size` is needed where the folder does not know it (the older trainer's files).
+    `vocab_size` is needed where the folder does not know it (files of a `Reader`).
 
     Raises:
         UserError: no vocabulary size known, or an unreadable sample.
@@ -46,14 +47,18 @@ def build_map(counts: Tensor, draft_size: int) -> VocabMap:
     """
     size = len(counts)
     if not 1 <= draft_size <= size:
-        raise UserError(f"draft_vocab_size = {draft_size}: must be in [1, {size}], the target's vocabulary")
+        raise UserError(
+            f"draft_vocab_size = {draft_size}: must be in [1, {size}], the target's vocabulary"
+        )
     kept = counts.sort(descending=True, stable=True).indices[:draft_size].sort().values
     t2d = torch.zeros(size, dtype=torch.bool)
     t2d[kept] = True
     return VocabMap(t2d, kept - torch.arange(draft_size))
 
 
-def count_map(features: FeatureSet, indices: Iterable[int], vocab_size: int, draft_size: int) -> tuple[VocabMap, float]:
+def count_map(
+    features: FeatureSet, indices: Iterable[int], vocab_size: int, draft_size: int
+) -> tuple[VocabMap, float]:
     """The map of the `draft_size` (at most `vocab_size`) most supervised tokens, and their share of all of those.
 
     Raises:
@@ -64,21 +69,29 @@ def count_map(features: FeatureSet, indices: Iterable[int], vocab_size: int, dra
     return vocab_map, float(counts[vocab_map.t2d].sum() / counts.sum().clamp(min=1))
 
 
-def check_map(vocab_map: VocabMap, vocab_size: int, draft_size: int, where: str = "vocabulary map") -> None:
+def check_map(
+    vocab_map: VocabMap, vocab_size: int, draft_size: int, where: str = "vocabulary map"
+) -> None:
     """Raise a UserError unless the map has these sizes and `nonzero(t2d) == d2t + arange(D)`."""
     t2d, d2t = vocab_map
     if t2d.dtype != torch.bool or d2t.dtype != torch.int64:
-        raise UserError(f"{where}: t2d is {t2d.dtype} and d2t {d2t.dtype}: must be bool and int64; {_REMEDY}")
+        raise UserError(
+            f"{where}: t2d is {t2d.dtype} and d2t {d2t.dtype}: must be bool and int64; {REMEDY}"
+        )
     if t2d.shape != (vocab_size,):
-        raise UserError(f"{where}: t2d has shape {tuple(t2d.shape)}: must be ({vocab_size},); {_REMEDY}")
+        raise UserError(
+            f"{where}: t2d has shape {tuple(t2d.shape)}: must be ({vocab_size},); {REMEDY}"
+        )
     if d2t.shape != (draft_size,):
         raise UserError(
             f"{where}: d2t has shape {tuple(d2t.shape)}: must be ({draft_size},); "
-            f"set draft.draft_vocab_size to {d2t.numel()} or {_REMEDY}"
+            f"set draft.draft_vocab_size to {d2t.numel()} or {REMEDY}"
         )
     kept = t2d.nonzero().flatten()
     if len(kept) != draft_size or not torch.equal(kept, d2t + torch.arange(draft_size)):
-        raise UserError(f"{where}: t2d and d2t name different tokens (d2t must be offsets); {_REMEDY}")
+        raise UserError(
+            f"{where}: t2d and d2t name different tokens (d2t must be offsets); {REMEDY}"
+        )
 
 
 def save_map(path: str | Path, vocab_map: VocabMap, provenance: dict[str, Any]) -> None:
@@ -88,55 +101,69 @@ def save_map(path: str | Path, vocab_map: VocabMap, provenance: dict[str, Any]) 
     """
     tensors = {name: value.contiguous() for name, value in vocab_map._asdict().items()}
     with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"provenance": json.dumps(provenance, sort_keys=True)})
+        save_file(
+            tensors, temporary, metadata={"provenance": json.dumps(provenance, sort_keys=True)}
+        )
 
 
-def load_map(path: str | Path, vocab_size: int, draft_size: int, target_hash: str | None = None) -> VocabMap:
-    """Read a map, ours or the older trainer's `torch.save` of `{"d2t", "t2d"}`, and check it.
+Stored = tuple[dict[str, Tensor], Any]
+"""A map file's tensors by name, and its provenance."""
+
+
+def read_map(path: Path) -> Stored:
+    """The tensors and provenance of a safetensors file that `save_map` wrote; nothing is checked.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            provenance = json.loads((stored.metadata() or {}).get("provenance", "{}"))
+            return {key: stored.get_tensor(key) for key in stored.keys()}, provenance  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {REMEDY}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged or not a vocabulary map ({error}); {REMEDY}") from None
+
+
+def load_map(
+    path: str | Path,
+    vocab_size: int,
+    draft_size: int,
+    target_hash: str | None = None,
+    read: Callable[[Path], Stored] = read_map,
+) -> VocabMap:
+    """Read a map by `read` and check it.
 
     Raises:
         UserError: missing or damaged, made for another target, of other sizes, or inconsistent.
     """
-    tensors, provenance = _read(Path(path))
+    tensors, provenance = read(Path(path))
     missing = [name for name in VocabMap._fields if not isinstance(tensors.get(name), Tensor)]
     if missing:
-        raise UserError(f"{path}: no tensor {missing[0]}; {_REMEDY}")
+        raise UserError(f"{path}: no tensor {missing[0]}; {REMEDY}")
     if not isinstance(provenance, dict):
-        raise UserError(f"{path}: its provenance is {provenance!r:.80}: must be a JSON object; {_REMEDY}")
+        raise UserError(
+            f"{path}: its provenance is {provenance!r:.80}: must be a JSON object; {REMEDY}"
+        )
     made_for = provenance.get("target_hash")
     if target_hash and made_for and made_for != target_hash:
         name = provenance.get("target", str(made_for)[:12])
-        raise UserError(f"{path}: made for another target ({name}), not {target_hash[:12]}; {_REMEDY} for this one")
+        raise UserError(
+            f"{path}: made for another target ({name}), not {target_hash[:12]}; {REMEDY} for this one"
+        )
     vocab_map = VocabMap(tensors["t2d"], tensors["d2t"])
     check_map(vocab_map, vocab_size, draft_size, str(path))
     return vocab_map
 
 
-def map_size(path: str | Path) -> int:
+def map_size(path: str | Path, read: Callable[[Path], Stored] = read_map) -> int:
     """The draft vocabulary's size, D, of a stored map.
 
     Raises:
         UserError: missing or damaged, or without `d2t`.
     """
-    tensors, _ = _read(Path(path))
+    tensors, _ = read(Path(path))
     if not isinstance(tensors.get("d2t"), Tensor):
-        raise UserError(f"{path}: no tensor d2t; {_REMEDY}")
+        raise UserError(f"{path}: no tensor d2t; {REMEDY}")
     return tensors["d2t"].numel()
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
-    try:
-        with open(path, "rb") as file:
-            ours = file.read(9)[8:] == b"{"
-        if ours:
-            with safe_open(path, framework="pt") as stored:
-                provenance = json.loads((stored.metadata() or {}).get("provenance", "{}"))
-                return {key: stored.get_tensor(key) for key in stored.keys()}, provenance  # noqa: SIM118
-        tree = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {_REMEDY}") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not a vocabulary map ({error}); {_REMEDY}") from None
-    except DAMAGED as error:
-        raise UserError(f"{path}: damaged or not a vocabulary map ({reason(error)}); {_REMEDY}") from None
-    return (tree if isinstance(tree, dict) else {}), {}

@@ -22,9 +22,15 @@ def weight_files(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _weight_map(index)
-    names = [path.name for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
+    names = [
+        path.name
+        for path in sorted(folder.glob("*.safetensors"))
+        if not path.name.startswith("consolidated")
+    ]
     if not names:
-        raise UserError(f"{folder}: no *.safetensors; save the target with save_pretrained(safe_serialization=True)")
+        raise UserError(
+            f"{folder}: no *.safetensors; save the target with save_pretrained(safe_serialization=True)"
+        )
     return {key: name for name in names for key in _keys(folder / name)}
 
 
@@ -52,7 +58,9 @@ def check_weights(folder: Path) -> None:
 
 
 def _no_tensor(path: Path, key: str) -> UserError:
-    return UserError(f"{path}: no tensor {key}, though model.safetensors.index.json names it; {_REMEDY}")
+    return UserError(
+        f"{path}: no tensor {key}, though model.safetensors.index.json names it; {_REMEDY}"
+    )
 
 
 def _keys(path: Path) -> list[str]:
@@ -92,8 +100,14 @@ def read_tensor(
             raise _no_tensor(path, key)
         value = file.get_tensor(key)
     if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"{path}: {key} is {value.dtype}; take a target whose {key} is not quantised")
-    if value.ndim != len(shape) or any(y not in (None, x) for x, y in zip(value.shape, shape, strict=True)):
+        raise UserError(
+            f"{path}: {key} is {value.dtype}; take a target whose {key} is not quantised"
+        )
+    if value.ndim != len(shape) or any(
+        y not in (None, x) for x, y in zip(value.shape, shape, strict=True)
+    ):
         wanted = tuple("?" if size is None else size for size in shape)
-        raise UserError(f"{path}: {key} has shape {tuple(value.shape)}: config.json says {wanted}; {_REMEDY}")
+        raise UserError(
+            f"{path}: {key} has shape {tuple(value.shape)}: config.json says {wanted}; {_REMEDY}"
+        )
     return value.to(dtype)

@@ -31,7 +31,9 @@ def unrolled_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], mask
     scale, s = math.sqrt(q.shape[-1]), keys[0].shape[2]
     scores = torch.matmul(q, keys[0].transpose(2, 3)) / scale + mask
     own = [(q * key).sum(-1, keepdim=True) / scale for key in keys[1:]]
-    weights = torch.softmax(torch.cat([scores, *own], dim=-1), dim=-1, dtype=at_least_fp32(q.dtype)).to(q.dtype)
+    weights = torch.softmax(
+        torch.cat([scores, *own], dim=-1), dim=-1, dtype=at_least_fp32(q.dtype)
+    ).to(q.dtype)
     out = torch.matmul(weights[..., :s], values[0])
     for i, value in enumerate(values[1:]):
         out = out + weights[..., s + i, None] * value

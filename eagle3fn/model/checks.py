@@ -20,7 +20,9 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     check_whole(params)
     check_params(params, draft)
     if batch.input_ids.ndim != 2:
-        raise UserError(f"batch.input_ids has shape {tuple(batch.input_ids.shape)}; it must be (B, S)")
+        raise UserError(
+            f"batch.input_ids has shape {tuple(batch.input_ids.shape)}; it must be (B, S)"
+        )
     b, s = batch.input_ids.shape
     limit = draft.max_position_embeddings
     if s > limit:
@@ -28,19 +30,23 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
             f"batch.input_ids: sequence length {s} is beyond max_position_embeddings = {limit}; lower data.max_length"
         )
     _shape("batch.attention_mask", batch.attention_mask, (b, s))
-    _shape("batch.loss_mask", batch.loss_mask, (b, s))
+    _shape("batch.row_mask", batch.row_mask, (b, s))
     _shape("batch.aux_hidden", batch.aux_hidden, (b, s, 3 * draft.target_hidden_size))
     _shape("batch.last_hidden", batch.last_hidden, (b, s, draft.target_hidden_size))
     _shape("batch.position_ids", batch.position_ids, (b, s), (1, s))
-    _shape("batch.n", batch.n, (objective.ttt_length,))
+    _shape("batch.row_counts", batch.row_counts, (objective.ttt_length,))
     for name, value in (("rows", batch.rows), ("labels", batch.labels)):
         if value is not None and value.ndim != 1:
-            raise UserError(f"batch.{name} has shape {tuple(value.shape)}; it must have one axis (base.rows)")
-    for name in ("input_ids", "loss_mask", "attention_mask", "position_ids", "rows", "labels"):
+            raise UserError(
+                f"batch.{name} has shape {tuple(value.shape)}; it must have one axis (base.rows)"
+            )
+    for name in ("input_ids", "row_mask", "attention_mask", "position_ids", "rows", "labels"):
         _kind(f"batch.{name}", getattr(batch, name), torch.int64)
     for name in ("aux_hidden", "last_hidden"):
         if not getattr(batch, name).is_floating_point():
-            raise UserError(f"batch.{name} has dtype {getattr(batch, name).dtype}; it must be floating point")
+            raise UserError(
+                f"batch.{name} has dtype {getattr(batch, name).dtype}; it must be floating point"
+            )
     check_frozen(frozen, config)
 
 
@@ -54,7 +60,11 @@ def check_frozen(frozen: Frozen, config: Config) -> None:
     v, d = draft.vocab_size, draft.draft_vocab_size
     own = draft.target_hidden_size != draft.hidden_size
     if own != (frozen.embed_tokens is None):
-        rule = "must be None: the draft trains its own" if own else "is None: give the target's embedding"
+        rule = (
+            "must be None: the draft trains its own"
+            if own
+            else "is None: give the target's embedding"
+        )
         raise UserError(f"frozen.embed_tokens {rule} (hidden_size {draft.hidden_size})")
     _shape("frozen.embed_tokens", frozen.embed_tokens, (v, draft.hidden_size))
     _shape("frozen.target_head", frozen.target_head, (v, draft.target_hidden_size))
@@ -90,8 +100,12 @@ def check_sharing(batches: tuple[Batch, ...], config: Config, world: int = 1) ->
             f"{where} under objective.loss = {loss!r}, with means over the whole batch; "
             "give one Batch on one rank, or set objective.loss='kl'"
         )
-    if count > 1 and config.objective.normalization == "mask" and any(b.n is None for b in batches):
+    if (
+        count > 1
+        and config.objective.normalization == "mask"
+        and any(b.row_counts is None for b in batches)
+    ):
         raise UserError(
-            "batch.n is missing: with several micro-batches and objective.normalization = 'mask' each must carry the "
-            "global row counts (data.collate.global_n)"
+            "batch.row_counts is missing: with several micro-batches and objective.normalization = 'mask' each must carry the "
+            "global row counts (data.collate.global_row_counts)"
         )

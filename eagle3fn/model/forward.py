@@ -22,9 +22,15 @@ class Operations(NamedTuple):
     """The parts of the legacy unroll that exist as kernels too; a comparison of kernels puts in others."""
 
     kl: KL
-    mask: Callable[[Tensor, torch.dtype], Any]  # of attention_mask (B, S) and the compute dtype, once
-    heads: Callable[[Tensor, int], Tensor]  # key-value heads (B, J, S, E) and N / J to what attention reads, each step
-    attention: Callable[[Tensor, list[Tensor], list[Tensor], Any], Tensor]  # queries, heads so far, mask
+    mask: Callable[
+        [Tensor, torch.dtype], Any
+    ]  # of attention_mask (B, S) and the compute dtype, once
+    heads: Callable[
+        [Tensor, int], Tensor
+    ]  # key-value heads (B, J, S, E) and N / J to what attention reads, each step
+    attention: Callable[
+        [Tensor, list[Tensor], list[Tensor], Any], Tensor
+    ]  # queries, heads so far, mask
 
 
 def legacy_operations(device: torch.device, dtype: torch.dtype) -> Operations:
@@ -39,10 +45,12 @@ class _Step(NamedTuple):
     correct: Tensor  # (B, S) bool
     accept: Tensor  # (B, S) fp32
     position_mask: Tensor  # (B, S)
-    loss_mask: Tensor  # (B, S)
+    row_mask: Tensor  # (B, S)
 
 
-def forward_loss(params: Params, batch: Batch, *, config: Config, frozen: Frozen) -> tuple[Tensor, Aux]:
+def forward_loss(
+    params: Params, batch: Batch, *, config: Config, frozen: Frozen
+) -> tuple[Tensor, Aux]:
     """The training loss of one micro-batch and its metrics.
 
     Args:
@@ -60,19 +68,28 @@ def forward_loss(params: Params, batch: Batch, *, config: Config, frozen: Frozen
     check_batch(params, batch, config, frozen)
     if config.objective.numerics == "fast":
         return forward_fast(params, batch, config, frozen)
-    return forward_legacy(params, batch, config=config, frozen=frozen)
+    return forward_plain(params, batch, config=config, frozen=frozen)
 
 
-def forward_legacy(
-    params: Params, batch: Batch, *, config: Config, frozen: Frozen, operations: Operations | None = None
+def forward_plain(
+    params: Params,
+    batch: Batch,
+    *,
+    config: Config,
+    frozen: Frozen,
+    operations: Operations | None = None,
 ) -> tuple[Tensor, Aux]:
     """`forward_loss` under the legacy numerics, without its checks; `operations` stand in for the legacy ones."""
     objective = config.objective
     operations = operations or legacy_operations(batch.aux_hidden.device, params[table.FC].dtype)
-    teacher = make_teacher(shift(batch.last_hidden, 1), batch.loss_mask, frozen, objective)
+    teacher = make_teacher(shift(batch.last_hidden, 1), batch.row_mask, frozen, objective)
     n = None
     if objective.normalization == "mask":
-        n = step_rows([batch.loss_mask], objective.ttt_length) if batch.n is None else batch.n
+        n = (
+            step_rows([batch.row_mask], objective.ttt_length)
+            if batch.row_counts is None
+            else batch.row_counts
+        )
     steps = list(_unroll(params, batch, teacher, n, config, frozen, operations))
     loss = sum((objective.decay**i * step.loss for i, step in enumerate(steps)), start=0)
     return torch.as_tensor(loss), _aux(steps)
@@ -89,11 +106,15 @@ def _unroll(
 ):
     s = batch.input_ids.shape[1]
     hidden = layers.project(params, batch.aux_hidden)
-    ids, loss_mask, position_mask = shift(batch.input_ids), batch.loss_mask, teacher.position_mask
+    ids, row_mask, position_mask = shift(batch.input_ids), batch.row_mask, teacher.position_mask
     mask = operations.mask(batch.attention_mask, hidden.dtype)
     k = config.objective.ttt_length
     cos, sin = rope_table(config.draft, s + k, hidden.dtype, hidden.device, beyond=k)
-    positions = torch.arange(s, device=ids.device)[None] if batch.position_ids is None else batch.position_ids
+    positions = (
+        torch.arange(s, device=ids.device)[None]
+        if batch.position_ids is None
+        else batch.position_ids
+    )
     groups = config.draft.num_attention_heads // config.draft.num_key_value_heads
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -103,7 +124,9 @@ def _unroll(
         q, key, value = layers.qkv(params, config.draft, embeds, hidden, *turn)
         keys.append(operations.heads(key, groups))
         values.append(operations.heads(value, groups))
-        hidden = layers.finish_layer(params, config.draft, hidden, operations.attention(q, keys, values, mask))
+        hidden = layers.finish_layer(
+            params, config.draft, hidden, operations.attention(q, keys, values, mask)
+        )
         logits = layers.logits(params, config.draft, hidden)
         p, q = teacher.p[:, i : i + s], teacher.q[:, i : i + s]
         at = None if n is None else n[i]
@@ -113,21 +136,23 @@ def _unroll(
             correct=correct_rows(logits.detach(), teacher.token[:, i : i + s], frozen),
             accept=accept,
             position_mask=position_mask[..., 0],
-            loss_mask=loss_mask,
+            row_mask=row_mask,
         )
-        ids, loss_mask, position_mask = shift(ids), shift(loss_mask), shift(position_mask, 1)
+        ids, row_mask, position_mask = shift(ids), shift(row_mask), shift(position_mask, 1)
 
 
 @torch.no_grad()
 def _aux(steps: list[_Step]) -> Aux:
-    alive = torch.stack([step.loss_mask for step in steps]).cumprod(0)
+    alive = torch.stack([step.row_mask for step in steps]).cumprod(0)
     correct = torch.stack([step.correct for step in steps])
     accept = torch.stack([step.accept for step in steps])
     return Aux(
         losses=torch.stack([step.loss.detach() for step in steps]),
-        correct=torch.stack([(step.correct * step.loss_mask).sum() for step in steps]),
-        rows=torch.stack([step.loss_mask.sum() for step in steps]),
-        accept=torch.stack([(step.accept * step.position_mask.to(step.accept.dtype)).sum() for step in steps]),
+        correct=torch.stack([(step.correct * step.row_mask).sum() for step in steps]),
+        rows=torch.stack([step.row_mask.sum() for step in steps]),
+        accept=torch.stack(
+            [(step.accept * step.position_mask.to(step.accept.dtype)).sum() for step in steps]
+        ),
         accept_rows=torch.stack([step.position_mask.to(step.accept.dtype).sum() for step in steps]),
         greedy=(alive * correct.long().cumprod(0)).sum().float(),
         sampled=(alive * accept.cumprod(0)).sum().float(),

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eagle3fn.model.autograd import differentiable_once
 from eagle3fn.model.layers import at_least_fp32
-from eagle3fn.model.once import differentiable_once
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -13,7 +13,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)[0]
 
 
-def norm_linear(x: Tensor, weight: Tensor, matrix: Tensor, plus: Tensor, place: Tensor, eps: float) -> Tensor:
+def norm_linear(
+    x: Tensor, weight: Tensor, matrix: Tensor, plus: Tensor, place: Tensor, eps: float
+) -> Tensor:
     """`plus[place]` and `matrix` `(O, H)` times the normed `x` `(T, H)`: `(T, O)`; keeps `x`, norms it again."""
     return _norm_linear(x, weight, matrix, plus, place, eps)[0]
 
@@ -32,10 +34,12 @@ def _norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 def _norm_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, Tensor]:
     (x, weight, _), (_, scale), (grad,) = inputs, outputs, grads
     normed, grad = x * scale, grad.to(scale.dtype)
-    by_weight = (grad * normed).flatten(0, -2).sum(0)
+    grad_weight = (grad * normed).flatten(0, -2).sum(0)
     grad = grad * weight
     inner = (grad * normed).mean(-1, keepdim=True)
-    return grad.addcmul_(normed, inner, value=-1).mul_(scale).to(x.dtype), by_weight.to(weight.dtype)
+    return grad.addcmul_(normed, inner, value=-1).mul_(scale).to(x.dtype), grad_weight.to(
+        weight.dtype
+    )
 
 
 def _norm_linear_forward(x, weight, matrix, plus, place, eps) -> tuple[Tensor]:
@@ -45,23 +49,25 @@ def _norm_linear_forward(x, weight, matrix, plus, place, eps) -> tuple[Tensor]:
 def _norm_linear_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
     (x, weight, matrix, plus, place, eps), (grad,) = inputs, grads
     normed, scale = _norm_forward(x, weight, eps)
-    by_x, by_weight = _norm_backward((x, weight, eps), (normed, scale), (grad @ matrix,))
-    return by_x, by_weight, grad.T @ normed, torch.zeros_like(plus).index_add_(0, place, grad)
+    grad_x, grad_weight = _norm_backward((x, weight, eps), (normed, scale), (grad @ matrix,))
+    return grad_x, grad_weight, grad.T @ normed, torch.zeros_like(plus).index_add_(0, place, grad)
 
 
-def _mlp_forward(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _mlp_forward(
+    x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     inner = F.linear(_norm_forward(x, weight, eps)[0], gate_up)
     return torch.addmm(x, _swiglu(inner), down.T), inner
 
 
 def _mlp_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
     (x, weight, gate_up, down, eps), (_, inner), (grad,) = inputs, outputs, grads
-    by_down = grad.T @ _swiglu(inner)
-    by_inner = _swiglu_backward(grad @ down, inner)
+    grad_down = grad.T @ _swiglu(inner)
+    grad_inner = _swiglu_backward(grad @ down, inner)
     normed, scale = _norm_forward(x, weight, eps)
-    by_gate_up = by_inner.T @ normed
-    by_x, by_weight = _norm_backward((x, weight, eps), (normed, scale), (by_inner @ gate_up,))
-    return by_x + grad, by_weight, by_gate_up, by_down
+    grad_gate_up = grad_inner.T @ normed
+    grad_x, grad_weight = _norm_backward((x, weight, eps), (normed, scale), (grad_inner @ gate_up,))
+    return grad_x + grad, grad_weight, grad_gate_up, grad_down
 
 
 def _swiglu(x: Tensor) -> Tensor:
@@ -73,9 +79,9 @@ def _swiglu(x: Tensor) -> Tensor:
 def _swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     out = torch.empty_like(x)
-    by_gate, by_up = out.chunk(2, dim=-1)
-    by_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-    torch.mul(grad, F.silu(gate), out=by_up)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    torch.mul(grad, F.silu(gate), out=grad_up)
     return out
 
 

@@ -35,7 +35,14 @@ def project(params: Params, aux_hidden: Tensor) -> Tensor:
 
 
 def qkv(
-    params: Params, config: DraftConfig, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, q=True, kv=True
+    params: Params,
+    config: DraftConfig,
+    embeds: Tensor,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q=True,
+    kv=True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turned queries `(B, N, S, E)` and keys, and values `(B, J, S, E)`, of embeddings and hidden `(B, S, H)`.
 
@@ -51,13 +58,19 @@ def qkv(
     empty = x.new_empty(0)
     j = config.num_key_value_heads
     query = rotate(heads(table.Q, config.num_attention_heads), cos, sin) if q else empty
-    return (query, rotate(heads(table.K, j), cos, sin), heads(table.V, j)) if kv else (query, empty, empty)
+    return (
+        (query, rotate(heads(table.K, j), cos, sin), heads(table.V, j))
+        if kv
+        else (query, empty, empty)
+    )
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
     """Key-value heads `(B, J, S, E)` once for each query head: `(B, J·groups, S, E)`."""
     b, j, s, e = x.shape
-    return x if groups == 1 else x[:, :, None].expand(b, j, groups, s, e).reshape(b, j * groups, s, e)
+    return (
+        x if groups == 1 else x[:, :, None].expand(b, j, groups, s, e).reshape(b, j * groups, s, e)
+    )
 
 
 def finish_layer(params: Params, config: DraftConfig, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 def kl_on(device: torch.device, dtype: torch.dtype) -> KL:
     """The KL of the legacy numerics: on CUDA a kernel, as the old tool's; elsewhere, and in fp64, the expression."""
     if device.type == "cuda" and dtype != torch.float64:
-        from eagle3fn.model.kernels.legacy_kl import mean_kl
+        from eagle3fn.specforge.kl_kernel import mean_kl
 
         return mean_kl
     return kl_loss
@@ -52,7 +52,9 @@ def step_loss(
     accept = acceptance(logits, q)
     if objective.loss == "lk_alpha":
         return lk_alpha(accept, mask), accept.detach()
-    return lk_lambda(kl(logits, p, mask, n), accept, mask, objective.kl_scale, objective.kl_decay), accept.detach()
+    return lk_lambda(
+        kl(logits, p, mask, n), accept, mask, objective.kl_scale, objective.kl_decay
+    ), accept.detach()
 
 
 def kl_loss(logits: Tensor, p: Tensor, mask: Tensor, n: Tensor | None) -> Tensor:

@@ -63,7 +63,9 @@ def _llama3(inverse: Tensor, factor: float, scaling: dict) -> Tensor:
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     original = float(scaling["original_max_position_embeddings"])
     wavelength = 2 * math.pi / inverse
-    ramp = (original / wavelength - low) / (high - low) if high != low else torch.zeros_like(inverse)
+    ramp = (
+        (original / wavelength - low) / (high - low) if high != low else torch.zeros_like(inverse)
+    )
     middle = (1 - ramp) * inverse / factor + ramp * inverse
     scaled = torch.where(wavelength > original / low, inverse / factor, middle)
     return torch.where(wavelength < original / high, inverse, scaled)

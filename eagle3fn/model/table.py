@@ -31,8 +31,13 @@ def shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     `embed_tokens.weight` `(V, H)` is there only if the target's hidden size differs, so that the draft trains its own.
     """
     h, i = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    table: dict[str, tuple[int, ...]] = {EMBED: (config.vocab_size, h)} if config.target_hidden_size != h else {}
+    q, kv = (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
+    table: dict[str, tuple[int, ...]] = (
+        {EMBED: (config.vocab_size, h)} if config.target_hidden_size != h else {}
+    )
     return table | {
         Q: (q, 2 * h),
         K: (kv, 2 * h),
@@ -51,7 +56,11 @@ def shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
 
 
 def init_params(
-    config: DraftConfig, seed: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", init: str = "random"
+    config: DraftConfig,
+    seed: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    init: str = "random",
 ) -> Params:
     """Matrices from normal(0, `initializer_range`), norms 1; drawn in fp32 on the CPU, then cast.
 
@@ -61,7 +70,10 @@ def init_params(
     if init == "legacy":
         drawn = _draw_legacy(config, generator)
     else:
-        drawn = {name: _draw(shape, config.initializer_range, generator) for name, shape in shapes(config).items()}
+        drawn = {
+            name: _draw(shape, config.initializer_range, generator)
+            for name, shape in shapes(config).items()
+        }
     return {name: value.to(device, dtype) for name, value in drawn.items()}
 
 
@@ -76,7 +88,9 @@ def _draw_legacy(config: DraftConfig, generator: torch.Generator) -> Params:
         if len(shape) == 1:
             drawn[name] = torch.ones(shape)
         elif name != EMBED:
-            drawn[name] = torch.nn.init.kaiming_uniform_(torch.empty(shape), math.sqrt(5), generator=generator)
+            drawn[name] = torch.nn.init.kaiming_uniform_(
+                torch.empty(shape), math.sqrt(5), generator=generator
+            )
     return {name: drawn[name] for name in shapes(config)}
 
 
@@ -115,10 +129,14 @@ def check_params(params: Params, config: DraftConfig, where: str = "params") -> 
     """
     table = shapes(config)
     for name in sorted(table.keys() ^ params.keys()):
-        raise UserError(f"{where}: {name} is {'missing' if name in table else 'not a parameter of this draft'}")
+        raise UserError(
+            f"{where}: {name} is {'missing' if name in table else 'not a parameter of this draft'}"
+        )
     for name, shape in table.items():
         if tuple(params[name].shape) != shape:
-            raise UserError(f"{where}: {name} has shape {tuple(params[name].shape)}, the configuration says {shape}")
+            raise UserError(
+                f"{where}: {name} has shape {tuple(params[name].shape)}, the configuration says {shape}"
+            )
     kinds = {str(value.dtype) for value in params.values()}
     if len(kinds) > 1:
         raise UserError(f"{where}: leaves of several dtypes {sorted(kinds)}; cast them to one")

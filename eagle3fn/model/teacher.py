@@ -10,7 +10,9 @@ from eagle3fn.model.layers import at_least_fp32
 
 
 @torch.no_grad()
-def make_teacher(target: Tensor, loss_mask: Tensor, frozen: Frozen, objective: ObjectiveConfig) -> Teacher:
+def make_teacher(
+    target: Tensor, row_mask: Tensor, frozen: Frozen, objective: ObjectiveConfig
+) -> Teacher:
     """Teacher of `target` `(B, S, Ht)` (already shifted) and row mask `(B, S)`; no gradient.
 
     "full" builds all `(B, S, V)` logits; "compact" gives the same quantities to rounding from the draft rows of
@@ -20,11 +22,11 @@ def make_teacher(target: Tensor, loss_mask: Tensor, frozen: Frozen, objective: O
     target = target.to(head.dtype)
     parts = _full if objective.teacher == "full" else _compact
     draft, log_z, token = parts(target, frozen, objective.teacher_chunk)
-    mask = frozen.t2d[token][..., None].int() * loss_mask[..., None]
+    mask = frozen.t2d[token][..., None].int() * row_mask[..., None]
     k, size = objective.ttt_length, draft.shape[-1]
     return Teacher(
-        p=F.pad(torch.softmax(draft, dim=-1), (0, 0, 0, k), value=1 / size),
-        q=F.pad(torch.exp(draft - log_z), (0, 0, 0, k)),
+        p_draft=F.pad(torch.softmax(draft, dim=-1), (0, 0, 0, k), value=1 / size),
+        p_full=F.pad(torch.exp(draft - log_z), (0, 0, 0, k)),
         token=F.pad(token, (0, k)),
         position_mask=mask,
     )

@@ -88,7 +88,9 @@ def generator(case: Case, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(case.seed * 1000 + purpose)
 
 
-def normal(shape: tuple[int, ...], scale: float, source: torch.Generator, dtype: torch.dtype) -> Tensor:
+def normal(
+    shape: tuple[int, ...], scale: float, source: torch.Generator, dtype: torch.dtype
+) -> Tensor:
     """Normal numbers, drawn in fp64 and cast, so that a case is the same problem in every dtype."""
     return (torch.randn(shape, generator=source, dtype=torch.float64) * scale).to(dtype)
 
@@ -100,7 +102,7 @@ def on(device: str, tensors: Any) -> Any:
     return type(tensors)(*(None if x is None else x.to(device) for x in tensors))
 
 
-def tame_params(case: Case) -> Params:
+def tiny_params(case: Case) -> Params:
     """Weights that keep activations near one: norms around 1, matrices scaled by their fan-in."""
     source, params = generator(case, 1), {}
     for name, shape in shapes(case.draft()).items():
@@ -112,14 +114,16 @@ def tame_params(case: Case) -> Params:
     return params
 
 
-def tame_frozen(case: Case) -> Frozen:
+def tiny_frozen(case: Case) -> Frozen:
     """A target's embedding and head, and a vocabulary map; the draft vocabulary is a random subset."""
     source = generator(case, 2)
     kept = torch.randperm(case.vocab, generator=source)[: case.draft_vocab].sort().values
     t2d = torch.zeros(case.vocab, dtype=torch.bool)
     t2d[kept] = True
     embed = normal((case.vocab, case.hidden), 1.0, source, case.torch_dtype)
-    head = normal((case.vocab, case.target_hidden), case.target_hidden**-0.5, source, case.torch_dtype)
+    head = normal(
+        (case.vocab, case.target_hidden), case.target_hidden**-0.5, source, case.torch_dtype
+    )
     if case.tokens != "mixed":  # halved logits are seldom the largest
         head = torch.where((t2d == (case.tokens == "inside"))[:, None], head, head / 2)
     same_width = case.target_hidden == case.hidden
@@ -127,7 +131,7 @@ def tame_frozen(case: Case) -> Frozen:
     return Frozen(embed if same_width else None, head, t2d, kept - torch.arange(case.draft_vocab))
 
 
-def tame_batch(case: Case, index: int = 0) -> Batch:
+def tiny_batch(case: Case, index: int = 0) -> Batch:
     """Right-padded rows of a batch; another `index` is another batch of the same lengths.
 
     Only a trained padded row sees padded keys, so only there the padding's part of the attention mask shows.
@@ -139,11 +143,13 @@ def tame_batch(case: Case, index: int = 0) -> Batch:
     ids = torch.randint(0, case.vocab, (rows, length), generator=source)
     aux = normal((rows, length, 3 * case.target_hidden), 1.0, source, case.torch_dtype)
     last = normal((rows, length, case.target_hidden), 2.0, source, case.torch_dtype)
-    positions = torch.rand(rows, length, generator=source).argsort(-1) if case.own_positions else None
+    positions = (
+        torch.rand(rows, length, generator=source).argsort(-1) if case.own_positions else None
+    )
     return Batch(
         input_ids=ids * real,
         attention_mask=real.long(),
-        loss_mask=_row_mask(case, real, wanted, source).long(),
+        row_mask=_row_mask(case, real, wanted, source).long(),
         aux_hidden=aux * real[..., None],
         last_hidden=last * real[..., None],
         position_ids=positions,
@@ -162,6 +168,8 @@ def _row_mask(case: Case, real: Tensor, wanted: Tensor, source: torch.Generator)
         case "one":
             sample = next((i for i, length in enumerate(case.lengths) if length > 1), 0)
             row = int(torch.randint(0, max(case.lengths[sample] - 1, 1), (), generator=source))
-            return torch.zeros_like(real).index_put((torch.tensor(sample), torch.tensor(row)), torch.tensor(True))
+            return torch.zeros_like(real).index_put(
+                (torch.tensor(sample), torch.tensor(row)), torch.tensor(True)
+            )
         case "empty":
             return torch.zeros_like(real)

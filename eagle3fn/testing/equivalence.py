@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eagle3fn.model.forward import forward_loss
-from eagle3fn.testing import oracle
+from eagle3fn.specforge import oracle
 from eagle3fn.testing.builders import Case
 from eagle3fn.testing.results import ForwardLoss, Result, differences, run_forward, ulps
 from eagle3fn.testing.strategies import drawn, for_oracle, simplest
@@ -13,7 +13,11 @@ Against = str | ForwardLoss
 
 
 def assert_equivalent(
-    my_forward_loss: ForwardLoss, against: Against = "legacy", cases: int = 50, seed: int = 0, **fixed: Any
+    my_forward_loss: ForwardLoss,
+    against: Against = "legacy",
+    cases: int = 50,
+    seed: int = 0,
+    **fixed: Any,
 ) -> None:
     """Compare loss, per-step losses, acceptance, accuracy counts and every gradient leaf by `torch.equal`.
 
@@ -36,7 +40,9 @@ def assert_equivalent(
         raise ValueError(f"cases = {cases}: must be at least 1, or nothing is compared")
     expected = _runner(against)
     for case in drawn(cases, seed, **fixed):
-        _compare(my_forward_loss, against, expected, for_oracle(case) if against == "oracle" else case)
+        _compare(
+            my_forward_loss, against, expected, for_oracle(case) if against == "oracle" else case
+        )
 
 
 def assert_case(my_forward_loss: ForwardLoss, case: Case, against: Against = "legacy") -> None:
@@ -55,11 +61,19 @@ def _runner(against: Against) -> Callable[[Case], Result]:
     raise ValueError(f"against = {against!r}: must be 'legacy', 'oracle' or a function")
 
 
-def _compare(mine: ForwardLoss, against: Against, expected: Callable[[Case], Result], case: Case) -> None:
+def _compare(
+    mine: ForwardLoss, against: Against, expected: Callable[[Case], Result], case: Case
+) -> None:
     def known(case: Case) -> bool:
         return against != "oracle" or for_oracle(case) == case
 
-    assert_same(lambda case: run_forward(mine, case), expected, case, lambda case: snippet(mine, case, against), known)
+    assert_same(
+        lambda case: run_forward(mine, case),
+        expected,
+        case,
+        lambda case: snippet(mine, case, against),
+        known,
+    )
 
 
 def assert_same(
@@ -117,11 +131,18 @@ def snippet(mine: ForwardLoss, case: Case, against: Against = "legacy") -> str:
 
 
 def _name(function: ForwardLoss) -> str:
-    return str(getattr(function, "__qualname__", "my_forward_loss")).rpartition(".")[2].replace("<lambda>", "my_lambda")
+    return (
+        str(getattr(function, "__qualname__", "my_forward_loss"))
+        .rpartition(".")[2]
+        .replace("<lambda>", "my_lambda")
+    )
 
 
 def _import(function: ForwardLoss, name: str) -> list[str]:
     """The line that imports a module's function as `name`; none for another, as a method or one of `__main__`."""
-    module, own = getattr(function, "__module__", None), getattr(function, "__qualname__", "<locals>")
+    module, own = (
+        getattr(function, "__module__", None),
+        getattr(function, "__qualname__", "<locals>"),
+    )
     known = own.isidentifier() and module not in (None, "__main__")
     return [f"from {module} import {own}" + (f" as {name}" if name != own else "")] if known else []

@@ -21,7 +21,9 @@ from eagle3fn.base.files import write_json
 
 KEPT_FAULTS = 100
 KEPT_CHARACTERS = 6000  # of a traceback, its end
-BEGAN = "EAGLE3FN_PART_BEGAN"  # a variable of the gate: the monotonic clock when it started the part
+BEGAN = (
+    "EAGLE3FN_PART_BEGAN"  # a variable of the gate: the monotonic clock when it started the part
+)
 LONGEST_START = 120.0  # seconds; what says more was meant for another process
 PAUSE = 0.5  # seconds between two writings of a result that changes often
 

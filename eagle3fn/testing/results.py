@@ -11,7 +11,7 @@ from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.types import Aux, Params
 from eagle3fn.model import forward as forward_file
 from eagle3fn.model.losses import kl_loss
-from eagle3fn.testing.builders import Case, on, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 
 Result = dict[str, Tensor]
 """`loss`, `losses` and `acceptance` and `correct` and `rows` `(K,)`, then gradients under their leaf's name."""
@@ -36,9 +36,11 @@ def named(loss: Tensor, aux: Aux, gradients: Params) -> Result:
 
 def run_forward(forward_loss: ForwardLoss, case: Case, device: str = "cpu") -> Result:
     """The result of `forward_loss` on a case, gradients by `value_and_grad`."""
-    config, params = case.config(), on(device, tame_params(case))
-    frozen, batch = on(device, tame_frozen(case)), on(device, tame_batch(case))
-    compute = value_and_grad(lambda params: forward_loss(params, batch, config=config, frozen=frozen), has_aux=True)
+    config, params = case.config(), on(device, tiny_params(case))
+    frozen, batch = on(device, tiny_frozen(case)), on(device, tiny_batch(case))
+    compute = value_and_grad(
+        lambda params: forward_loss(params, batch, config=config, frozen=frozen), has_aux=True
+    )
     (loss, aux), gradients = compute(params)
     return named(loss, aux, gradients)
 
@@ -72,7 +74,11 @@ def nontrivial(result: Result) -> bool:
 
 def ulps(a: Tensor, b: Tensor) -> int:
     """The largest number of representable values between `a` and `b`; -1 if they cannot be compared."""
-    if a.shape != b.shape or a.dtype != b.dtype or not bool((torch.isfinite(a) & torch.isfinite(b)).all()):
+    if (
+        a.shape != b.shape
+        or a.dtype != b.dtype
+        or not bool((torch.isfinite(a) & torch.isfinite(b)).all())
+    ):
         return -1
     if not a.numel():
         return 0

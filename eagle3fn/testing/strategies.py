@@ -11,9 +11,13 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 LOSSES = ("kl", "lk_alpha", "lk_lambda")
-MASKS = ("drawn",) * 18 + ("padding",) * 8 + ("full",) * 8 + ("one", "empty")  # the last two leave little to compare
+MASKS = (
+    ("drawn",) * 18 + ("padding",) * 8 + ("full",) * 8 + ("one", "empty")
+)  # the last two leave little to compare
 TOKENS = ("mixed",) * 5 + ("inside", "inside", "outside")
-LONGEST = ((4, 10),) * 18 + ((11, 32),) * 5 + ((1, 3),)  # in one or two places little is left to compare
+LONGEST = (
+    ((4, 10),) * 18 + ((11, 32),) * 5 + ((1, 3),)
+)  # in one or two places little is left to compare
 PLACES = 64  # B·S at most
 
 
@@ -51,7 +55,9 @@ def recipe(pick: Callable[[Sequence[Any]], Any], number: Callable[[int, int], in
     )
 
 
-def _lengths(pick: Callable[[Sequence[Any]], Any], number: Callable[[int, int], int]) -> tuple[int, ...]:
+def _lengths(
+    pick: Callable[[Sequence[Any]], Any], number: Callable[[int, int], int]
+) -> tuple[int, ...]:
     """One to four samples' lengths, shorter than the unroll or longer; the longest stands anywhere among them."""
     rows = pick([2, 1, 3, 4])
     longest = min(number(*pick(LONGEST)), PLACES // rows)

@@ -37,7 +37,9 @@ def bind(config: Config, frozen: Frozen, mesh: DeviceMesh | None = None) -> Func
     check_frozen(frozen, config)
     dtype = getattr(torch, config.train.dtype)
     return Functions(
-        init=lambda seed: init_params(config.draft, seed, dtype, config.train.device, config.train.init),
+        init=lambda seed: init_params(
+            config.draft, seed, dtype, config.train.device, config.train.init
+        ),
         forward_loss=partial(forward_loss, config=config, frozen=frozen),
         init_state=partial(init_state, config=config, mesh=mesh),
         step=partial(step, config=config, frozen=frozen, mesh=mesh),

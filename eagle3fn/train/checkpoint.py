@@ -73,12 +73,19 @@ def save_checkpoint(
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         with _distributed(f"{path}: not written", remedy):
-            state_dict_saver.save(_tensors(state), storage_writer=FileSystemWriter(temporary), no_dist=world.size == 1)
+            state_dict_saver.save(
+                _tensors(state), storage_writer=FileSystemWriter(temporary), no_dist=world.size == 1
+            )
         params = full_params(state.params)
-        sums = world.every({file.name: sha256(file) for file in temporary.glob(f"__{world.rank}_*")})
+        sums = world.every(
+            {file.name: sha256(file) for file in temporary.glob(f"__{world.rank}_*")}
+        )
         with _together(world, f"{path}: not written", remedy):
             if world.main:
-                save_file({name: leaf.detach().cpu().contiguous() for name, leaf in params.items()}, temporary / DRAFT)
+                save_file(
+                    {name: leaf.detach().cpu().contiguous() for name, leaf in params.items()},
+                    temporary / DRAFT,
+                )
                 own = {name: sha256(temporary / name) for name in (DRAFT, ".metadata")}
                 files = {name: digest for part in [*sums, own] for name, digest in part.items()}
                 meta = _meta(state, config, data, extra, files, world)
@@ -97,12 +104,21 @@ def _tensors(state: TrainState) -> dict[str, Any]:
 
 
 def _meta(
-    state: TrainState, config: Config, data: dict[str, str], extra: Any, files: dict[str, str], world: World
+    state: TrainState,
+    config: Config,
+    data: dict[str, str],
+    extra: Any,
+    files: dict[str, str],
+    world: World,
 ) -> dict[str, Any]:
     step = int(state.step)
     return {
         "schema": SCHEMA,
-        "cursor": {"step": step, "samples": step * config.data.global_batch, "seed": config.train.seed},
+        "cursor": {
+            "step": step,
+            "samples": step * config.data.global_batch,
+            "seed": config.train.seed,
+        },
         "config": to_dict(config),
         "data": data,
         "extra": extra,
@@ -178,7 +194,9 @@ def load_checkpoint(
     _check_files(path, meta["files"], world)
     leaves = {name: torch.empty_like(leaf) for name, leaf in _tensors(template).items()}
     with _distributed(f"{path}: not readable", _OLDER.format(path)):
-        state_dict_loader.load(leaves, storage_reader=FileSystemReader(path), no_dist=world.size == 1)
+        state_dict_loader.load(
+            leaves, storage_reader=FileSystemReader(path), no_dist=world.size == 1
+        )
     rng = torch.tensor(list(base64.b64decode(meta["rng"])), dtype=torch.uint8)
     return Resumed(like(template, leaves), meta["extra"], rng)
 
@@ -214,7 +232,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
             f"that began it, or {_ELSEWHERE}"
         )
     if meta.get("digest") != digest_of(meta):
-        raise UserError(f"{path}: damaged (the bytes of {META} have changed); {_OLDER.format(path)}")
+        raise UserError(
+            f"{path}: damaged (the bytes of {META} have changed); {_OLDER.format(path)}"
+        )
     return meta
 
 
@@ -231,7 +251,11 @@ def _same_config(old: dict, new: dict, path: Path, prefix: str = "") -> None:
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             _same_config(a, b, path, f"{prefix}{key}.")
-        elif a != b and [a] != [list(b) if isinstance(b, tuple) else b] and prefix + key not in MAY_CHANGE:
+        elif (
+            a != b
+            and [a] != [list(b) if isinstance(b, tuple) else b]
+            and prefix + key not in MAY_CHANGE
+        ):
             raise UserError(
                 f"{path}: a checkpoint of another configuration: {prefix}{key} was {a!r}, is {b!r}; "
                 f"{_ELSEWHERE}, or set it back"

@@ -28,7 +28,9 @@ def with_horizon(run: Run, state: TrainState, minutes: float | None) -> tuple[Ru
     """
     plan = run.config.train
     if plan.steps and minutes is not None:
-        raise UserError(f"--minutes and train.steps = {plan.steps} both choose the number of steps; leave one out")
+        raise UserError(
+            f"--minutes and train.steps = {plan.steps} both choose the number of steps; leave one out"
+        )
     chosen = "steps" if plan.steps else "epochs" if minutes is None else "minutes"
     found = run.world.shared(_begun(run.out / _FILE) if run.world.main else None)
     if found and found[1] not in (chosen, "") and chosen != "steps":
@@ -60,7 +62,9 @@ def _begun(path: Path) -> tuple[int, str] | None:
         return None
     found = read_json(path)
     if not isinstance(found, dict) or type(found.get("steps")) is not int:
-        raise UserError(f"{path}: no number of steps in it; delete it, or train into another folder")
+        raise UserError(
+            f"{path}: no number of steps in it; delete it, or train into another folder"
+        )
     return found["steps"], found.get("chosen_by", "")
 
 
@@ -83,7 +87,9 @@ def seconds_per_step(run: Run, state: TrainState) -> float:
     spent = time.perf_counter() - begin
     lengths = [run.features.samples[i].get("length") for i in run.train]
     known = [min(length, config.data.max_length) for length in lengths if length]
-    per_step = sum(known) / len(known) * config.data.global_batch if known else tokens / _TIMED_STEPS
+    per_step = (
+        sum(known) / len(known) * config.data.global_batch if known else tokens / _TIMED_STEPS
+    )
     begin = time.perf_counter()
     evaluate_held_out(run, gather(state.params))
     return spent * per_step / tokens + (time.perf_counter() - begin) / config.train.eval_every

@@ -139,7 +139,9 @@ def _join() -> tuple[Any, World]:
     try:
         found = next(rendezvous("env://"))
     except ValueError as error:
-        raise UserError(f"RANK is set, but {error}; start the ranks by torchrun, or unset RANK") from None
+        raise UserError(
+            f"RANK is set, but {error}; start the ranks by torchrun, or unset RANK"
+        ) from None
     # a worker thread of gloo frees the last collective's tensors: if the interpreter has ended by then, it aborts
     atexit.register(time.sleep, _SETTLE_S)
     store: Any = found[0]

@@ -17,7 +17,12 @@ from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.pipeline import batches, indices_of, prefetch
 from eagle3fn.data.target import TargetTensors
 from eagle3fn.model.table import start_from_target
-from eagle3fn.train.checkpoint import checkpoints, load_checkpoint, remove_unfinished, save_checkpoint
+from eagle3fn.train.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+)
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import with_horizon, write_horizon
 from eagle3fn.train.launch import World
@@ -82,7 +87,9 @@ def train(
         if world.main:
             write_horizon(run, chosen)
             for name in ROWS:
-                cut_rows(run.out / name, int(state.step) or -1)  # without a checkpoint, step 0 is evaluated again
+                cut_rows(
+                    run.out / name, int(state.step) or -1
+                )  # without a checkpoint, step 0 is evaluated again
         if int(state.step) < run.config.train.steps:
             state = _steps(run, state, kept, events, told)
         return state
@@ -108,7 +115,9 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Kept]:
     return state, Kept(**extra)
 
 
-def _steps(run: Run, state: TrainState, kept: Kept, events: Events, told: Callable[[], bool]) -> TrainState:
+def _steps(
+    run: Run, state: TrainState, kept: Kept, events: Events, told: Callable[[], bool]
+) -> TrainState:
     plan, start, total = run.config.train, int(state.step), run.config.train.steps
     if start == 0:
         kept = _evaluate(run, state, kept, events)
@@ -120,9 +129,12 @@ def _steps(run: Run, state: TrainState, kept: Kept, events: Events, told: Callab
             state, metrics = run.fns.step(state, micro, donate=True)
             made.append(Made(number, begin, metrics))
             evaluates, saves = (
-                number % each == 0 or number == total for each in (plan.eval_every, plan.checkpoint_every)
+                number % each == 0 or number == total
+                for each in (plan.eval_every, plan.checkpoint_every)
             )
-            kept = _tell(run, made, kept, events, wait=evaluates or saves or not _is_late(run.device))
+            kept = _tell(
+                run, made, kept, events, wait=evaluates or saves or not _is_late(run.device)
+            )
             if evaluates:
                 kept = _evaluate(run, state, kept, events)
             stop = any(run.world.every(told()))
@@ -169,7 +181,9 @@ def _save(run: Run, state: TrainState, kept: Kept) -> None:
         for name in ROWS:
             fsync_path(run.out / name)
     folder = run.out / "checkpoints"
-    save_checkpoint(folder, state, run.config, run.data, kept._asdict(), run.config.train.keep_last, run.world)
+    save_checkpoint(
+        folder, state, run.config, run.data, kept._asdict(), run.config.train.keep_last, run.world
+    )
 
 
 def _on_device(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, ...]]:

@@ -17,7 +17,9 @@ from eagle3fn.base.types import Params
 
 Schedule = Callable[[int], float]
 
-_BLOCK_BYTES = 16 << 20  # of a leaf that is updated in place at once: what lies beside it is no larger
+_BLOCK_BYTES = (
+    16 << 20
+)  # of a leaf that is updated in place at once: what lies beside it is no larger
 
 
 class Optimizer(NamedTuple):
@@ -50,7 +52,14 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     def init(masters: Params) -> Moments:
         return Moments(*({k: torch.zeros_like(v) for k, v in masters.items()} for _ in range(2)))
 
-    def update(grads: Params, norm: Tensor, state: Moments, masters: Params, step: int, donate: bool = False):
+    def update(
+        grads: Params,
+        norm: Tensor,
+        state: Moments,
+        masters: Params,
+        step: int,
+        donate: bool = False,
+    ):
         grads = clip(grads, norm, config.max_grad_norm, donate)
         rate = schedule(step)
         masters, state = adamw(grads, state, masters, step, rate, config, donate)
@@ -62,7 +71,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
 def clip(grads: Params, norm: Tensor, max_norm: float, donate: bool = False) -> Params:
     """Scale gradients, whose global norm is `norm`, by `max_norm / (norm + 1e-6)`, at most 1; `donate`: in place."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return {name: torch.mul(grad, scale, out=grad if donate else None) for name, grad in grads.items()}
+    return {
+        name: torch.mul(grad, scale, out=grad if donate else None) for name, grad in grads.items()
+    }
 
 
 def adamw(
@@ -98,10 +109,14 @@ def adamw(
     if donate:
         for k, g in grads.items():
             rows = max(1, _BLOCK_BYTES * len(g) // g.nbytes) if g.numel() else 1
-            for part in zip(*(x.split(rows) for x in (g, state.mu[k], state.nu[k], masters[k])), strict=True):
+            for part in zip(
+                *(x.split(rows) for x in (g, state.mu[k], state.nu[k], masters[k])), strict=True
+            ):
                 update(*part)
         return masters, state
-    mu, nu, after = ({k: v.clone() for k, v in tree.items()} for tree in (state.mu, state.nu, masters))
+    mu, nu, after = (
+        {k: v.clone() for k, v in tree.items()} for tree in (state.mu, state.nu, masters)
+    )
     for k, g in grads.items():
         update(g, mu[k], nu[k], after[k])
     return after, Moments(mu, nu)
@@ -147,4 +162,6 @@ def _legacy_schedule(base: float, warmup: int, span: int) -> Schedule:
 def _recursion(rate: float, epoch: int, base: float, span: int) -> float:
     if (epoch - 1 - span) % (2 * span) == 0:
         return rate + base * (1 - math.cos(math.pi / span)) / 2
-    return (1 + math.cos(math.pi * epoch / span)) / (1 + math.cos(math.pi * (epoch - 1) / span)) * rate
+    return (
+        (1 + math.cos(math.pi * epoch / span)) / (1 + math.cos(math.pi * (epoch - 1) / span)) * rate
+    )

@@ -18,7 +18,9 @@ from eagle3fn.base.tree import pack, tree_map, unpack, wide
 from eagle3fn.base.types import Params
 from eagle3fn.train.shard import gather_rows, padded, rows_of
 
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before 2.13
+_reduce_scatter = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)  # the name before 2.13
 _add = partial(tree_map, torch.add)
 
 
@@ -77,7 +79,9 @@ def _to_shard(grad: Tensor, mesh: DeviceMesh | None, how: str) -> Tensor:
     return summed[: len(rows)]
 
 
-def global_norm(grads: Params, lengths: dict[str, int], mesh: DeviceMesh | None, how: str) -> Tensor:
+def global_norm(
+    grads: Params, lengths: dict[str, int], mesh: DeviceMesh | None, how: str
+) -> Tensor:
     """The norm of all ranks' gradient shards together, `()`; `lengths` are the leaves' global rows, in order.
 
     "tree" sums squares within each row, then over all rows, halves upon halves: elementwise additions alone, whose
@@ -101,7 +105,9 @@ def _norm_by_rows(grads: Params, lengths: dict[str, int], mesh: DeviceMesh | Non
     if mesh is not None and world > 1:
         every = gather_rows(every, world, mesh.get_group(), world)
     leaves = zip(every.split(blocks, dim=1), grads, strict=True)
-    return _fold(torch.cat([part.reshape(-1)[: lengths[name]] for part, name in leaves])[None])[0].sqrt()
+    return _fold(torch.cat([part.reshape(-1)[: lengths[name]] for part, name in leaves])[None])[
+        0
+    ].sqrt()
 
 
 def _fold(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from eagle3fn.data.pipeline import split
 from eagle3fn.data.target import TargetTensors
 from eagle3fn.train.bind import Functions, bind
 from eagle3fn.train.launch import World
-from eagle3fn.train.plan import check_fits, memory_of
+from eagle3fn.train.memory import check_fits, memory_of
 from eagle3fn.train.reduce import check_ranks
 
 T = TypeVar("T")
@@ -58,7 +58,10 @@ def prepare(
             `train.reduce` does not fit, or ranks that were started differently.
     """
     check_world(config, world)
-    device, tied = check_device(world.device(config.train.device)), target.head is target.embed_tokens
+    device, tied = (
+        check_device(world.device(config.train.device)),
+        target.head is target.embed_tokens,
+    )
     check_fits(config, world.size, memory_of(device), f"the memory of {device}", tied)
     own = config.draft.hidden_size != config.draft.target_hidden_size
     dtype = getattr(torch, config.train.dtype)
@@ -96,8 +99,14 @@ def check_world(config: Config, world: World) -> None:
 
 def _settings(config: Config) -> dict[str, Any]:
     """Dotted settings, and the number of threads where bits are promised."""
-    every = {f"{section}.{key}": value for section, part in to_dict(config).items() for key, value in part.items()}
-    return every | ({"number of threads": torch.get_num_threads()} if config.train.reduce == "tree" else {})
+    every = {
+        f"{section}.{key}": value
+        for section, part in to_dict(config).items()
+        for key, value in part.items()
+    }
+    return every | (
+        {"number of threads": torch.get_num_threads()} if config.train.reduce == "tree" else {}
+    )
 
 
 def check_device(name: str) -> str:
@@ -109,7 +118,9 @@ def check_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r}: not usable here ({str(error).splitlines()[0]}); name another") from None
+        raise UserError(
+            f"device {name!r}: not usable here ({str(error).splitlines()[0]}); name another"
+        ) from None
     return name
 
 
@@ -143,11 +154,19 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
     The shards' own hashes are left out, so that a damaged shard may be extracted again. Files of the older trainer
     have no index: their names and sizes stand in for it.
     """
-    index: Any = {key: value for key, value in features.index.items() if key not in ("shards", "totals")}
+    index: Any = {
+        key: value for key, value in features.index.items() if key not in ("shards", "totals")
+    }
     if not index:
-        index = [(sample["id"], (features.folder / sample["shard"]).stat().st_size) for sample in features.samples]
+        index = [
+            (sample["id"], (features.folder / sample["shard"]).stat().st_size)
+            for sample in features.samples
+        ]
     text, tokens = json.dumps(index, sort_keys=True).encode(), vocab_map.t2d.cpu().numpy().tobytes()
-    return {"features": hashlib.sha256(text).hexdigest(), "vocabulary map": hashlib.sha256(tokens).hexdigest()}
+    return {
+        "features": hashlib.sha256(text).hexdigest(),
+        "vocabulary map": hashlib.sha256(tokens).hexdigest(),
+    }
 
 
 def to_device(values: T, device: str) -> T:

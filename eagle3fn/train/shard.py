@@ -19,7 +19,9 @@ from eagle3fn.base.types import TrainState
 from eagle3fn.model.table import shapes
 from eagle3fn.train.optimizer import Moments
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name, before 2.13
+_all_gather = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # the older name, before 2.13
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,14 @@ def specs(config: Config, world: int, rank: int) -> TrainState:
     dtype = getattr(torch, config.train.dtype)
 
     def table(kind: torch.dtype) -> dict[str, Any]:
-        cut = {name: (len(rows_of(shape[0], world, rank)), *shape[1:]) for name, shape in shapes(config.draft).items()}
-        return {name: LeafSpec(shape, kind, "Shard(0)", cut[name]) for name, shape in shapes(config.draft).items()}
+        cut = {
+            name: (len(rows_of(shape[0], world, rank)), *shape[1:])
+            for name, shape in shapes(config.draft).items()
+        }
+        return {
+            name: LeafSpec(shape, kind, "Shard(0)", cut[name])
+            for name, shape in shapes(config.draft).items()
+        }
 
     wide = torch.promote_types(dtype, torch.float32)
     step: Any = LeafSpec((), torch.int64, "Replicate()", ())
@@ -71,7 +79,9 @@ def shard(tree: Any, mesh: DeviceMesh | None) -> Any:
 
     def cut(leaf: Tensor) -> Tensor:
         rows = rows_of(len(leaf), mesh.size(), mesh.get_local_rank())
-        return _placed(leaf[rows.start : rows.stop].clone(), leaf.shape, leaf.contiguous().stride(), mesh)
+        return _placed(
+            leaf[rows.start : rows.stop].clone(), leaf.shape, leaf.contiguous().stride(), mesh
+        )
 
     return tree_map(lambda leaf: cut(leaf) if leaf.ndim else leaf, tree)
 
@@ -104,7 +114,9 @@ def gather(tree: Any) -> Any:
 
 def full_params(params: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters as plain tensors in their own dtype; on one rank they share the leaves' memory."""
-    return {name: _full(leaf, copy=False) if is_sharded(leaf) else leaf for name, leaf in params.items()}
+    return {
+        name: _full(leaf, copy=False) if is_sharded(leaf) else leaf for name, leaf in params.items()
+    }
 
 
 def _full(leaf: Any, copy: bool) -> Tensor:
@@ -136,17 +148,25 @@ def check_placed(state: TrainState, mesh: DeviceMesh | None) -> None:
             another mesh, a leaf that is not cut along its rows, or a state that was given away.
     """
     if mesh is not None and mesh.ndim != 1:
-        raise UserError(f"mesh has {mesh.ndim} dimensions; the state is sharded over one: give a one-dimensional mesh")
+        raise UserError(
+            f"mesh has {mesh.ndim} dimensions; the state is sharded over one: give a one-dimensional mesh"
+        )
     for name, leaf in named_leaves(state._replace(step=())).items():
         if is_sharded(leaf) and (mesh is None or leaf.device_mesh != mesh):  # pyright: ignore[reportAttributeAccessIssue]
-            raise UserError(f"state.{name} is sharded over another mesh than step was given; give both the same mesh")
+            raise UserError(
+                f"state.{name} is sharded over another mesh than step was given; give both the same mesh"
+            )
         if isinstance(leaf, Donated):
             raise UserError(_DONATED)
         placements = getattr(leaf, "placements", None)
         if placements and not placements[0].is_shard(0):
-            raise UserError(f"state.{name} is placed as {placements[0]}; it must be Shard(0), as init_state makes it")
+            raise UserError(
+                f"state.{name} is placed as {placements[0]}; it must be Shard(0), as init_state makes it"
+            )
         if mesh is not None and not is_sharded(leaf):
-            raise UserError(f"state.{name} is a plain tensor, step was given a mesh; use init_state(…, mesh=mesh)")
+            raise UserError(
+                f"state.{name} is a plain tensor, step was given a mesh; use init_state(…, mesh=mesh)"
+            )
 
 
 _DONATED = (
@@ -181,7 +201,11 @@ def _donated_dtensor() -> type:
         raise UserError(_DONATED)
 
     names = ("to_local", "full_tensor", "redistribute", "__repr__")
-    body = {"__slots__": (), "placements": property(refuse), "__torch_function__": Donated.__torch_function__}
+    body = {
+        "__slots__": (),
+        "placements": property(refuse),
+        "__torch_function__": Donated.__torch_function__,
+    }
     body["__torch_dispatch__"] = classmethod(refuse)  # torch.func asks no __torch_function__
     return type("DonatedDTensor", (DTensor,), body | dict.fromkeys(names, refuse))
 
@@ -189,7 +213,9 @@ def _donated_dtensor() -> type:
 def take(state: TrainState) -> TrainState:
     """The same buffers under new leaves; every leaf of the given state raises a `UserError` from now on."""
     taken = placed_like(tree_map(Tensor.detach, local(state)), state)
-    leaves = {id(leaf): leaf for leaf in named_leaves(state).values()}  # fp32 params are their masters
+    leaves = {
+        id(leaf): leaf for leaf in named_leaves(state).values()
+    }  # fp32 params are their masters
     for leaf in leaves.values():
         # torch.func looks behind the class: let it find nothing, or what refuses.
         if is_sharded(leaf):

@@ -67,13 +67,17 @@ def step(
     check_ranks(world, how)
     check_placed(state, mesh)
     if config.train.steps < 1:
-        raise UserError("train.steps = 0: the learning-rate schedule needs the number of updates; set train.steps")
+        raise UserError(
+            "train.steps = 0: the learning-rate schedule needs the number of updates; set train.steps"
+        )
     loss, aux, grads = accumulate(full_params(state.params), batches, config, frozen, world)
     metrics = _metrics(loss, aux, batches, config, mesh)
     grads = to_shards({name: grads.pop(name) for name in state.masters}, mesh, how)
     norm = global_norm(grads, {name: len(leaf) for name, leaf in state.masters.items()}, mesh, how)
     before = take(state) if donate else state
-    if config.train.on_nonfinite == "skip" and not bool(torch.isfinite(metrics["loss"]) & torch.isfinite(norm)):
+    if config.train.on_nonfinite == "skip" and not bool(
+        torch.isfinite(metrics["loss"]) & torch.isfinite(norm)
+    ):
         dropped = {"grad_norm": norm, "learning_rate": 0.0, "skipped": 1}
         return before._replace(step=before.step + 1), metrics | dropped
     after, info = _update(before, grads, norm, config, donate)
@@ -98,14 +102,18 @@ def accumulate(
     return total(map(part, batches), len(batches), config.train.reduce)
 
 
-def _metrics(loss: Tensor, aux: Aux, batches: tuple[Batch, ...], config: Config, mesh: DeviceMesh | None) -> Metrics:
+def _metrics(
+    loss: Tensor, aux: Aux, batches: tuple[Batch, ...], config: Config, mesh: DeviceMesh | None
+) -> Metrics:
     """Loss, metrics and tokens over all ranks; refuses ranks with different numbers of micro-batches."""
     tokens = torch.stack([batch.attention_mask.sum() for batch in batches]).sum()
     count = torch.full_like(tokens, len(batches))
     own = loss, aux, tokens, count, count * count
     loss, aux, tokens, count, square = over_ranks(own, mesh, config.train.reduce)
     if mesh is not None:
-        _check_counts(square * mesh.size() == count * count, len(batches), mesh)  # equal if and only if all counts are
+        _check_counts(
+            square * mesh.size() == count * count, len(batches), mesh
+        )  # equal if and only if all counts are
     return {"loss": loss, "aux": aux, "tokens": tokens}
 
 
@@ -123,7 +131,9 @@ def _update(
 ) -> tuple[TrainState, dict[str, Any]]:
     parts = local(state)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    masters, opt, info = optimizer.update(grads, norm, parts.opt, parts.masters, int(state.step), donate)
+    masters, opt, info = optimizer.update(
+        grads, norm, parts.opt, parts.masters, int(state.step), donate
+    )
     params = {}
     for name, master in masters.items():
         old = parts.params[name]

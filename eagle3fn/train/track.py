@@ -27,7 +27,9 @@ def readable(aux: Aux) -> dict[str, Any]:
     }
 
 
-def step_row(step: int, metrics: dict[str, Any], seconds: float, skipped: int = 0) -> dict[str, Any]:
+def step_row(
+    step: int, metrics: dict[str, Any], seconds: float, skipped: int = 0
+) -> dict[str, Any]:
     """One line of `metrics.jsonl`. Deterministic values first; `seconds` is the machine's, on a
     device with what the next batch took to read.
 
@@ -39,7 +41,13 @@ def step_row(step: int, metrics: dict[str, Any], seconds: float, skipped: int = 
         values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
         values |= readable(metrics["aux"])
     tokens = int(metrics["tokens"])
-    return {"step": step, **values, "tokens": tokens, "skipped": skipped, "seconds": round(seconds, 4)}
+    return {
+        "step": step,
+        **values,
+        "tokens": tokens,
+        "skipped": skipped,
+        "seconds": round(seconds, 4),
+    }
 
 
 def nonfinite(metrics: dict[str, Any]) -> bool:

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.use.chain import Chain
 from eagle3fn.use.decode import Target
+from eagle3fn.use.drafter import Drafter
 from eagle3fn.use.export import Draft
 
 
 class Costs(NamedTuple):
     """Medians in seconds."""
 
-    verify: list[float]  # entry b - 1: one target run over b tokens; entry 0 is a plain decoding step
+    verify: list[
+        float
+    ]  # entry b - 1: one target run over b tokens; entry 0 is a plain decoding step
     commit: float  # the first drafted token: commit two rows, then the head
     extend: float  # every further drafted token
 
@@ -27,18 +29,22 @@ class Costs(NamedTuple):
 
 
 @torch.inference_mode()
-def measure_costs(model: Any, draft: Draft, context: Tensor, draft_length: int, repeats: int = 8) -> Costs:
+def measure_costs(
+    model: Any, draft: Draft, context: Tensor, draft_length: int, repeats: int = 8
+) -> Costs:
     """Time the parts of a round behind `context` `(1, P)`, P >= 3, in turn: load of the machine hits all alike."""
     kinds: dict[Any, list[float]] = {}
     size = context.shape[1]
     with Target(model, draft) as target:
         target.read(context, keep=1)
         aux = target.features(size)
-        chain = Chain(draft, size + draft_length, model.get_input_embeddings().weight)
+        chain = Drafter(draft, size + draft_length, model.get_input_embeddings().weight)
         chain.commit(aux[:, : size - 2], context[:, 1 : size - 1])
         for _ in range(repeats + 1):
             for block in range(1, draft_length + 2):
-                kinds.setdefault(block, []).append(_seconds(lambda n=block: target.read(context[:, -1:].expand(1, n))))
+                kinds.setdefault(block, []).append(
+                    _seconds(lambda n=block: target.read(context[:, -1:].expand(1, n)))
+                )
                 target.forget(block)
             for name, count in (("one", 1), ("all", draft_length)):
                 kinds.setdefault(name, []).append(

@@ -10,7 +10,7 @@ from torch import Tensor
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.target import cache_name, empty_cache
-from eagle3fn.use.chain import Chain
+from eagle3fn.use.drafter import Drafter
 from eagle3fn.use.export import Draft
 from eagle3fn.use.taps import Taps
 
@@ -25,7 +25,9 @@ class Decoded(NamedTuple):
     tokens: list[int]
     verifications: int
     accepted_by_position: list[int]  # drafted token emitted
-    reached_by_position: list[int]  # all earlier drafted tokens accepted: accepted / reached is the conditional rate
+    reached_by_position: list[
+        int
+    ]  # all earlier drafted tokens accepted: accepted / reached is the conditional rate
     drafted_by_position: list[int]
     seconds: float  # all of it, prefill included
     prefill_seconds: float
@@ -54,7 +56,12 @@ class _Tally:
 
 @torch.inference_mode()
 def speculate(
-    model: Any, draft: Draft | None, input_ids: Tensor, draft_length: int, max_new: int, end_tokens: Collection[int]
+    model: Any,
+    draft: Draft | None,
+    input_ids: Tensor,
+    draft_length: int,
+    max_new: int,
+    end_tokens: Collection[int],
 ) -> Decoded:
     """Decode greedily behind `input_ids` `(1, P)`; the tokens are those of plain greedy decoding.
 
@@ -80,12 +87,15 @@ def speculate(
         chain = None
         if draft is not None and draft_length:
             room = input_ids.shape[1] + max_new
-            chain = Chain(draft, room, model.get_input_embeddings().weight)
+            chain = Drafter(draft, room, model.get_input_embeddings().weight)
         while len(tokens) < max_new and tokens[-1] not in ends:
             count = min(draft_length, max_new - len(tokens) - 1)
             block = token
             if chain is not None and count:
-                block = torch.cat([token, chain.draft(target.features(following.shape[1]), following, count)], dim=1)
+                block = torch.cat(
+                    [token, chain.draft(target.features(following.shape[1]), following, count)],
+                    dim=1,
+                )
             said = target.read(block)
             truth = said[0].tolist()
             accepted = common_prefix(block[0, 1:].tolist(), truth)
@@ -132,7 +142,9 @@ class Target:
 
 def common_prefix(drafted: list[int], truth: list[int]) -> int:
     """How many drafted tokens the target would have said itself."""
-    wrong = (i for i, (left, right) in enumerate(zip(drafted, truth, strict=False)) if left != right)
+    wrong = (
+        i for i, (left, right) in enumerate(zip(drafted, truth, strict=False)) if left != right
+    )
     return next(wrong, len(drafted))
 
 
@@ -142,20 +154,29 @@ def until_end(tokens: list[int], ends: Collection[int]) -> list[int]:
     return tokens[: stop + 1]
 
 
-def check_request(model: Any, draft: Draft | None, input_ids: Tensor, draft_length: int, max_new: int) -> None:
+def check_request(
+    model: Any, draft: Draft | None, input_ids: Tensor, draft_length: int, max_new: int
+) -> None:
     """Refuse what cannot be decoded.
 
     Raises:
         UserError: names the value, its constraint and the remedy.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
-        raise UserError(f"input_ids has shape {tuple(input_ids.shape)}; it must be one prompt of at least one token")
+        raise UserError(
+            f"input_ids has shape {tuple(input_ids.shape)}; it must be one prompt of at least one token"
+        )
     if draft_length < 0 or max_new < 1:
-        raise UserError(f"draft_length = {draft_length}, max_new = {max_new}: must be at least 0 and 1")
+        raise UserError(
+            f"draft_length = {draft_length}, max_new = {max_new}: must be at least 0 and 1"
+        )
     if draft_length and draft is None:
         raise UserError(f"draft_length = {draft_length} needs a draft; give one, or draft_length 0")
     text = model.config.get_text_config()
-    limits = [getattr(text, "max_position_embeddings", None), draft.config.max_position_embeddings if draft else None]
+    limits = [
+        getattr(text, "max_position_embeddings", None),
+        draft.config.max_position_embeddings if draft else None,
+    ]
     limit, wanted = min((n for n in limits if n), default=None), input_ids.shape[1] + max_new
     if limit is not None and wanted > limit:
         raise UserError(
@@ -172,7 +193,10 @@ def check_pair(draft: Draft, text: Any, where: str, target: str) -> None:
     Raises:
         UserError: names both and the size that differs.
     """
-    pairs = ("vocab_size", draft.config.vocab_size), ("hidden_size", draft.config.target_hidden_size)
+    pairs = (
+        ("vocab_size", draft.config.vocab_size),
+        ("hidden_size", draft.config.target_hidden_size),
+    )
     for name, value in pairs:
         if getattr(text, name) != value:
             raise UserError(

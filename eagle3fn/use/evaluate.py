@@ -16,8 +16,14 @@ from eagle3fn.data.target import load_target
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
 from eagle3fn.use.decode import Decoded, check_pair, check_request, speculate
 from eagle3fn.use.export import Draft, load_draft
-from eagle3fn.use.metrics import acceptance_by_position, accepted_length, differing, rate_of, repeated_share
-from eagle3fn.use.plain import plain, plain_answers
+from eagle3fn.use.metrics import (
+    acceptance_by_position,
+    accepted_length,
+    differing,
+    rate_of,
+    repeated_share,
+)
+from eagle3fn.use.target_answers import plain, plain_answers
 
 
 @dataclass(frozen=True)
@@ -98,17 +104,31 @@ def evaluate(
         UserError: no prompts, one beyond the position limit, or a draft of another target.
     """
     if not prompts or not all(text.strip() for text in prompts):
-        raise UserError(f"prompts: {len(prompts)} given, and none may be empty; name a file of rows with a prompt")
+        raise UserError(
+            f"prompts: {len(prompts)} given, and none may be empty; name a file of rows with a prompt"
+        )
     pair = _load(target_folder, draft_folder, prompts[: settings.tasks], torch.float32, settings)
-    report = _full_precision(pair, settings, Path(plain_store) if plain_store else None, on_progress)
+    report = _full_precision(
+        pair, settings, Path(plain_store) if plain_store else None, on_progress
+    )
     if untrained_folder is not None and settings.few:
         other = load_draft(untrained_folder, torch.float32, settings.device)
-        check_pair(other, pair.model.config.get_text_config(), str(untrained_folder), str(target_folder))
+        check_pair(
+            other, pair.model.config.get_text_config(), str(untrained_folder), str(target_folder)
+        )
         few = pair._replace(draft=other, prompts=pair.prompts[: settings.few])
-        report["untrained_accepted_length"] = accepted_length(_speak(few, settings, settings.draft_length))
+        report["untrained_accepted_length"] = accepted_length(
+            _speak(few, settings, settings.draft_length)
+        )
     del pair
     if settings.few:
-        few = _load(target_folder, draft_folder, prompts[: min(settings.few, settings.tasks)], torch.bfloat16, settings)
+        few = _load(
+            target_folder,
+            draft_folder,
+            prompts[: min(settings.few, settings.tasks)],
+            torch.bfloat16,
+            settings,
+        )
         report["bf16"] = _half_precision(few, settings, report["speed_draft_length"], on_progress)
     return report
 
@@ -121,7 +141,11 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("prompt"), str)
+            or not row["prompt"].strip()
+        ):
             raise UserError(f'{path}: row {number} has no text under "prompt"; mend or delete it')
     if not rows:
         raise UserError(f'{path}: no rows; write one JSON object with a "prompt" a line')
@@ -129,7 +153,11 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def _load(
-    target: str | Path, folder: str | Path, prompts: Sequence[str], dtype: torch.dtype, settings: EvalSettings
+    target: str | Path,
+    folder: str | Path,
+    prompts: Sequence[str],
+    dtype: torch.dtype,
+    settings: EvalSettings,
 ) -> _Pair:
     model, tokenizer = load_target(target, dtype, settings.device, settings.attn)
     draft = load_draft(folder, dtype, settings.device)
@@ -144,28 +172,42 @@ def _load(
 
 
 def _encode(tokenizer: Any, text: str) -> Tensor:
-    return tokenizer(chat_prompt(tokenizer, text), return_tensors="pt", add_special_tokens=False).input_ids
+    return tokenizer(
+        chat_prompt(tokenizer, text), return_tensors="pt", add_special_tokens=False
+    ).input_ids
 
 
-def _full_precision(pair: _Pair, settings: EvalSettings, store: Path | None, on_progress: Progress) -> dict[str, Any]:
+def _full_precision(
+    pair: _Pair, settings: EvalSettings, store: Path | None, on_progress: Progress
+) -> dict[str, Any]:
     full, count = settings.draft_length, len(pair.prompts)
     answers = plain_answers(
-        pair.model, pair.prompts, settings.max_new, pair.ends, store, lambda done: on_progress("plain", done, count)
+        pair.model,
+        pair.prompts,
+        settings.max_new,
+        pair.ends,
+        store,
+        lambda done: on_progress("plain", done, count),
     )
     spoken = _speak(pair, settings, full, lambda done: on_progress("fp32", done, count))
     acceptance = acceptance_by_position(spoken)
-    context = torch.cat([pair.prompts[0], torch.tensor([answers[0]], device=settings.device)], dim=1)
+    context = torch.cat(
+        [pair.prompts[0], torch.tensor([answers[0]], device=settings.device)], dim=1
+    )
     context = context[:, : pair.prompts[0].shape[1] + settings.max_new // 2]
     costs = measure_costs(pair.model, pair.draft, context, full, settings.repeats)
     chosen = best_length(costs, acceptance)
     quick = pair._replace(prompts=pair.prompts[: settings.speed_tasks])
-    again, fast = _alternate(quick, settings, chosen, lambda done: on_progress("speed", done, len(quick.prompts)))
+    again, fast = _alternate(
+        quick, settings, chosen, lambda done: on_progress("speed", done, len(quick.prompts))
+    )
     plain_rate, rate = again.rate, rate_of(fast)
     return {
         "tasks": len(pair.prompts),
         "max_new": settings.max_new,
         "draft_length": full,
-        "lossless": answers == [one.tokens for one in spoken] and again.tokens == [one.tokens for one in fast],
+        "lossless": answers == [one.tokens for one in spoken]
+        and again.tokens == [one.tokens for one in fast],
         "accepted_length": accepted_length(spoken),
         "acceptance_by_position": acceptance,
         "speed_draft_length": chosen,
@@ -187,13 +229,19 @@ def _costs_report(costs: Costs, acceptance: list[float], context: int) -> dict[s
         "verify_seconds": costs.verify,
         "first_draft_seconds": costs.commit,
         "next_draft_seconds": costs.extend,
-        "predicted_seconds_per_token": [costs.round(k) / expected_length(acceptance, k) for k in lengths],
+        "predicted_seconds_per_token": [
+            costs.round(k) / expected_length(acceptance, k) for k in lengths
+        ],
     }
 
 
-def _half_precision(pair: _Pair, settings: EvalSettings, chosen: int, on_progress: Progress) -> dict[str, Any]:
+def _half_precision(
+    pair: _Pair, settings: EvalSettings, chosen: int, on_progress: Progress
+) -> dict[str, Any]:
     """In bf16 a block and a single row round differently, so tokens may differ: they are counted, not required."""
-    library, spoken = _alternate(pair, settings, chosen, lambda done: on_progress("bf16", done, len(pair.prompts)))
+    library, spoken = _alternate(
+        pair, settings, chosen, lambda done: on_progress("bf16", done, len(pair.prompts))
+    )
     pairs = list(zip(library.tokens, (one.tokens for one in spoken), strict=True))
     return {
         "tasks": len(pair.prompts),
@@ -217,16 +265,23 @@ def _alternate(
         tokens, seconds = plain(pair.model, prompt, settings.max_new, pair.ends)
         answers.append(tokens)
         total += seconds
-        spoken.append(speculate(pair.model, pair.draft, prompt, draft_length, settings.max_new, pair.ends))
+        spoken.append(
+            speculate(pair.model, pair.draft, prompt, draft_length, settings.max_new, pair.ends)
+        )
         done(number)
     return _Plain(answers, total), spoken
 
 
 def _speak(
-    pair: _Pair, settings: EvalSettings, draft_length: int, done: Callable[[int], None] = lambda number: None
+    pair: _Pair,
+    settings: EvalSettings,
+    draft_length: int,
+    done: Callable[[int], None] = lambda number: None,
 ) -> list[Decoded]:
     spoken = []
     for number, prompt in enumerate(pair.prompts, 1):
-        spoken.append(speculate(pair.model, pair.draft, prompt, draft_length, settings.max_new, pair.ends))
+        spoken.append(
+            speculate(pair.model, pair.draft, prompt, draft_length, settings.max_new, pair.ends)
+        )
         done(number)
     return spoken

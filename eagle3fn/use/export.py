@@ -66,7 +66,8 @@ def export(
     if config.draft_vocab_size != config.vocab_size:
         tensors |= {"d2t": frozen.d2t.to(torch.int64), "t2d": frozen.t2d.to(torch.bool)}
     plain = {
-        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
     }
     with whole_folder(folder) as temporary:
         save_file(plain, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -168,7 +169,9 @@ def _read_config(file: Path) -> DraftConfig:
     try:
         config, tree = draft_config_from_json(file), read_json(file)
     except OSError as error:
-        raise UserError(f"{file}: not readable ({error}); name a folder written by export") from None
+        raise UserError(
+            f"{file}: not readable ({error}); name a folder written by export"
+        ) from None
     inputs = _layer_ids(tree, file)
     if inputs is None:
         return config
@@ -183,7 +186,9 @@ def _read_config(file: Path) -> DraftConfig:
 
 def _layer_ids(tree: dict[str, Any], file: Path) -> list[int] | None:
     ids = tree.get(_LAYER_IDS)
-    if ids is not None and not (isinstance(ids, list) and all(type(one) is int for one in ids) and len(ids) == 3):
+    if ids is not None and not (
+        isinstance(ids, list) and all(type(one) is int for one in ids) and len(ids) == 3
+    ):
         raise UserError(f"{file}: {_LAYER_IDS} = {ids}: must be a list of three integers; mend it")
     return ids
 
@@ -192,10 +197,14 @@ def _read_map(found: dict[str, Tensor | None], config: DraftConfig, file: Path) 
     v, d = config.vocab_size, config.draft_vocab_size
     t2d, d2t = found["t2d"], found["d2t"]
     if d2t is None and d != v:
-        raise UserError(f"{file}: d2t is missing, and the draft vocabulary ({d}) is not the target's ({v})")
+        raise UserError(
+            f"{file}: d2t is missing, and the draft vocabulary ({d}) is not the target's ({v})"
+        )
     offset = torch.zeros(v, dtype=torch.int64) if d2t is None else d2t.to(torch.int64)
     if offset.ndim != 1:
-        raise UserError(f"{file}: d2t has shape {tuple(offset.shape)}, {CONFIG} says {(d,)}; export it anew")
+        raise UserError(
+            f"{file}: d2t has shape {tuple(offset.shape)}, {CONFIG} says {(d,)}; export it anew"
+        )
     ids = offset + torch.arange(len(offset))
     if t2d is None:
         t2d = torch.zeros(v, dtype=torch.bool)

@@ -18,8 +18,12 @@ def accepted_length(spoken: list[Decoded]) -> float:
 
 def acceptance_by_position(spoken: list[Decoded]) -> list[float]:
     """Share of the drafted tokens at each position that were accepted, of those whose predecessors all were."""
-    accepted = [sum(column) for column in zip(*(one.accepted_by_position for one in spoken), strict=True)]
-    reached = [sum(column) for column in zip(*(one.reached_by_position for one in spoken), strict=True)]
+    accepted = [
+        sum(column) for column in zip(*(one.accepted_by_position for one in spoken), strict=True)
+    ]
+    reached = [
+        sum(column) for column in zip(*(one.reached_by_position for one in spoken), strict=True)
+    ]
     return [a / r if r else 0.0 for a, r in zip(accepted, reached, strict=True)]
 
 

@@ -27,7 +27,9 @@ def check_published(out: str | Path, step: int, ranks: int) -> str:
         start = f"torchrun --nproc-per-node {ranks} -m eagle3fn.cli" if ranks > 1 else "eagle3fn"
         return f"stopped by SIGTERM, step {step} of {total} is saved; resume with {start} {shlex.join(sys.argv[1:])}"
     if not (out / "draft").is_dir():
-        raise UserError(f"{out}/draft: gone since the run ended at step {step}; train into another folder")
+        raise UserError(
+            f"{out}/draft: gone since the run ended at step {step}; train into another folder"
+        )
     return f"{out}/draft: the best draft of {total} steps"
 
 
@@ -45,6 +47,8 @@ def run_events(out: str | Path, config: Config, target_layers: int) -> Events:
     def on_eval(row: dict[str, Any]) -> None:
         if "accepted_length" in row:
             length, rate = row["accepted_length"], row["accuracy"][0]
-            print(f"\nstep {row['step']}: held-out accepted length {length:.3f}, first-step accuracy {rate:.3f}")
+            print(
+                f"\nstep {row['step']}: held-out accepted length {length:.3f}, first-step accuracy {rate:.3f}"
+            )
 
     return Events(lambda row, total: show(row["step"], total), on_eval, on_best)

@@ -35,7 +35,10 @@ def write_report(folder: Path) -> str:
     Raises:
         UserError: one of them is missing or holds something else; it names the file.
     """
-    steps, evals = read_jsonl(folder / "train/metrics.jsonl"), read_jsonl(folder / "train/eval.jsonl")
+    steps, evals = (
+        read_jsonl(folder / "train/metrics.jsonl"),
+        read_jsonl(folder / "train/eval.jsonl"),
+    )
     if not steps:
         raise UserError(f"{folder}/train/metrics.jsonl: no steps; run eagle3fn train first")
     stages, settings = folder / "stages.json", folder / "settings.json"
@@ -43,7 +46,8 @@ def write_report(folder: Path) -> str:
     report: dict[str, Any] = {
         **_evaluation(folder / "evaluation.json"),
         "steps": steps[-1]["step"],
-        "train_tokens_per_s": sum(row["tokens"] for row in steps) / sum(row["seconds"] for row in steps),
+        "train_tokens_per_s": sum(row["tokens"] for row in steps)
+        / sum(row["seconds"] for row in steps),
         "supervised_tokens": read_json(folder / "features/index.json")["totals"]["supervised"],
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
         **(_stages(stages) if stages.exists() else {}),
@@ -55,7 +59,11 @@ def write_report(folder: Path) -> str:
     write_json(folder / "report.json", report)
     with whole_file(folder / "curves.png") as temporary:
         _draw(steps, evals, report, temporary)
-    rows = [(label.format_map(report), style.format(report[key])) for label, key, style in _TABLE if _has(report, key)]
+    rows = [
+        (label.format_map(report), style.format(report[key]))
+        for label, key, style in _TABLE
+        if _has(report, key)
+    ]
     lines = [f"{label:38}{value}" for label, value in rows]
     return "\n".join([*lines, f"\n{folder}/report.json, {folder}/curves.png"])
 
@@ -67,15 +75,23 @@ def _has(report: dict[str, Any], key: str) -> bool:
 def _object(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a {type(found).__name__}, it must be a JSON object; write it anew")
+        raise UserError(
+            f"{path}: holds a {type(found).__name__}, it must be a JSON object; write it anew"
+        )
     return found
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
     found = _object(path)
     rates = found.get("acceptance_by_position")
-    if type(found.get("draft_length")) is not int or not isinstance(rates, list) or not all(map(_is_number, rates)):
-        raise UserError(f"{path}: draft_length or acceptance_by_position is missing; run eagle3fn evaluate again")
+    if (
+        type(found.get("draft_length")) is not int
+        or not isinstance(rates, list)
+        or not all(map(_is_number, rates))
+    ):
+        raise UserError(
+            f"{path}: draft_length or acceptance_by_position is missing; run eagle3fn evaluate again"
+        )
     return found
 
 
@@ -100,9 +116,15 @@ def _versions() -> dict[str, str]:
 
 def _machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")
+    ]
     model = names[0] if names else platform.processor()
-    return {"processor": model, "cores": os.cpu_count(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
 
 
 def _lines(path: Path) -> list[str]:
@@ -123,9 +145,16 @@ def _draw(steps: list[dict], evals: list[dict], report: dict[str, Any], path: Pa
     left.set(xlabel="optimizer step", ylabel=f"training loss (mean of {window})", title="Loss")
     held = [row for row in evals if "accepted_length" in row]
     middle.plot([row["step"] for row in held], [row["accepted_length"] for row in held], marker=".")
-    middle.set(xlabel="optimizer step", ylabel="simulated accepted length", title="Held-out conversations")
+    middle.set(
+        xlabel="optimizer step", ylabel="simulated accepted length", title="Held-out conversations"
+    )
     rates = report["acceptance_by_position"]
     right.bar(range(1, len(rates) + 1), rates)
-    right.set(xlabel="draft position", ylabel="acceptance, given all before", ylim=(0, 1), title="HumanEval")
+    right.set(
+        xlabel="draft position",
+        ylabel="acceptance, given all before",
+        ylim=(0, 1),
+        title="HumanEval",
+    )
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

@@ -21,7 +21,9 @@ class Taps:
 
     def open(self) -> None:
         """Register the hooks."""
-        self._handles = [module.register_forward_hook(self._keep(i)) for i, module in enumerate(self._modules)]
+        self._handles = [
+            module.register_forward_hook(self._keep(i)) for i, module in enumerate(self._modules)
+        ]
 
     def close(self) -> None:
         """Remove the hooks."""

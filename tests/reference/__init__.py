@@ -5,7 +5,14 @@ independent statements can be compared bit by bit. It shares data containers wit
 """
 
 from tests.reference.model import Draft
-from tests.reference.objective import Metrics, Teacher, forward, make_teacher, mask_counts, weighted_sum
+from tests.reference.objective import (
+    Metrics,
+    Teacher,
+    forward,
+    make_teacher,
+    mask_counts,
+    weighted_sum,
+)
 from tests.reference.update import ClosedCosine, LegacyCosine, Trainer
 
 __all__ = [

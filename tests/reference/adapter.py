@@ -3,22 +3,28 @@
 from torch import Tensor
 
 from eagle3fn.base.types import Params
-from eagle3fn.testing.builders import Case, on, tame_batch, tame_frozen, tame_params
+from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from tests.reference.model import Draft
 from tests.reference.objective import Metrics, forward, weighted_sum
 
 
 def reference_draft(case: Case, device: str = "cpu") -> Draft:
     """The draft of a case with its weights."""
-    frozen = on(device, tame_frozen(case))
-    return Draft(case.draft(), frozen.embed_tokens, frozen.t2d, frozen.d2t).load(on(device, tame_params(case)))
+    frozen = on(device, tiny_frozen(case))
+    return Draft(case.draft(), frozen.embed_tokens, frozen.t2d, frozen.d2t).load(
+        on(device, tiny_params(case))
+    )
 
 
 def run_reference(case: Case, device: str = "cpu") -> tuple[Tensor, Metrics, Params]:
     """Loss, metrics, and the gradients of the leaves that have one, by `.backward()`."""
     draft, objective = reference_draft(case, device), case.config().objective
-    head, batch = on(device, tame_frozen(case)).target_head, on(device, tame_batch(case))
+    head, batch = on(device, tiny_frozen(case)).target_head, on(device, tiny_batch(case))
     losses, metrics = forward(draft, head, batch, objective)
     loss = weighted_sum(losses, objective.decay)
     loss.backward()
-    return loss, metrics, {name: leaf.grad for name, leaf in draft.trainable().items() if leaf.grad is not None}
+    return (
+        loss,
+        metrics,
+        {name: leaf.grad for name, leaf in draft.trainable().items() if leaf.grad is not None},
+    )

@@ -80,7 +80,9 @@ class Attention(nn.Module):
         times = self.heads // self.kv_heads
         return x if times == 1 else x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
         """One unroll step; appends its keys and values to `past`, whose first entry is the causal block."""
         shifted = positions + len(past)
         query = self.rotary.turn(self.split(self.q_proj(x), self.heads), shifted)
@@ -91,14 +93,14 @@ class Attention(nn.Module):
         length, root = x.shape[1], math.sqrt(self.head_dim)
         (block_key, block_value), *extra = past
         scores = query @ block_key.transpose(2, 3) / root + mask
-        for own_key, _ in extra:
-            column = (query * own_key).sum(-1) / root
+        for step_keys, _ in extra:
+            column = (query * step_keys).sum(-1) / root
             scores = torch.cat([scores, column.unsqueeze(-1)], dim=-1)
         wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
         weights = functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
         out = weights[..., :length] @ block_value
-        for index, (_, own_value) in enumerate(extra):
-            out = out + weights[..., length + index].unsqueeze(-1) * own_value
+        for index, (_, step_values) in enumerate(extra):
+            out = out + weights[..., length + index].unsqueeze(-1) * step_values
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], self.heads * self.head_dim))
 
 
@@ -123,7 +125,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, embedded: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        past: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
         # The norms run in the old tool's order: autograd adds gradients in the order of the graph.
         normed = self.hidden_norm(hidden)
@@ -138,11 +145,15 @@ class Draft(nn.Module):
     t2d: Tensor
     d2t: Tensor
 
-    def __init__(self, config: DraftConfig, embed_tokens: Tensor | None, t2d: Tensor, d2t: Tensor) -> None:
+    def __init__(
+        self, config: DraftConfig, embed_tokens: Tensor | None, t2d: Tensor, d2t: Tensor
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if embed_tokens is not None:
-            self.embed_tokens.weight = nn.Parameter(embed_tokens.detach().clone(), requires_grad=False)
+            self.embed_tokens.weight = nn.Parameter(
+                embed_tokens.detach().clone(), requires_grad=False
+            )
         self.midlayer = Layer(config)
         self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -45,7 +45,9 @@ def full_logits(target: Tensor, head: Tensor, t2d: Tensor) -> tuple[Tensor, Tens
     return logits[..., t2d], torch.logsumexp(logits, dim=-1, keepdim=True), logits.argmax(-1)
 
 
-def compact_logits(target: Tensor, head: Tensor, t2d: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def compact_logits(
+    target: Tensor, head: Tensor, t2d: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same three with a running maximum and sum over chunks of the vocabulary."""
     draft = at_least_fp32(functional.linear(target, head[t2d]))
     top = draft.new_full((*target.shape[:-1], 1), float("-inf"))
@@ -63,10 +65,14 @@ def compact_logits(target: Tensor, head: Tensor, t2d: Tensor, chunk: int) -> tup
 
 @torch.no_grad()
 def make_teacher(
-    target: Tensor, head: Tensor, t2d: Tensor, loss_mask: Tensor, steps: int, chunk: int | None
+    target: Tensor, head: Tensor, t2d: Tensor, row_mask: Tensor, steps: int, chunk: int | None
 ) -> Teacher:
-    """`target` is already shifted, `loss_mask` is `(B, S, 1)`; `chunk` None computes all logits at once."""
-    parts = full_logits(target, head, t2d) if chunk is None else compact_logits(target, head, t2d, chunk)
+    """`target` is already shifted, `row_mask` is `(B, S, 1)`; `chunk` None computes all logits at once."""
+    parts = (
+        full_logits(target, head, t2d)
+        if chunk is None
+        else compact_logits(target, head, t2d, chunk)
+    )
     logits, normalizer, token = parts
     p = torch.softmax(logits, dim=-1)
     q = torch.exp(logits - normalizer)
@@ -74,7 +80,7 @@ def make_teacher(
         p=functional.pad(p, (0, 0, 0, steps), value=1 / p.shape[-1]),
         q=functional.pad(q, (0, 0, 0, steps)),
         token=functional.pad(token, (0, steps)),
-        position_mask=t2d[token].unsqueeze(-1).int() * loss_mask,
+        position_mask=t2d[token].unsqueeze(-1).int() * row_mask,
     )
 
 
@@ -91,7 +97,9 @@ def average(x: Tensor, mask: Tensor) -> Tensor:
     return (x * weight).sum() / weight.sum().clamp_min(1e-8)
 
 
-def step_loss(logits: Tensor, p: Tensor, q: Tensor, mask: Tensor, n: Tensor | None, config: ObjectiveConfig) -> Tensor:
+def step_loss(
+    logits: Tensor, p: Tensor, q: Tensor, mask: Tensor, n: Tensor | None, config: ObjectiveConfig
+) -> Tensor:
     """KL, or a loss by acceptance as the old tool states it: a row without acceptance divides zero by zero."""
     if config.loss == "kl":
         return kl(logits, p, mask, n)
@@ -104,12 +112,12 @@ def step_loss(logits: Tensor, p: Tensor, q: Tensor, mask: Tensor, n: Tensor | No
     return share * kl(logits, p, mask, n) + (1 - share) * (1 - mean)
 
 
-def mask_counts(loss_mask: Tensor, steps: int) -> Tensor:
+def mask_counts(row_mask: Tensor, steps: int) -> Tensor:
     """`(K,)` fp32: rows trained at each step, at least 1."""
     counts = []
     for _ in range(steps):
-        counts.append(loss_mask.sum().clamp_min(1))
-        loss_mask = shift(loss_mask)
+        counts.append(row_mask.sum().clamp_min(1))
+        row_mask = shift(row_mask)
     return torch.stack(counts).float()
 
 
@@ -122,22 +130,28 @@ def weighted_sum(losses: list[Tensor], decay: float) -> Tensor:
     return total
 
 
-def forward(draft: Draft, head: Tensor, batch: Batch, config: ObjectiveConfig) -> tuple[list[Tensor], Metrics]:
+def forward(
+    draft: Draft, head: Tensor, batch: Batch, config: ObjectiveConfig
+) -> tuple[list[Tensor], Metrics]:
     """The K losses before the decay, with their graph, and the metrics.
 
     Raises:
         AssertionError: a loss mask that is not `(B, S)`.
     """
-    assert batch.loss_mask.shape == batch.input_ids.shape
+    assert batch.row_mask.shape == batch.input_ids.shape
     steps, length = config.ttt_length, batch.input_ids.shape[1]
-    loss_mask, tokens = batch.loss_mask.unsqueeze(-1), shift(batch.input_ids)
+    row_mask, tokens = batch.row_mask.unsqueeze(-1), shift(batch.input_ids)
     chunk = config.teacher_chunk if config.teacher == "compact" else None
-    teacher = make_teacher(shift(batch.last_hidden), head, draft.t2d, loss_mask, steps, chunk)
+    teacher = make_teacher(shift(batch.last_hidden), head, draft.t2d, row_mask, steps, chunk)
     position_mask = teacher.position_mask
-    counts = mask_counts(batch.loss_mask, steps) if batch.n is None else batch.n
+    counts = mask_counts(batch.row_mask, steps) if batch.row_counts is None else batch.row_counts
 
     hidden = draft.fc(batch.aux_hidden)
-    positions = torch.arange(length, device=hidden.device)[None] if batch.position_ids is None else batch.position_ids
+    positions = (
+        torch.arange(length, device=hidden.device)[None]
+        if batch.position_ids is None
+        else batch.position_ids
+    )
     bias = bias_mask(batch.attention_mask, hidden.dtype)
     past: list[tuple[Tensor, Tensor]] = []
     losses, steps_seen = [], []
@@ -150,8 +164,8 @@ def forward(draft: Draft, head: Tensor, batch: Batch, config: ObjectiveConfig) -
         p, q = teacher.p[:, window], teacher.q[:, window]
         losses.append(step_loss(logits, p, q, position_mask.squeeze(-1), n, config))
         with torch.no_grad():
-            steps_seen.append(observe(draft, logits, teacher, window, loss_mask, position_mask))
-        tokens, loss_mask, position_mask = shift(tokens), shift(loss_mask), shift(position_mask)
+            steps_seen.append(observe(draft, logits, teacher, window, row_mask, position_mask))
+        tokens, row_mask, position_mask = shift(tokens), shift(row_mask), shift(position_mask)
     return losses, summarize(losses, steps_seen)
 
 
@@ -160,19 +174,24 @@ class Step(NamedTuple):
 
     hit: Tensor
     accepted: Tensor
-    loss_mask: Tensor
+    row_mask: Tensor
     position_mask: Tensor
 
 
 def observe(
-    draft: Draft, logits: Tensor, teacher: Teacher, window: slice, loss_mask: Tensor, position_mask: Tensor
+    draft: Draft,
+    logits: Tensor,
+    teacher: Teacher,
+    window: slice,
+    row_mask: Tensor,
+    position_mask: Tensor,
 ) -> Step:
     """Per row: whether the draft's first choice is the target's, and the chance that a sample is accepted."""
     choice = logits.argmax(-1)
     hit = choice + draft.d2t[choice] == teacher.token[:, window]
     probability = torch.softmax(at_least_fp32(logits), dim=-1)
     accepted = torch.minimum(teacher.q[:, window], probability).sum(-1)
-    return Step(hit, accepted, loss_mask.squeeze(-1), position_mask.squeeze(-1))
+    return Step(hit, accepted, row_mask.squeeze(-1), position_mask.squeeze(-1))
 
 
 @torch.no_grad()
@@ -182,15 +201,19 @@ def summarize(losses: list[Tensor], steps: list[Step]) -> Metrics:
     sampled_chain = torch.ones_like(steps[0].accepted)
     greedy, sampled = torch.zeros_like(greedy_chain), torch.zeros_like(sampled_chain)
     for step in steps:
-        greedy_chain = greedy_chain * (step.hit * step.loss_mask)
-        sampled_chain = sampled_chain * (step.accepted * step.loss_mask)
+        greedy_chain = greedy_chain * (step.hit * step.row_mask)
+        sampled_chain = sampled_chain * (step.accepted * step.row_mask)
         greedy, sampled = greedy + greedy_chain, sampled + sampled_chain
     return Metrics(
         losses=torch.stack([loss.detach() for loss in losses]),
-        correct=torch.stack([(step.hit * step.loss_mask).sum() for step in steps]),
-        rows=torch.stack([step.loss_mask.sum() for step in steps]),
-        accept=torch.stack([(step.accepted * step.position_mask.to(step.accepted.dtype)).sum() for step in steps]),
-        accept_rows=torch.stack([step.position_mask.to(step.accepted.dtype).sum() for step in steps]),
+        correct=torch.stack([(step.hit * step.row_mask).sum() for step in steps]),
+        rows=torch.stack([step.row_mask.sum() for step in steps]),
+        accept=torch.stack(
+            [(step.accepted * step.position_mask.to(step.accepted.dtype)).sum() for step in steps]
+        ),
+        accept_rows=torch.stack(
+            [step.position_mask.to(step.accepted.dtype).sum() for step in steps]
+        ),
         greedy=greedy.sum().float(),
         sampled=sampled.sum().float(),
     )

@@ -21,7 +21,9 @@ class LegacyCosine:
     without a warm-up.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, base: float, total: int, warmup: int) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, base: float, total: int, warmup: int
+    ) -> None:
         self.group, self.base, self.warmup, self.count = optimizer.param_groups[0], base, warmup, 0
         self.cosine = CosineAnnealingLR(optimizer, total - warmup)
         self.set_rate()
@@ -44,8 +46,16 @@ class LegacyCosine:
 class ClosedCosine:
     """Linear warm-up, then `base * (1 + cos(pi * t / T)) / 2`, zero after the end."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, base: float, total: int, warmup: int) -> None:
-        self.group, self.base, self.total, self.warmup, self.count = optimizer.param_groups[0], base, total, warmup, 0
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, base: float, total: int, warmup: int
+    ) -> None:
+        self.group, self.base, self.total, self.warmup, self.count = (
+            optimizer.param_groups[0],
+            base,
+            total,
+            warmup,
+            0,
+        )
         self.set_rate()
 
     def set_rate(self) -> None:
@@ -69,7 +79,9 @@ class Trainer:
     def __init__(self, config: Config, draft: Draft, head: Tensor) -> None:
         choice = config.optimizer
         self.config, self.draft, self.head = config, draft, head
-        self.masters = {name: at_least_fp32(leaf.detach()).clone() for name, leaf in draft.trainable().items()}
+        self.masters = {
+            name: at_least_fp32(leaf.detach()).clone() for name, leaf in draft.trainable().items()
+        }
         self.optimizer = torch.optim.AdamW(
             list(self.masters.values()),
             lr=choice.learning_rate,
@@ -81,7 +93,9 @@ class Trainer:
         warmup = int(choice.warmup_ratio * config.train.steps)
         self.schedule = schedule(self.optimizer, choice.learning_rate, config.train.steps, warmup)
 
-    def gradients(self, micro_batches: list[Batch]) -> tuple[Tensor, list[Metrics], dict[str, Tensor]]:
+    def gradients(
+        self, micro_batches: list[Batch]
+    ) -> tuple[Tensor, list[Metrics], dict[str, Tensor]]:
         """Loss, metrics per micro-batch, gradients added in the compute dtype ("legacy") or in fp32."""
         objective, total, seen = self.config.objective, torch.zeros((), device=self.head.device), []
         leaves = self.draft.trainable()
@@ -111,7 +125,9 @@ class Trainer:
         """Clip, AdamW, schedule, cast back; returns the norm before the clip and the rate that was applied."""
         for name, master in self.masters.items():
             master.grad = gradients[name].clone()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.optimizer.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.masters.values(), self.config.optimizer.max_grad_norm
+        )
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.schedule.step()
@@ -128,4 +144,7 @@ class Trainer:
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """AdamW's first and second moment per leaf."""
         state = self.optimizer.state
-        return {name: (state[leaf]["exp_avg"], state[leaf]["exp_avg_sq"]) for name, leaf in self.masters.items()}
+        return {
+            name: (state[leaf]["exp_avg"], state[leaf]["exp_avg_sq"])
+            for name, leaf in self.masters.items()
+        }

@@ -14,7 +14,9 @@ _BLOCK, _WARPS = 4096, 8
 tl: Any = None  # triton.language, once `_kernels` has run: the kernels' names are looked up in this module
 
 
-def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def score(
+    logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fused.score` of bf16, fp16 or fp32 logits; on CUDA, or interpreted on the CPU. Overwrites `logits`.
 
     Args:
@@ -28,12 +30,16 @@ def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> tuple[Tensor,
     """
     (k, labels, columns), size = logits.shape, z.shape[1]
     teach, grade = _kernels()
-    every, ours, kl, accept = (logits.new_empty(n, dtype=torch.float32) for n in (labels, labels, *(k * labels,) * 2))
+    every, ours, kl, accept = (
+        logits.new_empty(n, dtype=torch.float32) for n in (labels, labels, *(k * labels,) * 2)
+    )
     token, said = (logits.new_empty(n, dtype=torch.int64) for n in (labels, k * labels))
     width = {"BLOCK": min(_BLOCK, 1 << (size - 1).bit_length()), "num_warps": _WARPS}
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         teach[(labels,)](z, kept, every, ours, token, size, columns, **width)
-        grade[(labels * k,)](logits, z, kept, every, ours, kl, said, accept, k, labels, size, columns, **width)
+        grade[(labels * k,)](
+            logits, z, kept, every, ours, kl, said, accept, k, labels, size, columns, **width
+        )
     kl, said, accept = (x.view(k, labels) for x in (kl, said, accept))
     return kl, kept[said] == token, accept, t2d[token]
 
@@ -56,7 +62,9 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
             column = start + tl.arange(0, BLOCK)
             x = tl.load(z + column, mask=column < size, other=float("-inf")).to(tl.float32)
             best = tl.max(x, axis=0)
-            place = tl.where(best > top, tl.min(tl.where(x == best, column, size - 1), axis=0), place)
+            place = tl.where(
+                best > top, tl.min(tl.where(x == best, column, size - 1), axis=0), place
+            )
             higher = tl.maximum(top, best)
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
             top = higher
@@ -75,7 +83,21 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
         tl.store(ours + label, top + tl.log(total))
 
     @triton.jit
-    def grade(logits, z, kept, every, ours, kl, said, accept, steps, labels, size, columns, BLOCK: tl.constexpr):  # pyright: ignore
+    def grade(
+        logits,
+        z,
+        kept,
+        every,
+        ours,
+        kl,
+        said,
+        accept,
+        steps,
+        labels,
+        size,
+        columns,
+        BLOCK: tl.constexpr,
+    ):  # pyright: ignore
         """A student row against its label: KL, largest logit's place, acceptance; the gradient over the logits.
 
         Steps run fastest: the rows of one label read the same teacher's row one after another, out of the cache.
@@ -99,7 +121,9 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
             p = tl.exp(tl.load(z + at, mask=real, other=float("-inf")).to(tl.float32) - our_sum)
             dot += tl.sum(p * tl.where(real, x, 0.0), axis=0)
             best = tl.max(x, axis=0)
-            place = tl.where(best > top, tl.min(tl.where(x == best, column, columns - 1), axis=0), place)
+            place = tl.where(
+                best > top, tl.min(tl.where(x == best, column, columns - 1), axis=0), place
+            )
             higher = tl.maximum(top, best)
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
             top = higher

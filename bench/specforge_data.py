@@ -1,0 +1,127 @@
+"""What the old tool reads, made of what `eagle3fn extract` wrote.
+
+    python -m bench.specforge_data --target FOLDER --features FOLDER --conversations JSONL --out FOLDER --draft-vocab 8192
+
+`OUT/target` is the target with an untied head and an index file, without which the old tool's head cannot be loaded;
+`OUT/features` a `.ckpt` a sample; `OUT/conversations.jsonl` plain text; `OUT/draft.json` its draft's configuration.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import open_text, read_json, whole_folder, write_json
+from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.target import target_config
+
+HEAD, EMBED, SHARD = (
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    "model-00001-of-00001.safetensors",
+)
+
+
+def untie(source: Path, out: Path) -> None:
+    """A copy of a single-file target whose head is a tensor of its own, with an index.
+
+    Raises:
+        UserError: no `model.safetensors`, or no embedding in it.
+    """
+    weights = source / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file; name a target of one safetensors file")
+    tensors = load_file(weights)
+    if EMBED not in tensors:
+        raise UserError(f"{weights}: no tensor {EMBED}; name a causal language model")
+    tensors.setdefault(HEAD, tensors[EMBED].clone())
+    with whole_folder(out) as folder:
+        save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, SHARD)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for path in source.iterdir():
+            if path.is_file() and path.name not in ("model.safetensors", "config.json"):
+                shutil.copy(path, folder)
+        config = read_json(source / "config.json") | {"tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_ckpts(features: Path, out: Path) -> int:
+    """Every sample as the old tool's file; returns how many. Names sort in the folder's order."""
+    opened = open_features(features)
+    with whole_folder(out) as folder:
+        for number in range(len(opened.samples)):
+            ids, mask, aux, last = read_sample(opened, number)
+            tree = {
+                "input_ids": ids,
+                "loss_mask": mask,
+                "hidden_state": last[None],
+                "aux_hidden_state": aux[None],
+            }
+            torch.save(
+                {name: value.clone() for name, value in tree.items()},
+                folder / f"data_{number:06d}.ckpt",
+            )
+    return len(opened.samples)
+
+
+def draft_tree(tree: dict[str, Any], size: int) -> dict[str, Any]:
+    """The draft's configuration as the old tool's JSON files write it."""
+    draft = draft_config_from_target(tree, "target", size)
+    names = (
+        *(
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+        ),
+        *(
+            "draft_vocab_size",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "initializer_range",
+        ),
+    )
+    fixed = {
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    return {"architectures": ["LlamaForCausalLMEagle3"], **fixed} | {
+        name: getattr(draft, name) for name in names
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("target", "features", "conversations", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--draft-vocab", type=int, default=8192)
+    options = parser.parse_args()
+    try:
+        tree, out = target_config(options.target), options.out
+        untie(options.target, out / "target")
+        count = write_ckpts(options.features, out / "features")
+        write_json(out / "draft.json", draft_tree(tree, options.draft_vocab))
+        with open_text(options.conversations) as file:
+            (out / "conversations.jsonl").write_text(file.read(), encoding="utf-8")
+    except (UserError, OSError) as error:
+        sys.exit(f"bench.specforge_data: {error}")
+    print(f"{out}: {count} samples, target, draft.json, conversations.jsonl")
+
+
+if __name__ == "__main__":
+    main()

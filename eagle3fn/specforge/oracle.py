@@ -1,0 +1,290 @@
+"""The old tool, SpecForge, run in this process as the oracle.
+
+`SPECFORGE_SRC` names a checkout at the commit of its pull request 600; without it the wheel stands in, for forward
+and backward only. Either is identified by the hashes of the files that are used, never by its version number.
+
+Level 1 of the comparison: the old loss is its own Triton kernel, and the other side uses ours. Level 2: that kernel
+is replaced on its side by the same eager expression that the other side uses (`eager_loss`); its claim is everything
+but the kernel.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle3fn.base.config import ObjectiveConfig
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.results import Result
+
+COMMIT = "7a81ce53a0381c6438fd19d6e247d34c68497012"
+COMMIT_FILES = {  # sha256 at COMMIT
+    "core/eagle3.py": "6c11e822a1b4706f9dd2b13ff52557c09338d0d3bd5ca4019351f1c4012a71a7",
+    "core/eagle3_adapters.py": "ec42b262412e8dc528d379879e837f6b6e573c904cd8cc6c74bb4b95947fc312",
+    "core/loss.py": "860c42f0fe4312b94093c8abf58e1312c82fb74d6932d0639f8b63c640e696a2",
+    "core/lk_loss.py": "d40dca2a2535becc0d3840d96bd2c503875697131b505ab08f78bfc6ae6d3e9a",
+    "core/compact_teacher.py": "c07e3eae487cac34d04af661d3487cb042355ea28fc32d12c47a4f956a4c540f",
+    "modeling/draft/base.py": "51c7746373c643342f190bc2c6ad97a34db19cb3b5f3e45f3ab3ca4bf1cd0856",
+    "modeling/draft/llama3_eagle.py": "fe53249c254c616d67a9de5b3d0931ddb122c259348d73c01679d59353a6e656",
+    "modeling/_mask_utils.py": "564ad8e78563e94be90512b103ecadb88c533d988cf3d49f373d6bdb2f7eb2d1",
+    "optimizer.py": "f0aedfad5fe11100470e7f49518b20d439cf47ec9afc195af089dfeca3affc54",
+    "lr_scheduler.py": "288dd6b474765a8708d4579e2ab0d485e29326367eb119dba26b95b362356914",
+    "utils.py": "5325ba182b67ad690492b0560ede73877775aa66878cb540f30554046dc10364",
+}
+INSTALL = (
+    "set SPECFORGE_SRC to a checkout of github.com/sgl-project/SpecForge at "
+    f"{COMMIT[:12]} and pip install --no-deps triton==3.8.0 yunchang==0.6.4; "
+    "or, for forward and backward alone, also pip install --no-deps specforge==0.2.0"
+)
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
+LK = {"kl": None, "lk_alpha": "alpha", "lk_lambda": "lambda"}
+
+
+class Oracle(NamedTuple):
+    """Which old tool is at hand. `kind` "commit": every used file has the commit's hash."""
+
+    kind: Literal["commit", "checkout", "wheel"]
+    hashes: dict[str, str]
+    eagle3: ModuleType
+    draft: ModuleType
+    optimizer: ModuleType
+
+    @property
+    def digest(self) -> str:
+        """One sha256 over the names and hashes of the used files."""
+        return hashlib.sha256(repr(sorted(self.hashes.items())).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Kind, torch version, and the used files by hash."""
+        lines = [f"oracle: SpecForge, {self.kind}, torch {torch.__version__}"]
+        return "\n".join(
+            [*lines, *(f"  {value[:16]}  {name}" for name, value in self.hashes.items())]
+        )
+
+
+class OracleMissingError(Exception):
+    """Why there is no oracle, and what to install."""
+
+
+def load_oracle(*, commit: bool = False, native: bool = False) -> Oracle:
+    """The oracle at hand; with `commit`, nothing but the commit's own files.
+
+    Its Triton kernels are interpreted and dynamo is off; `native` (for CUDA) wants them compiled, and dynamo as it is.
+
+    Raises:
+        OracleMissingError: none is at hand, or torch was loaded without the oracle's environment.
+    """
+    oracle = _load(native)
+    if commit and oracle.kind != "commit":
+        raise OracleMissingError(
+            f"the oracle at hand is a {oracle.kind}, whose optimizer is another one: {INSTALL}"
+        )
+    return oracle
+
+
+@functools.cache
+def _load(native: bool) -> Oracle:
+    missing = any(os.environ.get(name) != value for name, value in ENVIRONMENT.items())
+    if (native and "TRITON_INTERPRET" in os.environ) or (missing and not native):
+        wanted = "no TRITON_INTERPRET" if native else str(ENVIRONMENT)
+        raise OracleMissingError(
+            f"the oracle needs {wanted} in the environment before torch is loaded"
+        )
+    source = os.environ.get("SPECFORGE_SRC")
+    if source:
+        if not (Path(source) / "specforge" / "optimizer.py").is_file():
+            raise OracleMissingError(
+                f"SPECFORGE_SRC={source}: no specforge/optimizer.py there; {INSTALL}"
+            )
+        sys.path.insert(0, source)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # its imports print
+            draft = importlib.import_module("specforge.modeling.draft.llama3_eagle")
+            eagle3 = _first("specforge.core.eagle3", "specforge.algorithms.eagle3.model")
+            optimizer = importlib.import_module("specforge.optimizer")
+    except Exception as error:  # with other versions of its dependencies not an ImportError alone
+        raise OracleMissingError(
+            f"SpecForge cannot be imported ({type(error).__name__}: {error}): {INSTALL}"
+        ) from None
+    root = Path(str(optimizer.__file__)).parent
+    names = [name for name in COMMIT_FILES if (root / name).is_file()]
+    if eagle3.__file__ and root / "core/eagle3.py" != Path(eagle3.__file__):
+        names.insert(0, str(Path(eagle3.__file__).relative_to(root)))
+    hashes = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names}
+    kind = "commit" if hashes == COMMIT_FILES else "checkout" if source else "wheel"
+    return Oracle(kind, hashes, eagle3, draft, optimizer)
+
+
+def _first(*names: str) -> ModuleType:
+    for name in names[:-1]:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+    return importlib.import_module(names[-1])
+
+
+class EagerLoss:
+    """What replaces the old kernel on its side: the expression of both sides, over all rows."""
+
+    @staticmethod
+    def apply(logits: Tensor, p: Tensor, mask: Tensor) -> Tensor:
+        """The mean over all rows of `(B, S, D)` logits against `p`; `mask` is `(B, S, 1)`."""
+        logp = torch.log_softmax(logits.float(), dim=-1)
+        row = -(p * logp).sum(-1) * mask.squeeze(-1).float()
+        return row.mean()
+
+
+@contextlib.contextmanager
+def eager_loss(oracle: Oracle) -> Iterator[None]:
+    """Level 2: the old model computes its loss with `EagerLoss` while this is open."""
+    module: Any = oracle.eagle3
+    kernel = module.LogSoftmaxLoss
+    module.LogSoftmaxLoss = EagerLoss
+    try:
+        yield
+    finally:
+        module.LogSoftmaxLoss = kernel
+
+
+def old_draft(
+    oracle: Oracle, config: DraftConfig, params: Params, frozen: Frozen, attention: str = "sdpa"
+) -> torch.nn.Module:
+    """The old draft model with these weights, on their device and in their dtype, under this attention backend.
+
+    It knows only drafts as wide as their target.
+    """
+    from transformers import LlamaConfig
+
+    llama = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=1,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        num_hidden_layers=1,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=False,
+    )
+    # Set behind the check of LlamaConfig, which refuses heads that don't divide the hidden size.
+    llama.num_attention_heads = config.num_attention_heads
+    llama.num_key_value_heads = config.num_key_value_heads
+    llama.rope_scaling = None
+    llama.rope_theta = config.rope_theta
+    llama.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
+    llama.draft_vocab_size = config.draft_vocab_size
+    with contextlib.redirect_stdout(io.StringIO()):
+        draft = oracle.draft.LlamaForCausalLMEagle3(llama, attention_backend=attention)
+    assert frozen.embed_tokens is not None
+    draft.to(params["fc.weight"])
+    with torch.no_grad():
+        for name, leaf in draft.named_parameters():
+            leaf.copy_(frozen.embed_tokens if name == "embed_tokens.weight" else params[name])
+        draft.t2d.copy_(frozen.t2d)
+        draft.d2t.copy_(frozen.d2t)
+    draft.freeze_embedding()
+    return draft
+
+
+class OldForward(NamedTuple):
+    """The old model's seven lists, those that are compared."""
+
+    losses: list[Tensor]
+    acceptance: list[Tensor]
+    correct: list[Tensor]
+    rows: list[Tensor]
+
+
+def old_forward(
+    oracle: Oracle,
+    draft: torch.nn.Module,
+    frozen: Frozen,
+    batch: Batch,
+    objective: ObjectiveConfig,
+    attention: str = "sdpa",
+) -> OldForward:
+    """`OnlineEagle3Model.forward`; the shifts before it are its callers' (data and target side).
+
+    Of `objective`, unroll length, teacher and loss are taken; it divides by all rows whatever is asked.
+    """
+    loss = {
+        "kl_scale": objective.kl_scale,
+        "kl_decay": objective.kl_decay,
+        "lk_loss_type": LK[objective.loss],
+    }
+    length = objective.ttt_length
+    model = oracle.eagle3.OnlineEagle3Model(
+        draft, length=length, attention_backend=attention, **loss
+    )
+    target = _left(batch.last_hidden)
+    full = objective.teacher == "full"
+    compact = (
+        {}
+        if full
+        else {"target_hidden_for_compact": target, "target_head_weight": frozen.target_head}
+    )
+    result = model(
+        input_ids=_left(batch.input_ids),
+        attention_mask=batch.attention_mask,
+        target=torch.nn.functional.linear(target, frozen.target_head) if full else None,
+        loss_mask=batch.row_mask[..., None],
+        hidden_states=batch.aux_hidden,
+        position_ids=batch.position_ids,
+        compact_teacher_chunk_size=objective.teacher_chunk,
+        **compact,
+    )
+    return OldForward(losses=result[0], acceptance=result[1], correct=result[3], rows=result[4])
+
+
+def _left(x: Tensor) -> Tensor:
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+def run_oracle(
+    oracle: Oracle,
+    case: Case,
+    level: Literal[1, 2] = 2,
+    attention: str = "sdpa",
+    device: str = "cpu",
+) -> Result:
+    """Everything that is compared, from the old tool, by name; gradients under their leaf's.
+
+    At level 1 it computes its loss with its own Triton kernel, at level 2 with `EagerLoss`.
+    """
+    frozen, params, batch = (
+        on(device, x) for x in (tiny_frozen(case), tiny_params(case), tiny_batch(case))
+    )
+    objective = case.config().objective
+    draft = old_draft(oracle, case.draft(), params, frozen, attention)
+    with eager_loss(oracle) if level == 2 else contextlib.nullcontext():
+        result = old_forward(oracle, draft, frozen, batch, objective, attention)
+    start = torch.zeros((), device=device)
+    loss: Any = sum(
+        (objective.decay**i * value for i, value in enumerate(result.losses)), start=start
+    )
+    loss.backward()
+    seen = {
+        "loss": loss.detach(),
+        "losses": torch.stack([value.detach() for value in result.losses]),
+        "acceptance": torch.stack(result.acceptance),
+        "correct": torch.stack(result.correct),
+        "rows": torch.stack(result.rows),
+    }
+    return seen | {
+        name: leaf.grad for name, leaf in draft.named_parameters() if leaf.grad is not None
+    }

@@ -1,0 +1,117 @@
+"""Masks over assistant turns, by spans and by the template's own marks; malformed rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.data.chat import describe_mask, encode, end_marks, messages_of
+from tests.data_tools import CHATML, MARKED, talk, tiny_tokenizer
+
+SPANS, MARKS = tiny_tokenizer(CHATML), tiny_tokenizer(MARKED)
+RESHAPING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and loop.last %}"
+    "{{ '<think></think>' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+
+
+def supervised(tokenizer, ids, mask):
+    return tokenizer.decode(ids[mask == 1].tolist())
+
+
+@given(st.lists(TEXTS, min_size=2, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_the_mask_is_the_answers_with_their_end_tokens(texts):
+    ids, mask = encode(SPANS, talk(*texts), "x")
+    assert supervised(SPANS, ids, mask) == "".join(text + "<|im_end|>" for text in texts[1::2])
+    assert ids.dtype == mask.dtype == torch.int64 and ids.shape == mask.shape
+    marked = encode(MARKS, talk(*texts), "x")
+    assert torch.equal(ids, marked[0]) and torch.equal(mask, marked[1])
+
+
+def test_a_template_that_writes_the_last_answer_otherwise_is_followed():
+    tokenizer = tiny_tokenizer(RESHAPING)
+    ids, mask = encode(tokenizer, talk("a", "one", "b", "two"), "x")
+    assert supervised(tokenizer, ids, mask) == "one<|im_end|><think></think>two<|im_end|>"
+
+
+def test_the_templates_own_marks_win():
+    own = MARKED.replace(
+        "{{ m['content'] + '<|im_end|>' }}{% endgen", "{{ m['content'] }}{% endgen"
+    )
+    tokenizer = tiny_tokenizer(own)
+    assert supervised(tokenizer, *encode(tokenizer, talk("a", "one", "b", "two"), "x")) == "onetwo"
+
+
+def test_an_answer_before_any_question_is_not_supervised():
+    turns = [{"role": "assistant", "content": "hello"}, *talk("a", "b")]
+    ids, mask = encode(SPANS, turns, "x")
+    assert supervised(SPANS, ids, mask) == "b<|im_end|>"
+
+
+def test_end_marks_are_what_stands_behind_answers():
+    assert end_marks(SPANS) == ["<|im_end|>"]
+
+
+def test_described_masks_show_what_is_supervised():
+    ids, mask = encode(SPANS, talk("a", "bcd"), "x")
+    assert "⟦bcd<|im_end|>⟧" in describe_mask(SPANS, ids, mask)
+    assert describe_mask(SPANS, ids, torch.zeros_like(mask)).count("⟦") == 0
+    assert len(describe_mask(SPANS, *encode(SPANS, talk("a" * 5000, "b" * 5000), "x"))) < 500
+
+
+def test_templates_that_cannot_be_followed_are_refused():
+    broken = CHATML.replace(
+        "<|im_start|>assistant\n' }}{% endif", "<|im_start|>assistant\n<think>' }}{% endif"
+    )
+    with pytest.raises(UserError, match=r"c.jsonl:4: turn 2.*generation"):
+        encode(tiny_tokenizer(broken), talk("a", "b"), "c.jsonl:4")
+    with pytest.raises(UserError, match=r"no chat template; take an instruction-tuned target"):
+        encode(tiny_tokenizer(None), talk("a", "b"), "c.jsonl:4")
+    strict = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match=r"c.jsonl:4: .*roles must alternate.*mend or delete"):
+        encode(tiny_tokenizer(strict), talk("a", "b"), "c.jsonl:4")
+
+
+def test_both_styles_of_rows_are_read():
+    turns = talk("a", "b")
+    shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert messages_of({"conversations": turns}, "x") == turns
+    assert messages_of({"messages": turns}, "x") == turns
+    assert messages_of({"conversations": shared}, "x") == turns
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ([], "no list of turns; a row must read"),
+        ({}, "no list of turns; a row must read"),
+        ({"conversations": []}, "no list of turns"),
+        ({"conversations": "hi"}, "no list of turns"),
+        ({"conversations": ["hi"]}, "turn 1: 'hi': must be.*mend or delete"),
+        (
+            {"conversations": [{"role": "bot", "content": "x"}]},
+            "turn 1: role 'bot': must be one of.*mend or delete",
+        ),
+        ({"conversations": [{"role": ["a"], "content": "x"}]}, "turn 1: role .*mend or delete"),
+        ({"conversations": [{"content": "x"}]}, "turn 1: role None"),
+        (
+            {"conversations": [{"role": "user"}]},
+            "turn 1: content None: must be a string.*mend or delete",
+        ),
+        (
+            {"conversations": [*talk("a"), {"role": "assistant", "content": 7}]},
+            "turn 2: content 7: must be a string",
+        ),
+        (
+            {"conversations": talk("a", "b \ud83d c")},
+            r"turn 2: content 'b \\ud83d c': .*UTF-8.*mend or delete",
+        ),
+    ],
+)
+def test_malformed_rows_are_named(row, named):
+    with pytest.raises(UserError, match=f"c.jsonl:4.*{named}"):
+        messages_of(row, "c.jsonl:4")

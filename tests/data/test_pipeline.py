@@ -1,0 +1,173 @@
+"""Laws of the sample order, the batch generator and reading ahead."""
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, DistributedSampler
+
+from eagle3fn.base.config import Config, DataConfig, ObjectiveConfig, TrainConfig
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.errors import UserError
+from eagle3fn.data.collate import align_mask
+from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.pipeline import batches, indices_of, order, prefetch, sample_indices, split
+from tests.data_tools import random_sample, write_folder
+
+DRAFT = DraftConfig(4, 8, 1, 1, 4, 50, 20, 4, 64)
+
+
+def config(global_batch=4, micro_batch=2, seed=3):
+    data = DataConfig(max_length=6, global_batch=global_batch, micro_batch=micro_batch)
+    return Config(DRAFT, ObjectiveConfig(ttt_length=3), data=data, train=TrainConfig(seed=seed))
+
+
+@given(st.integers(1, 40), st.integers(0, 99), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_an_epoch_holds_every_sample_once(n, seed, epoch):
+    assert sorted(order(n, seed, epoch)) == list(range(n))
+    assert order(n, seed, epoch) == order(n, seed, epoch)
+
+
+def test_seed_and_epoch_change_the_order():
+    orders = {tuple(order(30, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+@given(st.integers(1, 12), st.integers(1, 7), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_steps_cut_the_epochs_laid_end_to_end(n, size, seed):
+    stream = [place for step in range(2 * n) for place in sample_indices(n, size, seed, step)]
+    epochs = [place for epoch in range(2 * size) for place in order(n, seed, epoch)]
+    assert stream == epochs
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_the_old_orders_are_those_of_torchs_sampler_and_loader(n, micro, share):
+    """`DistributedSampler`, its epoch counted from 1, under a `DataLoader` that drops the rest; or no shuffling."""
+    for kind, shuffle in (("legacy", True), ("stored", False)):
+        made = config(micro * share, micro)
+        made = replace(made, data=replace(made.data, order=kind))
+        if n < micro:
+            with pytest.raises(
+                UserError, match=f"data.micro_batch = {micro}: {n} samples fill no batch"
+            ):
+                indices_of(n, made, 0)
+            continue
+        places: Any = range(n)
+        sampler = DistributedSampler(places, num_replicas=1, rank=0, shuffle=shuffle)
+        loader = DataLoader(
+            places, batch_size=micro, sampler=sampler, drop_last=True, collate_fn=list
+        )
+        stream = []
+        for epoch in range(4):
+            sampler.set_epoch(epoch + 1)
+            stream += [place for batch in loader for place in batch]
+        steps = len(stream) // (micro * share)
+        ours = [place for step in range(steps) for place in indices_of(n, made, step)]
+        assert ours == stream[: len(ours)] and len(ours) == steps * micro * share
+
+
+def test_batches_follow_the_order(folder):
+    data = replace(config(2, 1).data, order="stored")
+    made = replace(config(2, 1), data=data)
+    found = [
+        batch.input_ids[0] for micro in batches(folder, [1, 3, 4], made, 0, 3) for batch in micro
+    ]
+    for place, ids in zip([1, 3, 4, 1, 3, 4], found, strict=True):
+        assert torch.equal(ids, read_sample(folder, place).input_ids[:6])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return open_features(write_folder(tmp_path / "f", [random_sample(5 + i, i) for i in range(7)]))
+
+
+def test_a_resumed_generator_gives_the_same_suffix(folder):
+    train, _ = split(7, 2)
+    whole = list(batches(folder, train, config(), 0, 5))
+    resumed = list(batches(folder, train, config(), 2, 5))
+    assert len(whole) == 5 and len(resumed) == 3
+    for left, right in zip(whole[2:], resumed, strict=True):
+        for a, b in zip(left, right, strict=True):
+            assert all(
+                torch.equal(x, y)
+                for x, y in zip(a, b, strict=True)
+                if x is not None and y is not None
+            )
+
+
+def test_micro_batches_hold_the_steps_samples_and_its_global_counts(folder):
+    chosen = [[0, 2, 4, 5, 6][place] for place in sample_indices(5, 4, 3, 1)]
+    (first, second), *_ = batches(folder, [0, 2, 4, 5, 6], config(), 1, 2)
+    samples = [read_sample(folder, number) for number in chosen]
+    rows = [
+        *zip(first.input_ids, first.attention_mask, strict=True),
+        *zip(second.input_ids, second.attention_mask, strict=True),
+    ]
+    assert [ids[real == 1].tolist() for ids, real in rows] == [
+        s.input_ids[:6].tolist() for s in samples
+    ]
+    masks = [align_mask(s.token_mask[:6], "serving") for s in samples]
+    wanted = [max(1, sum(int(mask[step:].sum()) for mask in masks)) for step in range(3)]
+    assert first.row_counts is not None and second.row_counts is not None
+    assert first.row_counts.tolist() == second.row_counts.tolist() == wanted
+
+
+def test_nothing_to_train_on_is_refused(folder):
+    with pytest.raises(UserError, match=r"no samples to train on.*held_out"):
+        next(batches(folder, [], config(), 0, 1))
+    with pytest.raises(UserError, match=r"held_out = 7.*below"):
+        split(7, 7)
+    with pytest.raises(UserError, match=r"held_out = -1: must be 0 or more"):
+        split(7, -1)
+
+
+def test_split_holds_out_the_last():
+    assert split(5, 2) == ([0, 1, 2], [3, 4])
+    assert split(2, 0) == ([0, 1], [])
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_prefetch_gives_the_same_items_and_raises_in_place(size):
+    def items():
+        yield from range(5)
+        raise OSError("disk")
+
+    assert list(prefetch(iter(range(9)), size)) == list(range(9))
+    seen = []
+    with pytest.raises(OSError, match=r"disk"):
+        for item in prefetch(items(), size):
+            seen.append(item)
+    assert seen == list(range(5))
+
+
+def test_prefetch_is_bounded_and_its_thread_ends_when_closed():
+    made, closed = [], []
+
+    def items():
+        try:
+            for item in range(1000):
+                made.append(item)
+                yield item
+        finally:
+            closed.append(True)
+
+    stream = prefetch(items(), 2)
+    assert next(stream) == 0
+    time.sleep(0.2)
+    assert 2 <= len(made) <= 4
+    stream.close()
+    assert closed == [True]
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_prefetch_passes_exceptions_as_items():
+    items = [ValueError("an item"), 1]
+    assert list(prefetch(iter(items), 1)) == items

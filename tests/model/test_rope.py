@@ -1,0 +1,97 @@
+"""RoPE tables of every variant against transformers' own frequencies, an independent source."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eagle3fn.base.draft_config import DraftConfig, draft_config_from_target
+from eagle3fn.model.rope import rope_table
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+VARIANTS = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {"rope_type": "llama3", **LLAMA3},
+    "llama3, one boundary": {
+        "rope_type": "llama3",
+        **LLAMA3,
+        "low_freq_factor": 3.9,
+        "high_freq_factor": 4.0,
+    },
+    "yarn": YARN,
+    "yarn, betas": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0},
+    "yarn, mscale": {**YARN, "mscale": 1.3, "mscale_all_dim": 0.7},
+    "yarn, factor": {**YARN, "attention_factor": 1.25},
+    "yarn, GPT-OSS": {**YARN, "factor": 32.0, "truncate": False},
+}
+LENGTH = 256
+
+
+def configs(name: str, theta: float, size: int):
+    """The variant in transformers' configuration, and the draft derived from that."""
+    from transformers import LlamaConfig
+
+    target = LlamaConfig(
+        hidden_size=2 * size, num_attention_heads=2, head_dim=size, intermediate_size=8, vocab_size=32,
+        max_position_embeddings=LENGTH, rope_parameters={"rope_theta": theta, **VARIANTS[name]},
+    )  # fmt: skip
+    return target, draft_config_from_target(target.to_dict(), name)
+
+
+def expected(target, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables from transformers' frequencies and factor, in its order of operations."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    kind = target.rope_parameters["rope_type"]
+    inverse, scale = LlamaRotaryEmbedding(target).inv_freq, 1.0
+    if kind != "default":
+        inverse, scale = ROPE_INIT_FUNCTIONS[kind](target, torch.device("cpu"), seq_len=length)
+    angles = torch.arange(length).float()[:, None] * inverse.float()
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+@pytest.mark.parametrize("size", [8, 64, 128])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tables_are_those_of_transformers(name: str, theta: float, size: int) -> None:
+    """Equal in fp32; yarn to rounding, as a quotient is formed in another order: one unit of an angle of 256."""
+    target, draft = configs(name, theta, size)
+    assert draft.rope_theta == theta
+    assert draft.rope_type == VARIANTS[name]["rope_type"]
+    ours = rope_table(draft, LENGTH, torch.float32, torch.device("cpu"))
+    bound = 2 * LENGTH * torch.finfo(torch.float32).eps if "yarn" in name else 0.0
+    for left, right in zip(ours, expected(target, LENGTH), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=bound)
+    plain = rope_table(
+        replace(draft, rope_scaling=None), LENGTH, torch.float32, torch.device("cpu")
+    )
+    assert name in ("default", "dynamic") or float((ours[0] - plain[0]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("size", [8, 128])
+def test_the_dynamic_variant_stretches_with_the_sequence(size: int) -> None:
+    """The unroll's positions behind the end don't count as its length."""
+    target, draft = configs("dynamic", 10_000.0, size)
+    for length in (200, 300, 1000):
+        ours = rope_table(draft, length + 7, torch.float32, torch.device("cpu"), beyond=7)
+        for left, right in zip(ours, expected(target, length), strict=True):
+            torch.testing.assert_close(left[:length], right, rtol=0, atol=0.0)
+
+
+def test_tables_are_cast_behind_the_computation() -> None:
+    draft: DraftConfig = configs("llama3", 500_000.0, 64)[1]
+    exact = rope_table(draft, LENGTH, torch.float32, torch.device("cpu"))
+    cast = rope_table(draft, LENGTH, torch.bfloat16, torch.device("cpu"))
+    assert all(
+        torch.equal(wide.bfloat16(), narrow) for wide, narrow in zip(exact, cast, strict=True)
+    )

@@ -1,0 +1,83 @@
+"""Starts ranks as forks of this process, which should have imported everything and computed nothing."""
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Ranks:
+    """The processes of one job, and the exit codes (negative for signals) of those that have ended."""
+
+    def __init__(self, work: Callable[[int], Any], count: int, log: Path) -> None:
+        """Fork `count` ranks that call `work(rank)` with torchrun's variables set.
+
+        What a rank prints goes to `log` with the rank's number behind it; it exits with what `work` returns, or 1.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        sys.stdout.flush()
+        self.pids: list[int] = []
+        self.codes: dict[int, int] = {}
+        for rank in range(count):
+            pid = os.fork()
+            if pid == 0:
+                _be_rank(work, rank, count, port, log.with_name(f"{log.name}{rank}"))
+            self.pids.append(pid)
+
+    def running(self) -> bool:
+        """True while any rank lives."""
+        for rank in set(range(len(self.pids))) - set(self.codes):
+            done, status = os.waitpid(self.pids[rank], os.WNOHANG)
+            if done:
+                self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return len(self.codes) < len(self.pids)
+
+    def send(self, rank: int, number: int) -> None:
+        """Send a rank a signal, if it has not ended."""
+        if self.running() and rank not in self.codes:
+            os.kill(self.pids[rank], number)
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """The ranks' exit codes once all have ended; None for those killed by us, which took longer."""
+        end = time.monotonic() + seconds
+        while self.running() and time.monotonic() < end:
+            time.sleep(0.005)
+        late = set(range(len(self.pids))) - set(self.codes)
+        for rank in late:
+            self.send(rank, signal.SIGKILL)
+        while self.running():
+            time.sleep(0.005)
+        return [None if rank in late else self.codes[rank] for rank in range(len(self.pids))]
+
+
+def _be_rank(work: Callable[[int], Any], rank: int, count: int, port: int, log: Path) -> None:
+    code = 1
+    try:
+        handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        if count > 1:
+            names = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": count,
+                "LOCAL_WORLD_SIZE": count,
+            }
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in (names | address).items()})
+        code = work(rank) or 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,275 @@
+"""An export says what serving engines read, and loads back as it was."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.tree import equal
+from eagle3fn.base.types import Frozen
+from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
+from eagle3fn.use.export import export, load_draft
+
+LAYERS = 8
+PLAIN = Case(dtype="float32")
+OWN = Case(target_hidden=20, hidden=16)
+FULL = Case(vocab=24, draft_vocab=24)
+
+
+def write(
+    folder, case: Case = PLAIN, dtype: torch.dtype = torch.float32, **changes
+) -> tuple[DraftConfig, Frozen]:
+    config, frozen = replace(case.draft(), **changes), tiny_frozen(case)
+    export(tiny_params(case), frozen, config, folder, LAYERS, dtype)
+    return config, frozen
+
+
+@pytest.mark.parametrize(
+    "case", [PLAIN, OWN, FULL], ids=["reduced", "own embedding", "full vocabulary"]
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_theta": 50_000.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"aux_layers": (0, 2, 7)},
+    ],
+    ids=["default", "theta", "scaled", "layers"],
+)
+def test_round_trip(tmp_path, case, changes):
+    config, frozen = write(tmp_path / "draft", case, **changes)
+    draft = load_draft(tmp_path / "draft", torch.float32)
+    assert draft.config == config
+    assert equal(draft.params, tiny_params(case))
+    assert list(draft.params) == list(tiny_params(case))
+    assert equal(draft.vocab._asdict(), {"t2d": frozen.t2d, "d2t": frozen.d2t})
+    if frozen.embed_tokens is None:
+        assert draft.embed_tokens is None
+    else:
+        assert draft.embed_tokens is not None
+        assert torch.equal(draft.embed_tokens, frozen.embed_tokens)
+
+
+def test_weights_as_engines_read_them(tmp_path):
+    _, frozen = write(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert set(tensors) == set(tiny_params(PLAIN)) | {"embed_tokens.weight", "d2t", "t2d"}
+    assert (tensors["d2t"].dtype, tensors["t2d"].dtype) == (torch.int64, torch.bool)
+    offsets = tensors["d2t"] + torch.arange(PLAIN.draft_vocab)
+    assert torch.equal(offsets, frozen.t2d.nonzero().flatten())
+    assert {v.dtype for k, v in tensors.items() if k not in ("d2t", "t2d")} == {torch.bfloat16}
+
+
+def test_full_vocabulary_has_no_maps(tmp_path):
+    write(tmp_path, FULL)
+    assert not {"d2t", "t2d"} & set(load_file(tmp_path / "model.safetensors"))
+
+
+def test_config_as_engines_read_it(tmp_path):
+    write(
+        tmp_path, dtype=torch.bfloat16, rope_theta=50_000.0, aux_layers=(1, 3, 4)
+    )  # the default of 8 layers
+    tree = json.loads((tmp_path / "config.json").read_text())
+    assert tree["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert (tree["model_type"], tree["num_hidden_layers"]) == ("llama", 1)
+    assert tree["rope_parameters"] == {"rope_type": "default", "rope_theta": 50_000.0}
+    assert (tree["rope_theta"], tree["rope_scaling"]) == (50_000.0, None)
+    assert tree["tie_word_embeddings"] is False
+    assert tree["draft_vocab_size"] == PLAIN.draft_vocab
+    assert tree["torch_dtype"] == tree["dtype"] == "bfloat16"
+    absent = {"target_hidden_size", "eagle_config", "eagle_aux_hidden_state_layer_ids"}
+    assert not absent & set(tree)
+
+
+def test_other_layers_and_size_are_written_for_all(tmp_path):
+    write(tmp_path, OWN, aux_layers=(0, 2, 7), rope_scaling={"type": "dynamic", "factor": 4.0})
+    tree = json.loads((tmp_path / "config.json").read_text())
+    assert tree["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 7]
+    assert tree["eagle_aux_hidden_state_layer_ids"] == [1, 3, 8]
+    assert tree["target_hidden_size"] == 20
+    assert tree["rope_scaling"] == {"type": "dynamic", "factor": 4.0}
+    assert (tree["rope_parameters"]["rope_type"], tree["rope_parameters"]["factor"]) == (
+        "dynamic",
+        4.0,
+    )
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def test_rope_that_not_all_load_is_refused_unless_asked_for(tmp_path):
+    with pytest.raises(UserError, match=r"'llama3'.*any_rope=True"):
+        write(tmp_path / "draft", rope_scaling=LLAMA3)
+    assert not (tmp_path / "draft").exists()
+    config = replace(PLAIN.draft(), rope_scaling=LLAMA3)
+    export(
+        tiny_params(PLAIN),
+        tiny_frozen(PLAIN),
+        config,
+        tmp_path / "draft",
+        LAYERS,
+        torch.float32,
+        any_rope=True,
+    )
+    assert load_draft(tmp_path / "draft", torch.float32).config == config
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path):
+    write(tmp_path / "draft")
+    before = (tmp_path / "draft" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"fc\.weight is missing"):
+        params = {name: value for name, value in tiny_params(PLAIN).items() if name != "fc.weight"}
+        export(params, tiny_frozen(PLAIN), PLAIN.draft(), tmp_path / "draft", LAYERS, torch.float32)
+    assert (tmp_path / "draft" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["draft"]
+
+
+def test_a_folder_of_something_else_is_kept(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match="not an exported draft"):
+        write(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years"
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def add(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("norm.weight"), r"norm\.weight is missing"),
+        (drop("d2t"), "d2t is missing"),
+        (add("extra.weight", torch.zeros(2)), r"extra\.weight is not a parameter"),
+        (add("fc.weight", torch.zeros(2, 2)), r"fc\.weight has shape \(2, 2\)"),
+        (
+            add("embed_tokens.weight", torch.zeros(2, 16)),
+            r"embed_tokens\.weight has shape \(2, 16\)",
+        ),
+        (add("d2t", torch.tensor(3)), r"d2t has shape \(\)"),
+        (add("d2t", torch.zeros(2, 8, dtype=torch.int64)), r"d2t has shape \(2, 8\)"),
+        (add("t2d", torch.tensor(True)), r"t2d has shape \(\)"),
+        (add("d2t", tiny_frozen(PLAIN).t2d.nonzero().flatten()), "must be offsets"),
+        (add("t2d", torch.ones(40, dtype=torch.bool)), "name different tokens"),
+    ],
+)
+def test_wrong_weights_are_refused_by_file(tmp_path, change, message):
+    write(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"model\.safetensors.*{message}"):
+        load_draft(tmp_path, torch.float32)
+
+
+def test_t2d_is_taken_from_d2t_where_it_is_missing(tmp_path):
+    _, frozen = write(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "t2d"}, tmp_path / "model.safetensors")
+    assert torch.equal(load_draft(tmp_path, torch.float32).vocab.t2d, frozen.t2d)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 8]}, "one above"),
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLMEagle3"),
+        ({"draft_vocab_size": 30}, "lm_head|d2t"),
+        ({"eagle_aux_hidden_state_layer_ids": 3}, "eagle_aux_hidden_state_layer_ids = 3"),
+        ({"eagle_aux_hidden_state_layer_ids": ["1", "3", "8"]}, "eagle_aux_hidden_state_layer_ids"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": 3}}, "eagle_config.*: 3"),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": "abc"}},
+            "eagle_aux_hidden_state_layer_ids",
+        ),
+        ({"eagle_config": [3]}, "eagle_config|aux_layers"),
+        ({"architectures": 3}, "architectures = 3"),
+        ({"hidden_size": "big"}, "hidden_size|not a number"),
+        ({"rope_scaling": [2]}, "rope_scaling"),
+    ],
+)
+def test_wrong_configs_are_refused(tmp_path, change, message):
+    write(tmp_path, aux_layers=(0, 2, 7))
+    tree = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(tree | change))
+    with pytest.raises(UserError, match=message) as caught:
+        load_draft(tmp_path, torch.float32)
+    assert "config.json" in str(caught.value) or "model.safetensors" in str(caught.value)
+
+
+def test_a_config_without_sizes_is_refused(tmp_path):
+    write(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    del tree["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"config\.json.*hidden_size"):
+        load_draft(tmp_path, torch.float32)
+
+
+def test_layers_given_as_inputs_alone_are_understood(tmp_path):
+    write(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(tree | {"eagle_aux_hidden_state_layer_ids": [1, 3, 8]})
+    )
+    assert load_draft(tmp_path, torch.float32).config.aux_layers == (0, 2, 7)
+
+
+def test_missing_or_damaged_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        load_draft(tmp_path, torch.float32)
+    write(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        load_draft(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{", None])
+def test_a_config_that_is_no_object_is_named(tmp_path, text):
+    write(tmp_path)
+    file = tmp_path / "config.json"
+    file.unlink()
+    file.mkdir() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: "):
+        load_draft(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, None])
+def test_weights_that_are_no_file_of_tensors_are_named(tmp_path, content):
+    write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.unlink()
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: "):
+        load_draft(tmp_path, torch.float32)
+
+
+def test_truncated_weights_and_a_file_in_place_of_the_folder_are_named(tmp_path):
+    write(tmp_path / "draft")
+    file = tmp_path / "draft/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        load_draft(tmp_path / "draft", torch.float32)
+    with pytest.raises(UserError, match=r"model\.safetensors.config\.json: "):
+        load_draft(file, torch.float32)
+
+
+def test_layers_of_a_target_too_shallow_for_the_default_are_written(tmp_path):
+    export(tiny_params(PLAIN), tiny_frozen(PLAIN), replace(PLAIN.draft(), aux_layers=(0, 1, 2)), tmp_path, 3,
+           torch.float32)  # fmt: skip
+    assert load_draft(tmp_path, torch.float32).config.aux_layers == (0, 1, 2)
