@@ -83,7 +83,7 @@ def legacy_call(
         mask, total = teacher.position_mask, torch.zeros((), device=hidden.device)
         for i in range(k):
             logits = layers.logits(inner, problem.draft, inner["hidden"][i])
-            p, q = teacher.p[:, i : i + s], teacher.q[:, i : i + s]
+            p, q = teacher.p_draft[:, i : i + s], teacher.p_full[:, i : i + s]
             correct_rows(logits.detach(), teacher.token[:, i : i + s], frozen)
             if oracle is None:
                 part, _ = step_loss(logits, p, q, mask, None, objective)

@@ -128,7 +128,7 @@ def _unroll(
             params, config.draft, hidden, operations.attention(q, keys, values, mask)
         )
         logits = layers.logits(params, config.draft, hidden)
-        p, q = teacher.p[:, i : i + s], teacher.q[:, i : i + s]
+        p, q = teacher.p_draft[:, i : i + s], teacher.p_full[:, i : i + s]
         at = None if n is None else n[i]
         loss, accept = step_loss(logits, p, q, position_mask, at, config.objective, operations.kl)
         yield _Step(

@@ -53,7 +53,7 @@ def test_collate_by_plain_loops(lengths, max_length, mode):
         n = len(kept.input_ids)
         assert n == min(len(sample.input_ids), max_length)
         assert batch.attention_mask[row].tolist() == [1] * n + [0] * (width - n)
-        assert batch.row_mask[row].tolist() == align_mask(kept.row_mask, mode).tolist() + [0] * (
+        assert batch.row_mask[row].tolist() == align_mask(kept.token_mask, mode).tolist() + [0] * (
             width - n
         )
         for name in ("input_ids", "aux_hidden", "last_hidden"):
