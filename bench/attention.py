@@ -108,13 +108,13 @@ def measure(options: argparse.Namespace, seq: int, world: World) -> dict[str, An
         seed=options.seed, dtype=dtype, device=device, rank=world.rank,
     )  # fmt: skip
     calls = {
-        name: attention_call(problem, options.k, name, options.seed) for name in ("legacy", "fast")
+        name: attention_call(problem, options.k, name, options.seed) for name in ("plain", "fast")
     }
     timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, 2)
     count = common.flops(problem.draft, problem.batch.row_mask, options.k).attention
     return {
         "seq": seq,
-        "ratio": timing.ratio("legacy", "fast"),
+        "ratio": timing.ratio("plain", "fast"),
         "mfu": timing.share("fast", count),
         "flops_needed": count,
         "shares": common.row_shares(problem.batch.row_mask, options.k),

@@ -145,7 +145,7 @@ def bytes_needed(draft: DraftConfig, batch: int, seq: int, k: int) -> int:
     drawn = (
         draft.vocab_size * draft.target_hidden_size * (2 * F)
     )  # while the frozen tensors are made
-    step = max(new_bytes(size, side) for side in ("fast", "legacy", "SpecForge"))
+    step = max(new_bytes(size, side) for side in ("fast", "plain", "SpecForge"))
     return int(1.15 * (max(state + step, drawn) + frozen + given)) + OVERHEAD
 
 

@@ -69,13 +69,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def legacy_call(
+def plain_call(
     problem: Problem, leaves: Params, hidden: Tensor, k: int, oracle: Oracle | None
 ) -> Call:
     """Teacher, head, loss and metrics step by step on all rows; with an oracle, by its loss kernel."""
     batch, frozen, s = problem.batch, problem.frozen, problem.batch.input_ids.shape[1]
     objective = e3.ObjectiveConfig(
-        numerics="legacy", ttt_length=k, normalization="rows", teacher="full"
+        numerics="plain", ttt_length=k, normalization="rows", teacher="full"
     )
 
     def loss(inner: Params) -> Tensor:
@@ -157,18 +157,18 @@ def measure(
         (k, options.batch, options.seq, draft.hidden_size), 1.0
     )
     calls = {
-        "legacy": legacy_call(problem, leaves, hidden, k, None),
+        "plain": plain_call(problem, leaves, hidden, k, None),
         "fast": fast_call(problem, leaves, hidden, k),
     }
     if oracle is not None and device != "cpu":
-        calls["old"] = legacy_call(problem, leaves, hidden, k, oracle)
+        calls["old"] = plain_call(problem, leaves, hidden, k, oracle)
     losses = {name: float(call()[0]) for name, call in calls.items()}
     common.check_losses(losses)
     timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, 0)
     work = common.flops(draft, problem.batch.row_mask, k)
     return {
         "draft_vocab": draft.draft_vocab_size,
-        "ratio": timing.ratio("legacy", "fast"),
+        "ratio": timing.ratio("plain", "fast"),
         "mfu": timing.share("fast", work.head + work.teacher),
         "flops_needed": work.head + work.teacher,
         "first_loss": losses,

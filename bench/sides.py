@@ -15,7 +15,7 @@ from eagle3fn.base.types import Frozen, Params
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError, eager_loss, load_oracle, old_draft
 
 DECAY, STEPS = 0.8, 1000
-OURS = ("legacy", "fast")
+OURS = ("plain", "fast")
 ONE_RANK = "the old tool is measured on one rank only"
 ON_CPU = (
     "the old side's Triton loss is replaced by the equal eager expression (interpreted it takes 4.5 ms a row)",
@@ -53,7 +53,7 @@ def config_of(problem: Problem, params: Params, numerics: str, k: int) -> e3.Con
     return e3.Config(
         problem.draft,
         e3.ObjectiveConfig(ttt_length=k, numerics=numerics, normalization="rows", teacher="full"),  # pyright: ignore
-        e3.OptimizerConfig(schedule="legacy", accumulation="legacy"),
+        e3.OptimizerConfig(schedule="legacy", accumulation="params"),
         train=e3.TrainConfig(
             steps=STEPS, dtype=str(leaf.dtype).split(".")[1], device=str(leaf.device)
         ),  # pyright: ignore

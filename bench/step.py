@@ -3,7 +3,7 @@
 Prints medians and ends with one line of JSON: `ratio` is the old tool's time over the fast one's (median of the
 rounds' ratios), `memory_ratio` fast over old (peak memory of a step, one child process a side), `mfu` the fast side's
 share of the matmul rate measured in the same rounds, counting what the needed rows must compute. Without the old tool
-`ratio` and `memory_ratio` are null; `ratio_legacy` and `memory_ratio_legacy` hold the fast side against our own legacy
+`ratio` and `memory_ratio` are null; `ratio_plain` and `memory_ratio_plain` hold the fast side against our own legacy
 numerics in any case. `--mesh` adds the fast side on a mesh of one rank, `mesh_overhead` is what that costs.
 
 Memory is measured in a child process for each side; with `--memory-here` in this process, before the rounds: as exact
@@ -159,11 +159,11 @@ def measure(
     times = timing.told()
     return {
         "ratio": timing.ratio("old", "fast") if "old" in names else None,
-        "ratio_legacy": timing.ratio("legacy", "fast"),
+        "ratio_plain": timing.ratio("plain", "fast"),
         "mesh_overhead": timing.ratio("mesh", "fast") - 1 if "mesh" in names else None,
         "mfu": timing.share("fast", mean(part[0] for part in spread)),
         "mfu_dense": {
-            name: timing.share(name, dense.total) for name in names if name in ("legacy", "old")
+            name: timing.share(name, dense.total) for name in names if name in ("plain", "old")
         },
         "tokens_per_s": {
             name: world.size * mask.numel() / took for name, took in times["seconds"].items()
@@ -222,8 +222,8 @@ def told(
         "ratio": result.pop("ratio"),
         "memory_ratio": step["fast"] / step["old"] if "old" in step else None,
         "mfu": result.pop("mfu"),
-        "ratio_legacy": result.pop("ratio_legacy"),
-        "memory_ratio_legacy": step["fast"] / step["legacy"] if step else None,
+        "ratio_plain": result.pop("ratio_plain"),
+        "memory_ratio_plain": step["fast"] / step["plain"] if step else None,
         "settings": settings | {"rounds": options.rounds or ROUNDS},
         **result,
         "memory": used,

@@ -47,7 +47,7 @@ def step_table(results: list[dict[str, Any]]) -> str:
 
 def step_row(result: dict[str, Any]) -> str:
     """A case's row; "-": not measured."""
-    took = ", ".join(number(1000 * result["seconds"][name]) for name in ("old", "legacy", "fast"))
+    took = ", ".join(number(1000 * result["seconds"][name]) for name in ("old", "plain", "fast"))
     used = {name: value["step"] / 2**20 for name, value in result["memory"].items()}
     cells = [
         f"`{arguments(result['command'])}`",
@@ -55,7 +55,7 @@ def step_row(result: dict[str, Any]) -> str:
         f"{result['shares']['needed']:.0%}",
         took,
         f"{result['ratio']:.2f}",
-        f"{result['ratio_legacy']:.2f}",
+        f"{result['ratio_plain']:.2f}",
         f"{number(used['old'])}, {number(used['fast'])}" if used else "-",
         f"{result['memory_ratio']:.2f}" if used else "-",
         f"{result['mfu']:.0%} of {number(result['matmul_gflops'])} GFLOP/s",

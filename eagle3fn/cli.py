@@ -111,6 +111,11 @@ def parser() -> argparse.ArgumentParser:
         "--out", required=True, help="run folder; the best draft is exported to OUT/draft"
     )
     settings(sub)
+    sub.add_argument(
+        "--recipe",
+        choices=("specforge", "specforge-dataflow"),
+        help="train as SpecForge does, in its script's order or its dataflow launcher's",
+    )
     sub.add_argument("--on-nonfinite", choices=("stop", "skip"), help="sets train.on_nonfinite")
     sub.add_argument(
         "--minutes", type=_above_zero, help="choose the number of steps to fill this time"
@@ -164,7 +169,7 @@ def _add_checks(
     sub = command(
         "parity",
         _parity,
-        "the legacy numerics against the old tool, bit for bit, on drawn tiny problems",
+        "SpecForge's recipe against SpecForge, bit for bit, on drawn tiny problems",
     )
     sub.add_argument(
         "--cases", type=_positive, default=100, help="how many are drawn (default 100)"
@@ -247,15 +252,18 @@ def _vocab(options: Any) -> None:
     from eagle3fn.data.pipeline import split
     from eagle3fn.data.target import target_config
     from eagle3fn.data.vocab import count_map, save_map
+    from eagle3fn.specforge.feature_files import READER
 
     tree = target_config(options.target)
-    features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
+    vocab_size = tree["vocab_size"]
+    features = open_features(options.features, vocab_size, tree["hidden_size"], READER)
     kept, _ = split(len(features.samples), options.held_out)
-    vocab_map, covered = count_map(features, kept, tree["vocab_size"], options.size)
+    vocab_map, covered = count_map(features, kept, vocab_size, options.size)
     provenance = {"target": options.target, "target_hash": config_hash(tree), "covered": covered}
     save_map(options.out, vocab_map, provenance)
     print(
-        f"{options.out}: {len(vocab_map.d2t)} of {tree['vocab_size']} tokens, {covered:.2%} of the supervised ones"
+        f"{options.out}: {len(vocab_map.d2t)} of {vocab_size} tokens, "
+        f"{covered:.2%} of the supervised ones"
     )
 
 
@@ -270,37 +278,72 @@ def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> Any:
     )
 
 
+def _config(options: Any, draft: Any, recipe: str | None = None) -> Any:
+    from eagle3fn.base.config import load_config
+    from eagle3fn.base.toml import override, read_toml
+    from eagle3fn.specforge.recipe import SETTINGS, refuse_old_settings
+
+    # Settings by the names they had before SpecForge's were a recipe.
+    tree = read_toml(options.config) if options.config else {}
+    given = list(options.set)
+    for text in given:
+        override(tree, text)
+    refuse_old_settings(tree, options.config or "--set")
+
+    defaults = SETTINGS if recipe else None
+    return load_config(options.config, given, draft, defaults)
+
+
 def _train(options: Any) -> None:
     import torch
 
-    from eagle3fn.base.config import load_config
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.data.features import check_made_for, open_features
     from eagle3fn.data.fingerprint import config_hash
     from eagle3fn.data.target import read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
+    from eagle3fn.specforge.feature_files import READER, read_map
+    from eagle3fn.specforge.recipe import RECIPES
     from eagle3fn.train.launch import ranks
     from eagle3fn.train.loop import train
+    from eagle3fn.train.recipe import OURS
     from eagle3fn.use.publish import check_published, run_events
 
+    if options.on_nonfinite:
+        options.set.append(f"train.on_nonfinite={options.on_nonfinite}")
+    recipe = RECIPES[options.recipe] if options.recipe else OURS
+
     with ranks() as world:
+        # Configuration: the draft from the target, its vocabulary from the map.
         tree = target_config(options.target)
-        given = options.set + [f"train.on_nonfinite={options.on_nonfinite}"] * bool(
-            options.on_nonfinite
-        )
-        config = load_config(options.config, given, _draft(options, tree, map_size(options.vocab)))
-        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
+        draft = _draft(options, tree, map_size(options.vocab, read_map))
+        config = _config(options, draft, options.recipe)
+
+        # Features, map and target must belong together.
+        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
+        target_hash = config_hash(tree)
         vocab_map = load_map(
-            options.vocab, config.draft.vocab_size, config.draft.draft_vocab_size, config_hash(tree)
+            options.vocab,
+            config.draft.vocab_size,
+            config.draft.draft_vocab_size,
+            target_hash,
+            read_map,
         )
         tensors = read_target_tensors(options.target, getattr(torch, config.train.dtype))
         layers = tree["num_hidden_layers"]
-        check_made_for(
-            features, config_hash(tree), aux_layers(config.draft, layers), options.target
-        )
+        check_made_for(features, target_hash, aux_layers(config.draft, layers), options.target)
+
         events = run_events(options.out, config, layers)
         state = train(
-            config, features, vocab_map, tensors, options.out, options.minutes, events, world
+            config,
+            features,
+            vocab_map,
+            tensors,
+            options.out,
+            options.minutes,
+            events,
+            world,
+            recipe,
         )
         if world.main:
             progress.close()
@@ -308,13 +351,12 @@ def _train(options: Any) -> None:
 
 
 def _plan(options: Any) -> None:
-    from eagle3fn.base.config import load_config
     from eagle3fn.data.target import target_config
     from eagle3fn.train.memory import GIB, check_fits, describe, plan_memory
 
     tree = target_config(options.target) if options.target else {}
     known = options.target or options.draft_config
-    config = load_config(options.config, options.set, _draft(options, tree) if known else None)
+    config = _config(options, _draft(options, tree) if known else None)
     tied = bool(tree.get("tie_word_embeddings"))
     print(describe(plan_memory(config, options.ranks, options.tokens, tied)))
     check_fits(config, options.ranks, (options.memory or math.inf) * GIB, "--memory", tied)

@@ -31,7 +31,7 @@ FIRST = (  # in a process for one device: what matters most, in case time runs o
         "test_oracle_training",
         "test_reference_oracle",
         "test_parity",
-        "test_legacy_kernel",
+        "test_plain_kernel",
         "test_fast_cuda",
     ),
     *("test_fast", "test_mesh_of_one", "test_laws"),

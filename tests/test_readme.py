@@ -106,7 +106,7 @@ def test_options_are_the_parsers() -> None:
     }
 
 
-def test_legacy_settings_exist() -> None:
+def test_plain_settings_exist() -> None:
     for name, value, _ in rows("Settings that reproduce the old tool"):
         section, key = name.strip("`").split(".")
         wanted = ast.literal_eval(value.strip("`"))

@@ -44,7 +44,7 @@ def test_a_fast_step_waits_for_nothing(donate: bool) -> None:
     assert waits == []
     devices = {name: leaf.device.type for name, leaf in named_leaves(state).items()}
     assert devices.pop("step") == "cpu" and set(devices.values()) == {NAME}
-    assert loss == pytest.approx(two_steps("legacy", "bfloat16", donate)[1], rel=1e-2)
+    assert loss == pytest.approx(two_steps("plain", "bfloat16", donate)[1], rel=1e-2)
 
 
 def test_outside_bf16_blocks_of_attention_are_cut_on_the_host() -> None:

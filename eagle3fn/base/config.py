@@ -13,13 +13,18 @@ from eagle3fn.base.toml import override, read_toml
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The loss. `normalization`: "mask" divides by trained rows, "rows" by all B·S rows (the old tool).
+    """The training objective.
 
-    `loss`: "kl", or by acceptance (arXiv 2602.23881) "lk_alpha", or "lk_lambda", which weighs KL by
-    `kl_scale · exp(-kl_decay · acceptance)`. Both take the legacy numerics, and one micro-batch an update.
-
-    `numerics`: "legacy" is the old tool's arithmetic, operation for operation; "fast" the same mathematics on the rows
-    that matter, with its own compact teacher, so that `teacher` and `teacher_chunk` have no effect there.
+    Attributes:
+        ttt_length: unroll steps `K` (training-time test).
+        decay: weight of unroll step `i` is `decay ** i`.
+        normalization: "mask" divides a step's loss by its trained rows in the global batch, "rows" by all `B·S` rows.
+        loss: "kl"; or by acceptance rate (arXiv 2602.23881), "lk_alpha" and "lk_lambda". The latter weighs the KL by
+            `kl_scale · exp(-kl_decay · acceptance)`. Both need the plain numerics and one micro-batch an update.
+        teacher: under the plain numerics, "full" computes all logits `(B, S, V)` at once, "compact" streams over
+            the vocabulary by `teacher_chunk` columns. The fast numerics have a compact teacher of their own.
+        numerics: "plain" is the readable unroll, differentiable any number of times; "fast" computes the same to
+            rounding on the rows that reach a loss term, with kernels of its own.
     """
 
     ttt_length: int = 7
@@ -30,7 +35,7 @@ class ObjectiveConfig:
     kl_decay: float = 3.0
     teacher: Literal["compact", "full"] = "compact"
     teacher_chunk: int = 32768
-    numerics: Literal["fast", "legacy"] = "fast"
+    numerics: Literal["fast", "plain"] = "fast"
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -47,15 +52,25 @@ class ObjectiveConfig:
             self.kl_decay,
             "at least 0 and finite",
         )
-        plain = "'kl' under the fast numerics; for it set objective.numerics='legacy'"
-        require(self.loss == "kl" or self.numerics == "legacy", "objective.loss", self.loss, plain)
+        require(
+            self.loss == "kl" or self.numerics == "plain",
+            "objective.loss",
+            self.loss,
+            "'kl' under the fast numerics; for it set objective.numerics='plain'",
+        )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW on fp32 masters. "legacy" copies the old tool: its cosine recursion, bf16 accumulation.
+    """AdamW on fp32 masters, clipped by the global gradient norm.
 
-    `horizon`: updates that the schedule spans, where a run makes another number; 0: `train.steps`.
+    Attributes:
+        learning_rate: the highest rate, reached at the end of the warm-up.
+        warmup_ratio: share of the schedule's steps in which the rate rises linearly.
+        schedule: "cosine", to 0 at the last step.
+        schedule_steps: updates that the schedule spans, where a run makes another number; 0: `train.steps`.
+        accumulation: dtype in which the gradients of several micro-batches are summed: "fp32", or "params", the
+            parameters' own.
     """
 
     learning_rate: float = 1e-4
@@ -65,9 +80,9 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    schedule: Literal["cosine", "legacy"] = "cosine"
-    accumulation: Literal["fp32", "legacy"] = "fp32"
-    horizon: int = 0
+    schedule: Literal["cosine"] = "cosine"
+    accumulation: Literal["fp32", "params"] = "fp32"
+    schedule_steps: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -80,34 +95,40 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"optimizer.{name}", value, "at least 0 and finite")
         require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "above 0")
-        require(self.horizon >= 0, "optimizer.horizon", self.horizon, "at least 0 (0: train.steps)")
+        require(
+            self.schedule_steps >= 0,
+            "optimizer.schedule_steps",
+            self.schedule_steps,
+            "at least 0 (0: train.steps)",
+        )
         require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "in [0, 1)")
         require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "in [0, 1)")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Samples to batches. `mask_alignment`: "serving" trains the rows a server drafts from, "legacy" the old tool's.
+    """Samples to batches.
 
-    `order`: "shuffled" by the seed, "legacy" as the old tool's sampler, "stored" as its dataflow launcher.
+    Attributes:
+        max_length: tokens kept of a sample.
+        global_batch: samples of one update, over all ranks.
+        micro_batch: samples of one forward and backward pass; divides `global_batch`.
+        held_out: samples at the end that are evaluated on, not trained on.
+        prefetch: batches that are read ahead in a thread; 0: none.
     """
 
     max_length: int = 2048
-    mask_alignment: Literal["serving", "legacy"] = "serving"
     global_batch: int = 1
     micro_batch: int = 1
     held_out: int = 0
-    order: Literal["shuffled", "legacy", "stored"] = "shuffled"
     prefetch: int = 2
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        _check_choices(self, "data")
         require(self.max_length >= 3, "data.max_length", self.max_length, "at least 3")
         require(self.micro_batch >= 1, "data.micro_batch", self.micro_batch, "at least 1")
-        fits = self.global_batch >= 1 and self.global_batch % self.micro_batch == 0
         require(
-            fits,
+            self.global_batch >= 1 and self.global_batch % self.micro_batch == 0,
             "data.global_batch",
             self.global_batch,
             f"a multiple of data.micro_batch = {self.micro_batch}",
@@ -118,12 +139,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. `steps` 0 means as many as `--minutes` allow, or `epochs` need.
+    """The training loop.
 
-    `init` "target" starts head, norm and projection from the target; "legacy" draws what the old tool draws. `reduce`
-    "tree" sums micro-batches and ranks by one binary tree, so that 1, 2, 4, … ranks give the same bits; "sum" in order,
-    and over ranks as the backend does.
-    A loss or gradient that is not finite ends the run, or under `on_nonfinite` "skip" its update is dropped.
+    Attributes:
+        epochs: passes over the samples, where `steps` is 0 and no `--minutes` are given.
+        steps: optimizer updates; 0: as many as `--minutes` allow, or `epochs` need.
+        seed: of the first parameters and of the samples' order.
+        dtype: of parameters, activations and features.
+        init: "target" starts head, norm and projection from the target; "random" draws everything.
+        reduce: "tree" sums micro-batches and ranks by one binary tree, so that 1, 2, 4, … ranks give the same bits;
+            "sum" sums in order, and over ranks as the backend does.
+        on_nonfinite: a loss or gradient that is not finite ends the run ("stop"), or its update is dropped ("skip").
+        eval_every: updates between two evaluations on the held-out samples.
+        checkpoint_every: updates between two checkpoints.
+        keep_last: checkpoints that are kept.
     """
 
     epochs: int = 10
@@ -131,7 +160,7 @@ class TrainConfig:
     seed: int = 0
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     device: str = "cpu"
-    init: Literal["target", "random", "legacy"] = "target"
+    init: Literal["target", "random"] = "target"
     reduce: Literal["sum", "tree"] = "sum"
     on_nonfinite: Literal["stop", "skip"] = "stop"
     eval_every: int = 500
@@ -161,12 +190,21 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse sections that don't go together."""
-        whole = self.objective.loss == "kl" or self.data.micro_batch == self.data.global_batch
-        rule = f"{self.data.global_batch}, all of data.global_batch: objective.loss = {self.objective.loss!r} has means"
-        require(whole, "data.micro_batch", self.data.micro_batch, f"{rule} over the whole batch")
-        wide = self.train.reduce == "sum" or self.optimizer.accumulation == "fp32"
-        rule = "'sum' with optimizer.accumulation = 'legacy', whose sums in bf16 differ from the ranks' in fp32"
-        require(wide, "train.reduce", self.train.reduce, rule)
+        loss, data = self.objective.loss, self.data
+        require(
+            loss == "kl" or data.micro_batch == data.global_batch,
+            "data.micro_batch",
+            data.micro_batch,
+            f"{data.global_batch}, all of data.global_batch: objective.loss = {loss!r} has means "
+            "over the whole batch",
+        )
+        require(
+            self.train.reduce == "sum" or self.optimizer.accumulation == "fp32",
+            "train.reduce",
+            self.train.reduce,
+            "'sum' with optimizer.accumulation = 'params', whose sums in the parameters' dtype "
+            "differ from the ranks' in fp32",
+        )
 
 
 def require(holds: bool, name: str, value: Any, constraint: str) -> None:
@@ -189,11 +227,14 @@ def _check_choices(config: Any, section: str) -> None:
 
 
 def load_config(
-    path: str | Path | None, overrides: list[str], draft: DraftConfig | None = None
+    path: str | Path | None,
+    overrides: list[str],
+    draft: DraftConfig | None = None,
+    defaults: dict[str, dict[str, Any]] | None = None,
 ) -> Config:
     """Read a TOML file (or none), apply `section.key=value` overrides, and check every key and type.
 
-    `draft` fills the draft section; keys the file or overrides name there win.
+    `draft` fills the draft section and `defaults` the others, where neither the file nor an override names a key.
 
     Raises:
         UserError: unreadable file, unknown key, wrong type, value out of range, no draft section.
@@ -201,10 +242,15 @@ def load_config(
     tree = read_toml(path) if path else {}
     for text in overrides:
         override(tree, text)
-    if not isinstance(tree.get("draft", {}), dict):
-        raise UserError(f"{path}: draft = {tree['draft']!r}: must be a section, [draft]")
     if draft is not None:
-        tree["draft"] = {**to_dict(draft), **tree.get("draft", {})}
+        defaults = {**(defaults or {}), "draft": to_dict(draft)}
+
+    for section, values in (defaults or {}).items():
+        given = tree.get(section, {})
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: {section} = {given!r}: must be a section, [{section}]")
+        tree[section] = {**values, **given}
+
     if "draft" not in tree:
         raise UserError(
             "no [draft] section; add one, or name a target or a draft configuration to take it from"

@@ -56,12 +56,17 @@ class VocabMap(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """Tensors that are never differentiated. `embed_tokens` is None when the draft trains its own (Ht != H)."""
+    """Tensors of the target, and the vocabulary map; never differentiated.
+
+    `embed_tokens` is None when the draft trains its own (Ht != H). `target_norm` is read by the start from the target
+    alone (`train.init = "target"`).
+    """
 
     embed_tokens: Tensor | None  # (V, H)
     target_head: Tensor  # (V, Ht)
     t2d: Tensor  # (V,) bool
     d2t: Tensor  # (D,) int64
+    target_norm: Tensor | None = None  # (Ht,), the weight of the target's final norm
 
 
 class Teacher(NamedTuple):

@@ -1,30 +1,27 @@
 """Samples to a batch: cut, align the mask, pad on the right, count the rows trained at each unroll step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from eagle3fn.base.errors import UserError
 from eagle3fn.base.rows import shift, step_rows
 from eagle3fn.base.types import Batch, Sample
 
+AlignMask = Callable[[Tensor], Tensor]
+"""As `align_mask`: a sample's token mask `(S,)` → its row mask `(S,)`."""
 
-def align_mask(mask: Tensor, mode: str) -> Tensor:
-    """Rows to train, `(S,)`, from the mask of assistant tokens, `(S,)`.
 
-    "legacy": the mask with its last entry zeroed, as the older trainer does. "serving": row `t` where tokens
-    `t + 1` (the newest when drafting) and `t + 2` (the label) are both the assistant's.
+def align_mask(token_mask: Tensor) -> Tensor:
+    """Rows to train, `(S,)`, from the mask of assistant tokens, `(S,)`: those that a server drafts from.
 
-    Raises:
-        UserError: an unknown mode.
+    Row `t` is trained where tokens `t + 1` (the newest one when drafting) and `t + 2` (the label) are both the
+    assistant's: `row_mask[t] = token_mask[t + 1] · token_mask[t + 2]`, zero past the end.
     """
-    if mode == "legacy":
-        return torch.cat([mask[:-1], torch.zeros_like(mask[-1:])])
-    if mode == "serving":
-        return shift(mask) * shift(shift(mask))
-    raise UserError(f"data.mask_alignment = {mode!r}: must be 'serving' or 'legacy'")
+    newest = shift(token_mask)
+    label = shift(newest)
+    return newest * label
 
 
 def cut(sample: Sample, max_length: int) -> Sample:
@@ -32,13 +29,15 @@ def cut(sample: Sample, max_length: int) -> Sample:
     return Sample(*(field[:max_length] for field in sample))
 
 
-def collate(samples: Sequence[Sample], mode: str, max_length: int) -> Batch:
+def collate(
+    samples: Sequence[Sample], max_length: int, align_mask: AlignMask = align_mask
+) -> Batch:
     """Cut each sample, align its mask, then pad all to the longest with zeros on the right."""
     short = [cut(sample, max_length) for sample in samples]
     return Batch(
         input_ids=_pad([sample.input_ids for sample in short]),
         attention_mask=_pad([torch.ones_like(sample.input_ids) for sample in short]),
-        row_mask=_pad([align_mask(sample.token_mask, mode) for sample in short]),
+        row_mask=_pad([align_mask(sample.token_mask) for sample in short]),
         aux_hidden=_pad([sample.aux_hidden for sample in short]),
         last_hidden=_pad([sample.last_hidden for sample in short]),
     )

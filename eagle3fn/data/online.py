@@ -12,8 +12,9 @@ from typing import Any
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Sample
+from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.extract import Encoded, check_extraction, run_target
-from eagle3fn.data.pipeline import micro_batches, sample_indices
+from eagle3fn.data.pipeline import Order, micro_batches, shuffled
 from eagle3fn.data.validate import hidden_fault, token_fault
 
 
@@ -65,6 +66,8 @@ def online_batches(
     start: int,
     stop: int,
     batch: int = 1,
+    align_mask: AlignMask = align_mask,
+    order: Order = shuffled,
 ) -> Iterator[tuple[Batch, ...]]:
     """`data.pipeline.batches` without stored features: the same steps of the same samples in the same order.
 
@@ -79,8 +82,8 @@ def online_batches(
             "online_batches: no rows to train on; give conversations with a supervised token"
         )
     for step in range(start, stop):
-        chosen = sample_indices(len(rows), config.data.global_batch, config.train.seed, step)
+        chosen = order(len(rows), config, step)
         samples = roll_out(
             model, [rows[place] for place in chosen], layers, batch, group=len(chosen)
         )
-        yield micro_batches(list(samples), config)
+        yield micro_batches(list(samples), config, align_mask=align_mask)

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -13,53 +13,36 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.rows import both_rows, step_rows
 from eagle3fn.base.types import Batch, Sample
-from eagle3fn.data.collate import align_mask, collate
+from eagle3fn.data.collate import AlignMask, align_mask, collate
 from eagle3fn.data.features import FeatureSet, read_sample, read_tokens
 
 T = TypeVar("T")
 _EPOCHS_APART = 1_000_003
 
 
-def order(n: int, seed: int, epoch: int) -> list[int]:
-    """The numbers 0 … n-1 in the order of an epoch: a pure function of its arguments."""
-    return list(_order(n, seed, epoch))
+Order = Callable[[int, Config, int], list[int]]
+"""As `shuffled`: `(n, config, step)` → the numbers below `n` that the step trains on."""
 
 
 @lru_cache(maxsize=4)
-def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(seed * _EPOCHS_APART + epoch)
+def epoch_order(n: int, seed: int) -> tuple[int, ...]:
+    """The numbers 0 … n-1, shuffled by a generator of `seed`; kept, so that asking for one place is cheap."""
+    generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randperm(n, generator=generator).tolist())
 
 
 def sample_indices(n: int, global_batch: int, seed: int, step: int) -> list[int]:
-    """The `global_batch` numbers below `n` that `step` trains on: epochs are laid end to end and cut in steps."""
-    places = range(step * global_batch, (step + 1) * global_batch)
-    return [_order(n, seed, place // n)[place % n] for place in places]
+    """The `global_batch` numbers below `n` that `step` trains on: shuffled epochs laid end to end and cut into steps."""
+    chosen = []
+    for place in range(step * global_batch, (step + 1) * global_batch):
+        epoch, place_in_epoch = divmod(place, n)
+        chosen.append(epoch_order(n, seed * _EPOCHS_APART + epoch)[place_in_epoch])
+    return chosen
 
 
-def indices_of(n: int, config: Config, step: int) -> list[int]:
-    """The numbers below `n` that `step` trains on, in the order that `data.order` names.
-
-    "shuffled" is `sample_indices`. "legacy", the old tool's sampler, shuffles by the epoch alone, and "stored", its
-    dataflow launcher, not at all; in both an epoch leaves out what does not fill a micro-batch.
-
-    Raises:
-        UserError: fewer samples than a micro-batch, where none would be left.
-    """
-    data, places = (
-        config.data,
-        range(step * config.data.global_batch, (step + 1) * config.data.global_batch),
-    )
-    if data.order == "shuffled":
-        return sample_indices(n, data.global_batch, config.train.seed, step)
-    kept = n - n % data.micro_batch
-    if not kept:
-        raise UserError(
-            f"data.micro_batch = {data.micro_batch}: {n} samples fill no batch; extract more or lower it"
-        )
-    if data.order == "stored":
-        return [place % kept for place in places]
-    return [_order(n, 0, 1 + place // kept)[place % kept] for place in places]
+def shuffled(n: int, config: Config, step: int) -> list[int]:
+    """`sample_indices` of the configuration's batch and seed."""
+    return sample_indices(n, config.data.global_batch, config.train.seed, step)
 
 
 def batches(
@@ -70,11 +53,22 @@ def batches(
     stop: int,
     rank: int = 0,
     world: int = 1,
+    align_mask: AlignMask = align_mask,
+    order: Order = shuffled,
 ) -> Iterator[tuple[Batch, ...]]:
     """The micro-batches of each global batch of the steps `start` … `stop - 1`, with global counts and rows.
 
-    `indices` are the samples trained on. Of `world` ranks, which must divide the micro-batches, `rank` gets its
-    contiguous block; of the other ranks' samples it reads the masks alone.
+    Args:
+        features: an opened folder.
+        indices: the samples trained on.
+        config: `data`, `train.seed` and the unroll length are read.
+        start: the first step.
+        stop: one past the last.
+        rank: of `world` ranks, which must divide the micro-batches; it gets its contiguous block of them, and of the
+            other ranks' samples the masks alone are read.
+        world: the ranks.
+        align_mask: token mask to row mask.
+        order: which samples a step trains on.
 
     Raises:
         UserError: `indices` is empty, or a sample is unreadable.
@@ -85,33 +79,42 @@ def batches(
         )
     block = config.data.global_batch // world
     for step in range(start, stop):
-        chosen = [indices[place] for place in indices_of(len(indices), config, step)]
+        # The global batch, and which part of it is this rank's.
+        chosen = [indices[place] for place in order(len(indices), config, step)]
         own = chosen[rank * block : (rank + 1) * block]
-        others = [
-            _mask(features, number, config)
-            for number in chosen[: rank * block] + chosen[(rank + 1) * block :]
-        ]
-        yield micro_batches([read_sample(features, number) for number in own], config, others)
+        others = chosen[: rank * block] + chosen[(rank + 1) * block :]
+
+        # The counts are global: the other ranks' masks are read too.
+        samples = [read_sample(features, number) for number in own]
+        masks = [_row_mask(features, number, config, align_mask) for number in others]
+        yield micro_batches(samples, config, masks, align_mask)
 
 
 def micro_batches(
-    samples: Sequence[Sample], config: Config, others: Sequence[Tensor] = ()
+    samples: Sequence[Sample],
+    config: Config,
+    others: Sequence[Tensor] = (),
+    align_mask: AlignMask = align_mask,
 ) -> tuple[Batch, ...]:
     """Samples as micro-batches, which carry their rows and the counts of the global batch.
 
-    `others` are the aligned masks `(1, S)` of the global batch's samples that other ranks hold.
+    `others` are the row masks `(1, S)` of the global batch's samples that other ranks hold.
     """
-    data, k = config.data, config.objective.ttt_length
-    parts = [samples[i : i + data.micro_batch] for i in range(0, len(samples), data.micro_batch)]
-    micro = [collate(part, data.mask_alignment, data.max_length) for part in parts]
-    n = step_rows([*(batch.row_mask for batch in micro), *others], k)
-    return tuple(batch._replace(row_counts=n, **both_rows(batch.row_mask, k)) for batch in micro)
+    size = config.data.micro_batch
+    k = config.objective.ttt_length
+    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
+    micro = [collate(part, config.data.max_length, align_mask) for part in parts]
+
+    counts = step_rows([*(batch.row_mask for batch in micro), *others], k)
+    return tuple(
+        batch._replace(row_counts=counts, **both_rows(batch.row_mask, k)) for batch in micro
+    )
 
 
-def _mask(features: FeatureSet, number: int, config: Config) -> Tensor:
-    """The aligned mask of one sample, `(1, S)`."""
-    _, mask = read_tokens(features, number)
-    return align_mask(mask[: config.data.max_length], config.data.mask_alignment)[None]
+def _row_mask(features: FeatureSet, number: int, config: Config, align_mask: AlignMask) -> Tensor:
+    """The row mask of one sample, `(1, S)`."""
+    _, token_mask = read_tokens(features, number)
+    return align_mask(token_mask[: config.data.max_length])[None]
 
 
 def split(n: int, held_out: int) -> tuple[list[int], list[int]]:

@@ -13,7 +13,7 @@ def differentiable_once(
     backward: Callable[..., tuple[Tensor, ...]],
     kept: int = 0,
     unread: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
-    else_take: str = "objective.numerics = 'legacy'",
+    else_take: str = "objective.numerics = 'plain'",
 ) -> Callable[..., tuple[Tensor, ...]]:
     """A function of tensors and constants with the outputs of `forward` and the gradient of `backward`.
 

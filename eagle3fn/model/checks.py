@@ -14,11 +14,13 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     """Check shapes and dtypes, without reading values (no device synchronisation).
 
     Raises:
-        UserError: names the field, what it is and what it must be.
+        UserError: names the field, what it is and what it must be; or a `torch.autocast` is on.
     """
-    draft, objective = config.draft, config.objective
+    draft = config.draft
+    check_no_autocast(batch.input_ids.device.type)
     check_whole(params)
     check_params(params, draft)
+
     if batch.input_ids.ndim != 2:
         raise UserError(
             f"batch.input_ids has shape {tuple(batch.input_ids.shape)}; it must be (B, S)"
@@ -27,14 +29,17 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     limit = draft.max_position_embeddings
     if s > limit:
         raise UserError(
-            f"batch.input_ids: sequence length {s} is beyond max_position_embeddings = {limit}; lower data.max_length"
+            f"batch.input_ids: sequence length {s} is beyond max_position_embeddings = {limit}; "
+            "lower data.max_length"
         )
+
     _shape("batch.attention_mask", batch.attention_mask, (b, s))
     _shape("batch.row_mask", batch.row_mask, (b, s))
     _shape("batch.aux_hidden", batch.aux_hidden, (b, s, 3 * draft.target_hidden_size))
     _shape("batch.last_hidden", batch.last_hidden, (b, s, draft.target_hidden_size))
     _shape("batch.position_ids", batch.position_ids, (b, s), (1, s))
-    _shape("batch.row_counts", batch.row_counts, (objective.ttt_length,))
+    _shape("batch.row_counts", batch.row_counts, (config.objective.ttt_length,))
+
     for name, value in (("rows", batch.rows), ("labels", batch.labels)):
         if value is not None and value.ndim != 1:
             raise UserError(
@@ -48,6 +53,19 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
                 f"batch.{name} has dtype {getattr(batch, name).dtype}; it must be floating point"
             )
     check_frozen(frozen, config)
+
+
+def check_no_autocast(device: str) -> None:
+    """Refuse to compute inside the caller's `torch.autocast`: it would give other numbers.
+
+    Raises:
+        UserError: it is on for this type of device.
+    """
+    if torch.is_autocast_enabled(device):
+        raise UserError(
+            f"torch.autocast is on for {device!r}: the compute dtype is that of the parameters; call outside of it, "
+            f"or inside torch.autocast({device!r}, enabled=False)"
+        )
 
 
 def check_frozen(frozen: Frozen, config: Config) -> None:
@@ -68,6 +86,7 @@ def check_frozen(frozen: Frozen, config: Config) -> None:
         raise UserError(f"frozen.embed_tokens {rule} (hidden_size {draft.hidden_size})")
     _shape("frozen.embed_tokens", frozen.embed_tokens, (v, draft.hidden_size))
     _shape("frozen.target_head", frozen.target_head, (v, draft.target_hidden_size))
+    _shape("frozen.target_norm", frozen.target_norm, (draft.target_hidden_size,))
     _shape("frozen.t2d", frozen.t2d, (v,))
     _shape("frozen.d2t", frozen.d2t, (d,))
     _kind("frozen.t2d", frozen.t2d, torch.bool)

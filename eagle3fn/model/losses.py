@@ -1,4 +1,4 @@
-"""Per-step loss and metrics of the unroll (objective, section 6)."""
+"""Per-step loss and metrics of the unroll."""
 
 from collections.abc import Callable
 
@@ -10,66 +10,61 @@ from eagle3fn.base.types import Frozen
 from eagle3fn.model.layers import at_least_fp32
 
 KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""As `kl_loss`: `(logits, p, mask, n) → scalar`."""
-
-
-def kl_on(device: torch.device, dtype: torch.dtype) -> KL:
-    """The KL of the legacy numerics: on CUDA a kernel, as the old tool's; elsewhere, and in fp64, the expression."""
-    if device.type == "cuda" and dtype != torch.float64:
-        from eagle3fn.specforge.kl_kernel import mean_kl
-
-        return mean_kl
-    return kl_loss
+"""As `kl_loss`: `(logits, p_draft, mask, count) → scalar`."""
 
 
 def step_loss(
     logits: Tensor,
-    p: Tensor,
-    q: Tensor,
+    p_draft: Tensor,
+    p_full: Tensor,
     mask: Tensor,
-    n: Tensor | None,
+    count: Tensor | None,
     objective: ObjectiveConfig,
-    kl: KL | None = None,
+    kl: KL,
 ) -> tuple[Tensor, Tensor]:
-    """One unroll step's loss under `objective.loss`, and the rows' acceptance, detached.
+    """One unroll step's loss under `objective.loss`, and the rows' acceptance rate, detached.
 
     Args:
-        logits: the draft's, `(B, S, D)`, compute dtype. Each term widens them itself: in bf16 the terms' gradients
-            are added after their casts, as in the old tool.
-        p: the teacher over the draft vocabulary, `(B, S, D)`.
-        q: the same tokens' probabilities under the full vocabulary, `(B, S, D)`.
+        logits: the draft's, `(B, S, D)`, compute dtype. Each term casts them up itself, so that in bf16 the terms'
+            gradients are added after their casts down.
+        p_draft: the teacher's softmax over the draft vocabulary, `(B, S, D)`.
+        p_full: the same tokens' probabilities under the full vocabulary, `(B, S, D)`.
         mask: `position_mask`, `(B, S, 1)`.
-        n: see `kl_loss`.
+        count: see `kl_loss`.
         objective: the loss and its weights.
-        kl: another way to compute `kl_loss`.
+        kl: `kl_loss`, or another way to compute it.
 
     Returns:
         A scalar and `(B, S)`, both fp32 (fp64 in fp64).
     """
-    kl = kl or kl_loss
+    # Under KL the acceptance rate is a metric alone.
     if objective.loss == "kl":
-        return kl(logits, p, mask, n), acceptance(logits.detach(), q)
-    accept = acceptance(logits, q)
+        return kl(logits, p_draft, mask, count), acceptance(logits.detach(), p_full)
+
+    accept = acceptance(logits, p_full)
     if objective.loss == "lk_alpha":
         return lk_alpha(accept, mask), accept.detach()
-    return lk_lambda(
-        kl(logits, p, mask, n), accept, mask, objective.kl_scale, objective.kl_decay
-    ), accept.detach()
+
+    divergence = kl(logits, p_draft, mask, count)
+    loss = lk_lambda(divergence, accept, mask, objective.kl_scale, objective.kl_decay)
+    return loss, accept.detach()
 
 
-def kl_loss(logits: Tensor, p: Tensor, mask: Tensor, n: Tensor | None) -> Tensor:
-    """Soft-label KL of `(B, S, D)` logits against `p`, up to the teacher's entropy; fp32 scalar.
+def kl_loss(logits: Tensor, p_draft: Tensor, mask: Tensor, count: Tensor | None) -> Tensor:
+    """KL of the draft from the teacher, up to the teacher's entropy; fp32 scalar.
 
-    Sum over rows with `mask` `(B, S, 1)` divided by `n`, or by all `B·S` rows without it.
+    `-Σ_rows Σ_v p_draft[v] · log_softmax(logits)[v] / count` over rows with `mask` `(B, S, 1)`; without `count` the
+    sum is divided by all `B·S` rows. `logits` and `p_draft` are `(B, S, D)`.
     """
-    logp = torch.log_softmax(logits.to(at_least_fp32(logits.dtype)), dim=-1)
-    row = -(p * logp).sum(-1) * (mask[..., 0] != 0).to(logp.dtype)
-    return row.mean() if n is None else row.sum() / n
+    log_draft = torch.log_softmax(logits.to(at_least_fp32(logits.dtype)), dim=-1)
+    row = -(p_draft * log_draft).sum(-1) * (mask[..., 0] != 0).to(log_draft.dtype)
+    return row.mean() if count is None else row.sum() / count
 
 
-def acceptance(logits: Tensor, q: Tensor) -> Tensor:
-    """Chance that a sampled draft token is accepted, `Σ min(q, softmax(logits))`; `(B, S)` fp32."""
-    return torch.minimum(q, torch.softmax(logits.to(at_least_fp32(logits.dtype)), dim=-1)).sum(-1)
+def acceptance(logits: Tensor, p_full: Tensor) -> Tensor:
+    """Probability that a sampled draft token is accepted, `Σ_v min(p_full[v], softmax(logits)[v])`; `(B, S)` fp32."""
+    draft = torch.softmax(logits.to(at_least_fp32(logits.dtype)), dim=-1)
+    return torch.minimum(p_full, draft).sum(-1)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -81,8 +76,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def lk_alpha(accept: Tensor, mask: Tensor) -> Tensor:
     """`-mean(log acceptance)` (arXiv 2602.23881) of `(B, S)` over rows with `mask`; scalar.
 
-    A row whose acceptance underflows counts as zero, without gradient. The old tool divides by that zero, in
-    masked rows too, and its gradient is NaN wherever a draft probability of such a row is zero as well.
+    A row whose acceptance underflows counts as zero, without gradient: its logarithm's gradient would be infinite, and
+    NaN where a draft probability of the row is zero as well.
     """
     holds = accept >= torch.finfo(accept.dtype).tiny
     log = torch.where(holds, torch.log(torch.where(holds, accept, 1.0)), 0.0)
@@ -90,10 +85,9 @@ def lk_alpha(accept: Tensor, mask: Tensor) -> Tensor:
 
 
 def lk_lambda(kl: Tensor, accept: Tensor, mask: Tensor, scale: float, decay: float) -> Tensor:
-    """`w·kl + (1 - w)·(1 - mean acceptance)` with `w = scale·exp(-decay · mean acceptance)`, a constant; scalar.
+    """`w·kl + (1 - w)·(1 - mean acceptance)`, `w = scale·exp(-decay · mean acceptance)` a constant; scalar.
 
-    `kl` must be a mean over trained rows too: the old tool's divides by padding as well, so that padding moves
-    the loss (`normalization = "rows"`).
+    `kl` should be a mean over trained rows too: under `normalization = "rows"` padding moves the loss.
     """
     mean = masked_mean(accept, mask)
     weight = scale * torch.exp(-decay * mean.detach())
@@ -102,6 +96,6 @@ def lk_lambda(kl: Tensor, accept: Tensor, mask: Tensor, scale: float, decay: flo
 
 @torch.no_grad()
 def correct_rows(logits: Tensor, token: Tensor, frozen: Frozen) -> Tensor:
-    """Rows whose draft argmax, as a target id, is the target's argmax; `(B, S)` bool."""
-    said = logits.argmax(-1)
-    return said + frozen.d2t[said] == token
+    """Rows whose draft argmax, as a target id, is the target's argmax `token`; `(B, S)` bool."""
+    best = logits.argmax(-1)
+    return best + frozen.d2t[best] == token

@@ -1,9 +1,6 @@
 """The draft's parameters: one table of exported names, shapes and initialisation."""
 
-import math
-
 import torch
-from torch import Tensor
 
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
@@ -56,56 +53,33 @@ def shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
 
 
 def init_params(
-    config: DraftConfig,
-    seed: int,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cpu",
-    init: str = "random",
+    config: DraftConfig, seed: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> Params:
-    """Matrices from normal(0, `initializer_range`), norms 1; drawn in fp32 on the CPU, then cast.
+    """Matrices from normal(0, `initializer_range`), norms 1.
 
-    `init` "legacy" draws as the old tool's module does under the same seed: see `_draw_legacy`.
+    Drawn in fp32 on the CPU from a generator of `seed`, then cast: a function of its arguments alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    if init == "legacy":
-        drawn = _draw_legacy(config, generator)
-    else:
-        drawn = {
-            name: _draw(shape, config.initializer_range, generator)
-            for name, shape in shapes(config).items()
-        }
-    return {name: value.to(device, dtype) for name, value in drawn.items()}
-
-
-def _draw_legacy(config: DraftConfig, generator: torch.Generator) -> Params:
-    """As the layers of `torch.nn` start: the embedding from normal(0, 1), then matrices uniform in ±1/√fan_in.
-
-    The embedding is drawn first, also where it is the target's and the draw is thrown away.
-    """
-    embedding = torch.empty(config.vocab_size, config.hidden_size).normal_(generator=generator)
-    drawn = {EMBED: embedding}
+    params = {}
     for name, shape in shapes(config).items():
         if len(shape) == 1:
-            drawn[name] = torch.ones(shape)
-        elif name != EMBED:
-            drawn[name] = torch.nn.init.kaiming_uniform_(
-                torch.empty(shape), math.sqrt(5), generator=generator
-            )
-    return {name: drawn[name] for name in shapes(config)}
+            value = torch.ones(shape, dtype=torch.float32)
+        else:
+            value = torch.randn(shape, generator=generator, dtype=torch.float32)
+            value = value * config.initializer_range
+        params[name] = value.to(device, dtype)
+    return params
 
 
-def _draw(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> Tensor:
-    return torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * scale
+def start_from_target(params: Params, frozen: Frozen) -> Params:
+    """The same parameters, but head, final norm and projection made from the target.
 
-
-def start_from_target(params: Params, frozen: Frozen, norm: Tensor) -> Params:
-    """The same parameters, but head, final norm and projection made from the target; `norm` is `(Ht,)`.
-
-    The head takes the target's rows; the projection passes the last tap through; the final norm is half the
-    target's, because the untrained layer's logits would otherwise be confidently wrong (measured: bench/LOG.md).
+    The head takes the target's rows of the draft vocabulary; the projection passes the last tap through; the final
+    norm is half the target's, because the untrained layer's logits would otherwise be confidently wrong (measured:
+    bench/LOG.md).
 
     Raises:
-        UserError: the hidden sizes differ, so there is nothing to take.
+        UserError: the hidden sizes differ, so there is nothing to take, or `frozen.target_norm` is missing.
     """
     h, width = params[FC].shape
     if width != 3 * h:
@@ -113,11 +87,20 @@ def start_from_target(params: Params, frozen: Frozen, norm: Tensor) -> Params:
             f"train.init = 'target': the draft's hidden size {h} is not the target's {width // 3}; "
             "use --set train.init=random"
         )
-    passing = torch.cat([torch.zeros(h, 2 * h), torch.eye(h)], dim=1)
+    if frozen.target_norm is None:
+        raise UserError(
+            "train.init = 'target': frozen.target_norm is None; give the weight of the target's final norm, "
+            "or set train.init='random'"
+        )
+
+    # (H, 3·H): zero for the first two taps, the identity for the last.
+    fc = params[FC]
+    zeros = torch.zeros(h, 2 * h, dtype=fc.dtype, device=fc.device)
+    passing = torch.cat([zeros, torch.eye(h, dtype=fc.dtype, device=fc.device)], dim=1)
     return params | {
-        FC: passing.to(params[FC]),
+        FC: passing,
         HEAD: frozen.target_head[frozen.t2d].to(params[HEAD]),
-        NORM: norm.to(params[NORM]) * 0.5,
+        NORM: frozen.target_norm.to(params[NORM]) * 0.5,
     }
 
 

@@ -24,14 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from eagle3fn.base import progress
-from eagle3fn.base.config import (
-    Config,
-    DataConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    TrainConfig,
-    require,
-)
+from eagle3fn.base.config import Config, ObjectiveConfig, require
 from eagle3fn.base.draft_config import (
     DraftConfig,
     aux_layers,
@@ -44,6 +37,8 @@ from eagle3fn.data.features import FeatureSet, check_made_for, open_features
 from eagle3fn.data.fingerprint import config_hash
 from eagle3fn.data.target import read_target_tensors, target_config
 from eagle3fn.data.vocab import build_map, count_tokens, load_map, save_map
+from eagle3fn.specforge.feature_files import READER, read_map
+from eagle3fn.specforge.recipe import recipe
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.launch import World, ranks
 from eagle3fn.train.loop import train
@@ -243,7 +238,7 @@ class Length(NamedTuple):
     """How long the old script would train."""
 
     steps: int  # optimizer updates
-    horizon: int  # updates that its schedule spans
+    schedule_steps: int  # updates that its schedule spans
 
 
 def length_of(options: argparse.Namespace, samples: int, size: int = 1) -> Length:
@@ -284,25 +279,40 @@ def config_of(
 
     `device` is "cuda" where there is a card, "cpu" elsewhere, unless it is named.
     """
-    length, batch = length_of(options, samples, size), options.target_batch_size
-    objective = ObjectiveConfig(
-        ttt_length=options.ttt_length, normalization="rows", numerics="legacy", loss=LOSSES[options.lk_loss_type],
-        kl_scale=options.kl_scale, kl_decay=options.kl_decay, teacher="compact" if options.compact_teacher else "full",
-        teacher_chunk=options.compact_teacher_chunk_size or ObjectiveConfig.teacher_chunk,
-    )  # fmt: skip
-    optimizer = OptimizerConfig(
-        learning_rate=options.learning_rate, warmup_ratio=options.warmup_ratio, max_grad_norm=options.max_grad_norm,
-        schedule="legacy", accumulation="legacy", horizon=length.horizon,
-    )  # fmt: skip
-    data = DataConfig(
-        max_length=options.max_length, mask_alignment="legacy", order="legacy", micro_batch=batch,
-        global_batch=batch * options.draft_accumulation_steps * size, prefetch=min(options.dataloader_num_workers, 2),
-    )  # fmt: skip
-    plan = TrainConfig(
-        steps=length.steps, seed=options.seed, init="legacy", checkpoint_every=options.save_interval,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )  # fmt: skip
-    return Config(draft, objective, optimizer, data, plan)
+    length = length_of(options, samples, size)
+    batch = options.target_batch_size
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    return recipe(
+        draft,
+        objective={
+            "ttt_length": options.ttt_length,
+            "loss": LOSSES[options.lk_loss_type],
+            "kl_scale": options.kl_scale,
+            "kl_decay": options.kl_decay,
+            "teacher": "compact" if options.compact_teacher else "full",
+            "teacher_chunk": options.compact_teacher_chunk_size or ObjectiveConfig.teacher_chunk,
+        },
+        optimizer={
+            "learning_rate": options.learning_rate,
+            "warmup_ratio": options.warmup_ratio,
+            "max_grad_norm": options.max_grad_norm,
+            "schedule_steps": length.schedule_steps,
+        },
+        data={
+            "max_length": options.max_length,
+            "micro_batch": batch,
+            "global_batch": batch * options.draft_accumulation_steps * size,
+            "prefetch": min(options.dataloader_num_workers, 2),
+        },
+        train={
+            "steps": length.steps,
+            "seed": options.seed,
+            "checkpoint_every": options.save_interval,
+            "device": device,
+        },
+    ).config
 
 
 def vocab_of(
@@ -321,7 +331,10 @@ def vocab_of(
         Path(options.output_dir, "vocab.safetensors"),
     )
     if found.is_file():
-        vocab, origin = load_map(found, draft.vocab_size, draft.draft_vocab_size), str(found)
+        vocab, origin = (
+            load_map(found, draft.vocab_size, draft.draft_vocab_size, read=read_map),
+            str(found),
+        )
     else:
         counts = count_tokens(features, range(len(features.samples)), draft.vocab_size)
         vocab = build_map(counts, draft.draft_vocab_size)
@@ -356,7 +369,7 @@ def run(
         else draft_config_from_target(tree, options.target_model_path)
     )
     features = open_features(
-        options.train_hidden_states_path, tree["vocab_size"], tree["hidden_size"]
+        options.train_hidden_states_path, tree["vocab_size"], tree["hidden_size"], READER
     )
     layers = tree["num_hidden_layers"]
     check_made_for(

@@ -68,9 +68,9 @@ class Case:
         )
 
     def config(self, optimizer: OptimizerConfig | None = None, total_steps: int = 10) -> Config:
-        """The case under the legacy numerics."""
+        """The case under the plain numerics."""
         objective = ObjectiveConfig(
-            numerics="legacy",
+            numerics="plain",
             ttt_length=self.steps,
             normalization=self.normalization,
             loss=self.loss,

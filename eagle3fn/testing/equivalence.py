@@ -14,7 +14,7 @@ Against = str | ForwardLoss
 
 def assert_equivalent(
     my_forward_loss: ForwardLoss,
-    against: Against = "legacy",
+    against: Against = "plain",
     cases: int = 50,
     seed: int = 0,
     **fixed: Any,
@@ -45,7 +45,7 @@ def assert_equivalent(
         )
 
 
-def assert_case(my_forward_loss: ForwardLoss, case: Case, against: Against = "legacy") -> None:
+def assert_case(my_forward_loss: ForwardLoss, case: Case, against: Against = "plain") -> None:
     """`assert_equivalent` on one case."""
     _compare(my_forward_loss, against, _runner(against), case)
 
@@ -53,12 +53,12 @@ def assert_case(my_forward_loss: ForwardLoss, case: Case, against: Against = "le
 def _runner(against: Against) -> Callable[[Case], Result]:
     if callable(against):
         return lambda case: run_forward(against, case)
-    if against == "legacy":
+    if against == "plain":
         return lambda case: run_forward(forward_loss, case)
     if against == "oracle":
         found = oracle.load_oracle()
         return lambda case: oracle.run_oracle(found, case)
-    raise ValueError(f"against = {against!r}: must be 'legacy', 'oracle' or a function")
+    raise ValueError(f"against = {against!r}: must be 'plain', 'oracle' or a function")
 
 
 def _compare(
@@ -117,7 +117,7 @@ def _distance(left: Result, right: Result, name: str) -> str:
     return f"{far} ulps" if far >= 0 else f"not finite, or {shape}"
 
 
-def snippet(mine: ForwardLoss, case: Case, against: Against = "legacy") -> str:
+def snippet(mine: ForwardLoss, case: Case, against: Against = "plain") -> str:
     """Lines of Python that repeat a comparison; a function defined inside another one has to be in scope."""
     before = "import os\n\nos.environ.update(TRITON_INTERPRET='1', TORCHDYNAMO_DISABLE='1')  # before torch is loaded\n"
     lines = [before] if against == "oracle" else []

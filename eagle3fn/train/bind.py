@@ -4,43 +4,45 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.config import Config
-from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
+from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
+from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen
-from eagle3fn.model.forward import forward_loss
-from eagle3fn.model.table import init_params
+from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.step import Metrics, init_state, step
 
 
 class Functions(NamedTuple):
     """Pure functions of one configuration."""
 
-    init: Callable[[int], Params]
+    init: Callable[[int], Params]  # seed → the first parameters, as `train.init` says
     forward_loss: Callable[[Params, Batch], tuple[Tensor, Aux]]
     init_state: Callable[[Params], TrainState]
-    step: Callable[..., tuple[TrainState, Metrics]]  # (state, batch or micro-batches, donate=False)
+    # (state, batch or micro-batches, donate=False) → the next state, metrics
+    step: Callable[..., tuple[TrainState, Metrics]]
 
 
-def bind(config: Config, frozen: Frozen, mesh: DeviceMesh | None = None) -> Functions:
-    """Close configuration, frozen tensors and mesh over `init`, `forward_loss`, `init_state` and `step`.
+def bind(
+    config: Config, frozen: Frozen, mesh: DeviceMesh | None = None, recipe: Recipe = OURS
+) -> Functions:
+    """Close configuration, frozen tensors, mesh and recipe over `init`, `forward_loss`, `init_state` and `step`.
 
     With a one-dimensional device mesh the state is sharded over its ranks, and each calls `step` with its own part of
-    the batch. `init` and `forward_loss` speak of plain tensors always.
+    the batch. `init` and `forward_loss` take and return plain tensors always.
 
     Raises:
-        UserError: the frozen tensors don't fit the configuration.
+        UserError: the frozen tensors don't fit the configuration, or `t2d` and `d2t` name different tokens.
     """
     check_frozen(frozen, config)
-    dtype = getattr(torch, config.train.dtype)
+    vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
+    check_map(vocab_map, config.draft.vocab_size, config.draft.draft_vocab_size, "frozen")
+
     return Functions(
-        init=lambda seed: init_params(
-            config.draft, seed, dtype, config.train.device, config.train.init
-        ),
-        forward_loss=partial(forward_loss, config=config, frozen=frozen),
+        init=partial(recipe.start, config, frozen),
+        forward_loss=partial(recipe.loss, config=config, frozen=frozen),
         init_state=partial(init_state, config=config, mesh=mesh),
-        step=partial(step, config=config, frozen=frozen, mesh=mesh),
+        step=partial(step, config=config, frozen=frozen, mesh=mesh, recipe=recipe),
     )

@@ -35,6 +35,13 @@ from eagle3fn.train.shard import full_params
 SCHEMA = 2
 DRAFT, META = "draft.safetensors", "meta.json"
 MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite", "data.prefetch"}
+RENAMED = {
+    "optimizer.horizon": "schedule_steps"
+}  # settings of older checkpoints, and their names now
+GONE = {
+    "data.mask_alignment": "serving",
+    "data.order": "shuffled",
+}  # settings of older checkpoints that now always hold
 _NAME = re.compile(r"step-(\d{8})")
 _ELSEWHERE = "train into another folder"
 _OLDER = "delete {} to resume from an older one"
@@ -169,36 +176,62 @@ def remove_unfinished(folder: str | Path) -> None:
 
 def load_checkpoint(
     path: str | Path,
-    template: TrainState,
+    into: TrainState,
     config: Config,
     data: dict[str, str],
     world: World = World(),  # noqa: B008
 ) -> Resumed:
-    """Read a checkpoint into leaves shaped and placed as `template`'s, whatever ranks it was written on.
+    """Read a checkpoint into the leaves of `into`, shaped and placed as these, whatever ranks it was written on.
 
     Raises:
-        UserError: unreadable, of another schema, configuration or data, of other threads under `reduce = "tree"`, or
-            damaged; on every rank.
+        UserError: unreadable, of another schema, configuration, data or recipe, of other threads under
+            `reduce = "tree"`, or damaged; on every rank.
     """
     path = Path(path)
     meta = _read_meta(path)
-    _same_config(meta["config"], to_dict(config), path)
+
+    # Refuse what would not go on to the same bits.
+    _same_config(_renamed(meta["config"]), to_dict(config), path)
     for name in sorted(data.keys() | meta["data"].keys()):
         if data.get(name) != meta["data"].get(name):
-            raise UserError(f"{path}: written for other {name}; {_ELSEWHERE}")
+            raise UserError(f"{path}: written for {_other(name, meta, data)}; {_ELSEWHERE}")
     if config.train.reduce == "tree" and meta["threads"] != torch.get_num_threads():
         raise UserError(
-            f"{path}: written by ranks of {meta['threads']} threads, these have {torch.get_num_threads()}: under "
-            f"train.reduce = 'tree' the bits would differ; set OMP_NUM_THREADS={meta['threads']}, or {_ELSEWHERE}"
+            f"{path}: written by ranks of {meta['threads']} threads, these have "
+            f"{torch.get_num_threads()}: under train.reduce = 'tree' the bits would differ; set "
+            f"OMP_NUM_THREADS={meta['threads']}, or {_ELSEWHERE}"
         )
     _check_files(path, meta["files"], world)
-    leaves = {name: torch.empty_like(leaf) for name, leaf in _tensors(template).items()}
+
+    leaves = _tensors(into)
     with _distributed(f"{path}: not readable", _OLDER.format(path)):
         state_dict_loader.load(
             leaves, storage_reader=FileSystemReader(path), no_dist=world.size == 1
         )
     rng = torch.tensor(list(base64.b64decode(meta["rng"])), dtype=torch.uint8)
-    return Resumed(like(template, leaves), meta["extra"], rng)
+    return Resumed(like(into, leaves), meta["extra"], rng)
+
+
+def _other(name: str, meta: dict[str, Any], data: dict[str, str]) -> str:
+    """What differs: a recipe by its names, data by theirs alone, as their values are hashes."""
+    if name != "recipe":
+        return f"other {name}"
+    was, now = meta["data"].get(name, "none"), data.get(name, "none")
+    return f"another recipe ({was}, now {now})"
+
+
+def _renamed(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings under today's names; settings that are gone are left out if they had the only value left."""
+    renamed = {section: dict(values) for section, values in config.items()}
+    for name, now in RENAMED.items():
+        section, key = name.split(".")
+        if key in renamed.get(section, {}):
+            renamed[section][now] = renamed[section].pop(key)
+    for name, value in GONE.items():
+        section, key = name.split(".")
+        if renamed.get(section, {}).get(key) == value:
+            del renamed[section][key]
+    return renamed
 
 
 def read_leaves(path: str | Path) -> dict[str, torch.Tensor]:

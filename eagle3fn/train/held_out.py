@@ -5,7 +5,9 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from eagle3fn.base.config import Config
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Params
 from eagle3fn.data.pipeline import batches
@@ -19,18 +21,51 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
 
     `params` are plain. Every rank computes a block of the samples; the sum runs over all of them in their order, so
     the row is the same on any number of ranks.
+
+    Returns:
+        `loss` is the objective's `Σ decay^i · L_i` and `losses` its `L_i`, each a mean over the trained rows of all
+        held-out samples (under `normalization = "rows"`: over all their rows); the rates are those of `readable`.
     """
     if not run.held_out:
         return {}
+
+    # One sample a batch, in the same order whatever the seed.
     config = replace(run.config, data=replace(run.config.data, global_batch=1, micro_batch=1))
     config = replace(config, train=replace(config.train, seed=0))
     mine = rows_of(len(run.held_out), run.world.size, run.world.rank)
-    own: list[Aux] = []
+    recipe = run.recipe
+    samples = batches(
+        run.features,
+        run.held_out,
+        config,
+        mine.start,
+        mine.stop,
+        align_mask=recipe.align_mask,
+        order=recipe.order,
+    )
+
+    # A sample's losses are means over its rows: back to sums, which add up.
+    own: list[tuple[Aux, Tensor]] = []
     with torch.no_grad():
-        for (batch,) in batches(run.features, run.held_out, config, mine.start, mine.stop):
+        for (batch,) in samples:
             _, aux = run.fns.forward_loss(params, to_device(batch, run.device))
-            own.append(to_device(aux, "cpu"))
-    every = [aux for part in run.world.every(own) for aux in part]
-    row = readable(reduce(partial(tree_map, torch.add), every))
-    row.pop("losses")
-    return row
+            aux = to_device(aux, "cpu")
+            count = _averaged_rows(aux, config, batch.input_ids.numel())
+            own.append((aux._replace(losses=aux.losses * count), count))
+
+    # Over all ranks, in the samples' order.
+    every = [part for rank in run.world.every(own) for part in rank]
+    total, count = reduce(partial(tree_map, torch.add), every)
+    losses = total.losses / count.clamp_min(1e-8)
+    decay = run.config.objective.decay
+    loss = sum(decay**step * value for step, value in enumerate(losses.tolist()))
+    return {"loss": loss} | readable(total._replace(losses=losses))
+
+
+def _averaged_rows(aux: Aux, config: Config, places: int) -> Tensor:
+    """By how many rows each of a sample's step losses was divided: `(K,)`."""
+    if config.objective.loss != "kl":
+        return aux.accept_rows
+    if config.objective.normalization == "rows":
+        return torch.full_like(aux.losses, places)
+    return aux.rows.clamp(min=1).to(aux.losses.dtype)

@@ -1,6 +1,7 @@
 """How many steps a run takes: as configured, as it began with, as the minutes allow, or as epochs need."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,44 +11,59 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, whole_file, write_json
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState
-from eagle3fn.data.pipeline import batches
 from eagle3fn.train.bind import bind
 from eagle3fn.train.held_out import evaluate_held_out
-from eagle3fn.train.run import Run, to_device
+from eagle3fn.train.run import Run, training_batches
 from eagle3fn.train.shard import gather
 
 _TIMED_STEPS = 24
 _FILE = "horizon.json"
 
 
-def with_horizon(run: Run, state: TrainState, minutes: float | None) -> tuple[Run, str]:
+def with_horizon(
+    run: Run, first_state: Callable[[], TrainState], minutes: float | None
+) -> tuple[Run, str]:
     """The run with `train.steps` filled in, and what chose them: "steps", "minutes" or "epochs". Writes nothing.
+
+    `first_state` makes the state whose steps are timed; called only where minutes choose, and no run has begun.
 
     Raises:
         UserError: steps and minutes together, or a run that began with another choice.
     """
-    plan = run.config.train
-    if plan.steps and minutes is not None:
+    settings = run.config.train
+    if settings.steps and minutes is not None:
         raise UserError(
-            f"--minutes and train.steps = {plan.steps} both choose the number of steps; leave one out"
+            f"--minutes and train.steps = {settings.steps} both choose the number of steps; "
+            "leave one out"
         )
-    chosen = "steps" if plan.steps else "epochs" if minutes is None else "minutes"
-    found = run.world.shared(_begun(run.out / _FILE) if run.world.main else None)
-    if found and found[1] not in (chosen, "") and chosen != "steps":
-        raise UserError(
-            f"{run.out / _FILE}: the run began with its steps chosen by {found[1]}, now it is {chosen}; call it as "
-            "before, or train into another folder"
-        )
-    if plan.steps:
-        steps = plan.steps
-    elif found:
-        steps = found[0]
-    elif minutes is not None:
-        steps = run.world.shared(max(1, int(minutes * 60 / seconds_per_step(run, state))))
+    if settings.steps:
+        chosen = "steps"
+    elif minutes is None:
+        chosen = "epochs"
     else:
-        steps = max(1, plan.epochs * len(run.train) // run.config.data.global_batch)
+        chosen = "minutes"
+
+    # A resumed run keeps the number that it began with.
+    begun = run.world.shared(_begun(run.out / _FILE) if run.world.main else None)
+    if begun and begun[1] not in (chosen, "") and chosen != "steps":
+        raise UserError(
+            f"{run.out / _FILE}: the run began with its steps chosen by {begun[1]}, now it is "
+            f"{chosen}; call it as before, or train into another folder"
+        )
+
+    if settings.steps:
+        steps = settings.steps
+    elif begun:
+        steps = begun[0]
+    elif minutes is not None:
+        seconds = seconds_per_step(run, first_state())
+        steps = run.world.shared(max(1, int(minutes * 60 / seconds)))
+    else:
+        steps = max(1, settings.epochs * len(run.train) // run.config.data.global_batch)
+
     config = with_steps(run.config, steps)
-    return run._replace(config=config, fns=bind(config, run.frozen, run.mesh)), chosen
+    fns = bind(config, run.frozen, run.mesh, run.recipe)
+    return run._replace(config=config, fns=fns), chosen
 
 
 def write_horizon(run: Run, chosen: str) -> None:
@@ -71,28 +87,33 @@ def _begun(path: Path) -> tuple[int, str] | None:
 def seconds_per_step(run: Run, state: TrainState) -> float:
     """Measured seconds of a step of average length and its share of an evaluation; the timed steps are dropped."""
     config = with_steps(run.config, _TIMED_STEPS + 1)
-    fns = bind(config, run.frozen, run.mesh)
-    tokens, begin = 0, time.perf_counter()
-    world = run.world
-    for number, micro in enumerate(
-        batches(run.features, run.train, config, 0, _TIMED_STEPS + 1, world.rank, world.size)
-    ):
-        _, metrics = fns.step(state, to_device(micro, run.device))
+    fns = bind(config, run.frozen, run.mesh, run.recipe)
+
+    # Time the steps; the first one, which warms up, is left out.
+    tokens = 0
+    begin = time.perf_counter()
+    for number, micro in enumerate(training_batches(run, 0, _TIMED_STEPS + 1)):
+        _, metrics = fns.step(state, micro)
         if number == 0:
             _wait(run.device)
             begin = time.perf_counter()
         else:
             tokens += int(metrics["tokens"])
     _wait(run.device)
-    spent = time.perf_counter() - begin
+    seconds_per_token = (time.perf_counter() - begin) / tokens
+
+    # A step of average length: the index has the lengths, files without an index don't.
+    tokens_per_step = tokens / _TIMED_STEPS
     lengths = [run.features.samples[i].get("length") for i in run.train]
     known = [min(length, config.data.max_length) for length in lengths if length]
-    per_step = (
-        sum(known) / len(known) * config.data.global_batch if known else tokens / _TIMED_STEPS
-    )
+    if known:
+        tokens_per_step = sum(known) / len(known) * config.data.global_batch
+
+    # An evaluation comes every `eval_every` steps.
     begin = time.perf_counter()
     evaluate_held_out(run, gather(state.params))
-    return spent * per_step / tokens + (time.perf_counter() - begin) / config.train.eval_every
+    evaluation = (time.perf_counter() - begin) / config.train.eval_every
+    return seconds_per_token * tokens_per_step + evaluation
 
 
 def _wait(device: str) -> None:

@@ -1,9 +1,11 @@
-"""The training loop: batches in, steps, held-out evaluation, checkpoints; resumed without a trace."""
+"""The training loop: batches in, steps, held-out evaluation, checkpoints; a resumed run is bit-identical."""
 
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,11 +14,10 @@ import torch
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import fsync_path, locked
-from eagle3fn.base.types import Batch, Frozen, Params, TrainState, VocabMap
+from eagle3fn.base.types import Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
-from eagle3fn.data.pipeline import batches, indices_of, prefetch
+from eagle3fn.data.pipeline import prefetch
 from eagle3fn.data.target import TargetTensors
-from eagle3fn.model.table import start_from_target
 from eagle3fn.train.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -26,10 +27,10 @@ from eagle3fn.train.checkpoint import (
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import with_horizon, write_horizon
 from eagle3fn.train.launch import World
-from eagle3fn.train.run import Run, prepare, to_device
-from eagle3fn.train.shard import gather
+from eagle3fn.train.recipe import OURS, Recipe
+from eagle3fn.train.run import Run, prepare, training_batches
+from eagle3fn.train.shard import empty_state, gather
 from eagle3fn.train.step import Metrics
-from eagle3fn.train.stop import sigterm_noted
 from eagle3fn.train.track import append_row, cut_rows, nonfinite, step_row
 
 ROWS = ("metrics.jsonl", "eval.jsonl")
@@ -37,26 +38,26 @@ T = TypeVar("T")
 
 
 class Events(NamedTuple):
-    """What the loop tells its caller: each metrics row, each held-out row, and each best draft."""
+    """What the loop calls: with each metrics row, each held-out row, and each best draft."""
 
     on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
     on_eval: Callable[[dict[str, Any]], None] = lambda row: None
     on_best: Callable[[Params, Frozen, dict[str, Any]], None] = lambda params, frozen, row: None
 
 
-class Made(NamedTuple):
-    """An update whose metrics were not read yet."""
+class PendingStep(NamedTuple):
+    """An update whose metrics were not read yet: reading them waits for the device."""
 
     number: int
-    begin: float  # when it was called, or the one before it was read
+    begin: float  # seconds; when it was called, or when the one before it was read
     metrics: Metrics
 
 
-class Kept(NamedTuple):
-    """What else a resumed run needs: the best held-out value, and the updates dropped."""
+class LoopState(NamedTuple):
+    """What a resumed run needs besides the `TrainState`."""
 
-    best: float = 0.0
-    skipped: int = 0
+    best: float = 0.0  # the best held-out value so far
+    skipped: int = 0  # updates dropped so far
 
 
 def train(
@@ -68,86 +69,113 @@ def train(
     minutes: float | None = None,
     events: Events = Events(),  # noqa: B008
     world: World = World(),  # noqa: B008
+    recipe: Recipe = OURS,
 ) -> TrainState:
     """Train, or go on from the newest checkpoint in `out`; returns the last state, sharded if `world` has ranks.
 
     Writes `config.toml` (resolved), `horizon.json`, `metrics.jsonl`, `eval.jsonl` and `checkpoints/` into `out`. With
     `minutes`, the number of steps is chosen from a few timed steps, once: a resumed run keeps it. All ranks call; rank
-    0 alone writes and tells `events`. After SIGTERM on any rank all finish the step, save it, and return its state.
+    0 alone writes and calls `events`. After SIGTERM on any rank all finish the step, save it, and return its state.
 
     Raises:
         UserError: features, map, target and configuration don't fit together, a checkpoint of another run, another
             process training in `out`, or a loss that is not finite.
     """
-    run = prepare(config, features, vocab_map, target, out, world)
-    with locked(run.out) if world.main else nullcontext(), sigterm_noted() as told:
-        state = _first_state(run, target)
-        run, chosen = with_horizon(run, state, minutes)
-        state, kept = _resume(run, state)
+    run = prepare(config, features, vocab_map, target, out, world, recipe)
+    lock = locked(run.out) if world.main else nullcontext()
+    with lock, sigterm_noted() as stop_requested:
+        # Where to go on; how many steps to make.
+        newest = _newest_checkpoint(run)
+        run, chosen = with_horizon(run, lambda: _first_state(run), minutes)
+
+        # The state: read, or made.
+        if newest is None:
+            state, loop_state = _first_state(run), LoopState()
+        else:
+            state, loop_state = _resume(run, newest)
+
         if world.main:
             write_horizon(run, chosen)
+            # Without a checkpoint step 0 is evaluated again, so its row goes too.
+            last = int(state.step) or -1
             for name in ROWS:
-                cut_rows(
-                    run.out / name, int(state.step) or -1
-                )  # without a checkpoint, step 0 is evaluated again
+                cut_rows(run.out / name, last)
+
         if int(state.step) < run.config.train.steps:
-            state = _steps(run, state, kept, events, told)
+            state = _steps(run, state, loop_state, events, stop_requested)
         return state
 
 
-def _first_state(run: Run, target: TargetTensors) -> TrainState:
-    params = run.fns.init(run.config.train.seed)
-    if run.config.train.init == "target":
-        params = start_from_target(params, run.frozen, target.norm)
-    return run.fns.init_state(params)
+def _first_state(run: Run) -> TrainState:
+    return run.fns.init_state(run.fns.init(run.config.train.seed))
 
 
-def _resume(run: Run, state: TrainState) -> tuple[TrainState, Kept]:
-    """The newest checkpoint's state, or the first one; leftovers of a killed save are removed."""
+def _newest_checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint, if there is one; what killed saves left is removed."""
     folder = run.out / "checkpoints"
+    newest = None
     if run.world.main:
         remove_unfinished(folder)
-    newest = run.world.shared(checkpoints(folder)[-1:] if run.world.main else None)
-    if not newest:
-        return state, Kept()
-    state, extra, rng = load_checkpoint(newest[0], state, run.config, run.data, run.world)
+        found = checkpoints(folder)
+        newest = found[-1] if found else None
+    return run.world.shared(newest)
+
+
+def _resume(run: Run, path: Path) -> tuple[TrainState, LoopState]:
+    empty = empty_state(run.config, run.device, run.mesh)
+    state, extra, rng = load_checkpoint(path, empty, run.config, run.data, run.world)
     torch.set_rng_state(rng)
-    return state, Kept(**extra)
+    return state, LoopState(**extra)
 
 
 def _steps(
-    run: Run, state: TrainState, kept: Kept, events: Events, told: Callable[[], bool]
+    run: Run,
+    state: TrainState,
+    loop_state: LoopState,
+    events: Events,
+    stop_requested: Callable[[], bool],
 ) -> TrainState:
-    plan, start, total = run.config.train, int(state.step), run.config.train.steps
+    """Train until the last step, or until a stop is requested on any rank."""
+    settings = run.config.train
+    start = int(state.step)
+    total = settings.steps
     if start == 0:
-        kept = _evaluate(run, state, kept, events)
-    source, made = prefetch(_on_device(run, start, total), run.config.data.prefetch), deque[Made]()
-    tell_all = lambda: _tell(run, made, kept, events, wait=True)  # noqa: E731
+        loop_state = _evaluate(run, state, loop_state, events)
+
+    pending = deque[PendingStep]()
+
+    def report_all() -> LoopState:
+        return _report(run, pending, loop_state, events, wait=True)
+
+    source = prefetch(training_batches(run, start, total), run.config.data.prefetch)
     with closing(source):
-        for number, micro in enumerate(_or_else(source, tell_all), start + 1):
+        for number, micro in enumerate(_or_else(source, report_all), start + 1):
             begin = time.perf_counter()
             state, metrics = run.fns.step(state, micro, donate=True)
-            made.append(Made(number, begin, metrics))
-            evaluates, saves = (
-                number % each == 0 or number == total
-                for each in (plan.eval_every, plan.checkpoint_every)
-            )
-            kept = _tell(
-                run, made, kept, events, wait=evaluates or saves or not _is_late(run.device)
-            )
+            pending.append(PendingStep(number, begin, metrics))
+
+            # Report steps that are done; all of them before something is computed from the state.
+            last = number == total
+            evaluates = last or number % settings.eval_every == 0
+            saves = last or number % settings.checkpoint_every == 0
+            wait = evaluates or saves or not _is_asynchronous(run.device)
+            loop_state = _report(run, pending, loop_state, events, wait)
+
             if evaluates:
-                kept = _evaluate(run, state, kept, events)
-            stop = any(run.world.every(told()))
+                loop_state = _evaluate(run, state, loop_state, events)
+
+            # A stop on one rank stops all: they must leave at the same step.
+            stop = any(run.world.every(stop_requested()))
             if saves or stop:
-                kept = tell_all()
-                _save(run, state, kept)
+                loop_state = report_all()
+                _save(run, state, loop_state)
             if stop:
                 break
     return state
 
 
 def _or_else(source: Iterator[T], before: Callable[[], object]) -> Iterator[T]:
-    """What the source gives; where that raises, `before` is called first: the steps done are told."""
+    """The items of `source`; where it raises, `before` is called first, so that finished steps are reported."""
     try:
         yield from source
     except Exception:
@@ -155,62 +183,101 @@ def _or_else(source: Iterator[T], before: Callable[[], object]) -> Iterator[T]:
         raise
 
 
-def _is_late(device: str) -> bool:
-    """Whether a step's metrics are read when the next one is on its way: reading them waits for the device."""
+def _is_asynchronous(device: str) -> bool:
+    """Whether a step returns before it is computed: its metrics are then read when the next one was called."""
     return device != "cpu"
 
 
-def _tell(run: Run, made: deque[Made], kept: Kept, events: Events, wait: bool) -> Kept:
-    """Write and tell the metrics of all steps but the newest, or with `wait` of that too; refuse what is not finite."""
-    while len(made) > (not wait):
-        number, begin, metrics = made.popleft()
+def _report(
+    run: Run, pending: deque[PendingStep], loop_state: LoopState, events: Events, wait: bool
+) -> LoopState:
+    """Write and report the metrics of all steps but the newest, or with `wait` of that one too.
+
+    Raises:
+        UserError: a loss or gradient norm that is not finite.
+    """
+    kept_back = 0 if wait else 1
+    while len(pending) > kept_back:
+        number, begin, metrics = pending.popleft()
         if nonfinite(metrics) and not metrics["skipped"]:
             raise UserError(_nonfinite_message(run, number - 1))
-        kept = kept._replace(skipped=kept.skipped + metrics["skipped"])
+
+        loop_state = loop_state._replace(skipped=loop_state.skipped + metrics["skipped"])
         if run.world.main:
-            row = step_row(number, metrics, time.perf_counter() - begin, kept.skipped)
+            row = step_row(number, metrics, time.perf_counter() - begin, loop_state.skipped)
             append_row(run.out / "metrics.jsonl", row)
             events.on_step(row, run.config.train.steps)
-        if made:  # on a device it began when this one ended
-            made[0] = made[0]._replace(begin=time.perf_counter())
-    return kept
+
+        # On a device the next step began when this one ended.
+        if pending:
+            pending[0] = pending[0]._replace(begin=time.perf_counter())
+    return loop_state
 
 
-def _save(run: Run, state: TrainState, kept: Kept) -> None:
+def _save(run: Run, state: TrainState, loop_state: LoopState) -> None:
+    """Write a checkpoint; the rows before it are on the disk first."""
     if run.world.main:
         for name in ROWS:
             fsync_path(run.out / name)
-    folder = run.out / "checkpoints"
     save_checkpoint(
-        folder, state, run.config, run.data, kept._asdict(), run.config.train.keep_last, run.world
+        run.out / "checkpoints",
+        state,
+        run.config,
+        run.data,
+        loop_state._asdict(),
+        run.config.train.keep_last,
+        run.world,
     )
 
 
-def _on_device(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, ...]]:
-    rank, size = run.world.rank, run.world.size
-    for micro in batches(run.features, run.train, run.config, start, stop, rank, size):
-        yield to_device(micro, run.device)
-
-
-def _evaluate(run: Run, state: TrainState, kept: Kept, events: Events) -> Kept:
-    """What is kept, with the best value so far, this evaluation's included; the same on all ranks."""
+def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events) -> LoopState:
+    """Evaluate, report, and return the loop's state with the best value so far; the same on all ranks."""
     params = gather(state.params)
-    row = {"step": int(state.step), **evaluate_held_out(run, params)}
-    value = row.get("accepted_length", 1.0 + row["step"]) if row["step"] else 0.0
+    step = int(state.step)
+    row = {"step": step, **evaluate_held_out(run, params)}
+
+    # Without held-out samples the newest draft is the best; an untrained one never is.
+    if step == 0:
+        value = 0.0
+    else:
+        value = row.get("accepted_length", 1.0 + step)
+
     if run.world.main:
         append_row(run.out / "eval.jsonl", row)
         events.on_eval(row)
-        if value > kept.best or not row["step"]:
+        if value > loop_state.best or step == 0:
             events.on_best(params, run.frozen, row)
-    return kept._replace(best=max(value, kept.best))
+    return loop_state._replace(best=max(value, loop_state.best))
 
 
 def _nonfinite_message(run: Run, step: int) -> str:
-    chosen = indices_of(len(run.train), run.config, step)
-    names = [run.features.samples[run.train[i]]["id"] for i in chosen]
+    chosen = run.recipe.order(len(run.train), run.config, step)
+    names = [str(run.features.samples[run.train[i]]["id"]) for i in chosen]
     found = checkpoints(run.out / "checkpoints")
-    last = f"last good checkpoint: {found[-1]}" if found else "no checkpoint was written yet"
+    if found:
+        last = f"last good checkpoint: {found[-1]}"
+    else:
+        last = "no checkpoint was written yet"
     return (
-        f"step {step + 1}: the loss or its gradient is not finite; samples {', '.join(map(str, names))}; {last}; "
-        "check these samples, lower optimizer.learning_rate, or leave such updates out with --on-nonfinite skip"
+        f"step {step + 1}: the loss or its gradient is not finite; samples {', '.join(names)}; "
+        f"{last}; check these samples, lower optimizer.learning_rate, or leave such updates out "
+        "with --on-nonfinite skip"
     )
+
+
+@contextmanager
+def sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """A function that returns whether SIGTERM has come since the block began; outside the main thread it never does.
+
+    The signal then requests a stop: the loop finishes its step, saves it and returns.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)

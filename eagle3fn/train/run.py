@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,18 +13,19 @@ from eagle3fn.base.config import Config, to_dict
 from eagle3fn.base.device import send
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import tree_map
-from eagle3fn.base.types import Frozen, VocabMap
-from eagle3fn.data.collate import align_mask
+from eagle3fn.base.types import Batch, Frozen, VocabMap
+from eagle3fn.data.collate import AlignMask
 from eagle3fn.data.features import FeatureSet, read_tokens
-from eagle3fn.data.pipeline import split
+from eagle3fn.data.pipeline import batches, split
 from eagle3fn.data.target import TargetTensors
 from eagle3fn.train.bind import Functions, bind
 from eagle3fn.train.launch import World
 from eagle3fn.train.memory import check_fits, memory_of
+from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.reduce import check_ranks
 
 T = TypeVar("T")
-_LOOKED_AT = 100
+_SAMPLES_CHECKED = 100
 
 
 class Run(NamedTuple):
@@ -33,13 +35,16 @@ class Run(NamedTuple):
     frozen: Frozen
     fns: Functions
     features: FeatureSet
-    train: list[int]
-    held_out: list[int]
+    train: list[int]  # the samples trained on
+    held_out: list[int]  # the samples evaluated on
     out: Path
-    data: dict[str, str]  # hashes of features and vocabulary map
+    data: dict[
+        str, str
+    ]  # hashes of features and vocabulary map, and the recipe where it is not ours
     device: str  # this rank's
     world: World = World()
     mesh: DeviceMesh | None = None
+    recipe: Recipe = OURS
 
 
 def prepare(
@@ -49,6 +54,7 @@ def prepare(
     target: TargetTensors,
     out: str | Path,
     world: World = World(),  # noqa: B008
+    recipe: Recipe = OURS,
 ) -> Run:
     """Check that all parts fit together, on all ranks alike, and bind the functions.
 
@@ -57,27 +63,56 @@ def prepare(
             limit, none to train on, or none with a trained row; a number of ranks that the global batch or
             `train.reduce` does not fit, or ranks that were started differently.
     """
+    # Refuse what cannot work before anything large is made.
     check_world(config, world)
-    device, tied = (
-        check_device(world.device(config.train.device)),
-        target.head is target.embed_tokens,
-    )
+    device = check_device(world.device(config.train.device))
+    tied = target.head is target.embed_tokens
     check_fits(config, world.size, memory_of(device), f"the memory of {device}", tied)
-    own = config.draft.hidden_size != config.draft.target_hidden_size
+
+    # What is never differentiated; a draft of another width trains an embedding of its own.
+    own_embedding = config.draft.hidden_size != config.draft.target_hidden_size
     dtype = getattr(torch, config.train.dtype)
     frozen = Frozen(
-        None if own else target.embed_tokens.to(device, dtype),
-        target.head.to(device, dtype),
-        vocab_map.t2d.to(device),
-        vocab_map.d2t.to(device),
+        embed_tokens=None if own_embedding else target.embed_tokens.to(device, dtype),
+        target_head=target.head.to(device, dtype),
+        t2d=vocab_map.t2d.to(device),
+        d2t=vocab_map.d2t.to(device),
+        target_norm=target.norm.to(device, dtype),
     )
+
     kept, held_out = split(len(features.samples), config.data.held_out)
     _check_lengths(config, features)
-    _check_trained(config, features, kept)
-    mesh, data = world.mesh(device), fingerprints(features, vocab_map)
+    _check_trained(config, features, kept, recipe.align_mask)
+
+    # All ranks must have been started alike.
+    mesh = world.mesh(device)
+    data = fingerprints(features, vocab_map)
+    if recipe.name:
+        data["recipe"] = recipe.name
     world.agree(_settings(config) | data)
-    fns = bind(config, frozen, mesh)
-    return Run(config, frozen, fns, features, kept, held_out, Path(out), data, device, world, mesh)
+
+    fns = bind(config, frozen, mesh, recipe)
+    return Run(
+        config, frozen, fns, features, kept, held_out, Path(out), data, device, world, mesh, recipe
+    )
+
+
+def training_batches(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, ...]]:
+    """This rank's micro-batches of the steps `start` … `stop - 1`, on its device."""
+    world, recipe = run.world, run.recipe
+    steps = batches(
+        run.features,
+        run.train,
+        run.config,
+        start,
+        stop,
+        world.rank,
+        world.size,
+        recipe.align_mask,
+        recipe.order,
+    )
+    for micro in steps:
+        yield to_device(micro, run.device)
 
 
 def check_world(config: Config, world: World) -> None:
@@ -135,24 +170,27 @@ def _check_lengths(config: Config, features: FeatureSet) -> None:
             )
 
 
-def _check_trained(config: Config, features: FeatureSet, kept: list[int]) -> None:
+def _check_trained(
+    config: Config, features: FeatureSet, kept: list[int], align_mask: AlignMask
+) -> None:
     """Refuse data whose first samples train no row at all."""
-    data = config.data
-    for number in kept[:_LOOKED_AT]:
-        _, mask = read_tokens(features, number)
-        if align_mask(mask[: data.max_length], data.mask_alignment).any():
+    looked_at = kept[:_SAMPLES_CHECKED]
+    for number in looked_at:
+        _, token_mask = read_tokens(features, number)
+        if align_mask(token_mask[: config.data.max_length]).any():
             return
     raise UserError(
-        f"{features.folder}: no row to train in the first {min(len(kept), _LOOKED_AT)} samples, cut to data.max_length"
-        f" = {data.max_length}; raise it, or extract conversations with longer answers"
+        f"{features.folder}: no row to train in the first {len(looked_at)} samples, cut to "
+        f"data.max_length = {config.data.max_length}; raise it, or extract conversations with "
+        "longer answers"
     )
 
 
 def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
     """Hashes of what a run reads: the feature index and the vocabulary map.
 
-    The shards' own hashes are left out, so that a damaged shard may be extracted again. Files of the older trainer
-    have no index: their names and sizes stand in for it.
+    The shards' own hashes are left out, so that a damaged shard may be extracted again. Files of a `Reader` have no
+    index: their names and sizes stand in for it.
     """
     index: Any = {
         key: value for key, value in features.index.items() if key not in ("shards", "totals")
@@ -162,7 +200,8 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
             (sample["id"], (features.folder / sample["shard"]).stat().st_size)
             for sample in features.samples
         ]
-    text, tokens = json.dumps(index, sort_keys=True).encode(), vocab_map.t2d.cpu().numpy().tobytes()
+    text = json.dumps(index, sort_keys=True).encode()
+    tokens = vocab_map.t2d.cpu().numpy().tobytes()
     return {
         "features": hashlib.sha256(text).hexdigest(),
         "vocabulary map": hashlib.sha256(tokens).hexdigest(),

@@ -58,6 +58,20 @@ def specs(config: Config, world: int, rank: int) -> TrainState:
     return TrainState(table(dtype), table(wide), Moments(table(wide), table(wide)), step)
 
 
+def empty_state(config: Config, device: str, mesh: DeviceMesh | None = None) -> TrainState:
+    """A state of uninitialized leaves, placed as `init_state` places them: to read a checkpoint into."""
+
+    def leaf(spec: LeafSpec) -> Tensor:
+        where = device if spec.shape else "cpu"  # the step is read on the host
+        part = torch.empty(spec.local_shape, dtype=spec.dtype, device=where)
+        if mesh is None or not spec.shape:
+            return part
+        shape = torch.Size(spec.shape)
+        return _placed(part, shape, torch.empty(shape, device="meta").stride(), mesh)
+
+    return tree_map(leaf, state_specs(config, mesh))
+
+
 def rows_of(rows: int, world: int, rank: int) -> range:
     """The rows that `rank` of `world` holds of a leaf with `rows` rows."""
     block = -(-rows // world)

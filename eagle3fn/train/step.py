@@ -12,12 +12,14 @@ from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.tree import tree_map, wide
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_sharing
-from eagle3fn.model.forward import forward_loss
-from eagle3fn.train.optimizer import make_optimizer
+from eagle3fn.model.forward import ForwardLoss, forward_loss
+from eagle3fn.train.optimizer import Moments, make_optimizer, zero_moments
+from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.reduce import check_ranks, global_norm, over_ranks, to_shards, total
 from eagle3fn.train.shard import check_placed, full_params, local, placed_like, shard, take
 
 Metrics = dict[str, Any]
+"""What `step` reports of an update, by name."""
 
 
 def init_state(params: Params, *, config: Config, mesh: DeviceMesh | None = None) -> TrainState:
@@ -27,10 +29,15 @@ def init_state(params: Params, *, config: Config, mesh: DeviceMesh | None = None
     """
     whole = {name: value.detach() for name, value in params.items()}
     own = tree_map(torch.clone, whole) if mesh is None else shard(whole, mesh)
+
     masters = {name: wide(part).clone() for name, part in local(own).items()}
-    moments = make_optimizer(config.optimizer, max(config.train.steps, 1)).init(masters)
-    opt = type(moments)(*(placed_like(moment, own) for moment in moments))
-    return TrainState(own, placed_like(masters, own), opt, torch.zeros((), dtype=torch.int64))
+    moments = zero_moments(masters)
+    return TrainState(
+        params=own,
+        masters=placed_like(masters, own),
+        opt=Moments(placed_like(moments.mu, own), placed_like(moments.nu, own)),
+        step=torch.zeros((), dtype=torch.int64),
+    )
 
 
 def step(
@@ -41,12 +48,13 @@ def step(
     frozen: Frozen,
     mesh: DeviceMesh | None = None,
     donate: bool = False,
+    recipe: Recipe = OURS,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update from a batch, or from a tuple of micro-batches whose gradients add up.
 
     Under `normalization = "rows"` each micro-batch's loss is divided by their number over all ranks. Under "mask" they
-    are summed, and every micro-batch must carry the global `n`. Inputs are untouched, unless `donate` gives the state's
-    buffers to the next one: the given state then raises when it is touched.
+    are summed, and every micro-batch must carry the global `row_counts`. Inputs are untouched, unless `donate` gives
+    the state's buffers to the next one: the given state then raises when it is touched.
 
     Under a mesh every rank calls with its own contiguous block of the global batch's micro-batches, as many as the
     others. Parameters are gathered before the first one; no rank waits for another until its last one.
@@ -57,48 +65,71 @@ def step(
         and `skipped`: 1 if `train.on_nonfinite = "skip"` dropped the update, whose step is counted all the same.
 
     Raises:
-        UserError: no micro-batch, several without `n`, `train.steps` not set, a state placed otherwise than `mesh`
-            says, ranks that the reduction does not fit, or different numbers of micro-batches (off the CPU: an
+        UserError: no micro-batch, several without `row_counts`, `train.steps` not set, a state placed otherwise than
+            `mesh` says, ranks that the reduction does not fit, or different numbers of micro-batches (off the CPU: an
             assertion of the device).
     """
+    # Refuse what does not fit, before any work.
     batches = (batch,) if isinstance(batch, Batch) else tuple(batch)
-    world, how = 1 if mesh is None else mesh.size(), config.train.reduce
+    world = 1 if mesh is None else mesh.size()
+    reduction = config.train.reduce
     check_sharing(batches, config, world)
-    check_ranks(world, how)
+    check_ranks(world, reduction)
     check_placed(state, mesh)
     if config.train.steps < 1:
         raise UserError(
             "train.steps = 0: the learning-rate schedule needs the number of updates; set train.steps"
         )
-    loss, aux, grads = accumulate(full_params(state.params), batches, config, frozen, world)
+
+    # This rank's gradients, then each rank's rows of all ranks' sum.
+    params = full_params(state.params)
+    loss, aux, grads = accumulate(params, batches, config, frozen, world, recipe.loss)
     metrics = _metrics(loss, aux, batches, config, mesh)
-    grads = to_shards({name: grads.pop(name) for name in state.masters}, mesh, how)
-    norm = global_norm(grads, {name: len(leaf) for name, leaf in state.masters.items()}, mesh, how)
+    grads = to_shards({name: grads.pop(name) for name in state.masters}, mesh, reduction)
+
+    # One norm of the whole gradient, the same on all ranks.
+    rows = {name: len(leaf) for name, leaf in state.masters.items()}
+    norm = global_norm(grads, rows, mesh, reduction)
+
+    # Drop an update that is not finite, where that is wanted.
     before = take(state) if donate else state
-    if config.train.on_nonfinite == "skip" and not bool(
-        torch.isfinite(metrics["loss"]) & torch.isfinite(norm)
-    ):
+    if config.train.on_nonfinite == "skip" and not _is_finite(metrics["loss"], norm):
         dropped = {"grad_norm": norm, "learning_rate": 0.0, "skipped": 1}
         return before._replace(step=before.step + 1), metrics | dropped
-    after, info = _update(before, grads, norm, config, donate)
+
+    after, info = _update(before, grads, norm, config, donate, recipe)
     return after, metrics | info | {"skipped": 0}
 
 
+def _is_finite(loss: Tensor, norm: Tensor) -> bool:
+    return bool(torch.isfinite(loss) & torch.isfinite(norm))
+
+
 def accumulate(
-    params: Params, batches: tuple[Batch, ...], config: Config, frozen: Frozen, world: int = 1
+    params: Params,
+    batches: tuple[Batch, ...],
+    config: Config,
+    frozen: Frozen,
+    world: int = 1,
+    loss_of: ForwardLoss = forward_loss,
 ) -> tuple[Tensor, Aux, Params]:
-    """Loss, metrics and gradients over this rank's micro-batches, in fp32, or as "legacy" in bf16; no communication."""
+    """Loss, metrics and gradients summed over this rank's micro-batches; no communication.
+
+    Several gradients are summed in at least fp32, or under `accumulation = "params"` in the parameters' dtype; one
+    alone keeps it.
+    """
+    # Under "rows" each micro-batch's loss is a mean over its own rows: their mean is that of the global batch.
     share = len(batches) * world if config.objective.normalization == "rows" else 1
+    keeps_dtype = config.optimizer.accumulation == "params" or len(batches) == 1
 
     def scaled(inner: Params, batch: Batch) -> tuple[Tensor, Aux]:
-        loss, aux = forward_loss(inner, batch, config=config, frozen=frozen)
+        loss, aux = loss_of(inner, batch, config=config, frozen=frozen)
         return loss / share, aux._replace(losses=aux.losses / share)
 
     def part(batch: Batch) -> tuple[Tensor, Aux, Params]:
         (loss, aux), grads = value_and_grad(scaled, has_aux=True)(params, batch)
-        return loss.detach(), aux, grads if legacy else tree_map(wide, grads)
+        return loss.detach(), aux, grads if keeps_dtype else tree_map(wide, grads)
 
-    legacy = config.optimizer.accumulation == "legacy" or len(batches) == 1
     return total(map(part, batches), len(batches), config.train.reduce)
 
 
@@ -109,31 +140,40 @@ def _metrics(
     tokens = torch.stack([batch.attention_mask.sum() for batch in batches]).sum()
     count = torch.full_like(tokens, len(batches))
     own = loss, aux, tokens, count, count * count
-    loss, aux, tokens, count, square = over_ranks(own, mesh, config.train.reduce)
+    loss, aux, tokens, count, squares = over_ranks(own, mesh, config.train.reduce)
     if mesh is not None:
-        _check_counts(
-            square * mesh.size() == count * count, len(batches), mesh
-        )  # equal if and only if all counts are
+        # By Cauchy-Schwarz: ranks · Σ count² = (Σ count)² if and only if all counts are equal.
+        _check_counts(squares * mesh.size() == count * count, len(batches), mesh)
     return {"loss": loss, "aux": aux, "tokens": tokens}
 
 
 def _check_counts(same: Tensor, own: int, mesh: DeviceMesh) -> None:
     """Refuse ranks with different numbers of micro-batches; a device other than the CPU is not waited for, it stops."""
-    told = f"step: {own} micro-batches on rank {mesh.get_local_rank()}, not as many on others; give every rank as many"
+    message = (
+        f"step: {own} micro-batches on rank {mesh.get_local_rank()}, not as many on others; "
+        "give every rank as many"
+    )
     if mesh.device_type != "cpu":
-        torch._assert_async(same, told)  # pyright: ignore[reportPrivateImportUsage]
+        torch._assert_async(same, message)  # pyright: ignore[reportPrivateImportUsage]
     elif not same:
-        raise UserError(told)
+        raise UserError(message)
 
 
 def _update(
-    state: TrainState, grads: Params, norm: Tensor, config: Config, donate: bool
+    state: TrainState,
+    grads: Params,
+    norm: Tensor,
+    config: Config,
+    donate: bool,
+    recipe: Recipe,
 ) -> tuple[TrainState, dict[str, Any]]:
+    """The optimizer's update of this rank's rows, and the parameters cast from the new masters."""
     parts = local(state)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, recipe.schedule)
     masters, opt, info = optimizer.update(
         grads, norm, parts.opt, parts.masters, int(state.step), donate
     )
+
     params = {}
     for name, master in masters.items():
         old = parts.params[name]

@@ -41,14 +41,14 @@ def test_a_step_against_the_old_tool_and_its_memory(tmp_path: Path, oracle) -> N
     assert result == json.loads((tmp_path / "step.json").read_text())
     assert done.stdout.count("\n") == 1
     times = result["all_seconds"]
-    assert times.keys() == {"legacy", "fast", "old", "mesh"}
+    assert times.keys() == {"plain", "fast", "old", "mesh"}
     assert result["ratio"] == pytest.approx(times["old"][0] / times["fast"][0])
-    assert result["ratio_legacy"] == pytest.approx(times["legacy"][0] / times["fast"][0])
+    assert result["ratio_plain"] == pytest.approx(times["plain"][0] / times["fast"][0])
     assert result["mesh_overhead"] == pytest.approx(times["mesh"][0] / times["fast"][0] - 1)
     rate = result["matmul_gflops"] * 1e9
     assert result["mfu"] == pytest.approx(result["flops_needed"]["total"] / times["fast"][0] / rate)
     used = result["memory"]
-    assert used.keys() == {"legacy", "fast", "old"}
+    assert used.keys() == {"plain", "fast", "old"}
     assert result["memory_ratio"] == pytest.approx(used["fast"]["step"] / used["old"]["step"])
     assert all(value["step"] == value["peak"] - value["inputs"] > 0 for value in used.values())
     assert result["old_tool"]["hashes"] == oracle.hashes
@@ -65,7 +65,7 @@ def test_ranks_and_a_missing_old_tool(tmp_path: Path, ranks: int) -> None:
     result = last_line(done)
     assert result["settings"]["ranks"] == ranks
     assert result["ratio"] is None and result["memory_ratio"] is None and result["memory"] == {}
-    assert result["ratio_legacy"] > 0
+    assert result["ratio_plain"] > 0
     assert result["old_tool"] is None
     assert result["old_tool_missing"].startswith(
         sides.ONE_RANK if ranks > 1 else f"SPECFORGE_SRC={tmp_path}"
@@ -110,7 +110,7 @@ def test_the_gates_part_refuses_without_cuda_and_rehearses_on_cpu(tmp_path: Path
     assert result["parts"]["loss-tiny"]["mfu"]["64"] > 0
     assert result["parts"]["attention-tiny"]["ratio"]["96"] > 0
     step = result["parts"]["step-tiny"]
-    assert step["ratio"] > 0 and step["memory"].keys() == {"legacy", "fast", "old"}
+    assert step["ratio"] > 0 and step["memory"].keys() == {"plain", "fast", "old"}
     assert all(used["step"] == used["peak"] - used["inputs"] for used in step["memory"].values())
 
 

@@ -249,7 +249,7 @@ def test_the_bytes_of_all_sides_together() -> None:
     _, _, size = problem_of("qwen2.5-7b", 2048, 0.5, 7)
     whole = floors.bytes_needed(draft, 1, 2048, 7)
     assert isinstance(whole, int)
-    assert 3 * 14 * size.weights + floors.new_bytes(size, "legacy") < whole < 48 << 30
+    assert 3 * 14 * size.weights + floors.new_bytes(size, "plain") < whole < 48 << 30
     assert floors.bytes_needed(draft, 2, 2048, 7) > whole > floors.bytes_needed(draft, 1, 1024, 7)
     assert whole > floors.bytes_needed(draft, 1, 2048, 3)
     smaller = problem.draft_of("smollm2", None, 1024)

@@ -1,13 +1,12 @@
 """Laws of cutting, alignment, padding and counting."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle3fn.base.errors import UserError
 from eagle3fn.base.rows import shift, step_rows
 from eagle3fn.data.collate import align_mask, collate, cut, global_row_counts
+from eagle3fn.specforge import recipe
 from tests.data_tools import random_sample
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
@@ -16,22 +15,17 @@ MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
 @given(MASKS)
 @settings(max_examples=60, deadline=None)
 def test_serving_trains_rows_whose_next_two_tokens_are_the_assistants(mask):
-    rows = align_mask(torch.tensor(mask), "serving").tolist()
+    rows = align_mask(torch.tensor(mask)).tolist()
     n = len(mask)
     assert rows == [int(t + 2 < n and mask[t + 1] == 1 and mask[t + 2] == 1) for t in range(n)]
 
 
 @given(MASKS)
 @settings(max_examples=60, deadline=None)
-def test_legacy_zeroes_the_last_entry_of_a_copy(mask):
+def test_specforges_mask_zeroes_the_last_entry_of_a_copy(mask):
     given_mask = torch.tensor(mask)
-    assert align_mask(given_mask, "legacy").tolist() == [*mask[:-1], 0]
+    assert recipe.align_mask(given_mask).tolist() == [*mask[:-1], 0]
     assert given_mask.tolist() == mask
-
-
-def test_unknown_alignment_is_refused():
-    with pytest.raises(UserError, match=r"mask_alignment.*'other'.*serving"):
-        align_mask(torch.ones(3), "other")
 
 
 def test_shift_moves_left():
@@ -41,21 +35,19 @@ def test_shift_moves_left():
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.integers(3, 8),
-    st.sampled_from(["serving", "legacy"]),
+    st.sampled_from([align_mask, recipe.align_mask]),
 )
 @settings(max_examples=40, deadline=None)
-def test_collate_by_plain_loops(lengths, max_length, mode):
+def test_collate_by_plain_loops(lengths, max_length, align):
     samples = [random_sample(length, seed) for seed, length in enumerate(lengths)]
-    batch = collate(samples, mode, max_length)
+    batch = collate(samples, max_length, align)
     width = max(min(length, max_length) for length in lengths)
     for row, sample in enumerate(samples):
         kept = cut(sample, max_length)
         n = len(kept.input_ids)
         assert n == min(len(sample.input_ids), max_length)
         assert batch.attention_mask[row].tolist() == [1] * n + [0] * (width - n)
-        assert batch.row_mask[row].tolist() == align_mask(kept.token_mask, mode).tolist() + [0] * (
-            width - n
-        )
+        assert batch.row_mask[row].tolist() == align(kept.token_mask).tolist() + [0] * (width - n)
         for name in ("input_ids", "aux_hidden", "last_hidden"):
             field = getattr(batch, name)[row]
             assert torch.equal(field[:n], getattr(kept, name)) and not field[n:].any()
@@ -72,8 +64,8 @@ def test_counts_are_the_same_for_every_split(masks, steps):
     samples = [
         random_sample(len(mask), 0)._replace(token_mask=torch.tensor(mask)) for mask in masks
     ]
-    whole = collate(samples, "legacy", 64)
-    parts = [collate([sample], "legacy", 64) for sample in samples]
+    whole = collate(samples, 64, recipe.align_mask)
+    parts = [collate([sample], 64, recipe.align_mask) for sample in samples]
     plain = [max(1, sum(sum(mask[:-1][step:]) for mask in masks)) for step in range(steps)]
     assert step_rows([whole.row_mask], steps).tolist() == plain
     assert (

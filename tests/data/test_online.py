@@ -1,7 +1,6 @@
 """The online roll-out is extraction without the files: the same samples, batches, losses, gradients and updates."""
 
 import copy
-from dataclasses import replace
 from functools import cache
 from itertools import islice
 
@@ -14,12 +13,13 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Batch
 from eagle3fn.data import extract as room
-from eagle3fn.data.collate import collate
+from eagle3fn.data.collate import align_mask, collate
 from eagle3fn.data.extract import Encoded, encode_all, extract, run_target, supervised
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import online_batches, roll_out
 from eagle3fn.data.pipeline import batches, prefetch
 from eagle3fn.data.vocab import build_map
+from eagle3fn.specforge import recipe
 from eagle3fn.testing.builders import on
 from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
 
@@ -94,11 +94,13 @@ def problem(model, rows, dtype, **objective):
         draft,
         e3.ObjectiveConfig(ttt_length=4, **objective),
         e3.OptimizerConfig(learning_rate=1e-2),
-        e3.DataConfig(global_batch=4, micro_batch=2, mask_alignment="legacy"),
+        e3.DataConfig(global_batch=4, micro_batch=2),
         e3.TrainConfig(steps=5, dtype=dtype),
     )
     vocab = on(str(model.device), build_map(counts, 40))
-    frozen = e3.Frozen(model.model.embed_tokens.weight, model.lm_head.weight, *vocab)
+    frozen = e3.Frozen(
+        model.model.embed_tokens.weight, model.lm_head.weight, *vocab, model.model.norm.weight
+    )
     return config, e3.bind(config, frozen)
 
 
@@ -118,21 +120,20 @@ def run(fns, start, source, device):
     return seen
 
 
-@pytest.mark.parametrize("alignment", ["legacy", "serving"])
+@pytest.mark.parametrize("align", [recipe.align_mask, align_mask])
 @pytest.mark.parametrize(
-    ("dtype", "numerics"), [("float32", "fast"), ("float32", "legacy"), ("bfloat16", "legacy")]
+    ("dtype", "numerics"), [("float32", "fast"), ("float32", "plain"), ("bfloat16", "plain")]
 )
-def test_five_updates_equal_those_of_stored_features(tmp_path, dtype, numerics, alignment, device):
+def test_five_updates_equal_those_of_stored_features(tmp_path, dtype, numerics, align, device):
     """Batches, losses, gradients of each micro-batch and every leaf of the state, more than two epochs long."""
     model = model_on(device, dtype)
     opened, rows = stored(model, tmp_path, batch=1)
     config, fns = problem(model, rows, dtype, numerics=numerics)
-    config = replace(config, data=replace(config.data, mask_alignment=alignment))
     offline, online = (
         list(source)
         for source in (
-            batches(opened, range(8), config, 0, 5),
-            online_batches(model, rows, LAYERS, config, 0, 5),
+            batches(opened, range(8), config, 0, 5, align_mask=align),
+            online_batches(model, rows, LAYERS, config, 0, 5, align_mask=align),
         )
     )
     assert equal(offline, online) and len(online) == 5 and online[0][0].row_counts is not None
@@ -152,7 +153,8 @@ def test_the_last_kept_entry_of_an_online_mask_is_zeroed(tmp_path):
     params = fns.init(0)
     samples = list(roll_out(model, [rows[number] for number in ending], LAYERS, batch=1))
     online, offline = (
-        collate(s, "legacy", CUT) for s in (samples, [read_sample(opened, n) for n in ending])
+        collate(s, CUT, recipe.align_mask)
+        for s in (samples, [read_sample(opened, n) for n in ending])
     )
     assert equal(fns.forward_loss(params, online), fns.forward_loss(params, offline))
     raw = torch.nn.utils.rnn.pad_sequence(

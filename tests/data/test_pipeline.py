@@ -3,20 +3,18 @@
 import threading
 import time
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, DistributedSampler
 
 from eagle3fn.base.config import Config, DataConfig, ObjectiveConfig, TrainConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import open_features, read_sample
-from eagle3fn.data.pipeline import batches, indices_of, order, prefetch, sample_indices, split
+from eagle3fn.data.pipeline import batches, prefetch, sample_indices, split
 from tests.data_tools import random_sample, write_folder
 
 DRAFT = DraftConfig(4, 8, 1, 1, 4, 50, 20, 4, 64)
@@ -27,15 +25,23 @@ def config(global_batch=4, micro_batch=2, seed=3):
     return Config(DRAFT, ObjectiveConfig(ttt_length=3), data=data, train=TrainConfig(seed=seed))
 
 
+def order(n, seed, epoch):
+    """An epoch's order, as it was when the first runs were trained: a resumed run must find it again."""
+    return torch.randperm(
+        n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    ).tolist()
+
+
 @given(st.integers(1, 40), st.integers(0, 99), st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_an_epoch_holds_every_sample_once(n, seed, epoch):
-    assert sorted(order(n, seed, epoch)) == list(range(n))
-    assert order(n, seed, epoch) == order(n, seed, epoch)
+    chosen = sample_indices(n, n, seed, epoch)
+    assert sorted(chosen) == list(range(n))
+    assert chosen == sample_indices(n, n, seed, epoch)
 
 
 def test_seed_and_epoch_change_the_order():
-    orders = {tuple(order(30, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    orders = {tuple(sample_indices(30, 30, seed, epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
 
 
@@ -45,33 +51,6 @@ def test_steps_cut_the_epochs_laid_end_to_end(n, size, seed):
     stream = [place for step in range(2 * n) for place in sample_indices(n, size, seed, step)]
     epochs = [place for epoch in range(2 * size) for place in order(n, seed, epoch)]
     assert stream == epochs
-
-
-@given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
-def test_the_old_orders_are_those_of_torchs_sampler_and_loader(n, micro, share):
-    """`DistributedSampler`, its epoch counted from 1, under a `DataLoader` that drops the rest; or no shuffling."""
-    for kind, shuffle in (("legacy", True), ("stored", False)):
-        made = config(micro * share, micro)
-        made = replace(made, data=replace(made.data, order=kind))
-        if n < micro:
-            with pytest.raises(
-                UserError, match=f"data.micro_batch = {micro}: {n} samples fill no batch"
-            ):
-                indices_of(n, made, 0)
-            continue
-        places: Any = range(n)
-        sampler = DistributedSampler(places, num_replicas=1, rank=0, shuffle=shuffle)
-        loader = DataLoader(
-            places, batch_size=micro, sampler=sampler, drop_last=True, collate_fn=list
-        )
-        stream = []
-        for epoch in range(4):
-            sampler.set_epoch(epoch + 1)
-            stream += [place for batch in loader for place in batch]
-        steps = len(stream) // (micro * share)
-        ours = [place for step in range(steps) for place in indices_of(n, made, step)]
-        assert ours == stream[: len(ours)] and len(ours) == steps * micro * share
 
 
 def test_batches_follow_the_order(folder):

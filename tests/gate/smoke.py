@@ -46,7 +46,7 @@ from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-NUMERICS = ("fast", "legacy")
+NUMERICS = ("fast", "plain")
 BOUND = {
     torch.bfloat16: 0.15,
     torch.float32: 1e-4,
@@ -102,7 +102,7 @@ class Size:
     @cached_property
     def truth(self) -> tuple[float, Params]:
         """Loss and gradients of the legacy numerics in fp64."""
-        (loss, _), gradients = gradient(self, "legacy", torch.float64, self.home)
+        (loss, _), gradients = gradient(self, "plain", torch.float64, self.home)
         return float(loss), {name: leaf.to(self.home) for name, leaf in gradients.items()}
 
 

@@ -67,9 +67,9 @@ def error(a, b):
 
 
 @given(case=cases())
-def test_fast_is_legacy_in_fp64(device, case):
+def test_fast_is_plain_in_fp64(device, case):
     (loss, aux), grads = run(case, "float64", "fast", device)
-    (want, want_aux), want_grads = run(case, "float64", "legacy")
+    (want, want_aux), want_grads = run(case, "float64", "plain")
     assert torch.allclose(loss, want, rtol=1e-12)
     for name, value in named_leaves(aux).items():
         assert torch.allclose(value, getattr(want_aux, name), rtol=1e-6), name
@@ -79,16 +79,16 @@ def test_fast_is_legacy_in_fp64(device, case):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @given(case=cases())
-def test_fast_is_as_near_to_fp64_as_legacy(dtype, device, case):
-    (_, _), truth = run(case, "float64", "legacy")
+def test_fast_is_as_near_to_fp64_as_plain(dtype, device, case):
+    (_, _), truth = run(case, "float64", "plain")
     (loss, _), fast = run(case, dtype, "fast", device)
-    (want, _), legacy = run(case, dtype, "legacy", device)
+    (want, _), plain = run(case, dtype, "plain", device)
     assert torch.allclose(
         loss.float(), want.float(), rtol=2e-2 if dtype == "bfloat16" else 1e-4, atol=1e-6
     )
     for name in truth:
         assert error(fast[name], truth[name]) < max(
-            BOUND[dtype], 2 * error(legacy[name], truth[name])
+            BOUND[dtype], 2 * error(plain[name], truth[name])
         ), name
 
 
@@ -144,7 +144,7 @@ def test_vmap_over_parameters(device):
         assert all(error(grads[k][i], grad[k]) < 1e-12 for k in grad)
 
 
-@pytest.mark.parametrize("numerics", ["fast", "legacy"])
+@pytest.mark.parametrize("numerics", ["fast", "plain"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_second_pull_back_does_not_see_what_was_done_with_the_first(dtype, numerics, device):
     """Its own saved tensors must not be what a pull-back hands out: a caller may clip them in place."""
@@ -165,7 +165,7 @@ def test_a_second_pull_back_does_not_see_what_was_done_with_the_first(dtype, num
     )
 
 
-@pytest.mark.parametrize("numerics", ["fast", "legacy"])
+@pytest.mark.parametrize("numerics", ["fast", "plain"])
 def test_a_pull_back_scales_the_gradient(numerics, device):
     """By 3 the gradient is three times that by 1; the last pull-back of a graph writes over what it saved."""
     config = config_of("float64", numerics=numerics)
@@ -179,7 +179,7 @@ def test_a_pull_back_scales_the_gradient(numerics, device):
     assert all(error(three[name].cpu(), 3 * one[name].cpu()) < 1e-12 for name in one)
 
 
-@pytest.mark.parametrize("numerics", ["fast", "legacy"])
+@pytest.mark.parametrize("numerics", ["fast", "plain"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_gradients_of_many_cotangents_at_once(numerics, keep, device):
     """By `vmap` over `torch.autograd.grad`: the entries share what was saved."""
@@ -207,7 +207,7 @@ def test_gradients_of_many_cotangents_at_once(numerics, keep, device):
         )
 
 
-def test_differentiating_twice_raises_and_legacy_does_it():
+def test_differentiating_twice_raises_and_plain_does_it():
     batch = batch_of(6, (9,))
 
     def curvature(numerics):
@@ -222,15 +222,15 @@ def test_differentiating_twice_raises_and_legacy_does_it():
 
         return torch.func.grad(slope)(params)
 
-    assert all(torch.isfinite(x).all() for x in curvature("legacy").values())
+    assert all(torch.isfinite(x).all() for x in curvature("plain").values())
     with pytest.raises(RuntimeError, match="differentiated once"):
         curvature("fast")
 
 
-def test_training_by_fast_follows_legacy(device):
+def test_training_by_fast_follows_plain(device):
     batch = on(device, batch_of(7, (16,)))
     ends = []
-    for numerics in ("fast", "legacy"):
+    for numerics in ("fast", "plain"):
         config = config_of("float64", numerics=numerics)
         fns = e3.bind(config, on(device, frozen_of(config)))
         state = fns.init_state(on(device, fns.init(0)))

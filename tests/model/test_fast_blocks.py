@@ -102,9 +102,9 @@ def error(a, b):
     return float((a - b).norm() / b.norm()) if b.norm() > 0 else float(a.norm())
 
 
-def check_legacy(batch, pair, **objective):
+def check_plain(batch, pair, **objective):
     (loss, aux), grads = run(batch, pair, "fast", **objective)
-    (want, want_aux), want_grads = run(batch, pair, "legacy", **objective)
+    (want, want_aux), want_grads = run(batch, pair, "plain", **objective)
     assert torch.allclose(loss, want, rtol=1e-11)
     for name, value in named_leaves(aux).items():
         assert torch.allclose(value, getattr(want_aux, name), rtol=1e-6), name
@@ -126,7 +126,7 @@ def test_several_blocks(k, second):
     batch = batch_of(1, (300, 210), 130, turns(second))
     rows = contributing_rows(batch.row_mask, k)
     assert len(attention.make_blocks(rows, 300)) == 2 + bool(second)
-    check_legacy(batch, (130, 64), ttt_length=k)
+    check_plain(batch, (130, 64), ttt_length=k)
 
 
 @given(st.data())
@@ -146,7 +146,7 @@ def test_any_cut_changes_nothing(data):
             _GROUP_BYTES=data.draw(st.sampled_from([1, 1 << 12, 1 << 14])),
         ),
     ):
-        check_legacy(batch, pair, ttt_length=data.draw(st.integers(1, 7)))
+        check_plain(batch, pair, ttt_length=data.draw(st.integers(1, 7)))
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -162,7 +162,7 @@ def test_several_chunks_and_groups(pair):
         run(batch, pair, "fast", ttt_length=k)
         assert score.call_count == -(-count // 5)
         assert maximum.call_count >= 2 * 3 * (count // 5)
-        check_legacy(batch, pair, ttt_length=k)
+        check_plain(batch, pair, ttt_length=k)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([64, 128, 192, 60, 1]))
@@ -333,17 +333,17 @@ def agreeing(batch, pair, dtype, k):
 
 @pytest.mark.parametrize("pair", [(128, 128), (150, 70)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_low_precision_is_as_near_to_fp64_as_legacy(dtype, pair):
+def test_low_precision_is_as_near_to_fp64_as_plain(dtype, pair):
     """Twice legacy's error at most, leaf by leaf; a row may change its argmax only where two logits are near."""
     k = 3
     batch = agreeing(batch_of(4, (200, 170), pair[0]), pair, dtype, k)
-    (exact, exact_aux), truth = run(batch, pair, "legacy", rounding=dtype, ttt_length=k)
+    (exact, exact_aux), truth = run(batch, pair, "plain", rounding=dtype, ttt_length=k)
     (loss, aux), grads = run(batch, pair, "fast", dtype, dtype, ttt_length=k)
-    (want, _), legacy = run(batch, pair, "legacy", dtype, dtype, ttt_length=k)
+    (want, _), plain = run(batch, pair, "plain", dtype, dtype, ttt_length=k)
     unit = torch.finfo(getattr(torch, dtype)).eps
     assert error(loss, exact) <= max(2 * error(want, exact), unit)
     for name in truth:
-        assert error(grads[name], truth[name]) <= 2 * error(legacy[name], truth[name]), name
+        assert error(grads[name], truth[name]) <= 2 * error(plain[name], truth[name]), name
     logits, low = (
         logits_of(batch, pair, "float64", dtype, k),
         logits_of(batch, pair, dtype, dtype, k),

@@ -24,7 +24,7 @@ from tests.model.test_fast_blocks import (
     KV_HEADS,
     SIZE,
     batch_of,
-    check_legacy,
+    check_plain,
     error,
     frozen_of,
     run,
@@ -114,10 +114,10 @@ def test_the_kernel_in_blocks_of_any_size(block, device, monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pair", [(130, 64), (100, 100)])
-def test_the_objective_by_the_kernel_is_as_near_to_fp64_as_legacy(dtype, pair):
+def test_the_objective_by_the_kernel_is_as_near_to_fp64_as_plain(dtype, pair):
     batch, k = batch_of(sum(pair), [4, 2], pair[0]), 2
-    _, truth = run(batch, pair, "legacy", rounding=dtype, ttt_length=k)
-    _, legacy = run(batch, pair, "legacy", dtype, dtype, ttt_length=k)
+    _, truth = run(batch, pair, "plain", rounding=dtype, ttt_length=k)
+    _, plain = run(batch, pair, "plain", dtype, dtype, ttt_length=k)
     (twin, twin_aux), _ = run(batch, pair, "fast", dtype, dtype, ttt_length=k)
     with by_kernel:
         (loss, aux), grads = run(batch, pair, "fast", dtype, dtype, ttt_length=k)
@@ -126,7 +126,7 @@ def test_the_objective_by_the_kernel_is_as_near_to_fp64_as_legacy(dtype, pair):
         torch.testing.assert_close(value, getattr(twin_aux, name), rtol=1e-5, atol=1e-5)
     for name in truth:
         assert error(grads[name], truth[name]) < max(
-            FLOOR[dtype], 2 * error(legacy[name], truth[name])
+            FLOOR[dtype], 2 * error(plain[name], truth[name])
         ), name
 
 
@@ -208,7 +208,7 @@ def test_attention_by_flash_in_bf16_is_near_the_plain_expression(later, device):
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
-def test_the_objective_by_flash_is_legacy(k):
+def test_the_objective_by_flash_is_plain(k):
     mask = torch.zeros(2, 90, dtype=torch.int64)
     mask[0, 20:45] = mask[0, 70:] = mask[1, 30:33] = (
         1  # row lists are filled up by repeating a sample's last row
@@ -218,19 +218,19 @@ def test_the_objective_by_flash_is_legacy(k):
         contributing_rows(batch.row_mask, k)
     )
     with by_flash:
-        check_legacy(batch, (130, 64), ttt_length=k)
+        check_plain(batch, (130, 64), ttt_length=k)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_flash_is_as_near_to_fp64_as_legacy(dtype):
+def test_flash_is_as_near_to_fp64_as_plain(dtype):
     batch, pair, k = batch_of(2, (60, 41), 130), (130, 64), 3
-    _, truth = run(batch, pair, "legacy", rounding=dtype, ttt_length=k)
-    _, legacy = run(batch, pair, "legacy", dtype, dtype, ttt_length=k)
+    _, truth = run(batch, pair, "plain", rounding=dtype, ttt_length=k)
+    _, plain = run(batch, pair, "plain", dtype, dtype, ttt_length=k)
     with by_flash:
         _, grads = run(batch, pair, "fast", dtype, dtype, ttt_length=k)
     for name in truth:
         assert error(grads[name], truth[name]) < max(
-            FLOOR[dtype], 2 * error(legacy[name], truth[name])
+            FLOOR[dtype], 2 * error(plain[name], truth[name])
         ), name
 
 

@@ -28,7 +28,7 @@ BOUND = (
 )  # roundings: no sum of a drawn case has more terms, and a leaf passes through few of them
 SERVED = ("drawn", "one", "empty")  # masks without padded rows and without the last token's
 FEW = settings(max_examples=max(10, settings().max_examples // 4))  # each costs many passes
-BOTH = pytest.mark.parametrize("numerics", ["fast", "legacy"])
+BOTH = pytest.mark.parametrize("numerics", ["fast", "plain"])
 
 
 def drawn(numerics: str, **fixed: Any) -> st.SearchStrategy[Case]:
@@ -230,7 +230,7 @@ def test_the_compact_teacher_is_the_full_one(dtype: str, device: str, data: st.D
     case = data.draw(cases(dtype=dtype, teacher="compact"))
     batch = on(device, tiny_batch(case))
     compact, full = (
-        evaluate(case, config_of(case, "legacy", teacher=kind), batch) for kind in KINDS
+        evaluate(case, config_of(case, "plain", teacher=kind), batch) for kind in KINDS
     )
     for name, value in full.items():
         same = (

@@ -19,7 +19,7 @@ BY_ACCEPTANCE = ("lk_alpha", "lk_lambda")
 
 
 def objective(loss: Any, **more: Any) -> e3.ObjectiveConfig:
-    return e3.ObjectiveConfig(loss=loss, numerics="legacy", **more)
+    return e3.ObjectiveConfig(loss=loss, numerics="plain", **more)
 
 
 def drawn_step(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -159,7 +159,7 @@ def test_masked_means_of_nothing_are_zero():
 @pytest.mark.parametrize("loss", BY_ACCEPTANCE)
 def test_a_draft_learns_by_acceptance(loss: Any):
     config = replace(
-        config_of("float32", numerics="legacy", loss=loss), optimizer=e3.OptimizerConfig(0.03)
+        config_of("float32", numerics="plain", loss=loss), optimizer=e3.OptimizerConfig(0.03)
     )
     fns, batch = e3.bind(config, frozen_of(config)), batch_of(1, (12,))
     state, rates = fns.init_state(fns.init(0)), []
@@ -171,9 +171,9 @@ def test_a_draft_learns_by_acceptance(loss: Any):
 
 def test_refusals_name_the_setting():
     for loss in BY_ACCEPTANCE:
-        with pytest.raises(e3.UserError, match=r"objective\.loss = .*objective\.numerics='legacy'"):
+        with pytest.raises(e3.UserError, match=r"objective\.loss = .*objective\.numerics='plain'"):
             e3.ObjectiveConfig(loss=loss)
-        config = config_of(numerics="legacy", loss=loss)
+        config = config_of(numerics="plain", loss=loss)
         with pytest.raises(e3.UserError, match=r"data\.micro_batch = 1: must be 4"):
             replace(config, data=e3.DataConfig(global_batch=4))
         replace(config, data=e3.DataConfig(global_batch=4, micro_batch=4))

@@ -20,10 +20,13 @@ import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.types import Aux, Batch, Params
+from eagle3fn.specforge import recipe
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences, plain_kl
 from eagle3fn.testing.strategies import cases, drawn
+from eagle3fn.train.optimizer import cosine_schedule
+from eagle3fn.train.recipe import OURS
 from tests.conftest import Tally
 from tests.reference import Metrics, Trainer, mask_counts
 from tests.reference import model as reference_model
@@ -163,8 +166,7 @@ def optimizers(draw: st.DrawFn) -> OptimizerConfig:
         warmup_ratio=draw(st.sampled_from([0.0, 0.015, 0.3])),
         max_grad_norm=draw(st.sampled_from([0.5, 5.0])),
         weight_decay=draw(st.sampled_from([0.0, 0.01])),
-        schedule=draw(st.sampled_from(["cosine", "legacy"])),
-        accumulation=draw(st.sampled_from(["fp32", "legacy"])),
+        accumulation=draw(st.sampled_from(["fp32", "params"])),
     )
 
 
@@ -178,13 +180,19 @@ def micro_batches(case: Case, step: int, count: int) -> tuple[Batch, ...]:
 
 
 def train_both(
-    case: Case, choice: OptimizerConfig, total: int, micro: int, device: str = "cpu"
+    case: Case,
+    choice: OptimizerConfig,
+    total: int,
+    micro: int,
+    device: str = "cpu",
+    recursive: bool = False,
 ) -> bool:
     """Ten updates on both sides: loss, norm and rate of each; then the whole state. True if every leaf has moved."""
     config = case.config(choice, total)
     frozen, params = on(device, tiny_frozen(case)), on(device, tiny_params(case))
-    functions = e3.bind(config, frozen)
-    trainer = Trainer(config, reference_draft(case, device), frozen.target_head)
+    schedule = recipe.schedule if recursive else cosine_schedule
+    functions = e3.bind(config, frozen, recipe=OURS._replace(schedule=schedule))
+    trainer = Trainer(config, reference_draft(case, device), frozen.target_head, recursive)
     state = functions.init_state(params)
     for index in range(10):
         batches, before = (
@@ -221,15 +229,21 @@ def test_training_equals_the_reference(dtype: str, device: str, tally: Tally) ->
     @settings(
         max_examples=max(12, settings().max_examples // 4)
     )  # one costs twenty passes and more
-    @given(cases(dtype=dtype), optimizers(), st.sampled_from([8, 10, 17]), st.sampled_from([1, 2]))
-    def check(case: Case, choice: OptimizerConfig, total: int, micro: int) -> None:
+    @given(
+        cases(dtype=dtype),
+        optimizers(),
+        st.sampled_from([8, 10, 17]),
+        st.sampled_from([1, 2]),
+        st.booleans(),
+    )
+    def check(case: Case, choice: OptimizerConfig, total: int, micro: int, recursive: bool) -> None:
         case = (
             case if micro == 1 else replace(case, loss="kl")
         )  # the others have means over the whole batch
         note(
-            f"from tests.model.test_reference_parity import *\n\ntrain_both({case}, {choice}, {total}, {micro}, {device!r})"
+            f"from tests.model.test_reference_parity import *\n\ntrain_both({case}, {choice}, {total}, {micro}, {device!r}, {recursive})"
         )
-        tally.add(case, train_both(case, choice, total, micro, device))
+        tally.add(case, train_both(case, choice, total, micro, device, recursive))
 
     check()
     tally.check()

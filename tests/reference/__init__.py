@@ -13,12 +13,12 @@ from tests.reference.objective import (
     mask_counts,
     weighted_sum,
 )
-from tests.reference.update import ClosedCosine, LegacyCosine, Trainer
+from tests.reference.update import ClosedCosine, RecursiveCosine, Trainer
 
 __all__ = [
     "ClosedCosine",
     "Draft",
-    "LegacyCosine",
+    "RecursiveCosine",
     "Metrics",
     "Teacher",
     "Trainer",

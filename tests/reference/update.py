@@ -14,7 +14,7 @@ from tests.reference.model import Draft, at_least_fp32
 from tests.reference.objective import Metrics, forward, weighted_sum
 
 
-class LegacyCosine:
+class RecursiveCosine:
     """Linear warm-up, then torch's recursive cosine, taken over with one extra `get_lr` at the hand-over.
 
     The cosine is no longer new by then, so the call lifts its whole phase by `2 / (1 + cos(pi / T))`, also
@@ -76,7 +76,9 @@ class ClosedCosine:
 class Trainer:
     """One rank: micro-batches through `.backward()`, then one update of the masters and the draft's leaves."""
 
-    def __init__(self, config: Config, draft: Draft, head: Tensor) -> None:
+    def __init__(
+        self, config: Config, draft: Draft, head: Tensor, recursive_schedule: bool = False
+    ) -> None:
         choice = config.optimizer
         self.config, self.draft, self.head = config, draft, head
         self.masters = {
@@ -89,14 +91,14 @@ class Trainer:
             eps=choice.eps,
             weight_decay=choice.weight_decay,
         )
-        schedule = LegacyCosine if choice.schedule == "legacy" else ClosedCosine
+        schedule = RecursiveCosine if recursive_schedule else ClosedCosine
         warmup = int(choice.warmup_ratio * config.train.steps)
         self.schedule = schedule(self.optimizer, choice.learning_rate, config.train.steps, warmup)
 
     def gradients(
         self, micro_batches: list[Batch]
     ) -> tuple[Tensor, list[Metrics], dict[str, Tensor]]:
-        """Loss, metrics per micro-batch, gradients added in the compute dtype ("legacy") or in fp32."""
+        """Loss, metrics per micro-batch, gradients added in the compute dtype ("params") or in fp32."""
         objective, total, seen = self.config.objective, torch.zeros((), device=self.head.device), []
         leaves = self.draft.trainable()
         summed: dict[str, Tensor] = {}
@@ -114,7 +116,7 @@ class Trainer:
                     gradient = at_least_fp32(leaf.grad)
                     summed[name] = summed[name] + gradient if name in summed else gradient
                     leaf.grad = None
-        if self.config.optimizer.accumulation == "legacy":
+        if self.config.optimizer.accumulation == "params":
             for name, leaf in leaves.items():
                 assert leaf.grad is not None, name
                 summed[name] = at_least_fp32(leaf.grad.detach())

@@ -270,7 +270,7 @@ def test_metrics_are_compared():
 
 
 def test_what_it_is_held_against_is_checked():
-    with pytest.raises(ValueError, match="'legacy', 'oracle' or a function"):
+    with pytest.raises(ValueError, match="'plain', 'oracle' or a function"):
         assert_case(e3.forward_loss, Case(), against="lagacy")
 
 

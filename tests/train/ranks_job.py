@@ -95,9 +95,9 @@ def tree_is_one_process(mesh: DeviceMesh, world: World) -> None:
             assert equal(rows, wanted), dtype
 
 
-def legacy_numerics_too(mesh: DeviceMesh, world: World) -> None:
+def plain_numerics_too(mesh: DeviceMesh, world: World) -> None:
     for how in ("tree",) if mesh.size() > 1 else ("tree", "sum"):
-        config = config_of(how, "bfloat16", numerics="legacy")
+        config = config_of(how, "bfloat16", numerics="plain")
         assert equal(train(config, mesh)[0], alone(config)[0]), how
 
 
@@ -191,7 +191,7 @@ def what_does_not_fit_is_refused(mesh: DeviceMesh, world: World) -> None:
     refused(
         lambda: fns.step(state, own[0]._replace(row_counts=None)), "batch.row_counts is missing"
     )
-    lk = config_of(loss="lk_alpha", numerics="legacy")
+    lk = config_of(loss="lk_alpha", numerics="plain")
     refused(
         lambda: e3.step(state, own[0], config=lk, frozen=frozen, mesh=mesh),
         f"on {mesh.size()} ranks under",
@@ -249,7 +249,7 @@ CHECKS: list[tuple[Callable[[DeviceMesh, World], None], tuple[int, ...]]] = [
     (sum_is_near_one_process, (1, 2, 3, 4)),
     (any_split_is_near, (2,)),
     (tree_is_one_process, (1, 2, 4)),
-    (legacy_numerics_too, (1, 2)),
+    (plain_numerics_too, (1, 2)),
     (no_rank_waits_before_its_last_micro_batch, (3,)),
     (donating_keeps_the_bits, (2,)),
     (metrics_are_everyones, (3,)),

@@ -36,7 +36,7 @@ def settings(numerics: str, dtype: str, reduce: str) -> e3.Config:
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("reduce", ["sum", "tree"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("numerics", ["fast", "legacy"])
+@pytest.mark.parametrize("numerics", ["fast", "plain"])
 def test_a_mesh_of_one_has_the_bits_of_none(
     mesh: DeviceMesh, device: str, numerics: str, dtype: str, reduce: str, donate: bool
 ) -> None:

@@ -113,7 +113,7 @@ def test_donating_reuses_the_buffers_and_touching_the_old_state_raises():
     refused(lambda: fns.forward_loss(state.params, micro_batches(0, 1, None)[0]), "donate=True")
 
 
-@pytest.mark.parametrize("numerics", ["fast", "legacy"])
+@pytest.mark.parametrize("numerics", ["fast", "plain"])
 def test_a_donated_state_cannot_be_differentiated(numerics):
     config = config_of(numerics=numerics)
     fns, batch = e3.bind(config, frozen_of(config)), micro_batches(0, 1, None)[0]
@@ -136,7 +136,7 @@ def test_a_tree_of_bf16_sums_is_refused():
     with pytest.raises(e3.UserError, match=r"train\.reduce = 'tree'"):
         e3.Config(
             config.draft,
-            optimizer=e3.OptimizerConfig(accumulation="legacy"),
+            optimizer=e3.OptimizerConfig(accumulation="params"),
             train=config_of("tree").train,
         )
 

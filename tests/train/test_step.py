@@ -7,12 +7,12 @@ import torch
 
 import eagle3fn as e3
 from eagle3fn.base.tree import equal
-from eagle3fn.train.optimizer import make_schedule
+from eagle3fn.train.optimizer import cosine_schedule
 from tests import small
 from tests.small import batch_of, config_of, frozen_of
 
 
-@pytest.fixture(params=["fast", "legacy"], autouse=True)
+@pytest.fixture(params=["fast", "plain"], autouse=True)
 def _numerics(request, monkeypatch):
     monkeypatch.setattr(small, "NUMERICS", request.param)
 
@@ -126,7 +126,7 @@ def test_simulated_accepted_length_by_plain_loops():
 def test_start_from_target_takes_head_norm_and_last_tap():
     config, frozen, _, params = setup()
     h = config.draft.hidden_size
-    started = e3.start_from_target(params, frozen, torch.full((h,), 2.0))
+    started = e3.start_from_target(params, frozen._replace(target_norm=torch.full((h,), 2.0)))
     assert torch.equal(started["lm_head.weight"], frozen.target_head[frozen.t2d])
     assert torch.equal(started["norm.weight"], torch.ones(h))
     taps = torch.randn(1, 4, 3 * h)
@@ -174,23 +174,7 @@ def test_parameters_of_another_draft_are_refused():
 
 def test_closed_form_schedule():
     config = e3.OptimizerConfig(learning_rate=1.0, warmup_ratio=0.2)
-    rate = make_schedule(config, 10)
+    rate = cosine_schedule(config, 10)
     assert [rate(0), rate(1), rate(2)] == [0.5, 1.0, 1.0]
     assert rate(6) == pytest.approx(0.5)
     assert rate(10) == rate(99) == 0.0
-
-
-def test_legacy_schedule_peaks_above_its_base():
-    rate = make_schedule(
-        e3.OptimizerConfig(learning_rate=1.0, warmup_ratio=0.0, schedule="legacy"), 17
-    )
-    assert rate(0) == pytest.approx(1.0086, abs=5e-5)
-    assert (
-        make_schedule(
-            e3.OptimizerConfig(learning_rate=1.0, warmup_ratio=0.0, schedule="legacy"), 1
-        )(0)
-        == 2.0
-    )
-    assert rate(25) > rate(17)
-    with pytest.raises(e3.UserError, match="at least 1 step"):
-        make_schedule(e3.OptimizerConfig(schedule="legacy"), 0)

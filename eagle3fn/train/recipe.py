@@ -1,0 +1,48 @@
+"""What a run can exchange as values: its loss, start, schedule, mask and order. The defaults are this package's own."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from eagle3fn.base.config import Config
+from eagle3fn.base.types import Frozen, Params
+from eagle3fn.data.collate import AlignMask, align_mask
+from eagle3fn.data.pipeline import Order, shuffled
+from eagle3fn.model.forward import ForwardLoss, forward_loss
+from eagle3fn.model.table import init_params, start_from_target
+from eagle3fn.train.optimizer import MakeSchedule, cosine_schedule
+
+Start = Callable[[Config, Frozen, int], Params]
+"""As `start`: `(config, frozen, seed)` → the draft's first parameters."""
+
+
+def start(config: Config, frozen: Frozen, seed: int) -> Params:
+    """The draft's first parameters: `train.init` draws them all, or takes head, norm and projection from the target.
+
+    Raises:
+        UserError: `train.init = "target"` with nothing to take (see `start_from_target`).
+    """
+    dtype = getattr(torch, config.train.dtype)
+    params = init_params(config.draft, seed, dtype, config.train.device)
+    if config.train.init == "target":
+        params = start_from_target(params, frozen)
+    return params
+
+
+class Recipe(NamedTuple):
+    """The exchangeable functions of a run; `bind`, `step` and `train` take one.
+
+    A checkpoint keeps the name: a run is resumed under the recipe that it began with.
+    """
+
+    name: str = ""
+    loss: ForwardLoss = forward_loss
+    start: Start = start
+    schedule: MakeSchedule = cosine_schedule
+    align_mask: AlignMask = align_mask
+    order: Order = shuffled
+
+
+OURS = Recipe()
+"""This package's own."""
