@@ -1,4 +1,4 @@
-"""What flows through the house, as NamedTuples of tensors.
+"""What the stages hand to each other, as NamedTuples of tensors.
 
 Shape letters, used in every docstring: `B` batch, `S` sequence, `K` unroll steps, `H` draft hidden,
 `Ht` target hidden, `N` heads, `J` key-value heads, `E` head size, `V` target vocabulary, `D` draft vocabulary.
@@ -13,7 +13,10 @@ Params = dict[str, Tensor]
 
 
 class Sample(NamedTuple):
-    """One conversation with the target's features; the last axis of `aux_hidden` is three taps side by side."""
+    """One conversation with the target's features.
+
+    The last axis of `aux_hidden` is the three taps, one after another.
+    """
 
     input_ids: Tensor  # (S,) int64
     token_mask: Tensor  # (S,) int64, 1 on assistant tokens
@@ -24,9 +27,8 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """What `forward_loss` reads. Rows are right-padded with zeros, so padding is never trained.
 
-    `row_mask` counts rows, not tokens: it is already aligned (`data.collate.align_mask`), row `t` is trained
-    against the target's distribution for token `t + 2`.
-    It must be 0 where `attention_mask` is; that is not checked, as it would read values. With a mask on padding the
+    `row_mask` counts rows, not tokens: it is already aligned (`data.collate.align_mask`), row `t` is trained against
+    the target's distribution for token `t + 2`. It must be 0 where `attention_mask` is; that is not checked, as it would read values. With a mask on padding the
     two numerics differ: plain hides padded keys from a padded row, fast does not.
     """
 
@@ -36,20 +38,17 @@ class Batch(NamedTuple):
     aux_hidden: Tensor  # (B, S, 3·Ht)
     last_hidden: Tensor  # (B, S, Ht)
     position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S-1
-    row_counts: Tensor | None = (
-        None  # (K,) fp32: rows trained at each step of the *global* batch; absent: this one's
-    )
-    rows: Tensor | None = (
-        None  # (T,) int64, `base.rows.contributing_rows(row_mask, K)`; absent: found from the mask
-    )
-    labels: Tensor | None = (
-        None  # (P,) int64, `contributing_rows(row_mask, 1)`; absent: found from the mask.
-    )
-    # Rows and labels given must be those of this mask: others give another loss.
+    # (K,) fp32: rows trained at each unroll step over the *global* batch; absent: over this batch.
+    row_counts: Tensor | None = None
+    # (T,) int64, `base.rows.contributing_rows(row_mask, K)`; absent: found from the mask.
+    rows: Tensor | None = None
+    # (P,) int64, `contributing_rows(row_mask, 1)`; absent: found from the mask. Rows and labels that are given must be
+    # those of this mask: others give another loss.
+    labels: Tensor | None = None
 
 
 class VocabMap(NamedTuple):
-    """Which target tokens the draft can say. `nonzero(t2d) == d2t + arange(D)`."""
+    """Which target tokens are in the draft vocabulary. `nonzero(t2d) == d2t + arange(D)`."""
 
     t2d: Tensor  # (V,) bool
     d2t: Tensor  # (D,) int64, an offset: draft id j is target id j + d2t[j]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.types import Frozen
-from eagle3fn.model.layers import at_least_fp32
+from eagle3fn.base.dtypes import wide
 
 KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """As `kl_loss`: `(logits, p_draft, mask, count) → scalar`."""
@@ -56,14 +56,14 @@ def kl_loss(logits: Tensor, p_draft: Tensor, mask: Tensor, count: Tensor | None)
     `-Σ_rows Σ_v p_draft[v] · log_softmax(logits)[v] / count` over rows with `mask` `(B, S, 1)`; without `count` the
     sum is divided by all `B·S` rows. `logits` and `p_draft` are `(B, S, D)`.
     """
-    log_draft = torch.log_softmax(logits.to(at_least_fp32(logits.dtype)), dim=-1)
+    log_draft = torch.log_softmax(wide(logits), dim=-1)
     row = -(p_draft * log_draft).sum(-1) * (mask[..., 0] != 0).to(log_draft.dtype)
     return row.mean() if count is None else row.sum() / count
 
 
 def acceptance(logits: Tensor, p_full: Tensor) -> Tensor:
     """Probability that a sampled draft token is accepted, `Σ_v min(p_full[v], softmax(logits)[v])`; `(B, S)` fp32."""
-    draft = torch.softmax(logits.to(at_least_fp32(logits.dtype)), dim=-1)
+    draft = torch.softmax(wide(logits), dim=-1)
     return torch.minimum(p_full, draft).sum(-1)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.tree import pack, tree_map, unpack, wide
+from eagle3fn.base.dtypes import wide
+from eagle3fn.base.tree import pack, tree_map, unpack
 from eagle3fn.base.types import Params
 from eagle3fn.train.shard import gather_rows, padded, rows_of
 

@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.grad import value_and_grad
-from eagle3fn.base.tree import tree_map, wide
+from eagle3fn.base.dtypes import wide
+from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_sharing
 from eagle3fn.model.forward import ForwardLoss, forward_loss
