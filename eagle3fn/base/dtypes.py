@@ -1,4 +1,6 @@
-"""Where numbers need more than the compute dtype: norms, softmax, losses, masters, sums of gradients."""
+"""Where numbers need more than the compute dtype: norms, softmax, losses, masters, sums of
+gradients.
+"""
 
 import torch
 from torch import Tensor

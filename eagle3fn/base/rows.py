@@ -1,4 +1,6 @@
-"""Rows of a batch over the unroll: the shift that aligns them, and which ones a mask trains at each step."""
+"""Rows of a batch over the unroll: the shift that aligns them, and which ones a mask trains at each
+step.
+"""
 
 from collections.abc import Sequence
 
@@ -14,20 +16,23 @@ def shift(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def step_rows(row_masks: Sequence[Tensor], k: int) -> Tensor:
-    """Rows trained at each of `k` unroll steps by row masks `(B, S)` together: `(K,)` fp32, at least 1.
+    """Rows trained at each of `k` unroll steps by row masks `(B, S)` together: `(K,)` fp32, at
+    least 1.
 
-    At step `i` a row is trained if the label `i` places later is: `count_i = Σ_b Σ_{t ≥ i} row_mask[b, t]`.
+    At step `i` a row is trained if the label `i` places later is: `count_i = Σ_b Σ_{t ≥ i}
+    row_mask[b, t]`.
     """
     counts = [torch.stack([mask[:, step:].sum() for step in range(k)]) for mask in row_masks]
     return torch.stack(counts).sum(0).to(torch.float32).clamp(min=1)
 
 
 def contributing_rows(row_mask: Tensor, k: int, bucket: int = 16) -> Tensor:
-    """Rows `t` with a trained label at `t … t + k - 1`, from a row mask `(B, S)`: `(T,)` int64, ascending.
+    """Rows `t` with a trained label at `t … t + k - 1`, from a row mask `(B, S)`: `(T,)` int64,
+    ascending.
 
-    A row is given as `b·S + t`. Any other row matters only by its step-0 key and value. Each sample's rows are rounded
-    up to a multiple of `bucket` by repeating its last one; if no row contributes, the result is row 0, `bucket` times.
-    `k = 1` gives the trained rows themselves.
+    A row is given as `b·S + t`. Any other row matters only by its step-0 key and value. Each
+    sample's rows are rounded up to a multiple of `bucket` by repeating its last one; if no row
+    contributes, the result is row 0, `bucket` times. `k = 1` gives the trained rows themselves.
     """
     # A row contributes if its mask, or one of the k - 1 masks after it, is set.
     s = row_mask.shape[1]

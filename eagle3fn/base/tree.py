@@ -1,4 +1,4 @@
-"""Pytrees: named leaves and maps, by optree, whose order (sorted keys) is the only one used here."""
+"""Pytrees: named leaves and maps, by optree, whose order (sorted keys) is used everywhere."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,9 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def pack(tree: Any) -> Tensor:
-    """A tree's few small numbers as one fp64 vector, exactly: fp32 values, and integers below `2**53`."""
+    """A tree's few small numbers as one fp64 vector, exactly: fp32 values, and integers below
+    `2**53`.
+    """
     return torch.cat([leaf.detach().reshape(-1).double() for leaf in optree.tree_leaves(tree)])
 
 

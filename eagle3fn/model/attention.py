@@ -1,4 +1,6 @@
-"""Attention over the unroll: step 0's keys are a causal block, every later step adds one key to its own row."""
+"""Attention over the unroll: step 0's keys are a causal block, every later step adds one key to its
+own row.
+"""
 
 import math
 
@@ -11,8 +13,8 @@ from eagle3fn.base.dtypes import at_least_fp32
 def block_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive mask `(B, 1, S, S)` of step 0's block from `(B, S)` ones on real tokens.
 
-    `dtype`'s most negative finite value where the key is later than the query, and again where it is padding; both
-    together overflow to -inf.
+    `dtype`'s most negative finite value where the key is later than the query, and again where it
+    is padding; both together overflow to -inf.
     """
     s = attention_mask.shape[1]
     low = torch.finfo(dtype).min
@@ -23,13 +25,14 @@ def block_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return zero.masked_fill(padding, low) + zero.masked_fill(later, low)
 
 
-def unrolled_attention(
-    q: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor
-) -> Tensor:
-    """Attention at unroll step `len(keys) - 1` of queries `(B, N, R, E)`; the result has the same shape.
+def unrolled_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:
+    """Attention at unroll step `len(keys) - 1` of queries `(B, N, R, E)`.
 
-    `keys[0]` `(B, N, S, E)` is the block, masked by `mask` `(B, 1, R, S)`. Of each later step's keys `(B, N, R, E)` a
-    row sees its own entry alone, unmasked. One softmax over both parts, in at least fp32.
+    The result has the same shape.
+
+    `keys[0]` `(B, N, S, E)` is the block, masked by `mask` `(B, 1, R, S)`. Of each later step's
+    keys `(B, N, R, E)` a row sees its own entry alone, unmasked. One softmax over both parts, in at
+    least fp32.
     """
     scale = math.sqrt(q.shape[-1])
     s = keys[0].shape[2]

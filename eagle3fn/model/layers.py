@@ -1,12 +1,14 @@
-"""The draft's one decoder layer as functions of its parameters: `(params, config, tensors) → tensors`."""
+"""The draft's one decoder layer as functions of its parameters: `(params, config, tensors) →
+tensors`.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eagle3fn.base.dtypes import at_least_fp32 as at_least_fp32
-from eagle3fn.base.dtypes import wide
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.dtypes import at_least_fp32 as at_least_fp32  # noqa: PLC0414
+from eagle3fn.base.dtypes import wide
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.model import table
 from eagle3fn.model.rope import rotate
@@ -23,7 +25,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def embed(params: Params, frozen: Frozen, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Embeddings `(B, S, H)` of `input_ids` `(B, S)`: the target's, or the draft's own where it trains them."""
+    """Embeddings `(B, S, H)` of `input_ids` `(B, S)`: the target's, or the draft's own where it
+    trains them.
+    """
     weight = params[table.EMBED] if frozen.embed_tokens is None else frozen.embed_tokens
     return F.embedding(input_ids, weight).to(dtype)
 
@@ -44,7 +48,8 @@ def qkv(
     q: bool = True,
     kv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries `(B, N, S, E)`, rotated keys and values `(B, J, S, E)`, of embeddings and hidden `(B, S, H)`.
+    """Rotated queries `(B, N, S, E)`, rotated keys and values `(B, J, S, E)`, of embeddings and
+    hidden `(B, S, H)`.
 
     With `q` or `kv` False these are left out: an empty tensor takes their place.
     """
@@ -75,9 +80,12 @@ def repeat_heads(x: Tensor, groups: int) -> Tensor:
 
 
 def finish_layer(params: Params, config: DraftConfig, hidden: Tensor, attended: Tensor) -> Tensor:
-    """After attention: `attended` `(B, N, S, E)` through o_proj, the residuals and the SwiGLU MLP; `(B, S, H)`.
+    """After attention: `attended` `(B, N, S, E)` through o_proj, the residuals and the SwiGLU MLP.
 
-    `h = hidden + W_o · attended`, then `h + W_down · (silu(W_gate · x) · W_up · x)` with `x = norm(h)`.
+    `(B, S, H)`.
+
+    `h = hidden + W_o · attended`, then `h + W_down · (silu(W_gate · x) · W_up · x)` with `x =
+    norm(h)`.
     """
     # Attention's output and the first residual.
     b, n, s, e = attended.shape

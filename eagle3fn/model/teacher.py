@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.config import ObjectiveConfig
-from eagle3fn.base.types import Frozen, Teacher
 from eagle3fn.base.dtypes import at_least_fp32
+from eagle3fn.base.types import Frozen, Teacher
 
 
 class _TargetLogits(NamedTuple):
@@ -25,8 +25,9 @@ def make_teacher(
 ) -> Teacher:
     """Teacher of `target` `(B, S, Ht)` (already shifted) and row mask `(B, S)`; no gradient.
 
-    `p_draft = softmax(z over the draft vocabulary)`, `p_full = softmax(z)` at the same tokens. `objective.teacher`
-    "full" makes all `(B, S, V)` logits at once, "compact" streams over them and gives the same to rounding.
+    `p_draft = softmax(z over the draft vocabulary)`, `p_full = softmax(z)` at the same tokens.
+    `objective.teacher` "full" makes all `(B, S, V)` logits at once, "compact" streams over them and
+    gives the same to rounding.
     """
     target = target.to(frozen.target_head.dtype)
     if objective.teacher == "full":
@@ -34,10 +35,12 @@ def make_teacher(
     else:
         z = _streamed_logits(target, frozen, objective.teacher_chunk)
 
-    # A row counts in acceptance where it is trained and the target's argmax is a token of the draft.
+    # A row counts in acceptance where it is trained and the target's argmax is a token of the
+    # draft.
     position_mask = frozen.t2d[z.token][..., None].int() * row_mask[..., None]
 
-    # The unroll reads K rows past the end: there the draft is compared with the uniform distribution, in no loss.
+    # The unroll reads K rows past the end: there the draft is compared with the uniform
+    # distribution, in no loss.
     k = objective.ttt_length
     uniform = 1 / z.draft.shape[-1]
     return Teacher(
@@ -60,7 +63,8 @@ def _full_logits(target: Tensor, frozen: Frozen) -> _TargetLogits:
 def _streamed_logits(target: Tensor, frozen: Frozen, chunk: int) -> _TargetLogits:
     """As `_full_logits`, by `chunk` columns of the vocabulary at a time.
 
-    `m` is the largest logit so far, `total = Σ exp(z - m)`: `total ← total · exp(m - m') + Σ_chunk exp(z - m')`.
+    `m` is the largest logit so far, `total = Σ exp(z - m)`: `total ← total · exp(m - m') + Σ_chunk
+    exp(z - m')`.
     """
     dtype = at_least_fp32(target.dtype)
     draft = F.linear(target, frozen.target_head[frozen.t2d]).to(dtype)

@@ -1,4 +1,6 @@
-"""How many steps a run takes: as configured, as it began with, as the minutes allow, or as epochs need."""
+"""How many steps a run takes: as configured, as it began with, as the minutes allow, or as epochs
+need.
+"""
 
 import time
 from collections.abc import Callable
@@ -23,9 +25,12 @@ _FILE = "horizon.json"
 def with_horizon(
     run: Run, first_state: Callable[[], TrainState], minutes: float | None
 ) -> tuple[Run, str]:
-    """The run with `train.steps` filled in, and what chose them: "steps", "minutes" or "epochs". Writes nothing.
+    """The run with `train.steps` filled in, and what chose them: "steps", "minutes" or "epochs".
 
-    `first_state` makes the state whose steps are timed; called only where minutes choose, and no run has begun.
+    Writes nothing.
+
+    `first_state` makes the state whose steps are timed; called only where minutes choose, and no
+    run has begun.
 
     Raises:
         UserError: steps and minutes together, or a run that began with another choice.
@@ -85,7 +90,10 @@ def _begun(path: Path) -> tuple[int, str] | None:
 
 
 def seconds_per_step(run: Run, state: TrainState) -> float:
-    """Measured seconds of a step of average length and its share of an evaluation; the timed steps are dropped."""
+    """Measured seconds of a step of average length and its share of an evaluation.
+
+    The timed steps are dropped.
+    """
     config = with_steps(run.config, _TIMED_STEPS + 1)
     fns = bind(config, run.frozen, run.mesh, run.recipe)
 
