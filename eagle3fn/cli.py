@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from eagle3fn.base import progress
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.program import exit_code
 
 Command = Callable[..., argparse.ArgumentParser]
 """`(name, function, what it does)` → the parser of a new sub-command."""
@@ -19,23 +17,7 @@ Command = Callable[..., argparse.ArgumentParser]
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command; returns its exit code, or 2 for bad input, with one line on stderr."""
     options = parser().parse_args(arguments)
-    return guarded(f"eagle3fn {options.command}", lambda: options.run(options))
-
-
-def guarded(name: str, run: Callable[[], int | None]) -> int:
-    """The exit code of a program: what `run` returns, 0 for None.
-
-    A `UserError`, or a failure of a file, becomes 2 and one line on stderr that begins with `name`.
-    """
-    try:
-        return run() or 0
-    except UserError as error:
-        message = str(error)
-    except (OSError, SafetensorError) as error:
-        message = f"{error}; check that the path is right, writable and has room"
-    progress.close()
-    print(f"{name}: {message}", file=sys.stderr)
-    return 2
+    return exit_code(f"eagle3fn {options.command}", lambda: options.run(options))
 
 
 # The grammar

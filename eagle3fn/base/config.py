@@ -300,7 +300,7 @@ def from_dict(kind: Any, tree: dict, where: str, prefix: str = "") -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
-    """The value as its field's type, or a UserError; what a Literal lists is checked by its section."""
+    """The value as its field's type, or a UserError; choices are checked by their section."""
     origin = get_origin(hint)
     options = get_args(hint)
 
