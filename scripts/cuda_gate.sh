@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that one CUDA card is asked, in one call: smoke, parity, bench and profile, each a process of its own.
-# usage: tests/gate/run.sh all [--parts PART,…] [--minutes 5] [--device cuda|cpu] [--wheels DIR] [--src DIR]
+# usage: scripts/cuda_gate.sh all [--parts PART,…] [--minutes 5] [--device cuda|cpu] [--wheels DIR] [--src DIR]
 #        [--out FILE] [--revision TEXT]
 #   --parts       smoke, parity, bench, profile (the default) or updates: 20 updates of SpecForge's script against ours;
 #                 failed:FILE repeats what did not pass in an earlier result, and adds updates

@@ -63,9 +63,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def gate_parser() -> argparse.ArgumentParser:
-    """The options of `tests/gate/run.sh all`."""
+    """The options of `scripts/cuda_gate.sh all`."""
     parser = _Parser(
-        prog="tests/gate/run.sh", description="everything a CUDA card is asked, in one call"
+        prog="scripts/cuda_gate.sh", description="everything a CUDA card is asked, in one call"
     )
     add = parser.add_argument
     add("what", choices=("all",), help="the gate")
@@ -362,7 +362,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 def main(arguments: list[str]) -> int:
     """Check for the gate or for the tests, and print the plan."""
-    name = "tests/gate/run.sh"
+    name = "scripts/cuda_gate.sh"
     try:
         if arguments[:1] == ["tests"]:
             name = "scripts/test.sh"

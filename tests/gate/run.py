@@ -1,6 +1,6 @@
 """The CUDA gate: runs its parts one after the other, each a process of its own, and keeps all they say in one file.
 
-`tests/gate/run.sh` prepares the environment and calls this with the same options. A part is a module that is called
+`scripts/cuda_gate.sh` prepares the environment and calls this with the same options. A part is a module that is called
 as `python -m MODULE --device D --seconds N --out FILE`; it rewrites FILE as it goes. Nothing that a part does stops
 another: at its limit its whole process group is killed, and what its file holds by then is kept.
 """
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = gate_parser().parse_args(arguments)
         check_options(options)
     except RefusedError as refusal:
-        print(f"tests/gate/run.sh: {refusal}", file=sys.stderr)
+        print(f"scripts/cuda_gate.sh: {refusal}", file=sys.stderr)
         return 2
     wanted = parts_of(options)
     resource.setrlimit(
@@ -122,7 +122,7 @@ def start(options: Any, parts: Mapping[str, Part]) -> dict[str, Any]:
     kind, colon, earlier = options.parts.partition(":")
     words = ["--parts", kind + colon + Path(earlier).name, "--minutes", f"{options.minutes:g}"]
     words += ["--device", options.device]
-    found = provenance(" ".join(["tests/gate/run.sh all", *words]), options.revision)
+    found = provenance(" ".join(["scripts/cuda_gate.sh all", *words]), options.revision)
     return {
         "kind": KINDS[options.device],
         **found,

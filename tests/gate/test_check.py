@@ -237,11 +237,11 @@ def wheels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tests/gate/run.sh"], "usage: tests/gate/run.sh all"),
-        (["tests/gate/run.sh", "bench"], "usage: tests/gate/run.sh all"),
+        (["scripts/cuda_gate.sh"], "usage: scripts/cuda_gate.sh all"),
+        (["scripts/cuda_gate.sh", "bench"], "usage: scripts/cuda_gate.sh all"),
         (
-            ["tests/gate/run.sh", "all", "--parts", "speed"],
-            "tests/gate/run.sh: --parts speed: speed is no part",
+            ["scripts/cuda_gate.sh", "all", "--parts", "speed"],
+            "scripts/cuda_gate.sh: --parts speed: speed is no part",
         ),
         (["scripts/test.sh", "--device"], "scripts/test.sh: argument --device: invalid choice"),
         (

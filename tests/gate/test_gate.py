@@ -187,7 +187,7 @@ def test_every_part_passed_is_exit_code_0(tmp_path: Path) -> None:
     parts = "smoke,parity,bench,profile"
     assert (
         result["command"]
-        == f"tests/gate/run.sh all --parts {parts} --minutes 0.333333 --device cpu"
+        == f"scripts/cuda_gate.sh all --parts {parts} --minutes 0.333333 --device cpu"
     )
 
 
@@ -197,7 +197,7 @@ def test_the_script_rehearses_on_the_cpu(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--parts", "smoke,profile", "--minutes", "0.2", "--out", str(out)]
     begin = time.monotonic()
     done = subprocess.run(
-        ["tests/gate/run.sh", "all", *words], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable},
+        ["scripts/cuda_gate.sh", "all", *words], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
