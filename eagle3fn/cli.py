@@ -16,7 +16,10 @@ Command = Callable[..., argparse.ArgumentParser]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command; returns its exit code, or 2 for bad input, with one line on stderr."""
+    if arguments is None:
+        arguments = sys.argv[1:]
     options = parser().parse_args(arguments)
+    options.arguments = arguments
     return exit_code(f"eagle3fn {options.command}", lambda: options.run(options))
 
 
@@ -346,7 +349,7 @@ def _train(options: Any) -> None:
         )
         if world.main:
             progress.close()
-            print(check_published(options.out, int(state.step), world.size))
+            print(check_published(options.out, int(state.step), world.size, options.arguments))
 
 
 def _plan(options: Any) -> None:
@@ -374,9 +377,10 @@ def _evaluate(options: Any) -> None:
         options.draft,
         read_prompts(options.prompts),
         settings,
-        options.untrained,
-        options.plain,
-        progress.bars(" prompt"),
+        untrained_folder=options.untrained,
+        plain_store=options.plain,
+        on_progress=progress.bars(" prompt"),
+        prompts_name=Path(options.prompts).name,
     )
     write_json(options.out, report)
     print(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eagle3fn.base.draft_config import refuse_vision
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.hooks import layer_outputs
 from eagle3fn.data.weights import check_weights, find_key, read_tensor, weight_files
 
 _LOGIT_TRANSFORMS = {
@@ -243,23 +244,9 @@ def hidden_states(
     `input_ids` and `attention_mask` are `(B, S)` int64, padded on the right; padded rows hold no meaning.
     """
     base = decoder(model)
-    taps: dict[int, Tensor] = {}
-
-    def tap(index: int) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            taps[index] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
-
-    hooks: list[Any] = []
-    try:
-        for index in layers:
-            hooks.append(base.layers[index].register_forward_hook(tap(index)))
+    with layer_outputs([base.layers[index] for index in layers]) as outputs:
         out = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.cat([taps[index] for index in layers], -1), out.last_hidden_state
+    return torch.cat(outputs, -1), out.last_hidden_state
 
 
 def empty_cache() -> Any:
