@@ -188,7 +188,7 @@ def _draw(
     places = []
     means = []
     for end in range(window, len(steps) + 1, window):
-        losses = [row["loss"] for row in steps[end - window : end] if row["loss"] is not None]
+        losses = [row["loss"] for row in steps[end - window : end] if row.get("loss") is not None]
         if losses:
             places.append(steps[end - 1]["step"])
             means.append(sum(losses) / len(losses))
