@@ -176,7 +176,7 @@ def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> D
     embed_shape = (config.vocab_size, config.hidden_size)
     if embed is not None and tuple(embed.shape) != embed_shape:
         raise UserError(
-            f"{file}: {EMBED} has shape {tuple(embed.shape)}, {CONFIG} says {embed_shape}"
+            f"{file}: {EMBED} has shape {tuple(embed.shape)}, {CONFIG} gives {embed_shape}"
         )
 
     # The parameters, in the table's order. Tensors left over are unknown, and refused by name.
@@ -254,7 +254,7 @@ def _vocab_map(t2d: Tensor | None, d2t: Tensor | None, config: DraftConfig, file
     d2t = d2t.to(torch.int64)
     if d2t.ndim != 1:
         raise UserError(
-            f"{file}: d2t has shape {tuple(d2t.shape)}, {CONFIG} says {(draft_size,)}; "
+            f"{file}: d2t has shape {tuple(d2t.shape)}, {CONFIG} gives {(draft_size,)}; "
             "export it anew"
         )
 

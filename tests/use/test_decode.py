@@ -433,4 +433,4 @@ def test_the_lower_position_limit_is_named():
     shorter = DraftConfig(**{**draft_config().__dict__, "max_position_embeddings": 16})
     draft = random_draft()._replace(config=shorter)
     with pytest.raises(UserError, match="beyond max_position_embeddings = 16;"):
-        speculate(target(), draft, prompt(0, 250), 3, 9, ())
+        speculate(target(), draft, prompt(0, 20), 3, 9, ())

@@ -86,6 +86,17 @@ def test_config_as_engines_read_it(tmp_path):
     assert not absent & set(tree)
 
 
+def test_rope_theta_of_the_configuration_wins(tmp_path):
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+    write(tmp_path, rope_scaling=scaling, rope_theta=50_000.0)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    assert tree["rope_parameters"] == {
+        "rope_type": "linear",
+        "rope_theta": 50_000.0,
+        "factor": 2.0,
+    }
+
+
 def test_other_taps_and_target_size_are_written(tmp_path):
     write(tmp_path, OWN, aux_layers=(0, 2, 7), rope_scaling={"type": "dynamic", "factor": 4.0})
     tree = json.loads((tmp_path / "config.json").read_text())

@@ -80,7 +80,7 @@ def test_a_skipped_update_has_no_loss_to_draw(tmp_path):
     ("prompts", "title"),
     [
         ({"prompts": "HumanEval.jsonl.gz"}, "HumanEval"),
-        ({"prompts": "my $questions$.jsonl"}, "my $questions$"),
+        ({"prompts": "$\\questions$.jsonl"}, "$\\questions$"),  # no formula that can be drawn
         ({"prompts": None}, "Evaluation prompts"),
         ({}, "Evaluation prompts"),
     ],
