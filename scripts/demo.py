@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, whole_file, whole_folder, write_json
+from eagle3fn.base.program import exit_code
 
 HERE = Path(__file__).resolve().parent
 CONVERSATIONS = HERE / "data" / "conversations.jsonl.xz"
@@ -252,7 +252,4 @@ def stage(out: Path, command: str, product: Path, options: Mapping[str, object])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"demo: {error}")
+    sys.exit(exit_code("demo", main))

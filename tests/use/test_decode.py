@@ -379,7 +379,7 @@ def trained_draft(device: str) -> tuple[Draft, Tensor, list[int]]:
         shape,
         ObjectiveConfig(ttt_length=4),
         OptimizerConfig(learning_rate=1e-2),
-        train=TrainConfig(steps=60, dtype="float32"),
+        train=TrainConfig(steps=60, dtype="float32", init="random"),
     )
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
