@@ -254,9 +254,8 @@ def _extract(options: Any) -> None:
 
 def _vocab(options: Any) -> None:
     from eagle3fn.data.features import open_features
-    from eagle3fn.data.fingerprint import config_hash
     from eagle3fn.data.pipeline import split
-    from eagle3fn.data.target import target_config
+    from eagle3fn.data.target import config_hash, target_config
     from eagle3fn.data.vocab import count_map, save_map
     from eagle3fn.specforge.feature_files import READER
 
@@ -301,8 +300,7 @@ def _train(options: Any) -> None:
 
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.data.features import check_made_for, open_features
-    from eagle3fn.data.fingerprint import config_hash
-    from eagle3fn.data.target import read_target_tensors, target_config
+    from eagle3fn.data.target import config_hash, read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipe import RECIPES

@@ -14,6 +14,7 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Sample
 from eagle3fn.data import vocab
+from eagle3fn.data.features import READER_REMEDY as _REMEDY
 from eagle3fn.data.features import Reader
 
 ENDINGS = (".ckpt", ".ckpt.gz")
@@ -31,7 +32,6 @@ DAMAGED = (
     ),
     *(ArithmeticError, struct.error, zlib.error, pickle.UnpicklingError),
 )
-_REMEDY = "delete the file or write it anew"
 
 
 def find_ckpts(folder: str | Path) -> list[Path]:
@@ -113,11 +113,13 @@ def _rows(tree: dict[str, Any], key: str, path: Path) -> Tensor:
     return value
 
 
-READER = Reader(find_ckpts, read_ckpt, read_ckpt_tokens)
+READER = Reader(
+    files=" or ".join(ENDINGS), find=find_ckpts, sample=read_ckpt, tokens=read_ckpt_tokens
+)
 """Opens SpecForge's folders: `open_features(folder, reader=READER)`."""
 
 
-def read_map(path: Path) -> vocab.Stored:
+def read_map(path: Path) -> vocab.StoredMap:
     """The tensors of a vocabulary map: SpecForge's `torch.save` of `{"d2t", "t2d"}`, or one of ours.
 
     Raises:
@@ -134,4 +136,4 @@ def read_map(path: Path) -> vocab.Stored:
         raise UserError(
             f"{path}: damaged or not a vocabulary map ({reason(error)}); {vocab.REMEDY}"
         ) from None
-    return (tree if isinstance(tree, dict) else {}), {}
+    return vocab.StoredMap(tree if isinstance(tree, dict) else {}, provenance={})

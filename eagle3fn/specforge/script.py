@@ -34,8 +34,7 @@ from eagle3fn.base.draft_config import (
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet, check_made_for, open_features
-from eagle3fn.data.fingerprint import config_hash
-from eagle3fn.data.target import read_target_tensors, target_config
+from eagle3fn.data.target import config_hash, read_target_tensors, target_config
 from eagle3fn.data.vocab import build_map, count_tokens, load_map, save_map
 from eagle3fn.specforge.feature_files import READER, read_map
 from eagle3fn.specforge.recipe import recipe

@@ -10,7 +10,7 @@ import torch
 
 from eagle3fn.base.config import to_dict, with_steps
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, whole_file, write_json
+from eagle3fn.base.files import read_json, write_json, write_text
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState
 from eagle3fn.train.bind import bind
@@ -74,8 +74,7 @@ def with_horizon(
 def write_horizon(run: Run, chosen: str) -> None:
     """Keep the choice, and the resolved configuration, in the run's folder."""
     write_json(run.out / _FILE, {"steps": run.config.train.steps, "chosen_by": chosen})
-    with whole_file(run.out / "config.toml") as temporary:
-        temporary.write_text(to_toml(to_dict(run.config)))
+    write_text(run.out / "config.toml", to_toml(to_dict(run.config)))
 
 
 def _begun(path: Path) -> tuple[int, str] | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from eagle3fn.base.files import whole_file
+from eagle3fn.base.files import write_text
 from eagle3fn.base.types import Aux
 
 
@@ -77,5 +77,4 @@ def cut_rows(path: Path, step: int) -> None:
             break
         kept.append(line + "\n")
 
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, write_json
-from eagle3fn.data.fingerprint import weights_digest
+from eagle3fn.data.target import weights_digest
 
 
 def greedy_answer(
