@@ -11,10 +11,11 @@ from tests.data_tools import CHATML, MARKED, talk, tiny_tokenizer
 
 SPANS = tiny_tokenizer(CHATML)
 MARKS = tiny_tokenizer(MARKED)
-# Writes more before the last answer than before earlier ones.
+# Writes more before the last answer than before earlier ones: more than the next turn is long.
+THOUGHT = "<think>" + "nothing " * 8 + "</think>"
 RESHAPING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{% if m['role'] == 'assistant' and loop.last %}" + THOUGHT + "{% endif %}"
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -42,7 +43,7 @@ def test_mask_covers_answers_and_their_end_tokens(texts):
 def test_template_that_writes_the_last_answer_differently_is_masked_right():
     tokenizer = tiny_tokenizer(RESHAPING)
     ids, mask = encode(tokenizer, talk("a", "one", "b", "two"), "x")
-    assert supervised(tokenizer, ids, mask) == "one<|im_end|><think></think>two<|im_end|>"
+    assert supervised(tokenizer, ids, mask) == f"one<|im_end|>{THOUGHT}two<|im_end|>"
 
 
 def test_generation_marks_of_the_template_decide():

@@ -104,6 +104,18 @@ def test_truncated_shard_is_made_again_when_a_higher_limit_goes_on(tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_folder_has_no_index_while_a_higher_limit_goes_on(tmp_path):
+    talks = write_talks(tmp_path / "c.jsonl", 8)
+    run(talks, tmp_path / "out", limit=3)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with before_each_run(stop), pytest.raises(KeyboardInterrupt):
+        run(talks, tmp_path / "out")
+    assert sorted(contents(tmp_path / "out")) == ["shard-00000.json", "shard-00000.safetensors"]
+
+
 def test_shard_whose_bytes_changed_is_made_again(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 8)
     out = tmp_path / "out"

@@ -104,13 +104,16 @@ def test_code_turns_are_cut_after_their_docstring_or_left_whole():
 # Writing and resuming
 
 
-def fake_batches(monkeypatch, usable=lambda index: True):
-    """Batches of one turn where `usable`, else of none; returns the list of those written."""
+def fake_batches(monkeypatch, usable=lambda index: True, user=str):
+    """Batches of one conversation where `usable`, else of none; returns the list of those written.
+
+    Its user turn is `user(index)`.
+    """
     written = []
 
     def write(model, tokenizer, seed, index, batch):
         written.append(index)
-        row = {"id": f"{seed}-{index}", "conversations": talk(f"{index}", "b")}
+        row = {"id": f"{seed}-{index}", "conversations": talk(user(index), "b")}
         return [row] if usable(index) else []
 
     monkeypatch.setattr(module, "_write_batch", write)
@@ -174,6 +177,14 @@ def test_empty_folder_of_parts_is_removed(killed):
     assert synthesize(tiny_model(), tiny_tokenizer(), out, 3) == 3
     assert not Path(f"{out}.parts").exists()
     assert len(out.read_text().splitlines()) == 3
+
+
+def test_each_user_turn_is_kept_once(tmp_path, monkeypatch):
+    written = fake_batches(monkeypatch, user=lambda index: str(index // 2))
+    out = tmp_path / "c.jsonl"
+    assert synthesize(tiny_model(), tiny_tokenizer(), out, 3) == 3
+    assert written == [0, 1, 2, 3, 4]
+    assert [row["id"] for row in read_jsonl(out)] == ["0-0", "0-2", "0-4"]
 
 
 def test_target_is_refused_by_its_share_of_usable_turns(tmp_path, monkeypatch):
