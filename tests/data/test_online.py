@@ -143,7 +143,11 @@ def problem(model, rows, dtype, **objective) -> Problem:
     )
     vocab = on(str(model.device), build_map(counts, 40))
     frozen = e3.Frozen(
-        model.model.embed_tokens.weight, model.lm_head.weight, *vocab, model.model.norm.weight
+        embed_tokens=model.model.embed_tokens.weight,
+        target_head=model.lm_head.weight,
+        t2d=vocab.t2d,
+        d2t=vocab.d2t,
+        target_norm=model.model.norm.weight,
     )
     return Problem(config, e3.bind(config, frozen))
 
@@ -224,6 +228,20 @@ def test_each_step_runs_the_target_once_on_its_own_rows(tmp_path):
     with counted_rows(model) as counts:
         list(online_batches(model, rows, LAYERS, config, 0, 3, batch=4))
     assert counts == [4, 4, 4]
+
+
+def test_given_order_is_followed(tmp_path):
+    model = MODELS["float32"]
+    features, rows = stored(model, tmp_path, batch=1)
+    config, _ = problem(model, rows, "float32")
+
+    def backwards(n, config, step):
+        return [n - 1 - step - place for place in range(config.data.global_batch)]
+
+    offline = list(batches(features, range(8), config, 0, 3, order=backwards))
+    online = list(online_batches(model, rows, LAYERS, config, 0, 3, order=backwards))
+    assert equal(offline, online)
+    assert not equal(online, list(online_batches(model, rows, LAYERS, config, 0, 3)))
 
 
 def test_prefetched_batches_are_the_same(tmp_path):

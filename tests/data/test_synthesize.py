@@ -1,6 +1,8 @@
 """Synthetic conversations: those that the demo ships, and how others are written and resumed."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,10 +106,10 @@ def test_code_turns_are_cut_after_their_docstring_or_left_whole():
 # Writing and resuming
 
 
-def fake_batches(monkeypatch, usable=lambda index: True, user=str):
-    """Batches of one conversation where `usable`, else of none; returns the list of those written.
+def fake_batches(monkeypatch, usable=lambda index: True, user: Callable[[int], str] = str):
+    """Batches of one conversation where `usable`, else of none; its user turn is `user(index)`.
 
-    Its user turn is `user(index)`.
+    Returns the list of batches written.
     """
     written = []
 
@@ -153,7 +155,8 @@ def test_batches_of_other_settings_are_not_taken_up(killed, monkeypatch, change)
     out, written = killed
     model = tiny_model()
     tokenizer = tiny_tokenizer(MARKED) if change == "template" else tiny_tokenizer()
-    settings = {"seed": 1} if change == "seed" else {"batch": 8} if change == "batch" else {}
+    settings: dict[str, Any] = {"seed": 1, "batch": 8}
+    settings = {name: value for name, value in settings.items() if name == change}
     if change == "target":
         model.model.norm.weight += 1
     if change == "sampling":
