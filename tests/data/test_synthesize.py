@@ -132,7 +132,7 @@ def stop_after(count):
 
 @pytest.fixture
 def killed(tmp_path, monkeypatch):
-    """A run for three conversations, killed after two: its file, and the list of batches written."""
+    """A run for three conversations, killed after two: its file, the list of batches written."""
     written = fake_batches(monkeypatch)
     out = tmp_path / "c.jsonl"
     with pytest.raises(KeyboardInterrupt):
