@@ -17,10 +17,11 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.types import TrainState
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import plain_kl
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests.conftest import Tally
 from tests.small import GATE
 from tests.specforge.oracle_script import Script, ScriptTrainer, load_script
@@ -82,7 +83,7 @@ def test_drawn_training_equals_the_old_script(
 ) -> None:
     """Fifteen drawn cases each at most; losses by acceptance with one micro-batch alone, as ours has them."""
     for index, drawn_case in enumerate(drawn(min(15, settings().max_examples), micro)):
-        case = for_oracle(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
+        case = for_specforge(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
         choice = OptimizerConfig(
             learning_rate=(3e-3, 1e-2)[index % 2], warmup_ratio=(0.0, 0.3, 0.015)[index % 3],
             max_grad_norm=(0.5, 5.0)[index % 2], schedule="legacy", accumulation="legacy",

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.model.table import EMBED
+from eagle3fn.specforge.cases import for_specforge, specforge_cases
 from eagle3fn.specforge.oracle import Oracle, eager_loss, old_draft, old_forward, run_oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences, named, nontrivial, plain_kl, run_forward
-from eagle3fn.testing.strategies import for_oracle, oracle_cases
 from tests.conftest import Tally
 from tests.reference import Trainer, weighted_sum
 from tests.reference import model as reference_model
@@ -81,7 +81,7 @@ def compare(
 
     old = theirs(case)
     if differences(old, ours(case)):
-        assert_same(theirs, ours, case, repeat, known=lambda case: for_oracle(case) == case)
+        assert_same(theirs, ours, case, repeat, can_run=lambda case: for_specforge(case) == case)
     return old
 
 
@@ -103,7 +103,7 @@ def test_drawn_cases_equal_the_old_tool(
 ) -> None:
     """SpecForge knows neither a target of another width nor a division by trained rows."""
 
-    @given(oracle_cases(dtype=dtype))
+    @given(specforge_cases(dtype=dtype))
     def check(case: Case) -> None:
         tally.add(case, nontrivial(side(oracle, case, device)))
 
