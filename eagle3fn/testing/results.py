@@ -1,8 +1,6 @@
 """What is compared of a forward and backward pass, by name, and how far apart two results are."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,20 +8,13 @@ from torch import Tensor
 
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.types import Aux, Params
-from eagle3fn.model import forward as forward_file
-from eagle3fn.model.losses import kl_loss
+from eagle3fn.model.forward import ForwardLoss
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 
 Result = dict[str, Tensor]
 """The scalar `loss`; `METRICS`, each `(K,)`; then every gradient under its leaf's name."""
 
 METRICS = ("losses", "acceptance", "correct", "rows")
-
-ForwardLoss = Callable[..., tuple[Tensor, Any]]
-"""As `eagle3fn.forward_loss`: `(params, batch, *, config, frozen) → (loss, aux)`.
-
-`aux` has the fields of `Aux`.
-"""
 
 # The integers that have a floating-point dtype's width.
 _INTEGERS = {
@@ -61,17 +52,6 @@ def run_forward(forward_loss: ForwardLoss, case: Case, device: str = "cpu") -> R
 
     (loss, aux), gradients = value_and_grad(loss_of, has_aux=True)(params)
     return named(loss, aux, gradients)
-
-
-@contextlib.contextmanager
-def plain_kl() -> Iterator[None]:
-    """Our side of level 2: the plain expression of the loss on CUDA too, while it is open."""
-    chosen = forward_file.kl_on
-    forward_file.kl_on = lambda device, dtype: kl_loss
-    try:
-        yield
-    finally:
-        forward_file.kl_on = chosen
 
 
 def nontrivial(result: Result) -> bool:

@@ -6,7 +6,7 @@ Both take every field's values from one table, `VALUES`.
 import functools
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice, takewhile
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -208,23 +208,29 @@ def _lengths(pick: Pick) -> tuple[int, ...]:
 
 
 def simplest(case: Case, fails: Callable[[Case], bool], pinned: Collection[str] = ()) -> Case:
-    """The case with every field as simple as it still fails, the last field first.
+    """The case with every field as simple as it still fails.
 
-    This is shrinking without Hypothesis: greedy, one pass over the fields, at most `TRIES` values
-    of each.
+    This is shrinking without Hypothesis: greedy, at most `TRIES` values of one field at a time,
+    until no field gets simpler.
 
     Args:
         case: a case that fails.
         fails: whether a case fails.
         pinned: fields to leave as they are.
     """
-    for field in reversed(fields(Case)):
-        if field.name in pinned:
-            continue
-        if field.name == "lengths":
-            case = _shortest(case, fails)
-        else:
-            case = _simplest_value(case, field.name, fails)
+    # The batch last: with few trained rows, a change of any other field may leave none of interest.
+    last = ("steps", "lengths")
+    others = [name for name in reversed(VALUES) if name not in last]
+    names = [name for name in (*others, *last) if name not in pinned]
+
+    before = None
+    while case != before:
+        before = case
+        for name in names:
+            if name == "lengths":
+                case = _shortest(case, fails)
+            else:
+                case = _simplest_value(case, name, fails)
     return case
 
 

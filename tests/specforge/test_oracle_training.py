@@ -5,7 +5,6 @@ its loss with its own Triton kernel (level 1); on the CPU `Tensor.cuda` does not
 its eager expression (level 2).
 """
 
-import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,6 @@ from eagle3fn.base.types import TrainState
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
-from eagle3fn.testing.results import plain_kl
 from eagle3fn.testing.strategies import drawn
 from tests.conftest import Tally
 from tests.small import GATE
@@ -63,8 +61,7 @@ def train_both(
     for index in range(5):
         batches = tuple(on(device, tiny_batch(case, index * micro + i)) for i in range(micro))
         rate = old.optimizer.get_learning_rate()
-        with plain_kl() if level == 2 else contextlib.nullcontext():
-            state, metrics = fns.step(state, batches)
+        state, metrics = fns.step(state, batches)
         norm, summed = None, None
         for batch in batches:
             seen = old.micro_step(batch, micro)
