@@ -142,7 +142,7 @@ def first_difference(oracle: Oracle, tally: Tally, where: bool) -> dict[str, Any
 
 
 def describe(oracle: Oracle, tally: Tally, difference: dict[str, Any] | None) -> str:
-    """The text before the last line: who was compared, on what, and lines to repeat a difference."""
+    """The text before the last line: who was compared, on what, how to repeat a difference."""
     lines = [oracle.describe(), LEVEL, f"threads: {torch.get_num_threads()}"]
     lines += describe_counts(counts(tally.cases))
     count = len(tally.cases)

@@ -1,4 +1,4 @@
-"""The public test helpers: drawn cases, what `assert_equivalent` finds, and snippets that repeat it.
+"""The public test helpers: drawn cases, what `assert_equivalent` finds, and what snippets repeat.
 
 One property of each: cases are valid and spread over the options, failures shrink, a failure is
 named and repeated by its snippet, and `ulps` lets rounding pass but nothing else.
@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -60,7 +61,8 @@ def check_spread(many: list[Case]) -> None:
 
     # Batches of every size; the longest sample is anywhere, and longer or shorter than the unroll.
     longest = [max(case.lengths) for case in many]
-    assert {1, 2, 3, 4, 10} <= set(longest) <= set(range(33))
+    assert {4, 10} <= set(longest) <= set(range(33))
+    assert min(longest) <= 3
     assert max(longest) > 25
     assert {len(case.lengths) for case in many} == {1, 2, 3, 4}
     assert all(len(case.lengths) * max(case.lengths) <= 64 for case in many)
@@ -123,7 +125,7 @@ def test_four_of_five_are_nontrivial(many, tally: Tally):
 
 
 def test_a_strategy_is_no_pin_of_a_list():
-    with pytest.raises(ValueError, match="steps = .*: must be a value; `cases` takes strategies"):
+    with pytest.raises(ValueError, match=r"steps = .*: must be a value; `cases` takes"):
         drawn(1, 0, steps=st.integers(1, 3))
 
 
@@ -147,7 +149,7 @@ def test_the_strategy_is_spread_over_the_options():
     assert min(steps.values()) >= 12
 
     similar = 0
-    for one, two in zip(seen, seen[1:], strict=False):
+    for one, two in pairwise(seen):
         same = sum(getattr(one, field.name) == getattr(two, field.name) for field in fields(Case))
         similar += same >= 18
     assert similar <= 20
@@ -492,7 +494,7 @@ def rounded(params, batch: Batch, *, config, frozen):
 
 def test_rounding_passes_within_ulps_alone():
     assert_equivalent(rounded, cases=15, ulps=64, dtype="float32")
-    with pytest.raises(AssertionError, match="loss: [34] ulps"):
+    with pytest.raises(AssertionError, match=r"loss: \d+ ulps\n"):
         assert_equivalent(rounded, cases=15, dtype="float32")
     with pytest.raises(AssertionError, match="ulps at its largest magnitude, 1 allowed") as failure:
         assert_equivalent(rounded, cases=15, ulps=1, dtype="float32")
