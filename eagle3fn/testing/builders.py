@@ -63,6 +63,10 @@ class Case:
                 changed.append(f"{field.name}={value!r}")
         return f"Case({', '.join(changed)})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What Hypothesis and IPython print; of a dataclass they print every field otherwise."""
+        printer.text(repr(self))
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The compute dtype."""

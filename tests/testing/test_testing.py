@@ -237,6 +237,18 @@ def test_a_case_prints_what_is_not_default(many):
     assert all(eval(repr(case)) == case for case in many)
 
 
+def test_hypothesis_prints_a_failing_case_by_its_non_default_fields():
+    @MANY
+    @given(cases())
+    def fails(case: Case) -> None:
+        assert len(case.lengths) < 3 or case.steps < 2
+
+    with pytest.raises(AssertionError) as failure:
+        fails()
+    notes = "\n".join(failure.value.__notes__)
+    assert "case=Case(lengths=(1, 1, 1), steps=2)," in notes
+
+
 def test_every_field_has_values_and_its_default_among_them():
     """`lengths` apart, whose values are the longest sample's."""
     assert list(VALUES) == [field.name for field in fields(Case)]
