@@ -179,9 +179,11 @@ def _values(name: str, chosen: dict[str, Any]) -> Sequence[Any]:
             # In half of the cases the whole target vocabulary, else half of it or more.
             whole = chosen["vocab"]
             least = max(whole // 2, 1)
-            part = tuple(range(least, whole))
-            if 24 in part:
-                part = _first(24, range(least, whole))
+            smaller = range(least, whole)
+            if Case.draft_vocab in smaller:
+                part = _first(Case.draft_vocab, smaller)
+            else:
+                part = tuple(smaller)
             return part + (whole,) * max(len(part), 1)
 
         case "target_hidden":
