@@ -15,11 +15,12 @@ from torch import Tensor
 from eagle3fn.model import layers
 from eagle3fn.model.forward import Operations, forward_plain, legacy_operations
 from eagle3fn.model.losses import KL
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.specforge.oracle import Oracle, run_oracle
 from eagle3fn.testing.builders import Case, tiny_params
 from eagle3fn.testing.results import ForwardLoss, Result, differences, nontrivial, run_forward, ulps
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests.specforge.oracle_script import run_script, run_step
 from tests.specforge.private_tape import old_kl, with_flex
 
@@ -36,7 +37,7 @@ WIDTHS = (100, 1000, 2047, 2048, 5000, 8192, 16_000, 32_768, 40_000, 100_000, 13
 
 def case_at(index: int, seed: int, device: str) -> Case:
     """A case with something to compare. On CUDA every fourth is as wide as the loss kernel's larger blocks."""
-    case = replace(for_oracle(drawn(1, seed * 100_000 + index)[0]), tokens="inside")
+    case = replace(for_specforge(drawn(1, seed * 100_000 + index)[0]), tokens="inside")
     case = replace(case, mask="drawn" if case.mask in ("one", "empty") else case.mask)
     case = replace(case, lengths=tuple(max(length, 5) for length in case.lengths))
     if device != "cuda" or index % 4:

@@ -26,8 +26,9 @@ if __name__ == "__main__":  # before torch is loaded; who imports this has settl
 import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.files import write_json
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests.specforge.mutations import Mutation, find_mutations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ FILES = (
 )
 TESTS = (
     "tests/model/test_reference_parity.py",
-    "tests/testing/test_testing.py::test_our_objective_is_equivalent_to_the_old_tool",
+    "tests/specforge/test_parity_command.py::test_our_objective_is_equivalent_to_specforge",
     "tests/specforge/test_oracle_training.py",
 )
 OLD = OptimizerConfig(
@@ -136,7 +137,7 @@ def executed() -> dict[str, set[int]]:
         return trace if file else None
 
     sys.settrace(trace)
-    for case in map(for_oracle, drawn(40, 0)):
+    for case in map(for_specforge, drawn(40, 0)):
         functions = e3.bind(case.config(OLD, 4), tiny_frozen(case))
         state = functions.init_state(tiny_params(case))
         for index in range(6):

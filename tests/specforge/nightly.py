@@ -24,8 +24,9 @@ import eagle3fn
 from eagle3fn.base.files import write_json
 from eagle3fn.base.progress import bar
 from eagle3fn.specforge import parity
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError, load_oracle
-from eagle3fn.testing.strategies import for_oracle, nth
+from eagle3fn.testing.strategies import nth
 
 TIMED = 25
 SOURCES = ("base", "model", "testing")
@@ -116,7 +117,9 @@ def estimate(oracle: Oracle, options: argparse.Namespace, left: list[int]) -> No
     """Say how long the shards that are left will take, by the time of a few cases."""
     print(f"{options.shards - len(left)} of {options.shards} shards are finished", flush=True)
     if left:
-        cases = [for_oracle(nth(index, options.seed)) for index in range(min(TIMED, options.cases))]
+        cases = [
+            for_specforge(nth(index, options.seed)) for index in range(min(TIMED, options.cases))
+        ]
         parity.compare(oracle, cases[:1])  # the first one loads what the others find loaded
         begun = time.perf_counter()
         parity.compare(oracle, cases)
@@ -128,7 +131,9 @@ def estimate(oracle: Oracle, options: argparse.Namespace, left: list[int]) -> No
 def run_shard(oracle: Oracle, key: dict[str, Any]) -> dict[str, Any]:
     """A shard's result: `eagle3fn parity`'s summary, the counts, and what it was made with."""
     begun = time.perf_counter()
-    cases = [for_oracle(nth(index, key["seed"])) for index in range(key["first"], key["last"] + 1)]
+    cases = [
+        for_specforge(nth(index, key["seed"])) for index in range(key["first"], key["last"] + 1)
+    ]
     tally = parity.compare(oracle, cases, bar("case"))
     found = parity.summary(oracle, tally, parity.first_difference(oracle, tally, where=True))
     seconds = round(time.perf_counter() - begun, 1)

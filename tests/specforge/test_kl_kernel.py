@@ -11,10 +11,11 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.model import losses
 from eagle3fn.specforge import kl_kernel as legacy_kl
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.kl_kernel import launch_shape, mean_kl
 from eagle3fn.specforge.oracle import ENVIRONMENT, Oracle, run_oracle
 from eagle3fn.testing.results import differences, nontrivial, run_forward
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests import devices
 from tests.specforge.cuda_cases import compare_kernel, with_kl
 from tests.specforge.private_tape import old_kl, on_private_tape
@@ -58,7 +59,7 @@ def test_level_1_whole_cases_equal_the_old_tool(oracle: Oracle) -> None:
     """Loss, metrics and every gradient, each side with its own real kernel; B·S at most 32."""
     cases = [
         case
-        for case in map(for_oracle, drawn(60, 11))
+        for case in map(for_specforge, drawn(60, 11))
         if len(case.lengths) * max(case.lengths) <= 16
     ][:24]
     counted = 0

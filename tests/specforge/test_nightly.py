@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests.specforge import mutate, nightly
 from tests.specforge.mutations import Mutation, find_mutations
 
@@ -65,7 +66,7 @@ def test_finished_shards_are_not_repeated(
     compare = nightly.parity.compare
     monkeypatch.setattr(nightly.parity, "compare", lambda *a: seen.append(a[1]) or compare(*a))
     assert call(monkeypatch, tmp_path, "--seed", "5") == 0
-    listed = [for_oracle(case) for case in drawn(7, 5)]
+    listed = [for_specforge(case) for case in drawn(7, 5)]
     assert seen[-2:] == [listed[2:4], listed[4:7]] and len(seen) == 4  # two for the estimate
     seen.clear()
     paths[1].write_text(paths[1].read_text()[:50])

@@ -5,7 +5,6 @@ its loss with its own Triton kernel (level 1); on the CPU `Tensor.cuda` does not
 its eager expression (level 2).
 """
 
-import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +16,10 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.types import TrainState
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
-from eagle3fn.testing.results import plain_kl
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests.conftest import Tally
 from tests.small import GATE
 from tests.specforge.oracle_script import Script, ScriptTrainer, load_script
@@ -62,8 +61,7 @@ def train_both(
     for index in range(5):
         batches = tuple(on(device, tiny_batch(case, index * micro + i)) for i in range(micro))
         rate = old.optimizer.get_learning_rate()
-        with plain_kl() if level == 2 else contextlib.nullcontext():
-            state, metrics = fns.step(state, batches)
+        state, metrics = fns.step(state, batches)
         norm, summed = None, None
         for batch in batches:
             seen = old.micro_step(batch, micro)
@@ -82,7 +80,7 @@ def test_drawn_training_equals_the_old_script(
 ) -> None:
     """Fifteen drawn cases each at most; losses by acceptance with one micro-batch alone, as ours has them."""
     for index, drawn_case in enumerate(drawn(min(15, settings().max_examples), micro)):
-        case = for_oracle(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
+        case = for_specforge(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
         choice = OptimizerConfig(
             learning_rate=(3e-3, 1e-2)[index % 2], warmup_ratio=(0.0, 0.3, 0.015)[index % 3],
             max_grad_norm=(0.5, 5.0)[index % 2], schedule="legacy", accumulation="legacy",

@@ -3,7 +3,6 @@
 On a card the package is held at level 1: each side computes its loss with its own Triton kernel.
 """
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.model.table import EMBED
+from eagle3fn.specforge import arithmetic
+from eagle3fn.specforge.cases import for_specforge, specforge_cases
 from eagle3fn.specforge.oracle import Oracle, eager_loss, old_draft, old_forward, run_oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.equivalence import assert_same
-from eagle3fn.testing.results import Result, differences, named, nontrivial, plain_kl, run_forward
-from eagle3fn.testing.strategies import for_oracle, oracle_cases
+from eagle3fn.testing.results import Result, differences, named, nontrivial, run_forward
 from tests.conftest import Tally
 from tests.reference import Trainer, weighted_sum
 from tests.reference import model as reference_model
@@ -62,10 +62,10 @@ def hold(oracle: Oracle, case: Case, device: str = "cpu") -> Result:
 def hold_package(oracle: Oracle, case: Case, device: str = "cpu") -> Result:
     """SpecForge and the package on one case, compared at level 1 on a card, else at level 2; SpecForge's result."""
     level = 1 if device == "cuda" else 2
+    function = arithmetic.forward_loss if level == 1 else forward_loss
 
     def ours(case: Case) -> Result:
-        with plain_kl() if level == 2 else contextlib.nullcontext():
-            return run_forward(forward_loss, case, device)
+        return run_forward(function, case, device)
 
     return compare(
         lambda c: run_oracle(oracle, c, level, "sdpa", device), ours, case, "hold_package"
@@ -81,7 +81,7 @@ def compare(
 
     old = theirs(case)
     if differences(old, ours(case)):
-        assert_same(theirs, ours, case, repeat, known=lambda case: for_oracle(case) == case)
+        assert_same(theirs, ours, case, repeat, can_run=lambda case: for_specforge(case) == case)
     return old
 
 
@@ -103,7 +103,7 @@ def test_drawn_cases_equal_the_old_tool(
 ) -> None:
     """SpecForge knows neither a target of another width nor a division by trained rows."""
 
-    @given(oracle_cases(dtype=dtype))
+    @given(specforge_cases(dtype=dtype))
     def check(case: Case) -> None:
         tally.add(case, nontrivial(side(oracle, case, device)))
 
