@@ -1,4 +1,4 @@
-"""Functions with a hand-written backward: right under `vjp` and `vmap`, and refused when differentiated twice."""
+"""Functions with a hand-written backward, for `vjp` and `vmap`; a second derivative is refused."""
 
 import threading
 from collections.abc import Callable, Collection, Iterable
@@ -10,7 +10,7 @@ from torch import Tensor
 Inputs = TypeVar("Inputs", bound=tuple)
 Outputs = TypeVar("Outputs", bound=tuple)
 
-# How a record is laid out as a flat list: for each field the number of its tensors, or None for a single value.
+# A record as a flat list: for each field the number of its tensors, or None for a single value.
 _Layout = tuple[int | None, ...]
 
 _SAVED = object()  # in a list of kept values: a tensor, held by `save_for_backward`
@@ -28,25 +28,26 @@ def differentiable_once(
     unread_outputs: Collection[str] = (),
     alternative: str = "objective.numerics = 'plain'",
 ) -> Callable[[Inputs], Outputs]:
-    """`forward` as a function whose gradient is `backward`. Inputs and outputs are records with named fields.
+    """`forward` as a function whose gradient is `backward`; inputs and outputs are records.
 
     Args:
         forward: `inputs → outputs`.
-        backward: `(inputs, outputs, grads) → {name of an input: its gradient}`. `grads` has the outputs' names.
-            Inputs that the result does not name get no gradient.
-        inputs: the NamedTuple that `forward` takes. A field is a tensor, a tuple of tensors, or a constant.
+        backward: `(inputs, outputs, grads) → {name of an input: its gradient}`. `grads` has the
+            outputs' names. Inputs that the result does not name get no gradient.
+        inputs: the NamedTuple that `forward` takes. A field is a tensor, a tuple of tensors, or a
+            constant.
         outputs: the NamedTuple of tensors that `forward` returns.
-        without_gradient: names of outputs that cannot be differentiated: metrics, or what `forward` makes for
-            `backward`. They are None in `grads`.
-        unread_inputs: names of inputs that `backward` does not read. They are not kept alive, and `backward` gets
-            None for them. An input on which the gradient depends must not be named here, even if it is not read:
-            autograd detects a second derivative by it.
+        without_gradient: names of outputs that cannot be differentiated: metrics, or what `forward`
+            makes for `backward`. They are None in `grads`.
+        unread_inputs: names of inputs that `backward` does not read. They are not kept alive, and
+            `backward` gets None for them. An input on which the gradient depends must not be named
+            here, even if it is not read: autograd detects a second derivative by it.
         unread_outputs: names of outputs that `backward` does not read; not kept alive either.
         alternative: what can be differentiated twice, for the error message.
 
     Returns:
-        A function of one record. Differentiating its gradient raises `RuntimeError`. Under `vmap` it runs once for
-        each entry of the mapped axis.
+        A function of one record. Differentiating its gradient raises `RuntimeError`. Under `vmap`
+        it runs once for each entry of the mapped axis.
     """
     input_names: tuple[str, ...] = inputs._fields  # pyright: ignore[reportAttributeAccessIssue]
     output_names: tuple[str, ...] = outputs._fields  # pyright: ignore[reportAttributeAccessIssue]
@@ -56,7 +57,7 @@ def differentiable_once(
     # autograd sees flat arguments: the layout, then the values of the inputs in order.
 
     class Backward(torch.autograd.Function):
-        """The gradient, as a function of its own: differentiating it again ends in its `backward`."""
+        """The gradient as a function of its own: differentiating it again calls its `backward`."""
 
         @staticmethod
         def forward(layout: _Layout, *flat: Any):  # pyright: ignore
@@ -92,10 +93,9 @@ def differentiable_once(
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             layout, *flat = inputs
             made = dict(zip(output_names, output, strict=True))
-            if without_gradient:
-                ctx.mark_non_differentiable(*(made[name] for name in without_gradient))
+            ctx.mark_non_differentiable(*(made[name] for name in without_gradient))
 
-            # Else autograd makes zeros as gradients of the outputs without one, in their own size.
+            # Else autograd makes zeros as gradients of these outputs, in their own size.
             ctx.set_materialize_grads(False)
 
             # Keep what `backward` reads: tensors by autograd, constants as they are.
@@ -125,10 +125,10 @@ def differentiable_once(
 
 
 def is_last_pull_back(grad: Tensor) -> bool:
-    """In a backward: whether its saved tensors are read for the last time, so that they may be overwritten.
+    """In a backward: whether its saved tensors are read for the last time, and may be overwritten.
 
-    Not where the graph stays for another backward (`retain_graph`, as for a pull-back of `vjp`). Not under `vmap`:
-    the entries of the mapped axis share the saved tensors.
+    Not where the graph stays for another backward (`retain_graph`, as for a pull-back of `vjp`).
+    Not under `vmap`: the entries of the mapped axis share the saved tensors.
     """
     graph_stays = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
     is_batched = torch._C._functorch.is_batchedtensor(grad)  # pyright: ignore
@@ -142,7 +142,7 @@ def _is_group(value: Any) -> bool:
 
 
 def _flat(named: Iterable[tuple[str, Any]], left_out: Collection[str] = ()) -> list[Any]:
-    """The values of a record's fields one after another, tuples of tensors opened; None for what is left out."""
+    """The fields' values one after another, tuples of tensors opened; None for what is left out."""
     flat: list[Any] = []
     for name, value in named:
         values = value if _is_group(value) else (value,)
@@ -180,7 +180,7 @@ def _in_order(
 def _entry_by_entry(
     function: Any, info: Any, in_dims: tuple, args: tuple
 ) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
-    """The rule of `vmap`: one call for each entry of the mapped axis, results stacked along a new first axis."""
+    """The rule of `vmap`: one call for each entry of the mapped axis, results stacked first."""
     mapped = [isinstance(dim, int) for dim in in_dims]
 
     def entry(index: int) -> tuple[Tensor | None, ...]:

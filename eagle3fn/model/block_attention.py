@@ -1,8 +1,8 @@
-"""Attention of the fast profile: the draft rows against the causal keys of step 0 and their own keys of later steps.
+"""Attention of the fast profile: draft rows against step 0's keys and their own later ones.
 
-Row t has two kinds of keys: those of step 0 at places u ≤ t of its sample, and one of its own for each later step.
-One softmax runs over both. Nothing of size `(K, N, T, S)` is kept: rows are cut into blocks, and the backward makes
-the probabilities again, block by block.
+Row t has two kinds of keys: those of step 0 at places u ≤ t of its sample, and one of its own for
+each later step. One softmax runs over both. Nothing of size `(K, N, T, S)` is kept: rows are cut
+into blocks, and the backward makes the probabilities again, block by block.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,10 @@ StepTensors = Sequence[Tensor] | Tensor
 
 
 class Block(NamedTuple):
-    """Rows `start … stop - 1` of the list, all of one sample: all see keys `0 … first`, none sees `end` or later."""
+    """Rows `start … stop - 1` of the list, all of one sample.
+
+    All see the keys `0 … first`; none sees key `end` or a later one.
+    """
 
     start: int
     stop: int
@@ -33,7 +36,8 @@ class Block(NamedTuple):
 def make_blocks(rows: Tensor, s: int) -> tuple[Block, ...]:
     """Cut ascending rows of `B·S` into blocks of one sample each.
 
-    `end` is rounded up to a multiple of `_STRIDE`, so that few shapes occur. Reads `rows` on the host.
+    `end` is rounded up to a multiple of `_STRIDE`, so that few shapes occur. Reads `rows` on the
+    host, which waits for a device.
     """
     places = rows.tolist()
     blocks: list[Block] = []
@@ -78,7 +82,9 @@ def block_attention(
 ) -> Tensor:
     """Attention of queries of some rows; differentiable once. Padding is on the right.
 
-    out_t = Σ_{u ≤ t} p_tu · value_u + Σ_i p_ti · step_value_ti, with p_t = softmax over both of q_t · key / √E.
+    With i the later steps, and p_t one softmax of q_t · key / √E over both kinds of keys:
+
+        out_t = Σ_{u ≤ t} p_tu · value_u + Σ_i p_ti · step_value_ti
 
     Args:
         q: `(T, N, E)`, rotated.
@@ -134,7 +140,14 @@ def _forward(inputs: _Inputs) -> _Outputs:
 
 
 def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, Any]:
-    """With s the scores and p their softmax: grad_s = p · (grad_p − Σ p · grad_p), where grad_p = grad · value."""
+    """The gradients, through the softmax p of the scores s:
+
+    grad_p     = grad · valueᵀ
+    grad_s     = p · (grad_p − Σ p · grad_p)
+    grad_q     = grad_s · key / √E
+    grad_key   = grad_sᵀ · q / √E
+    grad_value = pᵀ · grad
+    """
     key = inputs.key
     value = inputs.value
     scale = inputs.q.shape[-1] ** -0.5
@@ -209,9 +222,17 @@ _attention = differentiable_once(
 def _probabilities(
     q: Tensor, keys: Tensor, step_scores: Tensor, position: Tensor, block: Block
 ) -> Tensor:
-    """Softmax of one block's `r` rows over its keys and their own of later steps: `(J, G·r, end + I)`.
+    """Softmax of a block's `r` rows over its keys and their own of later steps.
 
-    `q` is `(J, G·r, E)`, scaled; `keys` `(J, E, end)`; `step_scores` `(r, J, G, I)`; `position` `(r,)`.
+    Args:
+        q: `(J, G·r, E)`, scaled.
+        keys: `(J, E, end)`.
+        step_scores: `(r, J, G, I)`.
+        position: of the rows in their sample, `(r,)`.
+        block: the block.
+
+    Returns:
+        `(J, G·r, end + I)`.
     """
     step_scores = _heads_first(step_scores)
     scores = torch.bmm(q, keys)
@@ -225,11 +246,11 @@ def _probabilities(
     return torch.softmax(torch.cat([scores, step_scores], dim=-1), dim=-1)
 
 
-# A row and its own tensors of later steps. `G` is the number of query heads that read one key-value head.
+# A row and its own tensors of later steps. `G` query heads read one key-value head.
 
 
 def dot_steps(x: Tensor, steps: StepTensors) -> Tensor:
-    """Dot products of `x` `(T, J, G, E)` with the row's own tensor of each step `(T, J, E)`: `(T, J, G, I)`."""
+    """Dot products of `x` `(T, J, G, E)` with each step's `(T, J, E)`: `(T, J, G, I)`."""
     products = [(x * step[:, :, None]).sum(-1) for step in steps]
     if not products:
         return x.new_empty(*x.shape[:3], 0)
@@ -237,15 +258,16 @@ def dot_steps(x: Tensor, steps: StepTensors) -> Tensor:
 
 
 def add_weighted_steps_(x: Tensor, weights: Tensor, steps: StepTensors) -> None:
-    """Add to `x` `(T, J, G, E)`, in place, each step's `(T, J, E)` times its weight in `weights` `(T, J, G, I)`."""
+    """Add to `x` `(T, J, G, E)` each step's `(T, J, E)` times its `weights` `(T, J, G, I)`."""
     for i, step in enumerate(steps):
         x.addcmul_(weights[..., i, None], step[:, :, None])
 
 
 def weighted_query_sums(x: Tensor, weights: Tensor) -> list[Tensor]:
-    """For each step, the sum over a key's queries of `x` `(T, J, G, E)` times `weights` `(T, J, G, I)`: `(T, J, E)`.
+    """For each step the sum over a key's queries of `x` times `weights`: `I` times `(T, J, E)`.
 
-    The gradient of `dot_steps` and of `add_weighted_steps_` by the steps' tensors.
+    `x` is `(T, J, G, E)`, `weights` `(T, J, G, I)`. The gradient of `dot_steps` and of
+    `add_weighted_steps_` by the steps' tensors.
     """
     return [(x * weight[..., None]).sum(2) for weight in weights.unbind(-1)]
 

@@ -1,11 +1,12 @@
 """The fast profile of `forward_loss`: the same mathematics on the rows that reach a loss term.
 
-A place of the batch is written `b·S + t`. A label is a place that the mask trains; unroll step `i` scores row `t`
-against the label at `t + i`. So only rows with a label among `t … t + K - 1` contribute: the `T` rows of the whole
-batch, as one list.
+A place of the batch is written `b·S + t`. A label is a place that the mask trains; unroll step `i`
+scores row `t` against the label at `t + i`. So only rows with a label among `t … t + K - 1`
+contribute: the `T` rows of the whole batch, as one list.
 
-Every place gives its key and value of step 0. Queries, MLP, keys of later steps, head and loss are made for the
-listed rows only. What depends on a token alone is made once for the batch, not at each step.
+Every place gives its key and value of step 0. Queries, MLP, keys of later steps, head and loss are
+made for the listed rows only. What depends on a token alone is made once for the batch, not at each
+step.
 """
 
 from collections.abc import Callable
@@ -39,8 +40,8 @@ class RowPlan(NamedTuple):
         i = 1     ·  2  3  ·  ·  6  ·            i = 1     1  2  5
         i = 2     2  3  ·  ·  6  ·  ·            i = 2     0  1  4
 
-    The left table is `trained` (where it has a number) and `label_of_row`, the right one `scored` and `row_of_label`.
-    The tables show places; the fields hold indices into `labels` and `rows`.
+    The left table is `trained` (where it has a number) and `label_of_row`, the right one `scored`
+    and `row_of_label`. The tables show places; the fields hold indices into `labels` and `rows`.
     """
 
     rows: Tensor  # (T,) int64: places that contribute, ascending
@@ -54,8 +55,8 @@ class RowPlan(NamedTuple):
 class Weights(NamedTuple):
     """The layer's matrices, those with one input stacked.
 
-    Queries, keys and values are projections of the embedding and the hidden state, side by side. Their matrix
-    is split by columns: what reads the embedding, and what reads the hidden state.
+    Queries, keys and values are projections of the embedding and the hidden state, side by side.
+    Their matrix is split by columns: what reads the embedding, and what reads the hidden state.
     """
 
     qkv_embed: Tensor  # (q + 2·kv, H)
@@ -101,7 +102,7 @@ def forward_fast(
 
 
 def plan_rows(batch: Batch, k: int) -> RowPlan:
-    """The rows and labels that the batch brings, or else those of its mask, and their pairs at `k` steps.
+    """The batch's rows and labels, or else those of its mask, and their pairs at `k` steps.
 
     A list may repeat a place to fill up its length; the first of them counts.
     """
@@ -115,8 +116,8 @@ def plan_rows(batch: Batch, k: int) -> RowPlan:
     label_of_row, has_label = _find(labels, rows + steps)
     row_of_label, has_row = _find(rows, labels - steps)
 
-    # A pair counts within one sample, for a label that the mask trains (the list has others where it is filled up
-    # for a batch without any), and once.
+    # A pair counts within one sample, for a label that the mask trains (the list has others where
+    # it is filled up for a batch without any), and once.
     has_label &= (rows % s + steps < s) & _is_first(rows) & (mask[labels] > 0)[label_of_row]
     has_row &= (labels % s >= steps) & _is_first(labels) & (mask[labels] > 0)
     return RowPlan(rows, labels, has_label.long(), label_of_row, has_row, row_of_label)
@@ -125,8 +126,9 @@ def plan_rows(batch: Batch, k: int) -> RowPlan:
 def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: Frozen) -> Tensor:
     """Normed hidden states of the draft rows after each step: `(K, T, H)`.
 
-    Step i of row t reads the embedding of token t + i + 1 and the hidden state of step i - 1 (at step 0 the projected
-    taps), rotates by position t + i, and attends to the step-0 keys at places u ≤ t and to its own later ones.
+    Step i of row t reads the embedding of token t + i + 1 and the hidden state of step i - 1 (at
+    step 0 the projected taps), rotates by position t + i, and attends to the step-0 keys at places
+    u ≤ t and to its own later ones.
 
     Args:
         params: the draft's tensors.
@@ -146,7 +148,7 @@ def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: F
     hidden = layers.project(params, batch.aux_hidden).flatten(0, 1)  # (B·S, H)
     attend = attention_on(hidden.device, hidden.dtype, e, rows, s)
 
-    # What tokens give to queries, keys and values, and where the rows' tokens of each step are in that list.
+    # What tokens give to queries, keys and values, and the rows' places in it at each step.
     from_embeds = _from_embeds(params, batch, weights, config, frozen)  # (B·(S + K), q + 2·kv)
     place = rows // s * (s + k) + rows % s
     place = place + torch.arange(k, device=rows.device)[:, None]  # (K, T)
@@ -206,7 +208,10 @@ def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: F
 def attention_on(
     device: torch.device, dtype: torch.dtype, head_size: int, rows: Tensor, s: int
 ) -> Callable[..., Tensor]:
-    """Attention of queries at `rows` of `B·S`: the flash kernel where there is one, else blocks cut on the host."""
+    """Attention of queries at `rows` of `B·S`.
+
+    The flash kernel where there is one, else in blocks, which are cut on the host.
+    """
     if has_flash_kernel(device, dtype, head_size):
         return partial(flash_attention, rows=rows)
     return partial(block_attention, rows=rows, blocks=make_blocks(rows, s))
@@ -227,9 +232,10 @@ def _weights(params: Params) -> Weights:
 def _from_embeds(
     params: Params, batch: Batch, weights: Weights, config: Config, frozen: Frozen
 ) -> Tensor:
-    """What the next token's embedding gives to q, k and v, at places `0 … S + K - 1` of each sample.
+    """What the next token's embedding gives to queries, keys and values.
 
-    A flat list `(B·(S + K), q + 2·kv)`. Past the end of a sample the token is 0.
+    A flat list `(B·(S + K), q + 2·kv)`: places `0 … S + K - 1` of each sample. Past the end of the
+    sequence the token is 0.
     """
     k = config.objective.ttt_length
     next_ids = F.pad(batch.input_ids, (0, k + 1))[:, 1:]  # (B, S + K)
@@ -239,7 +245,7 @@ def _from_embeds(
 
 
 def label_targets(batch: Batch, labels: Tensor, frozen: Frozen) -> Tensor:
-    """The target's last hidden states `(P, Ht)` one place after the labels; zero past the end of a sample."""
+    """The target's last hidden states `(P, Ht)` one place after the labels; zero past the end."""
     s = batch.last_hidden.shape[1]
     states = batch.last_hidden.flatten(0, 1)
     inside = (labels % s + 1 < s)[:, None]
@@ -248,12 +254,12 @@ def label_targets(batch: Batch, labels: Tensor, frozen: Frozen) -> Tensor:
 
 
 def _is_first(places: Tensor) -> Tensor:
-    """Which of ascending places `(T,)` differ from the one before: the first of those that repeat."""
+    """Which of ascending places `(T,)` differ from the one before: the first of any that repeat."""
     return torch.cat([torch.ones_like(places[:1], dtype=torch.bool), places[1:] != places[:-1]])
 
 
 def _find(places: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """For `wanted` `(K, X)` the index in ascending `places` `(T,)`, and whether it is there; both `(K, X)`."""
+    """Indices of `wanted` `(K, X)` in ascending `places` `(T,)`, and whether they are there."""
     found = torch.searchsorted(places, wanted).clamp(max=len(places) - 1)
     return found, places[found] == wanted
 

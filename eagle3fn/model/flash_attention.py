@@ -1,13 +1,14 @@
-"""Attention of the fast profile by PyTorch's flash kernel, on CUDA: nothing is read on the host, nothing is `S·S`.
+"""Attention of the fast profile by PyTorch's flash kernel, on CUDA, without a read on the host.
 
-The kernel attends whole sequences under its own causal rule, so the rows' queries are laid into zeros at their
-places. Its result and log-sum-exp are then merged with the rows' own keys of later steps: with a = log Σ_u exp(s_u)
-over the causal keys and later scores c_i, the whole sum's logarithm is Z = log(exp(a) + Σ_i exp(c_i)), and
+The kernel attends whole sequences under its own causal rule, so the rows' queries are laid into
+zeros at their places. Nothing of size `S·S` is made. The kernel's result and its log-sum-exp a are
+then merged with the rows' own keys of later steps, whose scores are c_i:
 
+    Z   = log(exp(a) + Σ_i exp(c_i))
     out = causal · exp(a − Z) + Σ_i exp(c_i − Z) · step_value_i
 
-The backward gives the kernel the merged `out` and `Z` in place of its own: from them it makes the probabilities of
-the one softmax over both kinds of keys.
+The backward gives the kernel the merged `out` and `Z` in place of its own: from them it makes the
+probabilities of the one softmax over both kinds of keys.
 """
 
 from typing import Any, NamedTuple
@@ -125,7 +126,8 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
         x.unflatten(1, (kv_heads, -1)).sum(2).transpose(1, 2) for x in grad_block
     )
 
-    # The rows' own keys: grad_score = p · (grad_p − grad · out) · scale, with grad_p = grad · step_value.
+    # The rows' own keys, with p = exp(c − Z) and grad_p = grad · step_value:
+    # grad_score = p · (grad_p − grad · out) · scale.
     grouped_q = q.unflatten(1, (kv_heads, -1))  # (T, J, G, E)
     grouped_grad = grad.unflatten(1, (kv_heads, -1))
     weights = torch.exp(_step_scores(grouped_q, step_keys, scale) - log_sum[..., None])
@@ -153,13 +155,16 @@ _attention = differentiable_once(
 
 
 def _step_scores(q: Tensor, step_keys: StepTensors, scale: float) -> Tensor:
-    """Scaled products of queries `(T, J, G, E)` with each row's own keys: `(T, N, I)`, at least fp32."""
+    """Scaled products of `q` `(T, J, G, E)` with the rows' own keys: `(T, N, I)`, fp32 or fp64."""
     scores = dot_steps(q, step_keys).flatten(1, 2)
     return scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
 
 
 def _to_sequences(x: Tensor, rows: Tensor, key: Tensor, add: bool = False) -> Tensor:
-    """Rows `(T, N, …)` laid into zeros `(B, N, S, …)`; of rows that repeat, one, or with `add` their sum."""
+    """Rows `(T, N, …)` laid into zeros `(B, N, S, …)`.
+
+    Of rows that repeat, one is laid there, or with `add` their sum.
+    """
     b, s = key.shape[:2]
     flat = x.new_zeros(b * s, *x.shape[1:])
     flat = flat.index_add_(0, rows, x) if add else flat.index_copy_(0, rows, x)
@@ -172,7 +177,7 @@ def _at_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _for_queries(x: Tensor, q: Tensor) -> Tensor:
-    """Key-value heads `(B, S, J, E)`, each repeated for the query heads that read it: `(B, N, S, E)`."""
+    """Key-value heads `(B, S, J, E)` once for each query head that reads them: `(B, N, S, E)`."""
     groups = q.shape[1] // x.shape[2]
     return x[:, :, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3).transpose(1, 2)
 

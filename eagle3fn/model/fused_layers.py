@@ -1,4 +1,4 @@
-"""Norm, projection and MLP of the fast profile, with written-out backwards that keep few tensors."""
+"""Norm, projection and MLP of the fast profile; their written-out backwards keep few tensors."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from eagle3fn.model.autograd import differentiable_once
 from eagle3fn.model.layers import at_least_fp32
 
-# Root-mean-square norm: y = x · r · weight, with r = 1 / √(mean(x²) + eps), one number for each row.
+# Root-mean-square norm: y = x · r · weight, with r = 1 / √(mean(x²) + eps) for each row.
 
 
 class _NormInputs(NamedTuple):
@@ -24,7 +24,10 @@ class _Normed(NamedTuple):
 
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`layers.rms_norm` of `x` `(…, H)` with one rounding, at the end; keeps `x` and one number for each row."""
+    """`layers.rms_norm` of `x` `(…, H)` with one rounding, at the end.
+
+    It keeps `x` and one number for each row.
+    """
     return _fused_rms_norm(_NormInputs(x, weight, eps)).normed
 
 
@@ -39,7 +42,10 @@ def _norm_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients by `x` and by `weight`, for the gradient `grad` `(…, H)` of the normed rows.
 
-    With x̂ = x · r and g = grad · weight: grad_weight = Σ grad · x̂ over rows; grad_x = r · (g − x̂ · mean(g · x̂)).
+    With x̂ = x · r and g = grad · weight:
+
+        grad_weight = Σ grad · x̂                    over rows
+        grad_x      = r · (g − x̂ · mean(g · x̂))
     """
     unweighted = x * scale
     wide = grad.to(scale.dtype)
@@ -125,7 +131,7 @@ _norm_linear = differentiable_once(
 )
 
 
-# The MLP with its residual: y = x + (silu(gate) · up) · downᵀ, with (gate, up) = norm(x) · gate_upᵀ.
+# The MLP with its residual: (gate, up) = norm(x) · gate_upᵀ, y = x + (silu(gate) · up) · downᵀ.
 
 
 class _MlpInputs(NamedTuple):
@@ -142,7 +148,10 @@ class _MlpOutputs(NamedTuple):
 
 
 def mlp(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
-    """`x` `(T, H)` plus the SwiGLU MLP of the normed `x`; keeps `x` and its product with `gate_up` `(2·I, H)`."""
+    """`x` `(T, H)` plus the SwiGLU MLP of the normed `x`: `(T, H)`.
+
+    It keeps `x`, and the product of the normed `x` with `gate_up` `(2·I, H)`.
+    """
     return _mlp(_MlpInputs(x, weight, gate_up, down, eps)).added
 
 

@@ -1,8 +1,8 @@
-"""The draft head and the soft-label KL in one pass over chunks of labels; gradients are made in the forward.
+"""Draft head and soft-label KL in one pass over chunks of labels; the forward makes the gradients.
 
-A label is a place where the target's choice is learned. At each of `K` unroll steps one draft row is scored against
-it. For a pair of label and draft row, with l the row's draft logits, z the label's target logits, and D the draft
-vocabulary:
+A label is a place where the target's choice is learned. At each of `K` unroll steps one draft row
+is scored against it. For a pair of label and draft row, with l the row's draft logits, z the
+label's target logits, and D the draft vocabulary:
 
     p  = softmax(z over D)                                 the teacher
     KL = log Σ exp(l) − Σ p · l                            up to the teacher's entropy
@@ -10,8 +10,8 @@ vocabulary:
 
     loss = Σ weight · KL                                   over pairs whose label's argmax is in D
 
-Nothing of size `(rows, D)` or `(rows, V)` outlives a chunk of labels, and a label's teacher is made once for the `K`
-draft rows that are scored against it.
+Nothing of size `(rows, D)` or `(rows, V)` outlives a chunk of labels, and a label's teacher is made
+once for the `K` draft rows that are scored against it.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ _GROUP_BYTES = 4 << 20  # fp32 logits of a group of labels: they fit in the proc
 
 
 class Labels(NamedTuple):
-    """What the draft is scored against: `P` labels, each with one draft row at each of `K` steps."""
+    """What the draft is scored against: `P` labels, each with a draft row at each of `K` steps."""
 
     target: Tensor  # (P, Ht): the target's last hidden state that predicts the label
     row: Tensor  # (K, P) int64: which draft row is scored; any value where `weight` is 0
@@ -84,7 +84,8 @@ def head_and_kl(
 ) -> Scores:
     """Score draft rows with the draft head against the labels' teacher.
 
-    Differentiable once, by `draft` and `head`; a second derivative raises. Works under `vjp` and `vmap`.
+    Differentiable once, by `draft` and `head`; a second derivative raises. Works under `vjp` and
+    `vmap`.
 
     Args:
         draft: normed hidden states `(K, T, H)` of `T` rows after each step.
@@ -118,13 +119,16 @@ def _forward(inputs: _Inputs) -> _Outputs:
     grad_head = torch.zeros_like(head if wanted else head[:0], dtype=at_least_fp32(head.dtype))
 
     def score_chunk(place: Tensor, weight: Tensor, target: Tensor) -> PairScores:
-        """Scores of `p` labels: `place` and `weight` `(K, p)`, `target` `(p, Ht)`; adds to the gradients."""
+        """Scores of a chunk of `p` labels, whose gradients are added to the sums.
+
+        `place` and `weight` are `(K, p)`, `target` is `(p, Ht)`.
+        """
         x = flat[place]  # (K, p, H)
         logits = F.linear(x, head)  # (K, p, D)
         scores = score_pairs(logits, F.linear(target, inputs.target_head), inputs.t2d, kept)
         if wanted:
-            # The scores have overwritten the logits with ∂KL / ∂l. The pair's factor is applied behind the
-            # products, to rows of H instead of D. Products have no name: each is freed when it is added.
+            # The logits are now ∂KL / ∂l. The pair's factor multiplies rows of size H, not D.
+            # Products have no name here, so that each is freed when it has been added.
             grad_logits = logits.flatten(0, 1)
             factor = (weight * scores.known).flatten()[:, None]
             grad_flat.index_add_(0, place.flatten(), ((grad_logits @ head) * factor).to(flat.dtype))
@@ -142,7 +146,8 @@ def _forward(inputs: _Inputs) -> _Outputs:
 def _chunk_size(count: int, k: int, head: Tensor, target_head: Tensor, room: int) -> int:
     """Labels of a chunk: as many as have logits of `room` bytes, and about as many in every chunk.
 
-    Chunks are equal because a last one of few labels would cost as many passes over the heads as the others.
+    Chunks are equal because a last one of few labels would cost as many passes over the heads as
+    the others.
     """
     label_bytes = head.itemsize * (k * len(head) + len(target_head))
     most = max(1, room // label_bytes)
@@ -167,9 +172,9 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, room: int) -> None:
 def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, Any]:
     """The gradients made in the forward, times the loss's own.
 
-    Where they are read for the last time they are overwritten, which saves a copy of the head's gradient. Where the
-    graph stays, it may be pulled back again after a caller has changed what the first pull-back returned: the
-    gradients are new tensors then.
+    Where they are read for the last time they are overwritten, which saves a copy of the head's
+    gradient. Where the graph stays, it may be pulled back again after a caller has changed what the
+    first pull-back returned: the gradients are new tensors then.
     """
     made = {"draft": outputs.grad_draft, "head": outputs.grad_head}
     if is_last_pull_back(grads.loss):
@@ -199,7 +204,7 @@ def score_on(device: torch.device, dtype: torch.dtype) -> Callable[..., PairScor
 
 
 def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> PairScores:
-    """Metrics of pairs from their logits; overwrites `logits` with the KL's gradient by them, `softmax(l) − p`.
+    """Metrics of pairs from their logits; writes the KL's gradient `softmax(l) − p` over `logits`.
 
     Works on groups of labels, so that what is fp32 stays in the processor's cache.
 
@@ -217,7 +222,7 @@ def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> PairScores:
         full = z[part].to(wide)  # (p, V)
         wide_logits = logits[:, part].to(wide)  # (K, p, D)
 
-        # The teacher: its token, its probabilities under the whole vocabulary and under the draft's.
+        # The teacher: its token, and probabilities under the whole vocabulary and the draft's.
         _, target_token = first_max(full)
         p_full = torch.softmax(full, dim=-1)[:, kept]
         p_draft = torch.softmax(full[:, kept], dim=-1)
@@ -243,7 +248,7 @@ def _joined(parts: list[PairScores]) -> PairScores:
 
 
 def first_max(x: Tensor, width: int = 64) -> tuple[Tensor, Tensor]:
-    """Largest value and its lowest index along the last axis, by way of the maxima of `width` columns each.
+    """Largest value and its lowest index along the last axis, by maxima of `width` columns each.
 
     Several times as fast as `x.max(-1)` on the CPU, whose search for the index is not vectorised.
     """

@@ -1,7 +1,8 @@
 """Rotary position embedding: inverse frequencies of the public variants, tables computed in fp32.
 
-Position t rotates the pair of dimensions (d, d + E/2) by the angle t · f_d, with f_d = theta^(−2d / E) for
-d = 0 … E/2 − 1. The variants change these inverse frequencies, and yarn scales cosines and sines too.
+Position t rotates the pair of dimensions (d, d + E/2) by the angle t · f_d. The inverse frequencies
+are f_d = theta^(−2d / E) for d = 0 … E/2 − 1. The variants change them; yarn scales cosines and
+sines too.
 """
 
 import math
@@ -16,10 +17,11 @@ from eagle3fn.base.draft_config import DraftConfig
 def rope_table(
     config: DraftConfig, length: int, dtype: torch.dtype, device: torch.device, beyond: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 … length-1, each `(length, E)`: computed in fp32, cast to `dtype`.
+    """Cosines and sines of positions `0 … length - 1`, each `(length, E)`.
 
-    The last `beyond` positions are the unroll's, after the end of the sequence; they do not stretch the dynamic
-    variant.
+    They are computed in fp32 and then cast to `dtype`.
+    The last `beyond` positions are the unroll's, after the end of the sequence; they do not stretch
+    the dynamic variant.
     """
     inverse, scale = _frequencies(config, length - beyond)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)  # (length, E/2)
@@ -34,7 +36,7 @@ def rope_table(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` `(…, E)` by tables that broadcast to it, in `x`'s dtype: x · cos + (−x₂, x₁) · sin.
+    """Rotate `x` `(…, E)` by tables that broadcast to it: `x · cos + (−x₂, x₁) · sin`.
 
     The halves x₁ and x₂ of the last axis are the pairs' two dimensions; pairs are not interleaved.
     """
@@ -92,10 +94,11 @@ def _llama3(inverse: Tensor, factor: float, scaling: dict) -> Tensor:
 
 
 def _yarn(config: DraftConfig, factor: float, scaling: dict) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071): slow dimensions interpolated, fast ones kept, cosines and sines scaled.
+    """YaRN (arXiv 2309.00071): slow dimensions are interpolated, fast ones kept, all scaled.
 
-    A dimension is slow if it makes fewer than `beta_slow` rotations within the original length, fast if more than
-    `beta_fast`. The ramp between begins and ends at whole dimensions unless `truncate` is false, as in GPT-OSS.
+    A dimension is slow if it makes fewer than `beta_slow` rotations within the original length,
+    fast if more than `beta_fast`. The ramp between begins and ends at whole dimensions unless
+    `truncate` is false, as in GPT-OSS.
     """
     size = config.head_dim
     base = config.rope_theta

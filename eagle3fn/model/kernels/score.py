@@ -1,8 +1,9 @@
-"""`head_loss.score` as two Triton kernels: one program for each label, then one for each draft row of a label.
+"""`head_loss.score` as two Triton kernels: a program for each label, then one for each pair.
 
-The label's kernel reduces the teacher's logits to two log-sum-exps and an argmax. The draft row's kernel then reads
-its logits twice in blocks of columns, with a running maximum and sum: first for log-sum-exp, KL and argmax, then for
-the acceptance and the gradient, which it writes over the logits. Nothing else as wide as a row is written.
+The label's kernel reduces the teacher's logits to two log-sum-exps and an argmax. The draft row's
+kernel then reads its logits twice in blocks of columns, with a running maximum and sum: first for
+log-sum-exp, KL and argmax, then for the acceptance and the gradient, which it writes over the
+logits. Nothing else as wide as a row is written.
 
 Triton is imported at the first call.
 """
@@ -23,7 +24,7 @@ tl: Any = (
 
 
 def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> PairScores:
-    """`head_loss.score` of bf16, fp16 or fp32 logits, to rounding; on CUDA, or interpreted on the CPU.
+    """`head_loss.score`, to rounding, of bf16, fp16 or fp32; on CUDA, or interpreted on the CPU.
 
     Overwrites `logits` with the KL's gradient by them.
 
@@ -82,7 +83,7 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
     def score_teacher(  # pyright: ignore
         z, kept, full_sum, draft_sum, target_token, target_size, draft_size, BLOCK: tl.constexpr
     ):
-        """A label's log-sum-exp over all its logits and over the draft vocabulary's, and its argmax."""
+        """A label's log-sum-exp over all its logits and over the draft's, and its argmax."""
         label = tl.program_id(0).to(tl.int64)
         z += label * target_size
 
@@ -103,7 +104,7 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
         tl.store(full_sum + label, top + tl.log(total))
         tl.store(target_token + label, token)
 
-        # The draft vocabulary's, with a maximum of their own: they may all be far below the largest.
+        # The draft vocabulary's logits have a maximum of their own: it may be far below the other.
         top = float("-inf")
         total = 0.0
         for start in range(0, draft_size, BLOCK):
@@ -134,7 +135,8 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
     ):
         """A draft row against its label: KL, argmax, acceptance; the gradient over the logits.
 
-        Steps run fastest: the rows of one label read the same teacher one after another, from the cache.
+        Steps run fastest: the rows of one label read the same teacher one after another, from
+        the cache.
         """
         pair = tl.program_id(0).to(tl.int64)
         label = pair // steps
