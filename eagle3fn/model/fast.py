@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.config import Config
+from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.rows import contributing_rows, step_rows
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import layers, table
@@ -89,7 +90,7 @@ def forward_fast(
     # Head and loss, with each step's factor in the pairs' weights.
     steps = torch.arange(k, dtype=torch.float64, device=draft.device)
     factor = (objective.decay**steps / row_counts)[:, None]
-    factor = factor.to(layers.at_least_fp32(draft.dtype))  # (K, 1)
+    factor = factor.to(at_least_fp32(draft.dtype))  # (K, 1)
     labels = Labels(
         target=label_targets(batch, plan.labels, frozen),
         row=plan.row_of_label,

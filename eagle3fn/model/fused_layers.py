@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eagle3fn.base.dtypes import wide
 from eagle3fn.model.autograd import differentiable_once
-from eagle3fn.model.layers import at_least_fp32
 
 # Root-mean-square norm: y = x · r · weight, with r = 1 / √(mean(x²) + eps) for each row.
 
@@ -32,9 +32,9 @@ def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> _Normed:
-    wide = x.to(at_least_fp32(x.dtype))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return _Normed((wide * scale).mul_(weight).to(x.dtype), scale)
+    wide_x = wide(x)
+    scale = torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)
+    return _Normed((wide_x * scale).mul_(weight).to(x.dtype), scale)
 
 
 def _norm_gradients(
@@ -48,12 +48,12 @@ def _norm_gradients(
         grad_x      = r · (g − x̂ · mean(g · x̂))
     """
     unweighted = x * scale
-    wide = grad.to(scale.dtype)
-    grad_weight = (wide * unweighted).flatten(0, -2).sum(0)
+    wide_grad = grad.to(scale.dtype)
+    grad_weight = (wide_grad * unweighted).flatten(0, -2).sum(0)
 
-    wide = wide * weight
-    inner = (wide * unweighted).mean(-1, keepdim=True)
-    grad_x = wide.addcmul_(unweighted, inner, value=-1).mul_(scale)
+    wide_grad = wide_grad * weight
+    inner = (wide_grad * unweighted).mean(-1, keepdim=True)
+    grad_x = wide_grad.addcmul_(unweighted, inner, value=-1).mul_(scale)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.model.autograd import differentiable_once, is_last_pull_back
-from eagle3fn.model.layers import at_least_fp32
 
 _CHUNK_BYTES = 32 << 20  # logits of a chunk, on the CPU
 _CUDA_CHUNK_BYTES = 256 << 20
