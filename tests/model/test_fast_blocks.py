@@ -198,13 +198,14 @@ def part_of(name, generator):
         )
 
     v, d, k, t, p = 130, 64, 3, 11, 17
-    _, target_head, t2d, d2t = frozen_of(v, d)
-    target_head = target_head.double()
+    frozen = frozen_of(v, d)
+    t2d = frozen.t2d
+    target_head = frozen.target_head.double()
     row = torch.randint(0, t, (k, p), generator=generator)
     weight = draw(k, p).abs() * (torch.rand(k, p, generator=generator) < 0.7)
     labels = head_loss.Labels(draw(p, H), row, weight)
     return (
-        lambda x, head: head_loss.head_and_kl(x, head, labels, target_head, t2d, d2t).loss,
+        lambda x, head: head_loss.head_and_kl(x, head, labels, target_head, t2d, frozen.d2t).loss,
         lambda x, head: plain_kl(x, head, labels, target_head, t2d),
         (draw(k, t, H), draw(d, H)),
     )

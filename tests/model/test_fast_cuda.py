@@ -18,6 +18,7 @@ from eagle3fn.base.rows import both_rows, contributing_rows
 from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.model import fast, flash_attention, head_loss
 from eagle3fn.specforge.oracle import ENVIRONMENT
+from eagle3fn.train.step import init_state, step
 from tests.model.blocks import (
     HEAD_SIZE,
     HEADS,
@@ -56,8 +57,8 @@ def assert_as_near_to_fp64_as_plain(batch, pair, dtype, k, grads):
 
 def vocabulary_of(v, d):
     """`t2d` `(V,)` and the kept target ids `(D,)`."""
-    _, _, t2d, d2t = frozen_of(v, d)
-    return t2d, torch.arange(d) + d2t
+    frozen = frozen_of(v, d)
+    return frozen.t2d, torch.arange(d) + frozen.d2t
 
 
 def scores_of(score, dtype, v, d, device, k=2, p=2, width=8):
@@ -224,7 +225,7 @@ def test_flash_attention_equals_the_plain_expression(later):
 
 @pytest.mark.parametrize("later", [0, 1, 3])
 def test_flash_attention_in_bf16_is_near_the_plain_expression(later, device):
-    """On a card the flash kernel has no fp64: values and gradients against fp64 on the same numbers."""
+    """On a card the flash kernel has no fp64: it is compared to fp64 on the same numbers."""
     rows, inputs, grad = attention_inputs(later, 8, torch.bfloat16)
     placed = [x.to(device) for x in inputs]
     out, pull_back = vjp(flash_attention.flash_attention, placed, rows.to(device))
@@ -302,10 +303,12 @@ def step_without_values(batch):
     frozen = e3.Frozen(embed, head, t2d, torch.zeros(64, dtype=torch.int64))
     params = e3.bind(config, frozen).init(0)
 
-    fns = e3.bind(config, without_values(frozen))
-    state = fns.init_state(without_values(params))
+    # Not by `bind`, which reads the vocabulary map.
+    state = init_state(without_values(params), config=config)
     with by_flash:
-        after, metrics = fns.step(state, without_values(batch))
+        after, metrics = step(
+            state, without_values(batch), config=config, frozen=without_values(frozen)
+        )
     assert metrics["loss"].device.type == "meta"
     assert after.step == 1
 
