@@ -1,8 +1,8 @@
 """Functions with a hand-written backward, for `vjp` and `vmap`; a second derivative is refused."""
 
 import threading
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,10 +10,6 @@ from torch import Tensor
 Inputs = TypeVar("Inputs", bound=tuple)
 Outputs = TypeVar("Outputs", bound=tuple)
 
-# A record as a flat list: for each field the number of its tensors, or None for a single value.
-_Layout = tuple[int | None, ...]
-
-_SAVED = object()  # in a list of kept values: a tensor, held by `save_for_backward`
 _mapped = threading.local()
 
 
@@ -49,24 +45,23 @@ def differentiable_once(
         A function of one record. Differentiating its gradient raises `RuntimeError`. Under `vmap`
         it runs once for each entry of the mapped axis.
     """
-    input_names: tuple[str, ...] = inputs._fields  # pyright: ignore[reportAttributeAccessIssue]
-    output_names: tuple[str, ...] = outputs._fields  # pyright: ignore[reportAttributeAccessIssue]
-    assert set(unread_inputs) <= set(input_names), unread_inputs
-    assert {*without_gradient, *unread_outputs} <= set(output_names), output_names
+    input_names = set(inputs._fields)  # pyright: ignore[reportAttributeAccessIssue]
+    output_names = set(outputs._fields)  # pyright: ignore[reportAttributeAccessIssue]
+    assert set(unread_inputs) <= input_names, unread_inputs
+    assert {*without_gradient, *unread_outputs} <= output_names, output_names
 
-    # autograd sees flat arguments: the layout, then the values of the inputs in order.
+    # autograd sees tensors one by one. Frames, which are constants to it, put them into records.
 
     class Backward(torch.autograd.Function):
         """The gradient as a function of its own: differentiating it again calls its `backward`."""
 
         @staticmethod
-        def forward(layout: _Layout, *flat: Any):  # pyright: ignore
-            # `flat`: values of the inputs, then the outputs, then the gradients of the outputs
-            count = len(output_names)
-            given = inputs(*_fields(flat[: -2 * count], layout))
-            made = outputs(*flat[-2 * count : -count])
-            grads = outputs(*flat[-count:])
-            return _in_order(backward(given, made, grads), input_names, layout)
+        def forward(frames: "_Frames", *tensors: Tensor):  # pyright: ignore
+            rest = iter(tensors)
+            given = frames.inputs.filled(rest)
+            made = frames.outputs.filled(rest)
+            grads = frames.grads.filled(rest)
+            return frames.call.in_order(backward(given, made, grads))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -86,40 +81,38 @@ def differentiable_once(
         """The value; its backward calls `Backward`."""
 
         @staticmethod
-        def forward(layout: _Layout, *flat: Any):  # pyright: ignore
-            return tuple(forward(inputs(*_fields(flat, layout))))
+        def forward(frame: "_Frame", *tensors: Tensor):  # pyright: ignore
+            return tuple(forward(frame.filled(iter(tensors))))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            layout, *flat = inputs
-            made = dict(zip(output_names, output, strict=True))
-            ctx.mark_non_differentiable(*(made[name] for name in without_gradient))
+            frame, *tensors = inputs
+            made = outputs(*output)
+            ctx.mark_non_differentiable(*(getattr(made, name) for name in without_gradient))
 
             # Else autograd makes zeros as gradients of these outputs, in their own size.
             ctx.set_materialize_grads(False)
 
-            # Keep what `backward` reads: tensors by autograd, constants as they are.
-            kept = _flat(zip(input_names, _fields(flat, layout), strict=True), unread_inputs)
-            kept += _flat(made.items(), unread_outputs)
-            ctx.layout = layout
-            ctx.kept = [_SAVED if isinstance(value, Tensor) else value for value in kept]
-            ctx.save_for_backward(*(value for value in kept if isinstance(value, Tensor)))
+            # Keep what `backward` reads.
+            ctx.call = frame
+            ctx.inputs, read_inputs = _taken_apart(frame.filled(iter(tensors)), unread_inputs)
+            ctx.outputs, read_outputs = _taken_apart(made, unread_outputs)
+            ctx.save_for_backward(*read_inputs, *read_outputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any):  # pyright: ignore
-            saved = iter(ctx.saved_tensors)
-            kept = [next(saved) if value is _SAVED else value for value in ctx.kept]
-            grads = _flat(zip(output_names, grads, strict=True), without_gradient)
-            return None, *Backward.apply(ctx.layout, *kept, *grads)  # None: the layout's
+            grads_frame, given = _taken_apart(outputs(*grads), without_gradient)
+            frames = _Frames(ctx.call, ctx.inputs, ctx.outputs, grads_frame)
+            gradients = Backward.apply(frames, *ctx.saved_tensors, *given)
+            return None, *gradients  # None: the frame's
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *args: Any):  # pyright: ignore
             return _entry_by_entry(Forward, info, in_dims, args)
 
     def function(record: Inputs) -> Outputs:
-        layout = tuple(len(value) if _is_group(value) else None for value in record)
-        flat = _flat(zip(input_names, record, strict=True))
-        return outputs(*Forward.apply(layout, *flat))
+        frame, tensors = _taken_apart(record)
+        return outputs(*Forward.apply(frame, *tensors))
 
     return function
 
@@ -136,56 +129,96 @@ def is_last_pull_back(grad: Tensor) -> bool:
     return not (graph_stays or is_batched or in_entry)
 
 
-def _is_group(value: Any) -> bool:
-    """Whether a field is a tuple of tensors, each an argument of its own for autograd."""
-    return isinstance(value, tuple) and all(isinstance(x, Tensor) for x in value)
+# Records and their tensors.
 
 
-def _flat(named: Iterable[tuple[str, Any]], left_out: Collection[str] = ()) -> list[Any]:
-    """The fields' values one after another, tuples of tensors opened; None for what is left out."""
-    flat: list[Any] = []
-    for name, value in named:
-        values = value if _is_group(value) else (value,)
-        flat.extend([None] * len(values) if name in left_out else values)
-    return flat
+class _Tensors(NamedTuple):
+    """In a frame, the place of a tuple of tensors."""
+
+    count: int
 
 
-def _fields(flat: Collection[Any], layout: _Layout) -> list[Any]:
-    """The inverse of `_flat`: one value a field."""
-    values = iter(flat)
+_TENSOR = object()  # in a frame, the place of one tensor
+
+
+class _Frame:
+    """A record without its tensors: its constants, and the places of the tensors.
+
+    A class that PyTorch's trees do not open: one argument, however many fields it has.
+    """
+
+    def __init__(self, kind: Any, fields: list[Any]) -> None:
+        self.kind = kind
+        self.fields = fields
+
+    def filled(self, tensors: Iterator[Tensor]) -> Any:
+        """The record, with the next of these tensors in their places."""
+        values = []
+        for field in self.fields:
+            if field is _TENSOR:
+                values.append(next(tensors))
+            elif isinstance(field, _Tensors):
+                values.append(tuple(next(tensors) for _ in range(field.count)))
+            else:
+                values.append(field)
+        return self.kind(*values)
+
+    def in_order(self, gradients: dict[str, Any]) -> tuple[Tensor | None, ...]:
+        """Gradients by name as one value for each tensor; None for a tensor without gradient."""
+        assert gradients.keys() <= set(self.kind._fields), gradients.keys()
+        ordered: list[Tensor | None] = []
+        for name, field in zip(self.kind._fields, self.fields, strict=True):
+            found = gradients.get(name)
+            if field is _TENSOR:
+                ordered.append(found)
+            elif isinstance(field, _Tensors):
+                ordered.extend([None] * field.count if found is None else found)
+        return tuple(ordered)
+
+
+class _Frames:
+    """The frames of a backward; one argument, as `_Frame` is."""
+
+    def __init__(self, call: _Frame, inputs: _Frame, outputs: _Frame, grads: _Frame) -> None:
+        self.call = call
+        self.inputs = inputs
+        self.outputs = outputs
+        self.grads = grads
+
+
+def _taken_apart(record: Any, left_out: Collection[str] = ()) -> tuple[_Frame, list[Tensor]]:
+    """A record's frame and its tensors in order; fields that are left out become None."""
     fields: list[Any] = []
-    for count in layout:
-        if count is None:
-            fields.append(next(values))
+    tensors: list[Tensor] = []
+    for name, value in zip(record._fields, record, strict=True):
+        if name in left_out:
+            fields.append(None)
+        elif isinstance(value, Tensor):
+            fields.append(_TENSOR)
+            tensors.append(value)
+        elif isinstance(value, tuple) and _are_tensors(value):
+            fields.append(_Tensors(len(value)))
+            tensors.extend(value)
         else:
-            fields.append(tuple(next(values) for _ in range(count)))
-    return fields
+            fields.append(value)
+    return _Frame(type(record), fields), tensors
 
 
-def _in_order(
-    gradients: dict[str, Any], names: tuple[str, ...], layout: _Layout
-) -> tuple[Tensor | None, ...]:
-    """Gradients by name as one value for each flat input; None for an input without gradient."""
-    assert gradients.keys() <= set(names), gradients.keys()
-    flat: list[Tensor | None] = []
-    for name, count in zip(names, layout, strict=True):
-        found = gradients.get(name)
-        if count is None:
-            flat.append(found)
-        else:
-            flat.extend([None] * count if found is None else found)
-    return tuple(flat)
+def _are_tensors(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+# The rule of `vmap`.
 
 
 def _entry_by_entry(
     function: Any, info: Any, in_dims: tuple, args: tuple
 ) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
-    """The rule of `vmap`: one call for each entry of the mapped axis, results stacked first."""
-    mapped = [isinstance(dim, int) for dim in in_dims]
+    """One call for each entry of the mapped axis; the results are stacked along a first axis."""
 
     def entry(index: int) -> tuple[Tensor | None, ...]:
-        columns = zip(args, in_dims, mapped, strict=True)
-        return function.apply(*(x.select(dim, index) if m else x for x, dim, m in columns))
+        columns = zip(args, in_dims, strict=True)
+        return function.apply(*(x if dim is None else x.select(dim, index) for x, dim in columns))
 
     # `is_last_pull_back` must see that the entries share their saved tensors.
     _mapped.depth = getattr(_mapped, "depth", 0) + 1
@@ -194,7 +227,7 @@ def _entry_by_entry(
     finally:
         _mapped.depth -= 1
 
-    # A value that is None is None for every entry: an input without gradient.
+    # What is None is so for every entry: an input without gradient.
     stacked = []
     for column in zip(*entries, strict=True):
         stacked.append(None if column[0] is None else torch.stack(column))

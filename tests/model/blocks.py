@@ -1,5 +1,7 @@
 """Problems for tests of the fast profile's parts: any two vocabularies, and plain expressions."""
 
+from typing import Any
+
 import torch
 
 import eagle3fn as e3
@@ -58,7 +60,7 @@ def batch_of(seed, lengths, v, mask=None):
     )
 
 
-def rounded(tree, rounding, dtype):
+def rounded(tree, rounding, dtype) -> dict[str, Any]:
     """Floating leaves rounded to `rounding`, held in `dtype`."""
     return {
         name: x.to(rounding).to(dtype) if x is not None and x.is_floating_point() else x
@@ -86,6 +88,11 @@ def run(batch, pair, numerics, dtype="float64", rounding="float32", **objective)
     config, frozen, params, batch = case_of(batch, pair, dtype, numerics, rounding, **objective)
     fns = e3.bind(config, frozen)
     return e3.value_and_grad(fns.forward_loss, has_aux=True)(params, batch)
+
+
+def vjp(function, *inputs) -> Any:
+    """`torch.func.vjp`: the value and its pull-back."""
+    return torch.func.vjp(function, *inputs)
 
 
 def error(found, wanted):

@@ -12,7 +12,7 @@ import eagle3fn as e3
 from eagle3fn.base.rows import contributing_rows
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.testing.builders import on
-from tests.model.blocks import error
+from tests.model.blocks import error, vjp
 from tests.small import batch_of, config_of, frozen_of
 
 # Relative gradient error against fp64, leaf by leaf: a few units of the dtype's rounding, as for
@@ -80,7 +80,7 @@ def bound(dtype, numerics, device):
 
 def pull_back_of(fns, params, batch):
     """The loss and its pull-back to the parameters."""
-    return torch.func.vjp(lambda p: fns.forward_loss(p, batch)[0], params)
+    return vjp(lambda p: fns.forward_loss(p, batch)[0], params)
 
 
 # Against the plain numerics.

@@ -3,7 +3,6 @@
 Also each part alone against its plain expression, and rows, labels and padding.
 """
 
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -31,6 +30,7 @@ from tests.model.blocks import (
     frozen_of,
     plain_attention,
     run,
+    vjp,
 )
 
 # V, D: multiples of 64 and not, D = V.
@@ -209,10 +209,6 @@ def part_of(name, generator):
         lambda x, head: plain_kl(x, head, labels, target_head, t2d),
         (draw(k, t, H), draw(d, H)),
     )
-
-
-def vjp(f, *x) -> Any:
-    return torch.func.vjp(f, *x)
 
 
 PARTS = ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", "kl"]

@@ -29,6 +29,7 @@ from tests.model.blocks import (
     frozen_of,
     plain_attention,
     run,
+    vjp,
 )
 
 kernel = pytest.importorskip("eagle3fn.model.kernels.score")
@@ -61,8 +62,9 @@ def vocabulary_of(v, d):
     return frozen.t2d, torch.arange(d) + frozen.d2t
 
 
-def scores_of(score, dtype, v, d, device, k=2, p=2, width=8):
+def scores_of(score, dtype, pair, device, k=2, p=2, width=8):
     """Scores and the overwritten logits; values are multiples of 1/4, so that there are ties."""
+    v, d = pair
     generator = torch.Generator().manual_seed(v * d + width)
     t2d, kept = vocabulary_of(v, d)
     logits = torch.randint(-width, width, (k, p, d), generator=generator) / 4
@@ -76,8 +78,8 @@ def scores_of(score, dtype, v, d, device, k=2, p=2, width=8):
 @pytest.mark.parametrize("pair", [(130, 64), (128, 128), (5000, 4097), (2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_equals_its_torch_expression(dtype, pair, device):
-    scores, gradient = scores_of(kernel.score, dtype, *pair, device)
-    wanted, wanted_gradient = scores_of(head_loss.score, dtype, *pair, device)
+    scores, gradient = scores_of(kernel.score, dtype, pair, device)
+    wanted, wanted_gradient = scores_of(head_loss.score, dtype, pair, device)
     torch.testing.assert_close(scores.kl, wanted.kl, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(scores.accept, wanted.accept, rtol=2e-6, atol=2e-6)
     assert torch.equal(scores.correct, wanted.correct)
@@ -120,8 +122,8 @@ def test_draft_vocabulary_far_below_the_targets_largest_logit(gap, device):
 @pytest.mark.parametrize("block", [16, 64])
 def test_kernel_in_blocks_of_any_size(block, device, monkeypatch):
     monkeypatch.setattr(kernel, "_BLOCK", block)
-    scores, gradient = scores_of(kernel.score, torch.float32, 150, 70, device)
-    wanted, wanted_gradient = scores_of(head_loss.score, torch.float32, 150, 70, device)
+    scores, gradient = scores_of(kernel.score, torch.float32, (150, 70), device)
+    wanted, wanted_gradient = scores_of(head_loss.score, torch.float32, (150, 70), device)
     for a, b in zip((*scores, gradient), (*wanted, wanted_gradient), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
@@ -194,9 +196,9 @@ def attention_inputs(later, head_size, dtype):
     return rows, (q, key, value, step_keys, step_values), grad
 
 
-def vjp(attend, inputs, rows):
+def pull_back_of(attend, inputs, rows):
     """The result and its pull-back to the inputs."""
-    return torch.func.vjp(lambda *x: attend(*x, rows=rows), *inputs)
+    return vjp(lambda *x: attend(*x, rows=rows), *inputs)
 
 
 @pytest.mark.parametrize("later", [0, 1, 3])
@@ -204,14 +206,14 @@ def test_flash_attention_equals_the_plain_expression(later):
     """Value and gradients, also under `vmap`; a second derivative raises."""
     rows, inputs, grad = attention_inputs(later, HEAD_SIZE, torch.float64)
     flash = flash_attention.flash_attention
-    out, pull_back = vjp(flash, inputs, rows)
-    want, want_pull_back = vjp(plain_attention, inputs, rows)
+    out, pull_back = pull_back_of(flash, inputs, rows)
+    want, want_pull_back = pull_back_of(plain_attention, inputs, rows)
     assert torch.allclose(out, want, rtol=1e-11, atol=1e-13)
     for a, b in zip(pull_back(grad), want_pull_back(grad), strict=True):
         assert error(a, b) < 1e-12
 
     def gradient(*x):
-        return vjp(flash, x, rows)[1](grad)
+        return pull_back_of(flash, x, rows)[1](grad)
 
     second = [x.flip(0) / 2 for x in inputs]
     stacked = [torch.stack(pair) for pair in zip(inputs, second, strict=True)]
@@ -228,8 +230,8 @@ def test_flash_attention_in_bf16_is_near_the_plain_expression(later, device):
     """On a card the flash kernel has no fp64: it is compared to fp64 on the same numbers."""
     rows, inputs, grad = attention_inputs(later, 8, torch.bfloat16)
     placed = [x.to(device) for x in inputs]
-    out, pull_back = vjp(flash_attention.flash_attention, placed, rows.to(device))
-    want, want_pull_back = vjp(plain_attention, [x.double() for x in inputs], rows)
+    out, pull_back = pull_back_of(flash_attention.flash_attention, placed, rows.to(device))
+    want, want_pull_back = pull_back_of(plain_attention, [x.double() for x in inputs], rows)
     assert error(out.cpu(), want) < 1e-2
     for a, b in zip(pull_back(grad.to(device)), want_pull_back(grad.double()), strict=True):
         assert error(a.cpu(), b) < 2e-2

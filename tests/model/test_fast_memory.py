@@ -2,7 +2,6 @@
 
 import weakref
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import eagle3fn as e3
 from eagle3fn.model import head_loss, table
 from eagle3fn.train import optimizer
-from tests.model.blocks import H, batch_of, config_of, frozen_of
+from tests.model.blocks import H, batch_of, config_of, frozen_of, vjp
 
 # Two draft vocabularies, and a hidden size that makes the head outweigh all else: K·D is far
 # below D·H.
@@ -106,8 +105,7 @@ def test_a_pull_back_scales_and_repeats_bit_for_bit():
     def loss(x):
         return fns.forward_loss(x, batch)[0]
 
-    pair: Any = torch.func.vjp(loss, params)
-    value, pull_back = pair
+    value, pull_back = vjp(loss, params)
     (first,) = pull_back(torch.ones_like(value))
     (second,) = pull_back(torch.ones_like(value))
     (twice,) = pull_back(torch.full_like(value, 2.0))

@@ -81,7 +81,14 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
 
     @triton.jit
     def score_teacher(  # pyright: ignore
-        z, kept, full_sum, draft_sum, target_token, target_size, draft_size, BLOCK: tl.constexpr
+        z,
+        kept,
+        full_sum,
+        draft_sum,
+        target_token,
+        target_size,
+        draft_size,
+        BLOCK: tl.constexpr,  # pyright: ignore
     ):
         """A label's log-sum-exp over all its logits and over the draft's, and its argmax."""
         label = tl.program_id(0).to(tl.int64)
@@ -131,7 +138,7 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
         labels,
         target_size,
         draft_size,
-        BLOCK: tl.constexpr,
+        BLOCK: tl.constexpr,  # pyright: ignore
     ):
         """A draft row against its label: KL, argmax, acceptance; the gradient over the logits.
 
