@@ -187,11 +187,11 @@ def stand_in() -> Iterator[list[Wait]]:
     loss_kernels = tuple(map(_Launch, legacy_kl._kernels()))
     score_kernels = tuple(map(_Launch, score._kernels()))
 
-    def fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    def has_flash_kernel(device: torch.device, dtype: torch.dtype, size: int) -> bool:
         return (
             device.type == NAME
-            and dtype in flash_attention._KINDS
-            and size in flash_attention._SIZES
+            and dtype in flash_attention._DTYPES
+            and size in flash_attention._HEAD_SIZES
         )
 
     make = torch.tensor
@@ -206,7 +206,7 @@ def stand_in() -> Iterator[list[Wait]]:
         (torch.cuda, "device_of", lambda x: contextlib.nullcontext()),
         (legacy_kl, "_kernels", lambda: loss_kernels),
         (score, "_kernels", lambda: score_kernels),
-        (fast, "fits", fits),
+        (fast, "has_flash_kernel", has_flash_kernel),
         (flash_attention, "_flash", _by_value(flash_attention._flash)),
         (flash_attention, "_flash_backward", _by_value(flash_attention._flash_backward)),
     ]

@@ -5,7 +5,7 @@ on that shape and on the order of operations, so both are kept. Triton is import
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def mean_kl(logits: Tensor, p: Tensor, mask: Tensor, n: Tensor | None = None) ->
     Raises:
         UserError: Triton is not installed, or `D` is beyond a block.
     """
-    loss = _mean_kl(logits, p, mask[..., 0] != 0)[0]
+    loss = _mean_kl(_Inputs(logits, p, mask[..., 0] != 0)).loss
     return loss if n is None else loss * (mask.numel() / n)
 
 
@@ -45,9 +45,21 @@ def launch_shape(columns: int) -> tuple[int, int]:
     return block, next(warps for least, warps in _WARPS if block >= least)
 
 
-def _forward(logits: Tensor, p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over all rows; beside it each row's maximum and sum of exponentials, for the backward."""
-    logits, p, mask = logits.contiguous(), p.contiguous(), mask.contiguous()
+class _Inputs(NamedTuple):
+    logits: Tensor  # (B, S, D)
+    p: Tensor  # (B, S, D)
+    mask: Tensor  # (B, S) bool
+
+
+class _Outputs(NamedTuple):
+    loss: Tensor  # ()
+    top: Tensor  # (B·S,): each row's maximum
+    total: Tensor  # (B·S,): each row's sum of exponentials
+
+
+def _forward(inputs: _Inputs) -> _Outputs:
+    """Mean over all rows, and each row's maximum and sum of exponentials for the backward."""
+    logits, p, mask = (x.contiguous() for x in inputs)
     columns = logits.shape[-1]
     block, warps = launch_shape(columns)
     row, top, total = (torch.zeros(mask.numel(), device=logits.device) for _ in range(3))
@@ -55,24 +67,32 @@ def _forward(logits: Tensor, p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, T
         _kernels()[0][(mask.numel(),)](
             logits, p, mask, row, top, total, columns, BLOCK=block, num_warps=warps
         )
-    return row.mean(), top, total
+    return _Outputs(row.mean(), top, total)
 
 
-def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor]:
+def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, Tensor]:
     """The gradient by the logits, in their dtype; zero in rows that are masked."""
-    (logits, p, mask), (_, top, total), (grad,) = inputs, outputs, grads
+    logits, p, mask = inputs
+    _, top, total = outputs
     out = logits.clone(memory_format=torch.contiguous_format)  # overwritten by the kernel
     columns = logits.shape[-1]
     block, warps = launch_shape(columns)
     with torch.cuda.device_of(logits):
         _kernels()[1][(mask.numel(),)](
-            out, p.contiguous(), mask.contiguous(), grad, 1 / mask.numel(), top, total, columns, BLOCK=block,
+            out, p.contiguous(), mask.contiguous(), grads.loss, 1 / mask.numel(), top, total, columns, BLOCK=block,
             num_warps=warps,
         )  # fmt: skip
-    return (out,)
+    return {"logits": out}
 
 
-_mean_kl = differentiable_once(_forward, _backward, kept=2, else_take="the CPU, or fp64")
+_mean_kl = differentiable_once(
+    _forward,
+    _backward,
+    inputs=_Inputs,
+    outputs=_Outputs,
+    without_gradient=["top", "total"],
+    alternative="the CPU, or fp64",
+)
 
 
 @functools.cache
