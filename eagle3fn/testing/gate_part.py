@@ -121,7 +121,11 @@ class Report:
             self.fault(where, traceback.format_exc())
 
     def finish(self) -> int:
-        """Write the result, print its counts, and return the exit code: 0 without a fault, else 1."""
+        """Write the result and print its counts.
+
+        Returns:
+            The exit code: 0 without a fault, else 1.
+        """
         self.write()
         counts = {name: len(self.result[name]) for name in ("faults", "left_out")}
         print(json.dumps(counts), flush=True)

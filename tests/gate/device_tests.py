@@ -1,4 +1,4 @@
-"""The tests that take a device, by pytest in a process; each outcome is recorded as its test ends."""
+"""The tests that take a device, by pytest in a process; outcomes are recorded as tests end."""
 
 import re
 import sys
@@ -102,7 +102,7 @@ def record(report: Report, seen: Seen, row: dict[str, Any]) -> None:
 
 
 def counts(seen: Seen) -> dict[str, Any]:
-    """How many tests passed, failed, were skipped and did not end; the slowest with their seconds."""
+    """How many tests passed, failed, were skipped and did not end; seconds of the slowest."""
     rows = list(seen.outcomes.values())
     found = Counter(row["outcome"] for row in rows)
     slowest = sorted(rows, key=lambda row: -row.get("seconds", 0.0))[:KEPT_SLOW]

@@ -1,8 +1,9 @@
-"""Parity on a CUDA card, a part of the CUDA gate: `python -m tests.gate.parity --seconds N --out FILE`.
+"""Parity on a card, a part of the CUDA gate.
 
-The tests that take a device, and the claims of `certificate.CLAIMS`: three bit-parity checks and one
-drift measurement. Each has a process with its own environment: all at once, or on a single core one
-after the other. Every fault is recorded and the next case runs.
+`python -m tests.gate.parity --seconds N --out FILE` runs the tests that take a device, and the
+claims of `certificate.CLAIMS`: three bit-parity checks and one drift measurement. Each has a process
+with its own environment: all at once, or on a single core one after the other. Every fault is
+recorded and the next case runs.
 
 Exit code 0: everything passed; 1: a difference, an exception, a control that failed, a skip, or no
 case or test at all. `--device cpu` is a rehearsal, with interpreted kernels and `sdpa` alone; it
@@ -120,7 +121,7 @@ def whole_environment(name: str, device: str) -> dict[str, str]:
 
 
 def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
-    """Run the jobs in their order, so many at a time; each has its share of the time that is left."""
+    """Run the jobs in their order, so many at a time, each with its share of the time left."""
     todo = list(jobs)
     lock = threading.Lock()
 

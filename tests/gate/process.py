@@ -19,8 +19,8 @@ def follow(
     """Yield the process's rows as they come, and `{"exit_code", "log"}` at last.
 
     The exit code is None if the process was killed. What it prints goes to a file next to `rows`: a
-    pipe would stay open as long as any process that inherited it. A line that is not a JSON object is
-    left out. Closing the iterator kills the process.
+    pipe would stay open as long as any process that inherited it. A line that is not a JSON object
+    is left out. Closing the iterator kills the process.
     """
     log = rows.with_suffix(".log")
     with log.open("ab") as stream:

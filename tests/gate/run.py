@@ -1,9 +1,9 @@
 """The CUDA gate: runs its parts one after the other, each in a process, with one result file.
 
 `scripts/cuda_gate.sh` prepares the environment and calls this with the same options. A part is a
-module that is called as `python -m MODULE --device D --seconds N --out FILE` and rewrites FILE as it
-goes. A part cannot stop another one: at its limit its whole process group is killed, and the content
-of its file by then is kept.
+module that is called as `python -m MODULE --device D --seconds N --out FILE` and rewrites FILE as
+it goes. A part cannot stop another one: at its limit its whole process group is killed, and the
+content of its file by then is kept.
 """
 
 import contextlib

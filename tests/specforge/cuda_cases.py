@@ -59,7 +59,7 @@ def operations_of(kl: KL, attention: str) -> Operations:
     return with_flex(operations) if attention == "flex_attention" else operations
 
 
-def loss_of(kl: KL, attention: str) -> ForwardLoss:
+def with_kl(kl: KL, attention: str) -> ForwardLoss:
     """The plain unroll with these operations, a `forward_loss`."""
     operations = operations_of(kl, attention)
 
@@ -79,7 +79,7 @@ def our_side(
     oracle: Oracle, kl: KL, case: Case, attention: str, device: str
 ) -> Callable[[], Result]:
     """Ours on a case, with the results that SpecForge's side has."""
-    loss = loss_of(kl, attention)
+    loss = with_kl(kl, attention)
     if oracle.kind == "commit":
         return lambda: run_step(loss, case, device)
     return lambda: run_forward(loss, case, device)

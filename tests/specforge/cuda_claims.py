@@ -1,8 +1,8 @@
 """One claim of the CUDA gate in a process, which `tests.gate.parity` starts.
 
-Each case adds one line of JSON to `--rows`. A case that raises is recorded with its traceback and the
-next one runs. Only a lost CUDA context ends the process; the gate then starts another one for the
-cases after that.
+Each case adds one line of JSON to `--rows`. A case that raises is recorded with its traceback and
+the next one runs. Only a lost CUDA context ends the process; the gate then starts another one for
+the cases after that.
 """
 
 import argparse

@@ -15,9 +15,9 @@ def on_private_tape(operation: Callable[..., Tensor], *tensors: Tensor) -> Tenso
     """`operation(*tensors)`, differentiable once under `torch.func.vjp`.
 
     The gradient has the bits of the operation's own `.backward()`. The operation runs on ordinary
-    tensors, and in the pull-back once more on a graph of its own: a backward that overwrites what it
-    saved may then be called twice. Every tensor must be an argument, since one that is closed over
-    belongs to the transform.
+    tensors, and in the pull-back once more on a graph of its own: a backward that overwrites what
+    it saved may then be called twice. Every tensor must be an argument, since one that is closed
+    over belongs to the transform.
 
     Raises:
         RuntimeError: at a second derivative, which that graph would give as zero.
@@ -72,7 +72,7 @@ class _TapeGradient(torch.autograd.Function):
 
 
 def specforge_kl(oracle: Oracle) -> KL:
-    """SpecForge's loss Function for our unroll: logits and `p` `(B, S, D)`, a mean over all rows."""
+    """SpecForge's loss Function for our unroll: a mean over all rows of logits `(B, S, D)`."""
 
     def loss(z: Tensor, p: Tensor, mask: Tensor) -> Tensor:
         # Its backward overwrites the logits that it is given.
