@@ -8,7 +8,7 @@ from torch import Tensor
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.rows import both_rows
 from eagle3fn.base.types import Batch, Frozen, Params
-from eagle3fn.specforge.recipe import align_mask
+from eagle3fn.data.collate import align_mask
 from eagle3fn.model.table import shapes
 
 TURN = (64, 256)  # tokens of a turn, at least and at most
@@ -98,7 +98,7 @@ def make_problem(
     source = torch.Generator().manual_seed(1000 * seed + rank)
     spoken = torch.stack([turns(seq, masked, source) for _ in range(batch)])
     ids = torch.randint(0, draft.vocab_size, (batch, seq), generator=source)
-    mask = torch.stack([align_mask(row) for row in spoken])
+    mask = torch.stack([align_mask(row, "legacy") for row in spoken])
     draw = Drawer(1000 * seed + rank, dtype, device)
     made = Batch(
         input_ids=ids.to(device),

@@ -1,8 +1,7 @@
-"""One claim of the CUDA gate in a process, which `tests.gate.parity` starts.
+"""One claim of the CUDA gate in a process of its own: `tests.gate.parity` starts it.
 
-Each case adds one line of JSON to `--rows`. A case that raises is recorded with its traceback and
-the next one runs. Only a lost CUDA context ends the process; the gate then starts another one for
-the cases after that.
+A case gives one line of JSON in `--rows`. A case that raises is kept with its traceback and the next one runs; only a
+card's context that is lost ends the process, and the gate starts another one for the cases after it.
 """
 
 import argparse
@@ -23,27 +22,30 @@ from eagle3fn.testing.gate_part import context_lost
 from eagle3fn.testing.triton_interpreter import mend_interpreter
 from tests.specforge.certificate import CLAIMS
 
-INTERPRETED_WIDTHS = (100, 1000, 2047)  # columns of the kernel's cases on the CPU
+DRY_WIDTHS = (100, 1000, 2047)  # of the kernel's cases where it is interpreted
 
 
 class Named(NamedTuple):
-    """A case by its name, and the function that compares it and returns its row."""
+    """A case by its name, and what compares it."""
 
     name: str
     compare: Callable[[], dict[str, Any]]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options, as the gate gives them."""
+    """The options that the gate gives."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--claim", choices=tuple(CLAIMS), required=True)
-    add("--device", choices=("cuda", "cpu"), required=True)
-    add("--seconds", type=float, required=True, help="no case but the first begins later")
-    add("--first", type=int, default=0, help="the first case")
-    add("--stop", type=int, default=10**6, help="the first case that is not compared")
-    add("--seed", type=int, default=0)
-    add("--rows", type=Path, required=True, help="a file for one line of JSON a case")
+    parser.add_argument("--claim", choices=tuple(CLAIMS), required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument(
+        "--seconds", type=float, required=True, help="no case but the first begins later"
+    )
+    parser.add_argument("--first", type=int, default=0, help="the first case")
+    parser.add_argument(
+        "--stop", type=int, default=10**6, help="the first case that is not compared"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=Path, required=True, help="gets one line of JSON a case")
     return parser.parse_args(arguments)
 
 
@@ -56,17 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
         mend_interpreter()
     with options.rows.open("a", encoding="utf-8") as rows:
 
-        def write(row: dict[str, Any]) -> None:
+        def say(row: dict[str, Any]) -> None:
             rows.write(json.dumps(row) + "\n")
             rows.flush()
 
         try:
             oracle = load_oracle(native=options.device == "cuda")
         except OracleMissingError as error:
-            write({"error": f"no oracle: {error}"})
+            say({"error": f"no oracle: {error}"})
             return 0
-        write({"oracle": {"kind": oracle.kind, "sha256": oracle.digest, "hashes": oracle.hashes}})
-        run(claim_cases(options, oracle), options, end, write)
+        say({"oracle": {"kind": oracle.kind, "sha256": oracle.digest, "hashes": oracle.hashes}})
+        run(claim_cases(options, oracle), options, end, say)
     return 0
 
 
@@ -74,11 +76,11 @@ def run(
     cases: Iterator[Named],
     options: argparse.Namespace,
     end: float,
-    write: Callable[[dict[str, Any]], None],
+    say: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Write a row for each case from `options.first` on: the comparison, or its exception.
+    """Say a row for each case from `options.first` on: what was compared, or how it raised.
 
-    The very first case runs at any time: a claim without a case has failed.
+    The first one runs whatever the time, as a claim without a case has failed.
     """
     for index, case in enumerate(cases):
         if index < options.first:
@@ -88,21 +90,21 @@ def run(
         try:
             row = case.compare()
         except Exception:
-            write({"raised": case.name, "traceback": traceback.format_exc()})
+            say({"raised": case.name, "traceback": traceback.format_exc()})
             if context_lost(options.device):
-                write({"lost": index})
+                say({"lost": index})
                 return
         else:
-            write(row)
+            say(row)
 
 
 def claim_cases(options: argparse.Namespace, oracle: Oracle) -> Iterator[Named]:
-    """The cases of a claim: of `kernel` every width in two dtypes, of the others without end."""
+    """The cases of a claim; without end but for the kernel's."""
     from tests.specforge.cuda_cases import WIDTHS, case_at, compare_case, compare_kernel, distance
 
     device = options.device
     if options.claim == "kernel":
-        widths = WIDTHS if device == "cuda" else INTERPRETED_WIDTHS
+        widths = WIDTHS if device == "cuda" else DRY_WIDTHS
         for width, dtype in itertools.product(widths, (torch.float32, torch.bfloat16)):
             yield Named(
                 f"{width} columns, {dtype}", partial(compare_kernel, oracle, width, dtype, device)

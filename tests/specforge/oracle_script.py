@@ -16,14 +16,16 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.types import Batch
-from eagle3fn.model.forward import ForwardLoss
+from eagle3fn.model import forward as forward_file
+from eagle3fn.model.forward import Operations
 from eagle3fn.specforge.oracle import LK, Oracle, eager_loss, old_draft
-from eagle3fn.specforge.recipe import RECIPE
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import Result, run_forward
 from tests.specforge.oracle_online import on_cpu, script_functions
 
-ONE = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, accumulation="params")
+ONE = OptimizerConfig(
+    learning_rate=1e-2, warmup_ratio=0.0, schedule="legacy", accumulation="legacy"
+)
 UPDATES = 10  # what the schedule spans
 PARTS = ("weight", "master", "mu", "nu")
 
@@ -183,15 +185,17 @@ def run_script(
     return result | seen.gradients | _flat(trainer.state())
 
 
-def run_step(loss: ForwardLoss, case: Case, device: str = "cpu") -> Result:
-    """What `run_script` gives, from this loss and our `step` under SpecForge's recipe."""
-    config = case.config(ONE, UPDATES)
-    params = on(device, tiny_params(case))
-    recipe = RECIPE._replace(loss=loss)
-    fns = e3.bind(config, on(device, tiny_frozen(case)), recipe=recipe)
-
-    result = run_forward(loss, case, device)
-    after, metrics = fns.step(fns.init_state(params), on(device, tiny_batch(case)))
+def run_step(operations: Callable[..., Operations], case: Case, device: str = "cpu") -> Result:
+    """What `run_script` gives, from our `forward_loss` and `step` under the legacy numerics with these operations."""
+    config, params = case.config(ONE, UPDATES), on(device, tiny_params(case))
+    fns = e3.bind(config, on(device, tiny_frozen(case)))
+    chosen = forward_file.legacy_operations
+    forward_file.legacy_operations = operations
+    try:
+        result = run_forward(e3.forward_loss, case, device)
+        after, metrics = fns.step(fns.init_state(params), on(device, tiny_batch(case)))
+    finally:
+        forward_file.legacy_operations = chosen
     state = {
         name: (after.params[name], after.masters[name], after.opt.mu[name], after.opt.nu[name])
         for name in params
