@@ -17,6 +17,7 @@ import pytest
 from eagle3fn.specforge.oracle import COMMIT_FILES
 from eagle3fn.testing import gate_part
 from eagle3fn.testing.gate_part import Report
+from tests import devices
 from tests.gate import device_tests
 from tests.gate import parity as cuda_gate
 from tests.gate import process as gate_process
@@ -267,6 +268,11 @@ def test_lines_of_a_process_are_followed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # Tests on the device.
+
+
+def test_modules_that_run_first_exist() -> None:
+    modules = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(devices.FIRST) <= modules
 
 
 def run_tests(
