@@ -1,4 +1,4 @@
-"""Process-wide set-up; the environment must be settled before torch is imported."""
+"""Set-up of the whole test process. The environment must be set before torch is imported."""
 
 import os
 
@@ -9,16 +9,16 @@ devices.settle_environment()
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from eagle3fn.specforge import parity
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError, load_oracle
-from eagle3fn.testing import Case
 from eagle3fn.testing.triton_interpreter import mend_interpreter
+from tests.tally import Tally
 
 devices.settle_torch()
 if not devices.ON_CARD:
     mend_interpreter()
 pytest_plugins = ["tests.devices"]
 
+# Hypothesis: how many examples a property is checked on; HYPOTHESIS_PROFILE chooses.
 COMMON = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -32,39 +32,12 @@ settings.register_profile("gate", settings.get_profile("catch"), max_examples=5)
 settings.register_profile("nightly", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-NONTRIVIAL = 0.8
-TALLIES = pytest.StashKey[list["Tally"]]()
-
-
-class Tally:
-    """The cases a property was held against, and how many of them leave something to compare."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.cases: list[Case] = []
-        self.nontrivial = 0
-
-    def add(self, case: Case, nontrivial: bool) -> None:
-        self.cases.append(case)
-        self.nontrivial += nontrivial
-
-    def check(self) -> None:
-        """Four of five cases must be non-trivial.
-
-        Those of one-token samples don't count: Hypothesis begins with them, and under most masks
-        they train no row.
-        """
-        counted = sum(max(case.lengths) > 1 for case in self.cases)
-        assert counted and self.nontrivial >= int(NONTRIVIAL * counted), self.told()
-
-    def told(self) -> str:
-        head = f"{self.name}: {len(self.cases)} cases, {self.nontrivial} non-trivial"
-        return "; ".join([head, *parity.describe_counts(parity.counts(self.cases))])
+TALLIES = pytest.StashKey[list[Tally]]()
 
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Tally:
-    """Counts the cases of a property; the run ends with the counts of all."""
+    """Counts the cases of a property; the run ends with the counts of all properties."""
     made = Tally(request.node.name)
     request.config.stash.setdefault(TALLIES, []).append(made)
     return made
@@ -75,15 +48,17 @@ def pytest_terminal_summary(
 ) -> None:
     for line in devices.summary_lines(config):
         terminalreporter.line(line, red=True)
-    if config.stash.get(TALLIES, []):
+
+    tallies = config.stash.get(TALLIES, [])
+    if tallies:
         terminalreporter.section("drawn cases by dtype, loss and unroll length K")
-    for made in config.stash.get(TALLIES, []):
-        terminalreporter.line(made.told())
+    for made in tallies:
+        terminalreporter.line(made.summary())
 
 
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
-    """The old tool, or a skip that names what to install."""
+    """SpecForge as it is installed or checked out; a skip that names what to install if it is not."""
     found = oracle_or_skip()
     print(found.describe())
     return found
@@ -91,7 +66,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="session")
 def commit() -> Oracle:
-    """The old tool at its commit alone."""
+    """SpecForge at its pinned commit alone."""
     return oracle_or_skip(commit=True)
 
 

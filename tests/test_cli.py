@@ -19,7 +19,7 @@ from eagle3fn.cli import main
 from eagle3fn.train import bind, loop
 from eagle3fn.train.checkpoint import read_leaves
 from tests import devices
-from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
+from tests.factories import tiny_model, tiny_tokenizer, write_talks
 from tests.train.start_ranks import ROOT, Ended, torchrun
 
 SETTINGS = [

@@ -27,7 +27,7 @@ from eagle3fn.testing.results import Result, differences
 from eagle3fn.testing.strategies import cases, drawn
 from eagle3fn.train.optimizer import cosine_schedule
 from eagle3fn.train.recipe import OURS
-from tests.conftest import Tally
+from tests.tally import Tally
 from tests.reference import Metrics, Trainer, mask_counts
 from tests.reference import model as reference_model
 from tests.reference.adapter import reference_draft, run_reference

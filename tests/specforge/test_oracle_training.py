@@ -20,8 +20,8 @@ from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.strategies import drawn
-from tests.conftest import Tally
-from tests.small import GATE
+from tests.tally import Tally
+from tests.factories import GATE
 from tests.specforge.oracle_script import Script, ScriptTrainer, load_script
 
 

@@ -23,11 +23,11 @@ from eagle3fn.specforge.oracle import Oracle, eager_loss, old_draft, old_forward
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences, named, nontrivial, run_forward
-from tests.conftest import Tally
+from tests.tally import Tally
 from tests.reference import Trainer, weighted_sum
 from tests.reference import model as reference_model
 from tests.reference.adapter import reference_draft, run_reference
-from tests.small import GATE
+from tests.factories import GATE
 
 CASES = [
     Case(seed=1),

@@ -29,7 +29,7 @@ from eagle3fn.specforge import compare_runs, script
 from eagle3fn.specforge.feature_files import find_ckpts
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError
 from eagle3fn.train.optimizer import make_schedule
-from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
+from tests.factories import tiny_model, tiny_tokenizer, write_talks
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ["--target-model-path", "t", "--train-data-path", "c", "--output-dir", "o"]

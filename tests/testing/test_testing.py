@@ -29,7 +29,7 @@ from eagle3fn.testing.results import (
     ulps_at_largest,
 )
 from eagle3fn.testing.strategies import VALUES, cases, drawn, nth, simplest
-from tests.conftest import Tally
+from tests.tally import Tally
 
 MANY = settings(max_examples=200, derandomize=True, database=None)
 

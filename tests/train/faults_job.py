@@ -21,7 +21,7 @@ from eagle3fn.data.pipeline import sample_indices
 from eagle3fn.data.target import target_config
 from eagle3fn.data.vocab import build_map, save_map
 from eagle3fn.train import bind
-from tests.data_tools import random_sample, tiny_model, write_folder
+from tests.factories import random_sample, tiny_model, write_folder
 from tests.train.forked import Ranks
 
 STEPS, SAMPLES, HELD_OUT, HIDDEN, VOCAB = 8, 18, 2, 16, 300

@@ -11,7 +11,7 @@ from eagle3fn.base.toml import to_toml
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.cli import main
 from eagle3fn.train.memory import GIB, check_fits, plan_memory
-from tests.data_tools import random_sample, write_folder
+from tests.factories import random_sample, write_folder
 from tests.small import config_of, frozen_of
 
 QWEN_7B = dict(
