@@ -98,9 +98,14 @@ def make_frozen(config: e3.Config, seed: int = 99) -> Frozen:
     source = torch.Generator().manual_seed(seed)
 
     vocab_map = make_map(draft.vocab_size, draft.draft_vocab_size, source)
-    embedding = torch.randn(draft.vocab_size, draft.hidden_size, generator=source)
-    head = torch.randn(draft.vocab_size, draft.target_hidden_size, generator=source)
+    embedding = normal(source, draft.vocab_size, draft.hidden_size)
+    head = normal(source, draft.vocab_size, draft.target_hidden_size)
     return Frozen(embedding.to(dtype), head.to(dtype), *vocab_map)
+
+
+def normal(source: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers of a shape, fp32 whatever the default dtype."""
+    return torch.randn(shape, generator=source, dtype=torch.float32)
 
 
 def make_batch(
@@ -114,13 +119,13 @@ def make_batch(
     b = len(lengths)
     s = max(lengths)
     real = (torch.arange(s)[None] < torch.tensor(lengths)[:, None]).long()  # (B, S)
-    trained = (torch.rand(b, s, generator=source) < 0.8).long()  # (B, S)
+    chosen = torch.rand(b, s, generator=source, dtype=torch.float32) < 0.8  # (B, S)
     return Batch(
         input_ids=torch.randint(0, vocab_size, (b, s), generator=source) * real,
         attention_mask=real,
-        row_mask=trained * real,
-        aux_hidden=torch.randn(b, s, 3 * hidden_size, generator=source) * real[..., None],
-        last_hidden=torch.randn(b, s, hidden_size, generator=source) * real[..., None],
+        row_mask=chosen.long() * real,
+        aux_hidden=normal(source, b, s, 3 * hidden_size) * real[..., None],
+        last_hidden=normal(source, b, s, hidden_size) * real[..., None],
     )
 
 
@@ -246,8 +251,8 @@ def random_sample(length: int, seed: int, vocab: int = 50, hidden: int = 4) -> S
     return Sample(
         input_ids=torch.randint(vocab, (length,), generator=source),
         token_mask=torch.randint(2, (length,), generator=source),
-        aux_hidden=torch.randn(length, 3 * hidden, generator=source).bfloat16(),
-        last_hidden=torch.randn(length, hidden, generator=source).bfloat16(),
+        aux_hidden=normal(source, length, 3 * hidden).bfloat16(),
+        last_hidden=normal(source, length, hidden).bfloat16(),
     )
 
 
