@@ -16,6 +16,7 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.types import Batch, Frozen, Sample, VocabMap
 from eagle3fn.data.features import write_index, write_shard
+from eagle3fn.data.target import TargetTensors
 from eagle3fn.testing.builders import Case
 
 # Configurations and tensors of a tiny draft.
@@ -101,6 +102,14 @@ def make_frozen(config: e3.Config, seed: int = 99) -> Frozen:
     embedding = normal(source, draft.vocab_size, draft.hidden_size)
     head = normal(source, draft.vocab_size, draft.target_hidden_size)
     return Frozen(embedding.to(dtype), head.to(dtype), *vocab_map)
+
+
+def make_target(vocab_size: int = 40, hidden_size: int = 16, seed: int = 2) -> TargetTensors:
+    """What a run reads of a random target: embedding and head `(V, Ht)`, norm `(Ht,)` of ones."""
+    source = torch.Generator().manual_seed(seed)
+    embedding = normal(source, vocab_size, hidden_size)
+    head = normal(source, vocab_size, hidden_size)
+    return TargetTensors(embedding, head, torch.ones(hidden_size))
 
 
 def normal(source: torch.Generator, *shape: int) -> Tensor:
