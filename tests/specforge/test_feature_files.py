@@ -10,7 +10,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.data.features import check_made_for, open_features, read_sample, read_tokens
 from eagle3fn.data.vocab import build_map, load_map, map_size, save_map
 from eagle3fn.specforge.feature_files import READER, read_map
-from tests.data_tools import random_sample
+from tests.factories import random_sample
 
 GOOD = random_sample(6, 1)
 NAN = GOOD.last_hidden.clone()
