@@ -11,7 +11,6 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.types import Batch
 from eagle3fn.model.losses import kl_loss, lk_alpha, lk_lambda, step_loss
-from eagle3fn.specforge.oracle import Oracle, run_oracle
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import Result, named
 from tests.factories import make_batch, make_config, make_frozen, pad_batch, underflowing_step

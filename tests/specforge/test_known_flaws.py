@@ -231,3 +231,30 @@ def test_the_legacy_batch_is_the_old_readers() -> None:
 def test_the_serving_rule_trains_what_a_server_drafts(alignment: str, learnt: list[int]) -> None:
     batch = collate([spoken_sample()], alignment, 64)
     assert labels(lambda one: our_losses(CASE, one), batch) == learnt
+
+
+def test_alpha_of_a_peaked_draft_has_no_gradient_in_specforge_and_one_here(oracle: Oracle) -> None:
+    """So sure a draft that most of its probabilities are zero in fp32: acceptance underflows."""
+    case = Case(loss="lk_alpha", steps=2)
+    config = case.config()
+    frozen = tiny_frozen(case)
+    batch = tiny_batch(case)
+    params = tiny_params(case)
+    params["lm_head.weight"] = params["lm_head.weight"] * 4000
+
+    draft = old_draft(oracle, case.draft(), params, frozen)
+    with eager_loss(oracle):
+        losses = old_forward(oracle, draft, frozen, batch, config.objective).losses
+    theirs = sum((config.objective.decay**i * value for i, value in enumerate(losses)), start=0)
+    assert isinstance(theirs, Tensor)
+    theirs.backward()
+    gradients = {name: leaf.grad for name, leaf in draft.named_parameters()}
+    assert torch.isfinite(theirs)
+    assert gradients["fc.weight"].isnan().any()
+
+    def loss_of(params: dict[str, Tensor]) -> Any:
+        return e3.forward_loss(params, batch, config=config, frozen=frozen)
+
+    (ours, _), grads = e3.value_and_grad(loss_of, has_aux=True)(params)
+    assert torch.isfinite(ours)
+    assert all(torch.isfinite(value).all() for value in grads.values())
