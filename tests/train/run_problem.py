@@ -45,10 +45,12 @@ def make_problem(
     samples = [supervised_sample(length, i, VOCAB, HIDDEN) for i, length in enumerate(lengths)]
     write_folder(folder, samples, VOCAB, HIDDEN)
 
+    # The losses by acceptance need one micro-batch an update.
     config = make_config(dtype, steps, train=train, **objective)
-    data = e3.DataConfig(global_batch=2, held_out=len(HELD_OUT_LENGTHS))
-    if config.objective.loss != "kl":
-        data = replace(data, micro_batch=2)
+    micro_batch = 1 if config.objective.loss == "kl" else 2
+    data = e3.DataConfig(
+        global_batch=2, micro_batch=micro_batch, held_out=len(HELD_OUT_LENGTHS)
+    )
     vocab_map = make_map(VOCAB, DRAFT_VOCAB, torch.Generator().manual_seed(1))
     return Problem(
         replace(config, data=data), open_features(folder), vocab_map, make_target(VOCAB, HIDDEN)
