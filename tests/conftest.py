@@ -53,7 +53,7 @@ def pytest_terminal_summary(
     if tallies:
         terminalreporter.section("drawn cases by dtype, loss and unroll length K")
     for made in tallies:
-        terminalreporter.line(made.summary())
+        terminalreporter.line(made.describe())
 
 
 @pytest.fixture(scope="session")

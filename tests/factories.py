@@ -8,7 +8,7 @@ objective, for properties, come from `eagle3fn.testing` instead.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,18 +154,24 @@ def pad_batch(batch: Batch, places: int) -> Batch:
     )
 
 
-def underflowing_step() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An unroll step in which two rows' acceptance rate is zero in fp32; one of them is not trained.
+class LossInput(NamedTuple):
+    """What one unroll step's loss is computed from."""
 
-    Returns:
-        Draft logits `(1, 4, 2)`, teacher probabilities over the draft vocabulary and over the whole
-        one, both `(1, 4, 2)`, and the mask `(1, 4, 1)`. Rows 0 and 2 are those rows.
+    logits: Tensor  # (B, S, D)
+    p_draft: Tensor  # (B, S, D)
+    p_full: Tensor  # (B, S, D)
+    mask: Tensor  # (B, S, 1)
+
+
+def underflow() -> LossInput:
+    """Four rows of two tokens; in rows 0, which is masked, and 2 the acceptance rate underflows.
+
+    There the draft's probability is zero where the teacher's is not, and the other way round.
     """
     logits = torch.tensor([[[0.0, 200.0], [0.0, 1.0], [0.0, 200.0], [1.0, 0.0]]])
     p_full = torch.tensor([[[0.5, 0.0], [0.5, 0.4], [0.5, 0.0], [0.2, 0.3]]])
     p_draft = p_full / p_full.sum(-1, keepdim=True)
-    mask = torch.tensor([[0, 1, 1, 1]])[..., None]
-    return logits, p_draft, p_full, mask
+    return LossInput(logits, p_draft, p_full, torch.tensor([[0, 1, 1, 1]])[..., None])
 
 
 # Targets, tokenizers and conversations.

@@ -27,9 +27,9 @@ class Tally:
         """
         counted = sum(max(case.lengths) > 1 for case in self.cases)
         assert counted, f"{self.name}: no case of more than one token was drawn"
-        assert self.nontrivial >= int(ENOUGH * counted), self.summary()
+        assert self.nontrivial >= int(ENOUGH * counted), self.describe()
 
-    def summary(self) -> str:
+    def describe(self) -> str:
         """One line: counts, and the cases by dtype, loss and unroll length."""
         head = f"{self.name}: {len(self.cases)} cases, {self.nontrivial} non-trivial"
         return "; ".join([head, *parity.describe_counts(parity.counts(self.cases))])

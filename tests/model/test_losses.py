@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -13,27 +13,25 @@ from eagle3fn.base.types import Batch
 from eagle3fn.model.losses import kl_loss, lk_alpha, lk_lambda, step_loss
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import Result, named
-from tests.factories import make_batch, make_config, make_frozen, pad_batch, underflowing_step
+from tests.factories import (
+    LossInput,
+    make_batch,
+    make_config,
+    make_frozen,
+    pad_batch,
+    underflow,
+)
 from tests.reference.objective import average
 from tests.reference.objective import step_loss as reference_loss
 
 BY_ACCEPTANCE = ("lk_alpha", "lk_lambda")
 
 
-class Step(NamedTuple):
-    """What one unroll step's loss reads."""
-
-    logits: Tensor  # (B, S, D)
-    p_draft: Tensor  # (B, S, D)
-    p_full: Tensor  # (B, S, D)
-    mask: Tensor  # (B, S, 1)
-
-
 def objective(loss: Any, **more: Any) -> e3.ObjectiveConfig:
     return e3.ObjectiveConfig(loss=loss, numerics="plain", **more)
 
 
-def drawn_step() -> Step:
+def drawn_step() -> LossInput:
     """Two samples of five rows, seven draft tokens of nine; fp64."""
     source = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 7, generator=source, dtype=torch.float64)
@@ -41,10 +39,10 @@ def drawn_step() -> Step:
     p_full = torch.softmax(target_logits, -1)[..., :7]
     p_draft = p_full / p_full.sum(-1, keepdim=True)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]])[..., None]
-    return Step(logits, p_draft, p_full, mask)
+    return LossInput(logits, p_draft, p_full, mask)
 
 
-def acceptance_by_loops(step: Step) -> list[float]:
+def acceptance_by_loops(step: LossInput) -> list[float]:
     """`Σ_v min(p_full(v), draft(v))` of each trained row, in order."""
     rates = []
     for b in range(2):
@@ -104,7 +102,7 @@ def test_gradients_are_those_of_finite_differences(loss):
 
 def test_alpha_leaves_out_rows_whose_acceptance_underflows():
     """SpecForge's expression divides zero by zero there, even in a row that is not trained."""
-    logits, p_draft, p_full, mask = underflowing_step()
+    logits, p_draft, p_full, mask = underflow()
     settings = objective("lk_alpha")
     ours = logits.clone().requires_grad_()
     theirs = logits.clone().requires_grad_()

@@ -18,7 +18,7 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.types import Aux, Batch, Params
-from eagle3fn.specforge import recipe
+from eagle3fn.specforge.recipe import schedule as recursive_schedule
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences
@@ -209,7 +209,7 @@ def train_both(
     config = case.config(choice, total)
     frozen = on(device, tiny_frozen(case))
     params = on(device, tiny_params(case))
-    schedule = recipe.schedule if recursive else cosine_schedule
+    schedule = recursive_schedule if recursive else cosine_schedule
     functions = e3.bind(config, frozen, recipe=OURS._replace(schedule=schedule))
     trainer = Trainer(config, reference_draft(case, device), frozen.target_head, recursive)
 

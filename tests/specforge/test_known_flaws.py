@@ -19,7 +19,7 @@ from eagle3fn.model.losses import step_loss
 from eagle3fn.model.rope import rope_table
 from eagle3fn.specforge.oracle import Oracle, eager_loss, old_draft, old_forward
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
-from tests.factories import underflowing_step as underflow
+from tests.factories import underflow
 
 CPU = torch.device("cpu")
 
