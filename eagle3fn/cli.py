@@ -281,7 +281,7 @@ def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> Any:
 def _config(options: Any, draft: Any, recipe: str | None = None) -> Any:
     from eagle3fn.base.config import load_config
     from eagle3fn.base.toml import override, read_toml
-    from eagle3fn.specforge.recipe import SETTINGS, refuse_old_settings
+    from eagle3fn.specforge.recipes import SETTINGS, refuse_old_settings
 
     # Settings by the names they had before SpecForge's were a recipe.
     tree = read_toml(options.config) if options.config else {}
@@ -303,7 +303,7 @@ def _train(options: Any) -> None:
     from eagle3fn.data.target import read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
-    from eagle3fn.specforge.recipe import RECIPES
+    from eagle3fn.specforge.recipes import RECIPES
     from eagle3fn.train.launch import ranks
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS

@@ -9,10 +9,9 @@ devices.settle_environment()
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from eagle3fn.specforge import parity
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError, load_oracle
-from eagle3fn.testing import Case
 from eagle3fn.testing.triton_interpreter import mend_interpreter
+from tests.tally import Tally
 
 devices.settle_torch()
 if not devices.ON_CARD:
@@ -32,29 +31,7 @@ settings.register_profile("gate", settings.get_profile("catch"), max_examples=5)
 settings.register_profile("nightly", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-NONTRIVIAL = 0.8
-TALLIES = pytest.StashKey[list["Tally"]]()
-
-
-class Tally:
-    """The cases a property was held against, and how many of them leave something to compare."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.cases: list[Case] = []
-        self.nontrivial = 0
-
-    def add(self, case: Case, nontrivial: bool) -> None:
-        self.cases.append(case)
-        self.nontrivial += nontrivial
-
-    def check(self) -> None:
-        """Four of five cases must be non-trivial."""
-        assert self.cases and self.nontrivial >= NONTRIVIAL * len(self.cases), self.told()
-
-    def told(self) -> str:
-        head = f"{self.name}: {len(self.cases)} cases, {self.nontrivial} non-trivial"
-        return "; ".join([head, *parity.describe_counts(parity.counts(self.cases))])
+TALLIES = pytest.StashKey[list[Tally]]()
 
 
 @pytest.fixture
@@ -73,12 +50,12 @@ def pytest_terminal_summary(
     if config.stash.get(TALLIES, []):
         terminalreporter.section("drawn cases by dtype, loss and unroll length K")
     for made in config.stash.get(TALLIES, []):
-        terminalreporter.line(made.told())
+        terminalreporter.line(made.describe())
 
 
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
-    """The old tool, or a skip that names what to install."""
+    """SpecForge, or a skip that names what to install."""
     found = oracle_or_skip()
     print(found.describe())
     return found
@@ -86,7 +63,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="session")
 def commit() -> Oracle:
-    """The old tool at its commit alone."""
+    """SpecForge at its commit alone."""
     return oracle_or_skip(commit=True)
 
 

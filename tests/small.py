@@ -1,13 +1,16 @@
 """Small fixed pieces for tests of laws: a configuration, frozen tensors, batches from a seed."""
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn.testing.builders import Case
 
 H, V, D = 16, 40, 24
 NUMERICS = "fast"
-GATE = Case(  # the fixture of the old tool's own equivalence gates
+GATE = Case(  # the shapes of SpecForge's own equivalence gates
     heads=(4, 2), head_dim=16, hidden=64, target_hidden=64, intermediate=128, vocab=256, draft_vocab=64,
     lengths=(16, 16), steps=3, mask="full", eps=1e-5, dtype="bfloat16",
 )  # fmt: skip
@@ -56,3 +59,23 @@ def batch_of(seed: int, lengths: tuple[int, ...]) -> e3.Batch:
         aux_hidden=torch.randn(b, s, 3 * H, generator=generator) * real[..., None],
         last_hidden=torch.randn(b, s, H, generator=generator) * real[..., None],
     )
+
+
+class LossInput(NamedTuple):
+    """What one unroll step's loss is computed from."""
+
+    logits: Tensor  # (1, S, D)
+    p_draft: Tensor  # (1, S, D)
+    p_full: Tensor  # (1, S, D)
+    mask: Tensor  # (1, S, 1)
+
+
+def underflow() -> LossInput:
+    """Four rows of two tokens; in rows 0 (masked) and 2 the acceptance rate underflows.
+
+    The draft's probability is zero where the teacher's is not, and the teacher's where the draft's is not.
+    """
+    logits = torch.tensor([[[0.0, 200.0], [0.0, 1.0], [0.0, 200.0], [1.0, 0.0]]])
+    p_full = torch.tensor([[[0.5, 0.0], [0.5, 0.4], [0.5, 0.0], [0.2, 0.3]]])
+    p_draft = p_full / p_full.sum(-1, keepdim=True)
+    return LossInput(logits, p_draft, p_full, torch.tensor([[0, 1, 1, 1]])[..., None])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import eagle3fn as e3
+from eagle3fn import specforge
 from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
@@ -19,7 +20,6 @@ from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import online_batches, roll_out
 from eagle3fn.data.pipeline import batches, prefetch
 from eagle3fn.data.vocab import build_map
-from eagle3fn.specforge import recipe
 from eagle3fn.testing.builders import on
 from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
 
@@ -120,7 +120,7 @@ def run(fns, start, source, device):
     return seen
 
 
-@pytest.mark.parametrize("align", [recipe.align_mask, align_mask])
+@pytest.mark.parametrize("align", [specforge.align_mask, align_mask])
 @pytest.mark.parametrize(
     ("dtype", "numerics"), [("float32", "fast"), ("float32", "plain"), ("bfloat16", "plain")]
 )
@@ -153,7 +153,7 @@ def test_the_last_kept_entry_of_an_online_mask_is_zeroed(tmp_path):
     params = fns.init(0)
     samples = list(roll_out(model, [rows[number] for number in ending], LAYERS, batch=1))
     online, offline = (
-        collate(s, CUT, recipe.align_mask)
+        collate(s, CUT, specforge.align_mask)
         for s in (samples, [read_sample(opened, n) for n in ending])
     )
     assert equal(fns.forward_loss(params, online), fns.forward_loss(params, offline))

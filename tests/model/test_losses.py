@@ -13,7 +13,7 @@ from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import Result, run_forward
 from tests.reference.objective import average
 from tests.reference.objective import step_loss as reference_loss
-from tests.small import batch_of, config_of, frozen_of
+from tests.small import batch_of, config_of, frozen_of, underflow
 
 BY_ACCEPTANCE = ("lk_alpha", "lk_lambda")
 
@@ -73,13 +73,6 @@ def test_gradients_are_those_of_finite_differences(loss):
         return step_loss(x, p, q, mask, None, objective(loss, kl_decay=0.0, kl_scale=0.5))[0]
 
     assert torch.autograd.gradcheck(value, logits.clone().requires_grad_())
-
-
-def underflow() -> tuple[torch.Tensor, ...]:
-    """A masked row and a trained one where the only draft probability that the teacher knows is zero."""
-    logits = torch.tensor([[[0.0, 200.0], [0.0, 1.0], [0.0, 200.0], [1.0, 0.0]]])
-    q = torch.tensor([[[0.5, 0.0], [0.5, 0.4], [0.5, 0.0], [0.2, 0.3]]])
-    return logits, q / q.sum(-1, keepdim=True), q, torch.tensor([[0, 1, 1, 1]])[..., None]
 
 
 def test_alpha_has_a_gradient_where_acceptance_underflows():

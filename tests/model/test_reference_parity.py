@@ -17,21 +17,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import eagle3fn as e3
+from eagle3fn import specforge
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.types import Aux, Batch, Params
-from eagle3fn.specforge import recipe
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences, plain_kl
 from eagle3fn.testing.strategies import cases, drawn
 from eagle3fn.train.optimizer import cosine_schedule
 from eagle3fn.train.recipe import OURS
-from tests.conftest import Tally
 from tests.reference import Metrics, Trainer, mask_counts
 from tests.reference import model as reference_model
 from tests.reference.adapter import reference_draft, run_reference
-from tests.specforge.test_oracle_training import GATE
+from tests.small import GATE
+from tests.tally import Tally
 
 ROUNDED = "aux.sampled"
 
@@ -190,7 +190,7 @@ def train_both(
     """Ten updates on both sides: loss, norm and rate of each; then the whole state. True if every leaf has moved."""
     config = case.config(choice, total)
     frozen, params = on(device, tiny_frozen(case)), on(device, tiny_params(case))
-    schedule = recipe.schedule if recursive else cosine_schedule
+    schedule = specforge.schedule if recursive else cosine_schedule
     functions = e3.bind(config, frozen, recipe=OURS._replace(schedule=schedule))
     trainer = Trainer(config, reference_draft(case, device), frozen.target_head, recursive)
     state = functions.init_state(params)

@@ -15,7 +15,7 @@ from eagle3fn.testing import Case, assert_case, assert_equivalent
 from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import differences, nontrivial, run_forward, ulps
 from eagle3fn.testing.strategies import cases, drawn, for_oracle, nth, oracle_cases, simplest
-from tests.conftest import Tally
+from tests.tally import Tally
 
 
 @pytest.fixture(scope="module")
