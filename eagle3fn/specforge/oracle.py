@@ -17,6 +17,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -110,9 +111,11 @@ def _load(native: bool) -> Oracle:
             )
         sys.path.insert(0, source)
 
-    # With other versions of its dependencies it fails in other ways than by an ImportError.
+    # Its imports print and warn. With other versions of its dependencies it fails in other ways than
+    # by an ImportError.
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # its imports print
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             draft = importlib.import_module("specforge.modeling.draft.llama3_eagle")
             eagle3 = _first_module("specforge.core.eagle3", "specforge.algorithms.eagle3.model")
             optimizer = importlib.import_module("specforge.optimizer")
