@@ -151,21 +151,19 @@ def read_map(path: Path) -> vocab.Stored:
         UserError: missing or damaged.
     """
     try:
-        if _is_safetensors(path):
-            return vocab.read_map(path)
-        tree = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            # Ours begin with the length of a JSON object, in eight bytes, and the object.
+            is_ours = file.read(9)[8:] == b"{"
+            file.seek(0)
+            # From the open file: torch chooses another format by a path's ending.
+            tree = None if is_ours else torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {vocab.REMEDY}") from None
-    except UserError:
-        raise
     except DAMAGED as error:
         raise UserError(
             f"{path}: damaged or not a vocabulary map ({_reason(error)}); {vocab.REMEDY}"
         ) from None
+
+    if is_ours:
+        return vocab.read_map(path)
     return (tree if isinstance(tree, dict) else {}), {}
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether a JSON object begins after eight bytes, which hold its length."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
