@@ -334,7 +334,7 @@ def vocab_of(
     options: argparse.Namespace, features: FeatureSet, draft: DraftConfig, world: World
 ) -> VocabMap:
     """The map that SpecForge would find in its cache, else one counted from the features; kept in the run's folder."""
-    cached = _cached_map(options)
+    cached = cached_map(options)
     kept = Path(options.output_dir, "vocab.safetensors")
     if cached.is_file():
         vocab = load_map(cached, draft.vocab_size, draft.draft_vocab_size, read=read_map)
@@ -354,7 +354,7 @@ def vocab_of(
     return vocab
 
 
-def _cached_map(options: argparse.Namespace) -> Path:
+def cached_map(options: argparse.Namespace) -> Path:
     """Where SpecForge's script keeps its map: the name is a hash of what the map depends on."""
     parts = (
         options.train_data_path,
