@@ -11,7 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 from eagle3fn.model import table
 from eagle3fn.model.forward import forward_loss
-from eagle3fn.specforge.oracle import Oracle, eager_loss, specforge_draft, specforge_forward, run_oracle
+from eagle3fn.specforge.oracle import (
+    Oracle,
+    eager_loss,
+    specforge_draft,
+    specforge_forward,
+    run_oracle,
+)
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import ForwardLoss, Result, differences, run_forward, ulps
 

@@ -42,7 +42,9 @@ def call(out: Path, *more: str) -> int:
 
 def result(path: Path) -> dict[str, Any]:
     """A shard's file without the time that it took."""
-    return {name: value for name, value in json.loads(path.read_text()).items() if name != "seconds"}
+    return {
+        name: value for name, value in json.loads(path.read_text()).items() if name != "seconds"
+    }
 
 
 def test_finished_shards_are_not_repeated(

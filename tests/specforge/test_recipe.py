@@ -89,9 +89,7 @@ after = {name.split(".")[0] for name in sys.modules}
 assert specforge.RECIPE.name == "specforge"
 print(sorted((after - before) | (after & {"triton", "specforge", "transformers"})))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     extra = set(done.stdout.strip("[]\n").replace("'", "").split(", ")) - {""}
     assert not extra & {"triton", "specforge", "transformers", "hypothesis", "matplotlib"}
     assert extra <= sys.stdlib_module_names

@@ -235,9 +235,7 @@ def test_reference_updates_equal_specforges_optimizer(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_reference_accumulation_equals_specforges(
-    commit: Oracle, dtype: Any, device: str
-) -> None:
+def test_reference_accumulation_equals_specforges(commit: Oracle, dtype: Any, device: str) -> None:
     """Four updates of two micro-batches each: gradients are added in the compute dtype."""
     case = replace(CASES[0], dtype=dtype)
     objective = case.config().objective

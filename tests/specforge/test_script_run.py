@@ -280,9 +280,7 @@ def test_both_scripts_are_equal_step_by_step(commit: Oracle, data: Path, tmp_pat
     from bench import specforge_script as their_script
     from bench.against_specforge import COMPARED, against
 
-    line = script_arguments(
-        data, tmp_path / "cache", "--max-num-steps", "5", "--ttt-length", "3"
-    )
+    line = script_arguments(data, tmp_path / "cache", "--max-num-steps", "5", "--ttt-length", "3")
     result, theirs = against(commit, line, tmp_path)
     assert result["equal"]
     assert result["steps"] == [5, 5]
