@@ -10,10 +10,22 @@ from eagle3fn.testing.builders import Case
 
 H, V, D = 16, 40, 24
 NUMERICS = "fast"
-GATE = Case(  # the shapes of SpecForge's own equivalence gates
-    heads=(4, 2), head_dim=16, hidden=64, target_hidden=64, intermediate=128, vocab=256, draft_vocab=64,
-    lengths=(16, 16), steps=3, mask="full", eps=1e-5, dtype="bfloat16",
-)  # fmt: skip
+
+# The shapes of SpecForge's own equivalence gates.
+GATE = Case(
+    heads=(4, 2),
+    head_dim=16,
+    hidden=64,
+    target_hidden=64,
+    intermediate=128,
+    vocab=256,
+    draft_vocab=64,
+    lengths=(16, 16),
+    steps=3,
+    mask="full",
+    eps=1e-5,
+    dtype="bfloat16",
+)
 
 
 def config_of(dtype: str = "float32", steps: int = 20, head_dim: int = 6, **objective) -> e3.Config:
@@ -73,7 +85,7 @@ class LossInput(NamedTuple):
 def underflow() -> LossInput:
     """Four rows of two tokens; in rows 0 (masked) and 2 the acceptance rate underflows.
 
-    The draft's probability is zero where the teacher's is not, and the teacher's where the draft's is not.
+    There the draft's probability is zero where the teacher's is not, and the other way round.
     """
     logits = torch.tensor([[[0.0, 200.0], [0.0, 1.0], [0.0, 200.0], [1.0, 0.0]]])
     p_full = torch.tensor([[[0.5, 0.0], [0.5, 0.4], [0.5, 0.0], [0.2, 0.3]]])

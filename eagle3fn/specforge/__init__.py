@@ -14,9 +14,9 @@ A recipe is a configuration and the functions that take the place of this packag
 >>> int(state.step), metrics["skipped"]
 (3, 0)
 
-The same recipe goes to `train(…, recipe=recipe)`, and its parts to `collate(…, align_mask=recipe.align_mask)` and
-`batches(…, align_mask=recipe.align_mask, order=recipe.order)`. SpecForge's files are read by
-`open_features(folder, reader=READER)` and `load_map(path, …, read=read_map)`.
+The same recipe goes to `train` as `recipe=recipe`, and its parts to `collate` and `batches` as
+`align_mask=recipe.align_mask` and `order=recipe.order`. SpecForge's files are read by
+`open_features` with `reader=READER` and by `load_map` with `read=read_map`.
 
 - `recipes`: the recipe, its settings and functions; old settings refused
 - `arithmetic`, `kl_kernel`: SpecForge's loss; on CUDA with a Triton kernel

@@ -1,6 +1,7 @@
-"""SpecForge's arithmetic, operation by operation: the plain unroll, which has its order of operations, and its loss.
+"""SpecForge's arithmetic, operation by operation: the plain unroll with SpecForge's loss.
 
-On the CPU, and in fp64, that loss is the plain expression. On CUDA SpecForge runs a Triton kernel, and so does this.
+The plain unroll has SpecForge's order of operations. On the CPU, and in fp64, that loss is the
+plain expression. On CUDA SpecForge runs a Triton kernel, and so does this.
 """
 
 import torch

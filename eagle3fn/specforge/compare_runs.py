@@ -1,4 +1,4 @@
-"""Compare two runs' `metrics.jsonl` step by step and by exact value; name the first step that differs.
+"""Compare two runs' `metrics.jsonl` by exact value, and name the first step that differs.
 
     python scripts/compare_runs.py LEFT RIGHT
 

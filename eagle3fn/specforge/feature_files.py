@@ -1,4 +1,7 @@
-"""SpecForge's files: features, one `torch.save` dict a sample in `.ckpt` or `.ckpt.gz`, and vocabulary maps."""
+"""Readers of SpecForge's files: features and vocabulary maps.
+
+Features are one file a sample, `.ckpt` or `.ckpt.gz`, a dict stored by `torch.save`.
+"""
 
 import gzip
 import io
@@ -31,7 +34,7 @@ DAMAGED = (
     zlib.error,
     pickle.UnpicklingError,
 )
-"""What `torch.load` and its unpickler raise on files that `torch.save` did not write, text among them."""
+"""What `torch.load` and its unpickler raise on files that `torch.save` did not write."""
 
 _READABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error)  # whose text helps a reader
 _REMEDY = "delete the file or write it anew"
@@ -41,7 +44,7 @@ _REMEDY = "delete the file or write it anew"
 
 
 def find_ckpts(folder: str | Path) -> list[Path]:
-    """Every feature file under `folder`, at any depth, sorted by path as text: SpecForge's order."""
+    """Every feature file in `folder`, at any depth, sorted by path as text: SpecForge's order."""
     found = []
     for path in Path(folder).rglob("*"):
         if path.name.endswith(ENDINGS) and path.is_file():
@@ -52,10 +55,12 @@ def find_ckpts(folder: str | Path) -> list[Path]:
 def read_ckpt(path: Path) -> Sample:
     """A file's tensors under our names.
 
-    `loss_mask` is `token_mask`, `aux_hidden_state` is `aux_hidden`, `hidden_state` is `last_hidden`.
+    `loss_mask` is `token_mask`, `aux_hidden_state` is `aux_hidden`, `hidden_state` is
+    `last_hidden`.
 
     Raises:
-        UserError: missing, damaged, not tensors alone, or a field is missing or has a wrong number of axes.
+        UserError: missing, damaged, not tensors alone, or a field is missing or has a wrong number
+            of axes.
     """
     tree = _load(path)
     return Sample(
@@ -67,7 +72,9 @@ def read_ckpt(path: Path) -> Sample:
 
 
 def read_ckpt_tokens(path: Path) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `loss_mask` of a file, each `(S,)` int64; an uncompressed file's features are not read.
+    """`input_ids` and `loss_mask` of a file, each `(S,)` int64.
+
+    An uncompressed file's features are not read.
 
     Raises:
         UserError: as `read_ckpt`, of these two fields.
@@ -97,7 +104,8 @@ def _load(path: Path) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """An error's first line, where it helps.
 
-    The unpickler's texts are left out, and torch's advice to set `weights_only`, which would run the file's code.
+    The unpickler's texts are left out, and torch's advice to set `weights_only`, which would run
+    the file's code.
     """
     if isinstance(error, _READABLE):
         lines = str(error).splitlines() or [type(error).__name__]
@@ -143,7 +151,7 @@ READER = Reader(find_ckpts, read_ckpt, read_ckpt_tokens)
 
 
 def read_map(path: Path) -> vocab.Stored:
-    """The tensors of a vocabulary map: SpecForge's `torch.save` of `{"d2t", "t2d"}`, or one of ours.
+    """The tensors of a vocabulary map: SpecForge's, a `torch.save` of `{"d2t", "t2d"}`, or ours.
 
     `load_map(path, …, read=read_map)` checks what they hold.
 

@@ -1,7 +1,8 @@
 """SpecForge's loss as a Triton kernel: what it runs on CUDA, with its shape of reduction.
 
-One program a row, the row in one block of `next_power_of_2(D)` columns, maximum and sum in fp32. A sum's bits depend
-on that shape and on the order of operations, so both are kept. Triton is imported when the kernel is first called.
+One program a row, the row in one block of `next_power_of_2(D)` columns, maximum and sum in fp32. A
+sum's bits depend on that shape and on the order of operations, so both are kept. Triton is imported
+when the kernel is first called.
 """
 
 import functools
@@ -64,8 +65,9 @@ def _forward(logits: Tensor, p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, T
     columns = logits.shape[-1]
     block, warps = launch_shape(columns)
     row, top, total = (torch.zeros(mask.numel(), device=logits.device) for _ in range(3))
+    kernel, _ = _kernels()
     with torch.cuda.device_of(logits):  # Triton launches on the current device
-        _kernels()[0][(mask.numel(),)](
+        kernel[(mask.numel(),)](
             logits, p, mask, row, top, total, columns, BLOCK=block, num_warps=warps
         )
     return row.mean(), top, total
@@ -77,11 +79,21 @@ def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor]:
     out = logits.clone(memory_format=torch.contiguous_format)  # overwritten by the kernel
     columns = logits.shape[-1]
     block, warps = launch_shape(columns)
-    with torch.cuda.device_of(logits):
-        _kernels()[1][(mask.numel(),)](
-            out, p.contiguous(), mask.contiguous(), grad, 1 / mask.numel(), top, total, columns, BLOCK=block,
+    rows = mask.numel()
+    _, kernel = _kernels()
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        kernel[(rows,)](
+            out,
+            p.contiguous(),
+            mask.contiguous(),
+            grad,
+            1 / rows,
+            top,
+            total,
+            columns,
+            BLOCK=block,
             num_warps=warps,
-        )  # fmt: skip
+        )
     return (out,)
 
 
@@ -92,12 +104,15 @@ _mean_kl = differentiable_once(_forward, _backward, kept=2, else_take="the CPU, 
 def _kernels() -> tuple[Any, Any]:  # noqa: C901, PLR0915
     """The forward and the backward kernel.
 
-    Every pass over a row is a loop of one iteration: without the loop, the compiler would share loads and products
-    between passes and round in other places.
+    Every pass over a row is a loop of one iteration: without the loop, the compiler would share
+    loads and products between passes and round in other places.
 
-    A row's loss is `-Σ_v p[v] · (z[v] - top - log(total))`, with `top = max z` and `total = Σ_v exp(z[v] - top)`.
-    Its gradient is `-(p[v] · g - exp(z[v] - top) / total · Σ_u p[u] · g)`, with `g` the gradient of the mean times
-    `share`, one divided by the number of rows.
+    Of a row, with `top = max z` and `total = Σ_v exp(z[v] - top)`:
+
+        loss = -Σ_v p[v] · (z[v] - top - log(total))
+        gradient[v] = -(p[v] · g - exp(z[v] - top) / total · Σ_u p[u] · g)
+
+    `g` is the gradient of the mean times `share`, one divided by the number of rows.
     """
     global tl  # noqa: PLW0603
     try:

@@ -1,13 +1,14 @@
 """SpecForge, run in this process as the oracle.
 
-`SPECFORGE_SRC` names a checkout at the commit of its pull request 600. Without it the wheel is used, for
-forward and backward only. Both are identified by the hashes of the files that are used, never by a version number.
+`SPECFORGE_SRC` names a checkout at the commit of its pull request 600. Without it the wheel is
+used, for forward and backward only. Both are identified by the hashes of the files that are used,
+never by a version number.
 
 Comparisons have two levels:
 
 - level 1: SpecForge computes its loss with its own Triton kernel, and our side with ours.
-- level 2: on SpecForge's side that kernel is replaced by the eager expression that our side uses (`eager_loss`).
-  Everything but the kernel is compared.
+- level 2: on SpecForge's side that kernel is replaced by the eager expression that our side uses
+  (`eager_loss`). Everything but the kernel is compared.
 """
 
 import contextlib
@@ -40,7 +41,9 @@ COMMIT_FILES = {  # sha256 at COMMIT
     "core/lk_loss.py": "d40dca2a2535becc0d3840d96bd2c503875697131b505ab08f78bfc6ae6d3e9a",
     "core/compact_teacher.py": "c07e3eae487cac34d04af661d3487cb042355ea28fc32d12c47a4f956a4c540f",
     "modeling/draft/base.py": "51c7746373c643342f190bc2c6ad97a34db19cb3b5f3e45f3ab3ca4bf1cd0856",
-    "modeling/draft/llama3_eagle.py": "fe53249c254c616d67a9de5b3d0931ddb122c259348d73c01679d59353a6e656",
+    "modeling/draft/llama3_eagle.py": (
+        "fe53249c254c616d67a9de5b3d0931ddb122c259348d73c01679d59353a6e656"
+    ),
     "modeling/_mask_utils.py": "564ad8e78563e94be90512b103ecadb88c533d988cf3d49f373d6bdb2f7eb2d1",
     "optimizer.py": "f0aedfad5fe11100470e7f49518b20d439cf47ec9afc195af089dfeca3affc54",
     "lr_scheduler.py": "288dd6b474765a8708d4579e2ab0d485e29326367eb119dba26b95b362356914",
@@ -86,8 +89,8 @@ def load_oracle(*, commit: bool = False, native: bool = False) -> Oracle:
 
     Args:
         commit: accept the commit's own files alone.
-        native: for CUDA: Triton's kernels are compiled, and dynamo is as the environment has it. Else the kernels
-            are interpreted and dynamo is off.
+        native: for CUDA: Triton's kernels are compiled, and dynamo is as the environment has it.
+            Else the kernels are interpreted and dynamo is off.
 
     Raises:
         OracleMissingError: none is at hand, or torch was loaded without SpecForge's environment.
@@ -111,8 +114,8 @@ def _load(native: bool) -> Oracle:
             )
         sys.path.insert(0, source)
 
-    # Its imports print and warn. With other versions of its dependencies it fails in other ways than
-    # by an ImportError.
+    # Its imports print and warn. With other versions of its dependencies it fails in other ways
+    # than by an ImportError.
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -168,7 +171,7 @@ def _first_module(*names: str) -> ModuleType:
 
 
 class EagerLoss:
-    """What replaces SpecForge's loss kernel at level 2: the expression that our side uses, over all rows."""
+    """What replaces SpecForge's loss kernel at level 2: the expression that our side uses."""
 
     @staticmethod
     def apply(logits: Tensor, p: Tensor, mask: Tensor) -> Tensor:
@@ -246,7 +249,7 @@ def _llama_config(config: DraftConfig) -> Any:
 
 
 class SpecForgeForward(NamedTuple):
-    """Those of the seven lists that `OnlineEagle3Model.forward` returns that are compared; one entry a step."""
+    """What is compared of the lists that `OnlineEagle3Model.forward` returns; one entry a step."""
 
     losses: list[Tensor]  # ()
     acceptance: list[Tensor]  # (), the rate
@@ -262,9 +265,10 @@ def specforge_forward(
     objective: ObjectiveConfig,
     attention: str = "sdpa",
 ) -> SpecForgeForward:
-    """`OnlineEagle3Model.forward`, and before it the shifts that its callers make of data and target.
+    """`OnlineEagle3Model.forward` after the shifts that its callers make of data and target.
 
-    Of `objective`, unroll length, teacher and loss are taken. It divides by all rows, whatever `normalization` is.
+    Of `objective`, unroll length, teacher and loss are taken. It divides by all rows, whatever
+    `normalization` is.
     """
     model = oracle.eagle3.OnlineEagle3Model(
         draft,
@@ -312,9 +316,9 @@ def run_oracle(
     attention: str = "sdpa",
     device: str = "cpu",
 ) -> Result:
-    """Everything that is compared of SpecForge's forward and backward pass, by name; gradients under their leaf's.
+    """Everything that is compared of SpecForge's forward and backward pass, by name.
 
-    `level`: see this file's docstring.
+    Gradients have their leaf's name. `level`: see this file's docstring.
     """
     frozen = on(device, tiny_frozen(case))
     params = on(device, tiny_params(case))

@@ -2,14 +2,14 @@
 
 | what | SpecForge's | why ours is another |
 |---|---|---|
-| `Recipe.loss` | `arithmetic.forward_loss` | the fast numerics leave out rows that reach no loss term |
-| `Recipe.start` | drawn as `torch.nn` draws its layers | a draft that starts from the target learns sooner |
-| `Recipe.schedule` | the recursion of `CosineAnnealingLR` | it exceeds its formula, and rises again past the end |
-| `Recipe.align_mask` | the mask without its last entry | one row late for a server's first draft of a turn |
-| `Recipe.order` | shuffled by the epoch alone | ours depends on the seed too, and leaves nothing out |
+| `Recipe.loss` | `arithmetic.forward_loss` | fast numerics leave out rows without a loss term |
+| `Recipe.start` | as `torch.nn` draws its layers | a start from the target learns sooner |
+| `Recipe.schedule` | `CosineAnnealingLR`'s recursion | it exceeds its formula, rises past its end |
+| `Recipe.align_mask` | the mask without its last entry | one row late for a turn's first draft |
+| `Recipe.order` | shuffled by the epoch alone | ours has the seed too, and leaves nothing out |
 | `objective.numerics` | `"plain"` | as `Recipe.loss` |
-| `objective.normalization` | `"rows"` | padding, and the split into micro-batches, then change the loss |
-| `objective.teacher` | `"full"` | all logits in fp32 need much memory for the same values to rounding |
+| `objective.normalization` | `"rows"` | padding and the micro-batches' split change the loss |
+| `objective.teacher` | `"full"` | much memory for the same values to rounding |
 | `optimizer.accumulation` | `"params"` | sums in bf16 lose small gradients |
 | `train.init` | `"random"` | as `Recipe.start` |
 """
@@ -69,9 +69,10 @@ def recipe(draft: DraftConfig, **sections: dict[str, Any]) -> SpecForge:
 
 
 def start(config: Config, frozen: Frozen, seed: int) -> Params:
-    """The draft's first parameters as SpecForge's module draws them after `torch.manual_seed(seed)`.
+    """The draft's first parameters, as SpecForge's module draws them after `manual_seed(seed)`.
 
-    Embeddings are drawn from normal(0, 1), matrices uniformly from ±1/√fan_in; norms are 1. `frozen` is not read.
+    Embeddings are drawn from normal(0, 1), matrices uniformly from ±1/√fan_in; norms are 1.
+    `frozen` is not read.
     """
     draft = config.draft
     generator = torch.Generator().manual_seed(seed)
@@ -93,14 +94,15 @@ def start(config: Config, frozen: Frozen, seed: int) -> Params:
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Linear warm-up over `W` steps, then `CosineAnnealingLR`'s recursion over `T`, which begins at its epoch 0.
+    """Linear warm-up over `W` steps, then `CosineAnnealingLR`'s recursion over `T` steps.
 
     `rate(n) = (n + 1) / W · base` for `n < W`. After it, with `e = n - W`,
 
         rate(n) = (1 + cos(π · e / T)) / (1 + cos(π · (e - 1) / T)) · rate(n - 1)
 
-    As epoch 0 is a step of the recursion too, the values are `2 / (1 + cos(π / T))` times those of `cosine_schedule`.
-    They rise again past the end. The function returned is pure: threads may share it.
+    As epoch 0 is a step of the recursion too, the values are `2 / (1 + cos(π / T))` times those of
+    `cosine_schedule`. They rise again past the end. The function returned is pure: threads may
+    share it.
 
     Raises:
         UserError: `total_steps` is below 1.
@@ -143,7 +145,7 @@ def align_mask(token_mask: Tensor) -> Tensor:
 
 
 def script_order(n: int, config: Config, step: int) -> list[int]:
-    """The samples of a step as `train_eagle3.py`'s sampler returns them: shuffled by the epoch's number alone.
+    """The samples of a step as `train_eagle3.py` reads them: shuffled by the epoch's number alone.
 
     Epochs are counted from 1. Each leaves out what does not fill a micro-batch.
 
@@ -273,6 +275,6 @@ def refuse_old_settings(tree: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {old.name} = {value!r} is now {old.instead}")
         if old.name in _NOW_FIXED:
             raise UserError(
-                f"{where}: {old.name} = {value!r} is no setting any more: it is always so without a recipe; "
-                "leave it out"
+                f"{where}: {old.name} = {value!r} is no setting any more: "
+                "it is always so without a recipe; leave it out"
             )

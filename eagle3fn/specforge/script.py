@@ -2,17 +2,19 @@
 
     torchrun --nproc-per-node N scripts/train_eagle3_fn.py $ARGS
 
-It trains by SpecForge's recipe (`specforge.recipe`): its start, order, mask, division, schedule, sums and arithmetic.
-An option for what is not supported is refused by name; options without an effect here are listed once.
-`OUTPUT_DIR` gets `metrics.jsonl`, a row an update, `checkpoints/` and the exported `draft/`.
+It trains by SpecForge's recipe (`specforge.recipe`): its start, order, mask, division, schedule,
+sums and arithmetic. An option for what is not supported is refused by name; options without an
+effect here are listed once. `OUTPUT_DIR` gets `metrics.jsonl`, a row an update, `checkpoints/` and
+the exported `draft/`.
 
 Three things differ from SpecForge:
 
-- On several ranks the clip is by the global norm, an update's samples are split among the ranks, and no samples are
-  repeated to fill the ranks. So runs are equal on one rank alone.
-- Its vocabulary map is read where it left one (`CACHE_DIR/vocab_mapping/`). Else the map is counted from the features;
-  SpecForge tokenizes `--train-data-path` again.
-- Without `--draft-model-config` the draft has the target's RoPE base; SpecForge takes its template's.
+- On several ranks the clip is by the global norm, an update's samples are split among the ranks,
+  and no samples are repeated to fill the ranks. So runs are equal on one rank alone.
+- Its vocabulary map is read where it left one (`CACHE_DIR/vocab_mapping/`). Else the map is counted
+  from the features; SpecForge tokenizes `--train-data-path` again.
+- Without `--draft-model-config` the draft has the target's RoPE base; SpecForge takes its
+  template's.
 """
 
 import argparse
@@ -53,7 +55,11 @@ LOSSES: dict[Any, Any] = {None: "kl", "alpha": "lk_alpha", "lambda": "lk_lambda"
 ATTENTION = ("sdpa", "flex_attention", "fa")
 """Attention backends that compute what ours computes."""
 
+TRACKERS = ("wandb", "tensorboard", "swanlab", "mlflow", "none")
+"""Values of `--report-to`."""
+
 ONE_RANK = "every rank holds the whole draft for its own samples; leave it at 1"
+NO_IMAGES = "vision-language targets are not supported; choose a text target"
 NOT_HERE = "not there; leave it out, or use eagle3fn train"
 
 
@@ -69,7 +75,8 @@ class Option:
         kind: of its value. `bool`: a flag, without a value. `bool | None`: `--name` or `--no-name`.
             `list[int]`: one number or more.
         default: where it is not given.
-        effect: "used"; "none", so that it is listed where it is given; "refused" unless it has its default.
+        effect: "used"; "none", so that it is listed where it is given; "refused" unless it has its
+            default.
         remedy: of a refused option, what is wrong and what to do.
         choices: the values allowed; empty: any.
         required: whether it must be given.
@@ -95,7 +102,7 @@ OPTIONS = (
     Option("draft-model-config", str, None, "used"),
     Option("embedding-key", str, "model.embed_tokens.weight", "used"),
     Option("lm-head-key", str, "lm_head.weight", "used"),
-    Option("is-vlm", bool, False, "refused", "vision-language targets are not supported; choose a text target"),
+    Option("is-vlm", bool, False, "refused", NO_IMAGES),
     Option("trust-remote-code", bool, False, "none"),
     Option("shard-target-output", bool | None, None, "none"),
     Option("target-model-backend", str, "sglang", "none", choices=("sglang", "hf", "custom")),
@@ -164,7 +171,7 @@ OPTIONS = (
     Option("sglang-piecewise-cuda-graph-tokens", list[int], None, "none"),
     Option("sglang-ep-size", int, 1, "none"),
     # Trackers
-    Option("report-to", str, "none", "none", choices=("wandb", "tensorboard", "swanlab", "mlflow", "none")),
+    Option("report-to", str, "none", "none", choices=TRACKERS),
     Option("wandb-project", str, None, "none"),
     Option("wandb-name", str, None, "none"),
     Option("wandb-key", str, None, "none"),
@@ -218,7 +225,8 @@ def refuse(options: argparse.Namespace) -> None:
 
     if options.train_hidden_states_path is None:
         raise UserError(
-            "--train-hidden-states-path is missing: features are read from disk; run eagle3fn extract"
+            "--train-hidden-states-path is missing: features are read from disk; "
+            "run eagle3fn extract"
         )
 
     backend = options.attention_backend
@@ -255,8 +263,8 @@ class Length(NamedTuple):
 def length_of(options: argparse.Namespace, samples: int, size: int = 1) -> Length:
     """The length of a run over `samples` feature files on `size` ranks.
 
-    SpecForge counts a rank's micro-batches. Samples that fill no micro-batch, and micro-batches that fill no update,
-    are left out.
+    SpecForge counts a rank's micro-batches. Samples that fill no micro-batch, and micro-batches
+    that fill no update, are left out.
 
     Raises:
         UserError: no update at all, or an option below 1.
@@ -274,8 +282,9 @@ def length_of(options: argparse.Namespace, samples: int, size: int = 1) -> Lengt
         micro = min(micro, options.max_num_steps)
     if micro < share:
         raise UserError(
-            f"{samples} samples, --batch-size {batch}, --max-num-steps {options.max_num_steps}: fewer than the "
-            f"{share} micro-batches of one update; extract more or lower --batch-size"
+            f"{samples} samples, --batch-size {batch}, --max-num-steps {options.max_num_steps}: "
+            f"fewer than the {share} micro-batches of one update; "
+            "extract more or lower --batch-size"
         )
 
     # Its schedule spans each epoch's updates rounded up, whatever the run makes of them.
@@ -333,7 +342,10 @@ def config_of(
 def vocab_of(
     options: argparse.Namespace, features: FeatureSet, draft: DraftConfig, world: World
 ) -> VocabMap:
-    """The map that SpecForge would find in its cache, else one counted from the features; kept in the run's folder."""
+    """The map in SpecForge's cache, else one counted from the features.
+
+    It is stored in the run's folder.
+    """
     cached = cached_map(options)
     kept = Path(options.output_dir, "vocab.safetensors")
     if cached.is_file():

@@ -252,7 +252,7 @@ def has_code(capability: tuple[int, int], built: list[str]) -> bool:
 
 def commit_files() -> dict[str, str]:
     """`eagle3fn.specforge.oracle.COMMIT_FILES`, read from the source: its imports need not be there yet."""
-    tree = ast.parse((ROOT / "eagle3fn" / "testing" / "oracle.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "eagle3fn" / "specforge" / "oracle.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "COMMIT_FILES":
             return ast.literal_eval(node.value)

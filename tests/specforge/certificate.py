@@ -1,4 +1,4 @@
-"""Result files of the CUDA gate: what a valid one holds, what it proves, and README's rows made of them."""
+"""Result files of the CUDA gate: what they must hold, what they prove, README's rows of them."""
 
 import hashlib
 import sys
@@ -260,7 +260,10 @@ class Run(NamedTuple):
 
 
 def seen(files: set[str], folder: str | Path) -> str:
-    """README's last cell of a row that names these files of tests: the newest run in which one ended."""
+    """README's last cell of a row that names these files of tests.
+
+    It reports the newest run in which one of their tests ended.
+    """
     found = NOT_SEEN
     for run in sorted(_runs(Path(folder)), key=lambda run: run.date):
         ran = [run.files[name] for name in files if name in run.files and run.files[name]["ended"]]

@@ -1,8 +1,8 @@
 """One case of the CUDA gate: controls, then parity with each of the two loss kernels in our unroll.
 
 SpecForge's side is its script's own `run_forward` and `run_backward_and_update`
-(`tests.specforge.oracle_script`), where its commit is at hand. The wheel has no such script: there it
-is the model's forward and `.backward()`.
+(`tests.specforge.oracle_script`), where its commit is at hand. The wheel has no such script: there
+it is the model's forward and `.backward()`.
 """
 
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def our_side(oracle: Oracle, loss: ForwardLoss, case: Case, device: str) -> Side
 
 
 def compare_case(oracle: Oracle, case: Case, attention: str, device: str) -> dict[str, Any]:
-    """SpecForge against itself, against ours with its kernel and with our own, against a reordering."""
+    """SpecForge against itself, against ours with each of the two kernels, and the control."""
     with_their_kernel = loss_with(specforge_kl(oracle), attention)
     with_own_kernel = loss_with(mean_kl, attention)
     with_reordering = loss_with(mean_kl, attention, reordered)
@@ -131,9 +131,10 @@ def compare_kernel(oracle: Oracle, width: int, dtype: torch.dtype, device: str) 
     order = torch.randperm(width, generator=source).to(device)
     gradient = torch.tensor(0.9, device=device)
 
-    def each_row(kl: Callable[[Tensor, Tensor, Tensor, None], Tensor]) -> Tensor:
-        rows = zip(*(x.flatten(0, 1)[:, None, None] for x in (logits, p, mask)), strict=True)
-        return torch.stack([kl(*row, None) for row in rows])
+    def each_row(kl: KL) -> Tensor:
+        by_row = [x.flatten(0, 1)[:, None, None] for x in (logits, p, mask)]
+        rows = zip(*by_row, strict=True)
+        return torch.stack([kl(z, p, mask, None) for z, p, mask in rows])
 
     def run(kl: KL) -> Result:
         loss, pullback = torch.func.vjp(lambda z: kl(z, p, mask, None), logits)  # pyright: ignore

@@ -1,8 +1,8 @@
 """One claim of the CUDA gate in a process of its own: `tests.gate.parity` starts it.
 
-Each case writes one line of JSON to `--rows`. A case that raises is kept with its traceback, and the
-next one runs. Only where a card's context is lost does the process end; the gate starts another one
-for the cases after it.
+Each case writes one line of JSON to `--rows`. A case that raises is kept with its traceback, and
+the next one runs. Only where a card's context is lost does the process end; the gate starts another
+one for the cases after it.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Do the parity tests catch faults? Small faults, drawn by seed over SpecForge's arithmetic, one at a time.
+"""Do the parity tests catch faults?
 
-A line belongs to that arithmetic if it runs, in a function of `FILES`, while drawn cases train by
-SpecForge's recipe. Left out is what parity cannot mean: refusals (`raise`, the condition of an `if`
-that only raises, functions `check_…` and their calls), `assert`, texts, annotations, and `device`
-arguments.
+Small faults are drawn by seed over SpecForge's arithmetic and tried one at a time. A line belongs
+to that arithmetic if it runs, in a function of `FILES`, while drawn cases train by SpecForge's
+recipe. Left out is what parity cannot mean: refusals (`raise`, the condition of an `if` that only
+raises, functions `check_…` and their calls), `assert`, texts, annotations, and `device` arguments.
 
-A fault is put into a temporary copy, never into the working tree. It is caught if a parity test fails
-on it, cannot load it, or does not end.
+A fault is put into a temporary copy, never into the working tree. It is caught if a parity test
+fails on it, cannot load it, or does not end.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """`eagle3fn parity` on very many cases, in shards that a second call does not repeat.
 
-Times a few cases, prints how long all will take, writes each shard's JSON whole as it ends, and ends
-with the sum. The cases are those of `eagle3fn parity` with the same number and seed. One process, one
-thread.
+Times a few cases, prints how long all will take, writes each shard's JSON whole as it ends, and
+ends with the sum. The cases are those of `eagle3fn parity` with the same number and seed. One
+process, one thread.
 """
 
 import argparse
@@ -35,7 +35,10 @@ FOLDERS = ("base", "model", "specforge", "testing")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code as of `eagle3fn parity`: 0 equal; 1 a difference, or only trivial cases; 3 no SpecForge."""
+    """Exit code as of `eagle3fn parity`.
+
+    0: equal. 1: a difference, or only trivial cases. 3: no SpecForge.
+    """
     options = parse(arguments)
     torch.set_num_threads(1)
     try:

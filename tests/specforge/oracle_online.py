@@ -1,4 +1,4 @@
-"""SpecForge's online side at its commit: its script's functions, its Hugging Face target, its pruned logits.
+"""SpecForge's online side at its commit: its script's functions, its target, its pruned logits.
 
 Replaced on its side, and nothing else:
 
@@ -106,7 +106,7 @@ def on_cpu() -> Iterator[None]:
 
 
 def tiny_target(case: Case) -> Any:
-    """A Hugging Face Llama of five layers, as wide as the case's target, in its dtype; weights from its seed."""
+    """A Hugging Face Llama of five layers, with the case's widths, dtype and seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -187,10 +187,10 @@ def specforge_trainer(oracle: Oracle, case: Case, model: Any) -> tuple[Any, torc
 def run_online(
     oracle: Oracle, case: Case, model: Any, rows: Sequence[Encoded], layers: Sequence[int]
 ) -> Result:
-    """As `specforge.oracle.run_oracle`, from the script's online `run_forward` on `rows` as one batch.
+    """As `specforge.oracle.run_oracle`, from the script's online `run_forward` on one batch.
 
-    The target runs inside, and its logits are the teacher: SpecForge's compact teacher is for stored
-    features alone.
+    The target runs inside, and its logits are the teacher: SpecForge's compact teacher is for
+    stored features alone.
     """
     trainer, draft = specforge_trainer(oracle, case, model)
     functions = script_functions(oracle, "run_forward", "get_dp_data_shard_from_tp")

@@ -12,7 +12,7 @@ from eagle3fn.specforge.oracle import Oracle
 
 
 def on_private_tape(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`operation(*tensors)`, differentiable once under `torch.func.vjp`, with the bits of `.backward()`.
+    """`operation(*tensors)`, differentiable once under `torch.func.vjp`, as by `.backward()`.
 
     The operation runs on ordinary tensors. The pull-back runs it once more, on an autograd graph of
     its own, so that a backward that overwrites what it saved can be called twice. A second

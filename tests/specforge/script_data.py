@@ -1,4 +1,4 @@
-"""What SpecForge's script reads, in a small size: a target, features as `.ckpt`, conversations, a draft's JSON."""
+"""What SpecForge's script reads, in a small size."""
 
 import json
 from pathlib import Path

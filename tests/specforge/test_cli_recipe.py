@@ -1,4 +1,7 @@
-"""`eagle3fn train --recipe specforge`: one command on SpecForge's files, equal to its script's run; old settings refused."""
+"""`eagle3fn train --recipe specforge`: one command on SpecForge's files, equal to its script.
+
+And settings of former versions, which are refused with their new names.
+"""
 
 from pathlib import Path
 
@@ -136,7 +139,8 @@ def test_old_settings_are_refused_with_one_line(
 ) -> None:
     assert main(train(data, tmp_path / "run", "--set", setting)) == 2
     line = capsys.readouterr().err
-    assert line.startswith(f"eagle3fn train: --set: {setting.split('=')[0]} = ")
+    name, _, _ = setting.partition("=")
+    assert line.startswith(f"eagle3fn train: --set: {name} = ")
     assert instead in line
     assert line.count("\n") == 1
     assert not (tmp_path / "run").exists()

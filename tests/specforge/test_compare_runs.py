@@ -1,4 +1,4 @@
-"""Two runs' metrics, compared by exact value: what is equal, what differs first, what is refused."""
+"""Two runs' metrics compared by exact value: what is equal, what differs first, what is refused."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""SpecForge's files: its features and vocabulary maps are read, and every damage is named with its file."""
+"""SpecForge's features and vocabulary maps are read, and every damage is named with its file."""
 
 import gzip
 import io
@@ -76,7 +76,7 @@ def test_files_are_read_in_path_order(tmp_path: Path) -> None:
 
 
 def test_fields_without_a_batch_axis_and_older_formats_are_read(tmp_path: Path) -> None:
-    """`hidden_state` as `(S, size)`, ids as `(1, S)` int32, and torch's format before the zip file."""
+    """`hidden_state` as `(S, size)`, ids as `(1, S)` int32, torch's format before the zip file."""
     tree = stored(GOOD) | {
         "input_ids": GOOD.input_ids[None].int(),
         "hidden_state": GOOD.last_hidden,
@@ -103,13 +103,13 @@ def test_another_configurations_files_cannot_be_told(tmp_path: Path) -> None:
 
 def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match="no index.json"):
+        with pytest.raises(UserError, match=r"no index\.json"):
             open_ckpts(folder)
 
 
 def test_without_the_reader_files_are_not_found(tmp_path: Path) -> None:
     torch.save(stored(GOOD), tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="no index.json"):
+    with pytest.raises(UserError, match=r"no index\.json"):
         open_features(tmp_path)
 
 
@@ -135,7 +135,7 @@ NAN[3, 1] = float("nan")
         ([1], "holds a list"),
         (without(stored(GOOD), "loss_mask"), "no tensor loss_mask"),
         (stored(GOOD) | {"input_ids": [1, 2]}, "no tensor input_ids"),
-        (stored(GOOD) | {"hidden_state": torch.zeros(2, 6, 4)}, r"hidden_state has shape \(2, 6, 4\)"),
+        (stored(GOOD) | {"hidden_state": torch.zeros(2, 6, 4)}, r"hidden_state has shape \(2, 6"),
         (stored(GOOD) | {"hidden_state": NAN[None]}, "last_hidden holds NaN"),
     ],
 )  # fmt: skip

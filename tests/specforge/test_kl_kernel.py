@@ -1,4 +1,7 @@
-"""Level 1: our Triton loss against SpecForge's, alone and in the whole objective; on the CPU both are interpreted."""
+"""Level 1: our Triton loss against SpecForge's, alone and in the whole objective.
+
+On the CPU both are interpreted.
+"""
 
 import os
 import subprocess
@@ -111,7 +114,7 @@ def test_the_gates_control_differs_on_every_case() -> None:
 
 
 def test_both_kernels_compile_to_the_same_arithmetic(oracle: Oracle) -> None:
-    """For a GPU of compute capability 9.0, which need not be here: the same floating-point instructions."""
+    """For a GPU of compute capability 9.0, which need not be here: the same instructions."""
     file = str(sys.modules[oracle.eagle3.LogSoftmaxLoss.__module__].__file__)
     environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     environment["PYTHONPATH"] = str(ROOT)

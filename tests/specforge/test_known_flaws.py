@@ -1,6 +1,7 @@
-"""Where SpecForge is wrong, its behaviour and ours. Parity's cases leave these out, for the reasons given here.
+"""Where SpecForge is wrong, its behaviour and ours.
 
-All but the ignored RoPE base are in the wheel too.
+Parity's cases leave these out, for the reasons given here. All but the ignored RoPE base are in the
+wheel too.
 """
 
 import importlib
@@ -51,7 +52,7 @@ def our_losses(case: Case, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_one_long_batch_spoils_specforges_rope_table(oracle: Oracle, dtype: Any) -> None:
-    """A sequence past `max_position_embeddings + 20` makes its module build its table anew, in bf16.
+    """After a sequence past `max_position_embeddings + 20` its module builds a table in bf16.
 
     From then on every batch has other losses than before; fp32 alone is spared. Ours refuses the
     sequence, and holds no table between calls. Outside parity: lengths above
@@ -75,7 +76,7 @@ def test_one_long_batch_spoils_specforges_rope_table(oracle: Oracle, dtype: Any)
 
 
 def test_the_spoilt_rope_table_is_far_off(oracle: Oracle) -> None:
-    """Below position 1,024: bf16 has whole numbers up to 256 alone, and cosines come out up to 2 away."""
+    """By up to 2 below position 1,024: bf16 has not every whole number above 256."""
     draft = replace(Case(head_dim=64).draft(), max_position_embeddings=512)
     module = oracle.draft.LlamaRotaryEmbedding(64, max_position_embeddings=512).to(torch.bfloat16)
     here = torch.zeros(1, dtype=torch.bfloat16)
@@ -108,11 +109,11 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", list(ROPE_VARIANTS))
 def test_specforge_ignores_the_rope_base_with_scaling(oracle: Oracle, name: str) -> None:
-    """At the commit its tables are those of base 10,000 whatever the configuration has, but for llama3.
+    """At the commit its tables have base 10,000, whatever the configuration has, but for llama3.
 
     The wheel has the base right. Ours has it for every variant (`tests/model/test_rope.py`). Its
-    dynamic variant is stretched for the length of its own table, 20 more than the limit, whatever the
-    sequence: wrong in the wheel too.
+    dynamic variant is stretched for the length of its own table, 20 more than the limit, whatever
+    the sequence: wrong in the wheel too.
     """
     scaling = {
         "rope_type": name,
@@ -160,7 +161,7 @@ def with_padding(batch: Batch, more: int) -> Batch:
 
 
 def test_padding_changes_specforges_lambda_loss(oracle: Oracle) -> None:
-    """Its KL part is divided by all rows, its acceptance part by trained ones: padding halves the loss.
+    """Its KL part is divided by all rows, its acceptance part by trained ones.
 
     Ours does the same under `normalization = "rows"`, bit for bit, and not under "mask".
     """
@@ -183,8 +184,8 @@ def test_padding_changes_specforges_lambda_loss(oracle: Oracle) -> None:
 def test_specforges_alpha_gradient_is_nan_in_a_masked_row(oracle: Oracle) -> None:
     """A draft probability of zero where the teacher has its mass: NaN, though the loss is finite.
 
-    Ours is zero there, and has SpecForge's bits in the other rows. Outside parity: underflow under LK
-    losses.
+    Ours is zero there, and has SpecForge's bits in the other rows. Outside parity: underflow under
+    LK losses.
     """
     logits, p_draft, p_full, _ = underflow()
     mask = torch.tensor([[0, 1, 0, 1]])[..., None]
@@ -242,7 +243,7 @@ def learned_tokens(loss_of: Callable[[Batch], Tensor], batch: Batch) -> list[int
 
 
 def test_specforges_mask_is_one_row_late(oracle: Oracle) -> None:
-    """SpecForge issue 885: the row of a server's first draft in a turn is not trained, two after the turn are.
+    """SpecForge issue 885: a server's first draft of a turn is not trained, two rows too many are.
 
     Of assistant tokens 3, 4, 5 a server's draft predicts 4 and 5 (the target itself predicts 3).
     SpecForge learns 5, and 6 and 7, past the turn's end.

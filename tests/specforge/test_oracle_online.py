@@ -1,8 +1,8 @@
-"""The online roll-out equals SpecForge's online `run_forward` with its Hugging Face target and logits.
+"""The online roll-out equals SpecForge's online `run_forward` with its target and its logits.
 
 Both sides run the same small Llama themselves. SpecForge's mask keeps its last entry online, ours
-never does (objective, section 1): the samples' own masks end in 0 where the two must be equal, and in 1
-where the difference is shown.
+never does (objective, section 1): the samples' own masks end in 0 where the two must be equal, and
+in 1 where the difference is shown.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ def online(commit: Oracle) -> Oracle:
 
 @pytest.fixture(scope="module")
 def collated(online: Oracle) -> Oracle:
-    """The same with its collator, which imports `datasets`; the checkout's folder of that name is another."""
+    """The same with its collator, which imports `datasets`: not the checkout's own folder."""
     try:
         specforge_module(online, COLLATOR)
     except OracleMissingError as error:
@@ -76,7 +76,7 @@ def rows_of(case: Case, last: int) -> list[Encoded]:
 
 
 def online_case(case: Case) -> Case:
-    """A case that SpecForge's online side can run: logits as the teacher, no positions of its own."""
+    """A case that SpecForge's online side can run: logits as teacher, no positions of its own."""
     return for_oracle(replace(case, teacher="full", own_positions=False))
 
 

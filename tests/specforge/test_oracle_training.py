@@ -1,8 +1,9 @@
-"""The package's `step` equals SpecForge's own `run_forward` and `run_backward_and_update`, update by update.
+"""The package's `step` equals SpecForge's script, update by update.
 
-Those two functions are read out of the commit's script and run as they are, on one rank. On a card
-each side computes its loss with its own Triton kernel (level 1). On the CPU `Tensor.cuda` does
-nothing, and the loss kernel is replaced by its eager expression (level 2).
+The script's functions `run_forward` and `run_backward_and_update` are read out of the commit's
+script and run as they are, on one rank. On a card each side computes its loss with its own Triton
+kernel (level 1). On the CPU `Tensor.cuda` does nothing, and the loss kernel is replaced by its
+eager expression (level 2).
 """
 
 from dataclasses import replace
@@ -100,7 +101,7 @@ def train_both(
 def test_drawn_training_equals_specforges_script(
     commit: Oracle, script: Script, micro: int, device: str, tally: Tally
 ) -> None:
-    """Fifteen drawn cases each at most; losses by acceptance with one micro-batch alone, as ours has them."""
+    """Fifteen drawn cases each at most; losses by acceptance with one micro-batch alone."""
     for index, drawn_case in enumerate(drawn(min(15, settings().max_examples), micro)):
         case = for_oracle(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
         optimizer = OptimizerConfig(

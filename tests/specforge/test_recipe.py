@@ -1,4 +1,4 @@
-"""SpecForge's recipe: its start, schedule, mask and orders, and old settings refused by their new names."""
+"""SpecForge's recipe: start, schedule, mask, orders; old settings are refused by new names."""
 
 import doctest
 import subprocess
@@ -50,9 +50,8 @@ def test_recipe_takes_settings_over_its_own() -> None:
 def test_recipes_are_named() -> None:
     assert list(specforge.RECIPES) == ["specforge", "specforge-dataflow"]
     assert all(recipe.name == name for name, recipe in specforge.RECIPES.items())
-    assert specforge.DATAFLOW_RECIPE == specforge.RECIPE._replace(
-        name="specforge-dataflow", order=specforge.stored_order
-    )
+    expected = specforge.RECIPE._replace(name="specforge-dataflow", order=specforge.stored_order)
+    assert expected == specforge.DATAFLOW_RECIPE
 
 
 def test_the_loss_is_the_plain_unroll_on_the_cpu() -> None:
@@ -113,7 +112,7 @@ DRAFT = e3.DraftConfig(
 @pytest.mark.parametrize("target_hidden", [16, 20], ids=["frozen embedding", "own embedding"])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_start_is_that_of_torchs_layers(seed: int, target_hidden: int) -> None:
-    """One generator, seeded as SpecForge's script seeds the process: embedding, then every matrix."""
+    """Of one generator, seeded as SpecForge's script seeds it: embedding, then every matrix."""
     draft = replace(DRAFT, target_hidden_size=target_hidden)
     config, recipe = specforge.recipe(draft)
     torch.manual_seed(seed)

@@ -1,6 +1,7 @@
-"""The reference equals SpecForge by `torch.equal`, at level 2 (see `eagle3fn.specforge.oracle`); so does the package.
+"""The reference and the package equal SpecForge by `torch.equal`.
 
-On a card the package is held at level 1: each side computes its loss with its own Triton kernel.
+Levels are those of `eagle3fn.specforge.oracle`: the reference is held at level 2. On a card the
+package is held at level 1: each side computes its loss with its own Triton kernel.
 """
 
 from collections import Counter
@@ -132,7 +133,7 @@ def test_every_leaf_but_the_frozen_embedding_has_a_gradient(oracle: Oracle) -> N
 def test_a_reordering_is_detected(
     oracle: Oracle, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """The control: SpecForge with norms that multiply by their weight before the cast is not equal."""
+    """The control: SpecForge with norms that multiply by their weight before the cast."""
     case = replace(CASES[0], dtype="bfloat16")
     sides = {
         "reference": reference_result(case, device),

@@ -252,7 +252,7 @@ def test_a_run_under_torchrun_and_its_resumption(
 
 
 def test_two_ranks_train_the_same_global_batch(data: Path, tmp_path: Path) -> None:
-    """Two ranks of one micro-batch against one rank of two: the same update, to rounding in bf16."""
+    """Two ranks of one micro-batch against one rank of two: equal updates, to rounding in bf16."""
     fixed = script_arguments(data, tmp_path / "cache", "--total-steps", "20")
     two = [*fixed, "--max-num-steps", "3", "--output-dir", str(tmp_path / "two")]
     one = [*fixed, "--max-num-steps", "6", "--draft-accumulation-steps", "2"]
@@ -321,7 +321,7 @@ def test_a_step_without_a_trained_row_is_refused(
 
 
 def test_the_7b_recipes_commands_are_the_measured_steps(tmp_path: Path) -> None:
-    """Its commands, run with stand-ins for the programs: arguments that the script takes, and shapes."""
+    """Its commands, run with stand-ins for the programs: arguments that the script takes."""
     for name in ("eagle3fn", "torchrun"):
         program = tmp_path / name
         program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.txt\n')
