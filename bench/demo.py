@@ -26,9 +26,8 @@ from eagle3fn.base.config import load_config, require, to_dict, with_steps
 from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.types import Batch, Params
 from eagle3fn.data.features import open_features
-from eagle3fn.data.fingerprint import config_hash
 from eagle3fn.data.pipeline import batches
-from eagle3fn.data.target import read_target_tensors, target_config
+from eagle3fn.data.target import config_hash, read_target_tensors, target_config
 from eagle3fn.data.vocab import load_map, map_size
 from eagle3fn.model.table import HEAD, init_params, start_from_target
 from eagle3fn.testing.provenance import provenance

@@ -31,7 +31,7 @@ from eagle3fn.base.rows import shift
 from eagle3fn.base.types import Params
 from eagle3fn.model import layers, table
 from eagle3fn.model.fast import label_targets, plan_rows
-from eagle3fn.model.fused_layers import rms_norm
+from eagle3fn.model.fused_layers import fused_rms_norm
 from eagle3fn.model.head_loss import Labels, head_and_kl
 from eagle3fn.model.losses import correct_rows, step_loss
 from eagle3fn.model.teacher import make_teacher
@@ -124,13 +124,13 @@ def fast_call(problem: Problem, leaves: Params, hidden: Tensor, k: int) -> Call:
     rows = hidden.flatten(1, 2)[:, plan.rows]
     factor = objective.decay ** torch.arange(k, device=hidden.device) / batch.input_ids.numel()
     labels = Labels(
-        label_targets(batch, plan.labels, frozen), plan.student, plan.scored * factor[:, None]
+        label_targets(batch, plan.labels, frozen), plan.row_of_label, plan.scored * factor[:, None]
     )
 
     def loss(inner: Params) -> Tensor:
-        student = rms_norm(inner["hidden"], inner[table.NORM], problem.draft.rms_norm_eps)
+        draft = fused_rms_norm(inner["hidden"], inner[table.NORM], problem.draft.rms_norm_eps)
         return head_and_kl(
-            student, inner[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t
+            draft, inner[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t
         ).loss
 
     return partial(gradients, loss, leaves | {"hidden": rows})

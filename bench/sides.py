@@ -12,7 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import eagle3fn as e3
 from bench.problem import Problem
 from eagle3fn.base.types import Frozen, Params
-from eagle3fn.specforge.oracle import Oracle, OracleMissingError, eager_loss, load_oracle, specforge_draft
+from eagle3fn.specforge.oracle import (
+    Oracle,
+    OracleMissingError,
+    eager_loss,
+    load_oracle,
+    specforge_draft,
+)
 
 DECAY, STEPS = 0.8, 1000
 OURS = ("plain", "fast")

@@ -31,9 +31,8 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_json
 from eagle3fn.base.types import Batch, Params
 from eagle3fn.data.features import open_features
-from eagle3fn.data.fingerprint import config_hash
 from eagle3fn.data.pipeline import batches, prefetch
-from eagle3fn.data.target import read_target_tensors, target_config
+from eagle3fn.data.target import config_hash, read_target_tensors, target_config
 from eagle3fn.data.vocab import load_map
 from eagle3fn.model.table import EMBED, init_params
 from eagle3fn.specforge.oracle import (

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from bench.common import RESULTS, ROOT
-from eagle3fn.base.files import read_json, whole_file
+from eagle3fn.base.files import read_json, write_text
 
 BEGIN, END = "<!-- python -m bench.table -->\n\n", "\n<!-- end -->\n"
 HIDDEN = ("--out", "--json", "--rounds", "--mesh", "--allocator", "--no-memory")
@@ -144,6 +144,5 @@ def put(page: str) -> str:
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     if "--readme" in sys.argv:
-        with whole_file(readme) as temporary:
-            temporary.write_text(put(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        write_text(readme, put(readme.read_text(encoding="utf-8")))
     print(text(), end="")

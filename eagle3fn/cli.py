@@ -7,24 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from eagle3fn.base import progress
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.program import exit_code
+
+Command = Callable[..., argparse.ArgumentParser]
+"""`(name, function, what it does)` → the parser of a new sub-command."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a sub-command; returns the exit code: its own, or 2 for bad input, with one line on stderr: what to do."""
+    """Run a sub-command; returns its exit code, or 2 for bad input, with one line on stderr."""
+    if arguments is None:
+        arguments = sys.argv[1:]
     options = parser().parse_args(arguments)
-    try:
-        return options.run(options) or 0
-    except UserError as error:
-        message = str(error)
-    except (OSError, SafetensorError) as error:
-        message = f"{error}; check that the path is right, writable and has room"
-    progress.close()
-    print(f"eagle3fn {options.command}: {message}", file=sys.stderr)
-    return 2
+    options.arguments = arguments
+    return exit_code(f"eagle3fn {options.command}", lambda: options.run(options))
+
+
+# The grammar
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,30 +36,37 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def target(sub: argparse.ArgumentParser, runs: bool = True) -> None:
-        sub.add_argument(
-            "--target",
-            required=True,
-            help="folder or hub id of a Hugging Face causal language model",
-        )
-        if runs:
-            sub.add_argument(
-                "--device", default="cpu", help="torch device of the target (default cpu)"
-            )
+    _add_data_commands(command)
+    _add_training_commands(command)
+    _add_checking_commands(command)
+    return root
 
-    def settings(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--config", help="TOML file")
-        sub.add_argument("--draft-config", help="draft JSON (default: derived from the target)")
-        sub.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="SECTION.KEY=VALUE",
-            help="override a setting",
-        )
 
+def _add_target(sub: argparse.ArgumentParser, runs: bool) -> None:
+    """The option that names the target; with `runs`, where it is computed."""
+    sub.add_argument(
+        "--target", required=True, help="folder or hub id of a Hugging Face causal language model"
+    )
+    if runs:
+        sub.add_argument("--device", default="cpu", help="torch device of the target (default cpu)")
+
+
+def _add_settings(sub: argparse.ArgumentParser) -> None:
+    """The options that make a configuration."""
+    sub.add_argument("--config", help="TOML file")
+    sub.add_argument("--draft-config", help="draft JSON (default: derived from the target)")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a setting",
+    )
+
+
+def _add_data_commands(command: Command) -> None:
     sub = command("synthesize", _synthesize, "let the target write its own conversations")
-    target(sub)
+    _add_target(sub, runs=True)
     sub.add_argument("--out", required=True, help="JSONL file; .xz and .gz compress")
     sub.add_argument(
         "--count",
@@ -79,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "extract", _extract, "run the target over conversations and write its features; resumable"
     )
-    target(sub)
+    _add_target(sub, runs=True)
     sub.add_argument("--conversations", required=True, help="JSONL (plain, .gz, .xz)")
     sub.add_argument("--out", required=True, help="feature folder")
     sub.add_argument(
@@ -93,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--draft-config", help="JSON whose eagle_config names the tapped layers")
 
     sub = command("vocab", _vocab, "count the supervised tokens and write the draft vocabulary map")
-    target(sub, runs=False)
+    _add_target(sub, runs=False)
     sub.add_argument("--features", required=True)
     sub.add_argument("--out", required=True, help="safetensors file")
     sub.add_argument(
@@ -103,18 +109,20 @@ def parser() -> argparse.ArgumentParser:
         "--held-out", type=_count, default=0, help="samples at the end that are not counted"
     )
 
+
+def _add_training_commands(command: Command) -> None:
     sub = command("train", _train, "train the draft; goes on from the newest checkpoint")
-    target(sub, runs=False)
+    _add_target(sub, runs=False)
     sub.add_argument("--features", required=True)
     sub.add_argument("--vocab", required=True, help="vocabulary map")
     sub.add_argument(
         "--out", required=True, help="run folder; the best draft is exported to OUT/draft"
     )
-    settings(sub)
+    _add_settings(sub)
     sub.add_argument(
         "--recipe",
         choices=("specforge", "specforge-dataflow"),
-        help="train as SpecForge does, in its script's order or its dataflow launcher's",
+        help="train as SpecForge does, in the order of its script or of its dataflow launcher",
     )
     sub.add_argument("--on-nonfinite", choices=("stop", "skip"), help="sets train.on_nonfinite")
     sub.add_argument(
@@ -125,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         "plan", _plan, "bytes that a run holds, moves and writes; exit code 2 if it cannot fit"
     )
     sub.add_argument("--target", help="folder or hub id; its config.json is enough")
-    settings(sub)
+    _add_settings(sub)
     sub.add_argument("--ranks", type=_positive, default=1)
     sub.add_argument(
         "--tokens", type=_count, default=0, help="of all conversations, for the features' size"
@@ -134,19 +142,14 @@ def parser() -> argparse.ArgumentParser:
         "--memory", type=_above_zero, help="GiB that a rank may hold: refuse a plan beyond it"
     )
 
-    _add_checks(command, target)
-    return root
 
-
-def _add_checks(
-    command: Callable[..., argparse.ArgumentParser], target: Callable[..., None]
-) -> None:
+def _add_checking_commands(command: Command) -> None:
     sub = command(
         "evaluate",
         _evaluate,
         "speculative decoding with an exported draft: losslessness, length, speed",
     )
-    target(sub)
+    _add_target(sub, runs=True)
     sub.add_argument("--draft", required=True, help="exported draft folder")
     sub.add_argument("--prompts", required=True, help="JSONL with a prompt field (plain, .gz, .xz)")
     sub.add_argument("--out", required=True, help="JSON report")
@@ -186,6 +189,8 @@ def _add_checks(
 
 
 def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """A type for argparse: a number in a range."""
+
     def number(text: str) -> Any:
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high:g}")
@@ -194,11 +199,12 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     return number
 
 
-_positive, _count, _above_zero = (
-    _number(int, 1, 2**40),
-    _number(int, 0, 2**40),
-    _number(float, 0.01, 1e6),
-)
+_positive = _number(int, 1, 2**40)
+_count = _number(int, 0, 2**40)
+_above_zero = _number(float, 0.01, 1e6)
+
+
+# The commands: imports are inside, so that `--help` is quick
 
 
 def _synthesize(options: Any) -> None:
@@ -206,15 +212,15 @@ def _synthesize(options: Any) -> None:
     from eagle3fn.data.target import load_target
 
     model, tokenizer = load_target(options.target, device=options.device)
-    bar, more = progress.bar("conversation"), {"seed": options.seed, "batch": options.batch}
     count = synthesize(
         model,
         tokenizer,
         options.out,
         options.count,
+        seed=options.seed,
+        batch=options.batch,
         exclude=options.exclude,
-        on_progress=bar,
-        **more,
+        on_progress=progress.bar("conversation"),
     )
     print(f"{options.out}: {count} conversations")
 
@@ -241,16 +247,15 @@ def _extract(options: Any) -> None:
     )
     totals = index["totals"]
     print(
-        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, {totals['supervised']} supervised, "
-        f"{totals['bytes'] / 2**20:.0f} MiB"
+        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
+        f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB"
     )
 
 
 def _vocab(options: Any) -> None:
     from eagle3fn.data.features import open_features
-    from eagle3fn.data.fingerprint import config_hash
     from eagle3fn.data.pipeline import split
-    from eagle3fn.data.target import target_config
+    from eagle3fn.data.target import config_hash, target_config
     from eagle3fn.data.vocab import count_map, save_map
     from eagle3fn.specforge.feature_files import READER
 
@@ -268,30 +273,26 @@ def _vocab(options: Any) -> None:
 
 
 def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> Any:
+    """The draft's shape: from `--draft-config`, or derived from the target's configuration."""
     from eagle3fn.base.draft_config import draft_config_from_json, draft_config_from_target
 
-    path = options.draft_config
-    return (
-        draft_config_from_json(path)
-        if path
-        else draft_config_from_target(tree, options.target, size)
-    )
+    if options.draft_config:
+        return draft_config_from_json(options.draft_config)
+    return draft_config_from_target(tree, options.target, size)
 
 
-def _config(options: Any, draft: Any, recipe: str | None = None) -> Any:
+def _config(options: Any, draft: Any, overrides: list[str], recipe: str | None = None) -> Any:
+    """The run's configuration; settings by the names of earlier versions are refused."""
     from eagle3fn.base.config import load_config
     from eagle3fn.base.toml import override, read_toml
     from eagle3fn.specforge.recipes import SETTINGS, refuse_old_settings
 
-    # Settings by the names they had before SpecForge's were a recipe.
     tree = read_toml(options.config) if options.config else {}
-    given = list(options.set)
-    for text in given:
+    for text in overrides:
         override(tree, text)
     refuse_old_settings(tree, options.config or "--set")
 
-    defaults = SETTINGS if recipe else None
-    return load_config(options.config, given, draft, defaults)
+    return load_config(options.config, overrides, draft, SETTINGS if recipe else None)
 
 
 def _train(options: Any) -> None:
@@ -299,8 +300,7 @@ def _train(options: Any) -> None:
 
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.data.features import check_made_for, open_features
-    from eagle3fn.data.fingerprint import config_hash
-    from eagle3fn.data.target import read_target_tensors, target_config
+    from eagle3fn.data.target import config_hash, read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
@@ -309,19 +309,20 @@ def _train(options: Any) -> None:
     from eagle3fn.train.recipe import OURS
     from eagle3fn.use.publish import check_published, run_events
 
-    if options.on_nonfinite:
-        options.set.append(f"train.on_nonfinite={options.on_nonfinite}")
     recipe = RECIPES[options.recipe] if options.recipe else OURS
+    overrides = list(options.set)
+    if options.on_nonfinite:
+        overrides.append(f"train.on_nonfinite={options.on_nonfinite}")
 
     with ranks() as world:
-        # Configuration: the draft from the target, its vocabulary from the map.
+        # The configuration: the draft from the target, its vocabulary's size from the map.
         tree = target_config(options.target)
-        draft = _draft(options, tree, map_size(options.vocab, read_map))
-        config = _config(options, draft, options.recipe)
-
-        # Features, map and target must belong together.
-        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
         target_hash = config_hash(tree)
+        draft = _draft(options, tree, map_size(options.vocab, read_map))
+        config = _config(options, draft, overrides, options.recipe)
+
+        # Features, map and target, which must belong together.
+        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
         vocab_map = load_map(
             options.vocab,
             config.draft.vocab_size,
@@ -333,21 +334,20 @@ def _train(options: Any) -> None:
         layers = tree["num_hidden_layers"]
         check_made_for(features, target_hash, aux_layers(config.draft, layers), options.target)
 
-        events = run_events(options.out, config, layers)
         state = train(
             config,
             features,
             vocab_map,
             tensors,
             options.out,
-            options.minutes,
-            events,
-            world,
-            recipe,
+            minutes=options.minutes,
+            events=run_events(options.out, config, layers),
+            world=world,
+            recipe=recipe,
         )
         if world.main:
             progress.close()
-            print(check_published(options.out, int(state.step), world.size))
+            print(check_published(options.out, int(state.step), world.size, options.arguments))
 
 
 def _plan(options: Any) -> None:
@@ -355,8 +355,11 @@ def _plan(options: Any) -> None:
     from eagle3fn.train.memory import GIB, check_fits, describe, plan_memory
 
     tree = target_config(options.target) if options.target else {}
-    known = options.target or options.draft_config
-    config = _config(options, _draft(options, tree) if known else None)
+    draft = None
+    if options.target or options.draft_config:
+        draft = _draft(options, tree)
+    config = _config(options, draft, options.set)
+
     tied = bool(tree.get("tie_word_embeddings"))
     print(describe(plan_memory(config, options.ranks, options.tokens, tied)))
     check_fits(config, options.ranks, (options.memory or math.inf) * GIB, "--memory", tied)
@@ -367,26 +370,33 @@ def _evaluate(options: Any) -> None:
     from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
 
     settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, device=options.device)
-    prompts, bars = read_prompts(options.prompts), progress.bars(" prompt")
     report = evaluate(
-        options.target, options.draft, prompts, settings, options.untrained, options.plain, bars
+        options.target,
+        options.draft,
+        read_prompts(options.prompts),
+        settings,
+        untrained_folder=options.untrained,
+        plain_store=options.plain,
+        on_progress=progress.bars(" prompt"),
+        prompts_name=Path(options.prompts).name,
     )
     write_json(options.out, report)
     print(
-        f"{options.out}: lossless {report['lossless']}, accepted length {report['accepted_length']:.3f}"
+        f"{options.out}: lossless {report['lossless']}, "
+        f"accepted length {report['accepted_length']:.3f}"
     )
-
-
-def _parity(options: Any) -> int:
-    from eagle3fn.specforge.parity import run
-
-    return run(options.cases, options.seed, options.json, options.bisect, progress.bar)
 
 
 def _report(options: Any) -> None:
     from eagle3fn.use.report import write_report
 
     print(write_report(Path(options.folder)))
+
+
+def _parity(options: Any) -> int:
+    from eagle3fn.specforge.parity import run
+
+    return run(options.cases, options.seed, options.json, options.bisect, progress.bar)
 
 
 if __name__ == "__main__":

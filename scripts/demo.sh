@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The main job on a fresh machine: from a small real target to a draft that it verifies, then a report.
-# usage: scripts/demo.sh [--minutes N] [--out FOLDER] [--synthesize]      (--help says more)
+# usage: scripts/demo.sh [--minutes N] [--out FOLDER] [--synthesize]      (--help lists all options)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 make_venv .venv-demo demo
-# Large temporaries stay in the heap: without it page faults cost a quarter of a step and more (bench/LOG.md).
+# Large temporaries stay in the heap; otherwise page faults cost a quarter of a step and more (bench/LOG.md).
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 exec .venv-demo/bin/python scripts/demo.py "$@"

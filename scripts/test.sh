@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Sets up and passes the tests: ruff, pyright, pytest. Arguments go to pytest.
-# With --device cuda [--wheels DIR] [--src DIR], first of all arguments: those tests that take a device, on the card,
-# with the Python at hand (PYTHON, default python3), without a virtual environment or linters.
+# The tests in their own environment: ruff, pyright, pytest. Arguments go to pytest.
+# usage: scripts/test.sh [argument of pytest ...]
+#        scripts/test.sh --device cuda|cpu [--wheels DIR] [--src DIR] [argument of pytest ...]
+# With --device, first of all arguments: the tests that take a device, on that device, with the
+# Python at hand (PYTHON, default python3), without a virtual environment or linters.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,15 +20,18 @@ on_device() {
       *) break ;;
     esac
   done
+
   source scripts/cuda_env.sh
   prepare_cuda tests "${options[@]}"
+
   # Native Triton and its interpreter cannot share a process.
   if [ "$device" = cuda ]; then
     settings=(-u TRITON_INTERPRET CUBLAS_WORKSPACE_CONFIG=:4096:8)
   else
     settings=(TRITON_INTERPRET=1 OMP_NUM_THREADS=1)
   fi
-  settings+=("TEST_DEVICE=$device" TORCHDYNAMO_DISABLE=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1)
+  settings+=("TEST_DEVICE=$device" TORCHDYNAMO_DISABLE=1)
+  settings+=(TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1)
   exec env "${settings[@]}" "$python" -m pytest -m device "$@"
 }
 
@@ -34,18 +39,19 @@ on_device() {
 for word in "$@"; do
   case $word in
     --device | --device=* | --wheels | --wheels=* | --src | --src=*)
-      echo "scripts/test.sh: $word: give --device cuda first, then --wheels DIR and --src DIR, then what pytest gets" >&2
+      echo "$0: $word: give --device cuda first, then --wheels DIR and --src DIR," \
+        "then the arguments of pytest" >&2
       exit 2
       ;;
   esac
 done
 
 source scripts/venv.sh
-# The old tool's wheel, a stand-in for its checkout (SPECFORGE_SRC) in the parity tests; without its dependencies.
-make_venv "${VENV:-.venv-test}" test specforge==0.2.0 yunchang==0.6.4 triton==3.8.0
-bin="${VENV:-.venv-test}/bin"
+# SpecForge's wheel, in place of its checkout (SPECFORGE_SRC), and without its dependencies.
+venv=${VENV:-.venv-test}
+make_venv "$venv" test specforge==0.2.0 yunchang==0.6.4 triton==3.8.0
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-"$bin/ruff" check .
-"$bin/ruff" format --check .
-"$bin/pyright" --pythonpath "$bin/python"
-exec "$bin/python" -m pytest "$@"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/pyright" --pythonpath "$venv/bin/python"
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,6 +1,7 @@
-# Sourced: `make_venv FOLDER EXTRA [BARE ...]` makes a virtual environment with this checkout and one extra, and BARE
-# packages without their dependencies, once per pyproject.toml.
-# TORCH names the torch requirement (default: the tested one), CONSTRAINTS a file of pip's constraints (default: none).
+# Sourced: `make_venv FOLDER EXTRA [BARE ...]` makes a virtual environment with this checkout and
+# one extra, and the packages BARE without their dependencies; again only when pyproject.toml
+# changes. TORCH names the torch requirement (default: the tested one), CONSTRAINTS a file of pip's
+# constraints (default: none).
 make_venv() {
   local folder=$1 extra=$2 stamp
   shift 2
@@ -10,6 +11,8 @@ make_venv() {
     install+=(--constraint "$CONSTRAINTS")
     sources+=("$CONSTRAINTS")
   fi
+
+  # The stamp is written last: an installation that failed begins anew.
   stamp="$(cat "${sources[@]}" | cksum) ${TORCH:=torch==2.13.0} $extra $*"
   if [ "$(cat "$folder/.stamp" 2>/dev/null)" != "$stamp" ]; then
     echo "installing into $folder" >&2

@@ -45,7 +45,7 @@ def tally(request: pytest.FixtureRequest) -> Tally:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    for line in devices.told(config):
+    for line in devices.summary_lines(config):
         terminalreporter.line(line, red=True)
     if config.stash.get(TALLIES, []):
         terminalreporter.section("drawn cases by dtype, loss and unroll length K")

@@ -1,14 +1,15 @@
-"""Which device the tests of this process run on, and what is told of them: hooks that `conftest` hands to pytest.
+"""Which device this process's tests run on, and a record of their outcomes: hooks for pytest.
 
-A test that takes an argument `device` is held on "cpu" always and on "cuda" where there is a card. The two need two
-processes, as Triton's interpreter and its compiler cannot share one: `TEST_DEVICE` names this process's.
+A test with an argument `device` runs on "cpu", and on "cuda" where there is a card. Triton's
+interpreter and its compiler cannot share a process, so each device needs one: `TEST_DEVICE` names
+this process's.
 
-- absent: the CPU; what would run on a card is skipped, and says how it is run.
-- `cpu`: the CPU alone.
-- `cuda`: a card alone, which must be there. Nothing may be skipped, and no test at all is a failure.
-- `stand-in`: the tests of "cuda" on a card that is not there (tests/stand_in_card.py). It certifies nothing.
+- absent: the CPU; a test for a card is skipped, and its reason names the command that runs it
+- `cpu`: the CPU alone
+- `cuda`: a card alone, which must be there; a skipped test, or no test at all, is a failure
+- `stand-in`: the tests of "cuda" on a simulated card (tests/stand_in_card.py); certifies nothing
 
-PYTEST_DONT_REWRITE: it is imported before torch, to settle the environment.
+PYTEST_DONT_REWRITE: this is imported before torch, to set the environment.
 """
 
 import contextlib
@@ -26,24 +27,31 @@ VARIABLE = "TEST_DEVICE"
 CHOSEN = os.environ.get(VARIABLE)
 ON_CARD = CHOSEN == "cuda"
 STAND_IN = CHOSEN == "stand-in"
-FIRST = (  # in a process for one device: what matters most, in case time runs out
-    *(
-        "test_oracle_training",
-        "test_reference_oracle",
-        "test_parity",
-        "test_plain_kernel",
-        "test_fast_cuda",
-    ),
-    *("test_fast", "test_mesh_of_one", "test_laws"),
+FIRST = (
+    "test_oracle_training",
+    "test_reference_oracle",
+    "test_reference_parity",
+    "test_kl_kernel",
+    "test_fast_cuda",
+    "test_fast",
+    "test_mesh_of_one",
+    "test_laws",
 )
+"""Modules that run first in a process for one device, the most important first."""
+
 INTERPRETED = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
 COMPILED = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHDYNAMO_DISABLE": "1"}
 
-begin = time.monotonic()
+COUNTS = pytest.StashKey[Counter]()
+BEGIN = time.monotonic()
 
 
 def settle_environment() -> None:
-    """What torch and Triton must find when they are loaded."""
+    """Set the variables that torch and Triton read when they are loaded.
+
+    Raises:
+        UsageError: an unknown device, or kernels that are to be interpreted on a card.
+    """
     if CHOSEN not in (None, "cpu", "cuda", "stand-in"):
         raise pytest.UsageError(f"{VARIABLE}={CHOSEN}: must be cpu, cuda or stand-in, or absent")
     if ON_CARD and "TRITON_INTERPRET" in os.environ:
@@ -55,7 +63,11 @@ def settle_environment() -> None:
 
 
 def settle_torch() -> None:
-    """On a card: deterministic algorithms, and a card."""
+    """Set one thread; for a card deterministic algorithms.
+
+    Raises:
+        UsageError: no card is there.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -73,7 +85,10 @@ def missing() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         return f"a card is here ({name}): `scripts/test.sh --device cuda` runs this on it"
-    return f"no CUDA device for torch {torch.__version__} here; where there is one: `scripts/test.sh --device cuda`"
+    return (
+        f"no CUDA device for torch {torch.__version__} here; "
+        "where there is one: `scripts/test.sh --device cuda`"
+    )
 
 
 def devices() -> list[Any]:
@@ -91,44 +106,42 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of a run that must tell everything within its time."""
+    """Options for a record of the outcomes, and for a limit of time."""
     parser.addoption("--outcomes", type=Path, help="a file for one line of JSON a test, as it ends")
     parser.addoption(
         "--seconds",
         type=float,
         default=float("inf"),
-        help="no test begins later; what is left is told",
+        help="no test begins later; those are counted as left out",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker, begin the file of outcomes, count what happens."""
+    """Register the marker, begin the record of outcomes, and start to count them."""
     config.addinivalue_line(
         "markers", "device: takes the device that it runs on (tests/devices.py)"
     )
     config.stash[COUNTS] = Counter()
-    if path := config.getoption("--outcomes"):
+    path = config.getoption("--outcomes")
+    if path is not None:
         path.write_text("")
-        tell(config, {"run": about()})
+        record(config, {"run": provenance_of_run()})
 
 
-def about() -> dict[str, Any]:
-    """What a file of outcomes says of its run."""
+def provenance_of_run() -> dict[str, Any]:
+    """The first row of a record: device, revision, versions, hardware, hashes of the sources."""
     import torch
 
     from eagle3fn.testing.provenance import provenance
     from tests.specforge.certificate import sources
 
-    said = provenance("python -m pytest", os.environ.get("EAGLE3FN_REVISION"))
-    return {"device": CHOSEN, "torch": torch.__version__, **said, "sources": sources(every=True)}
-
-
-COUNTS = pytest.StashKey[Counter]()
+    found = provenance("python -m pytest", os.environ.get("EAGLE3FN_REVISION"))
+    return {"device": CHOSEN, "torch": torch.__version__, **found, "sources": sources(every=True)}
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a process for a card its tests alone; in one for any device the most telling first."""
+    """Select a card's tests in a process for one; sort by `FIRST` in a process for any device."""
     if ON_CARD or STAND_IN:
         other = [item for item in items if not item.get_closest_marker("device")]
         items[:] = [item for item in items if item.get_closest_marker("device")]
@@ -140,22 +153,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(
             "TRITON_INTERPRET was set while the tests were collected: find the module that sets it"
         )
-    tell(config, {"collected": [item.nodeid for item in items]})
+    record(config, {"collected": [item.nodeid for item in items]})
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    """Leave a test out that would begin after the run's time."""
-    if time.monotonic() - begin < float(item.config.getoption("--seconds")):  # pyright: ignore
+    """Leave out a test that would begin after the run's time."""
+    if time.monotonic() - BEGIN < float(item.config.getoption("--seconds")):  # pyright: ignore
         return None
     item.config.stash[COUNTS]["left out"] += 1
-    tell(item.config, {"test": item.nodeid, "outcome": "left out"})
+    record(item.config, {"test": item.nodeid, "outcome": "left out"})
     return True
 
 
 @contextlib.contextmanager
 def card() -> Iterator[None]:
-    """The stand-in for a card, where this process is for one; else nothing."""
+    """The simulated card in a process for it; nothing elsewhere."""
     if not STAND_IN:
         yield
         return
@@ -167,9 +180,9 @@ def card() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    """Skip what is for a card in a process that is not; fixtures of the stand-in's tests find it."""
-    device = getattr(item, "callspec", None) and item.callspec.params.get("device")  # pyright: ignore
-    if device == "cuda" and not ON_CARD:
+    """Skip a card's test in a process for another device; set up fixtures on the simulated card."""
+    callspec: Any = getattr(item, "callspec", None)
+    if callspec is not None and callspec.params.get("device") == "cuda" and not ON_CARD:
         pytest.skip(missing())
     with card():
         return (yield)
@@ -177,59 +190,66 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """A test of the stand-in for a card runs inside it."""
+    """Run a test on the simulated card in a process for it."""
     with card():
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Tell a test's outcome once: at its call, or where it did not get there."""
+    """Record a test's outcome: that of its call, and a failure or skip before or after it."""
     report = yield
     if report.when == "call" or report.outcome != "passed":
         item.config.stash[COUNTS][report.outcome] += 1
-        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-        row = {"test": item.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
-        tell(item.config, row | {"text": text})
+
+        # Of a skip, pytest keeps file, line and reason.
+        reason_alone = isinstance(report.longrepr, tuple)
+        row = {
+            "test": item.nodeid,
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 3),
+            "text": report.longrepr[2] if reason_alone else report.longreprtext,
+        }
+        record(item.config, row)
     return report
 
 
-def tell(config: pytest.Config, row: dict[str, Any]) -> None:
-    """One line of the file of outcomes."""
-    if path := config.getoption("--outcomes"):
+def record(config: pytest.Config, row: dict[str, Any]) -> None:
+    """Append one line to the record of outcomes, if there is one."""
+    path = config.getoption("--outcomes")
+    if path is not None:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """On a card a skip is a failure, and so is a run without a test."""
-    if faults(session.config) and session.exitstatus in (
-        pytest.ExitCode.OK,
-        pytest.ExitCode.NO_TESTS_COLLECTED,
-    ):
+    """Fail a run on a card with a skipped test, or with none at all."""
+    good = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    if faults(session.config) and session.exitstatus in good:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_report_header() -> str:
-    """What a reader of the run should know first."""
-    said = {None: missing(), "stand-in": "a stand-in for a card: certifies nothing"}
-    return f"device: {said.get(CHOSEN, CHOSEN)}"
+    """The device."""
+    shown = {None: missing(), "stand-in": "a simulated card: certifies nothing"}
+    return f"device: {shown.get(CHOSEN, CHOSEN)}"
 
 
-def told(config: pytest.Config) -> list[str]:
+def summary_lines(config: pytest.Config) -> list[str]:
     """Lines for the end of the run."""
-    left = config.stash[COUNTS]["left out"]
-    return [*([f"{left} tests left out: no time"] if left else []), *faults(config)]
+    left_out = config.stash[COUNTS]["left out"]
+    lines = [f"{left_out} tests left out: no time"] if left_out else []
+    return lines + faults(config)
 
 
 def faults(config: pytest.Config) -> list[str]:
-    """What makes a run on a card no proof, though no test failed."""
-    counts = config.stash[COUNTS]
+    """Why a run on a card is no proof, though no test failed."""
     if not ON_CARD:
         return []
-    found = (
-        [f"{counts['skipped']} tests were skipped: on a card that is a failure"]
-        if counts["skipped"]
-        else []
-    )
-    return found + ([] if counts["passed"] else ["no test passed: nothing was verified"])
+    counts = config.stash[COUNTS]
+    found = []
+    if counts["skipped"]:
+        found.append(f"{counts['skipped']} tests were skipped: on a card that is a failure")
+    if not counts["passed"]:
+        found.append("no test passed: nothing was verified")
+    return found

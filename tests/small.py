@@ -45,7 +45,7 @@ def config_of(dtype: str = "float32", steps: int = 20, head_dim: int = 6, **obje
         draft=draft,
         objective=e3.ObjectiveConfig(**{"ttt_length": 4, "numerics": NUMERICS, **objective}),
         optimizer=e3.OptimizerConfig(learning_rate=1e-2),
-        train=e3.TrainConfig(steps=steps, dtype=dtype),  # pyright: ignore[reportArgumentType]
+        train=e3.TrainConfig(steps=steps, dtype=dtype, init="random"),  # pyright: ignore[reportArgumentType]
     )
 
 

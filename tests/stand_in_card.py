@@ -1,17 +1,18 @@
-"""A card that is not there: tensors that lie on another device, compute on the CPU, and do not mix with the host's.
+"""A simulated card: a device whose tensors are computed on the CPU and do not mix with the host's.
 
-What it is for: a tensor made on the wrong device, or a value read on the host in the middle of a step, is found
-without a card. What it is not: its numbers are the CPU's, its kernels are interpreted, so it certifies nothing.
+It finds, without a card, a tensor made on the wrong device and a value read on the host in the
+middle of a step. Its numbers are the CPU's and its kernels are interpreted: it certifies nothing.
 
-PyTorch's device of shapes alone, "meta", lends its name, as every build of PyTorch knows it. While `stand_in()` is
-open every operation passes `_run`, which takes the values out, computes, and puts the results on the card again.
-Attention is chosen as on a card. Loss and scores are the plain expressions, as an interpreted kernel takes seconds;
-where a test calls a Triton kernel by name, it is interpreted.
+The device has the name of PyTorch's "meta", which every build of PyTorch has. While `stand_in()` is
+open, every operation goes through `_run`, which unwraps the values, computes, and wraps the
+results. Attention is chosen as on a card. Loss and scores are the plain expressions, since an
+interpreted kernel takes seconds; a Triton kernel that a test calls by name is interpreted.
 """
 
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,14 +23,18 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 
 from eagle3fn.model import fast, flash_attention
 from eagle3fn.model.kernels import score
-from eagle3fn.specforge import kl_kernel as legacy_kl
+from eagle3fn.specforge import kl_kernel
 
 NAME = "meta"
 aten = torch.ops.aten
 
-READS = {  # what a host cannot know before the device has got there
-    *(aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default),
-    *(aten.masked_select.default, aten.unique_dim.default, aten._unique2.default),
+READS = {  # operations whose result, or its shape, the host needs
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.unique_dim.default,
+    aten._unique2.default,
 }
 INDEXING = {
     aten.index.Tensor,
@@ -41,10 +46,10 @@ COPIES = {aten._to_copy.default, aten.copy_.default}
 
 
 class Wait(NamedTuple):
-    """The host waits for the device: what for, and the package's own lines that led there."""
+    """An operation at which the host waits for the device."""
 
     what: str
-    where: tuple[str, ...]
+    where: tuple[str, ...]  # the package's lines that led there, the innermost last
 
 
 class OnCard(Tensor):
@@ -55,9 +60,15 @@ class OnCard(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnCard":
         return Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            layout=held.layout, device=torch.device(NAME), requires_grad=False,
-        )  # fmt: skip
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device=torch.device(NAME),
+            requires_grad=False,
+        )
 
     def __init__(self, held: Tensor) -> None:
         self.held = held
@@ -66,7 +77,7 @@ class OnCard(Tensor):
         return f"OnCard({self.held!r})"
 
     def tolist(self) -> list:
-        """The values, on the host; PyTorch refuses this for a subclass."""
+        """The values, on the host; PyTorch's own refuses a subclass."""
         return self.cpu().tolist()
 
     @classmethod
@@ -75,7 +86,7 @@ class OnCard(Tensor):
 
 
 class _Everything(TorchDispatchMode):
-    """Tensors are made on the card where that is asked for."""
+    """Also runs operations without a tensor argument, which may create one on the card."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -84,38 +95,47 @@ class _Everything(TorchDispatchMode):
 _waits: list[Wait] = []
 
 
-def taken(tree: Any) -> Any:
-    """The values of the card's tensors in a tree."""
+def to_host(tree: Any) -> Any:
+    """A tree with the values of the card's tensors in their place."""
     return optree.tree_map(lambda x: x.held if isinstance(x, OnCard) else x, tree)
 
 
-def put(tree: Any) -> Any:
-    """A tree with its tensors on the card."""
-    return optree.tree_map(
-        lambda x: OnCard(x) if isinstance(x, Tensor) and not isinstance(x, OnCard) else x, tree
-    )
+def to_card(tree: Any) -> Any:
+    """A tree with all its tensors on the card."""
+
+    def wrap(x: Any) -> Any:
+        is_host_tensor = isinstance(x, Tensor) and not isinstance(x, OnCard)
+        return OnCard(x) if is_host_tensor else x
+
+    return optree.tree_map(wrap, tree)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """One operation: on the host if all its tensors are there, else on the card."""
+    """One operation, on the host if all its tensors are there, else on the card.
+
+    Raises:
+        RuntimeError: it mixes tensors of the host and of the card.
+    """
     given: Any = (args, kwargs)
     tensors = [x for x in optree.tree_leaves(given) if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, OnCard)]
     _refuse_mixed(func, tensors, ours)
     _note_waits(func, args, kwargs, ours)
 
-    # Where the result lies: where it is asked to, else where the inputs do.
-    wanted = kwargs.get("device")
-    on_card = bool(ours) if wanted is None else torch.device(wanted).type == NAME
+    # The result's device: the requested one, else that of the inputs.
+    requested = kwargs.get("device")
+    on_card = bool(ours) if requested is None else torch.device(requested).type == NAME
     if func in (aten._local_scalar_dense.default, aten.equal.default):
         on_card = False
 
     # Compute on the CPU.
-    on_host = dict(kwargs, device=torch.device("cpu")) if wanted is not None else kwargs
-    inner_args, inner_kwargs = taken(args), taken(on_host)
-    out = func(*inner_args, **inner_kwargs)
+    if requested is not None:
+        kwargs_there = dict(kwargs, device=torch.device("cpu"))
+    else:
+        kwargs_there = kwargs
+    out = func(*to_host(args), **to_host(kwargs_there))
     if on_card:
-        out = put(out)
+        out = to_card(out)
     if not ours or not on_card or func is aten._to_copy.default:
         return out
     return return_and_correct_aliasing(func, args, kwargs, out)
@@ -151,62 +171,65 @@ def _note_waits(func: Any, args: Any, kwargs: dict[str, Any], ours: list[OnCard]
 
 
 def _note(what: str) -> None:
-    lines = [f for f in traceback.extract_stack() if "/eagle3fn/" in f.filename]
-    _waits.append(
-        Wait(
-            what, tuple(f"{f.filename.rpartition('/')[2]}:{f.lineno}: {f.line}" for f in lines[-3:])
-        )
-    )
+    frames = [f for f in traceback.extract_stack() if "/eagle3fn/" in f.filename]
+    lines = [f"{Path(f.filename).name}:{f.lineno}: {f.line}" for f in frames[-3:]]
+    _waits.append(Wait(what, tuple(lines)))
 
 
 class _Launch:
-    """A Triton kernel that finds the values of the card's tensors."""
+    """A Triton kernel that is called with the values of the card's tensors."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self.kernel[grid](*taken(args), **kwargs)
+            return self.kernel[grid](*to_host(args), **kwargs)
 
         return call
 
 
 def _by_value(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the CPU's own, called for tensors on the card."""
+    """A function of the CPU, for tensors on the card too."""
 
     def call(*args: Any) -> Any:
-        return put(function(*taken(args))) if isinstance(args[0], OnCard) else function(*args)
+        if isinstance(args[0], OnCard):
+            return to_card(function(*to_host(args)))
+        return function(*args)
 
     return call
 
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[list[Wait]]:
-    """The card is there while this is open, under the device name `NAME`; gives what the host waited for, growing."""
-    loss_kernels = tuple(map(_Launch, legacy_kl._kernels()))
+    """While this is open the card is there, under the device name `NAME`.
+
+    Yields:
+        What the host waited for; the list grows.
+    """
+    loss_kernels = tuple(map(_Launch, kl_kernel._kernels()))
     score_kernels = tuple(map(_Launch, score._kernels()))
 
-    def fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    def has_flash_kernel(device: torch.device, dtype: torch.dtype, size: int) -> bool:
         return (
             device.type == NAME
-            and dtype in flash_attention._KINDS
-            and size in flash_attention._SIZES
+            and dtype in flash_attention._DTYPES
+            and size in flash_attention._HEAD_SIZES
         )
 
     make = torch.tensor
 
     def tensor(data: Any, *, device: Any = None, **rest: Any) -> Tensor:
-        """PyTorch makes one of numbers past every mode."""
+        """`torch.tensor`, which no dispatch mode sees."""
         on_card = device is not None and torch.device(device).type == NAME
         return make(data, **rest).to(NAME) if on_card else make(data, device=device, **rest)
 
     replaced = [
         (torch, "tensor", tensor),
         (torch.cuda, "device_of", lambda x: contextlib.nullcontext()),
-        (legacy_kl, "_kernels", lambda: loss_kernels),
+        (kl_kernel, "_kernels", lambda: loss_kernels),
         (score, "_kernels", lambda: score_kernels),
-        (fast, "fits", fits),
+        (fast, "has_flash_kernel", has_flash_kernel),
         (flash_attention, "_flash", _by_value(flash_attention._flash)),
         (flash_attention, "_flash_backward", _by_value(flash_attention._flash_backward)),
     ]

@@ -246,6 +246,7 @@ def test_evaluate_is_lossless_and_report_gathers(house, tmp_path, capsys):
         for label in ("lossless in fp32", "break-even", "training tokens/s", "wall seconds")
     )
     assert report["lossless"] is True
+    assert report["prompts"] == "prompts.jsonl"
     assert report["wall_s"] == 3.5
     wanted = (
         "accepted_length acceptance_by_position tokens_per_s plain_tokens_per_s train_tokens_per_s"

@@ -1,4 +1,4 @@
-"""The lanes of the tests: their lists of versions are pyproject.toml's, and a bad call is one line."""
+"""The lanes of the tests: their versions are pyproject.toml's, and a bad call is one line."""
 
 import os
 import subprocess
@@ -11,11 +11,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 LANES = ROOT / "scripts" / "lanes"
-BESIDE = {"triton"}  # comes with torch, or by hand where torch is for CPUs
+NOT_DECLARED = {"triton"}  # comes with torch, or by hand where torch is for CPUs
 
 
 def declared() -> dict[str, Requirement]:
-    """What the package, its extra for tests and its demo need, by name."""
+    """The requirements of the package, its tests and its demo, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     texts = project["dependencies"] + extras["testing"] + extras["demo"]
@@ -29,7 +29,7 @@ def minimum(requirement: Requirement) -> Version:
 
 
 def pinned(lane: str, python: str) -> dict[str, Version]:
-    """A lane's versions by name, for one Python; each name stands there once."""
+    """A lane's versions by name, for one Python."""
     lines = (LANES / f"{lane}.txt").read_text().splitlines()
     found = [Requirement(line) for line in lines if line and not line.startswith("#")]
     mine = [
@@ -49,7 +49,7 @@ def pinned(lane: str, python: str) -> dict[str, Version]:
 def test_the_oldest_lane_is_pyprojects_minima(python: str) -> None:
     minima = {name: minimum(requirement) for name, requirement in declared().items()}
     oldest = pinned("oldest", python)
-    assert {name: version for name, version in oldest.items() if name not in BESIDE} == minima
+    assert {name: version for name, version in oldest.items() if name not in NOT_DECLARED} == minima
     assert oldest["torch"] == Version("2.11.0") and oldest["triton"] == Version("3.6.0")
     assert oldest["transformers"] <= Version("5.17.0")
 

@@ -16,16 +16,19 @@ from eagle3fn.base.config import (
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
-    from_dict,
 )
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.cli import parser
+from eagle3fn.specforge.recipes import SETTINGS
+from eagle3fn.train.recipe import Recipe
 from eagle3fn.use.evaluate import EvalSettings
 from tests.specforge.certificate import NOT_SEEN, seen
+from tests.tree import tree
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+SPECFORGE = (ROOT / "docs/specforge.md").read_text(encoding="utf-8")
 SECTIONS: dict[str, Any] = {
     "draft": DraftConfig,
     "objective": ObjectiveConfig,
@@ -34,10 +37,6 @@ SECTIONS: dict[str, Any] = {
     "train": TrainConfig,
     "evaluate": EvalSettings,
 }
-TREE_FILES = (
-    *("*.md", "pyproject.toml", "eagle3fn/**/*.py", "eagle3fn/py.typed"),
-    *("scripts/**/*", "tests/**/*.py", "bench/*.py", "bench/*.md"),
-)
 
 
 def chapter(title: str) -> str:
@@ -61,13 +60,15 @@ def commands() -> dict[str, list[argparse.Action]]:
     }
 
 
-def test_snippets_run() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert len(blocks) >= 2
+@pytest.mark.parametrize("page", ["README.md", "docs/specforge.md"])
+def test_snippets_run(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert blocks
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"README.md, snippet {number}", "exec"), names)
+        exec(compile(block, f"{page}, snippet {number}", "exec"), names)
 
 
 def test_defaults_are_the_codes() -> None:
@@ -106,11 +107,26 @@ def test_options_are_the_parsers() -> None:
     }
 
 
-def test_plain_settings_exist() -> None:
-    for name, value, _ in rows("Settings that reproduce the old tool"):
-        section, key = name.strip("`").split(".")
-        wanted = ast.literal_eval(value.strip("`"))
-        assert getattr(from_dict(SECTIONS[section], {key: wanted}, "README.md"), key) == wanted
+def test_settings_of_specforges_recipe_are_the_codes() -> None:
+    """The settings among the table's rows.
+
+    The functions among them are named by the record's fields.
+    """
+    lines = [line for line in SPECFORGE.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in lines]
+    table = {
+        name: value for name, value, *_ in cells if name.split(".")[0] in (*SECTIONS, "Recipe")
+    }
+
+    settings = {}
+    for section, values in SETTINGS.items():
+        for key, value in values.items():
+            settings[f"{section}.{key}"] = value
+    named = {name: value for name, value in table.items() if not name.startswith("Recipe.")}
+    assert {name: ast.literal_eval(value) for name, value in named.items()} == settings
+
+    functions = {name.removeprefix("Recipe.") for name in table if name.startswith("Recipe.")}
+    assert functions == set(Recipe._fields) - {"name"}
 
 
 def takes_a_device(file: str) -> bool:
@@ -127,7 +143,10 @@ def takes_a_device(file: str) -> bool:
 
 
 def test_each_claim_says_whether_a_card_has_seen_it() -> None:
-    """The last column is made of the gate's result files; a row without a test that takes a device has a dash."""
+    """The last column is made of the gate's result files.
+
+    A row without a test that takes a device has a dash.
+    """
     rows = [
         line.strip("| ").split(" | ")
         for line in chapter("What is verified, and where").splitlines()
@@ -141,7 +160,7 @@ def test_each_claim_says_whether_a_card_has_seen_it() -> None:
     for title, how, _, on_card in rows:
         files = {
             name
-            for name in re.findall(r"tests/test_\w+\.py", f"{title} {how}")
+            for name in re.findall(r"tests/[\w/]*test_\w+\.py", f"{title} {how}")
             if takes_a_device(name)
         }
         if files and on_card != "-":
@@ -153,25 +172,17 @@ def test_each_claim_says_whether_a_card_has_seen_it() -> None:
     assert sum(row[3] != "-" for row in rows) > 12
 
 
-def test_the_tree_is_the_folders() -> None:
-    lines = chapter("The tree").split("```text\n")[1].split("```")[0].splitlines()
-    listed, place = [], [""]
-    for line in lines:
-        name, comment = line.split(maxsplit=1) if not line.endswith("/") else (line.strip(), "")
-        place = [*place[: 1 + (len(line) - len(line.lstrip())) // 2], name]
-        assert comment or name.endswith("/"), line
-        listed += [] if name.endswith("/") else ["".join(place)]
-    files = [path for pattern in TREE_FILES for path in ROOT.glob(pattern) if path.is_file()]
-    kept = [
-        path for path in files if "__pycache__" not in path.parts and path.name != "__init__.py"
-    ]
-    assert len(listed) == len(set(listed)), "a file stands there twice"
-    assert set(listed) - {"eagle3fn/__init__.py"} == {
-        path.relative_to(ROOT).as_posix() for path in kept
-    }
+def test_the_tree_is_made_of_the_files() -> None:
+    assert tree() in ARCHITECTURE, "the tree has changed; run python -m tests.tree"
+    for line in tree().splitlines():
+        name, *about = line.split()
+        if name.endswith((".py", ".sh")):
+            assert about, f"{name} has no first sentence"
 
 
-@pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "ARCHITECTURE"])
+@pytest.mark.parametrize(
+    "text", [README, ARCHITECTURE, SPECFORGE], ids=["README", "ARCHITECTURE", "specforge"]
+)
 def test_named_files_and_functions_exist(text: str) -> None:
     for path in re.findall(r"`((?:tests|scripts|bench|eagle3fn)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).is_file(), path

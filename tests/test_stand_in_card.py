@@ -1,6 +1,7 @@
-"""A step on the stand-in for a card: nothing lies on the wrong device, and the host waits for nothing."""
+"""A step on the simulated card: every tensor is on its device, and the host waits for nothing."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,54 +19,64 @@ pytest.importorskip(
 )
 
 
-def two_steps(numerics: str, dtype: str, donate: bool) -> tuple[e3.TrainState, float, list[Wait]]:
-    """Two updates on the card, the batches brought there as training brings them, and what the host waited for."""
+class TwoSteps(NamedTuple):
+    """Two updates on the simulated card."""
+
+    state: e3.TrainState
+    loss: float
+    waits: list[Wait]
+
+
+def two_steps(numerics: str, dtype: str, donate: bool) -> TwoSteps:
+    """Two updates; their batches are moved to the card as training moves them."""
     case = Case(head_dim=8, dtype=dtype, normalization="mask", teacher="compact")  # pyright: ignore
     config = case.config()
     config = replace(config, objective=replace(config.objective, numerics=numerics))
     batch = tiny_batch(case)
-    n = torch.arange(case.steps, 0, -1.0) + 4
-    batch = batch._replace(**both_rows(batch.row_mask, case.steps), row_counts=n)
+    row_counts = torch.arange(case.steps, 0, -1.0) + 4
+    rows = both_rows(batch.row_mask, case.steps)
+    batch = batch._replace(**rows, row_counts=row_counts)
     with stand_in() as waits:
         fns = e3.bind(config, on(NAME, tiny_frozen(case)))
         state = fns.init_state(on(NAME, tiny_params(case)))
         waits.clear()
         for _ in range(2):
             state, metrics = fns.step(state, to_device(batch, NAME), donate=donate)
-        found = list(waits)
-        return state, float(metrics["loss"]), found
+        during_steps = list(waits)
+        return TwoSteps(state, float(metrics["loss"]), during_steps)
 
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_fast_step_waits_for_nothing(donate: bool) -> None:
-    state, loss, waits = two_steps(
-        "fast", "bfloat16", donate
-    )  # its scores' kernels: tests/model/test_fast_cuda.py
-    assert waits == []
-    devices = {name: leaf.device.type for name, leaf in named_leaves(state).items()}
-    assert devices.pop("step") == "cpu" and set(devices.values()) == {NAME}
-    assert loss == pytest.approx(two_steps("plain", "bfloat16", donate)[1], rel=1e-2)
+    """The kernels of its scores: tests/model/test_fast_cuda.py."""
+    found = two_steps("fast", "bfloat16", donate)
+    assert found.waits == []
+
+    devices = {name: leaf.device.type for name, leaf in named_leaves(found.state).items()}
+    assert devices.pop("step") == "cpu"
+    assert set(devices.values()) == {NAME}
+    plain = two_steps("plain", "bfloat16", donate)
+    assert found.loss == pytest.approx(plain.loss, rel=1e-2)
 
 
-def test_outside_bf16_blocks_of_attention_are_cut_on_the_host() -> None:
-    """Once a step, and it is known: the flash kernel takes 16 bits alone."""
-    _, _, waits = two_steps("fast", "float32", True)
-    assert len(waits) == 2 and all(
-        "make_blocks" in line or "tolist" in line for w in waits for line in w.where[-1:]
-    )
+def test_a_fast_step_in_fp32_waits_once_for_the_blocks_of_attention() -> None:
+    """The flash kernel takes 16 bits alone; blocks are made on the host."""
+    waits = two_steps("fast", "float32", donate=True).waits
+    assert len(waits) == 2
+    for wait in waits:
+        assert "make_blocks" in wait.where[-1] or "tolist" in wait.where[-1]
 
 
-def test_the_stand_in_refuses_what_a_card_refuses() -> None:
+def test_tensors_of_host_and_card_do_not_mix() -> None:
     with stand_in() as waits:
         there = torch.ones(3, device=NAME)
-        assert (there + 1).device.type == NAME and waits == []
+        assert (there + 1).device.type == NAME
+        assert waits == []
         with pytest.raises(RuntimeError, match="on the same device"):
             _ = there + torch.ones(3)
-        assert (there + torch.tensor(1.0)).tolist() == [
-            2.0,
-            2.0,
-            2.0,
-        ]  # a number may come from the host
+
+        # A number may come from the host.
+        assert (there + torch.tensor(1.0)).tolist() == [2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -79,14 +90,14 @@ def test_the_stand_in_refuses_what_a_card_refuses() -> None:
         (lambda x: x.copy_(torch.ones(3)), "a copy between host and device"),
     ],
 )
-def test_the_stand_in_sees_the_host_wait(act, what: str) -> None:
+def test_a_wait_of_the_host_is_noted(act, what: str) -> None:
     with stand_in() as waits:
         act(torch.ones(3, device=NAME) + 1)
         assert waits and what in waits[0].what
 
 
-def test_what_is_sent_to_a_card_is_pinned_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only then is the copy queued behind the device's work; the host goes on."""
+def test_a_tensor_sent_to_a_card_is_pinned_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only from pinned memory is a copy asynchronous."""
     seen = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append("pinned") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: seen.append(how) or self)
@@ -94,6 +105,6 @@ def test_what_is_sent_to_a_card_is_pinned_first(monkeypatch: pytest.MonkeyPatch)
     assert seen == ["pinned", {"non_blocking": True}]
     seen.clear()
     send(torch.ones(1), torch.device("cpu"))
-    send(torch.ones(1, device="meta"), torch.device("cuda"))  # it lies on a device already
+    send(torch.ones(1, device="meta"), torch.device("cuda"))  # it is on a device already
     send(torch.ones(1, device="meta"), "cpu")  # the host may read it at once
     assert seen == [{}, {}, {}]

@@ -1,8 +1,11 @@
-"""Configuration: frozen dataclasses, read from TOML with dotted overrides; unknown keys are refused."""
+"""Configuration: frozen dataclasses, read from TOML with dotted overrides.
+
+Unknown keys are refused.
+"""
 
 import math
 import types
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,13 +21,17 @@ class ObjectiveConfig:
     Attributes:
         ttt_length: unroll steps `K` (training-time test).
         decay: weight of unroll step `i` is `decay ** i`.
-        normalization: "mask" divides a step's loss by its trained rows in the global batch, "rows" by all `B·S` rows.
-        loss: "kl"; or by acceptance rate (arXiv 2602.23881), "lk_alpha" and "lk_lambda". The latter weighs the KL by
-            `kl_scale · exp(-kl_decay · acceptance)`. Both need the plain numerics and one micro-batch an update.
-        teacher: under the plain numerics, "full" computes all logits `(B, S, V)` at once, "compact" streams over
-            the vocabulary by `teacher_chunk` columns. The fast numerics have a compact teacher of their own.
-        numerics: "plain" is the readable unroll, differentiable any number of times; "fast" computes the same to
-            rounding on the rows that reach a loss term, with kernels of its own.
+        normalization: "mask" divides a step's loss by its trained rows in the global batch, "rows"
+            by all `B·S` rows.
+        loss: "kl"; or by acceptance rate (arXiv 2602.23881), "lk_alpha" and "lk_lambda". The latter
+            weighs the KL by `kl_scale · exp(-kl_decay · acceptance)`. Both need the plain numerics
+            and one micro-batch an update.
+        teacher: under the plain numerics, "full" computes all logits `(B, S, V)` at once, "compact"
+            streams over the vocabulary by `teacher_chunk` columns. The fast numerics have a compact
+            teacher of their own.
+        numerics: "plain" is the readable unroll, differentiable any number of times; "fast"
+            computes the same to rounding on the rows that reach a loss term, with kernels of its
+            own.
     """
 
     ttt_length: int = 7
@@ -68,9 +75,10 @@ class OptimizerConfig:
         learning_rate: the highest rate, reached at the end of the warm-up.
         warmup_ratio: share of the schedule's steps in which the rate rises linearly.
         schedule: "cosine", to 0 at the last step.
-        schedule_steps: updates that the schedule spans, where a run makes another number; 0: `train.steps`.
-        accumulation: dtype in which the gradients of several micro-batches are summed: "fp32", or "params", the
-            parameters' own.
+        schedule_steps: updates that the schedule spans, where a run makes another number; 0:
+            `train.steps`.
+        accumulation: dtype in which the gradients of several micro-batches are summed: "fp32", or
+            "params", the parameters' own.
     """
 
     learning_rate: float = 1e-4
@@ -147,9 +155,10 @@ class TrainConfig:
         seed: of the first parameters and of the samples' order.
         dtype: of parameters, activations and features.
         init: "target" starts head, norm and projection from the target; "random" draws everything.
-        reduce: "tree" sums micro-batches and ranks by one binary tree, so that 1, 2, 4, … ranks give the same bits;
-            "sum" sums in order, and over ranks as the backend does.
-        on_nonfinite: a loss or gradient that is not finite ends the run ("stop"), or its update is dropped ("skip").
+        reduce: "tree" sums micro-batches and ranks by one binary tree, so that 1, 2, 4, … ranks
+            give the same bits; "sum" sums in order, and over ranks as the backend does.
+        on_nonfinite: a loss or gradient that is not finite ends the run ("stop"), or its update is
+            dropped ("skip").
         eval_every: updates between two evaluations on the held-out samples.
         checkpoint_every: updates between two checkpoints.
         keep_last: checkpoints that are kept.
@@ -232,9 +241,11 @@ def load_config(
     draft: DraftConfig | None = None,
     defaults: dict[str, dict[str, Any]] | None = None,
 ) -> Config:
-    """Read a TOML file (or none), apply `section.key=value` overrides, and check every key and type.
+    """Read a TOML file (or none), apply `section.key=value` overrides, and check every key and
+    type.
 
-    `draft` fills the draft section and `defaults` the others, where neither the file nor an override names a key.
+    `draft` fills the draft section and `defaults` the others, where neither the file nor an
+    override names a key.
 
     Raises:
         UserError: unreadable file, unknown key, wrong type, value out of range, no draft section.
@@ -259,7 +270,9 @@ def load_config(
 
 
 def from_dict(kind: Any, tree: dict, where: str, prefix: str = "") -> Any:
-    """Build a frozen dataclass from nested dicts; every key must be a field and every value of its type.
+    """Build a frozen dataclass from nested dicts.
+
+    Every key must be a field and every value of its type.
 
     Raises:
         UserError: names the dotted key, the file and what would be right.
@@ -267,15 +280,19 @@ def from_dict(kind: Any, tree: dict, where: str, prefix: str = "") -> Any:
     hints = get_type_hints(kind)
     unknown = sorted(set(tree) - set(hints))
     if unknown:
-        raise UserError(
-            f"{where}: unknown key {prefix}{unknown[0]}; known: {', '.join(prefix + k for k in hints)}"
-        )
-    values = {key: _convert(hints[key], value, where, prefix + key) for key, value in tree.items()}
-    missing = [
-        f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory
-    ]
-    if missing:
-        raise UserError(f"{where}: {prefix}{missing[0]} is missing")
+        known = ", ".join(prefix + name for name in hints)
+        raise UserError(f"{where}: unknown key {prefix}{unknown[0]}; known: {known}")
+
+    values = {}
+    for key, value in tree.items():
+        values[key] = _convert(hints[key], value, where, prefix + key)
+
+    # A field without a default must be given.
+    for field_ in fields(kind):
+        required = field_.default is MISSING and field_.default_factory is MISSING
+        if required and field_.name not in values:
+            raise UserError(f"{where}: {prefix}{field_.name} is missing")
+
     try:
         return kind(**values)
     except UserError as error:
@@ -283,30 +300,43 @@ def from_dict(kind: Any, tree: dict, where: str, prefix: str = "") -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
-    origin, options = get_origin(hint), get_args(hint)
+    """The value as its field's type, or a UserError; choices are checked by their section."""
+    origin = get_origin(hint)
+    options = get_args(hint)
+
+    # Nested: a section, an optional value, a tuple.
     if is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where, name + ".")
-    if origin is Literal:  # its section checks the value
-        return value
-    if origin in (types.UnionType,):
+    if origin is types.UnionType:
         if value is None and type(None) in options:
             return None
-        return _convert(next(o for o in options if o is not type(None)), value, where, name)
+        inner = next(option for option in options if option is not type(None))
+        return _convert(inner, value, where, name)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(options[0], item, where, name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
+
+    # Simple values; a whole number may be given for a float.
+    if origin is Literal:
         return value
     if origin is dict and isinstance(value, dict):
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
         return value
     raise UserError(f"{where}: {name} = {value!r}: must be {getattr(hint, '__name__', hint)}")
 
 
 def to_dict(config: Any) -> dict:
     """Nested plain dicts of a config; None values are left out (TOML has none)."""
-    pairs = ((f.name, getattr(config, f.name)) for f in fields(config))
-    return {k: to_dict(v) if is_dataclass(v) else v for k, v in pairs if v is not None}
+    tree = {}
+    for field_ in fields(config):
+        value = getattr(config, field_.name)
+        if is_dataclass(value):
+            tree[field_.name] = to_dict(value)
+        elif value is not None:
+            tree[field_.name] = value
+    return tree
 
 
 def with_steps(config: Config, steps: int) -> Config:

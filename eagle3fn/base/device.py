@@ -5,13 +5,15 @@ from torch import Tensor
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on `device`, without the host waiting for what the device is doing.
+    """A tensor on `device`; the host does not wait for work queued on the device.
 
-    A copy to CUDA out of ordinary memory waits for the whole stream; one out of pinned memory is queued in it. A tensor
-    of a device, and one that goes to the host, is copied as `Tensor.to` does.
+    A copy to CUDA from ordinary memory waits for the whole stream, one from pinned memory is queued
+    in it. A tensor that is on a device already, or goes to the host, is copied by `Tensor.to`.
     """
-    if x.device.type != "cpu" or torch.device(device).type == "cpu":
+    kind = torch.device(device).type
+    if x.device.type != "cpu" or kind == "cpu":
         return x.to(device)
-    if torch.device(device).type == "cuda":
+
+    if kind == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input or configuration. The message names the file or value, the constraint and the remedy.
+    """Bad input or configuration. The message names the file or value, the constraint, the remedy.
 
     The command line prints it without a traceback and exits with status 2.
     """

@@ -13,12 +13,15 @@ from eagle3fn.base.tree import check_whole
 def value_and_grad(
     function: Callable[..., Any], has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any]]:
-    """Return a function that gives `(function(x, …), gradient by x)`; with `has_aux`, `((value, aux), gradient)`.
+    """Return a function that gives `(function(x, …), gradient by x)`.
 
-    Differentiates by the first argument, any pytree of tensors. Uses `torch.func.vjp` with one pull-back
-    under `no_grad`: the bits and the memory of `.backward()`, where `torch.func.grad` back-propagates with
-    `create_graph=True` (other kernels, several times the memory). For higher orders call `torch.func` itself.
-    The returned function raises `UserError` for sharded leaves: they are gathered first.
+    With `has_aux`, `((value, aux), gradient)`.
+
+    Differentiates by the first argument, any pytree of tensors. Uses `torch.func.vjp` with one
+    pull-back under `no_grad`: the bits and the memory of `.backward()`, where `torch.func.grad`
+    back-propagates with `create_graph=True` (other kernels, several times the memory). For higher
+    orders call `torch.func` itself. The returned function raises `UserError` for sharded leaves:
+    they are gathered first.
     """
 
     def wrapped(x: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -39,5 +42,6 @@ def value_and_grad(
 def _check_scalar(value: Tensor) -> None:
     if value.ndim:
         raise ValueError(
-            f"value_and_grad: the function returned shape {tuple(value.shape)}; it must return a scalar"
+            f"value_and_grad: the function returned shape {tuple(value.shape)}; it must return a "
+            "scalar"
         )

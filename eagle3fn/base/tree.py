@@ -1,4 +1,4 @@
-"""Pytrees: named leaves and maps, by optree, whose order (sorted keys) is the only one used here."""
+"""Pytrees: named leaves and maps, by optree, whose order (sorted keys) is used everywhere."""
 
 from collections.abc import Callable
 from typing import Any
@@ -51,19 +51,20 @@ def like(tree: Any, leaves: dict[str, Tensor]) -> Any:
 
 def equal(left: Any, right: Any) -> bool:
     """True if both trees have the same named leaves, bit for bit, with equal dtypes."""
-    a, b = named_leaves(left), named_leaves(right)
-    return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
-    )
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least fp32; fp64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    left = named_leaves(left)
+    right = named_leaves(right)
+    if left.keys() != right.keys():
+        return False
+    for name, leaf in left.items():
+        if leaf.dtype != right[name].dtype or not torch.equal(leaf, right[name]):
+            return False
+    return True
 
 
 def pack(tree: Any) -> Tensor:
-    """A tree's few small numbers as one fp64 vector, exactly: fp32 values, and integers below `2**53`."""
+    """A tree's few small numbers as one fp64 vector, exactly: fp32 values, and integers below
+    `2**53`.
+    """
     return torch.cat([leaf.detach().reshape(-1).double() for leaf in optree.tree_leaves(tree)])
 
 
@@ -71,7 +72,7 @@ def unpack(vector: Tensor, like: Any) -> Any:
     """The tree of `like`'s structure, shapes and dtypes that `pack` made `vector` of."""
     leaves, treespec = optree.tree_flatten(like)
     parts = vector.split([leaf.numel() for leaf in leaves])
-    pairs = zip(parts, leaves, strict=True)
-    return optree.tree_unflatten(
-        treespec, [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in pairs]
-    )
+    restored = [
+        part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return optree.tree_unflatten(treespec, restored)

@@ -1,7 +1,8 @@
-"""What flows through the house, as NamedTuples of tensors.
+"""What the stages hand to each other, as NamedTuples of tensors.
 
 Shape letters, used in every docstring: `B` batch, `S` sequence, `K` unroll steps, `H` draft hidden,
-`Ht` target hidden, `N` heads, `J` key-value heads, `E` head size, `V` target vocabulary, `D` draft vocabulary.
+`Ht` target hidden, `N` heads, `J` key-value heads, `E` head size, `V` target vocabulary, `D` draft
+vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +14,10 @@ Params = dict[str, Tensor]
 
 
 class Sample(NamedTuple):
-    """One conversation with the target's features; the last axis of `aux_hidden` is three taps side by side."""
+    """One conversation with the target's features.
+
+    The last axis of `aux_hidden` is the three taps, one after another.
+    """
 
     input_ids: Tensor  # (S,) int64
     token_mask: Tensor  # (S,) int64, 1 on assistant tokens
@@ -24,9 +28,9 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """What `forward_loss` reads. Rows are right-padded with zeros, so padding is never trained.
 
-    `row_mask` counts rows, not tokens: it is already aligned (`data.collate.align_mask`), row `t` is trained
-    against the target's distribution for token `t + 2`.
-    It must be 0 where `attention_mask` is; that is not checked, as it would read values. With a mask on padding the
+    `row_mask` counts rows, not tokens: it is already aligned (`data.collate.align_mask`), row `t`
+    is trained against the target's distribution for token `t + 2`. It must be 0 where
+    `attention_mask` is; that is not checked, as it would read values. With a mask on padding the
     two numerics differ: plain hides padded keys from a padded row, fast does not.
     """
 
@@ -36,20 +40,17 @@ class Batch(NamedTuple):
     aux_hidden: Tensor  # (B, S, 3·Ht)
     last_hidden: Tensor  # (B, S, Ht)
     position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S-1
-    row_counts: Tensor | None = (
-        None  # (K,) fp32: rows trained at each step of the *global* batch; absent: this one's
-    )
-    rows: Tensor | None = (
-        None  # (T,) int64, `base.rows.contributing_rows(row_mask, K)`; absent: found from the mask
-    )
-    labels: Tensor | None = (
-        None  # (P,) int64, `contributing_rows(row_mask, 1)`; absent: found from the mask.
-    )
-    # Rows and labels given must be those of this mask: others give another loss.
+    # (K,) fp32: rows trained at each unroll step over the *global* batch; absent: over this batch.
+    row_counts: Tensor | None = None
+    # (T,) int64, `base.rows.contributing_rows(row_mask, K)`; absent: found from the mask.
+    rows: Tensor | None = None
+    # (P,) int64, `contributing_rows(row_mask, 1)`; absent: found from the mask. Rows and labels
+    # that are given must be those of this mask: others give another loss.
+    labels: Tensor | None = None
 
 
 class VocabMap(NamedTuple):
-    """Which target tokens the draft can say. `nonzero(t2d) == d2t + arange(D)`."""
+    """Which target tokens are in the draft vocabulary. `nonzero(t2d) == d2t + arange(D)`."""
 
     t2d: Tensor  # (V,) bool
     d2t: Tensor  # (D,) int64, an offset: draft id j is target id j + d2t[j]
@@ -58,8 +59,8 @@ class VocabMap(NamedTuple):
 class Frozen(NamedTuple):
     """Tensors of the target, and the vocabulary map; never differentiated.
 
-    `embed_tokens` is None when the draft trains its own (Ht != H). `target_norm` is read by the start from the target
-    alone (`train.init = "target"`).
+    `embed_tokens` is None when the draft trains its own (Ht != H). `target_norm` is read by the
+    start from the target alone (`train.init = "target"`).
     """
 
     embed_tokens: Tensor | None  # (V, H)
@@ -79,19 +80,26 @@ class Teacher(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """Metrics of one batch as sums and counts, so that micro-batches add up. fp32 unless said otherwise."""
+    """Metrics of one batch as sums and counts, so that micro-batches add up. fp32 unless said
+    otherwise.
+    """
 
     losses: Tensor  # (K,) per-step loss, before the decay
     correct: Tensor  # (K,) int64: trained rows whose draft argmax is the target's argmax
     rows: Tensor  # (K,) int64: rows with row_mask
     accept: Tensor  # (K,) sum over rows with position_mask of Σ min(p_full, draft)
     accept_rows: Tensor  # (K,) rows with position_mask
-    greedy: Tensor  # () sum over rows of Σ_i Π_{j<=i} correct_j: the drafted tokens a greedy verifier accepts
-    sampled: Tensor  # () the same with Σ min(p_full, draft) in place of correct
+    # () sum over rows of Σ_i Π_{j≤i} correct_j: the drafted tokens that a greedy verifier accepts
+    greedy: Tensor
+    # () the same with Σ min(p_full, draft) in place of correct
+    sampled: Tensor
 
 
 class TrainState(NamedTuple):
-    """Everything a step reads and writes, as one pytree of tensors; under a device mesh all but `step` are DTensors."""
+    """Everything a step reads and writes, as one pytree of tensors.
+
+    Under a device mesh all but `step` are DTensors.
+    """
 
     params: Params  # compute dtype
     masters: Params  # fp32

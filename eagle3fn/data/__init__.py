@@ -1,1 +1,1 @@
-"""Feature files or roll-out to `Batch`: targets, chat masks, extraction, vocabulary maps, generators."""
+"""From conversations to `Batch`: target, chat masks, extraction, vocabulary maps, generators."""

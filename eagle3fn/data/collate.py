@@ -1,4 +1,6 @@
-"""Samples to a batch: cut, align the mask, pad on the right, count the rows trained at each unroll step."""
+"""Samples to a batch: cut, align the mask, pad on the right, count the rows trained at each unroll
+step.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -14,10 +16,12 @@ AlignMask = Callable[[Tensor], Tensor]
 
 
 def align_mask(token_mask: Tensor) -> Tensor:
-    """Rows to train, `(S,)`, from the mask of assistant tokens, `(S,)`: those that a server drafts from.
+    """Rows to train, `(S,)`, from the mask of assistant tokens, `(S,)`: those that a server drafts
+    from.
 
-    Row `t` is trained where tokens `t + 1` (the newest one when drafting) and `t + 2` (the label) are both the
-    assistant's: `row_mask[t] = token_mask[t + 1] · token_mask[t + 2]`, zero past the end.
+    Row `t` is trained where tokens `t + 1` (the newest one when drafting) and `t + 2` (the label)
+    are both the assistant's: `row_mask[t] = token_mask[t + 1] · token_mask[t + 2]`, zero past the
+    end.
     """
     newest = shift(token_mask)
     label = shift(newest)
@@ -48,5 +52,7 @@ def _pad(rows: list[Tensor]) -> Tensor:
 
 
 def global_row_counts(batches: Sequence[Batch], steps: int) -> Tensor:
-    """Rows trained at each unroll step by all micro-batches of a global batch together: `(K,)` fp32, at least 1."""
+    """Rows trained at each unroll step by all micro-batches of a global batch together: `(K,)`
+    fp32, at least 1.
+    """
     return step_rows([batch.row_mask for batch in batches], steps)

@@ -1,7 +1,8 @@
-"""Conversations through the target into a feature folder; an extraction cut off goes on at its next shard."""
+"""Conversations through the target into a feature folder.
 
-import hashlib
-import json
+An extraction that was cut off goes on at its next shard.
+"""
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +11,11 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import open_text, read_json, read_jsonl, sha256
+from eagle3fn.base.files import json_sha256, read_json, read_numbered_jsonl, sha256
 from eagle3fn.base.types import Sample
 from eagle3fn.data.chat import describe_mask, encode, messages_of
 from eagle3fn.data.features import shard_name, write_index, write_shard
-from eagle3fn.data.fingerprint import config_hash, weights_digest
-from eagle3fn.data.target import hidden_states
+from eagle3fn.data.target import config_hash, hidden_states, weights_digest
 
 
 class Encoded(NamedTuple):
@@ -23,7 +23,7 @@ class Encoded(NamedTuple):
 
     id: str
     input_ids: Tensor  # (S,) int64
-    token_mask: Tensor  # (S,) int64
+    token_mask: Tensor  # (S,) int64, 1 on assistant tokens
 
 
 def extract(
@@ -40,28 +40,44 @@ def extract(
     name: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write the features of the first `limit` conversations (all, if None) to the folder `out`; returns its index.
+    """Write the features of the first `limit` conversations (all, if None) to the folder `out`.
 
-    `layers` are the three tapped decoder layers, `name` the target's name in the index. Samples without a
-    supervised token are dropped and counted. Finished shards of the same target, conversations and settings
-    are kept.
+    Samples without a supervised token are dropped and counted. Finished shards of the same target,
+    conversations and settings are kept.
+
+    Args:
+        model: the target (`data.target.load_target`), on any device.
+        tokenizer: the target's.
+        conversations: a JSONL file, plain, .gz or .xz.
+        out: the feature folder; made, or gone on with.
+        layers: the three tapped decoder layers, counted from 0.
+        max_length: tokens that a conversation is cut to.
+        batch: conversations in one run of the target.
+        samples_per_shard: samples in one file.
+        limit: conversations read.
+        name: the target's name in the index.
+        on_progress: called with the samples done and their number.
+
+    Returns:
+        The folder's index.
 
     Raises:
-        UserError: malformed conversations; none or all tokens supervised; `max_length` above the target's
-            limit; a layer outside the target; `out` holds another extraction.
+        UserError: malformed conversations; none or all tokens supervised; `max_length` above the
+            target's limit; a layer outside the target; `out` holds another extraction.
     """
-    out, config = Path(out), model.config
+    out = Path(out)
+    config = model.config
     check_extraction(config, layers, max_length)
-    tree = config.to_dict()
+
+    # What the features depend on. A folder holds those of one fingerprint.
     target = {
         "name": name or config.name_or_path,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "num_layers": config.num_hidden_layers,
         "aux_layers": list(layers),
-        "config_hash": config_hash(tree),
+        "config_hash": config_hash(config.to_dict()),
     }
-    dtype = str(model.dtype).removeprefix("torch.")
     settings = {
         "conversations": sha256(_existing(conversations)),
         "config": target["config_hash"],
@@ -69,35 +85,37 @@ def extract(
         "template": tokenizer.chat_template,
         "layers": list(layers),
         "max_length": max_length,
-        "dtype": dtype,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "samples_per_shard": samples_per_shard,
     }
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    fingerprint = json_sha256(settings)
     _refuse_other(out, fingerprint)
+
+    # All conversations are encoded first: a malformed one is refused before the target runs.
     rows = encode_all(tokenizer, conversations, max_length, config.vocab_size, limit)
     kept = supervised(rows)
-    groups = [
-        kept[start : start + samples_per_shard] for start in range(0, len(kept), samples_per_shard)
-    ]
-    sidecars, done = [], 0
-    for number, group in enumerate(groups):
-        entries = _entries(group, number * samples_per_shard)
+
+    # One shard after the other. The index goes before the first new shard and comes after the
+    # last, so that a folder with an index is complete.
+    sidecars = []
+    for number, start in enumerate(range(0, len(kept), samples_per_shard)):
+        group = kept[start : start + samples_per_shard]
+        entries = [_entry(key, row) for key, row in enumerate(group, start)]
         sidecar = _finished(out, number, entries)
         if sidecar is None:
             (out / "index.json").unlink(missing_ok=True)
-            taps = run_target(model, group, layers, batch)
-            samples = {entry["key"]: sample for entry, sample in zip(entries, taps, strict=True)}
-            sidecar = write_shard(
-                out, number, samples, {"fingerprint": fingerprint, "samples": entries}
-            )
+            samples = run_target(model, group, layers, batch)
+            keys = [entry["key"] for entry in entries]
+            sidecar = {"fingerprint": fingerprint, "samples": entries}
+            sidecar = write_shard(out, number, dict(zip(keys, samples, strict=True)), sidecar)
         sidecars.append(sidecar)
-        done += len(group)
-        on_progress(done, len(kept))
+        on_progress(start + len(group), len(kept))
+
     index = {
         "fingerprint": fingerprint,
         "data_hash": settings["conversations"],
         "target": target,
-        "dtype": dtype,
+        "dtype": settings["dtype"],
         "max_length": max_length,
         "dropped": len(rows) - len(kept),
     }
@@ -111,7 +129,11 @@ def _existing(path: str | Path) -> Path:
 
 
 def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> None:
-    """Raise a UserError if the target has no such positions or layers."""
+    """Check that a target has `max_length` positions and the three `layers`.
+
+    Raises:
+        UserError: it has not.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise UserError(
@@ -131,21 +153,22 @@ def encode_all(
     vocab_size: int,
     limit: int | None = None,
 ) -> list[Encoded]:
-    """Every conversation of a JSONL file as tokens, in the file's order.
+    """The first `limit` conversations of a JSONL file (all, if None) as tokens, in file order.
 
     Raises:
-        UserError: a malformed row (named by file, line and id), no rows, an id outside the target's vocabulary,
-            none or all of the tokens supervised.
+        UserError: a malformed row (named by file, line and id), no rows, an id outside the target's
+            vocabulary, none or all of the tokens supervised.
     """
-    rows = read_jsonl(conversations)[:limit]
-    with open_text(conversations) as file:
-        lines = [number for number, line in enumerate(file, 1) if line.strip()]
+    rows = read_numbered_jsonl(conversations)[:limit]
     if not rows:
         raise UserError(f"{conversations}: no conversations; write one JSON object a line")
+
     encoded = []
-    for number, row in zip(lines, rows, strict=False):
+    for number, row in rows:
         name = str(row["id"]) if isinstance(row, dict) and "id" in row else None
-        where = f"{conversations}:{number}" + (f" (id {name})" if name else "")
+        where = f"{conversations}:{number}"
+        if name:
+            where += f" (id {name})"
         ids, mask = encode(tokenizer, messages_of(row, where), where)
         if len(ids) and int(ids.max()) >= vocab_size:
             raise UserError(
@@ -153,6 +176,7 @@ def encode_all(
                 "take the tokenizer that belongs to the target"
             )
         encoded.append(Encoded(name or str(number), ids[:max_length], mask[:max_length]))
+
     _check_supervised(tokenizer, encoded, conversations)
     return encoded
 
@@ -163,21 +187,28 @@ def supervised(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def _check_supervised(tokenizer: Any, encoded: list[Encoded], conversations: str | Path) -> None:
+    """Refuse masks that are all 0 or all 1: the chat template was not understood."""
     total = sum(len(row.input_ids) for row in encoded)
     marked = sum(int(row.token_mask.sum()) for row in encoded)
     if 0 < marked < total:
         return
-    shown = describe_mask(tokenizer, encoded[0].input_ids, encoded[0].token_mask)
+
     share = "100%" if marked else "0%"
+    shown = describe_mask(tokenizer, encoded[0].input_ids, encoded[0].token_mask)
     raise UserError(
-        f"{conversations}: {share} of the tokens are supervised; conversations need user and assistant turns "
-        f"within --max-length, and the chat template must tell them apart. First row, supervised in ⟦ ⟧: {shown!r}"
+        f"{conversations}: {share} of the tokens are supervised; "
+        "conversations need user and assistant turns within --max-length, "
+        "and the chat template must tell them apart. "
+        f"First row, supervised in ⟦ ⟧: {shown!r}"
     )
 
 
 def _refuse_other(out: Path, fingerprint: str) -> None:
+    """Refuse a folder that holds an index or a shard of another fingerprint."""
     for path in [out / "index.json", *sorted(out.glob("shard-*.json"))]:
-        tree = read_json(path) if path.is_file() else {"fingerprint": fingerprint}
+        if not path.is_file():
+            continue
+        tree = read_json(path)
         if not isinstance(tree, dict):
             raise UserError(f"{path}: not a JSON object; remove the folder {out} or choose another")
         if tree.get("fingerprint") != fingerprint:
@@ -187,42 +218,61 @@ def _refuse_other(out: Path, fingerprint: str) -> None:
             )
 
 
-def _entries(group: list[Encoded], first: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": row.id,
-            "key": str(key),
-            "length": len(row.input_ids),
-            "supervised": int(row.token_mask.sum()),
-        }
-        for key, row in enumerate(group, first)
-    ]
+def _entry(key: int, row: Encoded) -> dict[str, Any]:
+    """A sample's entry in the sidecar and the index."""
+    return {
+        "id": row.id,
+        "key": str(key),
+        "length": len(row.input_ids),
+        "supervised": int(row.token_mask.sum()),
+    }
 
 
 def _finished(out: Path, number: int, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The sidecar of shard `number` if the shard is there, holds these samples and has the sidecar's hash."""
+    """The sidecar of shard `number`, if it is there with these samples and the sidecar's hash."""
     path = out / shard_name(number)
     if not path.is_file() or not path.with_suffix(".json").is_file():
         return None
     sidecar = read_json(path.with_suffix(".json"))
-    found = {"file": path.name, "bytes": path.stat().st_size, "samples": entries}
-    same = all(sidecar.get(key) == value for key, value in found.items())
-    return sidecar if same and sidecar.get("sha256") == sha256(path) else None
+    expected = {"file": path.name, "bytes": path.stat().st_size, "samples": entries}
+    if any(sidecar.get(key) != value for key, value in expected.items()):
+        return None
+    if sidecar.get("sha256") != sha256(path):
+        return None
+    return sidecar
 
 
-def run_target(model: Any, group: list[Encoded], layers: Sequence[int], batch: int) -> list[Sample]:
-    """Features of a group in its order; samples of like length share a batch, padded on the right."""
-    by_length = sorted(range(len(group)), key=lambda i: len(group[i].input_ids))
+def run_target(
+    model: Any, group: Sequence[Encoded], layers: Sequence[int], batch: int
+) -> list[Sample]:
+    """The samples of a group, in its order, on the CPU and in the target's dtype.
+
+    The target runs on `batch` rows at a time, of like length, padded on the right.
+    """
+    by_length = sorted(range(len(group)), key=lambda number: len(group[number].input_ids))
     samples: dict[int, Sample] = {}
     for start in range(0, len(group), batch):
         chosen = by_length[start : start + batch]
-        lengths = [len(group[i].input_ids) for i in chosen]
-        ids = torch.zeros(len(chosen), max(lengths), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, (i, length) in enumerate(zip(chosen, lengths, strict=True)):
-            ids[row, :length], mask[row, :length] = group[i].input_ids, 1
+
+        # Pad to the longest, which is the last.
+        longest = len(group[chosen[-1]].input_ids)
+        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)  # (B, S)
+        mask = torch.zeros_like(ids)  # (B, S)
+        for row, number in enumerate(chosen):
+            length = len(group[number].input_ids)
+            ids[row, :length] = group[number].input_ids
+            mask[row, :length] = 1
+
+        # (B, S, 3·Ht) and (B, S, Ht)
         aux, last = hidden_states(model, ids.to(model.device), mask.to(model.device), layers)
-        for row, (i, length) in enumerate(zip(chosen, lengths, strict=True)):
-            taps = (aux[row, :length].cpu().clone(), last[row, :length].cpu().clone())
-            samples[i] = Sample(group[i].input_ids.clone(), group[i].token_mask.clone(), *taps)
-    return [samples[i] for i in range(len(group))]
+
+        # Clones: a sample must not hold the whole batch in memory.
+        for row, number in enumerate(chosen):
+            length = len(group[number].input_ids)
+            samples[number] = Sample(
+                input_ids=group[number].input_ids.clone(),
+                token_mask=group[number].token_mask.clone(),
+                aux_hidden=aux[row, :length].cpu().clone(),
+                last_hidden=last[row, :length].cpu().clone(),
+            )
+    return [samples[number] for number in range(len(group))]

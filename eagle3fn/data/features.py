@@ -1,4 +1,13 @@
-"""The feature folder: safetensors shards of many samples, and `index.json`, which is written last."""
+"""The feature folder: safetensors shards of many samples, and `index.json`, which is written last.
+
+    index.json                   target, dtype, totals, the shards' hashes, an entry for each sample
+    shard-00000.safetensors      tensors `<key>.input_ids`, `<key>.loss_mask`, `<key>.aux_hidden`,
+                                 `<key>.last_hidden` of each sample
+    shard-00000.json             the shard's hash and its samples' entries: what a resumed
+                                 extraction reads
+
+A folder without an index can be opened by a `Reader`, which is given from outside.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,33 +24,56 @@ from eagle3fn.data.validate import hidden_fault, token_fault
 
 SCHEMA = 1
 REMEDY = "run eagle3fn extract again"
+READER_REMEDY = "delete the file or write it anew"
+
+# What an index must hold, and of which types.
 _INDEX_KEYS = ("schema", "target", "dtype", "max_length", "samples", "shards", "totals")
 _INDEX_TYPES = {"target": dict, "dtype": str, "samples": list, "shards": list}
 _SAMPLE_TYPES = {"id": str, "key": str, "shard": str, "length": int}
 _SHARD_TYPES = {"file": str, "bytes": int, "sha256": str}
+_TARGET_TYPES = {"vocab_size": int, "hidden_size": int}
 
-
-STORED = {"token_mask": "loss_mask"}  # a field of `Sample` that shards store under another name
+# The name in a shard of each field of `Sample`. The mask's differs: files of schema 1 have it so.
+_STORED = {
+    "input_ids": "input_ids",
+    "token_mask": "loss_mask",
+    "aux_hidden": "aux_hidden",
+    "last_hidden": "last_hidden",
+}
 
 
 class Reader(NamedTuple):
-    """Reads a folder that has no index, one file a sample."""
+    """Reads a folder that has no index and holds one sample a file.
 
-    find: Callable[[Path], list[Path]]  # the samples' files in a folder, in their order
-    sample: Callable[[Path], Sample]  # one file
-    tokens: Callable[[Path], tuple[Tensor, Tensor]]  # its ids and token mask alone, each (S,) int64
+    `open_features(folder, reader=…)` lists the files; `read_sample` and `read_tokens` then read
+    them by the reader and check what they return as they check a shard's.
+
+    `sample` and `tokens` raise a UserError that names the file if it is missing or damaged.
+    """
+
+    files: str  # what `find` looks for, as errors name it: ".ckpt or .ckpt.gz"
+    find: Callable[[Path], list[Path]]  # the samples' files in a folder, in the samples' order
+    sample: Callable[[Path], Sample]  # one file's sample, fields as in `Sample`
+    tokens: Callable[[Path], tuple[Tensor, Tensor]]  # its input_ids and token_mask alone
 
 
 class FeatureSet(NamedTuple):
-    """An opened folder. `samples` are the index's entries, or one entry a file where a `reader` reads them."""
+    """An opened folder.
+
+    `samples` are the index's entries. Where a `reader` reads the files, the index is empty and
+    `samples` has one entry a file, with its path in the folder as `id` and `shard`.
+    """
 
     folder: Path
     samples: list[dict[str, Any]]
-    index: dict[str, Any]  # empty where a reader reads the files
+    index: dict[str, Any]
     vocab_size: int | None  # V, if known
     hidden_size: int | None  # Ht, if known
     verified: set[str]  # shards whose bytes were compared with the index's hash
     reader: Reader | None = None
+
+
+# Writing
 
 
 def shard_name(number: int) -> str:
@@ -49,19 +81,31 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def _stored_name(key: str, field: str) -> str:
+    """The name in a shard of a sample's tensor."""
+    return f"{key}.{_STORED[field]}"
+
+
 def write_shard(
     folder: Path, number: int, samples: dict[str, Sample], sidecar: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write a shard whole, then its sidecar: `sidecar` with the shard's name, size and hash; returns that.
+    """Write a shard whole, then its sidecar.
 
-    `samples` go by their keys; tensors are stored as `<key>.input_ids` and so on.
+    Args:
+        folder: the feature folder.
+        number: the shard's.
+        samples: by their keys in the index.
+        sidecar: what the sidecar holds next to the shard's name, size and hash.
+
+    Returns:
+        The whole sidecar.
     """
+    tensors = {}
+    for key, sample in samples.items():
+        for field, value in sample._asdict().items():
+            tensors[_stored_name(key, field)] = value.cpu().contiguous()
+
     path = folder / shard_name(number)
-    tensors = {
-        f"{key}.{STORED.get(name, name)}": value.cpu().contiguous()
-        for key, sample in samples.items()
-        for name, value in sample._asdict().items()
-    }
     with whole_file(path) as temporary:
         save_file(tensors, temporary)
     sidecar = {**sidecar, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -72,22 +116,30 @@ def write_shard(
 def write_index(
     folder: Path, index: dict[str, Any], sidecars: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write `index.json` from the shards' sidecars, with totals; returns it."""
-    samples = [
-        {**sample, "shard": sidecar["file"]}
-        for sidecar in sidecars
-        for sample in sidecar["samples"]
-    ]
+    """Write `index.json`: `index`, and from the shards' sidecars the totals, shards and samples.
+
+    Returns:
+        The whole index.
+    """
+    shards = []
+    samples = []
+    for sidecar in sidecars:
+        shards.append({key: sidecar[key] for key in ("file", "bytes", "sha256")})
+        for entry in sidecar["samples"]:
+            samples.append({**entry, "shard": sidecar["file"]})
+
     totals = {
         "samples": len(samples),
-        "tokens": sum(sample["length"] for sample in samples),
-        "supervised": sum(sample["supervised"] for sample in samples),
-        "bytes": sum(sidecar["bytes"] for sidecar in sidecars),
+        "tokens": sum(entry["length"] for entry in samples),
+        "supervised": sum(entry["supervised"] for entry in samples),
+        "bytes": sum(shard["bytes"] for shard in shards),
     }
-    shards = [{key: sidecar[key] for key in ("file", "bytes", "sha256")} for sidecar in sidecars]
     index = {"schema": SCHEMA, **index, "totals": totals, "shards": shards, "samples": samples}
     write_json(folder / "index.json", index)
     return index
+
+
+# Opening
 
 
 def open_features(
@@ -96,76 +148,96 @@ def open_features(
     hidden_size: int | None = None,
     reader: Reader | None = None,
 ) -> FeatureSet:
-    """Open a feature folder, or by a `reader` a folder without an index; reads no features.
+    """Open a feature folder by its index, or by `reader` if it has none. Reads no features.
 
-    `vocab_size` (V) and `hidden_size` (Ht) are the target's, checked against the index where there is one.
+    `vocab_size` (V) and `hidden_size` (Ht) are the target's. They are checked against the index;
+    where there is none, the samples are checked against them when they are read.
 
     Raises:
-        UserError: nothing there, a damaged index, a shard missing or of a wrong size, another target's sizes.
+        UserError: neither an index nor a file of the reader's; a damaged index, a shard missing or
+            of a wrong size, another target's sizes.
     """
     folder = Path(folder)
     if (folder / "index.json").is_file():
         return _open_index(folder, vocab_size, hidden_size)
-    names = [str(path.relative_to(folder)) for path in reader.find(folder)] if reader else []
-    if not names:
-        raise UserError(f"{folder}: no index.json there; {REMEDY} or name another folder")
+
+    paths = reader.find(folder) if reader else []
+    if not paths:
+        lacking = f"no index.json and no {reader.files}" if reader else "no index.json"
+        raise UserError(f"{folder}: {lacking} there; {REMEDY} or name another folder")
+    names = [str(path.relative_to(folder)) for path in paths]
     samples = [{"id": name, "shard": name} for name in names]
     return FeatureSet(folder, samples, {}, vocab_size, hidden_size, set(), reader)
 
 
 def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -> FeatureSet:
+    # The index itself.
     path = folder / "index.json"
     index = read_json(path)
-    missing = [key for key in _INDEX_KEYS if not isinstance(index, dict) or key not in index]
-    if missing:
-        raise UserError(f"{path}: {missing[0]} is missing; {REMEDY}")
+    for key in _INDEX_KEYS:
+        if not isinstance(index, dict) or key not in index:
+            raise UserError(f"{path}: {key} is missing; {REMEDY}")
     if index["schema"] != SCHEMA:
         raise UserError(f"{path}: schema {index['schema']}: this version reads {SCHEMA}; {REMEDY}")
     _check_index(index, path)
+
+    # The shards, by their sizes alone: hashes are compared when a shard is first read.
     for shard in index["shards"]:
         file = folder / shard["file"]
         size = file.stat().st_size if file.is_file() else None
         if size != shard["bytes"]:
             found = "missing" if size is None else f"{size} bytes"
             raise UserError(f"{file}: {found}, must be {shard['bytes']} bytes; {REMEDY}")
+
+    # The target's sizes.
     target = index["target"]
-    _check_types(target, {"vocab_size": int, "hidden_size": int}, "target", path)
-    for name, wanted in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
-        if wanted not in (None, target[name]):
+    _check_types(target, _TARGET_TYPES, "target", path)
+    for name, size in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
+        if size is not None and size != target[name]:
             raise UserError(
-                f"{path}: made with target {target.get('name')!r}, {name} {target[name]}, not {wanted}; "
-                f"name that target or {REMEDY}"
+                f"{path}: made with target {target.get('name')!r}, "
+                f"{name} {target[name]}, not {size}; name that target or {REMEDY}"
             )
     return FeatureSet(
-        folder, index["samples"], index, target["vocab_size"], target["hidden_size"], set()
+        folder=folder,
+        samples=index["samples"],
+        index=index,
+        vocab_size=target["vocab_size"],
+        hidden_size=target["hidden_size"],
+        verified=set(),
     )
 
 
 def _check_index(index: dict[str, Any], path: Path) -> None:
     _check_types(index, _INDEX_TYPES, "", path)
-    for name, types in (("samples", _SAMPLE_TYPES), ("shards", _SHARD_TYPES)):
-        for number, entry in enumerate(index[name]):
-            _check_types(entry, types, f"{name}[{number}]", path)
+    for number, entry in enumerate(index["samples"]):
+        _check_types(entry, _SAMPLE_TYPES, f"samples[{number}]", path)
+    for number, entry in enumerate(index["shards"]):
+        _check_types(entry, _SHARD_TYPES, f"shards[{number}]", path)
+
     if not index["samples"]:
         raise UserError(f"{path}: no samples; {REMEDY} on more conversations")
-    known = {shard["file"] for shard in index["shards"]}
+    files = {shard["file"] for shard in index["shards"]}
     for number, entry in enumerate(index["samples"]):
-        if entry["shard"] not in known:
+        if entry["shard"] not in files:
             raise UserError(
-                f"{path}: samples[{number}].shard is {entry['shard']!r}: must be one of its shards; {REMEDY}"
+                f"{path}: samples[{number}].shard is {entry['shard']!r}: "
+                f"must be one of its shards; {REMEDY}"
             )
 
 
 def _check_types(tree: Any, types: dict[str, type], where: str, path: Path) -> None:
+    """Refuse a `tree` that is no dict or lacks one of the typed keys; `where` is its place."""
     if not isinstance(tree, dict):
         raise UserError(f"{path}: {where} is {tree!r:.80}: must be a dict; {REMEDY}")
     for key, kind in types.items():
-        if type(tree.get(key)) is not kind:
-            name = f"{where}.{key}" if where else key
-            found = (
-                f"is {tree[key]!r:.80}: must be a {kind.__name__}" if key in tree else "is missing"
+        name = f"{where}.{key}" if where else key
+        if key not in tree:
+            raise UserError(f"{path}: {name} is missing; {REMEDY}")
+        if type(tree[key]) is not kind:
+            raise UserError(
+                f"{path}: {name} is {tree[key]!r:.80}: must be a {kind.__name__}; {REMEDY}"
             )
-            raise UserError(f"{path}: {name} {found}; {REMEDY}")
 
 
 def check_made_for(
@@ -173,18 +245,20 @@ def check_made_for(
 ) -> None:
     """Refuse features made with a target of another configuration or with other tapped layers.
 
-    `where` names what asks for `config_hash` and `aux_layers`, as in `the run`. What the index doesn't hold is not
-    compared, so files of a `Reader` pass.
+    `where` names what has `config_hash` and `aux_layers`, as in `the run`. What the index doesn't
+    hold is not compared, so files of a `Reader` pass.
 
     Raises:
         UserError: they differ; names the index and both values.
     """
-    path, target = features.folder / "index.json", features.index.get("target", {})
+    path = features.folder / "index.json"
+    target = features.index.get("target", {})
+
     found = target.get("config_hash", config_hash)
     if found != config_hash:
         raise UserError(
-            f"{path}: made with a target of config_hash {str(found)[:12]}, {where} has {config_hash[:12]}; "
-            f"name that target or {REMEDY} into another folder"
+            f"{path}: made with a target of config_hash {str(found)[:12]}, "
+            f"{where} has {config_hash[:12]}; name that target or {REMEDY} into another folder"
         )
     layers = target.get("aux_layers", list(aux_layers))
     if layers != list(aux_layers):
@@ -192,6 +266,9 @@ def check_made_for(
             f"{path}: made with aux_layers {layers}, {where} has {list(aux_layers)}; "
             f"set those layers or {REMEDY} into another folder"
         )
+
+
+# Reading
 
 
 def check_shards(features: FeatureSet) -> None:
@@ -211,11 +288,11 @@ def _verify(features: FeatureSet, shard: dict[str, Any]) -> None:
 
 
 def read_sample(features: FeatureSet, number: int) -> Sample:
-    """Sample `number` with its features, checked; the first one of a shard has the shard's hash compared too.
+    """Sample `number`, checked; the first one of a shard has the shard's hash compared too.
 
     Raises:
-        UserError: a shard missing, damaged or changed; wrong shapes or dtypes, NaN or infinity, an id outside the
-            vocabulary.
+        UserError: a file missing, damaged or changed; wrong shapes or dtypes, NaN or infinity, an
+            id outside the vocabulary.
     """
     entry = features.samples[number]
     path = features.folder / entry["shard"]
@@ -223,16 +300,16 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
         sample = features.reader.sample(path)
     else:
         sample = Sample(*_tensors(path, entry, Sample._fields))
-    if features.index and entry["shard"] not in features.verified:
-        _verify(
-            features,
-            next(shard for shard in features.index["shards"] if shard["file"] == entry["shard"]),
-        )
-    length, wanted = (
-        _refuse(features, number, sample.input_ids, sample.token_mask),
-        features.index.get("dtype"),
+        _verify_once(features, entry["shard"])
+
+    _check_tokens(features, number, sample.input_ids, sample.token_mask)
+    what = hidden_fault(
+        sample.aux_hidden,
+        sample.last_hidden,
+        length=len(sample.input_ids),
+        size=features.hidden_size,
+        dtype=features.index.get("dtype"),
     )
-    what = hidden_fault(sample.aux_hidden, sample.last_hidden, length, features.hidden_size, wanted)
     if what:
         raise _fault(features, number, what)
     return sample
@@ -249,31 +326,39 @@ def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
         ids, mask = features.reader.tokens(path)
     else:
         ids, mask = _tensors(path, entry, ("input_ids", "token_mask"))
-    _refuse(features, number, ids, mask)
+    _check_tokens(features, number, ids, mask)
     return ids, mask
 
 
-def _refuse(features: FeatureSet, number: int, ids: Tensor, mask: Tensor) -> int:
-    """The length of a sample whose tokens and mask are sound."""
-    what = token_fault(ids, mask, features.samples[number].get("length"), features.vocab_size)
-    if what:
-        raise _fault(features, number, what)
-    return len(ids)
+def _verify_once(features: FeatureSet, file: str) -> None:
+    if file in features.verified:
+        return
+    for shard in features.index["shards"]:
+        if shard["file"] == file:
+            _verify(features, shard)
 
 
-def _tensors(path: Path, entry: dict[str, Any], names: tuple[str, ...]) -> list[Tensor]:
+def _tensors(path: Path, entry: dict[str, Any], fields: tuple[str, ...]) -> list[Tensor]:
+    """Some fields of one sample, from its shard; the other tensors are not read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(f"{entry['key']}.{STORED.get(name, name)}") for name in names]
+            return [file.get_tensor(_stored_name(entry["key"], field)) for field in fields]
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: missing or damaged at sample {entry['id']!r} ({error}); {REMEDY}"
         ) from None
 
 
+def _check_tokens(features: FeatureSet, number: int, ids: Tensor, mask: Tensor) -> None:
+    length = features.samples[number].get("length")
+    what = token_fault(ids, mask, length, features.vocab_size)
+    if what:
+        raise _fault(features, number, what)
+
+
 def _fault(features: FeatureSet, number: int, what: str) -> UserError:
     entry = features.samples[number]
-    remedy = REMEDY if features.index else "delete the file or write it anew"
+    remedy = READER_REMEDY if features.reader else REMEDY
     return UserError(
         f"{features.folder / entry['shard']}: sample {entry['id']!r}: {what}; {remedy}"
     )

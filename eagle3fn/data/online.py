@@ -1,8 +1,9 @@
-"""Online roll-out: samples straight from the target, made when they are asked for; no feature touches a disk.
+"""Online roll-out: samples from the target when they are needed, without files.
 
-The target is run by extraction's own `run_target`, the batches are made by the pipeline's own `micro_batches`. So a
-sample has the bits that extraction stores if it went through the target in the same company: `batch` and the rows
-around it. With `batch=1` its bits depend on itself alone; otherwise padding and neighbours may move the last ones.
+The target is run by extraction's own `run_target`, and batches are made by the pipeline's own
+`micro_batches`. So a sample has the bits that extraction stores if it went through the target with
+the same rows around it and the same `batch`. With `batch=1` its bits depend on itself alone;
+otherwise padding and the other rows may move the last ones.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,24 +26,36 @@ def roll_out(
 
     Args:
         model: the target (`data.target.load_target`), on any device.
-        rows: tokens and masks: `data.extract.encode_all` makes them from conversations, `Encoded(id, ids, mask)` from
-            a pair. They are read `group` at a time, when the first sample of the group is asked for.
-        layers: the three tapped decoder layers.
+        rows: tokens and masks. `data.extract.encode_all` makes them from conversations,
+            `Encoded(id, ids, mask)` from a pair. They are read `group` at a time, when the first
+            sample of the group is asked for.
+        layers: the three tapped decoder layers, counted from 0.
         batch: rows in one run of the target, of like length within a group, padded on the right.
-        group: extraction's `samples_per_shard`, where its bits are wanted.
+        group: rows sorted by length together: extraction's `samples_per_shard`, where its bits are
+            wanted.
 
     Raises:
-        UserError: a layer outside the target; a row that is malformed, longer than the target's positions or with an
-            id outside its vocabulary; features that are not finite. It names the row.
+        UserError: a layer outside the target; a row that is malformed, longer than the target's
+            positions or with an id outside its vocabulary; features that are not finite. It names
+            the row.
     """
     source = iter(rows)
     check_extraction(model.config, layers, 0)
-    while chosen := list(islice(source, group)):
+    while True:
+        chosen = list(islice(source, group))
+        if not chosen:
+            return
+
         for row in chosen:
             _check_row(model.config, row)
-        for row, sample in zip(chosen, run_target(model, chosen, layers, batch), strict=True):
+        samples = run_target(model, chosen, layers, batch)
+        for row, sample in zip(chosen, samples, strict=True):
             what = hidden_fault(
-                sample.aux_hidden, sample.last_hidden, len(row.input_ids), None, None
+                sample.aux_hidden,
+                sample.last_hidden,
+                length=len(row.input_ids),
+                size=None,
+                dtype=None,
             )
             if what:
                 raise UserError(f"row {row.id!r}: {what}; look at the target's weights and dtype")
@@ -51,9 +64,10 @@ def roll_out(
 
 def _check_row(config: Any, row: Encoded) -> None:
     what = token_fault(row.input_ids, row.token_mask, vocab_size=config.vocab_size)
+    length = len(row.input_ids)
     limit = getattr(config, "max_position_embeddings", None)
-    if what is None and limit is not None and len(row.input_ids) > limit:
-        what = f"{len(row.input_ids)} tokens, beyond the target's max_position_embeddings = {limit}"
+    if what is None and limit is not None and length > limit:
+        what = f"{length} tokens, beyond the target's max_position_embeddings = {limit}"
     if what:
         raise UserError(f"row {row.id!r}: {what}; mend, cut or drop the row")
 
@@ -69,10 +83,20 @@ def online_batches(
     align_mask: AlignMask = align_mask,
     order: Order = shuffled,
 ) -> Iterator[tuple[Batch, ...]]:
-    """`data.pipeline.batches` without stored features: the same steps of the same samples in the same order.
+    """`data.pipeline.batches` without stored features: the same steps, samples and order.
 
-    `rows` are those trained on, `batch` as in `roll_out`. With features extracted at `batch=1` and `batch=1` here,
-    the two give the same bits.
+    With features extracted at `batch=1` and `batch=1` here, the two give the same bits.
+
+    Args:
+        model: the target, as in `roll_out`.
+        rows: the rows trained on.
+        layers: the three tapped decoder layers, counted from 0.
+        config: `data`, `train.seed` and the unroll length are read.
+        start: the first step.
+        stop: one past the last.
+        batch: rows in one run of the target, as in `roll_out`.
+        align_mask: token mask to row mask.
+        order: which rows a step trains on.
 
     Raises:
         UserError: `rows` is empty, or as `roll_out`.
@@ -82,8 +106,7 @@ def online_batches(
             "online_batches: no rows to train on; give conversations with a supervised token"
         )
     for step in range(start, stop):
-        chosen = order(len(rows), config, step)
-        samples = roll_out(
-            model, [rows[place] for place in chosen], layers, batch, group=len(chosen)
-        )
-        yield micro_batches(list(samples), config, align_mask=align_mask)
+        chosen = [rows[index] for index in order(len(rows), config, step)]
+        # One group a step: the target runs on this step's rows alone.
+        samples = list(roll_out(model, chosen, layers, batch, group=len(chosen)))
+        yield micro_batches(samples, config, align_mask=align_mask)

@@ -1,8 +1,8 @@
 """The breadth of the synthetic conversations: how user turns begin.
 
-The target completes each opening to a whole user turn and then answers it. A little over half of the openings
-ask about code, the others about everything else; subjects and function names are drawn apart from the form, so that
-a few short tables give many thousand different openings.
+The target completes each opening to a whole user turn and then answers it. A little over half of
+the openings are about code, the others about everything else. Subjects and function names are
+drawn independently of the form, so that a few short tables give many thousand different openings.
 """
 
 import random
@@ -29,14 +29,16 @@ CODE_FORMS = (
     "Write unit tests for a function called {name}",
 )
 VERBS = (
-    "count filter merge split rotate reverse group remove replace sum multiply compare convert parse "
-    "encode decode check validate find select sort rank pair flatten compress expand shift swap search "
-    "collect partition normalize interleave round average trim join match scale map index mark update"
+    "count filter merge split rotate reverse group remove replace sum multiply compare convert "
+    "parse encode decode check validate find select sort rank pair flatten compress expand shift "
+    "swap search collect partition normalize interleave round average trim join match scale map "
+    "index mark update"
 ).split()
 NOUNS = (
-    "words letters digits numbers pairs lists rows columns values keys intervals dates times names "
-    "lines tokens points vectors matrices fractions prices scores records items edges nodes paths "
-    "substrings characters brackets spaces sentences files bits squares cubes multiples divisors elements"
+    "words letters digits numbers pairs lists rows columns values keys intervals dates times "
+    "names lines tokens points vectors matrices fractions prices scores records items edges "
+    "nodes paths substrings characters brackets spaces sentences files bits squares cubes "
+    "multiples divisors elements"
 ).split()
 ARGUMENTS = (
     "values: List[int]",
@@ -85,24 +87,28 @@ GENERAL_FORMS = (
     "Create a plan for {subject}",
 )
 SUBJECTS = (
-    "photosynthesis;the solar system;healthy eating;public speaking;the water cycle;climate change;"
-    "renewable energy;the Roman Empire;jazz music;learning a new language;gardening;time management;"
-    "machine learning;databases;the internet;money and saving;a job interview;travelling by train;"
-    "cooking rice;black holes;evolution;the human heart;vaccines;electric cars;ocean life;mountains;"
-    "chess;a birthday party;friendship;reading books;painting;ancient Egypt;democracy;trade;weather;"
-    "probability;fractions;geometry;prime numbers;sorting algorithms;operating systems;computer networks;"
-    "cats and dogs;bees;coffee;sleep;running;football;a small business;writing a resume;poetry;"
-    "photography;bicycles;airplanes;volcanoes;earthquakes;recycling;rivers;the moon;robots"
+    "photosynthesis;the solar system;healthy eating;public speaking;the water cycle;"
+    "climate change;renewable energy;the Roman Empire;jazz music;learning a new language;"
+    "gardening;time management;machine learning;databases;the internet;money and saving;"
+    "a job interview;travelling by train;cooking rice;black holes;evolution;the human heart;"
+    "vaccines;electric cars;ocean life;mountains;chess;a birthday party;friendship;reading books;"
+    "painting;ancient Egypt;democracy;trade;weather;probability;fractions;geometry;prime numbers;"
+    "sorting algorithms;operating systems;computer networks;cats and dogs;bees;coffee;sleep;"
+    "running;football;a small business;writing a resume;poetry;photography;bicycles;airplanes;"
+    "volcanoes;earthquakes;recycling;rivers;the moon;robots"
 ).split(";")
 
 
 def opening(seed: int, index: int, code_share: float = 0.6) -> str:
     """The beginning of user turn `index`: a pure function of its arguments."""
     draw = random.Random(f"{seed}/{index}")
-    verb, noun = draw.choice(VERBS), draw.choice(NOUNS)
-    task = f"{verb} {draw.choice(('the', 'all', 'some'))} {noun} in {draw.choice(THINGS)}"
-    forms = CODE_FORMS if draw.random() < code_share else GENERAL_FORMS
-    return draw.choice(forms).format(
+    verb = draw.choice(VERBS)
+    noun = draw.choice(NOUNS)
+    which = draw.choice(("the", "all", "some"))
+    task = f"{verb} {which} {noun} in {draw.choice(THINGS)}"
+    about_code = draw.random() < code_share
+    form = draw.choice(CODE_FORMS if about_code else GENERAL_FORMS)
+    return form.format(
         task=task,
         name=f"{verb}_{noun}",
         argument=draw.choice(ARGUMENTS),
@@ -112,9 +118,15 @@ def opening(seed: int, index: int, code_share: float = 0.6) -> str:
 
 
 def stub(text: str, seed: int, index: int) -> str:
-    """Cut three of four code turns behind their first docstring: a function to be written by the answer."""
+    """Cut three of four code turns after their first docstring.
+
+    What is left is a function whose body the answer has to write. Which turns are cut is a pure
+    function of `seed` and `index`; a turn without a function and a closed docstring never is.
+    """
     head, _, rest = text.partition('"""')
     doc, closed, _ = rest.partition('"""')
-    if not closed or "def " not in head or random.Random(f"stub/{seed}/{index}").random() < 0.25:
+    if not closed or "def " not in head:
+        return text
+    if random.Random(f"stub/{seed}/{index}").random() < 0.25:
         return text
     return f'{head}"""{doc}"""'

@@ -1,4 +1,4 @@
-"""Generators: which samples a step trains on, their batches, and reading ahead in the background."""
+"""Generators: which samples a step trains on, their batches, and reading ahead in a thread."""
 
 import queue
 import threading
@@ -26,13 +26,18 @@ Order = Callable[[int, Config, int], list[int]]
 
 @lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int) -> tuple[int, ...]:
-    """The numbers 0 … n-1, shuffled by a generator of `seed`; kept, so that asking for one place is cheap."""
+    """The numbers 0 … n-1, shuffled by a generator of `seed`.
+
+    Kept, so that asking for one place is cheap.
+    """
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randperm(n, generator=generator).tolist())
 
 
 def sample_indices(n: int, global_batch: int, seed: int, step: int) -> list[int]:
-    """The `global_batch` numbers below `n` that `step` trains on: shuffled epochs laid end to end and cut into steps."""
+    """The `global_batch` numbers below `n` that `step` trains on: shuffled epochs laid end to end
+    and cut into steps.
+    """
     chosen = []
     for place in range(step * global_batch, (step + 1) * global_batch):
         epoch, place_in_epoch = divmod(place, n)
@@ -56,7 +61,8 @@ def batches(
     align_mask: AlignMask = align_mask,
     order: Order = shuffled,
 ) -> Iterator[tuple[Batch, ...]]:
-    """The micro-batches of each global batch of the steps `start` … `stop - 1`, with global counts and rows.
+    """The micro-batches of each global batch of the steps `start` … `stop - 1`, with global counts
+    and rows.
 
     Args:
         features: an opened folder.
@@ -64,8 +70,8 @@ def batches(
         config: `data`, `train.seed` and the unroll length are read.
         start: the first step.
         stop: one past the last.
-        rank: of `world` ranks, which must divide the micro-batches; it gets its contiguous block of them, and of the
-            other ranks' samples the masks alone are read.
+        rank: of `world` ranks, which must divide the micro-batches; it gets its contiguous block of
+            them, and of the other ranks' samples the masks alone are read.
         world: the ranks.
         align_mask: token mask to row mask.
         order: which samples a step trains on.
@@ -127,7 +133,8 @@ def split(n: int, held_out: int) -> tuple[list[int], list[int]]:
         raise UserError(f"data.held_out = {held_out}: must be 0 or more")
     if held_out >= n:
         raise UserError(
-            f"data.held_out = {held_out}: must be below the number of samples, {n}; extract more samples"
+            f"data.held_out = {held_out}: must be below the number of samples, {n}; extract more "
+            "samples"
         )
     return list(range(n - held_out)), list(range(n - held_out, n))
 

@@ -1,41 +1,52 @@
 """The target writes its own conversations: it completes a user turn, then answers it.
 
-Batch `b` is a pure function of (target, seed, settings, `b`): a run cut off goes on where it stopped.
+Batch `b` is a pure function of (target, seed, settings, `b`): a run that was cut off goes on where
+it stopped. An evaluation's texts are kept out by their 13-grams (as in arXiv 2005.14165, appendix
+C).
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_jsonl, write_jsonl
-from eagle3fn.data.fingerprint import weights_digest
+from eagle3fn.base.files import json_sha256, read_jsonl, write_jsonl
 from eagle3fn.data.openings import opening, stub
-from eagle3fn.data.overlap import grams_of_file, without
-from eagle3fn.data.target import cache_name
+from eagle3fn.data.target import cache_name, weights_digest
 
-_MARK = "\x02user turn\x02"
-_COMPACT_EVERY = 8
-_TRIED, _USABLE = (
-    20,
-    0.05,
-)  # a target that has less than this share of usable turns after so many batches is refused
+# A target is refused if after this many batches less than this share of its turns are usable.
+_TRIED_BATCHES = 20
+_USABLE_SHARE = 0.05
+
+_SEEDS_APART = 1_000_003  # generators of different seeds and batches differ
+_SHORTEST_USER = 12  # characters
+_SHORTEST_ANSWER = 16  # tokens
+_LIKELIEST = 256  # tokens that a draw chooses from
+_COMPACT_EVERY = 8  # tokens
+_PLACEHOLDER = "\x02user turn\x02"  # found again in a rendered template
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn: softmax temperature (0 is greedy), nucleus mass, at most `max_new` tokens."""
+    """How tokens are drawn."""
 
-    temperature: float
-    top_p: float
-    max_new: int
+    temperature: float  # of the softmax; 0 is greedy
+    top_p: float  # nucleus mass
+    max_new: int  # tokens
 
 
 USER_TURN = Sampling(temperature=0.8, top_p=0.95, max_new=144)
 ANSWER = Sampling(temperature=0.5, top_p=0.95, max_new=224)
+
+
+class Continuation(NamedTuple):
+    """What the target wrote after one prompt."""
+
+    ids: list[int]  # new tokens, without the one that ended it
+    ended: bool  # by an end-of-turn token, not by the limit
 
 
 def synthesize(
@@ -48,33 +59,54 @@ def synthesize(
     exclude: str | Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write `count` or more conversations to `out` (JSONL, `.xz` and `.gz` compress); returns their number.
+    """Write `count` or more conversations to `out` (JSONL, `.xz` and `.gz` compress).
 
-    Finished batches wait in `<out>.parts/` until all are there, and are taken up again by a call with the same
-    target, template, sampling, `seed` and `batch`. A user turn is kept once. `exclude` names a JSONL
-    file whose texts must not come back: conversations that share 13 words in a row with it are dropped.
+    Finished batches are kept in `<out>.parts/` until all are there. A call with the same target,
+    template, sampling, `seed` and `batch` takes them up again. Each user turn is kept once.
+
+    Args:
+        model: the target, on any device.
+        tokenizer: the target's.
+        out: the file of conversations.
+        count: conversations to write, at least.
+        seed: of openings and sampling.
+        batch: conversations written together.
+        exclude: a JSONL file whose texts must be kept out. Conversations that share 13 words in a
+            row with it are dropped.
+        on_progress: called with the conversations so far and `count`.
+
+    Returns:
+        The number of conversations written.
 
     Raises:
-        UserError: the tokenizer has no chat template, or less than 5% of the turns asked for are usable.
+        UserError: the tokenizer has no chat template, or less than 5% of the turns asked for are
+            usable.
     """
-    parts, digest = Path(f"{out}.parts"), _digest(model, tokenizer, seed, batch)
+    digest = json_sha256(
+        [weights_digest(model), tokenizer.chat_template, USER_TURN, ANSWER, seed, batch]
+    )[:12]
+    parts = Path(f"{out}.parts")
     forbidden = grams_of_file(exclude) if exclude else set()
+
     rows: list[dict] = []
-    seen: set[str] = set()
-    for index, turns in enumerate(_batches(model, tokenizer, parts / digest, seed, batch), 1):
-        rows += [
-            row
-            for row in without(turns, forbidden)
-            if not (_user(row) in seen or seen.add(_user(row)))
-        ]
+    users: set[str] = set()
+    for tried, written in enumerate(_batches(model, tokenizer, parts / digest, seed, batch), 1):
+        for row in without(written, forbidden):
+            user = row["conversations"][0]["content"]
+            if user not in users:
+                users.add(user)
+                rows.append(row)
         on_progress(len(rows), count)
         if len(rows) >= count:
             break
-        if index >= _TRIED and len(rows) < _USABLE * index * batch:
+        if tried >= _TRIED_BATCHES and len(rows) < _USABLE_SHARE * tried * batch:
             raise UserError(
-                f"target wrote {len(rows)} usable turns of {index * batch} asked for: they must end by themselves, "
-                "differ and be free of the excluded texts; take an instruction-tuned target, or exclude less"
+                f"target wrote {len(rows)} usable turns of {tried * batch} asked for: "
+                "they must end by themselves, differ and be free of the excluded texts; "
+                "take an instruction-tuned target, or exclude less"
             )
+
+    # The conversations are on the disk: the parts, and what a kill left of one, can go.
     write_jsonl(out, rows)
     for part in parts.glob(f"*{digest}-*"):
         part.unlink()
@@ -83,17 +115,8 @@ def synthesize(
     return len(rows)
 
 
-def _digest(model: Any, tokenizer: Any, seed: int, batch: int) -> str:
-    """What a batch is a function of, as 12 hex digits."""
-    settings = [weights_digest(model), tokenizer.chat_template, USER_TURN, ANSWER, seed, batch]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _user(row: dict) -> str:
-    return row["conversations"][0]["content"]
-
-
 def _batches(model: Any, tokenizer: Any, stem: Path, seed: int, batch: int) -> Iterator[list[dict]]:
+    """Endless batches of conversations, each read from its part if it was written before."""
     index = 0
     while True:
         part = stem.with_name(f"{stem.name}-{index:05d}.jsonl")
@@ -104,124 +127,223 @@ def _batches(model: Any, tokenizer: Any, stem: Path, seed: int, batch: int) -> I
 
 
 def _write_batch(model: Any, tokenizer: Any, seed: int, index: int, batch: int) -> list[dict]:
+    """The usable conversations of batch `index`, at most `batch`."""
+    generator = torch.Generator().manual_seed(seed * _SEEDS_APART + index)
+
+    # User turns: the target completes an opening after the template's beginning of such a turn.
     head, _ = user_frame(tokenizer)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    names = range(index * batch, (index + 1) * batch)
+    names = list(range(index * batch, (index + 1) * batch))
     openings = [opening(seed, name) for name in names]
-    ended = generate(model, tokenizer, [head + text for text in openings], USER_TURN, generator)
-    users = {
-        name: stub(start + tokenizer.decode(rest, skip_special_tokens=True), seed, name).strip()
-        for name, start, (rest, whole) in zip(names, openings, ended, strict=True)
-        if whole or '"""' in start
-    }
-    users = {name: text for name, text in users.items() if len(text) >= 12}
+    prompts = [head + text for text in openings]
+    completed = generate(model, tokenizer, prompts, USER_TURN, generator)
+
+    # A turn is usable if it ended by itself, or is code to be cut after its docstring.
+    users: dict[int, str] = {}
+    for name, start, rest in zip(names, openings, completed, strict=True):
+        if not rest.ended and '"""' not in start:
+            continue
+        text = start + tokenizer.decode(rest.ids, skip_special_tokens=True)
+        text = stub(text, seed, name).strip()
+        if len(text) >= _SHORTEST_USER:
+            users[name] = text
+
+    # Answers, of any ending; short ones are dropped.
     prompts = [chat_prompt(tokenizer, text) for text in users.values()]
     answers = generate(model, tokenizer, prompts, ANSWER, generator)
-    return [
-        {
-            "id": f"{seed}-{name}",
-            "conversations": _turns(user, tokenizer.decode(ids, skip_special_tokens=True)),
-        }
-        for (name, user), (ids, _) in zip(users.items(), answers, strict=True)
-        if len(ids) >= 16
-    ]
+    rows = []
+    for (name, user), answer in zip(users.items(), answers, strict=True):
+        if len(answer.ids) >= _SHORTEST_ANSWER:
+            text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+            turns = [{"role": "user", "content": user}, {"role": "assistant", "content": text}]
+            rows.append({"id": f"{seed}-{name}", "conversations": turns})
+    return rows
 
 
-def _turns(user: str, answer: str) -> list[dict]:
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer.strip()}]
+# The chat template
 
 
 def user_frame(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts before and behind the first user turn."""
+    """The text that the chat template has before and after the first user turn.
+
+    Raises:
+        UserError: no chat template.
+    """
     if not tokenizer.chat_template:
         raise UserError(
             f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target"
         )
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-    head, _, tail = text.partition(_MARK)
+    turns = [{"role": "user", "content": _PLACEHOLDER}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    head, _, tail = text.partition(_PLACEHOLDER)
     return head, tail
 
 
 def chat_prompt(tokenizer: Any, user: str) -> str:
     """The chat template around one user turn, up to where the answer begins."""
-    messages = [{"role": "user", "content": user}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    turns = [{"role": "user", "content": user}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+# Sampling
 
 
 @torch.no_grad()
 def generate(
     model: Any, tokenizer: Any, prompts: list[str], sampling: Sampling, generator: torch.Generator
-) -> list[tuple[list[int], bool]]:
-    """Sample a continuation of each prompt in one batch; returns (new token ids, ended by itself).
+) -> list[Continuation]:
+    """Sample a continuation of each prompt, all in one batch.
 
-    Rows that ended leave the batch every few steps, so a long answer doesn't hold the short ones' cost.
+    Rows that ended leave the batch every few tokens, so that short answers don't cost what the
+    longest does. Below, B is the number of prompts and A of those still in the batch.
     """
     if not prompts:
         return []
-    ends = torch.tensor(sorted(end_tokens(model)), device=model.device)
-    step_ids, mask = (x.to(model.device) for x in _left_padded(tokenizer, prompts, int(ends[0])))
-    name, cache = cache_name(model), None
-    alive = torch.arange(len(prompts), device=model.device)
+    device = model.device
+    ends = torch.tensor(sorted(end_tokens(model)), device=device)
+    ids, mask = _left_padded(tokenizer, prompts, int(ends[0]))
+    new_ids = ids.to(device)  # (A, S) at first, then (A, 1): what the cache does not hold yet
+    mask = mask.to(device)  # (A, tokens so far)
+
+    cache_key = cache_name(model)
+    cache = None
+    alive = torch.arange(len(prompts), device=device)  # (A,): the prompts in the batch
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (B,)
     rows: list[list[int]] = [[] for _ in prompts]
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     for step in range(sampling.max_new):
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -step_ids.shape[1] :]
+        # One run of the target, one token a row. Positions count real tokens: padding is on the
+        # left.
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new_ids.shape[1] :]
         out = model(
-            input_ids=step_ids,
+            input_ids=new_ids,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{name: cache},
+            **{cache_key: cache},
         )
-        cache = out[name]
-        token = sample(out.logits[:, -1].float(), sampling, generator)
+        cache = out[cache_key]
+        token = sample(out.logits[:, -1].float(), sampling, generator)  # (A,)
+
+        # Keep the tokens of rows that have not ended.
         done[alive] |= torch.isin(token, ends)
         for row, value in zip(alive.tolist(), token.tolist(), strict=True):
             if not done[row]:
                 rows[row].append(value)
         if done.all():
             break
-        step_ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+
+        # The tokens are the next input. Now and then, drop the rows that have ended.
+        new_ids = token[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         if step % _COMPACT_EVERY == 0 and done[alive].any():
             keep = (~done[alive]).nonzero().flatten()
             cache.batch_select_indices(keep)
-            alive, step_ids, mask = alive[keep], step_ids[keep], mask[keep]
-    return list(zip(rows, done.tolist(), strict=True))
+            alive = alive[keep]
+            new_ids = new_ids[keep]
+            mask = mask[keep]
+    return [Continuation(ids, ended) for ids, ended in zip(rows, done.tolist(), strict=True)]
 
 
-def _left_padded(tokenizer: Any, prompts: list[str], end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask `(B, S)` int64; `end` pads where the tokenizer has no pad token (the mask hides it)."""
+def _left_padded(tokenizer: Any, prompts: list[str], end: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of the prompts, each `(B, S)` int64.
+
+    `end` pads where the tokenizer has no pad token: the mask hides it.
+    """
     rows = tokenizer(prompts, add_special_tokens=False).input_ids
-    pad, width = (
-        end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        max(map(len, rows)),
-    )
-    ids = [[pad] * (width - len(row)) + row for row in rows]
-    return torch.tensor(ids), torch.tensor(
-        [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    )
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    width = max(len(row) for row in rows)
+
+    ids = []
+    mask = []
+    for row in rows:
+        gap = width - len(row)
+        ids.append([pad] * gap + row)
+        mask.append([0] * gap + [1] * len(row))
+    return torch.tensor(ids), torch.tensor(mask)
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Draw one token a row from `(B, V)` fp32 logits by temperature and nucleus; `(B,)` int64.
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token a row from `(B, V)` fp32 logits by temperature and nucleus: `(B,)` int64.
 
-    It draws among the 256 likeliest tokens: their softmax alone is the nucleus's mass.
+    Only the 256 likeliest tokens are drawn from, and their softmax is the nucleus's mass. A token
+    is in the nucleus if the mass of those before it is at most `top_p`.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    top = torch.topk(logits / sampling.temperature, min(256, logits.shape[-1]), dim=-1)
-    mass = top.values.softmax(-1)
+    top = torch.topk(logits / sampling.temperature, min(_LIKELIEST, logits.shape[-1]), dim=-1)
+    mass = top.values.softmax(-1)  # (B, 256), descending
     mass = mass.masked_fill(mass.cumsum(-1) - mass > sampling.top_p, 0.0)
-    choice = torch.multinomial(mass.cpu(), 1, generator=generator).to(logits.device)
+    # Drawn on the CPU: every device gives the same tokens for the same mass.
+    choice = torch.multinomial(mass.cpu(), 1, generator=generator).to(logits.device)  # (B, 1)
     return top.indices.gather(-1, choice)[:, 0]
 
 
 def end_tokens(model: Any) -> set[int]:
-    """The target's end-of-turn token ids, from its generation config."""
+    """The target's end-of-turn token ids, from its generation config.
+
+    Raises:
+        UserError: it has none.
+    """
     ends = model.generation_config.eos_token_id
     if ends is None:
         raise UserError(
             f"{model.name_or_path}: no eos_token_id in generation_config.json or config.json"
         )
     return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
+
+# Keeping an evaluation's texts out
+
+GRAM_SIZE = 13
+Grams = set[tuple[str, ...]]
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def grams(text: str) -> Grams:
+    """All runs of 13 words or punctuation marks, in lower case."""
+    words = _WORD.findall(text.lower())
+    starts = range(len(words) - GRAM_SIZE + 1)
+    return {tuple(words[start : start + GRAM_SIZE]) for start in starts}
+
+
+def grams_of_file(path: str | Path) -> Grams:
+    """The 13-grams of every string in a JSONL file's rows, at any depth.
+
+    Raises:
+        UserError: unreadable, a row is not an object, or there is no string in the file.
+    """
+    found: Grams = set()
+    count = 0
+    for number, row in enumerate(read_jsonl(path), 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: row {number} is not a JSON object; mend or delete it")
+        for text in _texts(row):
+            found |= grams(text)
+            count += 1
+    if not count:
+        raise UserError(
+            f"{path}: no text in it to keep out; name a JSONL file whose rows hold texts"
+        )
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+
+
+def without(rows: Iterable[dict[str, Any]], forbidden: Grams) -> list[dict[str, Any]]:
+    """The conversations none of whose turns shares a 13-gram with `forbidden`."""
+    kept = []
+    for row in rows:
+        shared = [turn for turn in row["conversations"] if grams(turn["content"]) & forbidden]
+        if not shared:
+            kept.append(row)
+    return kept

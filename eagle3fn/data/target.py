@@ -1,8 +1,9 @@
-"""The target: its configuration, its weights that the draft shares, and features tapped from its layers.
+"""The target: its configuration and digests, the weights the draft takes from it, its features.
 
-The only file that imports transformers.
+transformers is imported here inside functions, never when the file is loaded.
 """
 
+import hashlib
 import inspect
 import struct
 from collections.abc import Sequence
@@ -15,15 +16,29 @@ from torch import Tensor, nn
 
 from eagle3fn.base.draft_config import refuse_vision
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import json_sha256
+from eagle3fn.data.hooks import layer_outputs
 from eagle3fn.data.weights import check_weights, find_key, read_tensor, weight_files
 
+# Settings that make logits more than `last_hidden @ head.T`, with the value that changes nothing.
 _LOGIT_TRANSFORMS = {
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
     "logits_scaling": 1.0,
     "lm_head_multiplier": 1.0,
 }
+# Families whose RMS norm multiplies by `1 + weight`.
 _NORM_ADDS_ONE = ("gemma", "gemma2", "gemma3_text")
+# Settings that two copies of one target may differ in.
+_VOLATILE = (
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
+_PROBED_VALUES = 64
 
 
 class TargetTensors(NamedTuple):
@@ -32,6 +47,9 @@ class TargetTensors(NamedTuple):
     embed_tokens: Tensor  # (V, Ht)
     head: Tensor  # (V, Ht)
     norm: Tensor  # (Ht,), the factor that the normed value is multiplied by
+
+
+# Configuration and digests
 
 
 def target_config(path_or_id: str | Path) -> dict[str, Any]:
@@ -59,9 +77,30 @@ def refuse_logit_transform(tree: dict[str, Any], where: str) -> None:
         if value is not None and value != neutral:
             kind = tree.get("model_type")
             raise UserError(
-                f"{where}: {key} = {value} (model_type {kind!r}): targets that transform their logits "
-                "are not supported; choose another target"
+                f"{where}: {key} = {value} (model_type {kind!r}): "
+                "targets that transform their logits are not supported; choose another target"
             )
+
+
+def config_hash(tree: dict[str, Any]) -> str:
+    """Hex digest of a target's configuration without its path, dtype and library version."""
+    stable = {key: value for key, value in tree.items() if key not in _VOLATILE}
+    return json_sha256(stable, default=str)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex digest of the first 64 values of every parameter.
+
+    It distinguishes training states of one model without reading all the weights.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.named_parameters():
+        head = value.detach().flatten()[:_PROBED_VALUES].cpu().contiguous()
+        digest.update(name.encode() + bytes(head.view(torch.uint8).tolist()))
+    return digest.hexdigest()
+
+
+# The model
 
 
 def load_target(
@@ -75,31 +114,27 @@ def load_target(
     A target that has no `attn` implementation is loaded with "eager".
 
     Raises:
-        UserError: as `target_config`; the weights are not loadable, do not fit or are not all there; a biased head.
+        UserError: as `target_config`; the weights are not loadable, do not fit or are not all
+            there; a biased head.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     target_config(path_or_id)
     logging.disable_progress_bar()
     name, extra = _source(path_or_id)
-    loader: Any = AutoModelForCausalLM
-    options: Any = {"dtype": dtype, "output_loading_info": True, **extra}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-        try:
-            model, loading = loader.from_pretrained(name, attn_implementation=attn, **options)
-        except ValueError as error:
-            if attn == "eager" or not any(
-                word in str(error) for word in (attn, "attention implementation")
-            ):
-                raise
-            model, loading = loader.from_pretrained(name, attn_implementation="eager", **options)
+        model, loading = _load_model(name, attn, dtype=dtype, **extra)
     except _load_errors() as error:
+        # transformers' own message rarely names the damaged file; `check_weights` does.
         if not extra and Path(name).is_dir():
             check_weights(Path(name))
         raise _not_loadable(path_or_id, error) from None
-    missing = set(loading["missing_keys"]) & {key for key, _ in model.named_parameters()}
+
+    # transformers draws at random what the files lack.
+    parameters = {key for key, _ in model.named_parameters()}
+    missing = set(loading["missing_keys"]) & parameters
     if missing:
         raise _no_fit(path_or_id, f"no tensor {min(missing)}, which config.json asks for")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -107,8 +142,27 @@ def load_target(
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
+def _load_model(name: str, attn: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model by its `attn` implementation or else by "eager", and the loading report."""
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    options["output_loading_info"] = True
+    try:
+        return loader.from_pretrained(name, attn_implementation=attn, **options)
+    except ValueError as error:
+        unsupported = attn in str(error) or "attention implementation" in str(error)
+        if attn == "eager" or not unsupported:
+            raise
+    return loader.from_pretrained(name, attn_implementation="eager", **options)
+
+
 def _source(path_or_id: str | Path) -> tuple[str, dict[str, str]]:
-    """What transformers is given: a folder or id, and for a GGUF file its name."""
+    """What transformers loads from: a folder or id, and for a GGUF file the option that names it.
+
+    Raises:
+        UserError: the GGUF file is missing, or the folder has no config.json.
+    """
     path = Path(path_or_id)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -130,15 +184,22 @@ def _config_of(path_or_id: str | Path) -> str | Path:
 
 def _load_errors() -> tuple[type[Exception], ...]:
     """What transformers raises on damaged files and on values that it didn't expect."""
-    plain = (
-        *(OSError, ValueError, LookupError, ImportError, RuntimeError, AttributeError, TypeError),
-        *(SafetensorError, struct.error),
+    errors: tuple[type[Exception], ...] = (
+        OSError,
+        ValueError,
+        LookupError,
+        ImportError,
+        RuntimeError,
+        AttributeError,
+        TypeError,
+        SafetensorError,
+        struct.error,
     )
     try:
         from huggingface_hub.errors import StrictDataclassError
     except ImportError:
-        return plain
-    return (*plain, StrictDataclassError)
+        return errors
+    return (*errors, StrictDataclassError)
 
 
 def _no_fit(path_or_id: str | Path, what: str) -> UserError:
@@ -150,50 +211,70 @@ def _no_fit(path_or_id: str | Path, what: str) -> UserError:
 def _not_loadable(path_or_id: str | Path, error: Exception) -> UserError:
     if "ignore_mismatched_sizes" in str(error):
         return _no_fit(path_or_id, "tensors in its files have other shapes than config.json says")
+
+    # The first line of the message, and the second where the first only announces it.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]
+    count = 2 if lines[0].endswith(":") else 1
+    reason = " ".join(line.strip() for line in lines[:count])[:300]
     return UserError(
-        f"{path_or_id}: not loadable as a target ({reason}); name a folder with config.json, tokenizer and "
-        "safetensors, a GGUF file, or a Hugging Face id that is reachable or in the cache"
+        f"{path_or_id}: not loadable as a target ({reason}); "
+        "name a folder with config.json, tokenizer and safetensors, a GGUF file, "
+        "or a Hugging Face id that is reachable or in the cache"
     )
 
 
 def _head_bias(path_or_id: str | Path) -> UserError:
     return UserError(
-        f"{path_or_id}: lm_head.bias: targets with a biased head are not supported; choose another target"
+        f"{path_or_id}: lm_head.bias: targets with a biased head are not supported; "
+        "choose another target"
     )
 
 
+# Its tensors
+
+
 def read_target_tensors(path_or_id: str | Path, dtype: torch.dtype) -> TargetTensors:
-    """Embedding, head and final norm in `dtype`, read from the safetensors files without building the model.
+    """Embedding, head and final norm in `dtype`.
+
+    They are read from the safetensors files without building the model; a GGUF file is loaded.
 
     Raises:
-        UserError: as `target_config`; no safetensors, a file missing or damaged, a tensor missing or of another shape.
+        UserError: as `target_config`; no safetensors, a file missing or damaged, a tensor missing
+            or of another shape, a biased head.
     """
     tree = target_config(path_or_id)
     if Path(path_or_id).suffix == ".gguf":
-        return _tensors_of_model(load_target(path_or_id, dtype)[0], tree)
+        model, _ = load_target(path_or_id, dtype)
+        return _tensors_of_model(model, tree)
+
     folder = _weights_folder(path_or_id)
     files = weight_files(folder)
     if any(key.endswith("lm_head.bias") for key in files):
         raise _head_bias(path_or_id)
-    vocab, hidden = tree.get("vocab_size"), tree.get("hidden_size")
+
+    # The norm is looked for next to the embedding: other norms end in `norm.weight` too.
+    vocab = tree.get("vocab_size")
+    hidden = tree.get("hidden_size")
     embed_key = find_key(files, "embed_tokens.weight", folder)
-    embed = read_tensor(folder, files, embed_key, dtype, (vocab, hidden))
-    norm_key = embed_key.removesuffix("embed_tokens.weight") + "norm.weight"
-    norm = read_tensor(folder, files, find_key(files, norm_key, folder), dtype, (hidden,))
-    head = embed
-    if not tree.get("tie_word_embeddings"):
-        head = read_tensor(
-            folder, files, find_key(files, "lm_head.weight", folder), dtype, (vocab, hidden)
-        )
+    norm_ending = embed_key.removesuffix("embed_tokens.weight") + "norm.weight"
+    norm_key = find_key(files, norm_ending, folder)
+    embed = read_tensor(folder, files, embed_key, dtype, (vocab, hidden))  # (V, Ht)
+    norm = read_tensor(folder, files, norm_key, dtype, (hidden,))  # (Ht,)
+
+    if tree.get("tie_word_embeddings"):
+        head = embed
+    else:
+        head_key = find_key(files, "lm_head.weight", folder)
+        head = read_tensor(folder, files, head_key, dtype, (vocab, hidden))  # (V, Ht)
     return TargetTensors(embed, head, _norm_factor(norm, tree))
 
 
 def _tensors_of_model(model: Any, tree: dict[str, Any]) -> TargetTensors:
-    embed, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    norm = decoder(model).norm.weight.detach()
     return TargetTensors(
-        embed.detach(), head.detach(), _norm_factor(decoder(model).norm.weight.detach(), tree)
+        embed_tokens=model.get_input_embeddings().weight.detach(),
+        head=model.get_output_embeddings().weight.detach(),
+        norm=_norm_factor(norm, tree),
     )
 
 
@@ -202,6 +283,11 @@ def _norm_factor(weight: Tensor, tree: dict[str, Any]) -> Tensor:
 
 
 def _weights_folder(path_or_id: str | Path) -> Path:
+    """The folder of the safetensors files; those of an id are downloaded, or taken from the cache.
+
+    Raises:
+        UserError: not reachable.
+    """
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     from huggingface_hub import snapshot_download
@@ -213,22 +299,30 @@ def _weights_folder(path_or_id: str | Path) -> Path:
         raise _not_loadable(path_or_id, error) from None
 
 
+# Its features
+
+
 def decoder(model: Any) -> Any:
-    """The base model whose `layers` are the decoder layers and whose output is behind the final norm.
+    """The base model: its `layers` are the decoder layers, its output comes after the final norm.
+
+    Looked for in `model.get_decoder()`, in `model`, and in what they hold as `model` and
+    `language_model`.
 
     Raises:
         UserError: none found.
     """
-    queue = [model.get_decoder()] if callable(getattr(model, "get_decoder", None)) else []
-    queue.append(model)
-    for module in queue:
+    candidates = []
+    if callable(getattr(model, "get_decoder", None)):
+        candidates.append(model.get_decoder())
+    candidates.append(model)
+
+    for module in candidates:  # grows while it is read
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
             return module
-        queue += [
-            m
-            for m in (getattr(module, n, None) for n in ("model", "language_model"))
-            if m not in (None, module)
-        ]
+        for name in ("model", "language_model"):
+            inner = getattr(module, name, None)
+            if inner is not None and inner is not module:
+                candidates.append(inner)
     raise UserError(
         f"{type(model).__name__}: no list of decoder layers found; choose another target"
     )
@@ -238,28 +332,18 @@ def decoder(model: Any) -> Any:
 def hidden_states(
     model: Any, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of three decoder layers `(B, S, 3·Ht)` and the final, normed hidden state `(B, S, Ht)`.
+    """Outputs of three decoder layers `(B, S, 3·Ht)` and the final, normed state `(B, S, Ht)`.
 
-    `input_ids` and `attention_mask` are `(B, S)` int64, padded on the right; padded rows hold no meaning.
+    `input_ids` and `attention_mask` are `(B, S)` int64, padded on the right; padded rows hold no
+    meaning.
     """
     base = decoder(model)
-    taps: dict[int, Tensor] = {}
-
-    def tap(index: int) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            taps[index] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
-
-    hooks: list[Any] = []
-    try:
-        for index in layers:
-            hooks.append(base.layers[index].register_forward_hook(tap(index)))
+    with layer_outputs([base.layers[index] for index in layers]) as outputs:
         out = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.cat([taps[index] for index in layers], -1), out.last_hidden_state
+    return torch.cat(outputs, dim=-1), out.last_hidden_state
+
+
+# Its key-value cache
 
 
 def empty_cache() -> Any:
@@ -270,9 +354,10 @@ def empty_cache() -> Any:
 
 
 def cache_name(model: Any) -> str:
-    """What `model` calls its key-value cache, as an argument and in its output.
+    """The name of `model`'s key-value cache, as an argument and in its output.
 
-    "cache" in newer releases of transformers (5.24 knows both), "past_key_values" in older ones and in models that
-    bring their own code.
+    "cache" in newer releases of transformers (5.24 takes both), "past_key_values" in older ones and
+    in models that bring their own code.
     """
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    arguments = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in arguments else "past_key_values"

@@ -1,9 +1,9 @@
-"""The vocabulary map: which target tokens the draft can say."""
+"""The vocabulary map: which target tokens the draft can propose."""
 
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +18,15 @@ from eagle3fn.data.features import FeatureSet, read_tokens
 REMEDY = "build the map again"
 
 
+# Counting and building
+
+
 def count_tokens(
     features: FeatureSet, indices: Iterable[int], vocab_size: int | None = None
 ) -> Tensor:
     """How often each token is supervised in the samples `indices`: `(V,)` int64.
 
-    `vocab_size` is needed where the folder does not know it (files of a `Reader`).
+    `vocab_size` (V) is used where the folder holds none (files of a `Reader`).
 
     Raises:
         UserError: no vocabulary size known, or an unreadable sample.
@@ -31,16 +34,19 @@ def count_tokens(
     size = features.vocab_size or vocab_size
     if size is None:
         raise UserError(f"{features.folder}: holds no vocabulary size; name the target")
-    known = features._replace(vocab_size=size)
-    counts = torch.zeros(size, dtype=torch.int64)
+
+    sized = features._replace(vocab_size=size)  # ids are checked against it
+    counts = torch.zeros(size, dtype=torch.int64)  # (V,)
     for number in indices:
-        ids, mask = read_tokens(known, number)
+        ids, mask = read_tokens(sized, number)
         counts += torch.bincount(ids[mask == 1], minlength=size)
     return counts
 
 
 def build_map(counts: Tensor, draft_size: int) -> VocabMap:
     """Keep the `draft_size` most frequent tokens of `counts` `(V,)`; ties go to the lowest id.
+
+    Draft id `j` is the j-th kept target id in ascending order: `kept[j] == j + d2t[j]`.
 
     Raises:
         UserError: `draft_size` is not in [1, V].
@@ -50,7 +56,11 @@ def build_map(counts: Tensor, draft_size: int) -> VocabMap:
         raise UserError(
             f"draft_vocab_size = {draft_size}: must be in [1, {size}], the target's vocabulary"
         )
-    kept = counts.sort(descending=True, stable=True).indices[:draft_size].sort().values
+
+    # A stable sort keeps tokens of equal counts in the order of their ids.
+    by_count = counts.sort(descending=True, stable=True).indices
+    kept = by_count[:draft_size].sort().values  # (D,)
+
     t2d = torch.zeros(size, dtype=torch.bool)
     t2d[kept] = True
     return VocabMap(t2d, kept - torch.arange(draft_size))
@@ -59,20 +69,29 @@ def build_map(counts: Tensor, draft_size: int) -> VocabMap:
 def count_map(
     features: FeatureSet, indices: Iterable[int], vocab_size: int, draft_size: int
 ) -> tuple[VocabMap, float]:
-    """The map of the `draft_size` (at most `vocab_size`) most supervised tokens, and their share of all of those.
+    """The map of the most supervised tokens, and the share of all supervised tokens it covers.
+
+    It keeps `draft_size` tokens, at most `vocab_size`.
 
     Raises:
         UserError: an unreadable sample.
     """
     counts = count_tokens(features, indices, vocab_size)
     vocab_map = build_map(counts, min(draft_size, vocab_size))
-    return vocab_map, float(counts[vocab_map.t2d].sum() / counts.sum().clamp(min=1))
+    covered = counts[vocab_map.t2d].sum() / counts.sum().clamp(min=1)
+    return vocab_map, float(covered)
 
 
 def check_map(
     vocab_map: VocabMap, vocab_size: int, draft_size: int, where: str = "vocabulary map"
 ) -> None:
-    """Raise a UserError unless the map has these sizes and `nonzero(t2d) == d2t + arange(D)`."""
+    """Check that a map has the sizes V and D and that `nonzero(t2d) == d2t + arange(D)`.
+
+    `where` names the map in errors.
+
+    Raises:
+        UserError: it has not.
+    """
     t2d, d2t = vocab_map
     if t2d.dtype != torch.bool or d2t.dtype != torch.int64:
         raise UserError(
@@ -87,11 +106,22 @@ def check_map(
             f"{where}: d2t has shape {tuple(d2t.shape)}: must be ({draft_size},); "
             f"set draft.draft_vocab_size to {d2t.numel()} or {REMEDY}"
         )
+
     kept = t2d.nonzero().flatten()
     if len(kept) != draft_size or not torch.equal(kept, d2t + torch.arange(draft_size)):
         raise UserError(
             f"{where}: t2d and d2t name different tokens (d2t must be offsets); {REMEDY}"
         )
+
+
+# Files
+
+
+class StoredMap(NamedTuple):
+    """A map file as it is, unchecked. `load_map` and `map_size` take what reads one as `read`."""
+
+    tensors: dict[str, Any]  # by name; a map has `t2d` and `d2t`
+    provenance: Any  # what `save_map` was given; a dict, or the file is refused
 
 
 def save_map(path: str | Path, vocab_map: VocabMap, provenance: dict[str, Any]) -> None:
@@ -100,26 +130,22 @@ def save_map(path: str | Path, vocab_map: VocabMap, provenance: dict[str, Any]) 
     `provenance` (JSON values; `target_hash` is checked on loading) goes into the file's metadata.
     """
     tensors = {name: value.contiguous() for name, value in vocab_map._asdict().items()}
+    metadata = {"provenance": json.dumps(provenance, sort_keys=True)}
     with whole_file(path) as temporary:
-        save_file(
-            tensors, temporary, metadata={"provenance": json.dumps(provenance, sort_keys=True)}
-        )
+        save_file(tensors, temporary, metadata=metadata)
 
 
-Stored = tuple[dict[str, Tensor], Any]
-"""A map file's tensors by name, and its provenance."""
-
-
-def read_map(path: Path) -> Stored:
-    """The tensors and provenance of a safetensors file that `save_map` wrote; nothing is checked.
+def read_map(path: Path) -> StoredMap:
+    """Read a file that `save_map` wrote.
 
     Raises:
         UserError: missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as stored:
-            provenance = json.loads((stored.metadata() or {}).get("provenance", "{}"))
-            return {key: stored.get_tensor(key) for key in stored.keys()}, provenance  # noqa: SIM118
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        return StoredMap(tensors, json.loads(metadata.get("provenance", "{}")))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {REMEDY}") from None
     except (OSError, ValueError, SafetensorError) as error:
@@ -131,17 +157,24 @@ def load_map(
     vocab_size: int,
     draft_size: int,
     target_hash: str | None = None,
-    read: Callable[[Path], Stored] = read_map,
+    read: Callable[[Path], StoredMap] = read_map,
 ) -> VocabMap:
-    """Read a map by `read` and check it.
+    """Read a map and check it.
+
+    Args:
+        path: the map's file.
+        vocab_size: V, the target's.
+        draft_size: D.
+        target_hash: the target's `config_hash`, compared if the file holds one.
+        read: reads the file; another function reads another format.
 
     Raises:
         UserError: missing or damaged, made for another target, of other sizes, or inconsistent.
     """
-    tensors, provenance = read(Path(path))
-    missing = [name for name in VocabMap._fields if not isinstance(tensors.get(name), Tensor)]
-    if missing:
-        raise UserError(f"{path}: no tensor {missing[0]}; {REMEDY}")
+    stored = read(Path(path))
+    tensors = _tensors_of(stored, VocabMap._fields, path)
+
+    provenance = stored.provenance
     if not isinstance(provenance, dict):
         raise UserError(
             f"{path}: its provenance is {provenance!r:.80}: must be a JSON object; {REMEDY}"
@@ -150,20 +183,27 @@ def load_map(
     if target_hash and made_for and made_for != target_hash:
         name = provenance.get("target", str(made_for)[:12])
         raise UserError(
-            f"{path}: made for another target ({name}), not {target_hash[:12]}; {REMEDY} for this one"
+            f"{path}: made for another target ({name}), not {target_hash[:12]}; "
+            f"{REMEDY} for this one"
         )
-    vocab_map = VocabMap(tensors["t2d"], tensors["d2t"])
+
+    vocab_map = VocabMap(*tensors)
     check_map(vocab_map, vocab_size, draft_size, str(path))
     return vocab_map
 
 
-def map_size(path: str | Path, read: Callable[[Path], Stored] = read_map) -> int:
-    """The draft vocabulary's size, D, of a stored map.
+def map_size(path: str | Path, read: Callable[[Path], StoredMap] = read_map) -> int:
+    """The draft vocabulary's size, D, of a stored map; `read` as in `load_map`.
 
     Raises:
         UserError: missing or damaged, or without `d2t`.
     """
-    tensors, _ = read(Path(path))
-    if not isinstance(tensors.get("d2t"), Tensor):
-        raise UserError(f"{path}: no tensor d2t; {REMEDY}")
-    return tensors["d2t"].numel()
+    (d2t,) = _tensors_of(read(Path(path)), ("d2t",), path)
+    return d2t.numel()
+
+
+def _tensors_of(stored: StoredMap, names: tuple[str, ...], path: str | Path) -> list[Tensor]:
+    for name in names:
+        if not isinstance(stored.tensors.get(name), Tensor):
+            raise UserError(f"{path}: no tensor {name}; {REMEDY}")
+    return [stored.tensors[name] for name in names]

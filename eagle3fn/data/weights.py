@@ -1,4 +1,7 @@
-"""Single tensors out of a target's safetensors files, without building the model; every damage named by its file."""
+"""Single tensors out of a target's safetensors files, without building the model.
+
+Every damage is named by its file.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,27 +14,32 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
 
 _REMEDY = "fetch the target's files again"
+_INDEX = "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> dict[str, str]:
-    """Key to file name, from the index or else from the files themselves.
+    """Each tensor's file name, by the tensor's key; from the index or else from the files.
 
     Raises:
         UserError: no safetensors, or a damaged index or file.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if index.is_file():
         return _weight_map(index)
-    names = [
-        path.name
-        for path in sorted(folder.glob("*.safetensors"))
-        if not path.name.startswith("consolidated")
-    ]
+
+    files = {}
+    names = []
+    for path in sorted(folder.glob("*.safetensors")):
+        # Mistral's folders hold the same weights once more under its own names.
+        if not path.name.startswith("consolidated"):
+            names.append(path.name)
+            files |= dict.fromkeys(_keys(path), path.name)
     if not names:
         raise UserError(
-            f"{folder}: no *.safetensors; save the target with save_pretrained(safe_serialization=True)"
+            f"{folder}: no *.safetensors; "
+            "save the target with save_pretrained(safe_serialization=True)"
         )
-    return {key: name for name in names for key in _keys(folder / name)}
+    return files
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -46,21 +54,21 @@ def check_weights(folder: Path) -> None:
     """Open every safetensors file there is, and compare their keys with the index.
 
     Raises:
-        UserError: names the first file that is damaged, or lacks a tensor that the index puts there.
+        UserError: names the first file that is damaged, or lacks a tensor that the index puts
+            there.
     """
     if not any(folder.glob("*.safetensors*")):
         return
     files = weight_files(folder)
     for name in sorted(set(files.values())):
-        missing = {key for key, place in files.items() if place == name} - set(_keys(folder / name))
+        listed = {key for key, file in files.items() if file == name}
+        missing = listed - set(_keys(folder / name))
         if missing:
             raise _no_tensor(folder / name, min(missing))
 
 
 def _no_tensor(path: Path, key: str) -> UserError:
-    return UserError(
-        f"{path}: no tensor {key}, though model.safetensors.index.json names it; {_REMEDY}"
-    )
+    return UserError(f"{path}: no tensor {key}, though {_INDEX} names it; {_REMEDY}")
 
 
 def _keys(path: Path) -> list[str]:
@@ -76,12 +84,17 @@ def _open(path: Path) -> Any:
 
 
 def find_key(files: dict[str, str], ending: str, folder: Path) -> str:
-    """The shortest key that is `ending` or ends in a dot and `ending`."""
+    """The shortest key that is `ending`, or ends in a dot and `ending`.
+
+    Raises:
+        UserError: none is.
+    """
     found = [key for key in files if key == ending or key.endswith("." + ending)]
     if not found:
         raise UserError(
-            f"{folder}: no tensor named {ending} in the safetensors files, and none tied to it by "
-            f"tie_word_embeddings; {_REMEDY} or choose another target"
+            f"{folder}: no tensor named {ending} in the safetensors files, "
+            "and none tied to it by tie_word_embeddings; "
+            f"{_REMEDY} or choose another target"
         )
     return min(found, key=lambda key: (len(key), key))
 
@@ -89,25 +102,31 @@ def find_key(files: dict[str, str], ending: str, folder: Path) -> str:
 def read_tensor(
     folder: Path, files: dict[str, str], key: str, dtype: torch.dtype, shape: tuple[int | None, ...]
 ) -> Tensor:
-    """The tensor `key` in `dtype`. `shape` is what config.json says, None where it doesn't.
+    """The tensor `key` in `dtype`. `shape` is config.json's, None where it gives no size.
 
     Raises:
-        UserError: a file missing or damaged or without the tensor, a quantised tensor, another shape.
+        UserError: a file missing or damaged or without the tensor, a quantised tensor, another
+            shape.
     """
     path = folder / files[key]
     with _open(path) as file:
         if key not in file.keys():  # noqa: SIM118
             raise _no_tensor(path, key)
         value = file.get_tensor(key)
+
     if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(
             f"{path}: {key} is {value.dtype}; take a target whose {key} is not quantised"
         )
-    if value.ndim != len(shape) or any(
-        y not in (None, x) for x, y in zip(value.shape, shape, strict=True)
-    ):
-        wanted = tuple("?" if size is None else size for size in shape)
+    if not _fits(value, shape):
+        expected = tuple("?" if size is None else size for size in shape)
         raise UserError(
-            f"{path}: {key} has shape {tuple(value.shape)}: config.json says {wanted}; {_REMEDY}"
+            f"{path}: {key} has shape {tuple(value.shape)}: config.json says {expected}; {_REMEDY}"
         )
     return value.to(dtype)
+
+
+def _fits(value: Tensor, shape: tuple[int | None, ...]) -> bool:
+    if value.ndim != len(shape):
+        return False
+    return all(size in (None, found) for size, found in zip(shape, value.shape, strict=True))

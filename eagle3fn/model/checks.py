@@ -1,4 +1,6 @@
-"""Refusals before any work: a batch that does not fit the parameters, the configuration or the frozen tensors."""
+"""Refusals before any work: a batch that does not fit the parameters, the configuration or the
+frozen tensors.
+"""
 
 import torch
 from torch import Tensor
@@ -61,9 +63,10 @@ def check_no_autocast(device: str) -> None:
     Raises:
         UserError: it is on for this type of device.
     """
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         raise UserError(
-            f"torch.autocast is on for {device!r}: the compute dtype is that of the parameters; call outside of it, "
+            f"torch.autocast is on for {device!r}: the compute dtype is that of the parameters; "
+            "call outside of it, "
             f"or inside torch.autocast({device!r}, enabled=False)"
         )
 
@@ -107,8 +110,8 @@ def check_sharing(batches: tuple[Batch, ...], config: Config, world: int = 1) ->
     """Check that micro-batches of one update can be summed, those of the other ranks included.
 
     Raises:
-        UserError: none at all, several under a loss with means over the whole batch, or several without the global
-            row counts `n`.
+        UserError: none at all, several under a loss with means over the whole batch, or several
+            without the global row counts `n`.
     """
     if not batches:
         raise UserError("step: an empty tuple of micro-batches; give at least one Batch")
@@ -125,6 +128,7 @@ def check_sharing(batches: tuple[Batch, ...], config: Config, world: int = 1) ->
         and any(b.row_counts is None for b in batches)
     ):
         raise UserError(
-            "batch.row_counts is missing: with several micro-batches and objective.normalization = 'mask' each must carry the "
+            "batch.row_counts is missing: with several micro-batches and objective.normalization = "
+            "'mask' each must carry the "
             "global row counts (data.collate.global_row_counts)"
         )

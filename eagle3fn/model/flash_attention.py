@@ -1,31 +1,60 @@
-"""Attention of the fast profile by a flash kernel, for CUDA: nothing is read on the host, nothing of size S·S is made.
+"""Attention of the fast profile by PyTorch's flash kernel, on CUDA, without a read on the host.
 
-The contributing rows' queries are laid into whole sequences, so that the kernel's own causal rule holds; its result and
-log-sum-exp are merged with the rows' own later keys. The backward gives the kernel the merged result and log-sum-exp:
-it then makes the probabilities of the one softmax over both parts.
+The kernel attends whole sequences under its own causal rule, so the rows' queries are laid into
+zeros at their places. Nothing of size `S·S` is made. The kernel's result and its log-sum-exp a are
+then merged with the rows' own keys of later steps, whose scores are c_i:
+
+    Z   = log(exp(a) + Σ_i exp(c_i))
+    out = causal · exp(a − Z) + Σ_i exp(c_i − Z) · step_value_i
+
+The backward gives the kernel the merged `out` and `Z` in place of its own: from them it makes the
+probabilities of the one softmax over both kinds of keys.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eagle3fn.model.autograd import differentiable_once
-from eagle3fn.model.block_attention import StepTensors, dot, gather, split, spread
+from eagle3fn.model.block_attention import (
+    StepTensors,
+    add_weighted_steps_,
+    dot_steps,
+    weighted_query_sums,
+)
 
-_KINDS = (torch.bfloat16, torch.float16)
-_SIZES = (*range(8, 193, 8), *range(232, 257, 8))  # some cards have no backward between
+_DTYPES = (torch.bfloat16, torch.float16)
+_HEAD_SIZES = (*range(8, 193, 8), *range(232, 257, 8))  # some cards have no backward in the gap
 
 
-def fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
-    """Whether there is such a kernel for heads of this size, on this card."""
-    return device.type == "cuda" and dtype in _KINDS and size in _SIZES and _has_flash(device)
+def has_flash_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether PyTorch has a flash kernel, forward and backward, for such heads on this device."""
+    return (
+        device.type == "cuda"
+        and dtype in _DTYPES
+        and head_size in _HEAD_SIZES
+        and _card_has_flash(device)
+    )
 
 
-def _has_flash(device: torch.device) -> bool:
-    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(
-        device
-    ) >= (8, 0)
+def _card_has_flash(device: torch.device) -> bool:
+    available = torch.backends.cuda.is_flash_attention_available()
+    return available and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class _Inputs(NamedTuple):
+    q: Tensor  # (T, N, E)
+    key: Tensor  # (B, S, J, E)
+    value: Tensor  # (B, S, J, E)
+    step_keys: tuple[Tensor, ...]  # I times (T, J, E)
+    step_values: tuple[Tensor, ...]  # I times (T, J, E)
+    rows: Tensor  # (T,) int64
+
+
+class _Outputs(NamedTuple):
+    attended: Tensor  # (T, N, E)
+    log_sum: Tensor  # (T, N), at least fp32: Z above
 
 
 def flash_attention(
@@ -36,107 +65,163 @@ def flash_attention(
     step_values: StepTensors,
     rows: Tensor,
 ) -> Tensor:
-    """`block_attention`. Rows that repeat must be equal in all inputs; the first query gets the gradient of all."""
-    return _attention(q, key, value, *step_keys, *step_values, rows, key.shape[2])[0]
+    """`block_attention` by the flash kernel, to rounding; differentiable once.
+
+    Rows that repeat must be equal in all inputs; the first query of them gets the gradient of all.
+    """
+    inputs = _Inputs(q, key, value, tuple(step_keys), tuple(step_values), rows)
+    return _attention(inputs).attended
 
 
-def _forward(q, key, value, *rest) -> tuple[Tensor, Tensor]:
-    (step_keys, step_values, rows, j), scale = split(rest), q.shape[-1] ** -0.5
-    block, block_sum = _flash(_whole(q, rows, key), _heads(key, q), _heads(value, q), scale)
-    block, block_sum = (_rows(x, rows) for x in (block, block_sum))
-    scores = _own_scores(q.unflatten(1, (j, -1)), step_keys, scale)
-    total = torch.logsumexp(torch.cat([block_sum[..., None], scores], dim=-1), dim=-1)
-    out = block.to(total.dtype) * torch.exp(block_sum - total)[..., None]
-    weights = torch.exp(scores - total[..., None]).unflatten(1, (j, -1))
-    return spread(out.unflatten(1, (j, -1)), weights, step_values).flatten(1, 2).to(q.dtype), total
+def _forward(inputs: _Inputs) -> _Outputs:
+    q, key, value, step_keys, step_values, rows = inputs
+    kv_heads = key.shape[2]
+    scale = q.shape[-1] ** -0.5
 
-
-def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
-    (q, key, value, *rest), (out, total), (grad,) = inputs, outputs, grads
-    (step_keys, step_values, rows, j), scale = split(rest), q.shape[-1] ** -0.5
-    whole_grad, whole_q = _whole(grad, rows, key, add=True), _whole(q, rows, key)
-    merged = _whole(out, rows, key), _whole(total, rows, key)
-    grad_q, *grad_block = _flash_backward(
-        whole_grad, whole_q, *merged, _heads(key, q), _heads(value, q), scale
+    # The kernel on whole sequences, read at the rows.
+    causal, causal_log_sum = _flash(
+        _to_sequences(q, rows, key), _for_queries(key, q), _for_queries(value, q), scale
     )
-    first = torch.cat([torch.ones_like(rows[:1], dtype=torch.bool), rows[1:] != rows[:-1]])
-    grad_q = torch.where(first[:, None, None], _rows(grad_q, rows), 0)
-    grad_key, grad_value = (x.unflatten(1, (j, -1)).sum(2).transpose(1, 2) for x in grad_block)
+    causal, causal_log_sum = (_at_rows(x, rows) for x in (causal, causal_log_sum))
 
-    weights = torch.exp(_own_scores(q.unflatten(1, (j, -1)), step_keys, scale) - total[..., None])
-    delta = (grad.to(total.dtype) * out).sum(-1, keepdim=True)
-    grad_weight = dot(grad.unflatten(1, (j, -1)), step_values).flatten(1, 2)
-    grad_score = (weights * (grad_weight - delta) * scale).to(q.dtype).unflatten(1, (j, -1))
-    grad_q = spread(grad_q.unflatten(1, (j, -1)), grad_score, step_keys).flatten(1, 2)
-    grad_own = gather(q.unflatten(1, (j, -1)), grad_score)
-    grad_own_value = gather(grad.unflatten(1, (j, -1)), weights.to(q.dtype).unflatten(1, (j, -1)))
-    return grad_q, grad_key, grad_value, *grad_own, *grad_own_value
+    # One softmax with the rows' own keys of later steps.
+    step_scores = _step_scores(q.unflatten(1, (kv_heads, -1)), step_keys, scale)  # (T, N, I)
+    log_sum = torch.logsumexp(torch.cat([causal_log_sum[..., None], step_scores], dim=-1), dim=-1)
+    out = causal.to(log_sum.dtype) * torch.exp(causal_log_sum - log_sum)[..., None]
+    step_weights = torch.exp(step_scores - log_sum[..., None]).unflatten(1, (kv_heads, -1))
+
+    out = out.unflatten(1, (kv_heads, -1))  # (T, J, G, E)
+    add_weighted_steps_(out, step_weights, step_values)
+    return _Outputs(out.flatten(1, 2).to(q.dtype), log_sum)
 
 
-def _own_scores(q: Tensor, own: StepTensors, scale: float) -> Tensor:
-    """Scaled products of queries `(T, J, G, E)` with each row's own keys: `(T, N, I)`, at least fp32."""
-    scores = dot(q, own).flatten(1, 2)
+def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, Any]:
+    q, key, value, step_keys, step_values, rows = inputs
+    out, log_sum = outputs
+    grad = grads.attended
+    kv_heads = key.shape[2]
+    scale = q.shape[-1] ** -0.5
+
+    # The causal keys: the kernel with the merged result and log-sum-exp.
+    whole_grad = _to_sequences(grad, rows, key, add=True)
+    whole_q = _to_sequences(q, rows, key)
+    whole_out = _to_sequences(out, rows, key)
+    whole_log_sum = _to_sequences(log_sum, rows, key)
+    grad_q, *grad_block = _flash_backward(
+        whole_grad,
+        whole_q,
+        whole_out,
+        whole_log_sum,
+        _for_queries(key, q),
+        _for_queries(value, q),
+        scale,
+    )
+
+    # Of rows that repeat, the first gets the gradient that all were summed into.
+    is_first = torch.cat([torch.ones_like(rows[:1], dtype=torch.bool), rows[1:] != rows[:-1]])
+    grad_q = torch.where(is_first[:, None, None], _at_rows(grad_q, rows), 0)
+
+    # The query heads of one key-value head add up.
+    grad_key, grad_value = (
+        x.unflatten(1, (kv_heads, -1)).sum(2).transpose(1, 2) for x in grad_block
+    )
+
+    # The rows' own keys, with p = exp(c − Z) and grad_p = grad · step_value:
+    # grad_score = p · (grad_p − grad · out) · scale.
+    grouped_q = q.unflatten(1, (kv_heads, -1))  # (T, J, G, E)
+    grouped_grad = grad.unflatten(1, (kv_heads, -1))
+    weights = torch.exp(_step_scores(grouped_q, step_keys, scale) - log_sum[..., None])
+    delta = (grad.to(log_sum.dtype) * out).sum(-1, keepdim=True)
+    grad_weight = dot_steps(grouped_grad, step_values).flatten(1, 2)
+    grad_score = (weights * (grad_weight - delta) * scale).to(q.dtype)
+    grad_score = grad_score.unflatten(1, (kv_heads, -1))  # (T, J, G, I)
+
+    grad_q = grad_q.unflatten(1, (kv_heads, -1))
+    add_weighted_steps_(grad_q, grad_score, step_keys)
+    return {
+        "q": grad_q.flatten(1, 2),
+        "key": grad_key,
+        "value": grad_value,
+        "step_keys": weighted_query_sums(grouped_q, grad_score),
+        "step_values": weighted_query_sums(
+            grouped_grad, weights.to(q.dtype).unflatten(1, (kv_heads, -1))
+        ),
+    }
+
+
+_attention = differentiable_once(
+    _forward, _backward, inputs=_Inputs, outputs=_Outputs, without_gradient=["log_sum"]
+)
+
+
+def _step_scores(q: Tensor, step_keys: StepTensors, scale: float) -> Tensor:
+    """Scaled products of `q` `(T, J, G, E)` with the rows' own keys: `(T, N, I)`, fp32 or fp64."""
+    scores = dot_steps(q, step_keys).flatten(1, 2)
     return scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
 
 
-def _whole(x: Tensor, rows: Tensor, key: Tensor, add: bool = False) -> Tensor:
-    """Rows `(T, N, …)` laid into `(B, N, S, …)`, zero elsewhere; of rows that repeat, one, or with `add` their sum."""
+def _to_sequences(x: Tensor, rows: Tensor, key: Tensor, add: bool = False) -> Tensor:
+    """Rows `(T, N, …)` laid into zeros `(B, N, S, …)`.
+
+    Of rows that repeat, one is laid there, or with `add` their sum.
+    """
     b, s = key.shape[:2]
     flat = x.new_zeros(b * s, *x.shape[1:])
     flat = flat.index_add_(0, rows, x) if add else flat.index_copy_(0, rows, x)
     return flat.unflatten(0, (b, s)).transpose(1, 2)
 
 
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """`(B, N, S, …)` at the rows: `(T, N, …)`."""
+def _at_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Whole sequences `(B, N, S, …)` at the rows: `(T, N, …)`."""
     return x.transpose(1, 2).flatten(0, 1)[rows]
 
 
-def _heads(x: Tensor, q: Tensor) -> Tensor:
-    """`(B, S, J, E)` once for each query head: `(B, N, S, E)`."""
+def _for_queries(x: Tensor, q: Tensor) -> Tensor:
+    """Key-value heads `(B, S, J, E)` once for each query head that reads them: `(B, N, S, E)`."""
     groups = q.shape[1] // x.shape[2]
     return x[:, :, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3).transpose(1, 2)
 
 
 def _flash(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention of `(B, N, S, E)` and its log-sum-exp `(B, N, S)`."""
+    """Causal attention of `(B, N, S, E)`, and its log-sum-exp `(B, N, S)`."""
     ops: Any = torch.ops.aten
+    dropout = 0.0
+    causal = True
     if q.device.type == "cpu":
         return ops._scaled_dot_product_flash_attention_for_cpu(
-            q, key, value, 0.0, True, scale=scale
+            q, key, value, dropout, causal, scale=scale
         )
-    return ops._scaled_dot_product_flash_attention(q, key, value, 0.0, True, scale=scale)[:2]
+    found = ops._scaled_dot_product_flash_attention(q, key, value, dropout, causal, scale=scale)
+    return found[:2]
 
 
 def _flash_backward(
-    grad: Tensor, q: Tensor, out: Tensor, total: Tensor, key: Tensor, value: Tensor, scale: float
-):
+    grad: Tensor, q: Tensor, out: Tensor, log_sum: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by `q`, `key` and `value`, all `(B, N, S, E)`."""
     ops: Any = torch.ops.aten
+    dropout = 0.0
+    causal = True
     if q.device.type == "cpu":
         return ops._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, key, value, out, total, 0.0, True, scale=scale
+            grad, q, key, value, out, log_sum, dropout, causal, scale=scale
         )
-    s, seed = (
-        q.shape[2],
-        torch.empty(2, dtype=torch.uint64, device=q.device),
-    )  # no dropout: the seed is not read
+    s = q.shape[2]
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: it is not read
     return ops._scaled_dot_product_flash_attention_backward(
         grad,
         q,
         key,
         value,
         out,
-        total.contiguous(),
-        None,
+        log_sum.contiguous(),
+        None,  # all sequences have one length
         None,
         s,
         s,
-        0.0,
-        True,
+        dropout,
+        causal,
         seed,
         seed,
         scale=scale,
     )
-
-
-_attention: Any = differentiable_once(_forward, _backward, kept=1)

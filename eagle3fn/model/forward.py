@@ -32,14 +32,17 @@ class ForwardLoss(Protocol):
 
 
 class Operations(NamedTuple):
-    """The parts of the plain unroll that other arithmetic replaces, each with the signature of its default."""
+    """The parts of the plain unroll that other arithmetic replaces, each with the signature of its
+    default.
+    """
 
     kl: KL = kl_loss
     # (attention mask (B, S), dtype) → the mask that `attention` reads, made once a batch
     mask: Callable[[Tensor, torch.dtype], Any] = block_mask
     # (key-value heads (B, J, S, E), N / J) → the heads that `attention` reads, made at every step
     heads: Callable[[Tensor, int], Tensor] = layers.repeat_heads
-    # (queries (B, N, S, E), keys of all steps so far, values of all steps so far, mask) → (B, N, S, E)
+    # (queries (B, N, S, E), keys of all steps so far, values of all steps so far, mask) → (B, N, S,
+    # E)
     attention: Callable[[Tensor, list[Tensor], list[Tensor], Any], Tensor] = unrolled_attention
 
 
@@ -56,20 +59,22 @@ class _Step(NamedTuple):
 def forward_loss(
     params: Params, batch: Batch, *, config: Config, frozen: Frozen
 ) -> tuple[Tensor, Aux]:
-    """The training loss of one micro-batch, `Σ_i decay^i · L_i` over unroll steps `i`, and its metrics.
+    """The training loss of one micro-batch, `Σ_i decay^i · L_i` over unroll steps `i`, and its
+    metrics.
 
     Args:
         params: the draft's tensors in the compute dtype (`model.table.shapes`).
         batch: see `Batch`; padding on the right.
-        config: `draft` and `objective` are read; `objective.numerics` chooses the plain unroll or the fast one.
+        config: `draft` and `objective` are read; `objective.numerics` chooses the plain unroll or
+            the fast one.
         frozen: target embedding, head and vocabulary map.
 
     Returns:
         Scalar loss (fp32, or fp64 for fp64 parameters), and `Aux` without gradient.
 
     Raises:
-        UserError: shapes, dtypes or values that don't fit together, or a `torch.autocast` around the call; it names
-            the field.
+        UserError: shapes, dtypes or values that don't fit together, or a `torch.autocast` around
+            the call; it names the field.
     """
     check_batch(params, batch, config, frozen)
     if config.objective.numerics == "fast":
@@ -85,10 +90,14 @@ def forward_plain(
     frozen: Frozen,
     operations: Operations = Operations(),  # noqa: B008
 ) -> tuple[Tensor, Aux]:
-    """`forward_loss` under the plain numerics, without its checks; `operations` may be other than the defaults."""
+    """`forward_loss` under the plain numerics, without its checks.
+
+    `operations` may be other than the defaults.
+    """
     objective = config.objective
 
-    # The target's distribution for token t + 2 belongs to row t: shifted here by one, its logits give the other.
+    # The target's distribution for token t + 2 belongs to row t: shifted here by one, its logits
+    # give the other.
     teacher = make_teacher(shift(batch.last_hidden, 1), batch.row_mask, frozen, objective)
 
     # By which number of rows each step's sum is divided; None: by all B·S.
@@ -112,10 +121,13 @@ def _unroll(
     frozen: Frozen,
     operations: Operations,
 ) -> Iterator[_Step]:
-    """Run the draft `K` times on its own hidden states; each step's loss is taken before the next step is made.
+    """Run the draft `K` times on its own hidden states.
 
-    At step `i` row `t` has the hidden state of step `i - 1`, the embedding of token `t + i + 1`, rotary position
-    `t + i`, and the label `t + i`, whose distribution is the target's for token `t + i + 2`.
+    Each step's loss is taken before the next step is made.
+
+    At step `i` row `t` has the hidden state of step `i - 1`, the embedding of token `t + i + 1`,
+    rotary position `t + i`, and the label `t + i`, whose distribution is the target's for token `t
+    + i + 2`.
     """
     draft = config.draft
     k = config.objective.ttt_length

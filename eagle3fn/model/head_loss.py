@@ -1,7 +1,17 @@
-"""Head and soft-label KL in one pass over chunks of labels, with the gradients made in the forward.
+"""Draft head and soft-label KL in one pass over chunks of labels; the forward makes the gradients.
 
-Nothing of size `(rows, D)` or `(rows, V)` outlives a chunk, and a label's teacher softmax is made once for the `K`
-student rows that are scored against it.
+A label is a place where the target's choice is learned. At each of `K` unroll steps one draft row
+is scored against it. For a pair of label and draft row, with l the row's draft logits, z the
+label's target logits, and D the draft vocabulary:
+
+    p  = softmax(z over D)                                 the teacher
+    KL = log Σ exp(l) − Σ p · l                            up to the teacher's entropy
+    ∂KL / ∂l = softmax(l) − p
+
+    loss = Σ weight · KL                                   over pairs whose label's argmax is in D
+
+Nothing of size `(rows, D)` or `(rows, V)` outlives a chunk of labels, and a label's teacher is made
+once for the `K` draft rows that are scored against it.
 """
 
 import importlib.util
@@ -12,17 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.model.autograd import differentiable_once, is_last_pull_back
-from eagle3fn.model.layers import at_least_fp32
 
-_CHUNK_BYTES, _CUDA_CHUNK_BYTES, _GROUP_BYTES = 32 << 20, 256 << 20, 4 << 20
+_CHUNK_BYTES = 32 << 20  # logits of a chunk, on the CPU
+_CUDA_CHUNK_BYTES = 256 << 20
+_GROUP_BYTES = 4 << 20  # fp32 logits of a group of labels: they fit in the processor's cache
 
 
 class Labels(NamedTuple):
-    """What the student is scored against; `P` labels, each seen by one student row at each of `K` steps."""
+    """What the draft is scored against: `P` labels, each with a draft row at each of `K` steps."""
 
-    target: Tensor  # (P, Ht): the target's last hidden state at the label
-    student: Tensor  # (K, P) int64: which student row is scored; any value where `weight` is 0
+    target: Tensor  # (P, Ht): the target's last hidden state that predicts the label
+    row: Tensor  # (K, P) int64: which draft row is scored; any value where `weight` is 0
     weight: Tensor  # (K, P) fp32: the pair's factor in the loss, 0 if the pair does not count
 
 
@@ -31,68 +43,123 @@ class Scores(NamedTuple):
 
     loss: Tensor  # () fp32: Σ weight · KL over labels whose argmax is in the draft vocabulary
     kl: Tensor  # (K, P) fp32
-    correct: Tensor  # (K, P) bool
-    accept: Tensor  # (K, P) fp32
+    correct: Tensor  # (K, P) bool: the draft's argmax is the target's
+    accept: Tensor  # (K, P) fp32: Σ min of draft and target probabilities over the draft vocabulary
     known: Tensor  # (P,) bool: the target's argmax is in the draft vocabulary
 
 
+class PairScores(NamedTuple):
+    """Metrics of pairs, as in `Scores`."""
+
+    kl: Tensor  # (K, P) fp32
+    correct: Tensor  # (K, P) bool
+    accept: Tensor  # (K, P) fp32
+    known: Tensor  # (P,) bool
+
+
+class _Inputs(NamedTuple):
+    draft: Tensor  # (K, T, H)
+    head: Tensor  # (D, H)
+    target: Tensor  # (P, Ht)
+    row: Tensor  # (K, P) int64
+    weight: Tensor  # (K, P) fp32
+    target_head: Tensor  # (V, Ht)
+    t2d: Tensor  # (V,) bool
+    d2t: Tensor  # (D,) int64
+    with_gradients: bool
+
+
+class _Outputs(NamedTuple):
+    loss: Tensor
+    kl: Tensor
+    correct: Tensor
+    accept: Tensor
+    known: Tensor
+    grad_draft: Tensor  # of `draft` by a loss gradient of 1; empty if gradients are not wanted
+    grad_head: Tensor
+
+
 def head_and_kl(
-    student: Tensor, head: Tensor, labels: Labels, target_head: Tensor, t2d: Tensor, d2t: Tensor
+    draft: Tensor, head: Tensor, labels: Labels, target_head: Tensor, t2d: Tensor, d2t: Tensor
 ) -> Scores:
-    """Score normed student rows `(K, T, H)` with the draft head `(D, H)` against the labels' teacher.
+    """Score draft rows with the draft head against the labels' teacher.
 
-    Differentiable once by `student` and `head`; a second derivative raises. Works under `vjp` and `vmap`.
+    Differentiable once, by `draft` and `head`; a second derivative raises. Works under `vjp` and
+    `vmap`.
+
+    Args:
+        draft: normed hidden states `(K, T, H)` of `T` rows after each step.
+        head: the draft's, `(D, H)`.
+        labels: what is scored.
+        target_head: the target's, `(V, Ht)`.
+        t2d: `(V,)` bool, which target tokens are in the draft vocabulary.
+        d2t: `(D,)` int64, offsets: draft id j is target id `j + d2t[j]`.
     """
-    out = _head_and_kl(student, head, *labels, target_head, t2d, d2t, torch.is_grad_enabled())
-    return Scores(*out[:5])
+    with_gradients = torch.is_grad_enabled()
+    out = _head_and_kl(_Inputs(draft, head, *labels, target_head, t2d, d2t, with_gradients))
+    return Scores(out.loss, out.kl, out.correct, out.accept, out.known)
 
 
-def _forward(
-    student, head, target, index, weight, target_head, t2d, d2t, wanted: bool
-) -> tuple[Tensor, ...]:
-    k, rows, _ = student.shape
-    kept = torch.arange(len(head), device=head.device) + d2t
-    grade, room = (
-        score_on(head.device, head.dtype),
-        _CHUNK_BYTES if head.device.type == "cpu" else _CUDA_CHUNK_BYTES,
-    )
-    most = max(1, room // (head.itemsize * (k * len(head) + len(target_head))))
-    chunks = max(1, -(-len(target) // most))
-    size = max(
-        1, -(-len(target) // chunks)
-    )  # equal ones: a last chunk of few labels would cost as many passes
-    flat = student.flatten(0, 1)
-    place = index + rows * torch.arange(k, device=index.device)[:, None]  # (K, P) into flat
+def _forward(inputs: _Inputs) -> _Outputs:
+    draft = inputs.draft
+    head = inputs.head
+    k, row_count, _ = draft.shape
+    kept = torch.arange(len(head), device=head.device) + inputs.d2t  # (D,): target ids
+    score_pairs = score_on(head.device, head.dtype)
+    room = _CHUNK_BYTES if head.device.type == "cpu" else _CUDA_CHUNK_BYTES
+    size = _chunk_size(len(inputs.target), k, head, inputs.target_head, room)
+
+    # All steps' rows in one list, and each pair's place in it.
+    flat = draft.flatten(0, 1)  # (K·T, H)
+    place = inputs.row + row_count * torch.arange(k, device=inputs.row.device)[:, None]  # (K, P)
+
+    # Gradients are summed over chunks: the head's in at least fp32.
+    wanted = inputs.with_gradients
     grad_flat = torch.zeros_like(flat if wanted else flat[:0])
     grad_head = torch.zeros_like(head if wanted else head[:0], dtype=at_least_fp32(head.dtype))
 
-    def score_part(place: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        x = flat[place]
-        logits = F.linear(x, head)
-        scores = grade(logits, F.linear(target, target_head), t2d, kept)
+    def score_chunk(place: Tensor, weight: Tensor, target: Tensor) -> PairScores:
+        """Scores of a chunk of `p` labels, whose gradients are added to the sums.
+
+        `place` and `weight` are `(K, p)`, `target` is `(p, Ht)`.
+        """
+        x = flat[place]  # (K, p, H)
+        logits = F.linear(x, head)  # (K, p, D)
+        scores = score_pairs(logits, F.linear(target, inputs.target_head), inputs.t2d, kept)
         if wanted:
-            factor = (weight * scores[3]).flatten()[:, None]
+            # The logits are now ∂KL / ∂l. The pair's factor multiplies rows of size H, not D.
+            # Products have no name here, so that each is freed when it has been added.
             grad_logits = logits.flatten(0, 1)
+            factor = (weight * scores.known).flatten()[:, None]
             grad_flat.index_add_(0, place.flatten(), ((grad_logits @ head) * factor).to(flat.dtype))
             _add_product(grad_head, grad_logits, (x.flatten(0, 1) * factor).to(x.dtype), room)
         return scores
 
-    parts = map(score_part, place.split(size, 1), weight.split(size, 1), target.split(size))
-    kl, correct, accept, known = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
-    loss = (weight * torch.where(known, kl, 0.0)).sum()
-    return (
-        loss,
-        kl,
-        correct,
-        accept,
-        known,
-        grad_flat.view(-1, *student.shape[1:]),
-        grad_head.to(head.dtype),
+    chunks = zip(
+        place.split(size, 1), inputs.weight.split(size, 1), inputs.target.split(size), strict=True
     )
+    scores = _joined([score_chunk(*chunk) for chunk in chunks])
+    loss = (inputs.weight * torch.where(scores.known, scores.kl, 0.0)).sum()
+    return _Outputs(loss, *scores, grad_flat.view(-1, *draft.shape[1:]), grad_head.to(head.dtype))
+
+
+def _chunk_size(count: int, k: int, head: Tensor, target_head: Tensor, room: int) -> int:
+    """Labels of a chunk: as many as have logits of `room` bytes, and about as many in every chunk.
+
+    Chunks are equal because a last one of few labels would cost as many passes over the heads as
+    the others.
+    """
+    label_bytes = head.itemsize * (k * len(head) + len(target_head))
+    most = max(1, room // label_bytes)
+    chunks = max(1, -(-count // most))
+    return max(1, -(-count // chunks))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, room: int) -> None:
-    """Add `aᵀ·b` to `out` `(D, H)`, with at most `room` bytes beside it."""
+    """Add `aᵀ·b` to `out` `(D, H)`, in place; the product takes at most `room` bytes more.
+
+    `a` is `(X, D)` and `b` `(X, H)`, of one dtype; `out` may be wider.
+    """
     if out.dtype == a.dtype:
         out.addmm_(a.T, b)
         return
@@ -102,26 +169,32 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, room: int) -> None:
         out[part].add_(a[:, part].T @ b)
 
 
-def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
+def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, Any]:
     """The gradients made in the forward, times the loss's own.
 
-    They are written over where nobody reads them again: a copy of the head's gradient is saved. A graph that is kept
-    may be pulled back again, by a caller who has changed what he was given: he gets tensors of his own.
+    Where they are read for the last time they are overwritten, which saves a copy of the head's
+    gradient. Where the graph stays, it may be pulled back again after a caller has changed what the
+    first pull-back returned: the gradients are new tensors then.
     """
-    (grad,), made = grads, outputs[5:]
-    if is_last_pull_back(grad):
-        return tuple(x.mul_(grad) for x in made)
-    return tuple((x * grad).to(x.dtype) for x in made)
+    made = {"draft": outputs.grad_draft, "head": outputs.grad_head}
+    if is_last_pull_back(grads.loss):
+        return {name: x.mul_(grads.loss) for name, x in made.items()}
+    return {name: (x * grads.loss).to(x.dtype) for name, x in made.items()}
 
 
-_head_and_kl: Any = differentiable_once(
-    _forward, _backward, kept=6, unread=(tuple(range(2, 8)), tuple(range(5)))
+_head_and_kl = differentiable_once(
+    _forward,
+    _backward,
+    inputs=_Inputs,
+    outputs=_Outputs,
+    without_gradient=["kl", "correct", "accept", "known", "grad_draft", "grad_head"],
+    # `draft` and `head` are not read either. They are kept because the gradients depend on them.
+    unread_inputs=["target", "row", "weight", "target_head", "t2d", "d2t"],
+    unread_outputs=["loss", "kl", "correct", "accept", "known"],
 )
 
 
-def score_on(
-    device: torch.device, dtype: torch.dtype
-) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+def score_on(device: torch.device, dtype: torch.dtype) -> Callable[..., PairScores]:
     """`score`, or on CUDA its kernel where Triton is installed; the two agree to rounding."""
     if device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton"):
         from eagle3fn.model.kernels import score as kernel
@@ -130,39 +203,61 @@ def score_on(
     return score
 
 
-def score(
-    logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL, correctness and acceptance `(K, P)` of student `logits` `(K, P, D)`, and `known` `(P,)`, by teacher `z`.
+def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> PairScores:
+    """Metrics of pairs from their logits; writes the KL's gradient `softmax(l) − p` over `logits`.
 
-    Overwrites `logits` with the KL's gradient by them. Groups of labels keep what is fp32 in the processor's cache.
+    Works on groups of labels, so that what is fp32 stays in the processor's cache.
+
+    Args:
+        logits: the draft's, `(K, P, D)`.
+        z: the target's, `(P, V)`.
+        t2d: `(V,)` bool.
+        kept: `(D,)` int64, the target ids of the draft vocabulary.
     """
     wide = at_least_fp32(logits.dtype)
     size = max(1, _GROUP_BYTES // (wide.itemsize * len(logits) * logits.shape[-1]))
-    parts = []
+    parts: list[PairScores] = []
     for start in range(0, len(z), size):
         part = slice(start, start + size)
-        full, wide_logits = z[part].to(wide), logits[:, part].to(wide)
-        _, token = first_max(full)
-        q, p = torch.softmax(full, dim=-1)[:, kept], torch.softmax(full[:, kept], dim=-1)
-        top, said = first_max(wide_logits)
-        student = torch.softmax(wide_logits, dim=-1)
-        kl = top - student.amax(-1).log() - (wide_logits * p).sum(-1)
-        accept = torch.minimum(student, q, out=wide_logits).sum(-1)
-        torch.sub(student, p, out=wide_logits)
+        full = z[part].to(wide)  # (p, V)
+        wide_logits = logits[:, part].to(wide)  # (K, p, D)
+
+        # The teacher: its token, and probabilities under the whole vocabulary and the draft's.
+        _, target_token = first_max(full)
+        p_full = torch.softmax(full, dim=-1)[:, kept]
+        p_draft = torch.softmax(full[:, kept], dim=-1)
+
+        # The draft. KL = max(l) − log max(softmax(l)) − Σ p · l: the first two are log Σ exp(l).
+        top, draft_token = first_max(wide_logits)
+        draft = torch.softmax(wide_logits, dim=-1)
+        kl = top - draft.amax(-1).log() - (wide_logits * p_draft).sum(-1)
+
+        # The wide logits' memory is used twice more: for the acceptance, then for the gradient.
+        accept = torch.minimum(draft, p_full, out=wide_logits).sum(-1)
+        torch.sub(draft, p_draft, out=wide_logits)
         logits[:, part] = wide_logits
-        parts.append((kl, kept[said] == token, accept, t2d[token]))
-    return tuple(torch.cat(each, dim=-1) for each in zip(*parts, strict=True))  # pyright: ignore
+
+        correct = kept[draft_token] == target_token
+        parts.append(PairScores(kl, correct, accept, t2d[target_token]))
+    return _joined(parts)
+
+
+def _joined(parts: list[PairScores]) -> PairScores:
+    """Scores of consecutive labels as one."""
+    return PairScores(*(torch.cat(part, dim=-1) for part in zip(*parts, strict=True)))
 
 
 def first_max(x: Tensor, width: int = 64) -> tuple[Tensor, Tensor]:
-    """Largest value and its lowest index along the last axis, by way of the maxima of `width` columns each.
+    """Largest value and its lowest index along the last axis, by maxima of `width` columns each.
 
     Several times as fast as `x.max(-1)` on the CPU, whose search for the index is not vectorised.
     """
     if x.shape[-1] % width:
-        return tuple(x.max(dim=-1))  # pyright: ignore
-    columns = x.unflatten(-1, (-1, width))
-    top, place = columns.amax(-1).max(dim=-1)
-    index = place[..., None, None].expand(*place.shape, 1, width)
-    return top, place * width + columns.gather(-2, index).squeeze(-2).argmax(-1)
+        top, index = x.max(dim=-1)
+        return top, index
+
+    # The first part of `width` columns that has the largest value, then the first place in it.
+    parts = x.unflatten(-1, (-1, width))
+    top, part = parts.amax(-1).max(dim=-1)
+    index = part[..., None, None].expand(*part.shape, 1, width)
+    return top, part * width + parts.gather(-2, index).squeeze(-2).argmax(-1)

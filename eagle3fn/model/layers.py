@@ -1,35 +1,39 @@
-"""The draft's one decoder layer as functions of its parameters. `(params, config, tensors) → tensors`."""
+"""The draft's one decoder layer as functions of its parameters: `(params, config, tensors) →
+tensors`.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.dtypes import at_least_fp32 as at_least_fp32  # noqa: PLC0414
+from eagle3fn.base.dtypes import wide
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.model import table
 from eagle3fn.model.rope import rotate
 
 
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms, softmax and losses: fp32, or fp64 where that is the compute dtype."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis: fp32 inside, cast back, then times `weight`."""
-    wide = x.to(at_least_fp32(x.dtype))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    """Root-mean-square norm over the last axis, `weight · x / √(mean(x²) + eps)`.
+
+    In at least fp32 up to the product with `weight`, which is made in the dtype of `x`.
+    """
+    normed = wide(x)
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
 
 
 def embed(params: Params, frozen: Frozen, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Embeddings `(B, S, H)` of `input_ids` `(B, S)`: the target's, or the draft's own where it trains them."""
+    """Embeddings `(B, S, H)` of `input_ids` `(B, S)`: the target's, or the draft's own where it
+    trains them.
+    """
     weight = params[table.EMBED] if frozen.embed_tokens is None else frozen.embed_tokens
     return F.embedding(input_ids, weight).to(dtype)
 
 
 def project(params: Params, aux_hidden: Tensor) -> Tensor:
-    """The three taps `(B, S, 3·Ht)` to the draft's hidden `(B, S, H)`."""
+    """The three taps `(B, S, 3·Ht)` to the draft's hidden state `(B, S, H)`."""
     weight = params[table.FC]
     return F.linear(aux_hidden.to(weight.dtype), weight)
 
@@ -41,42 +45,54 @@ def qkv(
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
-    q=True,
-    kv=True,
+    q: bool = True,
+    kv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turned queries `(B, N, S, E)` and keys, and values `(B, J, S, E)`, of embeddings and hidden `(B, S, H)`.
+    """Rotated queries `(B, N, S, E)`, rotated keys and values `(B, J, S, E)`, of embeddings and
+    hidden `(B, S, H)`.
 
-    With `q` or `kv` False these are left out: an empty tensor stands in their place.
+    With `q` or `kv` False these are left out: an empty tensor takes their place.
     """
-    eps = config.rms_norm_eps
-    left = rms_norm(embeds, params[table.INPUT_NORM], eps)
-    x = torch.cat([left, rms_norm(hidden, params[table.HIDDEN_NORM], eps)], dim=-1)
+    # The layer reads the next token's embedding and the hidden state, each normed: (B, S, 2·H).
+    embeds = rms_norm(embeds, params[table.INPUT_NORM], config.rms_norm_eps)
+    hidden = rms_norm(hidden, params[table.HIDDEN_NORM], config.rms_norm_eps)
+    x = torch.cat([embeds, hidden], dim=-1)
 
     def heads(name: str, count: int) -> Tensor:
-        return F.linear(x, params[name]).view(*x.shape[:2], count, config.head_dim).transpose(1, 2)
+        projected = F.linear(x, params[name])
+        return projected.view(*x.shape[:2], count, config.head_dim).transpose(1, 2)
 
-    empty = x.new_empty(0)
-    j = config.num_key_value_heads
-    query = rotate(heads(table.Q, config.num_attention_heads), cos, sin) if q else empty
-    return (
-        (query, rotate(heads(table.K, j), cos, sin), heads(table.V, j))
-        if kv
-        else (query, empty, empty)
-    )
+    query = key = value = x.new_empty(0)
+    if q:
+        query = rotate(heads(table.Q, config.num_attention_heads), cos, sin)
+    if kv:
+        key = rotate(heads(table.K, config.num_key_value_heads), cos, sin)
+        value = heads(table.V, config.num_key_value_heads)
+    return query, key, value
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
     """Key-value heads `(B, J, S, E)` once for each query head: `(B, J·groups, S, E)`."""
+    if groups == 1:
+        return x
     b, j, s, e = x.shape
-    return (
-        x if groups == 1 else x[:, :, None].expand(b, j, groups, s, e).reshape(b, j * groups, s, e)
-    )
+    return x[:, :, None].expand(b, j, groups, s, e).reshape(b, j * groups, s, e)
 
 
 def finish_layer(params: Params, config: DraftConfig, hidden: Tensor, attended: Tensor) -> Tensor:
-    """Behind attention: `attended` `(B, N, S, E)` through o_proj, the residuals and the SwiGLU MLP; `(B, S, H)`."""
+    """After attention: `attended` `(B, N, S, E)` through o_proj, the residuals and the SwiGLU MLP.
+
+    `(B, S, H)`.
+
+    `h = hidden + W_o · attended`, then `h + W_down · (silu(W_gate · x) · W_up · x)` with `x =
+    norm(h)`.
+    """
+    # Attention's output and the first residual.
     b, n, s, e = attended.shape
-    hidden = hidden + F.linear(attended.transpose(1, 2).reshape(b, s, n * e), params[table.O])
+    rows = attended.transpose(1, 2).reshape(b, s, n * e)
+    hidden = hidden + F.linear(rows, params[table.O])
+
+    # The MLP and the second residual.
     x = rms_norm(hidden, params[table.POST_NORM], config.rms_norm_eps)
     inner = F.silu(F.linear(x, params[table.GATE])) * F.linear(x, params[table.UP])
     return hidden + F.linear(inner, params[table.DOWN])

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.config import ObjectiveConfig
+from eagle3fn.base.dtypes import wide
 from eagle3fn.base.types import Frozen
-from eagle3fn.model.layers import at_least_fp32
 
 KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """As `kl_loss`: `(logits, p_draft, mask, count) → scalar`."""
@@ -25,8 +25,8 @@ def step_loss(
     """One unroll step's loss under `objective.loss`, and the rows' acceptance rate, detached.
 
     Args:
-        logits: the draft's, `(B, S, D)`, compute dtype. Each term casts them up itself, so that in bf16 the terms'
-            gradients are added after their casts down.
+        logits: the draft's, `(B, S, D)`, compute dtype. Each term casts them up itself, so that in
+            bf16 the terms' gradients are added after their casts down.
         p_draft: the teacher's softmax over the draft vocabulary, `(B, S, D)`.
         p_full: the same tokens' probabilities under the full vocabulary, `(B, S, D)`.
         mask: `position_mask`, `(B, S, 1)`.
@@ -53,17 +53,20 @@ def step_loss(
 def kl_loss(logits: Tensor, p_draft: Tensor, mask: Tensor, count: Tensor | None) -> Tensor:
     """KL of the draft from the teacher, up to the teacher's entropy; fp32 scalar.
 
-    `-Σ_rows Σ_v p_draft[v] · log_softmax(logits)[v] / count` over rows with `mask` `(B, S, 1)`; without `count` the
-    sum is divided by all `B·S` rows. `logits` and `p_draft` are `(B, S, D)`.
+    `-Σ_rows Σ_v p_draft[v] · log_softmax(logits)[v] / count` over rows with `mask` `(B, S, 1)`;
+    without `count` the sum is divided by all `B·S` rows. `logits` and `p_draft` are `(B, S, D)`.
     """
-    log_draft = torch.log_softmax(logits.to(at_least_fp32(logits.dtype)), dim=-1)
+    log_draft = torch.log_softmax(wide(logits), dim=-1)
     row = -(p_draft * log_draft).sum(-1) * (mask[..., 0] != 0).to(log_draft.dtype)
     return row.mean() if count is None else row.sum() / count
 
 
 def acceptance(logits: Tensor, p_full: Tensor) -> Tensor:
-    """Probability that a sampled draft token is accepted, `Σ_v min(p_full[v], softmax(logits)[v])`; `(B, S)` fp32."""
-    draft = torch.softmax(logits.to(at_least_fp32(logits.dtype)), dim=-1)
+    """Probability that a sampled draft token is accepted, `Σ_v min(p_full[v], softmax(logits)[v])`.
+
+    `(B, S)` fp32.
+    """
+    draft = torch.softmax(wide(logits), dim=-1)
     return torch.minimum(p_full, draft).sum(-1)
 
 
@@ -76,8 +79,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def lk_alpha(accept: Tensor, mask: Tensor) -> Tensor:
     """`-mean(log acceptance)` (arXiv 2602.23881) of `(B, S)` over rows with `mask`; scalar.
 
-    A row whose acceptance underflows counts as zero, without gradient: its logarithm's gradient would be infinite, and
-    NaN where a draft probability of the row is zero as well.
+    A row whose acceptance underflows counts as zero, without gradient: its logarithm's gradient
+    would be infinite, and NaN where a draft probability of the row is zero as well.
     """
     holds = accept >= torch.finfo(accept.dtype).tiny
     log = torch.where(holds, torch.log(torch.where(holds, accept, 1.0)), 0.0)
@@ -85,9 +88,12 @@ def lk_alpha(accept: Tensor, mask: Tensor) -> Tensor:
 
 
 def lk_lambda(kl: Tensor, accept: Tensor, mask: Tensor, scale: float, decay: float) -> Tensor:
-    """`w·kl + (1 - w)·(1 - mean acceptance)`, `w = scale·exp(-decay · mean acceptance)` a constant; scalar.
+    """`w·kl + (1 - w)·(1 - mean acceptance)`, `w = scale·exp(-decay · mean acceptance)` a constant.
 
-    `kl` should be a mean over trained rows too: under `normalization = "rows"` padding moves the loss.
+    Scalar.
+
+    `kl` should be a mean over trained rows too: under `normalization = "rows"` padding moves the
+    loss.
     """
     mean = masked_mean(accept, mask)
     weight = scale * torch.exp(-decay * mean.detach())

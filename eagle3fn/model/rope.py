@@ -1,4 +1,9 @@
-"""Rotary position embedding: inverse frequencies of the public variants, tables in fp32."""
+"""Rotary position embedding: inverse frequencies of the public variants, tables computed in fp32.
+
+Position t rotates the pair of dimensions (d, d + E/2) by the angle t · f_d. The inverse frequencies
+are f_d = theta^(−2d / E) for d = 0 … E/2 − 1. The variants change them; yarn scales cosines and
+sines too.
+"""
 
 import math
 
@@ -12,90 +17,120 @@ from eagle3fn.base.draft_config import DraftConfig
 def rope_table(
     config: DraftConfig, length: int, dtype: torch.dtype, device: torch.device, beyond: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 … length-1, each `(length, E)`: computed in fp32, cast to `dtype`.
+    """Cosines and sines of positions `0 … length - 1`, each `(length, E)`.
 
-    The last `beyond` positions are the unroll's, behind the sequence's end; they do not stretch the dynamic variant.
+    They are computed in fp32 and then cast to `dtype`.
+    The last `beyond` positions are the unroll's, after the end of the sequence; they do not stretch
+    the dynamic variant.
     """
     inverse, scale = _frequencies(config, length - beyond)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)  # (length, E/2)
 
     def table(half: Tensor) -> Tensor:
-        half = send(half * scale if scale != 1.0 else half, device).to(dtype)
+        if scale != 1.0:
+            half = half * scale
+        half = send(half, device).to(dtype)
         return torch.cat([half, half], dim=-1)
 
     return table(angles.cos()), table(angles.sin())
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn `x` `(B, heads, S, E)` by tables that broadcast to it, in `x`'s dtype (halves, not interleaved)."""
+    """Rotate `x` `(…, E)` by tables that broadcast to it: `x · cos + (−x₂, x₁) · sin`.
+
+    The halves x₁ and x₂ of the last axis are the pairs' two dimensions; pairs are not interleaved.
+    """
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
 def _frequencies(config: DraftConfig, length: int) -> tuple[Tensor, float]:
-    """Inverse frequencies `(E/2,)` fp32 and the factor on cosines and sines."""
+    """Inverse frequencies `(E/2,)` fp32, and the factor on cosines and sines."""
     scaling = config.rope_scaling or {}
     factor = float(scaling.get("factor") or 1.0)
     base = config.rope_theta
+    size = config.head_dim
     match config.rope_type:
         case "linear":
-            return _inverse(base, config.head_dim) / factor, 1.0
+            return _inverse(base, size) / factor, 1.0
         case "dynamic":
+            # A sequence past the trained length raises the base.
             limit = config.max_position_embeddings
             if length > limit:
-                size = config.head_dim
                 base *= (factor * length / limit - (factor - 1)) ** (size / (size - 2))
-            return _inverse(base, config.head_dim), 1.0
+            return _inverse(base, size), 1.0
         case "llama3":
-            return _llama3(_inverse(base, config.head_dim), factor, scaling), 1.0
+            return _llama3(_inverse(base, size), factor, scaling), 1.0
         case "yarn":
             return _yarn(config, factor, scaling)
         case _:
-            return _inverse(base, config.head_dim), 1.0
+            return _inverse(base, size), 1.0
 
 
 def _inverse(base: float, size: int) -> Tensor:
+    """`base^(−2d / E)`, `(E/2,)` fp32."""
     return 1.0 / (base ** (torch.arange(0, size, 2).float() / size))
 
 
 def _llama3(inverse: Tensor, factor: float, scaling: dict) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, a ramp between."""
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, with a ramp between.
+
+    With L the original length: long is above L / low_freq_factor, short below L / high_freq_factor.
+    """
+    low = float(scaling["low_freq_factor"])
+    high = float(scaling["high_freq_factor"])
     original = float(scaling["original_max_position_embeddings"])
     wavelength = 2 * math.pi / inverse
-    ramp = (
-        (original / wavelength - low) / (high - low) if high != low else torch.zeros_like(inverse)
-    )
+
+    # The ramp is 0 at the long end, 1 at the short end. With one boundary it is not used.
+    if high != low:
+        ramp = (original / wavelength - low) / (high - low)
+    else:
+        ramp = torch.zeros_like(inverse)
     middle = (1 - ramp) * inverse / factor + ramp * inverse
+
     scaled = torch.where(wavelength > original / low, inverse / factor, middle)
     return torch.where(wavelength < original / high, inverse, scaled)
 
 
 def _yarn(config: DraftConfig, factor: float, scaling: dict) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071): interpolated below `beta_slow` turns, kept above `beta_fast`, cosines scaled.
+    """YaRN (arXiv 2309.00071): slow dimensions are interpolated, fast ones kept, all scaled.
 
-    The ramp between begins and ends at whole dimensions unless `truncate` is false, as in GPT-OSS.
+    A dimension is slow if it makes fewer than `beta_slow` rotations within the original length,
+    fast if more than `beta_fast`. The ramp between begins and ends at whole dimensions unless
+    `truncate` is false, as in GPT-OSS.
     """
-    size, base = config.head_dim, config.rope_theta
+    size = config.head_dim
+    base = config.rope_theta
     original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
-    def dimension(turns: float) -> float:
-        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+    def dimension(rotations: float) -> float:
+        """Which dimension makes so many rotations within the original length."""
+        return size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
+    # The ramp: 0 up to the dimension `low`, 1 from `high` on.
     low = dimension(float(scaling.get("beta_fast") or 32))
     high = dimension(float(scaling.get("beta_slow") or 1))
     if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, size - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, size - 1)
     ramp = ((torch.arange(size // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
-    inverse = _inverse(base, size)
+
+    # The factor on cosines and sines, unless the configuration has one.
     scale = scaling.get("attention_factor")
     if scale is None:
         scale = _yarn_scale(factor, float(scaling.get("mscale") or 1.0))
         if scaling.get("mscale_all_dim"):
             scale /= _yarn_scale(factor, float(scaling["mscale_all_dim"]))
+
+    inverse = _inverse(base, size)
     return inverse / factor * ramp + inverse * (1 - ramp), float(scale)
 
 
 def _yarn_scale(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    """`0.1 · mscale · ln(factor) + 1`, for a factor above 1."""
+    if factor <= 1:
+        return 1.0
+    return 0.1 * mscale * math.log(factor) + 1.0

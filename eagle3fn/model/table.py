@@ -25,7 +25,8 @@ EMBED = "embed_tokens.weight"
 def shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     """Name to shape, in the order in which the gradient norm is summed (objective, section 7).
 
-    `embed_tokens.weight` `(V, H)` is there only if the target's hidden size differs, so that the draft trains its own.
+    `embed_tokens.weight` `(V, H)` is there only if the target's hidden size differs, so that the
+    draft trains its own.
     """
     h, i = config.hidden_size, config.intermediate_size
     q, kv = (
@@ -57,7 +58,8 @@ def init_params(
 ) -> Params:
     """Matrices from normal(0, `initializer_range`), norms 1.
 
-    Drawn in fp32 on the CPU from a generator of `seed`, then cast: a function of its arguments alone.
+    Drawn in fp32 on the CPU from a generator of `seed`, then cast: a function of its arguments
+    alone.
     """
     generator = torch.Generator().manual_seed(seed)
     params = {}
@@ -74,12 +76,13 @@ def init_params(
 def start_from_target(params: Params, frozen: Frozen) -> Params:
     """The same parameters, but head, final norm and projection made from the target.
 
-    The head takes the target's rows of the draft vocabulary; the projection passes the last tap through; the final
-    norm is half the target's, because the untrained layer's logits would otherwise be confidently wrong (measured:
-    bench/LOG.md).
+    The head takes the target's rows of the draft vocabulary; the projection passes the last tap
+    through; the final norm is half the target's, because the untrained layer's logits would
+    otherwise be confidently wrong (measured: bench/LOG.md).
 
     Raises:
-        UserError: the hidden sizes differ, so there is nothing to take, or `frozen.target_norm` is missing.
+        UserError: the hidden sizes differ, so there is nothing to take, or `frozen.target_norm` is
+            missing.
     """
     h, width = params[FC].shape
     if width != 3 * h:
@@ -89,7 +92,8 @@ def start_from_target(params: Params, frozen: Frozen) -> Params:
         )
     if frozen.target_norm is None:
         raise UserError(
-            "train.init = 'target': frozen.target_norm is None; give the weight of the target's final norm, "
+            "train.init = 'target': frozen.target_norm is None; give the weight of the target's "
+            "final norm, "
             "or set train.init='random'"
         )
 
@@ -118,7 +122,8 @@ def check_params(params: Params, config: DraftConfig, where: str = "params") -> 
     for name, shape in table.items():
         if tuple(params[name].shape) != shape:
             raise UserError(
-                f"{where}: {name} has shape {tuple(params[name].shape)}, the configuration says {shape}"
+                f"{where}: {name} has shape {tuple(params[name].shape)}, the configuration says "
+                f"{shape}"
             )
     kinds = {str(value.dtype) for value in params.values()}
     if len(kinds) > 1:

@@ -1,12 +1,22 @@
-"""The target's distributions over the draft vocabulary, from its last hidden states (objective, section 3)."""
+"""The target's distributions over the draft vocabulary, from its last hidden states."""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.config import ObjectiveConfig
+from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.types import Frozen, Teacher
-from eagle3fn.model.layers import at_least_fp32
+
+
+class _TargetLogits(NamedTuple):
+    """What the teacher needs of the target's logits `z` `(B, S, V)`."""
+
+    draft: Tensor  # (B, S, D): the logits of the draft vocabulary
+    log_sum: Tensor  # (B, S, 1): log Σ_v exp(z_v)
+    token: Tensor  # (B, S) int64: argmax, the lowest id of equal ones
 
 
 @torch.no_grad()
@@ -15,40 +25,59 @@ def make_teacher(
 ) -> Teacher:
     """Teacher of `target` `(B, S, Ht)` (already shifted) and row mask `(B, S)`; no gradient.
 
-    "full" builds all `(B, S, V)` logits; "compact" gives the same quantities to rounding from the draft rows of
-    the head and a stream over vocabulary chunks.
+    `p_draft = softmax(z over the draft vocabulary)`, `p_full = softmax(z)` at the same tokens.
+    `objective.teacher` "full" makes all `(B, S, V)` logits at once, "compact" streams over them and
+    gives the same to rounding.
     """
-    head = frozen.target_head
-    target = target.to(head.dtype)
-    parts = _full if objective.teacher == "full" else _compact
-    draft, log_z, token = parts(target, frozen, objective.teacher_chunk)
-    mask = frozen.t2d[token][..., None].int() * row_mask[..., None]
-    k, size = objective.ttt_length, draft.shape[-1]
+    target = target.to(frozen.target_head.dtype)
+    if objective.teacher == "full":
+        z = _full_logits(target, frozen)
+    else:
+        z = _streamed_logits(target, frozen, objective.teacher_chunk)
+
+    # A row counts in acceptance where it is trained and the target's argmax is a token of the
+    # draft.
+    position_mask = frozen.t2d[z.token][..., None].int() * row_mask[..., None]
+
+    # The unroll reads K rows past the end: there the draft is compared with the uniform
+    # distribution, in no loss.
+    k = objective.ttt_length
+    uniform = 1 / z.draft.shape[-1]
     return Teacher(
-        p_draft=F.pad(torch.softmax(draft, dim=-1), (0, 0, 0, k), value=1 / size),
-        p_full=F.pad(torch.exp(draft - log_z), (0, 0, 0, k)),
-        token=F.pad(token, (0, k)),
-        position_mask=mask,
+        p_draft=F.pad(torch.softmax(z.draft, dim=-1), (0, 0, 0, k), value=uniform),
+        p_full=F.pad(torch.exp(z.draft - z.log_sum), (0, 0, 0, k)),
+        token=F.pad(z.token, (0, k)),
+        position_mask=position_mask,
     )
 
 
-def _full(target: Tensor, frozen: Frozen, _: int) -> tuple[Tensor, Tensor, Tensor]:
+def _full_logits(target: Tensor, frozen: Frozen) -> _TargetLogits:
     z = F.linear(target, frozen.target_head).to(at_least_fp32(target.dtype))
-    return z[..., frozen.t2d], torch.logsumexp(z, dim=-1, keepdim=True), z.argmax(-1)
+    return _TargetLogits(
+        draft=z[..., frozen.t2d],
+        log_sum=torch.logsumexp(z, dim=-1, keepdim=True),
+        token=z.argmax(-1),
+    )
 
 
-def _compact(target: Tensor, frozen: Frozen, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    wide = at_least_fp32(target.dtype)
-    draft = F.linear(target, frozen.target_head[frozen.t2d]).to(wide)
+def _streamed_logits(target: Tensor, frozen: Frozen, chunk: int) -> _TargetLogits:
+    """As `_full_logits`, by `chunk` columns of the vocabulary at a time.
+
+    `m` is the largest logit so far, `total = Σ exp(z - m)`: `total ← total · exp(m - m') + Σ_chunk
+    exp(z - m')`.
+    """
+    dtype = at_least_fp32(target.dtype)
+    draft = F.linear(target, frozen.target_head[frozen.t2d]).to(dtype)
+
     shape = target.shape[:-1]
-    top = torch.full(shape, -torch.inf, dtype=wide, device=target.device)
-    total = torch.zeros_like(top)
+    largest = torch.full(shape, -torch.inf, dtype=dtype, device=target.device)
+    total = torch.zeros_like(largest)
     token = torch.zeros(shape, dtype=torch.int64, device=target.device)
     for start in range(0, frozen.target_head.shape[0], chunk):
-        z = F.linear(target, frozen.target_head[start : start + chunk]).to(wide)
+        z = F.linear(target, frozen.target_head[start : start + chunk]).to(dtype)
         best, index = z.max(dim=-1)
-        new = torch.maximum(top, best)
-        total = total * torch.exp(top - new) + torch.exp(z - new[..., None]).sum(-1)
-        token = torch.where(best > top, index + start, token)
-        top = new
-    return draft, (top + torch.log(total))[..., None], token
+        new = torch.maximum(largest, best)
+        total = total * torch.exp(largest - new) + torch.exp(z - new[..., None]).sum(-1)
+        token = torch.where(best > largest, index + start, token)
+        largest = new
+    return _TargetLogits(draft, (largest + torch.log(total))[..., None], token)

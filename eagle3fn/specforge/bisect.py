@@ -1,4 +1,4 @@
-"""Where two runs of one case part: the first unroll step, operation and leaf, and how far apart they are."""
+"""Where two runs of one case part: the first unroll step, operation and leaf, and the distance."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,12 +14,19 @@ from eagle3fn.model.forward import forward_loss
 from eagle3fn.specforge.oracle import (
     Oracle,
     eager_loss,
+    run_oracle,
     specforge_draft,
     specforge_forward,
-    run_oracle,
 )
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
-from eagle3fn.testing.results import ForwardLoss, Result, differences, run_forward, ulps
+from eagle3fn.testing.results import (
+    METRICS,
+    ForwardLoss,
+    Result,
+    differences,
+    run_forward,
+    ulps,
+)
 
 BEFORE = {
     table.FC: "features",
@@ -27,31 +34,60 @@ BEFORE = {
     table.HIDDEN_NORM: "scaling by the root mean square",
     table.POST_NORM: "residual, scaling by the root mean square",
     table.NORM: "residual, scaling by the root mean square",
-    table.O: "attention: turned queries and keys, scores, softmax, values",
+    table.O: "attention: rotated queries and keys, scores, softmax, values",
     table.DOWN: "silu(gate) · up",
 }
-BACKWARD = (table.HEAD, table.NORM, table.DOWN, table.UP, table.GATE, table.POST_NORM, table.O, table.V, table.K,
-            table.Q, table.HIDDEN_NORM, table.INPUT_NORM, table.FC, table.EMBED)  # fmt: skip
+"""The operations between a parameter and the one before it."""
+
+BACKWARD = (
+    table.HEAD,
+    table.NORM,
+    table.DOWN,
+    table.UP,
+    table.GATE,
+    table.POST_NORM,
+    table.O,
+    table.V,
+    table.K,
+    table.Q,
+    table.HIDDEN_NORM,
+    table.INPUT_NORM,
+    table.FC,
+    table.EMBED,
+)
+"""Parameters in the order in which the backward pass gets to them."""
 
 
 class Difference(NamedTuple):
-    """The first thing that is not equal. `leaf` is the parameter at, before or behind which it was seen."""
+    """The first thing that is not equal."""
 
     step: int
+    """The unroll step."""
+
     operation: str
+
     leaf: str
+    """The parameter, or metric, at which it was seen: in its input, its output or its gradient."""
+
     ulps: int
+    """How far apart; -1 if that cannot be said."""
 
 
 class Event(NamedTuple):
-    """One use of a parameter: what came in beside it, and what went out."""
+    """One use of a parameter."""
 
     before: Tensor
+    """The operation's other input."""
+
     after: Tensor
+    """Its output."""
 
 
 class Trace(TorchFunctionMode):
-    """Records what happens at every parameter while it is open: `(leaf, unroll step)` to an `Event`, in order."""
+    """Records every use of a parameter while it is open.
+
+    `events` maps `(leaf, unroll step)` to an `Event`, in the order of execution.
+    """
 
     def __init__(self, leaves: dict[str, Tensor]) -> None:
         super().__init__()
@@ -61,40 +97,47 @@ class Trace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+
+        # An operation on a parameter and one other tensor is a use of the parameter.
         tensors = [x for x in args if isinstance(x, Tensor)]
         names = [self.names[id(x)] for x in tensors if id(x) in self.names]
         if names and len(tensors) == 2 and isinstance(out, Tensor) and out.is_floating_point():
+            name = names[0]
             before = next(x for x in tensors if id(x) not in self.names)
-            self.events[names[0], self.seen[names[0]]] = Event(
-                before.detach().clone(), out.detach().clone()
-            )
-            self.seen[names[0]] += 1
+            event = Event(before.detach().clone(), out.detach().clone())
+            self.events[name, self.seen[name]] = event
+            self.seen[name] += 1
         return out
 
 
-Run = tuple[Callable[[Case], Result], Callable[[Case], Trace]]
+class Run(NamedTuple):
+    """How one side computes a case."""
+
+    result: Callable[[Case], Result]
+    trace: Callable[[Case], Trace]
 
 
 def ours(function: ForwardLoss = forward_loss) -> Run:
-    """How a function of `forward_loss`'s signature gives a result and a trace."""
+    """A function of `forward_loss`'s signature as a side."""
 
     def trace(case: Case) -> Trace:
-        frozen, params = tiny_frozen(case), tiny_params(case)
-        own: dict[str, Tensor] = {}
-        if (
-            frozen.embed_tokens is not None
-        ):  # a tensor of its own: a tied head's product is no use of the embedding
-            own = {table.EMBED: frozen.embed_tokens.clone()}
-            frozen = frozen._replace(embed_tokens=own[table.EMBED])
-        with torch.no_grad(), Trace(params | own) as found:
+        params = tiny_params(case)
+        frozen = tiny_frozen(case)
+        leaves = dict(params)
+        if frozen.embed_tokens is not None:
+            # A tied head is the same tensor. A copy keeps its products from counting as uses of
+            # the embedding.
+            leaves[table.EMBED] = frozen.embed_tokens.clone()
+            frozen = frozen._replace(embed_tokens=leaves[table.EMBED])
+        with torch.no_grad(), Trace(leaves) as found:
             function(params, tiny_batch(case), config=case.config(), frozen=frozen)
         return found
 
-    return lambda case: run_forward(function, case), trace
+    return Run(lambda case: run_forward(function, case), trace)
 
 
 def theirs(oracle: Oracle) -> Run:
-    """How the old tool gives a result and a trace."""
+    """SpecForge as a side, at level 2."""
 
     def trace(case: Case) -> Trace:
         frozen = tiny_frozen(case)
@@ -103,58 +146,81 @@ def theirs(oracle: Oracle) -> Run:
             specforge_forward(oracle, draft, frozen, tiny_batch(case), case.config().objective)
         return found
 
-    return lambda case: run_oracle(oracle, case), trace
+    return Run(lambda case: run_oracle(oracle, case), trace)
 
 
 def first_difference(case: Case, left: Run, right: Run) -> Difference | None:
-    """Forward first, step by step and in the left side's order; then metrics; then gradients, by shorter unrolls."""
-    a, b = left[0](case), right[0](case)
+    """The first difference of two sides on a case; None if their results are equal.
+
+    Looks at the forward pass step by step, in the left side's order of operations, then at that
+    step's metrics. If those are all equal, at gradients of shorter unrolls.
+    """
+    a = left.result(case)
+    b = right.result(case)
     if not differences(a, b):
         return None
-    one, two = left[1](case), right[1](case)
+
+    trace_a = left.trace(case)
+    trace_b = right.trace(case)
     for step in range(case.steps):
-        found = _forward(step, one, two) or _metrics(step, a, b)
+        found = _forward(step, trace_a, trace_b) or _metrics(step, a, b)
         if found:
             return found
-    return _gradients(case, left, right) or Difference(
-        case.steps - 1, "sum over steps", "loss", _far(a, b, "loss")
-    )
+
+    found = _gradients(case, left, right)
+    if found:
+        return found
+    return Difference(case.steps - 1, "sum over steps", "loss", _distance(a, b, "loss"))
 
 
-def _forward(step: int, one: Trace, two: Trace) -> Difference | None:
-    for (leaf, number), event in one.events.items():
-        other = two.events.get((leaf, number))
+def _forward(step: int, a: Trace, b: Trace) -> Difference | None:
+    """The first use of a parameter in an unroll step whose input or output differs."""
+    for (leaf, number), mine in a.events.items():
         if number != step:
             continue
+
+        other = b.events.get((leaf, number))
         if other is None:
             return Difference(step, "not there on the other side", leaf, -1)
-        if not torch.equal(event.before, other.before):
-            return Difference(
-                step, BEFORE.get(leaf, "input"), leaf, ulps(event.before, other.before)
-            )
-        if not torch.equal(event.after, other.after):
-            return Difference(step, "product with the weight", leaf, ulps(event.after, other.after))
+
+        if not torch.equal(mine.before, other.before):
+            operation = BEFORE.get(leaf, "input")
+            return Difference(step, operation, leaf, ulps(mine.before, other.before))
+
+        if not torch.equal(mine.after, other.after):
+            operation = "product with the weight"
+            return Difference(step, operation, leaf, ulps(mine.after, other.after))
     return None
 
 
 def _metrics(step: int, a: Result, b: Result) -> Difference | None:
-    for name in ("losses", "acceptance", "correct", "rows"):
-        if a[name].dtype != b[name].dtype or not torch.equal(a[name][step], b[name][step]):
-            return Difference(step, "loss and metrics", name, ulps(a[name][step], b[name][step]))
+    """The first metric that differs in an unroll step."""
+    for name in METRICS:
+        mine = a[name][step]
+        other = b[name][step]
+        if mine.dtype != other.dtype or not torch.equal(mine, other):
+            return Difference(step, "loss and metrics", name, ulps(mine, other))
     return None
 
 
 def _gradients(case: Case, left: Run, right: Run) -> Difference | None:
-    """The first step whose addition makes a gradient differ, and that step's first such leaf on the way back."""
+    """The first unroll length at which a gradient differs.
+
+    The last step of that unroll is the one; of its leaves, the first that the backward pass gets
+    to.
+    """
     for steps in range(1, case.steps + 1):
         short = replace(case, steps=steps)
-        a, b = left[0](short), right[0](short)
-        found = differences(a, b)
+        a = left.result(short)
+        b = right.result(short)
+        unequal = differences(a, b)
         for leaf in BACKWARD:
-            if leaf in found:
-                return Difference(steps - 1, "backward", leaf, _far(a, b, leaf))
+            if leaf in unequal:
+                return Difference(steps - 1, "backward", leaf, _distance(a, b, leaf))
     return None
 
 
-def _far(a: Result, b: Result, name: str) -> int:
-    return ulps(a[name], b[name]) if name in a and name in b else -1
+def _distance(a: Result, b: Result, name: str) -> int:
+    if name not in a or name not in b:
+        return -1
+    return ulps(a[name], b[name])

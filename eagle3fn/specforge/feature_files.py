@@ -17,6 +17,7 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Sample
 from eagle3fn.data import vocab
+from eagle3fn.data.features import READER_REMEDY as _REMEDY
 from eagle3fn.data.features import Reader
 
 ENDINGS = (".ckpt", ".ckpt.gz")
@@ -37,7 +38,6 @@ DAMAGED = (
 """What `torch.load` and its unpickler raise on files that `torch.save` did not write."""
 
 _READABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error)  # whose text helps a reader
-_REMEDY = "delete the file or write it anew"
 
 
 # Features
@@ -143,14 +143,16 @@ def _hidden(tree: dict[str, Any], key: str, path: Path) -> Tensor:
     return value
 
 
-READER = Reader(find_ckpts, read_ckpt, read_ckpt_tokens)
+READER = Reader(
+    files=" or ".join(ENDINGS), find=find_ckpts, sample=read_ckpt, tokens=read_ckpt_tokens
+)
 """Opens SpecForge's folders: `open_features(folder, reader=READER)`."""
 
 
 # Vocabulary maps
 
 
-def read_map(path: Path) -> vocab.Stored:
+def read_map(path: Path) -> vocab.StoredMap:
     """The tensors of a vocabulary map: SpecForge's, a `torch.save` of `{"d2t", "t2d"}`, or ours.
 
     `load_map(path, …, read=read_map)` checks what they hold.
@@ -174,4 +176,4 @@ def read_map(path: Path) -> vocab.Stored:
 
     if is_ours:
         return vocab.read_map(path)
-    return (tree if isinstance(tree, dict) else {}), {}
+    return vocab.StoredMap(tree if isinstance(tree, dict) else {}, provenance={})

@@ -6,7 +6,7 @@ when the kernel is first called.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def mean_kl(logits: Tensor, p: Tensor, mask: Tensor, count: Tensor | None = None
     Raises:
         UserError: Triton is not installed, or `D` exceeds `LARGEST`.
     """
-    loss = _mean_kl(logits, p, mask[..., 0] != 0)[0]
+    loss = _mean_kl(_Inputs(logits, p, mask[..., 0] != 0)).loss
     if count is None:
         return loss
     return loss * (mask.numel() / count)
@@ -59,9 +59,21 @@ def launch_shape(columns: int) -> tuple[int, int]:
     return block, next(warps for least, warps in _WARPS if block >= least)
 
 
-def _forward(logits: Tensor, p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class _Inputs(NamedTuple):
+    logits: Tensor  # (B, S, D)
+    p: Tensor  # (B, S, D)
+    mask: Tensor  # (B, S) bool
+
+
+class _Outputs(NamedTuple):
+    loss: Tensor  # ()
+    top: Tensor  # (B·S,): each row's maximum
+    total: Tensor  # (B·S,): each row's sum of exponentials
+
+
+def _forward(inputs: _Inputs) -> _Outputs:
     """The mean over all rows, and for the backward each row's maximum and sum of exponentials."""
-    logits, p, mask = logits.contiguous(), p.contiguous(), mask.contiguous()
+    logits, p, mask = (x.contiguous() for x in inputs)
     columns = logits.shape[-1]
     block, warps = launch_shape(columns)
     row, top, total = (torch.zeros(mask.numel(), device=logits.device) for _ in range(3))
@@ -70,34 +82,41 @@ def _forward(logits: Tensor, p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, T
         kernel[(mask.numel(),)](
             logits, p, mask, row, top, total, columns, BLOCK=block, num_warps=warps
         )
-    return row.mean(), top, total
+    return _Outputs(row.mean(), top, total)
 
 
-def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor]:
+def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, Tensor]:
     """The gradient by the logits, in their dtype; zero in rows that are masked."""
-    (logits, p, mask), (_, top, total), (grad,) = inputs, outputs, grads
+    logits, p, mask = inputs
     out = logits.clone(memory_format=torch.contiguous_format)  # overwritten by the kernel
     columns = logits.shape[-1]
     block, warps = launch_shape(columns)
     rows = mask.numel()
     _, kernel = _kernels()
-    with torch.cuda.device_of(logits):  # Triton launches on the current device
+    with torch.cuda.device_of(logits):
         kernel[(rows,)](
             out,
             p.contiguous(),
             mask.contiguous(),
-            grad,
+            grads.loss,
             1 / rows,
-            top,
-            total,
+            outputs.top,
+            outputs.total,
             columns,
             BLOCK=block,
             num_warps=warps,
         )
-    return (out,)
+    return {"logits": out}
 
 
-_mean_kl = differentiable_once(_forward, _backward, kept=2, else_take="the CPU, or fp64")
+_mean_kl = differentiable_once(
+    _forward,
+    _backward,
+    inputs=_Inputs,
+    outputs=_Outputs,
+    without_gradient=["top", "total"],
+    alternative="the CPU, or fp64",
+)
 
 
 @functools.cache

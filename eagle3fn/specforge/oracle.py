@@ -30,7 +30,9 @@ from torch import Tensor
 from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.equivalence import Side
 from eagle3fn.testing.results import Result
 
 COMMIT = "7a81ce53a0381c6438fd19d6e247d34c68497012"
@@ -345,3 +347,25 @@ def run_oracle(
         if leaf.grad is not None:
             result[name] = leaf.grad
     return result
+
+
+def side() -> Side:
+    """SpecForge as `against` of `eagle3fn.testing.assert_equivalent`, at level 2 on the CPU.
+
+    Raises:
+        OracleMissingError: SpecForge is not at hand; the message says what to install.
+    """
+    oracle = load_oracle()
+    environment = ", ".join(f"{name}={value!r}" for name, value in ENVIRONMENT.items())
+    return Side(
+        name="side()",
+        run=lambda case: run_oracle(oracle, case),
+        adapt=for_specforge,
+        lines=(
+            "import os",
+            "",
+            f"os.environ.update({environment})  # before torch is loaded",
+            "",
+            "from eagle3fn.specforge.oracle import side",
+        ),
+    )

@@ -1,4 +1,4 @@
-"""`eagle3fn parity`: our legacy numerics against the old tool on drawn cases, for anyone to check."""
+"""`eagle3fn parity`: our arithmetic against SpecForge's on drawn cases, for anyone to check."""
 
 import json
 import os
@@ -12,30 +12,43 @@ import torch
 
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.specforge import bisect
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import (
     ENVIRONMENT,
     Oracle,
     OracleMissingError,
     load_oracle,
     run_oracle,
+    side,
 )
 from eagle3fn.testing.builders import Case
 from eagle3fn.testing.equivalence import snippet
 from eagle3fn.testing.results import differences, nontrivial, run_forward, ulps
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 
-LEVEL = "level 2: the old loss, a Triton kernel, is replaced by the equal eager expression; all else is the old tool's"
-DIFFERENT, NO_ORACLE = 1, 3
+LEVEL = (
+    "level 2: SpecForge's loss, a Triton kernel, is replaced by the equal eager expression; "
+    "all else is SpecForge's"
+)
+DIFFERENT = 1
+NO_ORACLE = 3
 
 
 class Tally(NamedTuple):
-    """What was compared, and the first case that is not equal, with the names that differ in it."""
+    """What was compared."""
 
     cases: list[Case]
+
     nontrivial: int
+    """Cases whose loss and gradients are not all zero."""
+
     equal: int
+
     first: Case | None
+    """The first case that is not equal."""
+
     names: list[str]
+    """What differs in it."""
 
 
 def run(
@@ -45,90 +58,116 @@ def run(
     where: bool,
     progress: Callable[[str], Callable[[int, int], None]],
 ) -> int:
-    """Compare, print, and return the exit code: 0 equal; 1 a difference, or only trivial cases; 3 no old tool.
+    """Compare and print.
 
-    Without the environment that the old tool needs before torch is loaded, this runs again in a process that has it.
+    SpecForge needs an environment before torch is loaded. Without it, this runs again in a process
+    that has it.
+
+    Args:
+        cases: how many are drawn.
+        seed: the same cases for the same seed.
+        as_json: end with one line of JSON.
+        where: name the unroll step and the operation where the first difference begins.
+        progress: makes, of a word for what is counted, a function of `(done, total)`.
+
+    Returns:
+        The exit code: 0, all cases equal; 1, a difference, or only trivial cases; 3, no SpecForge.
     """
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-        flags = [flag for flag, on in (("--json", as_json), ("--bisect", where)) if on]
-        command = [
-            sys.executable,
-            "-m",
-            "eagle3fn.cli",
-            "parity",
-            "--cases",
-            str(cases),
-            "--seed",
-            str(seed),
-            *flags,
-        ]
+        command = [sys.executable, "-m", "eagle3fn.cli", "parity"]
+        command += ["--cases", str(cases), "--seed", str(seed)]
+        if as_json:
+            command.append("--json")
+        if where:
+            command.append("--bisect")
         return subprocess.run(command, check=False, env=os.environ | ENVIRONMENT).returncode
+
     try:
         oracle = load_oracle()
     except OracleMissingError as error:
         print(f"eagle3fn parity: {error}", file=sys.stderr)
         return NO_ORACLE
-    tally = compare(oracle, [for_oracle(case) for case in drawn(cases, seed)], progress("case"))
+
+    tally = compare(oracle, [for_specforge(case) for case in drawn(cases, seed)], progress("case"))
     difference = first_difference(oracle, tally, where)
     print(describe(oracle, tally, difference))
     if as_json:
         print(json.dumps(summary(oracle, tally, difference)))
-    return 0 if tally.equal == len(tally.cases) and tally.nontrivial else DIFFERENT
+
+    all_equal = tally.equal == len(tally.cases)
+    return 0 if all_equal and tally.nontrivial else DIFFERENT
 
 
 def compare(
     oracle: Oracle, cases: list[Case], on_progress: Callable[[int, int], None] | None = None
 ) -> Tally:
-    """Run both sides on every case."""
-    tally = Tally(cases, 0, 0, None, [])
+    """Run both sides on every case; `on_progress(done, total)` after each."""
+    tally = Tally(cases, nontrivial=0, equal=0, first=None, names=[])
     for number, case in enumerate(cases, 1):
-        old = run_oracle(oracle, case)
-        names = differences(run_forward(forward_loss, case), old)
-        first = (case, names) if names and tally.first is None else (tally.first, tally.names)
-        tally = Tally(cases, tally.nontrivial + nontrivial(old), tally.equal + (not names), *first)
+        theirs = run_oracle(oracle, case)
+        names = differences(run_forward(forward_loss, case), theirs)
+
+        tally = tally._replace(nontrivial=tally.nontrivial + nontrivial(theirs))
+        if not names:
+            tally = tally._replace(equal=tally.equal + 1)
+        elif tally.first is None:
+            tally = tally._replace(first=case, names=names)
+
         if on_progress:
             on_progress(number, len(cases))
     return tally
 
 
 def first_difference(oracle: Oracle, tally: Tally, where: bool) -> dict[str, Any] | None:
-    """The first unequal case, what differs in it, and with `where` the step and operation it begins with."""
+    """The first unequal case and the first leaf that differs in it, with its distance in ulps.
+
+    With `where`, the unroll step and operation at which the difference begins. None if all cases
+    are equal.
+    """
     if tally.first is None:
         return None
-    case, leaf = tally.first, tally.names[0]
+    case = tally.first
+
     if where:
         found = bisect.first_difference(case, bisect.ours(), bisect.theirs(oracle))
-        return {"case": repr(case)} | (
-            found._asdict() if found else {"operation": "gone when repeated"}
-        )
-    mine, old = run_forward(forward_loss, case), run_oracle(oracle, case)
-    far = ulps(mine[leaf], old[leaf]) if leaf in mine and leaf in old else -1
+        if found is None:
+            return {"case": repr(case), "operation": "gone when repeated"}
+        return {"case": repr(case), **found._asdict()}
+
+    leaf = tally.names[0]
+    mine = run_forward(forward_loss, case)
+    theirs = run_oracle(oracle, case)
+    far = ulps(mine[leaf], theirs[leaf]) if leaf in mine and leaf in theirs else -1
     return {"case": repr(case), "leaf": leaf, "ulps": far}
 
 
 def describe(oracle: Oracle, tally: Tally, difference: dict[str, Any] | None) -> str:
-    """The text before the last line: who was compared, on what, and lines that repeat a difference."""
-    count = len(tally.cases)
+    """The text before the last line: who was compared, on what, how to repeat a difference."""
     lines = [oracle.describe(), LEVEL, f"threads: {torch.get_num_threads()}"]
     lines += describe_counts(counts(tally.cases))
+    count = len(tally.cases)
     lines.append(
-        f"{tally.equal} of {count} cases equal by torch.equal; {tally.nontrivial} of {count} non-trivial"
+        f"{tally.equal} of {count} cases equal by torch.equal; "
+        f"{tally.nontrivial} of {count} non-trivial"
     )
+
     if tally.first is not None and difference is not None:
-        told = ", ".join(f"{key} {value}" for key, value in difference.items() if key != "case")
+        place = ", ".join(f"{key} {value}" for key, value in difference.items() if key != "case")
+        names = ", ".join(tally.names)
         lines += [
-            f"first difference: {told}; not equal in that case: {', '.join(tally.names)}",
+            f"first difference: {place}; not equal in that case: {names}",
             "to repeat it:",
+            snippet(forward_loss, tally.first, side()),
         ]
-        lines.append(snippet(forward_loss, tally.first, "oracle"))
     return "\n".join(lines)
 
 
 def counts(cases: list[Case]) -> dict[str, dict[str, int]]:
     """How many cases have each dtype, loss and unroll length `K`."""
-    fields = {"dtype": "dtype", "loss": "loss", "K": "steps"}
     found = {
-        name: Counter(getattr(case, field) for case in cases) for name, field in fields.items()
+        "dtype": Counter(case.dtype for case in cases),
+        "loss": Counter(case.loss for case in cases),
+        "K": Counter(case.steps for case in cases),
     }
     return {
         name: {str(key): count for key, count in sorted(counter.items())}
@@ -138,10 +177,11 @@ def counts(cases: list[Case]) -> dict[str, dict[str, int]]:
 
 def describe_counts(found: dict[str, dict[str, int]]) -> list[str]:
     """One line for each kind of count."""
-    return [
-        f"{name}: " + ", ".join(f"{key} {count}" for key, count in kind.items())
-        for name, kind in found.items()
-    ]
+    lines = []
+    for name, kind in found.items():
+        numbers = ", ".join(f"{key} {count}" for key, count in kind.items())
+        lines.append(f"{name}: {numbers}")
+    return lines
 
 
 def summary(oracle: Oracle, tally: Tally, difference: dict[str, Any] | None) -> dict[str, Any]:

@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
-from eagle3fn.base import progress
 from eagle3fn.base.config import Config, ObjectiveConfig, require
 from eagle3fn.base.draft_config import (
     DraftConfig,
@@ -37,10 +35,10 @@ from eagle3fn.base.draft_config import (
     draft_config_from_target,
 )
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.program import exit_code
 from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet, check_made_for, open_features
-from eagle3fn.data.fingerprint import config_hash
-from eagle3fn.data.target import read_target_tensors, target_config
+from eagle3fn.data.target import config_hash, read_target_tensors, target_config
 from eagle3fn.data.vocab import build_map, count_tokens, load_map, save_map
 from eagle3fn.specforge.feature_files import READER, read_map
 from eagle3fn.specforge.recipes import RECIPE, recipe
@@ -420,19 +418,14 @@ def run(
     return train(config, features, vocab, target, out, events=events, world=world, recipe=RECIPE)
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr."""
-    try:
+
+    def train_by_options() -> None:
         with ranks() as world:
             run(parser().parse_args(arguments), world)
-        return 0
-    except UserError as error:
-        message = str(error)
-    except (OSError, SafetensorError) as error:
-        message = f"{error}; check that the path is right, writable and has room"
-    progress.close()
-    print(f"train_eagle3_fn: {message}", file=sys.stderr)
-    return 2
+
+    return exit_code("train_eagle3_fn", train_by_options)
 
 
 if __name__ == "__main__":

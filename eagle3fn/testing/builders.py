@@ -1,6 +1,6 @@
-"""Tiny problems: a case is a few integers and names, its tensors come from a seeded generator."""
+"""Tiny problems: a case is a few integers and names; its tensors are drawn from its seed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -14,22 +14,21 @@ from eagle3fn.model.table import EMBED, shapes
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny problem: shapes, options and the seed of its tensors.
+    """One tiny problem: shapes, options and the seed of its tensors."""
 
-    `mask` says which rows are trained: about two of three real ones but the last, any of them with padded rows, all
-    real ones, one (not its sample's last, unless every sample has one place alone), none. `tokens` says where the
-    target's choices lie: anywhere, in the draft vocabulary, or, if there is an outside, mostly outside. `tied` makes
-    the target's head its embedding, where widths allow.
-    """
-
-    heads: tuple[int, int] = (4, 2)  # N, J
+    # The draft's shape: (N, J) query and key-value heads, then sizes.
+    heads: tuple[int, int] = (4, 2)
     head_dim: int = 6
     hidden: int = 16
     target_hidden: int = 16
     intermediate: int = 24
     vocab: int = 40
     draft_vocab: int = 24
+
+    # The batch: every sample's number of tokens.
     lengths: tuple[int, ...] = (7, 5)
+
+    # The objective; see `ObjectiveConfig`.
     steps: int = 3
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"
     teacher: Literal["compact", "full"] = "full"
@@ -38,13 +37,35 @@ class Case:
     loss: Literal["kl", "lk_alpha", "lk_lambda"] = "kl"
     kl_scale: float = 1.0
     kl_decay: float = 3.0
+
     mask: Literal["drawn", "padding", "full", "one", "empty"] = "drawn"
+    """The trained rows: about two of three real ones except a sample's last; about two of three of
+    any, padded ones too; all real ones; one, which is a sample's last only if every sample has one
+    token; or none."""
+
     tokens: Literal["mixed", "inside", "outside"] = "mixed"
+    """Where the target's choices are: anywhere; in the draft vocabulary; or mostly outside it."""
+
     tied: bool = False
+    """The target's head is its embedding, if the draft is as wide as the target."""
+
     eps: float = 1e-6
     theta: float = 10_000.0
     own_positions: bool = False
     seed: int = 0
+
+    def __repr__(self) -> str:
+        """The fields that don't have their default; evaluates to an equal case."""
+        changed = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                changed.append(f"{field.name}={value!r}")
+        return f"Case({', '.join(changed)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What Hypothesis and IPython print; of a dataclass they print every field otherwise."""
+        printer.text(repr(self))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -91,7 +112,7 @@ def generator(case: Case, purpose: int) -> torch.Generator:
 def normal(
     shape: tuple[int, ...], scale: float, source: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
-    """Normal numbers, drawn in fp64 and cast, so that a case is the same problem in every dtype."""
+    """Normal numbers, drawn in fp64 and cast: a case is the same problem in every dtype."""
     return (torch.randn(shape, generator=source, dtype=torch.float64) * scale).to(dtype)
 
 
@@ -99,12 +120,14 @@ def on(device: str, tensors: Any) -> Any:
     """A dict or named tuple with its tensors on `device`."""
     if isinstance(tensors, dict):
         return {name: x.to(device) for name, x in tensors.items()}
-    return type(tensors)(*(None if x is None else x.to(device) for x in tensors))
+    moved = [None if x is None else x.to(device) for x in tensors]
+    return type(tensors)(*moved)
 
 
 def tiny_params(case: Case) -> Params:
     """Weights that keep activations near one: norms around 1, matrices scaled by their fan-in."""
-    source, params = generator(case, 1), {}
+    source = generator(case, 1)
+    params = {}
     for name, shape in shapes(case.draft()).items():
         if len(shape) == 1:
             params[name] = (1 + normal(shape, 0.1, source, torch.float64)).to(case.torch_dtype)
@@ -115,61 +138,87 @@ def tiny_params(case: Case) -> Params:
 
 
 def tiny_frozen(case: Case) -> Frozen:
-    """A target's embedding and head, and a vocabulary map; the draft vocabulary is a random subset."""
+    """A target's embedding and head, and a vocabulary map.
+
+    The draft vocabulary is a random subset of the target's.
+    """
     source = generator(case, 2)
-    kept = torch.randperm(case.vocab, generator=source)[: case.draft_vocab].sort().values
+
+    # The map: target ids in the draft vocabulary, in ascending order.
+    kept = torch.randperm(case.vocab, generator=source)[: case.draft_vocab].sort().values  # (D,)
     t2d = torch.zeros(case.vocab, dtype=torch.bool)
     t2d[kept] = True
+    d2t = kept - torch.arange(case.draft_vocab)
+
     embed = normal((case.vocab, case.hidden), 1.0, source, case.torch_dtype)
-    head = normal(
-        (case.vocab, case.target_hidden), case.target_hidden**-0.5, source, case.torch_dtype
-    )
-    if case.tokens != "mixed":  # halved logits are seldom the largest
-        head = torch.where((t2d == (case.tokens == "inside"))[:, None], head, head / 2)
-    same_width = case.target_hidden == case.hidden
-    embed = head if case.tied else embed
-    return Frozen(embed if same_width else None, head, t2d, kept - torch.arange(case.draft_vocab))
+    head_shape = (case.vocab, case.target_hidden)
+    head = normal(head_shape, case.target_hidden**-0.5, source, case.torch_dtype)
+
+    # A halved row gives a halved logit, which is seldom the largest.
+    if case.tokens != "mixed":
+        preferred = t2d == (case.tokens == "inside")
+        head = torch.where(preferred[:, None], head, head / 2)
+
+    # A draft that is not as wide as its target trains an embedding of its own.
+    if case.target_hidden != case.hidden:
+        return Frozen(None, head, t2d, d2t)
+    return Frozen(head if case.tied else embed, head, t2d, d2t)
 
 
 def tiny_batch(case: Case, index: int = 0) -> Batch:
-    """Right-padded rows of a batch; another `index` is another batch of the same lengths.
+    """Right-padded samples `(B, S)`; another `index` is another batch of the same lengths.
 
-    Only a trained padded row sees padded keys, so only there the padding's part of the attention mask shows.
+    Only a trained padded row attends to padded keys. So only there can a wrong attention mask for
+    padding be seen.
     """
     source = generator(case, 10 + index)
-    rows, length = len(case.lengths), max(case.lengths)
-    real = torch.arange(length)[None] < torch.tensor(case.lengths)[:, None]
-    wanted = torch.rand(rows, length, generator=source) < 0.7
-    ids = torch.randint(0, case.vocab, (rows, length), generator=source)
-    aux = normal((rows, length, 3 * case.target_hidden), 1.0, source, case.torch_dtype)
-    last = normal((rows, length, case.target_hidden), 2.0, source, case.torch_dtype)
-    positions = (
-        torch.rand(rows, length, generator=source).argsort(-1) if case.own_positions else None
-    )
+    samples = len(case.lengths)
+    longest = max(case.lengths)
+    real = torch.arange(longest)[None] < torch.tensor(case.lengths)[:, None]  # (B, S)
+
+    # The order of the draws is part of the case.
+    chosen = torch.rand(samples, longest, generator=source) < 0.7
+    ids = torch.randint(0, case.vocab, (samples, longest), generator=source)
+    aux_shape = (samples, longest, 3 * case.target_hidden)
+    aux = normal(aux_shape, 1.0, source, case.torch_dtype)
+    last_shape = (samples, longest, case.target_hidden)
+    last = normal(last_shape, 2.0, source, case.torch_dtype)
+    positions = None
+    if case.own_positions:
+        positions = torch.rand(samples, longest, generator=source).argsort(-1)
+
     return Batch(
         input_ids=ids * real,
         attention_mask=real.long(),
-        row_mask=_row_mask(case, real, wanted, source).long(),
+        row_mask=_row_mask(case, real, chosen, source).long(),
         aux_hidden=aux * real[..., None],
         last_hidden=last * real[..., None],
         position_ids=positions,
     )
 
 
-def _row_mask(case: Case, real: Tensor, wanted: Tensor, source: torch.Generator) -> Tensor:
+def _row_mask(case: Case, real: Tensor, chosen: Tensor, source: torch.Generator) -> Tensor:
+    """The trained rows `(B, S)` that `case.mask` describes, of real and of randomly chosen ones."""
     match case.mask:
         case "drawn":
             last = torch.tensor(case.lengths)[:, None] - 1
-            return wanted & real & (torch.arange(real.shape[1])[None] != last)
+            return chosen & real & (torch.arange(real.shape[1])[None] != last)
+
         case "padding":
-            return wanted
+            return chosen
+
         case "full":
             return real
+
         case "one":
-            sample = next((i for i, length in enumerate(case.lengths) if length > 1), 0)
-            row = int(torch.randint(0, max(case.lengths[sample] - 1, 1), (), generator=source))
-            return torch.zeros_like(real).index_put(
-                (torch.tensor(sample), torch.tensor(row)), torch.tensor(True)
-            )
+            # In the first sample of more than one token, a row that is not its last.
+            longer = [i for i, length in enumerate(case.lengths) if length > 1]
+            sample = longer[0] if longer else 0
+            candidates = max(case.lengths[sample] - 1, 1)
+            row = int(torch.randint(0, candidates, (), generator=source))
+            mask = torch.zeros_like(real)
+            mask[sample, row] = True
+            return mask
+
         case "empty":
             return torch.zeros_like(real)

@@ -1,8 +1,14 @@
-"""Drawn tiny problems: one recipe, as a Hypothesis strategy or as a list from a seed."""
+"""Tiny problems drawn at random: a Hypothesis strategy, or a list that a seed determines.
 
+Both take every field's values from one table, `VALUES`.
+"""
+
+import functools
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice, takewhile
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.testing.builders import Case
@@ -10,102 +16,252 @@ from eagle3fn.testing.builders import Case
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-LOSSES = ("kl", "lk_alpha", "lk_lambda")
-MASKS = (
-    ("drawn",) * 18 + ("padding",) * 8 + ("full",) * 8 + ("one", "empty")
-)  # the last two leave little to compare
-TOKENS = ("mixed",) * 5 + ("inside", "inside", "outside")
-LONGEST = (
-    ((4, 10),) * 18 + ((11, 32),) * 5 + ((1, 3),)
-)  # in one or two places little is left to compare
-PLACES = 64  # B·S at most
+Pick = Callable[[str, Sequence[Any]], Any]
+"""Chooses one of the values. The name identifies the choice; no two choices of a case share one."""
+
+MAX_ROWS = 64
+"""`B·S` at most, so that a case stays cheap."""
+
+TRIES = 40
+"""How many values of one field `simplest` tries at most."""
 
 
-def recipe(pick: Callable[[Sequence[Any]], Any], number: Callable[[int, int], int]) -> Case:
-    """A case over every option, from a way to choose and a way to draw a whole number between two others.
-
-    fp32 and bf16 are drawn; fp64 is for who pins it. A draft of another width than its target's trains its own
-    embedding.
-    """
-    kv_heads, vocab, hidden = pick([1, 2]), number(20, 50), pick([16, 24])
-    return Case(
-        heads=(kv_heads * pick([1, 2, 3]), kv_heads),
-        head_dim=pick([4, 6, 8]),
-        hidden=hidden,
-        target_hidden=pick([hidden, hidden, 20]),
-        intermediate=number(8, 40),
-        vocab=vocab,
-        draft_vocab=vocab if pick([False, True]) else number(vocab // 2, vocab - 1),
-        lengths=_lengths(pick, number),
-        steps=pick([3, 1, 2, 4, 5, 6, 7, 8]),
-        dtype=pick(["float32", "bfloat16"]),
-        teacher=pick(["full", "compact"]),
-        chunk=number(3, 60),
-        normalization=pick(["rows", "mask"]),
-        loss=pick(LOSSES),
-        kl_scale=pick([1.0, 0.5, 0.0]),
-        kl_decay=pick([3.0, 1.0, 0.0]),
-        mask=pick(MASKS),
-        tokens=pick(TOKENS),
-        tied=pick([False, True]),
-        eps=pick([1e-6, 1e-5, 1e-2]),
-        theta=pick([10_000.0, 500_000.0, 100.0]),
-        own_positions=pick([False, True]),
-        seed=number(0, 10**6),
-    )
+def _weighted(weights: dict[Any, int]) -> tuple[Any, ...]:
+    """Each value as often as its weight says."""
+    return tuple(value for value, weight in weights.items() for _ in range(weight))
 
 
-def _lengths(
-    pick: Callable[[Sequence[Any]], Any], number: Callable[[int, int], int]
-) -> tuple[int, ...]:
-    """One to four samples' lengths, shorter than the unroll or longer; the longest stands anywhere among them."""
-    rows = pick([2, 1, 3, 4])
-    longest = min(number(*pick(LONGEST)), PLACES // rows)
-    full = number(0, rows - 1)
-    return tuple(longest if row == full else number(1, longest) for row in range(rows))
+def _first(value: int, others: range) -> tuple[int, ...]:
+    """All values of a range, one of them before the others."""
+    return (value, *(other for other in others if other != value))
 
 
-def for_oracle(case: Case) -> Case:
-    """The case as the old tool knows it: a target as wide as the draft, and a division by all rows."""
-    return replace(case, target_hidden=case.hidden, normalization="rows")
+# Three of four cases have 4 to 10 tokens at most. With one to three, little is left to compare.
+LONGEST = _weighted({length: 11 if 4 <= length <= 10 else 1 for length in range(1, 33)})
+
+VALUES: dict[str, Sequence[Any]] = {
+    "heads": ((4, 2), (1, 1), (2, 1), (3, 1), (2, 2), (6, 2)),
+    "head_dim": (6, 4, 8),
+    "hidden": (16, 24),
+    "target_hidden": (16, 24, 20),
+    "intermediate": _first(24, range(8, 41)),
+    "vocab": _first(40, range(20, 51)),
+    "draft_vocab": _first(24, range(10, 51)),
+    "lengths": LONGEST,
+    "steps": (1, 2, 3, 4, 5, 6, 7, 8),
+    "dtype": ("float32", "bfloat16"),
+    "teacher": ("full", "compact"),
+    "chunk": _first(11, range(3, 61)),
+    "normalization": ("rows", "mask"),
+    "loss": ("kl", "lk_alpha", "lk_lambda"),
+    "kl_scale": (1.0, 0.5, 0.0),
+    "kl_decay": (3.0, 1.0, 0.0),
+    # "one" and "empty" leave little to compare.
+    "mask": _weighted({"drawn": 18, "padding": 8, "full": 8, "one": 1, "empty": 1}),
+    "tokens": _weighted({"mixed": 5, "inside": 2, "outside": 1}),
+    "tied": (False, True),
+    "eps": (1e-6, 1e-5, 1e-2),
+    "theta": (10_000.0, 500_000.0, 100.0),
+    "own_positions": (False, True),
+    "seed": range(10**6 + 1),
+}
+"""The values of every field of `Case`, the simplest first: what a failing case shrinks to.
+
+A value that is listed several times is drawn so much more often. `_values` narrows the fields that
+depend on others; `lengths` lists the longest sample's length. fp64 is for those who pin it. A draft
+that is not as wide as its target trains an embedding of its own.
+"""
 
 
-def cases(**fixed: Any) -> "SearchStrategy[Case]":
-    """A Hypothesis strategy of cases; `fixed` pins fields of `Case`.
+def cases(**pins: Any) -> "SearchStrategy[Case]":
+    """A Hypothesis strategy of cases.
 
-    What Hypothesis draws is one whole number, so that cases lie evenly over the options: choice by choice it repeats
-    parts of what it drew before. A failing case is made plain by `simplest`, not by Hypothesis.
+    A failing case shrinks field by field: to one sample of one token, one unroll step, and the
+    default of every other field, as far as it still fails. Every case on the way is a valid one.
+
+    Args:
+        pins: fields of `Case`, each a value or a strategy: `dtype="float64"`,
+            `vocab=st.integers(30, 50)`. Fields that depend on a pinned one follow it.
+
+    Raises:
+        ValueError: `Case` has no such field.
     """
     from hypothesis import strategies as st
 
-    return st.integers(0, 2**24 - 1).map(lambda index: nth(index, 0, **fixed))
+    _check_fields(pins)
+
+    @st.composite
+    def case(draw: st.DrawFn) -> Case:
+        chosen = {}
+        for name, pin in pins.items():
+            chosen[name] = draw(pin) if isinstance(pin, st.SearchStrategy) else pin
+
+        def pick(name: str, values: Sequence[Any]) -> Any:
+            return draw(_one_of(name, values))
+
+        return _complete(chosen, pick)
+
+    return case()
 
 
-def oracle_cases(**fixed: Any) -> "SearchStrategy[Case]":
-    """A Hypothesis strategy of cases the old tool knows."""
-    return cases(**fixed).map(for_oracle)
+@functools.lru_cache(maxsize=1024)
+def _one_of(name: str, values: Sequence[Any]) -> "SearchStrategy[Any]":
+    """A strategy of the values.
+
+    Hypothesis takes strategies over equal elements for the same thing and spends most examples on
+    copying choices between them, with all else unchanged. The name makes the elements differ.
+    """
+    from hypothesis import strategies as st
+
+    if len(values) > 1000:  # the seed alone
+        return st.sampled_from(values)
+    return st.sampled_from([(name, value) for value in values]).map(itemgetter(1))
 
 
-def drawn(count: int, seed: int, **fixed: Any) -> list[Case]:
-    """`count` cases, evenly over the options and the same ones for the same seed; `fixed` pins fields of `Case`."""
-    return [nth(index, seed, **fixed) for index in range(count)]
+def drawn(count: int, seed: int, /, **pins: Any) -> list[Case]:
+    """`count` cases, evenly over the options; the same ones for the same seed.
+
+    Every field has its own source of random numbers, made from `seed`, the case's index and the
+    field's name. So a new field, or a new value of one, leaves all others as they were.
+
+    Args:
+        count: how many.
+        seed: any whole number.
+        pins: fields of `Case` with the value they have in every case.
+
+    Raises:
+        ValueError: `Case` has no such field, or a pin is a strategy.
+    """
+    return [nth(index, seed, **pins) for index in range(count)]
 
 
-def nth(index: int, seed: int, **fixed: Any) -> Case:
-    """The case that stands at `index` in `drawn`."""
-    source = random.Random(f"{seed} {index}")
-    return replace(recipe(source.choice, source.randint), **fixed)
+def nth(index: int, seed: int, /, **pins: Any) -> Case:
+    """The case at `index` of `drawn(count, seed, **pins)`, for any count above `index`."""
+    _check_fields(pins)
+    for name, pin in pins.items():
+        if hasattr(pin, "example"):  # a strategy; Hypothesis need not be installed here
+            raise ValueError(f"{name} = {pin!r}: must be a value; `cases` takes strategies")
+
+    def pick(name: str, values: Sequence[Any]) -> Any:
+        return random.Random(f"{seed} {index} {name}").choice(values)
+
+    return _complete(pins, pick)
 
 
-def simplest(case: Case, fails: Callable[[Case], bool]) -> Case:
-    """The case with every field at its default for which it still fails, the last field first."""
-    plain = Case()
-    for field in reversed(fields(Case)):
-        simpler = replace(case, **{field.name: getattr(plain, field.name)})
-        if simpler != case and _possible(simpler) and fails(simpler):
-            case = simpler
+def _check_fields(pins: dict[str, Any]) -> None:
+    unknown = [name for name in pins if name not in VALUES]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: not a field of Case; it has {', '.join(VALUES)}")
+
+
+def _complete(pins: dict[str, Any], pick: Pick) -> Case:
+    """The case with the pinned fields; the others are picked, in the order of `VALUES`."""
+    chosen = dict(pins)
+    for name in VALUES:
+        if name in chosen:
+            continue
+        if name == "lengths":
+            chosen[name] = _lengths(pick)
+        else:
+            chosen[name] = pick(name, _values(name, chosen))
+    return Case(**chosen)
+
+
+def _values(name: str, chosen: dict[str, Any]) -> Sequence[Any]:
+    """The values of a field that fit the fields chosen so far, the simplest first."""
+    match name:
+        case "vocab" if "draft_vocab" in chosen:
+            # A pinned draft vocabulary needs a target vocabulary that holds it.
+            least = chosen["draft_vocab"]
+            return tuple(value for value in VALUES["vocab"] if value >= least) or (least,)
+
+        case "draft_vocab":
+            # In half of the cases the whole target vocabulary, else half of it or more.
+            whole = chosen["vocab"]
+            least = max(whole // 2, 1)
+            smaller = range(least, whole)
+            if Case.draft_vocab in smaller:
+                part = _first(Case.draft_vocab, smaller)
+            else:
+                part = tuple(smaller)
+            return part + (whole,) * max(len(part), 1)
+
+        case "target_hidden":
+            # In two of three cases the target is as wide as the draft.
+            same = chosen["hidden"]
+            return (same, same, 20)
+
+    return VALUES[name]
+
+
+def _lengths(pick: Pick) -> tuple[int, ...]:
+    """One to four samples' lengths. The longest has any place among them."""
+    samples = pick("number of samples", (1, 2, 3, 4))
+    longest = min(pick("longest sample", LONGEST), MAX_ROWS // samples)
+    place_of_longest = pick("place of the longest sample", range(samples))
+
+    lengths = []
+    for sample in range(samples):
+        if sample == place_of_longest:
+            lengths.append(longest)
+        else:
+            lengths.append(pick(f"length of sample {sample}", range(1, longest + 1)))
+    return tuple(lengths)
+
+
+def simplest(case: Case, fails: Callable[[Case], bool], pinned: Collection[str] = ()) -> Case:
+    """The case with every field as simple as it still fails.
+
+    This is shrinking without Hypothesis: greedy, at most `TRIES` values of one field at a time,
+    until no field gets simpler.
+
+    Args:
+        case: a case that fails.
+        fails: whether a case fails.
+        pinned: fields to leave as they are.
+    """
+    # The batch last: with few trained rows, a change of any other field may leave none of interest.
+    last = ("steps", "lengths")
+    others = [name for name in reversed(VALUES) if name not in last]
+    names = [name for name in (*others, *last) if name not in pinned]
+
+    before = None
+    while case != before:
+        before = case
+        for name in names:
+            if name == "lengths":
+                case = _shortest(case, fails)
+            else:
+                case = _simplest_value(case, name, fails)
     return case
 
 
-def _possible(case: Case) -> bool:
-    return case.draft_vocab <= case.vocab
+def _simplest_value(case: Case, name: str, fails: Callable[[Case], bool]) -> Case:
+    """The case with the first value of one field that still fails."""
+    current = getattr(case, name)
+    simpler = takewhile(lambda value: value != current, dict.fromkeys(VALUES[name]))
+    for value in islice(simpler, TRIES):
+        changed = replace(case, **{name: value})
+        if changed.draft_vocab <= changed.vocab and fails(changed):
+            return changed
+    return case
+
+
+def _shortest(case: Case, fails: Callable[[Case], bool]) -> Case:
+    """The case with fewer samples, then shorter ones, until no single change fails any more."""
+    for lengths in _shorter(case.lengths):
+        changed = replace(case, lengths=lengths)
+        if fails(changed):
+            return _shortest(changed, fails)
+    return case
+
+
+def _shorter(lengths: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Lengths with one change: a sample left out, or one cut to a single token, to half, by one."""
+    if len(lengths) > 1:
+        for i in range(len(lengths)):
+            yield lengths[:i] + lengths[i + 1 :]
+
+    for i, length in enumerate(lengths):
+        for shorter in sorted({1, length // 2, length - 1} - {0, length}):
+            yield (*lengths[:i], shorter, *lengths[i + 1 :])

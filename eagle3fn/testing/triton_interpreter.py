@@ -5,9 +5,10 @@ from typing import Any
 
 
 def mend_interpreter() -> None:
-    """Let Triton 3.6 interpret kernels under NumPy 2.5, where arrays of one element no longer turn into numbers.
+    """Let Triton 3.6 interpret kernels under NumPy 2.5.
 
-    Newer Triton does the same by itself; without Triton nothing happens. Compiled kernels are not touched.
+    There an array of one element no longer converts to a number. Newer Triton needs no help, and
+    without Triton nothing is done. Compiled kernels are not affected.
     """
     if find_spec("triton") is None:
         return
@@ -19,9 +20,8 @@ def mend_interpreter() -> None:
         return
 
     def mended(tensor: Any, *rest: Any) -> None:
-        patch(
-            tensor, *rest
-        )  # it keeps what stood there before, and puts that back after the kernel
+        # Triton restores what it replaces, `__index__` too, after the kernel.
+        patch(tensor, *rest)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     vars(mended)["mended"] = True

@@ -28,13 +28,15 @@ class Functions(NamedTuple):
 def bind(
     config: Config, frozen: Frozen, mesh: DeviceMesh | None = None, recipe: Recipe = OURS
 ) -> Functions:
-    """Close configuration, frozen tensors, mesh and recipe over `init`, `forward_loss`, `init_state` and `step`.
+    """Close configuration, frozen tensors, mesh and recipe over `init`, `forward_loss`,
+    `init_state` and `step`.
 
-    With a one-dimensional device mesh the state is sharded over its ranks, and each calls `step` with its own part of
-    the batch. `init` and `forward_loss` take and return plain tensors always.
+    With a one-dimensional device mesh the state is sharded over its ranks, and each calls `step`
+    with its own part of the batch. `init` and `forward_loss` take and return plain tensors always.
 
     Raises:
-        UserError: the frozen tensors don't fit the configuration, or `t2d` and `d2t` name different tokens.
+        UserError: the frozen tensors don't fit the configuration, or `t2d` and `d2t` name different
+            tokens.
     """
     check_frozen(frozen, config)
     vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())

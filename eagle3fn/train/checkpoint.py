@@ -1,8 +1,9 @@
-"""Checkpoints: one folder a step, whole or not at all, read back to the same bits on any number of ranks.
+"""Checkpoints: one folder a step, whole or not at all, read back to the same bits on any number of
+ranks.
 
-`step-NNNNNNNN/` holds the state as `torch.distributed.checkpoint` writes it (a file a rank), the draft's parameters
-once more as `draft.safetensors`, and `meta.json`. All ranks write into one temporary folder, which rank 0 renames when
-every file is on the disk.
+`step-NNNNNNNN/` holds the state as `torch.distributed.checkpoint` writes it (a file a rank), the
+draft's parameters once more as `draft.safetensors`, and `meta.json`. All ranks write into one
+temporary folder, which rank 0 renames when every file is on the disk.
 """
 
 import base64
@@ -33,22 +34,22 @@ from eagle3fn.train.launch import World
 from eagle3fn.train.shard import full_params
 
 SCHEMA = 2
-DRAFT, META = "draft.safetensors", "meta.json"
+DRAFT = "draft.safetensors"
+META = "meta.json"
+
+# Settings that do not touch the bits: a resumed run may change them.
 MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite", "data.prefetch"}
-RENAMED = {
-    "optimizer.horizon": "schedule_steps"
-}  # settings of older checkpoints, and their names now
-GONE = {
-    "data.mask_alignment": "serving",
-    "data.order": "shuffled",
-}  # settings of older checkpoints that now always hold
+# Settings of older checkpoints: what they are named now, and those that now always have this value.
+RENAMED = {"optimizer.horizon": "schedule_steps"}
+GONE = {"data.mask_alignment": "serving", "data.order": "shuffled"}
+
 _NAME = re.compile(r"step-(\d{8})")
 _ELSEWHERE = "train into another folder"
 _OLDER = "delete {} to resume from an older one"
 
 
 class Resumed(NamedTuple):
-    """A checkpoint's state and the small values saved beside it."""
+    """A checkpoint's state and the small values saved with it."""
 
     state: TrainState
     extra: dict[str, Any]
@@ -66,15 +67,18 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-NNNNNNNN/` and delete all but the `keep` newest; every rank calls it.
 
-    `data` are the hashes of what the run reads, `extra` is what else a resumed run needs, such as the best value.
+    `data` are the hashes of what the run reads, `extra` is what else a resumed run needs, such as
+    the best value.
 
     Raises:
-        UserError: not written, such as for want of room; on every rank. The older checkpoints are as they were.
+        UserError: not written, such as for want of room; on every rank. The older checkpoints are
+            as they were.
     """
     path = Path(folder) / f"step-{int(state.step):08d}"
     temporary = path.with_name(f".{path.name}.tmp")
     remedy = f"the checkpoints before it are whole; make room or mend {folder}, then call again"
     try:
+        # One temporary folder, in which every rank writes its file of the state.
         with _together(world, f"{path}: not written", remedy):
             if world.main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -83,18 +87,20 @@ def save_checkpoint(
             state_dict_saver.save(
                 _tensors(state), storage_writer=FileSystemWriter(temporary), no_dist=world.size == 1
             )
+
+        # All ranks gather the parameters, and hash what they wrote.
         params = full_params(state.params)
-        sums = world.every(
-            {file.name: sha256(file) for file in temporary.glob(f"__{world.rank}_*")}
-        )
+        own = {file.name: sha256(file) for file in temporary.glob(f"__{world.rank}_*")}
+        hashes = world.every(own)
+
+        # Rank 0 writes the rest, and makes the folder a checkpoint by renaming it.
         with _together(world, f"{path}: not written", remedy):
             if world.main:
-                save_file(
-                    {name: leaf.detach().cpu().contiguous() for name, leaf in params.items()},
-                    temporary / DRAFT,
-                )
-                own = {name: sha256(temporary / name) for name in (DRAFT, ".metadata")}
-                files = {name: digest for part in [*sums, own] for name, digest in part.items()}
+                whole = {name: leaf.detach().cpu().contiguous() for name, leaf in params.items()}
+                save_file(whole, temporary / DRAFT)
+                files = {name: sha256(temporary / name) for name in (DRAFT, ".metadata")}
+                for part in hashes:
+                    files |= part
                 meta = _meta(state, config, data, extra, files, world)
                 write_json(temporary / META, meta | {"digest": digest_of(meta)})
                 publish_folder(temporary, path)
@@ -145,6 +151,7 @@ def _together(world: World, what: str, remedy: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         failed = str(error)
+
     for number, reason in enumerate(world.every(failed)):
         if reason is not None:
             raise UserError(f"{what} (rank {number}: {reason}); {remedy}")
@@ -152,7 +159,9 @@ def _together(world: World, what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _distributed(what: str, remedy: str) -> Iterator[None]:
-    """Turn the failure of any rank, which `torch.distributed.checkpoint` raises on all of them, into a UserError."""
+    """Turn the failure of any rank, which `torch.distributed.checkpoint` raises on all of them,
+    into a UserError.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -169,7 +178,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete what killed saves left behind; rank 0 alone."""
+    """Delete what killed saves left; rank 0 alone."""
     for left in [*Path(folder).glob(".step-*.tmp"), *Path(folder).glob(".step-*.old")]:
         shutil.rmtree(left)
 
@@ -181,11 +190,12 @@ def load_checkpoint(
     data: dict[str, str],
     world: World = World(),  # noqa: B008
 ) -> Resumed:
-    """Read a checkpoint into the leaves of `into`, shaped and placed as these, whatever ranks it was written on.
+    """Read a checkpoint into the leaves of `into`, shaped and placed as these, whatever ranks it
+    was written on.
 
     Raises:
-        UserError: unreadable, of another schema, configuration, data or recipe, of other threads under
-            `reduce = "tree"`, or damaged; on every rank.
+        UserError: unreadable, of another schema, configuration, data or recipe, of other threads
+            under `reduce = "tree"`, or damaged; on every rank.
     """
     path = Path(path)
     meta = _read_meta(path)
@@ -221,7 +231,9 @@ def _other(name: str, meta: dict[str, Any], data: dict[str, str]) -> str:
 
 
 def _renamed(config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's settings under today's names; settings that are gone are left out if they had the only value left."""
+    """A checkpoint's settings under today's names, without those that now always have the value
+    they had.
+    """
     renamed = {section: dict(values) for section, values in config.items()}
     for name, now in RENAMED.items():
         section, key = name.split(".")
@@ -235,7 +247,10 @@ def _renamed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_leaves(path: str | Path) -> dict[str, torch.Tensor]:
-    """All leaves of a checkpoint under their names, whole, in this process alone; nothing is compared."""
+    """All leaves of a checkpoint under their names, whole, in this process alone.
+
+    Nothing is compared.
+    """
     reader = FileSystemReader(path)
     leaves: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -248,7 +263,7 @@ def read_leaves(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def digest_of(meta: dict[str, Any]) -> str:
-    """Hash of what stands in `meta.json`, its own left out."""
+    """Hash of the contents of `meta.json`, without this hash itself."""
     rest = {name: value for name, value in meta.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -261,7 +276,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({META}: {error}); {_OLDER.format(path)}") from None
     if schema != SCHEMA:
         raise UserError(
-            f"{path}: a checkpoint of schema {schema!r}, this version reads {SCHEMA}; finish the run with the version "
+            f"{path}: a checkpoint of schema {schema!r}, this version reads {SCHEMA}; finish the "
+            "run with the version "
             f"that began it, or {_ELSEWHERE}"
         )
     if meta.get("digest") != digest_of(meta):
@@ -272,7 +288,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _check_files(path: Path, files: dict[str, str], world: World) -> None:
-    """Compare hashes; the ranks share the files out."""
+    """Compare hashes; each rank takes its share of the files."""
     with _together(world, f"{path}: damaged", _OLDER.format(path)):
         for name in sorted(files)[world.rank :: world.size]:
             if sha256(path / name) != files[name]:
@@ -281,15 +297,17 @@ def _check_files(path: Path, files: dict[str, str], world: World) -> None:
 
 def _same_config(old: dict, new: dict, path: Path, prefix: str = "") -> None:
     for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            _same_config(a, b, path, f"{prefix}{key}.")
-        elif (
-            a != b
-            and [a] != [list(b) if isinstance(b, tuple) else b]
-            and prefix + key not in MAY_CHANGE
-        ):
+        was = old.get(key)
+        now = new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            _same_config(was, now, path, f"{prefix}{key}.")
+            continue
+
+        # JSON has lists for tuples.
+        if isinstance(now, tuple):
+            now = list(now)
+        if was != now and prefix + key not in MAY_CHANGE:
             raise UserError(
-                f"{path}: a checkpoint of another configuration: {prefix}{key} was {a!r}, is {b!r}; "
-                f"{_ELSEWHERE}, or set it back"
+                f"{path}: a checkpoint of another configuration: {prefix}{key} was {was!r}, is "
+                f"{now!r}; {_ELSEWHERE}, or set it back"
             )

@@ -19,12 +19,13 @@ from eagle3fn.train.track import readable
 def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
     """Loss and rates over the held-out samples, without gradients; `{}` if none are held out.
 
-    `params` are plain. Every rank computes a block of the samples; the sum runs over all of them in their order, so
-    the row is the same on any number of ranks.
+    `params` are plain. Every rank computes a block of the samples; the sum runs over all of them in
+    their order, so the row is the same on any number of ranks.
 
     Returns:
-        `loss` is the objective's `Σ decay^i · L_i` and `losses` its `L_i`, each a mean over the trained rows of all
-        held-out samples (under `normalization = "rows"`: over all their rows); the rates are those of `readable`.
+        `loss` is the objective's `Σ decay^i · L_i` and `losses` its `L_i`, each a mean over the
+        trained rows of all held-out samples (under `normalization = "rows"`: over all their rows);
+        the rates are those of `readable`.
     """
     if not run.held_out:
         return {}

@@ -1,4 +1,6 @@
-"""How many steps a run takes: as configured, as it began with, as the minutes allow, or as epochs need."""
+"""How many steps a run takes: as configured, as it began with, as the minutes allow, or as epochs
+need.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,7 +10,7 @@ import torch
 
 from eagle3fn.base.config import to_dict, with_steps
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, whole_file, write_json
+from eagle3fn.base.files import read_json, write_json, write_text
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState
 from eagle3fn.train.bind import bind
@@ -23,9 +25,12 @@ _FILE = "horizon.json"
 def with_horizon(
     run: Run, first_state: Callable[[], TrainState], minutes: float | None
 ) -> tuple[Run, str]:
-    """The run with `train.steps` filled in, and what chose them: "steps", "minutes" or "epochs". Writes nothing.
+    """The run with `train.steps` filled in, and what chose them: "steps", "minutes" or "epochs".
 
-    `first_state` makes the state whose steps are timed; called only where minutes choose, and no run has begun.
+    Writes nothing.
+
+    `first_state` makes the state whose steps are timed; called only where minutes choose, and no
+    run has begun.
 
     Raises:
         UserError: steps and minutes together, or a run that began with another choice.
@@ -69,8 +74,7 @@ def with_horizon(
 def write_horizon(run: Run, chosen: str) -> None:
     """Keep the choice, and the resolved configuration, in the run's folder."""
     write_json(run.out / _FILE, {"steps": run.config.train.steps, "chosen_by": chosen})
-    with whole_file(run.out / "config.toml") as temporary:
-        temporary.write_text(to_toml(to_dict(run.config)))
+    write_text(run.out / "config.toml", to_toml(to_dict(run.config)))
 
 
 def _begun(path: Path) -> tuple[int, str] | None:
@@ -85,7 +89,10 @@ def _begun(path: Path) -> tuple[int, str] | None:
 
 
 def seconds_per_step(run: Run, state: TrainState) -> float:
-    """Measured seconds of a step of average length and its share of an evaluation; the timed steps are dropped."""
+    """Measured seconds of a step of average length and its share of an evaluation.
+
+    The timed steps are dropped.
+    """
     config = with_steps(run.config, _TIMED_STEPS + 1)
     fns = bind(config, run.frozen, run.mesh, run.recipe)
 

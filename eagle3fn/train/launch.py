@@ -1,8 +1,8 @@
-"""Ranks: joining those that torchrun started, leaving them, and one rank's failure ending all.
+"""Ranks: joining those that torchrun started, leaving them, and ending all when one fails.
 
-gloo carries CPU tensors and small objects, NCCL CUDA tensors. A rank that fails notes it in torchrun's store, where a
-thread of every other rank looks twice a second: so a rank stuck in a collective ends too, and the first one's message
-is the only one.
+gloo carries CPU tensors and small objects, NCCL CUDA tensors. A rank that fails writes so into
+torchrun's store, which a thread of every other rank polls twice a second: so a rank that waits in a
+collective ends too, and only the first rank's message is printed.
 """
 
 import atexit
@@ -20,10 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from eagle3fn.base.errors import UserError
 
-_FAILED = "eagle3fn/failed"
-_EVERY_S = 0.5
-_GRACE_S = 2.0
-_SETTLE_S = 0.2
+_FAILED = "eagle3fn/failed"  # the store's key for a failure
+_POLL_S = 0.5
+_GRACE_S = 2.0  # from a failure until the other ranks end
+_SETTLE_S = 0.2  # for gloo's threads, at the interpreter's end
 
 
 class World(NamedTuple):
@@ -31,11 +31,11 @@ class World(NamedTuple):
 
     rank: int = 0
     size: int = 1
-    joined: bool = False  # a process group is there, be it of one rank
+    joined: bool = False  # there is a process group, possibly of one rank
 
     @property
     def main(self) -> bool:
-        """True on the rank that writes files and speaks."""
+        """True on the rank that writes files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -64,14 +64,16 @@ class World(NamedTuple):
         every = self.every(facts)
         for name, first in every[0].items():
             for rank, other in enumerate(every):
-                if other[name] != first:
+                if other.get(name) != first:
                     raise UserError(
-                        f"{name} is {first!r} on rank 0, {other[name]!r} on rank {rank}; start all ranks alike "
+                        f"{name} is {first!r} on rank 0, {other.get(name)!r} on rank {rank}; start "
+                        "all ranks alike "
                         "(OMP_NUM_THREADS sets the threads)"
                     )
 
     def device(self, name: str) -> str:
-        """The device of this rank: the one named, or under several ranks `cuda:LOCAL_RANK` for "cuda".
+        """The device of this rank: the one named, or under several ranks `cuda:LOCAL_RANK` for
+        "cuda".
 
         Raises:
             UserError: one device with a number, for several ranks.
@@ -81,7 +83,8 @@ class World(NamedTuple):
             return name
         if number:
             raise UserError(
-                f"train.device = {name!r} on {self.size} ranks: each needs its own; set train.device={kind}"
+                f"train.device = {name!r} on {self.size} ranks: each needs its own; set "
+                f"train.device={kind}"
             )
         return f"{kind}:{os.environ.get('LOCAL_RANK', self.rank)}"
 
@@ -92,17 +95,22 @@ class World(NamedTuple):
 
 @contextmanager
 def ranks() -> Iterator[World]:
-    """Join the ranks that torchrun announces in the environment; without it, a world of this process alone.
+    """Join the ranks that torchrun announces in the environment.
 
-    On success all ranks wait for each other before they leave. On failure the first failing rank raises its own error,
-    the others end with exit code 1 and in silence.
+    Without it, a world of this process alone.
+
+    On success all ranks wait for each other before they leave; shutdown cannot fail a successful
+    run. On failure the first failing rank raises its own error, the others end with exit code 1 and
+    print nothing.
 
     Raises:
-        UserError: another rank has died without a word, or the environment announces ranks by halves.
+        UserError: another rank died without a message, or only some of torchrun's variables are
+            set.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield World()
         return
+
     store, world = _join()
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(store, ended), name="ranks", daemon=True)
@@ -113,13 +121,17 @@ def ranks() -> Iterator[World]:
     except BaseException as error:
         ended.set()
         if not _is_first(store):
-            time.sleep(_GRACE_S)  # torchrun ends all at the first exit: let the first one speak
+            # torchrun ends all ranks at the first exit: the rank that failed first must print
+            # before.
+            time.sleep(_GRACE_S)
             raise SystemExit(1) from None
         if _is_lost_peer(error):
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"rank {world.rank}: another rank is gone ({str(error).splitlines()[0]}); start all ranks again"
+                f"rank {world.rank}: another rank is gone ({reason}); start all ranks again"
             ) from None
         raise
+
     ended.set()
     watch.join()
     leave()
@@ -142,16 +154,19 @@ def _join() -> tuple[Any, World]:
         raise UserError(
             f"RANK is set, but {error}; start the ranks by torchrun, or unset RANK"
         ) from None
-    # a worker thread of gloo frees the last collective's tensors: if the interpreter has ended by then, it aborts
+
+    # A worker thread of gloo frees the last collective's tensors; if the interpreter has ended by
+    # then, it aborts.
     atexit.register(time.sleep, _SETTLE_S)
-    store: Any = found[0]
-    rank, size = found[1:]
+
+    store: Any
+    store, rank, size = found
     dist.init_process_group(store=PrefixStore("ranks", store), rank=rank, world_size=size)
     return store.clone(), World(rank, size, joined=True)
 
 
 def _wait(world: World) -> None:
-    """A group destroyed while a peer still writes aborts it; one already destroyed has nothing to wait for."""
+    """Wait for all ranks: a group that is destroyed while a peer still writes aborts that peer."""
     if dist.is_initialized():
         world.barrier()
 
@@ -169,7 +184,7 @@ def _is_lost_peer(error: BaseException) -> bool:
 
 
 def _watch(store: Store, ended: threading.Event) -> None:
-    while not ended.wait(_EVERY_S):
+    while not ended.wait(_POLL_S):
         if _has_failed(store) and not ended.wait(_GRACE_S):
             os._exit(1)
 

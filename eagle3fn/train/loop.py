@@ -1,4 +1,7 @@
-"""The training loop: batches in, steps, held-out evaluation, checkpoints; a resumed run is bit-identical."""
+"""The training loop: batches in, steps, held-out evaluation, checkpoints.
+
+A resumed run is bit-identical.
+"""
 
 import signal
 import threading
@@ -71,15 +74,18 @@ def train(
     world: World = World(),  # noqa: B008
     recipe: Recipe = OURS,
 ) -> TrainState:
-    """Train, or go on from the newest checkpoint in `out`; returns the last state, sharded if `world` has ranks.
+    """Train, or go on from the newest checkpoint in `out`.
 
-    Writes `config.toml` (resolved), `horizon.json`, `metrics.jsonl`, `eval.jsonl` and `checkpoints/` into `out`. With
-    `minutes`, the number of steps is chosen from a few timed steps, once: a resumed run keeps it. All ranks call; rank
-    0 alone writes and calls `events`. After SIGTERM on any rank all finish the step, save it, and return its state.
+    Returns the last state, sharded if `world` has ranks.
+
+    Writes `config.toml` (resolved), `horizon.json`, `metrics.jsonl`, `eval.jsonl` and
+    `checkpoints/` into `out`. With `minutes`, the number of steps is chosen from a few timed steps,
+    once: a resumed run keeps it. All ranks call; rank 0 alone writes and calls `events`. After
+    SIGTERM on any rank all finish the step, save it, and return its state.
 
     Raises:
-        UserError: features, map, target and configuration don't fit together, a checkpoint of another run, another
-            process training in `out`, or a loss that is not finite.
+        UserError: features, map, target and configuration don't fit together, a checkpoint of
+            another run, another process training in `out`, or a loss that is not finite.
     """
     run = prepare(config, features, vocab_map, target, out, world, recipe)
     lock = locked(run.out) if world.main else nullcontext()
@@ -175,7 +181,10 @@ def _steps(
 
 
 def _or_else(source: Iterator[T], before: Callable[[], object]) -> Iterator[T]:
-    """The items of `source`; where it raises, `before` is called first, so that finished steps are reported."""
+    """The items of `source`.
+
+    Where it raises, `before` is called first, so that finished steps are reported.
+    """
     try:
         yield from source
     except Exception:
@@ -184,7 +193,9 @@ def _or_else(source: Iterator[T], before: Callable[[], object]) -> Iterator[T]:
 
 
 def _is_asynchronous(device: str) -> bool:
-    """Whether a step returns before it is computed: its metrics are then read when the next one was called."""
+    """Whether a step returns before it is computed: its metrics are then read when the next one was
+    called.
+    """
     return device != "cpu"
 
 
@@ -231,7 +242,10 @@ def _save(run: Run, state: TrainState, loop_state: LoopState) -> None:
 
 
 def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events) -> LoopState:
-    """Evaluate, report, and return the loop's state with the best value so far; the same on all ranks."""
+    """Evaluate, report, and return the loop's state with the best value so far.
+
+    The same on all ranks.
+    """
     params = gather(state.params)
     step = int(state.step)
     row = {"step": step, **evaluate_held_out(run, params)}
@@ -267,7 +281,9 @@ def _nonfinite_message(run: Run, step: int) -> str:
 
 @contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """A function that returns whether SIGTERM has come since the block began; outside the main thread it never does.
+    """A function that returns whether SIGTERM has come since the block began.
+
+    Outside the main thread it never does.
 
     The signal then requests a stop: the loop finishes its step, saves it and returns.
     """

@@ -1,4 +1,6 @@
-"""What a run needs, told before it starts: bytes a rank holds, bytes moved in a step, bytes on disk."""
+"""What a run needs, counted before it starts: bytes a rank holds, bytes moved in a step, bytes on
+disk.
+"""
 
 import math
 import os
@@ -12,8 +14,8 @@ from eagle3fn.model.table import EMBED, NORM
 from eagle3fn.train.shard import specs
 
 GIB = 2**30
-_TOKEN = 2 * 8  # of a feature file's input_ids and loss_mask, int64
-_FEATURE = 2  # of a feature's value, bf16
+_TOKEN_BYTES = 2 * 8  # a token's id and mask in a feature file, int64
+_FEATURE_BYTES = 2  # a feature's value, bf16
 
 
 class MemoryPlan(NamedTuple):
@@ -40,36 +42,52 @@ def plan_memory(config: Config, ranks: int = 1, tokens: int = 0, tied: bool = Fa
         tokens: of all samples, for the size of their features.
         tied: the target's head and embedding are one tensor.
     """
-    draft, state = config.draft, specs(config, ranks, 0)
-    params, masters = _bytes(state.params), _bytes(state.masters)
-    whole = sum(math.prod(leaf.shape) for leaf in state.params.values())
-    narrow, wide = (leaves[NORM].dtype.itemsize for leaves in (state.params, state.masters))
-    taken = (
-        1 if tied or EMBED in state.params else 2
-    )  # the head, and the embedding where the draft has none of its own
-    maps = draft.vocab_size * torch.bool.itemsize + draft.draft_vocab_size * torch.int64.itemsize
+    # The state: what rank 0 holds, and how many values there are in all.
+    draft = config.draft
+    state = specs(config, ranks, rank=0)
+    params = _held_bytes(state.params)
+    masters = _held_bytes(state.masters)
+    values = sum(math.prod(leaf.shape) for leaf in state.params.values())
+    narrow = state.params[NORM].dtype.itemsize
+    wide = state.masters[NORM].dtype.itemsize  # pyright: ignore[reportAttributeAccessIssue]
+
+    # Gradients of several micro-batches are summed in fp32: the sum, and the one that is added.
     several = config.data.global_batch // config.data.micro_batch > ranks
-    held = {
-        "parameters": params,
-        "masters": masters,
-        "moments": _bytes(state.opt.mu) + _bytes(state.opt.nu),
-        "gathered parameters": whole * narrow if ranks > 1 else 0,
-        "gradients": whole * (2 * wide if several else narrow),
-        "frozen tensors": taken * draft.vocab_size * draft.target_hidden_size * narrow + maps,
-    }
-    moved = {
-        "gathering parameters": (ranks - 1) * params,
-        "reducing gradients": (ranks - 1) * masters,
-    }
-    token = 4 * draft.target_hidden_size * _FEATURE + _TOKEN
-    checkpoint = whole * (
-        2 * narrow + 3 * wide
-    )  # the state, and the parameters once more as safetensors
-    disk = {"features of a token": token, "features": tokens * token, "a checkpoint": checkpoint}
-    return MemoryPlan(ranks, whole, held, moved, disk)
+    gradients = values * (2 * wide if several else narrow)
+
+    # Frozen: the target's head, its embedding where it is another tensor and the draft has none of
+    # its own, the map.
+    tables = 1 if tied or EMBED in state.params else 2
+    frozen = tables * draft.vocab_size * draft.target_hidden_size * narrow
+    frozen += draft.vocab_size * torch.bool.itemsize
+    frozen += draft.draft_vocab_size * torch.int64.itemsize
+
+    # On disk a checkpoint has the state, and the parameters once more as safetensors.
+    token = 4 * draft.target_hidden_size * _FEATURE_BYTES + _TOKEN_BYTES
+    return MemoryPlan(
+        ranks=ranks,
+        params=values,
+        held={
+            "parameters": params,
+            "masters": masters,
+            "moments": _held_bytes(state.opt.mu) + _held_bytes(state.opt.nu),
+            "gathered parameters": values * narrow if ranks > 1 else 0,
+            "gradients": gradients,
+            "frozen tensors": frozen,
+        },
+        moved={
+            "gathering parameters": (ranks - 1) * params,
+            "reducing gradients": (ranks - 1) * masters,
+        },
+        disk={
+            "features of a token": token,
+            "features": tokens * token,
+            "a checkpoint": values * (2 * narrow + 3 * wide),
+        },
+    )
 
 
-def _bytes(leaves: Any) -> int:
+def _held_bytes(leaves: Any) -> int:
     """What a rank holds of these leaves."""
     return sum(math.prod(leaf.local_shape) * leaf.dtype.itemsize for leaf in leaves.values())
 
@@ -84,7 +102,8 @@ def describe(plan: MemoryPlan) -> str:
     }
     lines = [f"{plan.params:,} trained values"]
     for title, values in sections.items():
-        lines += [title, *(f"  {name:<30}{_readable(value):>12}" for name, value in values.items())]
+        lines.append(title)
+        lines += [f"  {name:<30}{_readable(value):>12}" for name, value in values.items()]
     return "\n".join(lines)
 
 
@@ -99,30 +118,31 @@ def check_fits(config: Config, ranks: int, limit: float, where: str, tied: bool 
     """Refuse a run whose ranks need more than `limit` bytes each, before anything is loaded.
 
     Raises:
-        UserError: names both sizes, the largest part, and the number of ranks that could do, if any.
+        UserError: names both sizes, the largest part, and the number of ranks that could do, if
+            any.
     """
     plan = plan_memory(config, ranks, tied=tied)
     if plan.needed <= limit:
         return
-    enough = [
-        n
-        for n in (2, 4, 8, 16, 32, 64)
-        if n > ranks and plan_memory(config, n, tied=tied).needed <= limit
-    ]
-    most = max(plan.held, key=lambda name: plan.held[name])
+
+    # The remedy: the smallest number of ranks that would do.
+    remedy = "more ranks won't do: take a smaller draft vocabulary or target"
+    for more in (2, 4, 8, 16, 32, 64):
+        if more > ranks and plan_memory(config, more, tied=tied).needed <= limit:
+            remedy = f"start {more} ranks"
+            break
+
+    largest = max(plan.held, key=lambda name: plan.held[name])
     raise UserError(
-        f"a rank of {ranks} holds at least {_readable(plan.needed)}, most of it {most} "
-        f"({_readable(plan.held[most])}); {where} is {_readable(int(limit))}; "
-        + (
-            f"start {enough[0]} ranks"
-            if enough
-            else "more ranks won't do: take a smaller draft vocabulary or target"
-        )
+        f"a rank of {ranks} holds at least {_readable(plan.needed)}, most of it {largest} "
+        f"({_readable(plan.held[largest])}); {where} is {_readable(int(limit))}; {remedy}"
     )
 
 
 def memory_of(device: str) -> float:
-    """All memory that a rank can have on `device`, in bytes: the GPU's, or this machine's divided by its ranks."""
+    """All memory that a rank can have on `device`, in bytes: the GPU's, or this machine's divided
+    by its ranks.
+    """
     kind = torch.device(device)
     if kind.type == "cuda":
         return torch.cuda.get_device_properties(kind).total_memory

@@ -1,4 +1,4 @@
-"""Optimizers as `(init, update)` pairs of pure functions, and schedules as functions of the step."""
+"""Optimizers as `(init, update)` pairs of pure functions; schedules as functions of the step."""
 
 # pyright: reportPrivateImportUsage=false
 # torch names its operations on lists, `_foreach_…`, as private.
@@ -25,10 +25,12 @@ _BLOCK_BYTES = 16 << 20  # of a leaf, updated in place at once
 
 
 class Optimizer(NamedTuple):
-    """`init(masters) → state`; `update(grads, norm, state, masters, step) → (masters, state, info)`, all fp32.
+    """`init(masters) → state`.
 
-    `norm` is the global one, of which a rank that holds shards has only a part. `update(…, donate=True)` writes into the
-    given gradients, masters and state; the bits are the same.
+    `update(grads, norm, state, masters, step) → (masters, state, info)`, all fp32.
+
+    `norm` is the global one, of which a rank that holds shards has only a part. `update(…,
+    donate=True)` writes into the given gradients, masters and state; the bits are the same.
     """
 
     init: Callable[[Params], Any]
@@ -43,9 +45,12 @@ class Moments(NamedTuple):
 
 
 def cosine_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Linear warm-up over `W = int(warmup_ratio · T)` steps, then a cosine to 0; `T` is `schedule_steps` or `total_steps`.
+    """Linear warm-up over `W = int(warmup_ratio · T)` steps, then a cosine to 0.
 
-    `rate(n) = (n + 1) / W · base` for `n < W`, then `base · (1 + cos(π · (n - W) / (T - W))) / 2`, and 0 from `T` on.
+    `T` is `schedule_steps` or `total_steps`.
+
+    `rate(n) = (n + 1) / W · base` for `n < W`, then `base · (1 + cos(π · (n - W) / (T - W))) / 2`,
+    and 0 from `T` on.
 
     Raises:
         UserError: `total_steps` is below 1.
@@ -125,7 +130,10 @@ def zero_moments(masters: Params) -> Moments:
 
 
 def clip(grads: Params, norm: Tensor, max_norm: float, donate: bool = False) -> Params:
-    """Scale gradients, whose global norm is `norm`, by `max_norm / (norm + 1e-6)`, at most 1; `donate`: in place."""
+    """Scale gradients, whose global norm is `norm`, by `max_norm / (norm + 1e-6)`, at most 1.
+
+    `donate`: in place.
+    """
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     clipped = {}
     for name, grad in grads.items():
@@ -147,9 +155,9 @@ def adamw(
         m ← m + (1 - β₁)(g - m),  v ← β₂ v + (1 - β₂) g²
         master ← master · (1 - rate · decay) - rate / (1 - β₁ⁿ⁺¹) · m / (√v / √(1 - β₂ⁿ⁺¹) + ε)
 
-    The bits of `torch.optim.AdamW` on every device. On CUDA that one runs over lists of leaves, and a list divided by a
-    number is a true division, where a tensor is multiplied by the reciprocal: so the operations on lists are used, with
-    one leaf each. On a CPU both are the same.
+    The bits of `torch.optim.AdamW` on every device. On CUDA that one runs over lists of leaves, and
+    a list divided by a number is a true division, where a tensor is multiplied by the reciprocal:
+    so the operations on lists are used, with one leaf each. On a CPU both are the same.
     """
     step_size = rate / (1 - config.beta1 ** (step + 1))
     root = (1 - config.beta2 ** (step + 1)) ** 0.5
@@ -185,7 +193,9 @@ def adamw(
 
 
 def _blocks(*leaves: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the leaves' rows, block by block: the update of one needs no more memory than a block."""
+    """Views of the leaves' rows, block by block: the update of one needs no more memory than a
+    block.
+    """
     first = leaves[0]
     rows = max(1, _BLOCK_BYTES * len(first) // first.nbytes) if first.numel() else 1
     return zip(*(leaf.split(rows) for leaf in leaves), strict=True)

@@ -1,4 +1,7 @@
-"""What a run can exchange as values: its loss, start, schedule, mask and order. The defaults are this package's own."""
+"""What a run can exchange as values: its loss, start, schedule, mask and order.
+
+The defaults are this package's own.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +21,8 @@ Start = Callable[[Config, Frozen, int], Params]
 
 
 def start(config: Config, frozen: Frozen, seed: int) -> Params:
-    """The draft's first parameters: `train.init` draws them all, or takes head, norm and projection from the target.
+    """The draft's first parameters: `train.init` draws them all, or takes head, norm and projection
+    from the target.
 
     Raises:
         UserError: `train.init = "target"` with nothing to take (see `start_from_target`).

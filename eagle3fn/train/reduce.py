@@ -1,7 +1,9 @@
-"""Sums over micro-batches and ranks: in order, or by one binary tree that the number of ranks does not change.
+"""Sums over micro-batches and ranks: in order, or by one binary tree that the number of ranks does
+not change.
 
-The tree over `M` parts halves them while their number is even; an odd number is summed in order. A rank holds a
-contiguous block of `M / ranks` parts, so for a power of two its block is a subtree, and the ranks are the top.
+The tree over `M` parts halves them while their number is even; an odd number is summed in order. A
+rank holds a contiguous block of `M / ranks` parts, so for a power of two its block is a subtree,
+and the ranks are the top.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,66 +15,85 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from eagle3fn.base.dtypes import wide
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.tree import pack, tree_map, unpack, wide
+from eagle3fn.base.tree import pack, tree_map, unpack
 from eagle3fn.base.types import Params
 from eagle3fn.train.shard import gather_rows, padded, rows_of
 
-_reduce_scatter = (
-    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-)  # the name before 2.13
+# The name before torch 2.13 is `reduce_scatter_tensor`.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _add = partial(tree_map, torch.add)
 
 
-def total(parts: Iterable[Any], count: int, how: str) -> Any:
-    """The sum of `count` trees of tensors, read one by one; at most `log2(count)` partial sums are kept."""
-    return _tree(iter(parts), count) if how == "tree" else reduce(_add, parts)
+def total(parts: Iterable[Any], count: int, reduction: str) -> Any:
+    """The sum of `count` trees of tensors, read one by one.
+
+    At most `log2(count)` partial sums are kept.
+    """
+    if reduction == "tree":
+        return _tree(iter(parts), count)
+    return reduce(_add, parts)
 
 
 def _tree(parts: Iterator[Any], count: int) -> Any:
+    """The sum of the next `count` parts."""
     if count % 2:
         first = next(parts)
-        return reduce(_add, (next(parts) for _ in range(count - 1)), first)
+        rest = (next(parts) for _ in range(count - 1))
+        return reduce(_add, rest, first)
     left = _tree(parts, count // 2)
-    return _add(left, _tree(parts, count // 2))
+    right = _tree(parts, count // 2)
+    return _add(left, right)
 
 
-def check_ranks(world: int, how: str) -> None:
+def check_ranks(world: int, reduction: str) -> None:
     """Refuse a number of ranks that the tree does not fit.
 
     Raises:
         UserError: `train.reduce = "tree"` on a number of ranks that is no power of two.
     """
-    if how == "tree" and world & (world - 1):
+    is_power_of_two = world & (world - 1) == 0
+    if reduction == "tree" and not is_power_of_two:
         raise UserError(
-            f"train.reduce = 'tree' on {world} ranks: its sums are the same only for powers of two; start 1, 2, 4, … "
-            "ranks, or set train.reduce='sum'"
+            f"train.reduce = 'tree' on {world} ranks: its sums are the same only for powers of "
+            "two; "
+            "start 1, 2, 4, … ranks, or set train.reduce='sum'"
         )
 
 
-def over_ranks(tree: Any, mesh: DeviceMesh | None, how: str) -> Any:
+def over_ranks(tree: Any, mesh: DeviceMesh | None, reduction: str) -> Any:
     """Small tensors summed over the ranks, the same on all."""
     if mesh is None or mesh.size() == 1:
         return tree
-    every = gather_rows(pack(tree)[None], mesh.size(), mesh.get_group(), mesh.size())
-    return total((unpack(row, tree) for row in every), mesh.size(), how)
+    world = mesh.size()
+    every = gather_rows(pack(tree)[None], world, mesh.get_group(), world)
+    return total((unpack(row, tree) for row in every), world, reduction)
 
 
-def to_shards(grads: Params, mesh: DeviceMesh | None, how: str) -> Params:
-    """Each rank's rows of gradients summed over the ranks in at least fp32; empties `grads` as it goes."""
-    return {name: _to_shard(wide(grads.pop(name)), mesh, how) for name in list(grads)}
+def to_shards(grads: Params, mesh: DeviceMesh | None, reduction: str) -> Params:
+    """Each rank's rows of gradients summed over the ranks in at least fp32.
+
+    Empties `grads` as it goes.
+    """
+    return {name: _to_shard(wide(grads.pop(name)), mesh, reduction) for name in list(grads)}
 
 
-def _to_shard(grad: Tensor, mesh: DeviceMesh | None, how: str) -> Tensor:
+def _to_shard(grad: Tensor, mesh: DeviceMesh | None, reduction: str) -> Tensor:
+    """This rank's rows of the sum of all ranks' `grad`."""
     if mesh is None or mesh.size() == 1:
         return grad
-    world, rows = mesh.size(), rows_of(len(grad), mesh.size(), mesh.get_local_rank())
+    world = mesh.size()
+    rows = rows_of(len(grad), world, mesh.get_local_rank())
     block = -(-len(grad) // world)
+
+    # Collectives want blocks of one size.
     sent = padded(grad, world * block)
-    if how == "tree":
+    if reduction == "tree":
+        # Every rank's share of this rank's rows, summed here by the tree.
         every = torch.empty_like(sent)
         dist.all_to_all_single(every, sent, group=mesh.get_group())
-        summed = total(every.unflatten(0, (world, block)), world, how)
+        summed = total(every.unflatten(0, (world, block)), world, reduction)
     else:
         summed = sent.new_empty(block, *sent.shape[1:])
         _reduce_scatter(summed, sent, group=mesh.get_group())
@@ -80,15 +101,19 @@ def _to_shard(grad: Tensor, mesh: DeviceMesh | None, how: str) -> Tensor:
 
 
 def global_norm(
-    grads: Params, lengths: dict[str, int], mesh: DeviceMesh | None, how: str
+    grads: Params, lengths: dict[str, int], mesh: DeviceMesh | None, reduction: str
 ) -> Tensor:
-    """The norm of all ranks' gradient shards together, `()`; `lengths` are the leaves' global rows, in order.
+    """The norm of all ranks' gradient shards together, `()`.
 
-    "tree" sums squares within each row, then over all rows, halves upon halves: elementwise additions alone, whose
-    bits depend neither on the number of rows a rank holds nor on its threads.
+    `lengths` are the leaves' global rows, in order.
+
+    "tree" sums squares within each row, then over all rows, halves upon halves: elementwise
+    additions alone, whose bits depend neither on the number of rows a rank holds nor on its
+    threads.
     """
-    if how == "tree":
+    if reduction == "tree":
         return _norm_by_rows(grads, lengths, mesh)
+
     own = torch.nn.utils.get_total_norm(list(grads.values()))
     if mesh is None or mesh.size() == 1:
         return own
@@ -99,19 +124,32 @@ def global_norm(
 
 def _norm_by_rows(grads: Params, lengths: dict[str, int], mesh: DeviceMesh | None) -> Tensor:
     world = 1 if mesh is None else mesh.size()
+
+    # A sum of squares for each row of this rank's shards, padded to blocks of one size.
     blocks = [-(-lengths[name] // world) for name in grads]
-    rows = [_fold(grad.square()[..., None].flatten(1)) for grad in grads.values()]
-    every = torch.cat([padded(part, block) for part, block in zip(rows, blocks, strict=True)])[None]
+    parts = []
+    for grad, block in zip(grads.values(), blocks, strict=True):
+        row_sums = _fold(grad.square()[..., None].flatten(1))
+        parts.append(padded(row_sums, block))
+
+    # All ranks' row sums: (ranks, Σ blocks).
+    every = torch.cat(parts)[None]
     if mesh is not None and world > 1:
         every = gather_rows(every, world, mesh.get_group(), world)
-    leaves = zip(every.split(blocks, dim=1), grads, strict=True)
-    return _fold(torch.cat([part.reshape(-1)[: lengths[name]] for part, name in leaves])[None])[
-        0
-    ].sqrt()
+
+    # Leaf by leaf the rows of all ranks, without the padding at the end.
+    leaves = []
+    for name, part in zip(grads, every.split(blocks, dim=1), strict=True):
+        leaves.append(part.reshape(-1)[: lengths[name]])
+    return _fold(torch.cat(leaves)[None])[0].sqrt()
 
 
 def _fold(x: Tensor) -> Tensor:
-    """Sums of the rows of `(R, C)`, as `(R,)`: the right half is added to the left until one column is left."""
+    """Sums of the rows of `(R, C)`, as `(R,)`: the right half is added to the left until one column
+    is left.
+
+    Overwrites `x`.
+    """
     columns = x.shape[1]
     while columns > 1:
         half = (columns + 1) // 2

@@ -1,4 +1,7 @@
-"""What stays the same during a run: configuration, frozen tensors, samples; checked before the first step."""
+"""What stays the same during a run: configuration, frozen tensors, samples.
+
+Checked before the first step.
+"""
 
 import hashlib
 import json
@@ -59,9 +62,10 @@ def prepare(
     """Check that all parts fit together, on all ranks alike, and bind the functions.
 
     Raises:
-        UserError: tensors that don't fit the configuration, a device that is not there, samples beyond the position
-            limit, none to train on, or none with a trained row; a number of ranks that the global batch or
-            `train.reduce` does not fit, or ranks that were started differently.
+        UserError: tensors that don't fit the configuration, a device that is not there, samples
+            beyond the position limit, none to train on, or none with a trained row; a number of
+            ranks that the global batch or `train.reduce` does not fit, or ranks that were started
+            differently.
     """
     # Refuse what cannot work before anything large is made.
     check_world(config, world)
@@ -125,8 +129,10 @@ def check_world(config: Config, world: World) -> None:
     count = data.global_batch // data.micro_batch
     if count % size:
         raise UserError(
-            f"data.global_batch = {data.global_batch} and data.micro_batch = {data.micro_batch} make {count} "
-            f"micro-batches an update, {size} ranks must divide them; set data.global_batch to a multiple of "
+            f"data.global_batch = {data.global_batch} and data.micro_batch = {data.micro_batch} "
+            f"make {count} "
+            f"micro-batches an update, {size} ranks must divide them; set data.global_batch to a "
+            "multiple of "
             f"{size * data.micro_batch}, or start other ranks"
         )
     check_ranks(size, config.train.reduce)
@@ -189,8 +195,8 @@ def _check_trained(
 def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
     """Hashes of what a run reads: the feature index and the vocabulary map.
 
-    The shards' own hashes are left out, so that a damaged shard may be extracted again. Files of a `Reader` have no
-    index: their names and sizes stand in for it.
+    The shards' own hashes are left out, so that a damaged shard may be extracted again. Files of a
+    `Reader` have no index: their names and sizes stand in for it.
     """
     index: Any = {
         key: value for key, value in features.index.items() if key not in ("shards", "totals")
@@ -209,5 +215,8 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
 
 
 def to_device(values: T, device: str) -> T:
-    """The tree of tensors, such as a batch, with every tensor on `device`; on the way there the host does not wait."""
+    """The tree of tensors, such as a batch, with every tensor on `device`.
+
+    On the way there the host does not wait.
+    """
     return tree_map(lambda value: send(value, device), values)

@@ -1,4 +1,6 @@
-"""`step(state, batch) → (state, metrics)`: gradients, accumulation and update as one pure function, on any ranks."""
+"""`step(state, batch) → (state, metrics)`: gradients, accumulation and update as one pure function,
+on any ranks.
+"""
 
 from typing import Any
 
@@ -7,9 +9,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.config import Config
+from eagle3fn.base.dtypes import wide
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.grad import value_and_grad
-from eagle3fn.base.tree import tree_map, wide
+from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_sharing
 from eagle3fn.model.forward import ForwardLoss, forward_loss
@@ -23,7 +26,8 @@ Metrics = dict[str, Any]
 
 
 def init_state(params: Params, *, config: Config, mesh: DeviceMesh | None = None) -> TrainState:
-    """The state before the first update: fp32 masters (fp64 for fp64 parameters), zero moments, step 0.
+    """The state before the first update: fp32 masters (fp64 for fp64 parameters), zero moments,
+    step 0.
 
     Under a mesh every rank gives the same whole `params` and keeps its rows of each leaf.
     """
@@ -52,22 +56,25 @@ def step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update from a batch, or from a tuple of micro-batches whose gradients add up.
 
-    Under `normalization = "rows"` each micro-batch's loss is divided by their number over all ranks. Under "mask" they
-    are summed, and every micro-batch must carry the global `row_counts`. Inputs are untouched, unless `donate` gives
-    the state's buffers to the next one: the given state then raises when it is touched.
+    Under `normalization = "rows"` each micro-batch's loss is divided by their number over all
+    ranks. Under "mask" they are summed, and every micro-batch must carry the global `row_counts`.
+    Inputs are untouched, unless `donate` gives the state's buffers to the next one: the given state
+    then raises when it is touched.
 
-    Under a mesh every rank calls with its own contiguous block of the global batch's micro-batches, as many as the
-    others. Parameters are gathered before the first one; no rank waits for another until its last one.
+    Under a mesh every rank calls with its own contiguous block of the global batch's micro-batches,
+    as many as the others. Parameters are gathered before the first one; no rank waits for another
+    until its last one.
 
     Returns:
-        The next state, placed as the given one, and metrics over the global batch, the same on all ranks: `loss` `()`,
-        `aux` (`Aux`, summed), `tokens` `()` int64, `grad_norm` `()` before the clip, the `learning_rate` applied,
-        and `skipped`: 1 if `train.on_nonfinite = "skip"` dropped the update, whose step is counted all the same.
+        The next state, placed as the given one, and metrics over the global batch, the same on all
+        ranks: `loss` `()`, `aux` (`Aux`, summed), `tokens` `()` int64, `grad_norm` `()` before the
+        clip, the `learning_rate` applied, and `skipped`: 1 if `train.on_nonfinite = "skip"` dropped
+        the update, whose step is counted all the same.
 
     Raises:
-        UserError: no micro-batch, several without `row_counts`, `train.steps` not set, a state placed otherwise than
-            `mesh` says, ranks that the reduction does not fit, or different numbers of micro-batches (off the CPU: an
-            assertion of the device).
+        UserError: no micro-batch, several without `row_counts`, `train.steps` not set, a state
+            placed otherwise than `mesh` says, ranks that the reduction does not fit, or different
+            numbers of micro-batches (off the CPU: an assertion of the device).
     """
     # Refuse what does not fit, before any work.
     batches = (batch,) if isinstance(batch, Batch) else tuple(batch)
@@ -78,7 +85,8 @@ def step(
     check_placed(state, mesh)
     if config.train.steps < 1:
         raise UserError(
-            "train.steps = 0: the learning-rate schedule needs the number of updates; set train.steps"
+            "train.steps = 0: the learning-rate schedule needs the number of updates; set "
+            "train.steps"
         )
 
     # This rank's gradients, then each rank's rows of all ranks' sum.
@@ -115,10 +123,11 @@ def accumulate(
 ) -> tuple[Tensor, Aux, Params]:
     """Loss, metrics and gradients summed over this rank's micro-batches; no communication.
 
-    Several gradients are summed in at least fp32, or under `accumulation = "params"` in the parameters' dtype; one
-    alone keeps it.
+    Several gradients are summed in at least fp32, or under `accumulation = "params"` in the
+    parameters' dtype; one alone keeps it.
     """
-    # Under "rows" each micro-batch's loss is a mean over its own rows: their mean is that of the global batch.
+    # Under "rows" each micro-batch's loss is a mean over its own rows: their mean is that of the
+    # global batch.
     share = len(batches) * world if config.objective.normalization == "rows" else 1
     keeps_dtype = config.optimizer.accumulation == "params" or len(batches) == 1
 
@@ -136,7 +145,10 @@ def accumulate(
 def _metrics(
     loss: Tensor, aux: Aux, batches: tuple[Batch, ...], config: Config, mesh: DeviceMesh | None
 ) -> Metrics:
-    """Loss, metrics and tokens over all ranks; refuses ranks with different numbers of micro-batches."""
+    """Loss, metrics and tokens over all ranks.
+
+    Refuses ranks with different numbers of micro-batches.
+    """
     tokens = torch.stack([batch.attention_mask.sum() for batch in batches]).sum()
     count = torch.full_like(tokens, len(batches))
     own = loss, aux, tokens, count, count * count
@@ -148,7 +160,10 @@ def _metrics(
 
 
 def _check_counts(same: Tensor, own: int, mesh: DeviceMesh) -> None:
-    """Refuse ranks with different numbers of micro-batches; a device other than the CPU is not waited for, it stops."""
+    """Refuse ranks with different numbers of micro-batches.
+
+    A device other than the CPU is not waited for, it stops.
+    """
     message = (
         f"step: {own} micro-batches on rank {mesh.get_local_rank()}, not as many on others; "
         "give every rank as many"

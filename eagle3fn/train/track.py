@@ -1,4 +1,4 @@
-"""What a run tells: one JSON line a step, and what the sums of `Aux` mean."""
+"""What a run records: one JSON line a step, made from the sums of `Aux`."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from eagle3fn.base.files import write_text
 from eagle3fn.base.types import Aux
 
 
@@ -15,12 +16,12 @@ def readable(aux: Aux) -> dict[str, Any]:
     `accepted_length` is the greedy simulated one: 1 + accepted draft tokens per trained row.
     """
     rows = aux.rows.clamp_min(1e-6)
-    accept = aux.accept / aux.accept_rows.clamp_min(1e-8)
+    acceptance = aux.accept / aux.accept_rows.clamp_min(1e-8)
     first = max(int(aux.rows[0]), 1)
     return {
         "losses": aux.losses.tolist(),
         "accuracy": (aux.correct / rows).tolist(),
-        "acceptance": accept.tolist(),
+        "acceptance": acceptance.tolist(),
         "accepted_length": 1 + float(aux.greedy) / first,
         "accepted_length_sampled": 1 + float(aux.sampled) / first,
         "rows": int(aux.rows[0]),
@@ -30,21 +31,21 @@ def readable(aux: Aux) -> dict[str, Any]:
 def step_row(
     step: int, metrics: dict[str, Any], seconds: float, skipped: int = 0
 ) -> dict[str, Any]:
-    """One line of `metrics.jsonl`. Deterministic values first; `seconds` is the machine's, on a
-    device with what the next batch took to read.
+    """One line of `metrics.jsonl`: deterministic values first, then `seconds`, which are the
+    machine's.
 
-    `skipped` counts the updates dropped so far; this step's own, if it is one, has neither loss nor rates.
+    On a device the seconds include what the next batch took to read. `skipped` counts the updates
+    dropped so far; this step's own, if it is one, has neither loss nor rates.
     """
     if metrics["skipped"]:
         values: dict[str, Any] = {"loss": None, "grad_norm": None, "learning_rate": 0.0}
     else:
         values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
         values |= readable(metrics["aux"])
-    tokens = int(metrics["tokens"])
     return {
         "step": step,
         **values,
-        "tokens": tokens,
+        "tokens": int(metrics["tokens"]),
         "skipped": skipped,
         "seconds": round(seconds, 4),
     }
@@ -62,9 +63,10 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """Drop the lines behind `step`, and a line half written: a resumed run writes them again."""
+    """Drop the lines after `step`, and a line half written: a resumed run writes them again."""
     if not path.exists():
         return
+
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -74,6 +76,5 @@ def cut_rows(path: Path, step: int) -> None:
         if row["step"] > step:
             break
         kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+
+    write_text(path, "".join(kept))

@@ -1,1 +1,1 @@
-"""Trained parameters to the world: export, speculative decoding, evaluation."""
+"""What a trained draft is used for: export, speculative decoding, evaluation, report."""

@@ -1,6 +1,10 @@
-"""Greedy speculative decoding of one sequence: the draft proposes, the target verifies, no token changes."""
+"""Greedy speculative decoding of one sequence: the draft proposes tokens, the target verifies them.
 
-from collections.abc import Collection
+The tokens are those of plain greedy decoding with the target.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -9,49 +13,63 @@ from torch import Tensor
 
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.target import cache_name, empty_cache
+from eagle3fn.data.hooks import layer_outputs
+from eagle3fn.data.target import cache_name, decoder, empty_cache
 from eagle3fn.use.drafter import Drafter
 from eagle3fn.use.export import Draft
-from eagle3fn.use.taps import Taps
 
 
 class Decoded(NamedTuple):
     """One decoded answer and what it took. Lists have one count for each draft position.
 
-    `tokens` starts with the prefill's token and ends with the first end token, if one came. Behind an end token
-    nothing counts: neither as emitted, nor as accepted or reached.
+    `tokens` starts with the prefill's token and ends with the first end token, if one came. Tokens
+    after an end token count nowhere: neither as emitted, nor as accepted or reached.
+
+    The conditional acceptance rate of position `i` is
+    `accepted_by_position[i] / reached_by_position[i]`.
     """
 
     tokens: list[int]
-    verifications: int
-    accepted_by_position: list[int]  # drafted token emitted
-    reached_by_position: list[
-        int
-    ]  # all earlier drafted tokens accepted: accepted / reached is the conditional rate
+    verifications: int  # runs of the target after the prefill
+    accepted_by_position: list[int]  # the drafted token was emitted
+    reached_by_position: list[int]  # all earlier drafted tokens were emitted
     drafted_by_position: list[int]
-    seconds: float  # all of it, prefill included
+    seconds: float  # in all, prefill included
     prefill_seconds: float
 
     @property
     def accepted_length(self) -> float:
-        """Tokens emitted for each verification, the bonus token counted and the prefill's not; 0 without any."""
-        return (len(self.tokens) - 1) / self.verifications if self.verifications else 0.0
+        """Tokens emitted per verification, without the prefill's token; 0 without verifications.
+
+        The bonus token of each verification counts, so the value is at least 1.
+        """
+        if not self.verifications:
+            return 0.0
+        return (len(self.tokens) - 1) / self.verifications
 
 
 class _Tally:
-    """Counts over the rounds."""
+    """Counts over the rounds, by draft position."""
 
     def __init__(self, draft_length: int) -> None:
         self.verifications = 0
-        self.accepted, self.reached, self.drafted = ([0] * draft_length for _ in range(3))
+        self.accepted = [0] * draft_length
+        self.reached = [0] * draft_length
+        self.drafted = [0] * draft_length
 
     def add(self, drafted: int, accepted: int, emitted: int) -> None:
-        """One round: `accepted` drafted tokens were right, `emitted` tokens came out before the end."""
+        """Count one round: `accepted` of `drafted` tokens agreed, `emitted` tokens came out."""
         self.verifications += 1
-        for i in range(drafted):
-            self.drafted[i] += 1
-            self.reached[i] += i <= accepted and i < emitted
-            self.accepted[i] += i < accepted and i < emitted
+        for position in range(drafted):
+            self.drafted[position] += 1
+
+            # An end token may cut the round short; what comes after it does not count.
+            if position >= emitted:
+                continue
+            if position <= accepted:
+                self.reached[position] += 1
+            if position < accepted:
+                self.accepted[position] += 1
 
 
 @torch.inference_mode()
@@ -63,76 +81,101 @@ def speculate(
     max_new: int,
     end_tokens: Collection[int],
 ) -> Decoded:
-    """Decode greedily behind `input_ids` `(1, P)`; the tokens are those of plain greedy decoding.
+    """Decode greedily after `input_ids` `(1, P)`; the tokens are those of plain greedy decoding.
+
+    Each round drafts up to `draft_length` tokens and verifies them in one run of the target. With
+    `a` drafted tokens equal to the target's own, the round emits `a + 1` tokens: these and the
+    target's next one, the bonus token.
 
     Args:
         model: a causal LM of transformers.
         draft: None only if `draft_length` is 0.
-        input_ids: the prompt.
-        draft_length: tokens drafted a round, fewer where fewer are wanted; 0 decodes plainly by the same loop.
+        input_ids: the prompt, int64.
+        draft_length: tokens drafted in a round, fewer near `max_new`; 0 decodes plainly by the
+            same loop.
         max_new: at most so many tokens, the prefill's included.
-        end_tokens: decoding stops behind the first of these.
+        end_tokens: decoding stops after the first of these.
 
     Raises:
         UserError: an empty prompt, one beyond the position limit, or a draft of another target.
     """
     check_request(model, draft, input_ids, draft_length, max_new)
     begin = perf_counter()
-    tally, ends = _Tally(draft_length), frozenset(end_tokens)
-    with Target(model, draft if draft_length else None) as target:
-        token = target.read(input_ids, keep=1)
-        following = torch.cat([input_ids[:, 1:], token], dim=1)
+    tally = _Tally(draft_length)
+    end_ids = frozenset(end_tokens)
+
+    with open_target(model, draft if draft_length else None) as target:
+        # Prefill: the target reads the prompt, which gives the first token.
+        token = target.read(input_ids, keep=1)  # (1, 1)
+
+        # Rows that the target has read and the draft has not. Row t needs the token after it.
+        next_tokens = torch.cat([input_ids[:, 1:], token], dim=1)  # (1, P)
         tokens = token[0].tolist()
         prefill_seconds = perf_counter() - begin
-        chain = None
+
+        drafter = None
         if draft is not None and draft_length:
-            room = input_ids.shape[1] + max_new
-            chain = Drafter(draft, room, model.get_input_embeddings().weight)
-        while len(tokens) < max_new and tokens[-1] not in ends:
+            capacity = input_ids.shape[1] + max_new
+            drafter = Drafter(draft, capacity, model.get_input_embeddings().weight)
+
+        while len(tokens) < max_new and tokens[-1] not in end_ids:
+            # Draft. One place is left for the bonus token, so the last round may draft nothing.
             count = min(draft_length, max_new - len(tokens) - 1)
-            block = token
-            if chain is not None and count:
-                block = torch.cat(
-                    [token, chain.draft(target.features(following.shape[1]), following, count)],
-                    dim=1,
-                )
-            said = target.read(block)
-            truth = said[0].tolist()
-            accepted = common_prefix(block[0, 1:].tolist(), truth)
+            block = token  # the newest token, then the drafted ones: (1, 1 + count)
+            if drafter is not None and count:
+                aux = target.features(next_tokens.shape[1])
+                drafted = drafter.draft(aux, next_tokens, count)
+                block = torch.cat([token, drafted], dim=1)
+
+            # Verify. One run gives the target's token after every row of the block.
+            predicted = target.read(block)  # (1, 1 + count)
+            greedy = predicted[0].tolist()
+            accepted = common_prefix(block[0, 1:].tolist(), greedy)
+
+            # Keep the newest token and the accepted ones; the last prediction is the bonus token.
             target.forget(count - accepted)
-            following, token = said[:, : accepted + 1], said[:, accepted : accepted + 1]
-            new = until_end(truth[: accepted + 1], ends)
-            tally.add(count, accepted, len(new))
-            tokens += new
-    counts = tally.accepted, tally.reached, tally.drafted
-    return Decoded(tokens, tally.verifications, *counts, perf_counter() - begin, prefill_seconds)
+            next_tokens = predicted[:, : accepted + 1]
+            token = predicted[:, accepted : accepted + 1]
+
+            # Emit and count.
+            emitted = until_end(greedy[: accepted + 1], end_ids)
+            tally.add(count, accepted, len(emitted))
+            tokens += emitted
+
+    return Decoded(
+        tokens=tokens,
+        verifications=tally.verifications,
+        accepted_by_position=tally.accepted,
+        reached_by_position=tally.reached,
+        drafted_by_position=tally.drafted,
+        seconds=perf_counter() - begin,
+        prefill_seconds=prefill_seconds,
+    )
 
 
 class Target:
-    """The target with its key-value cache and, if a draft is given, the taps it reads, while the context is open."""
+    """The target on one sequence, with its key-value cache."""
 
-    def __init__(self, model: Any, draft: Draft | None) -> None:
-        self.model, self.cache, self.cache_name = model, empty_cache(), cache_name(model)
-        count = model.config.get_text_config().num_hidden_layers
-        chosen = () if draft is None else aux_layers(draft.config, count)
-        self.taps = Taps(model, chosen)
-
-    def __enter__(self) -> "Target":
-        self.taps.open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.taps.close()
+    def __init__(self, model: Any, outputs: list[Tensor]) -> None:
+        """`outputs` holds the tapped layers' outputs of the model's latest call."""
+        self.model = model
+        self.cache = empty_cache()
+        self.cache_name = cache_name(model)
+        self.outputs = outputs
 
     def read(self, ids: Tensor, keep: int = 0) -> Tensor:
-        """Run over `ids` `(1, R)` behind the cache; the token after each row, or after the last `keep`."""
+        """Read `ids` `(1, R)` after what the cache holds.
+
+        Returns the target's greedy token after each row, `(1, R)`; with `keep` only after the last
+        `keep` rows, `(1, keep)`.
+        """
         cache = {self.cache_name: self.cache}
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=keep, **cache)
         return out.logits.argmax(-1)
 
     def features(self, rows: int) -> Tensor:
-        """Taps `(1, rows, 3·Ht)` of the first `rows` rows of the last `read`."""
-        return self.taps.rows(rows)
+        """Features `(1, rows, 3·Ht)` of the first `rows` rows of the last `read`."""
+        return torch.cat([output[:, :rows] for output in self.outputs], dim=-1)
 
     def forget(self, rows: int) -> None:
         """Drop the last `rows` rows from the cache."""
@@ -140,18 +183,32 @@ class Target:
             self.cache.crop(-rows)
 
 
-def common_prefix(drafted: list[int], truth: list[int]) -> int:
-    """How many drafted tokens the target would have said itself."""
-    wrong = (
-        i for i, (left, right) in enumerate(zip(drafted, truth, strict=False)) if left != right
-    )
-    return next(wrong, len(drafted))
+@contextmanager
+def open_target(model: Any, draft: Draft | None) -> Iterator[Target]:
+    """Yield the target with an empty cache; the layers that `draft` needs are tapped meanwhile."""
+    tapped = []
+    if draft is not None:
+        layers = decoder(model).layers
+        count = model.config.get_text_config().num_hidden_layers
+        tapped = [layers[index] for index in aux_layers(draft.config, count)]
+    with layer_outputs(tapped) as outputs:
+        yield Target(model, outputs)
 
 
-def until_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+def common_prefix(drafted: list[int], greedy: list[int]) -> int:
+    """The number of drafted tokens before the first that differs from the target's own."""
+    for position, (token, expected) in enumerate(zip(drafted, greedy, strict=False)):
+        if token != expected:
+            return position
+    return len(drafted)
+
+
+def until_end(tokens: list[int], end_ids: Collection[int]) -> list[int]:
     """Tokens up to and with the first end token."""
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: stop + 1]
+    for position, token in enumerate(tokens):
+        if token in end_ids:
+            return tokens[: position + 1]
+    return tokens
 
 
 def check_request(
@@ -164,7 +221,8 @@ def check_request(
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
         raise UserError(
-            f"input_ids has shape {tuple(input_ids.shape)}; it must be one prompt of at least one token"
+            f"input_ids has shape {tuple(input_ids.shape)}; "
+            "it must be one prompt of at least one token"
         )
     if draft_length < 0 or max_new < 1:
         raise UserError(
@@ -172,35 +230,41 @@ def check_request(
         )
     if draft_length and draft is None:
         raise UserError(f"draft_length = {draft_length} needs a draft; give one, or draft_length 0")
+
+    # Both models must have positions for the prompt and all new tokens.
     text = model.config.get_text_config()
-    limits = [
-        getattr(text, "max_position_embeddings", None),
-        draft.config.max_position_embeddings if draft else None,
-    ]
-    limit, wanted = min((n for n in limits if n), default=None), input_ids.shape[1] + max_new
-    if limit is not None and wanted > limit:
+    limits = [getattr(text, "max_position_embeddings", None)]
+    if draft is not None:
+        limits.append(draft.config.max_position_embeddings)
+    known = [limit for limit in limits if limit]
+    size = input_ids.shape[1]
+    if known and size + max_new > min(known):
         raise UserError(
-            f"prompt of {input_ids.shape[1]} tokens and max_new = {max_new}: beyond max_position_embeddings = {limit}; "
-            "shorten the prompt or lower max_new"
+            f"prompt of {size} tokens and max_new = {max_new}: beyond "
+            f"max_position_embeddings = {min(known)}; shorten the prompt or lower max_new"
         )
+
     if draft is not None:
         check_pair(draft, text, "draft", "the target")
 
 
 def check_pair(draft: Draft, text: Any, where: str, target: str) -> None:
-    """Refuse a draft of another target: vocabulary and hidden size must agree.
+    """Refuse a draft of another target: vocabulary, hidden size and tapped layers must fit.
+
+    `text` is the target's text configuration; `where` and `target` name the two in the message.
 
     Raises:
         UserError: names both and the size that differs.
     """
-    pairs = (
-        ("vocab_size", draft.config.vocab_size),
-        ("hidden_size", draft.config.target_hidden_size),
-    )
-    for name, value in pairs:
-        if getattr(text, name) != value:
+    expected = {
+        "vocab_size": draft.config.vocab_size,
+        "hidden_size": draft.config.target_hidden_size,
+    }
+    for name, value in expected.items():
+        found = getattr(text, name)
+        if found != value:
             raise UserError(
-                f"{where}: made for a target of {name} {value}, but {target} has {getattr(text, name)}; "
+                f"{where}: made for a target of {name} {value}, but {target} has {found}; "
                 "use the target the draft was trained for"
             )
     aux_layers(draft.config, text.num_hidden_layers)

@@ -1,8 +1,13 @@
-"""The draft at inference: committed rows with the target's features, then a chain on its own hidden states.
+"""The draft at inference, on one sequence.
 
-Row `t` takes the features of token `t` and the embedding of token `t + 1`, stands at RoPE position `t`, and speaks
-about token `t + 2`. A drafted row takes the hidden state of the row before it in place of features. A committed row
-replaces the drafted row of its position. That is the training unroll read along its diagonals.
+Row `t` takes the features of token `t` and the embedding of token `t + 1`, has RoPE position `t`,
+and predicts token `t + 2`. There are two kinds of rows:
+
+- a committed row takes the target's features;
+- a drafted row takes the hidden state of the row before it in their place.
+
+A committed row replaces the drafted row of its position. So a committed row and the drafted rows
+after it compute what the unroll's steps compute in training (EAGLE-3, https://arxiv.org/abs/2503.01840).
 """
 
 import torch
@@ -17,61 +22,98 @@ from eagle3fn.use.export import Draft
 
 
 class Drafter:
-    """One sequence's draft: its key-value cache, preallocated for `length` rows, and its place in it."""
+    """The draft with its key-value cache of one sequence, preallocated for `length` rows."""
 
     def __init__(self, draft: Draft, length: int, embed_tokens: Tensor) -> None:
-        """`embed_tokens` `(V, H)` is used unless the draft brings or trains its own."""
-        config, weight = draft.config, draft.params[FC]
+        """`embed_tokens` `(V, H)` are the target's; they serve a draft that has none of its own.
+
+        Raises:
+            UserError: the embedding's shape is not the draft's `(V, H)`.
+        """
+        self.config = draft.config
+        self.params = draft.params
+        weight = draft.params[FC]
+
+        # The draft's embedding: trained, else shipped with the export, else the target's.
         own = draft.params.get(EMBED, draft.embed_tokens)
-        self.config, self.params = config, draft.params
         self.embed_tokens = embed_tokens if own is None else own
-        if self.embed_tokens.shape != (config.vocab_size, config.hidden_size):
+        expected = (self.config.vocab_size, self.config.hidden_size)
+        if self.embed_tokens.shape != expected:
             raise UserError(
                 f"draft: embed_tokens has shape {tuple(self.embed_tokens.shape)}, the draft needs "
-                f"{(config.vocab_size, config.hidden_size)}; use the target the draft was trained for"
+                f"{expected}; use the target the draft was trained for"
             )
-        self.target_ids = draft.vocab.d2t + torch.arange(
-            config.draft_vocab_size, device=weight.device
-        )
-        self.cos, self.sin = rope_table(config, length, weight.dtype, weight.device)
-        room = (2, 1, config.num_key_value_heads, length, config.head_dim)
-        self.keys, self.values = torch.empty(room, dtype=weight.dtype, device=weight.device)
-        self.committed = 0
+
+        # Target id of every draft id: (D,)
+        draft_ids = torch.arange(self.config.draft_vocab_size, device=weight.device)
+        self.target_ids = draft.vocab.d2t + draft_ids
+
+        # RoPE tables (length, E) and the cache (1, J, length, E)
+        self.cos, self.sin = rope_table(self.config, length, weight.dtype, weight.device)
+        shape = (2, 1, self.config.num_key_value_heads, length, self.config.head_dim)
+        self.keys, self.values = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.committed = 0  # rows of the cache that hold the target's features
 
     def commit(self, aux: Tensor, tokens: Tensor) -> Tensor:
-        """Append rows of features `(1, R, 3·Ht)` and of the tokens after them `(1, R)`; the last hidden `(1, 1, H)`."""
+        """Append committed rows.
+
+        Args:
+            aux: the target's features of the rows, `(1, R, 3·Ht)`.
+            tokens: the token after each row, `(1, R)`.
+
+        Returns:
+            The last row's hidden state, `(1, 1, H)`.
+        """
         hidden = self._rows(layers.project(self.params, aux), tokens, self.committed)
         self.committed += tokens.shape[1]
         return hidden
 
     def extend(self, hidden: Tensor, token: Tensor, step: int) -> Tensor:
-        """The chain's row `step` >= 1 behind the committed ones, from the row before and the drafted token `(1, 1)`."""
+        """Compute the drafted row number `step` >= 1 after the committed rows.
+
+        `hidden` `(1, 1, H)` is the row's before it, `token` `(1, 1)` the token which that row
+        predicted. Returns the row's hidden state `(1, 1, H)`.
+        """
         return self._rows(hidden, token, self.committed + step - 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Draft logits `(1, 1, D)` of a row's hidden."""
+        """Draft logits `(1, 1, D)` of a row's hidden state `(1, 1, H)`."""
         return layers.logits(self.params, self.config, hidden)
 
     def draft(self, aux: Tensor, tokens: Tensor, count: int) -> Tensor:
-        """Commit rows, then draft `count` >= 1 tokens greedily; target ids `(1, count)`."""
+        """Commit rows as `commit` does, then draft `count` >= 1 tokens greedily.
+
+        Returns target ids `(1, count)`.
+        """
         hidden = self.commit(aux, tokens)
-        said: list[Tensor] = []
+        drafted: list[Tensor] = []
         for step in range(1, count + 1):
-            said.append(self.target_ids[self.logits(hidden).argmax(-1)])
+            draft_id = self.logits(hidden).argmax(-1)  # (1, 1)
+            drafted.append(self.target_ids[draft_id])
+
+            # Nothing reads the hidden state after the last token.
             if step < count:
-                hidden = self.extend(hidden, said[-1], step)
-        return torch.cat(said, dim=1)
+                hidden = self.extend(hidden, drafted[-1], step)
+        return torch.cat(drafted, dim=1)
 
     def _rows(self, hidden: Tensor, tokens: Tensor, start: int) -> Tensor:
-        """Store keys and values of consecutive rows from position `start`; only the last row's output is computed."""
+        """Store keys and values of the rows at positions `start` …; return the last row's output.
+
+        `hidden` is `(1, R, H)`, `tokens` `(1, R)`. Earlier rows' outputs are not needed: they
+        attend to nothing that changes, and only the last row predicts.
+        """
         end = start + tokens.shape[1]
-        embeds = F.embedding(tokens, self.embed_tokens).to(hidden.dtype)
+        embeds = F.embedding(tokens, self.embed_tokens).to(hidden.dtype)  # (1, R, H)
+
+        # Keys and values of all rows go into the cache.
         q, k, v = layers.qkv(
             self.params, self.config, embeds, hidden, self.cos[start:end], self.sin[start:end]
         )
         self.keys[:, :, start:end] = k
         self.values[:, :, start:end] = v
+
+        # The last row attends to all rows up to itself, so no mask is needed.
         attended = F.scaled_dot_product_attention(
             q[:, :, -1:], self.keys[:, :, :end], self.values[:, :, :end], enable_gqa=True
-        )
+        )  # (1, N, 1, E)
         return layers.finish_layer(self.params, self.config, hidden[:, -1:], attended)

@@ -1,4 +1,4 @@
-"""A trained draft as the directory that serving engines load, and back."""
+"""A trained draft as the folder that serving engines load, written and read back."""
 
 import json
 from dataclasses import replace
@@ -20,11 +20,15 @@ from eagle3fn.model.table import EMBED, check_params, shapes
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-_EVERYWHERE = ("default", "linear", "dynamic")
+_ROPE_EVERYWHERE = ("default", "linear", "dynamic")  # what the EAGLE repository's loader accepts
 
 
 class Draft(NamedTuple):
-    """A draft ready to speak. `embed_tokens` None: its own is among `params`, or the target's is taken."""
+    """A draft ready for decoding.
+
+    `embed_tokens` is None where the draft trains its own, which is among `params`, and where the
+    target's is to be used.
+    """
 
     config: DraftConfig
     params: Params
@@ -45,42 +49,50 @@ def export(
 
     Args:
         params: the draft's tensors under their exported names.
-        frozen: its `embed_tokens` (if any) and vocabulary map are shipped, the target's head is not.
+        frozen: its `embed_tokens` (if any) and vocabulary map are written, the head is not.
         config: the draft's shape.
         folder: replaced if it is an older export.
-        target_layers: the target's number of decoder layers, which says what the default taps are.
+        target_layers: the target's number of decoder layers, which the default taps depend on.
         dtype: of the floating-point tensors written.
-        any_rope: also write RoPE variants that the EAGLE repository's loader rejects, for engines that know them.
+        any_rope: also write RoPE variants that the EAGLE repository's loader rejects, for engines
+            that support them.
 
     Raises:
-        UserError: parameters that are not this configuration's, a RoPE variant not every engine loads, or a folder
-            that holds something else.
+        UserError: parameters that are not this configuration's, a RoPE variant that not every
+            engine loads, or a folder that holds something else.
     """
     check_params(params, config, "export")
     _check_rope(config, any_rope)
     _check_folder(Path(folder))
     tree = _config_json(config, target_layers, dtype)
+
     tensors = {name: value.to(dtype) for name, value in params.items()}
     if frozen.embed_tokens is not None:
         tensors[EMBED] = frozen.embed_tokens.to(dtype)
+
+    # A full vocabulary needs no map.
     if config.draft_vocab_size != config.vocab_size:
-        tensors |= {"d2t": frozen.d2t.to(torch.int64), "t2d": frozen.t2d.to(torch.bool)}
-    plain = {
-        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for name, value in tensors.items()
-    }
+        tensors["d2t"] = frozen.d2t.to(torch.int64)
+        tensors["t2d"] = frozen.t2d.to(torch.bool)
+
+    # safetensors refuses tensors that share memory or are not contiguous, so each is copied.
+    copies = {}
+    for name, value in tensors.items():
+        copies[name] = value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
     with whole_folder(folder) as temporary:
-        save_file(plain, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(copies, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         for file in temporary.iterdir():
             file.chmod(0o644)
 
 
 def _check_rope(config: DraftConfig, any_rope: bool) -> None:
-    if config.rope_type not in _EVERYWHERE and not any_rope:
+    if config.rope_type not in _ROPE_EVERYWHERE and not any_rope:
         raise UserError(
-            f"draft.rope_scaling type {config.rope_type!r}: the EAGLE repository's loader knows only "
-            f"{', '.join(_EVERYWHERE)}; export with any_rope=True for engines that know {config.rope_type}"
+            f"draft.rope_scaling type {config.rope_type!r}: the EAGLE repository's loader accepts "
+            f"only {', '.join(_ROPE_EVERYWHERE)}; "
+            f"export with any_rope=True for engines that support {config.rope_type}"
         )
 
 
@@ -92,8 +104,14 @@ def _check_folder(folder: Path) -> None:
 
 
 def _config_json(config: DraftConfig, target_layers: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of `config.json`: a Llama configuration of one layer with EAGLE-3's keys."""
+    # RoPE under the newer key and the two older ones; scaling holds the variant's own values.
     scaling = config.rope_scaling if config.rope_type != "default" else None
-    kind = str(dtype).removeprefix("torch.")
+    rope: dict[str, Any] = {"rope_type": config.rope_type, "rope_theta": config.rope_theta}
+    for key, value in (scaling or {}).items():
+        rope.setdefault(key, value)
+
+    dtype_name = str(dtype).removeprefix("torch.")
     tree: dict[str, Any] = {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -107,9 +125,7 @@ def _config_json(config: DraftConfig, target_layers: int, dtype: torch.dtype) ->
         "draft_vocab_size": config.draft_vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}
-        | (scaling or {})
-        | {"rope_type": config.rope_type, "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
         "initializer_range": config.initializer_range,
@@ -117,11 +133,14 @@ def _config_json(config: DraftConfig, target_layers: int, dtype: torch.dtype) ->
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "dtype": kind,
-        "torch_dtype": kind,
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
     }
     if config.target_hidden_size != config.hidden_size:
         tree["target_hidden_size"] = config.target_hidden_size
+
+    # Engines differ in where they read the taps: under eagle_config as indices of layers whose
+    # outputs are taken, at the top as indices of layers whose inputs are taken, one higher.
     layers = aux_layers(config, target_layers)
     if layers != _default_layers(config, target_layers):
         tree["eagle_config"] = {_LAYER_IDS: list(layers), "use_aux_hidden_state": True}
@@ -130,7 +149,7 @@ def _config_json(config: DraftConfig, target_layers: int, dtype: torch.dtype) ->
 
 
 def _default_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int] | None:
-    """What engines tap unless told otherwise; None where the target is too shallow for that."""
+    """The layers that engines tap by default; None where the target is too shallow for these."""
     try:
         return aux_layers(replace(config, aux_layers=None), target_layers)
     except UserError:
@@ -138,41 +157,64 @@ def _default_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, 
 
 
 def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Draft:
-    """Read an exported directory: `(config, params, vocabulary map, embed_tokens or None)`.
+    """Read an exported folder; floating-point tensors come in `dtype` on `device`.
 
     Raises:
-        UserError: a file is missing or damaged, a tensor is missing, unknown or of the wrong shape; it names the file.
+        UserError: a file is missing or damaged, a tensor is missing, unknown or of the wrong shape;
+            it names the file.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
     file = folder / WEIGHTS
+    tensors = _read_tensors(file)
+
+    # Take the map and the shipped embedding out; a draft that trains its own has it as parameter.
+    vocab = _vocab_map(tensors.pop("t2d", None), tensors.pop("d2t", None), config, file)
+    embed = None
+    if EMBED not in shapes(config):
+        embed = tensors.pop(EMBED, None)
+    embed_shape = (config.vocab_size, config.hidden_size)
+    if embed is not None and tuple(embed.shape) != embed_shape:
+        raise UserError(
+            f"{file}: {EMBED} has shape {tuple(embed.shape)}, {CONFIG} gives {embed_shape}"
+        )
+
+    # The parameters, in the table's order. Tensors left over are unknown, and refused by name.
+    params = {}
+    for name in shapes(config):
+        if name in tensors:
+            params[name] = tensors.pop(name)
+    params.update(tensors)
+    check_params(params, config, str(file))
+
+    return Draft(
+        config=config,
+        params={name: value.to(device, dtype) for name, value in params.items()},
+        vocab=VocabMap(vocab.t2d.to(device), vocab.d2t.to(device)),
+        embed_tokens=None if embed is None else embed.to(device, dtype),
+    )
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(file)
+        return load_file(file)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; name a folder written by export") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or not a file ({error}); export it anew") from None
-    vocab = _read_map({name: tensors.pop(name, None) for name in ("t2d", "d2t")}, config, file)
-    embed = None if EMBED in shapes(config) else tensors.pop(EMBED, None)
-    params = {name: tensors.pop(name) for name in shapes(config) if name in tensors} | tensors
-    if embed is not None and tuple(embed.shape) != (config.vocab_size, config.hidden_size):
-        raise UserError(
-            f"{file}: {EMBED} has shape {tuple(embed.shape)}, {CONFIG} says {(config.vocab_size, config.hidden_size)}"
-        )
-    check_params(params, config, str(file))
-    moved = {name: value.to(device, dtype) for name, value in params.items()}
-    vocab = VocabMap(vocab.t2d.to(device), vocab.d2t.to(device))
-    return Draft(config, moved, vocab, None if embed is None else embed.to(device, dtype))
 
 
 def _read_config(file: Path) -> DraftConfig:
     try:
-        config, tree = draft_config_from_json(file), read_json(file)
+        config = draft_config_from_json(file)
+        tree = read_json(file)
     except OSError as error:
         raise UserError(
             f"{file}: not readable ({error}); name a folder written by export"
         ) from None
-    inputs = _layer_ids(tree, file)
+
+    # Taps at the top are indices of layers whose inputs are taken: one above the outputs'.
+    inputs = _input_layers(tree, file)
     if inputs is None:
         return config
     outputs = tuple(layer - 1 for layer in inputs)
@@ -184,31 +226,44 @@ def _read_config(file: Path) -> DraftConfig:
     return replace(config, aux_layers=outputs)
 
 
-def _layer_ids(tree: dict[str, Any], file: Path) -> list[int] | None:
-    ids = tree.get(_LAYER_IDS)
-    if ids is not None and not (
-        isinstance(ids, list) and all(type(one) is int for one in ids) and len(ids) == 3
-    ):
-        raise UserError(f"{file}: {_LAYER_IDS} = {ids}: must be a list of three integers; mend it")
-    return ids
+def _input_layers(tree: dict[str, Any], file: Path) -> list[int] | None:
+    found = tree.get(_LAYER_IDS)
+    if found is None:
+        return None
+    integers = isinstance(found, list) and all(type(layer) is int for layer in found)
+    if not integers or len(found) != 3:
+        raise UserError(
+            f"{file}: {_LAYER_IDS} = {found}: must be a list of three integers; mend it"
+        )
+    return found
 
 
-def _read_map(found: dict[str, Tensor | None], config: DraftConfig, file: Path) -> VocabMap:
-    v, d = config.vocab_size, config.draft_vocab_size
-    t2d, d2t = found["t2d"], found["d2t"]
-    if d2t is None and d != v:
+def _vocab_map(t2d: Tensor | None, d2t: Tensor | None, config: DraftConfig, file: Path) -> VocabMap:
+    """The checked vocabulary map; what the file leaves out is filled in."""
+    vocab_size = config.vocab_size
+    draft_size = config.draft_vocab_size
+
+    # No offsets: the draft has the target's whole vocabulary.
+    if d2t is None:
+        if draft_size != vocab_size:
+            raise UserError(
+                f"{file}: d2t is missing, and the draft vocabulary ({draft_size}) "
+                f"is not the target's ({vocab_size})"
+            )
+        d2t = torch.zeros(vocab_size, dtype=torch.int64)
+    d2t = d2t.to(torch.int64)
+    if d2t.ndim != 1:
         raise UserError(
-            f"{file}: d2t is missing, and the draft vocabulary ({d}) is not the target's ({v})"
+            f"{file}: d2t has shape {tuple(d2t.shape)}, {CONFIG} gives {(draft_size,)}; "
+            "export it anew"
         )
-    offset = torch.zeros(v, dtype=torch.int64) if d2t is None else d2t.to(torch.int64)
-    if offset.ndim != 1:
-        raise UserError(
-            f"{file}: d2t has shape {tuple(offset.shape)}, {CONFIG} says {(d,)}; export it anew"
-        )
-    ids = offset + torch.arange(len(offset))
+
+    # No set: it is that of the ids in d2t. Ids out of range are clamped here and refused below.
     if t2d is None:
-        t2d = torch.zeros(v, dtype=torch.bool)
-        t2d[ids.clamp(0, v - 1)] = True
-    vocab = VocabMap(t2d.to(torch.bool), offset)
-    check_map(vocab, v, d, str(file))
+        ids = d2t + torch.arange(len(d2t))
+        t2d = torch.zeros(vocab_size, dtype=torch.bool)
+        t2d[ids.clamp(0, vocab_size - 1)] = True
+
+    vocab = VocabMap(t2d.to(torch.bool), d2t)
+    check_map(vocab, vocab_size, draft_size, str(file))
     return vocab

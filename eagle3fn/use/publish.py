@@ -1,7 +1,7 @@
-"""What a training run publishes: progress, held-out lines, and the best draft as an exported folder."""
+"""What a training run shows and publishes: progress, held-out results, the best draft exported."""
 
 import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,30 @@ from eagle3fn.train.loop import Events
 from eagle3fn.use.export import export
 
 
-def check_published(out: str | Path, step: int, ranks: int) -> str:
-    """What to say of a run that returned at `step`: where its draft is, or how to go on.
+def check_published(out: str | Path, step: int, ranks: int, arguments: Sequence[str]) -> str:
+    """The line to print after a run that returned at `step`: where its draft is, or how to resume.
+
+    Args:
+        out: the run's folder.
+        step: updates made.
+        ranks: processes that trained.
+        arguments: those of the command that started the run, such as `["train", "--target", …]`.
 
     Raises:
-        UserError: it has ended, but its draft is gone.
+        UserError: the run has ended, but its draft is gone.
     """
-    out, total = Path(out), read_json(Path(out) / "horizon.json")["steps"]
+    out = Path(out)
+    total = read_json(out / "horizon.json")["steps"]
+
     if step < total:
-        start = f"torchrun --nproc-per-node {ranks} -m eagle3fn.cli" if ranks > 1 else "eagle3fn"
-        return f"stopped by SIGTERM, step {step} of {total} is saved; resume with {start} {shlex.join(sys.argv[1:])}"
+        program = "eagle3fn"
+        if ranks > 1:
+            program = f"torchrun --nproc-per-node {ranks} -m eagle3fn.cli"
+        return (
+            f"stopped by SIGTERM, step {step} of {total} is saved; "
+            f"resume with {program} {shlex.join(arguments)}"
+        )
+
     if not (out / "draft").is_dir():
         raise UserError(
             f"{out}/draft: gone since the run ended at step {step}; train into another folder"
@@ -34,21 +48,28 @@ def check_published(out: str | Path, step: int, ranks: int) -> str:
 
 
 def run_events(out: str | Path, config: Config, target_layers: int) -> Events:
-    """Events that export `out/untrained` before the first step and `out/draft` whenever the held-out length grows.
+    """Events that draw a progress bar, print held-out results, and export drafts.
 
-    `target_layers` is the target's number of decoder layers. Every RoPE variant is exported.
+    `out/untrained` is exported before the first step, `out/draft` whenever the held-out accepted
+    length grows. `target_layers` is the target's number of decoder layers. Every RoPE variant is
+    exported.
     """
-    show, dtype = progress.bar("step"), getattr(torch, config.train.dtype)
+    show = progress.bar("step")
+    dtype = getattr(torch, config.train.dtype)
+
+    def on_step(row: dict[str, Any], total: int) -> None:
+        show(row["step"], total)
+
+    def on_eval(row: dict[str, Any]) -> None:
+        # A run that holds no samples out has no accepted length.
+        if "accepted_length" in row:
+            print(
+                f"\nstep {row['step']}: held-out accepted length {row['accepted_length']:.3f}, "
+                f"first-step accuracy {row['accuracy'][0]:.3f}"
+            )
 
     def on_best(params: Params, frozen: Frozen, row: dict[str, Any]) -> None:
         folder = Path(out) / ("draft" if row["step"] else "untrained")
         export(params, frozen, config.draft, folder, target_layers, dtype, any_rope=True)
 
-    def on_eval(row: dict[str, Any]) -> None:
-        if "accepted_length" in row:
-            length, rate = row["accepted_length"], row["accuracy"][0]
-            print(
-                f"\nstep {row['step']}: held-out accepted length {length:.3f}, first-step accuracy {rate:.3f}"
-            )
-
-    return Events(lambda row, total: show(row["step"], total), on_eval, on_best)
+    return Events(on_step=on_step, on_eval=on_eval, on_best=on_best)

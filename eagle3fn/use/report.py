@@ -4,75 +4,90 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, read_jsonl, whole_file, write_json
 
+
+class _Line(NamedTuple):
+    """A line of the table: label, key of the report, format of its value."""
+
+    label: str
+    key: str
+    style: str
+
+
 _TABLE = (
-    ("lossless in fp32", "lossless", "{}"),
-    ("accepted length (draft length {draft_length})", "accepted_length", "{:.3f}"),
-    ("untrained draft's", "untrained_accepted_length", "{:.3f}"),
-    ("held-out, simulated", "held_out_accepted_length", "{:.3f}"),
-    ("tokens/s, plain", "plain_tokens_per_s", "{:.1f}"),
-    ("tokens/s, speculative", "tokens_per_s", "{:.1f}"),
-    ("  at draft length", "speed_draft_length", "{}"),
-    ("break-even accepted length there", "break_even_accepted_length", "{:.2f}"),
-    ("share of tokens in repeated 8-grams", "repeated_8gram_share", "{:.1%}"),
-    ("training tokens/s", "train_tokens_per_s", "{:.0f}"),
-    ("optimizer steps", "steps", "{}"),
-    ("supervised tokens in the data", "supervised_tokens", "{}"),
-    ("wall seconds, all stages", "wall_s", "{:.0f}"),
+    _Line("lossless in fp32", "lossless", "{}"),
+    _Line("accepted length (draft length {draft_length})", "accepted_length", "{:.3f}"),
+    _Line("untrained draft's", "untrained_accepted_length", "{:.3f}"),
+    _Line("held-out, simulated", "held_out_accepted_length", "{:.3f}"),
+    _Line("tokens/s, plain", "plain_tokens_per_s", "{:.1f}"),
+    _Line("tokens/s, speculative", "tokens_per_s", "{:.1f}"),
+    _Line("  at draft length", "speed_draft_length", "{}"),
+    _Line("break-even accepted length there", "break_even_accepted_length", "{:.2f}"),
+    _Line("share of tokens in repeated 8-grams", "repeated_8gram_share", "{:.1%}"),
+    _Line("training tokens/s", "train_tokens_per_s", "{:.0f}"),
+    _Line("optimizer steps", "steps", "{}"),
+    _Line("supervised tokens in the data", "supervised_tokens", "{}"),
+    _Line("wall seconds, all stages", "wall_s", "{:.0f}"),
 )
 
 
 def write_report(folder: Path) -> str:
-    """Write `report.json` and `curves.png` into a demo folder; returns the table as text.
+    """Write `report.json` and `curves.png` into a run's folder; returns the table as text.
 
-    Reads `features/index.json`, `train/metrics.jsonl`, `train/eval.jsonl` and `evaluation.json`, and, if they are
-    there, `stages.json` (seconds of each stage) and `settings.json`.
+    Reads `features/index.json`, `train/metrics.jsonl`, `train/eval.jsonl` and `evaluation.json`,
+    and where they exist `stages.json` (seconds of each stage) and `settings.json`.
 
     Raises:
         UserError: one of them is missing or holds something else; it names the file.
     """
-    steps, evals = (
-        read_jsonl(folder / "train/metrics.jsonl"),
-        read_jsonl(folder / "train/eval.jsonl"),
-    )
+    # What the run wrote.
+    steps = _read_rows(folder / "train/metrics.jsonl", ("step", "tokens", "seconds"))
+    held_out = _read_rows(folder / "train/eval.jsonl", ("step",))
     if not steps:
         raise UserError(f"{folder}/train/metrics.jsonl: no steps; run eagle3fn train first")
-    stages, settings = folder / "stages.json", folder / "settings.json"
-    trained = [row for row in evals if row["step"] > 0 and "accepted_length" in row]
+    evaluation = _read_evaluation(folder / "evaluation.json")
+    supervised = _read_supervised(folder / "features/index.json")
+    stages = _read_stages(folder / "stages.json")
+    settings_path = folder / "settings.json"
+    settings = _read_object(settings_path) if settings_path.exists() else {}
+
+    # Row 0 is the untrained draft's; a run that holds no samples out has no accepted length.
+    trained = [row for row in held_out if row["step"] > 0 and "accepted_length" in row]
+    seconds = sum(row["seconds"] for row in steps)
+
     report: dict[str, Any] = {
-        **_evaluation(folder / "evaluation.json"),
+        **evaluation,
         "steps": steps[-1]["step"],
-        "train_tokens_per_s": sum(row["tokens"] for row in steps)
-        / sum(row["seconds"] for row in steps),
-        "supervised_tokens": read_json(folder / "features/index.json")["totals"]["supervised"],
+        "train_tokens_per_s": sum(row["tokens"] for row in steps) / seconds,
+        "supervised_tokens": supervised,
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
-        **(_stages(stages) if stages.exists() else {}),
-        "settings": _object(settings) if settings.exists() else {},
+        **stages,
+        "settings": settings,
         "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(),
         "versions": _versions(),
     }
     write_json(folder / "report.json", report)
     with whole_file(folder / "curves.png") as temporary:
-        _draw(steps, evals, report, temporary)
-    rows = [
-        (label.format_map(report), style.format(report[key]))
-        for label, key, style in _TABLE
-        if _has(report, key)
-    ]
-    lines = [f"{label:38}{value}" for label, value in rows]
-    return "\n".join([*lines, f"\n{folder}/report.json, {folder}/curves.png"])
+        _draw(steps, held_out, report, temporary)
+    return f"{_table(report)}\n\n{folder}/report.json, {folder}/curves.png"
 
 
-def _has(report: dict[str, Any], key: str) -> bool:
-    return report.get(key) is not None
+def _table(report: dict[str, Any]) -> str:
+    """The lines whose values the report has."""
+    lines = []
+    for label, key, style in _TABLE:
+        value = report.get(key)
+        if value is not None:
+            lines.append(f"{label.format_map(report):38}{style.format(value)}")
+    return "\n".join(lines)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(
@@ -81,22 +96,43 @@ def _object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
-    found = _object(path)
+def _read_rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        for key in keys:
+            if not isinstance(row, dict) or not _is_number(row.get(key)):
+                raise UserError(f"{path}: row {number} has no number under {key}; train anew")
+    return rows
+
+
+def _read_supervised(path: Path) -> int:
+    totals = _read_object(path).get("totals")
+    if not isinstance(totals, dict) or not _is_number(totals.get("supervised")):
+        raise UserError(f"{path}: no number of supervised tokens; run eagle3fn extract again")
+    return totals["supervised"]
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    found = _read_object(path)
     rates = found.get("acceptance_by_position")
-    if (
-        type(found.get("draft_length")) is not int
-        or not isinstance(rates, list)
-        or not all(map(_is_number, rates))
-    ):
+    has_rates = isinstance(rates, list) and all(map(_is_number, rates))
+    if type(found.get("draft_length")) is not int or not has_rates:
         raise UserError(
-            f"{path}: draft_length or acceptance_by_position is missing; run eagle3fn evaluate again"
+            f"{path}: draft_length or acceptance_by_position is missing; "
+            "run eagle3fn evaluate again"
+        )
+    prompts = found.get("prompts")
+    if prompts is not None and not isinstance(prompts, str):
+        raise UserError(
+            f"{path}: prompts = {prompts!r} must be a name; run eagle3fn evaluate again"
         )
     return found
 
 
-def _stages(path: Path) -> dict[str, Any]:
-    stages = _object(path)
+def _read_stages(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    stages = _read_object(path)
     if not all(map(_is_number, stages.values())):
         raise UserError(f"{path}: must hold the seconds of each stage; mend it or delete it")
     return {"stage_seconds": stages, "wall_s": sum(stages.values())}
@@ -111,50 +147,77 @@ def _versions() -> dict[str, str]:
 
     from eagle3fn import __version__
 
-    return {"eagle3fn": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    # The package may run from a checkout that is not installed.
+    return {
+        "eagle3fn": __version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
 
 
 def _machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")
-    ]
-    model = names[0] if names else platform.processor()
     return {
-        "processor": model,
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
 
 
-def _draw(steps: list[dict], evals: list[dict], report: dict[str, Any], path: Path) -> None:
+def _draw(
+    steps: list[dict[str, Any]], held_out: list[dict[str, Any]], report: dict[str, Any], path: Path
+) -> None:
+    """Draw the training loss, the held-out accepted length, and the acceptance by position."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+
+    # Loss: means over windows of a hundredth of the run. Skipped updates have no loss.
     window = max(1, len(steps) // 100)
-    places = range(window - 1, len(steps), window)
-    mean = [sum(row["loss"] for row in steps[i - window + 1 : i + 1]) / window for i in places]
-    left.plot([steps[i]["step"] for i in places], mean)
+    places = []
+    means = []
+    for end in range(window, len(steps) + 1, window):
+        losses = [row["loss"] for row in steps[end - window : end] if row.get("loss") is not None]
+        if losses:
+            places.append(steps[end - 1]["step"])
+            means.append(sum(losses) / len(losses))
+    left.plot(places, means)
     left.set(xlabel="optimizer step", ylabel=f"training loss (mean of {window})", title="Loss")
-    held = [row for row in evals if "accepted_length" in row]
-    middle.plot([row["step"] for row in held], [row["accepted_length"] for row in held], marker=".")
+
+    # Held-out samples: every evaluation that measured a length, the untrained draft's included.
+    rows = [row for row in held_out if "accepted_length" in row]
+    middle.plot([row["step"] for row in rows], [row["accepted_length"] for row in rows], marker=".")
     middle.set(
         xlabel="optimizer step", ylabel="simulated accepted length", title="Held-out conversations"
     )
+
+    # Prompts of the evaluation.
     rates = report["acceptance_by_position"]
     right.bar(range(1, len(rates) + 1), rates)
-    right.set(
-        xlabel="draft position",
-        ylabel="acceptance, given all before",
-        ylim=(0, 1),
-        title="HumanEval",
-    )
+    right.set(xlabel="draft position", ylabel="acceptance, given all before", ylim=(0, 1))
+    right.set_title(prompts_title(report), parse_math=False)
+
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
+
+
+def prompts_title(report: dict[str, Any]) -> str:
+    """The evaluation's prompts by name: `HumanEval` of `HumanEval.jsonl.gz`.
+
+    A report without the name, as older ones are, gets a neutral title.
+    """
+    name = report.get("prompts")
+    if not name:
+        return "Evaluation prompts"
+    return name.removesuffix(".gz").removesuffix(".xz").removesuffix(".jsonl")

@@ -1,4 +1,4 @@
-"""The target's own greedy answers by the library's decoding: what speculative decoding is compared with."""
+"""The target's own greedy answers by transformers' `generate`, to compare with."""
 
 import hashlib
 from collections.abc import Callable, Collection
@@ -11,16 +11,23 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, write_json
-from eagle3fn.data.fingerprint import weights_digest
+from eagle3fn.data.target import weights_digest
 
 
-def plain(
-    model: Any, prompt: Tensor, max_new: int, ends: Collection[int]
+def greedy_answer(
+    model: Any, prompt: Tensor, max_new: int, end_tokens: Collection[int]
 ) -> tuple[list[int], float]:
-    """Greedy tokens behind `prompt` `(1, P)` and the seconds taken; nothing of the model's generation config acts."""
+    """Greedy tokens after `prompt` `(1, P)`, and the seconds taken.
+
+    The model's own generation config has no effect, and is as before afterwards.
+    """
     begin = perf_counter()
-    greedy, own = _greedy(max_new, ends), model.generation_config
-    model.generation_config = greedy  # what `generate` is not told, it takes from there
+    greedy = _greedy_config(max_new, end_tokens)
+
+    # `generate` fills values missing in its argument from the model's config, so that one is
+    # replaced too.
+    own = model.generation_config
+    model.generation_config = greedy
     try:
         out = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy
@@ -30,53 +37,60 @@ def plain(
     return out[0, prompt.shape[1] :].tolist(), perf_counter() - begin
 
 
-def _greedy(max_new: int, ends: Collection[int]) -> Any:
+def _greedy_config(max_new: int, end_tokens: Collection[int]) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new,
-        eos_token_id=sorted(ends),
-        pad_token_id=min(ends),
+        eos_token_id=sorted(end_tokens),
+        pad_token_id=min(end_tokens),
     )
 
 
-def plain_answers(
+def greedy_answers(
     model: Any,
     prompts: list[Tensor],
     max_new: int,
-    ends: Collection[int],
+    end_tokens: Collection[int],
     store: Path | None = None,
-    done: Callable[[int], None] = lambda number: None,
+    on_done: Callable[[int], None] = lambda number: None,
 ) -> list[list[int]]:
-    """Answers to all prompts. `store` keeps them for the next draft of the same target; it grows prompt by prompt.
+    """Greedy answers to all prompts, each `(1, P)`; `on_done` gets the number of prompts answered.
+
+    `store`, a JSON file, keeps the answers for the next draft of the same target. It is written
+    after every new answer.
 
     Raises:
         UserError: `store` holds something else.
     """
-    kept = _read_store(store) if store is not None and store.exists() else {}
+    stored: dict[str, list[int]] = {}
+    if store is not None and store.exists():
+        stored = _read_store(store)
     target = weights_digest(model)
+
     answers = []
     for number, prompt in enumerate(prompts, 1):
-        text = repr((target, str(model.dtype), max_new, sorted(ends), prompt.tolist()))
-        key = hashlib.sha256(text.encode()).hexdigest()
-        if key not in kept:
-            kept[key], _ = plain(model, prompt, max_new, ends)
+        # An answer belongs to the target's weights, its dtype, the limits and the prompt.
+        request = (target, str(model.dtype), max_new, sorted(end_tokens), prompt.tolist())
+        key = hashlib.sha256(repr(request).encode()).hexdigest()
+        if key not in stored:
+            stored[key], _ = greedy_answer(model, prompt, max_new, end_tokens)
             if store is not None:
-                write_json(store, kept)
-        answers.append(kept[key])
-        done(number)
+                write_json(store, stored)
+        answers.append(stored[key])
+        on_done(number)
     return answers
 
 
 def _read_store(store: Path) -> dict[str, list[int]]:
-    kept = read_json(store) if store.is_file() else None
-    if not isinstance(kept, dict) or not all(map(_is_answer, kept.values())):
+    stored = read_json(store) if store.is_file() else None
+    if not isinstance(stored, dict) or not all(map(_is_answer, stored.values())):
         raise UserError(
             f"{store}: does not hold the target's kept answers; name another file, or delete it"
         )
-    return kept
+    return stored
 
 
 def _is_answer(value: Any) -> bool:

@@ -138,7 +138,7 @@ def asked_of_a_step(draft: e3.DraftConfig, mask: torch.Tensor, size: Size) -> As
     def score(logits, z, t2d, kept):
         k, p, _ = logits.shape
         kl, accept, known = (make(*n, dtype=torch.float32) for n in ((k, p), (k, p), (p,)))
-        return kl, kl > 0, accept, known > 0
+        return fused.PairScores(kl, kl > 0, accept, known > 0)
 
     ids, rows = make(b, s, dtype=torch.int64), both_rows(mask, size.k)
     batch = e3.Batch(
@@ -161,7 +161,7 @@ def asked_of_a_step(draft: e3.DraftConfig, mask: torch.Tensor, size: Size) -> As
         frozen,
     )
     state = fns.init_state({name: make(*shape) for name, shape in shapes(draft).items()})
-    by_flash = mock.patch.object(fast, "fits", lambda *_: True)
+    by_flash = mock.patch.object(fast, "has_flash_kernel", lambda *_: True)
     with by_flash, mock.patch.object(fused, "score_on", lambda *_: score), Asked() as asked:
         fns.step(state, batch, donate=True)
     return asked

@@ -1,189 +1,220 @@
 """Extraction: right features, resumption to identical files, refusals before the target runs."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data import extract as room
 from eagle3fn.data.chat import encode
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import check_shards, open_features, read_sample
 from eagle3fn.data.target import hidden_states
-from tests.data_tools import talk, tiny_model, tiny_tokenizer, write_talks
+from tests.data_tools import CHATML, talk, tiny_model, tiny_tokenizer, write_talks
 
 LAYERS = (1, 2, 4)
-MODEL, TOKENIZER = tiny_model(), tiny_tokenizer()
+MODEL = tiny_model()
+TOKENIZER = tiny_tokenizer()
+GOOD = {"conversations": talk("a", "b")}
 
 
-def run(conversations, out, **changes):
+def run(conversations, out, tokenizer=TOKENIZER, **changes):
     options = {"max_length": 90, "batch": 2, "samples_per_shard": 3, "layers": LAYERS, **changes}
-    return extract(MODEL, TOKENIZER, conversations, out, **options)
+    return extract(MODEL, tokenizer, conversations, out, **options)
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@contextmanager
+def before_each_run(action):
+    """Call `action` whenever the target is run."""
+    hook = MODEL.model.register_forward_pre_hook(lambda *_: action())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def test_stored_features_are_the_targets(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 8)
     seen = []
     index = run(talks, tmp_path / "out", on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 8), (6, 8), (8, 8)]
+
     opened = open_features(tmp_path / "out", vocab_size=300, hidden_size=16)
     check_shards(opened)
-    assert seen == [(3, 8), (6, 8), (8, 8)] and index == opened.index
-    assert (
-        index["target"]["aux_layers"] == [1, 2, 4]
-        and index["dtype"] == "float32"
-        and index["dropped"] == 0
-    )
+    assert index == opened.index
+    assert index["target"]["aux_layers"] == [1, 2, 4]
+    assert index["dtype"] == "float32"
+    assert index["dropped"] == 0
+
     for number, line in enumerate(talks.read_text().splitlines()):
         ids, mask = encode(TOKENIZER, json.loads(line)["conversations"], "x")
+        ids = ids[:90]
         sample = read_sample(opened, number)
         assert opened.samples[number]["id"] == f"row{number}"
-        assert torch.equal(sample.input_ids, ids[:90]) and torch.equal(sample.token_mask, mask[:90])
-        aux, last = hidden_states(
-            MODEL, ids[None, :90], torch.ones(1, len(ids[:90]), dtype=torch.int64), LAYERS
-        )
+        assert torch.equal(sample.input_ids, ids)
+        assert torch.equal(sample.token_mask, mask[:90])
+
+        # Alone in its run: equal to rounding.
+        aux, last = hidden_states(MODEL, ids[None], torch.ones_like(ids)[None], LAYERS)
         torch.testing.assert_close(sample.aux_hidden, aux[0], atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(sample.last_hidden, last[0], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("calls", [0, 2, 4])
-def test_a_killed_extraction_resumes_to_identical_files(tmp_path, monkeypatch, calls):
+@pytest.mark.parametrize("runs", [0, 2, 4])
+def test_killed_extraction_resumes_to_identical_files(tmp_path, runs):
+    """Killed after `runs` of the target's five runs; whole shards are not made again."""
     talks = write_talks(tmp_path / "c.jsonl", 8)
     run(talks, tmp_path / "whole")
-    count = [0]
+    out = tmp_path / "out"
+    done = []
 
-    def stopping(*args):
-        count[0] += 1
-        if count[0] > calls:
+    def stop_later():
+        if len(done) == runs:
             raise KeyboardInterrupt
-        return hidden_states(*args)
+        done.append(1)
 
-    monkeypatch.setattr(room, "features", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run(talks, tmp_path / "out")
-    assert not (tmp_path / "out" / "index.json").exists()
-    count[0] = -100
-    run(talks, tmp_path / "out")
-    assert count[0] + 100 == 5 - calls
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    with before_each_run(stop_later), pytest.raises(KeyboardInterrupt):
+        run(talks, out)
+    assert not (out / "index.json").exists()
+
+    done.clear()
+    with before_each_run(lambda: done.append(1)):
+        run(talks, out)
+    assert len(done) == 5 - runs
+    assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_damaged_shard_is_made_again_and_a_higher_limit_goes_on(tmp_path):
+def test_truncated_shard_is_made_again_when_a_higher_limit_goes_on(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 8)
+    out = tmp_path / "out"
     run(talks, tmp_path / "whole")
-    assert run(talks, tmp_path / "out", limit=4)["totals"]["samples"] == 4
-    (tmp_path / "out" / "shard-00000.safetensors").write_bytes(b"cut")
-    run(talks, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert run(talks, out, limit=4)["totals"]["samples"] == 4
+    (out / "shard-00000.safetensors").write_bytes(b"cut")
+    run(talks, out)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_shard_whose_bytes_changed_is_made_again(tmp_path):
+def test_folder_has_no_index_while_a_higher_limit_goes_on(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 8)
-    run(talks, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    shard = tmp_path / "out" / "shard-00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
-    run(talks, tmp_path / "out")
-    assert contents(tmp_path / "out") == before
+    run(talks, tmp_path / "out", limit=3)
 
+    def stop():
+        raise KeyboardInterrupt
 
-def test_a_sidecar_or_index_that_is_no_object_is_refused_and_a_partial_one_made_again(tmp_path):
-    talks = write_talks(tmp_path / "c.jsonl", 8)
-    run(talks, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    for name in ("shard-00001.json", "index.json"):
-        for text in ("[1]", "3", "null"):
-            (tmp_path / "out" / name).write_text(text)
-            with pytest.raises(UserError, match=rf"{name}: not a JSON object; remove the folder"):
-                run(talks, tmp_path / "out")
-        (tmp_path / "out" / name).write_bytes(before[name])
-    sidecar = json.loads(before["shard-00001.json"])
-    for key in ("samples", "bytes", "sha256", "file"):
-        kept = {k: value for k, value in sidecar.items() if k != key}
-        (tmp_path / "out" / "shard-00001.json").write_text(json.dumps(kept))
+    with before_each_run(stop), pytest.raises(KeyboardInterrupt):
         run(talks, tmp_path / "out")
-        assert contents(tmp_path / "out") == before
+    assert sorted(contents(tmp_path / "out")) == ["shard-00000.json", "shard-00000.safetensors"]
 
 
-def test_another_extraction_in_the_folder_is_refused(tmp_path):
+def test_shard_whose_bytes_changed_is_made_again(tmp_path):
+    talks = write_talks(tmp_path / "c.jsonl", 8)
+    out = tmp_path / "out"
+    run(talks, out)
+    before = contents(out)
+    shard = out / "shard-00001.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    run(talks, out)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", ["shard-00001.json", "index.json"])
+@pytest.mark.parametrize("text", ["[1]", "3", "null"])
+def test_sidecar_or_index_that_is_no_object_is_refused(tmp_path, name, text):
     talks = write_talks(tmp_path / "c.jsonl", 8)
     run(talks, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: not a JSON object; remove the folder"):
+        run(talks, tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["samples", "bytes", "sha256", "file"])
+def test_shard_with_a_partial_sidecar_is_made_again(tmp_path, key):
+    talks = write_talks(tmp_path / "c.jsonl", 8)
+    out = tmp_path / "out"
+    run(talks, out)
+    before = contents(out)
+    sidecar = json.loads(before["shard-00001.json"])
+    del sidecar[key]
+    (out / "shard-00001.json").write_text(json.dumps(sidecar))
+    run(talks, out)
+    assert contents(out) == before
+
+
+def test_folder_of_another_extraction_is_refused_and_left_as_it_is(tmp_path):
+    talks = write_talks(tmp_path / "c.jsonl", 8)
+    out = tmp_path / "out"
+    run(talks, out)
+    before = contents(out)
     for change in ({"max_length": 80}, {"layers": (0, 1, 2)}, {"samples_per_shard": 4}):
-        with pytest.raises(
-            UserError,
-            match=r"index.json: made from other.*remove the folder .*out or choose another",
-        ):
-            run(talks, tmp_path / "out", **change)
-    (tmp_path / "out" / "index.json").unlink()
+        refusal = r"index.json: made from other.*remove the folder .*out or choose another"
+        with pytest.raises(UserError, match=refusal):
+            run(talks, out, **change)
+
+    # Other conversations; without an index the sidecars are compared.
+    (out / "index.json").unlink()
     write_talks(talks, 9)
     with pytest.raises(UserError, match=r"shard-00000.json: made from other.*remove the folder"):
-        run(talks, tmp_path / "out")
+        run(talks, out)
     del before["index.json"]
-    assert contents(tmp_path / "out") == before
+    assert contents(out) == before
 
 
 def test_samples_without_a_supervised_token_are_dropped_and_counted(tmp_path):
     talks = tmp_path / "c.jsonl"
     rows = [talk("a", "b"), talk("a"), talk("a" * 200, "b"), talk("c", "d")]
+    # Ids are line numbers where a row has none; empty lines count.
     talks.write_text("".join(json.dumps({"conversations": row}) + "\n\n" for row in rows))
     index = run(talks, tmp_path / "out")
-    assert index["dropped"] == 2 and [sample["id"] for sample in index["samples"]] == ["1", "7"]
+    assert index["dropped"] == 2
+    assert [sample["id"] for sample in index["samples"]] == ["1", "7"]
 
 
-def refused(tmp_path, rows, named, monkeypatch, **changes):
-    def never(*_args):
-        raise AssertionError("the target ran")
-
-    monkeypatch.setattr(room, "features", never)
-    talks = tmp_path / "c.jsonl"
-    talks.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=named):
+@pytest.mark.parametrize(
+    ("rows", "changes", "named"),
+    [
+        ([], {}, "c.jsonl: no conversations; write"),
+        ([GOOD, {"id": "r7"}], {}, r"c.jsonl:2 \(id r7\): no list of turns"),
+        ([{"conversations": talk("a")}], {}, r"c.jsonl: 0% .*⟦ ⟧: '<\|im_start\|>user\\n"),
+        (
+            [GOOD],
+            {"tokenizer": tiny_tokenizer("{% generation %}" + CHATML + "{% endgeneration %}")},
+            r"c.jsonl: 100% of the tokens.*'⟦[^\n]*⟧'$",
+        ),
+        (
+            [GOOD],
+            {"max_length": 257},
+            "max_length = 257.*max_position_embeddings is 256; set --max-length to at most 256",
+        ),
+        ([GOOD], {"layers": (0, 1, 5)}, r"layers \[0, 1, 5\].*\[0, 5\)"),
+    ],
+)
+def test_bad_input_is_refused_before_the_target_runs(tmp_path, rows, changes, named):
+    talks = write_rows(tmp_path / "c.jsonl", rows)
+    never = before_each_run(lambda: pytest.fail("the target ran"))
+    with never, pytest.raises(UserError, match=named):
         run(talks, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
 
 
-GOOD = {"conversations": talk("a", "b")}
-
-
-def test_bad_input_is_refused_before_the_target_runs(tmp_path, monkeypatch):
-    refused(tmp_path, [], "c.jsonl: no conversations; write", monkeypatch)
-    refused(tmp_path, [GOOD, {"id": "r7"}], r"c.jsonl:2 \(id r7\): no list of turns", monkeypatch)
-    refused(
-        tmp_path,
-        [{"conversations": talk("a")}],
-        r"c.jsonl: 0% .*⟦ ⟧: '<\|im_start\|>user\\n",
-        monkeypatch,
-    )
-    refused(
-        tmp_path,
-        [GOOD],
-        "max_length = 257.*max_position_embeddings is 256; set --max-length to at most 256",
-        monkeypatch,
-        max_length=257,
-    )
-    refused(tmp_path, [GOOD], r"layers \[0, 1, 5\].*\[0, 5\)", monkeypatch, layers=(0, 1, 5))
+def test_missing_conversations_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"none.jsonl: no such file; name"):
         run(tmp_path / "none.jsonl", tmp_path / "out")
 
 
-def test_all_tokens_supervised_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        room, "encode", lambda *_args: (torch.arange(4), torch.ones(4, dtype=torch.int64))
-    )
-    refused(tmp_path, [GOOD], r"c.jsonl: 100% of the tokens.*'⟦[^\n]*⟧'$", monkeypatch)
-
-
-def test_another_targets_tokenizer_is_refused(tmp_path):
+def test_tokenizer_of_another_target_is_refused(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 2)
-    with pytest.raises(
-        UserError,
-        match=r"c.jsonl:1 \(id row0\): token id \d+.*vocabulary has 100.*take the tokenizer",
-    ):
-        extract(
-            tiny_model(vocab_size=100), TOKENIZER, talks, tmp_path / "out", LAYERS, max_length=90
-        )
+    smaller = tiny_model(vocab_size=100)
+    refusal = r"c.jsonl:1 \(id row0\): token id \d+.*vocabulary has 100.*take the tokenizer"
+    with pytest.raises(UserError, match=refusal):
+        extract(smaller, TOKENIZER, talks, tmp_path / "out", LAYERS, max_length=90)

@@ -1,15 +1,14 @@
 """The feature folder's reader: round trips, and every damage named with its file."""
 
-import gzip
-import io
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data import features as folder_module
 from eagle3fn.data.features import (
+    Reader,
     check_made_for,
     check_shards,
     open_features,
@@ -19,90 +18,102 @@ from eagle3fn.data.features import (
 from eagle3fn.data.vocab import count_tokens
 from tests.data_tools import random_sample, write_folder
 
+AGAIN = "run eagle3fn extract again"
+GOOD = random_sample(6, 1)
+NAN = GOOD.last_hidden.clone()
+NAN[3, 1] = float("nan")
+INF = GOOD.aux_hidden.clone()
+INF[2, 5] = float("inf")
+
 
 def same(left, right):
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def test_samples_come_back_bit_for_bit(tmp_path):
+def change_last_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+# Shards
+
+
+def test_samples_are_read_bit_for_bit(tmp_path):
     samples = [random_sample(4 + i, i) for i in range(7)]
     opened = open_features(write_folder(tmp_path, samples), vocab_size=50, hidden_size=4)
     check_shards(opened)
-    assert len(opened.samples) == 7 and opened.index["totals"]["tokens"] == sum(
-        4 + i for i in range(7)
-    )
+    assert len(opened.samples) == 7
+    assert opened.index["totals"]["tokens"] == sum(4 + i for i in range(7))
     for number, sample in enumerate(samples):
         assert same(read_sample(opened, number), sample)
-        assert same(read_tokens(opened, number), sample[:2])
+        assert same(read_tokens(opened, number), (sample.input_ids, sample.token_mask))
 
 
-def test_opening_and_reading_tokens_touch_no_features(tmp_path, monkeypatch):
-    write_folder(tmp_path, [random_sample(4, i) for i in range(4)])
-    read = []
-    real = folder_module._tensors
-    monkeypatch.setattr(
-        folder_module,
-        "_tensors",
-        lambda path, entry, names: read.append(names) or real(path, entry, names),
-    )
-    opened = open_features(tmp_path)
-    assert read == []
-    read_tokens(opened, 2)
-    assert read == [("input_ids", "loss_mask")]
+def test_token_mask_is_stored_as_loss_mask(tmp_path):
+    write_folder(tmp_path, [GOOD])
+    stored = load_file(tmp_path / "shard-00000.safetensors")
+    fields = ("input_ids", "loss_mask", "aux_hidden", "last_hidden")
+    assert same([stored.pop(f"0.{field}") for field in fields], GOOD)
+    assert not stored
+
+
+def test_opening_reads_no_shard(tmp_path):
+    write_folder(tmp_path, [GOOD])
+    shard = tmp_path / "shard-00000.safetensors"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert len(open_features(tmp_path).samples) == 1
+
+
+def test_reading_tokens_reads_no_features(tmp_path):
+    opened = open_features(write_folder(tmp_path, [GOOD]))
+    shard = tmp_path / "shard-00000.safetensors"
+    tokens = {k: v for k, v in load_file(shard).items() if k in ("0.input_ids", "0.loss_mask")}
+    save_file(tokens, shard)
+    assert same(read_tokens(opened, 0), (GOOD.input_ids, GOOD.token_mask))
+    with pytest.raises(UserError, match=rf"shard-00000.safetensors: missing or damaged.*{AGAIN}"):
+        read_sample(opened, 0)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_missing_or_truncated_shard_is_named(tmp_path, damage):
+def test_missing_or_truncated_shard_is_refused(tmp_path, damage):
     opened = open_features(write_folder(tmp_path, [random_sample(6, i) for i in range(7)]))
     shard = tmp_path / "shard-00001.safetensors"
     data = shard.read_bytes()
     shard.unlink()
     if damage == "truncated":
         shard.write_bytes(data[:-10])
-    with pytest.raises(UserError, match=r"shard-00001.safetensors.*run eagle3fn extract again"):
+
+    with pytest.raises(UserError, match=rf"shard-00001.safetensors.*{AGAIN}"):
         open_features(tmp_path)
-    with pytest.raises(
-        UserError, match=r"shard-00001.safetensors.*row4.*run eagle3fn extract again"
-    ):
+    with pytest.raises(UserError, match=rf"shard-00001.safetensors.*row4.*{AGAIN}"):
         read_sample(opened, 4)
-    assert len(read_tokens(opened, 0)[0]) == 6
+    assert len(read_tokens(opened, 0)[0]) == 6  # the other shard is read
 
 
 def test_changed_bytes_are_found_by_the_hash(tmp_path):
     opened = open_features(write_folder(tmp_path, [random_sample(6, 0)]))
-    shard = tmp_path / "shard-00000.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(bytes(data))
-    with pytest.raises(UserError, match=r"shard-00000.safetensors: its bytes have changed"):
+    change_last_byte(tmp_path / "shard-00000.safetensors")
+    refusal = rf"shard-00000.safetensors: its bytes have changed.*{AGAIN}"
+    with pytest.raises(UserError, match=refusal):
         check_shards(opened)
-    with pytest.raises(
-        UserError,
-        match=r"shard-00000.safetensors: its bytes have changed.*run eagle3fn extract again",
-    ):
+    with pytest.raises(UserError, match=refusal):
         read_sample(opened, 0)
 
 
-def test_a_shard_is_hashed_once_an_opening(tmp_path, monkeypatch):
+def test_each_shard_is_hashed_once_for_each_opening(tmp_path):
     folder = write_folder(tmp_path, [random_sample(6, i) for i in range(5)])
-    hashed = []
-    real = folder_module.sha256
-    monkeypatch.setattr(
-        folder_module, "sha256", lambda path: hashed.append(path.name) or real(path)
-    )
     opened = open_features(folder)
-    for number in (0, 1, 4, 2, 3, 0):
-        read_sample(opened, number)
-    assert hashed == ["shard-00000.safetensors", "shard-00001.safetensors"]
-    read_sample(open_features(folder), 0)
-    assert len(hashed) == 3
+    read_sample(opened, 0)
 
-
-GOOD = random_sample(6, 1)
-NAN = GOOD.last_hidden.clone()
-NAN[3, 1] = float("nan")
-INF = GOOD.aux_hidden.clone()
-INF[2, 5] = float("inf")
+    # The first shard was hashed with its first sample: a later change is not seen.
+    change_last_byte(tmp_path / "shard-00000.safetensors")
+    change_last_byte(tmp_path / "shard-00001.safetensors")
+    read_sample(opened, 1)
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: its bytes have changed"):
+        read_sample(opened, 4)
+    with pytest.raises(UserError, match=r"shard-00000.safetensors: its bytes have changed"):
+        read_sample(open_features(folder), 0)
 
 
 @pytest.mark.parametrize(
@@ -120,73 +131,79 @@ INF[2, 5] = float("inf")
         ({"last_hidden": GOOD.last_hidden.float()}, "last_hidden torch.float32"),
     ],
 )
-def test_bad_tensors_are_named_by_file_and_sample(tmp_path, change, named):
-    opened = open_features(write_folder(tmp_path, [random_sample(6, 1), GOOD._replace(**change)]))
+def test_bad_tensor_is_refused_with_its_file_and_sample(tmp_path, change, named):
+    samples = [random_sample(6, 1), GOOD._replace(**change)]
+    opened = open_features(write_folder(tmp_path, samples))
     assert same(read_sample(opened, 0), GOOD)
-    with pytest.raises(
-        UserError,
-        match=rf"shard-00000.safetensors: sample 'row1': .*{named}.*run eagle3fn extract again",
-    ):
+    refusal = rf"shard-00000.safetensors: sample 'row1': .*{named}.*{AGAIN}"
+    with pytest.raises(UserError, match=refusal):
         read_sample(opened, 1)
 
 
-def test_a_length_other_than_the_indexs_is_refused(tmp_path):
+def test_length_other_than_the_indexs_is_refused(tmp_path):
     opened = open_features(write_folder(tmp_path, [GOOD]))
     opened.samples[0]["length"] = 5
     with pytest.raises(UserError, match=r"shard-00000.safetensors.*both must be \(5,\)"):
         read_tokens(opened, 0)
 
 
-def test_a_bad_index_is_refused(tmp_path):
-    write_folder(tmp_path, [GOOD])
-    path = tmp_path / "index.json"
-    index = json.loads(path.read_text())
-    for change, named in (
+# The index
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
         ({"schema": 99}, "schema 99"),
         ({"samples": []}, "no samples"),
         ({"shards": None}, "shards is missing"),
-    ):
-        tree = {key: value for key, value in {**index, **change}.items() if value is not None}
-        path.write_text(json.dumps(tree))
-        with pytest.raises(UserError, match=f"index.json: {named}.*run eagle3fn extract again"):
-            open_features(tmp_path)
+    ],
+)
+def test_bad_index_is_refused(tmp_path, change, named):
+    path = write_folder(tmp_path, [GOOD]) / "index.json"
+    tree = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+    with pytest.raises(UserError, match=f"index.json: {named}.*{AGAIN}"):
+        open_features(tmp_path)
+
+
+def test_index_that_is_no_json_is_refused(tmp_path):
+    path = write_folder(tmp_path, [GOOD]) / "index.json"
     path.write_text("{")
     with pytest.raises(UserError, match=r"index.json: not readable"):
         open_features(tmp_path)
 
 
-def without(entry, name):
-    return {key: value for key, value in entry.items() if key != name}
+def lacking(key):
+    return lambda entry: {name: value for name, value in entry.items() if name != key}
+
+
+def having(**changes):
+    return lambda entry: entry | changes
 
 
 @pytest.mark.parametrize(
     ("place", "change", "named"),
     [
-        *(
-            ("samples", lambda e, k=k: without(e, k), rf"samples\[0\].{k}")
-            for k in ("id", "key", "shard", "length")
-        ),
-        ("samples", lambda e: {**e, "key": 3}, r"samples\[0\].key is 3: must be a str"),
-        ("samples", lambda e: {**e, "length": "6"}, r"samples\[0\].length is '6': must be an? int"),
-        ("samples", lambda e: {**e, "length": True}, r"samples\[0\].length is True"),
-        (
-            "samples",
-            lambda e: {**e, "shard": "other"},
-            r"samples\[0\].shard is 'other': must be one of its shards",
-        ),
+        ("samples", lacking("id"), r"samples\[0\].id is missing"),
+        ("samples", lacking("key"), r"samples\[0\].key is missing"),
+        ("samples", lacking("shard"), r"samples\[0\].shard is missing"),
+        ("samples", lacking("length"), r"samples\[0\].length is missing"),
+        ("samples", having(key=3), r"samples\[0\].key is 3: must be a str"),
+        ("samples", having(length="6"), r"samples\[0\].length is '6': must be a int"),
+        ("samples", having(length=True), r"samples\[0\].length is True"),
+        ("samples", having(shard="x"), r"samples\[0\].shard is 'x': must be one of its shards"),
         ("samples", lambda _: 7, r"samples\[0\] is 7: must be a dict"),
-        *(
-            ("shards", lambda e, k=k: without(e, k), rf"shards\[0\].{k}")
-            for k in ("file", "bytes", "sha256")
-        ),
-        ("shards", lambda e: {**e, "file": None}, r"shards\[0\].file is None: must be a str"),
+        ("shards", lacking("file"), r"shards\[0\].file is missing"),
+        ("shards", lacking("bytes"), r"shards\[0\].bytes is missing"),
+        ("shards", lacking("sha256"), r"shards\[0\].sha256 is missing"),
+        ("shards", having(file=None), r"shards\[0\].file is None: must be a str"),
     ],
 )
-def test_a_bad_entry_of_the_index_is_refused(tmp_path, place, change, named):
+def test_bad_entry_of_the_index_is_refused(tmp_path, place, change, named):
     path = write_folder(tmp_path, [GOOD]) / "index.json"
     index = json.loads(path.read_text())
-    path.write_text(json.dumps({**index, place: [change(index[place][0])]}))
-    with pytest.raises(UserError, match=f"index.json: {named}.*run eagle3fn extract again"):
+    path.write_text(json.dumps(index | {place: [change(index[place][0])]}))
+    with pytest.raises(UserError, match=f"index.json: {named}.*{AGAIN}"):
         open_features(tmp_path)
 
 
@@ -200,127 +217,107 @@ def test_a_bad_entry_of_the_index_is_refused(tmp_path, place, change, named):
         ("dtype", 3),
     ],
 )
-def test_a_field_of_a_wrong_type_in_the_index_is_refused(tmp_path, key, value):
+def test_field_of_a_wrong_type_in_the_index_is_refused(tmp_path, key, value):
     path = write_folder(tmp_path, [GOOD]) / "index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(UserError, match=f"index.json: {key}.*run eagle3fn extract again"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"index.json: {key}.*{AGAIN}"):
         open_features(tmp_path, vocab_size=50)
 
 
+# The target that features were made with
+
+
+def test_sizes_of_another_target_are_refused(tmp_path):
+    write_folder(tmp_path, [GOOD])
+    refusal = r"index.json: made with target 'tiny', vocab_size 50, not 60"
+    with pytest.raises(UserError, match=refusal):
+        open_features(tmp_path, vocab_size=60)
+    with pytest.raises(UserError, match=r"hidden_size 4, not 8"):
+        open_features(tmp_path, hidden_size=8)
+
+
 def test_features_of_another_configuration_or_other_layers_are_refused(tmp_path):
-    path = write_folder(tmp_path / "f", [GOOD]) / "index.json"
-    check_made_for(
-        open_features(tmp_path / "f"), "abc", [1, 2, 4], "the run"
-    )  # neither key is there
+    path = write_folder(tmp_path, [GOOD]) / "index.json"
     index = json.loads(path.read_text())
     index["target"] |= {"config_hash": "a" * 64, "aux_layers": [1, 2, 4]}
     path.write_text(json.dumps(index))
-    opened = open_features(tmp_path / "f")
+    opened = open_features(tmp_path)
     check_made_for(opened, "a" * 64, (1, 2, 4), "the run")
-    with pytest.raises(
-        UserError,
-        match=r"index.json: .*config_hash a{12}.*the run.*b{12}.*run eagle3fn extract again",
-    ):
+    refusal = rf"index.json: .*config_hash a{{12}}.*the run.*b{{12}}.*{AGAIN}"
+    with pytest.raises(UserError, match=refusal):
         check_made_for(opened, "b" * 64, (1, 2, 4), "the run")
-    with pytest.raises(
-        UserError,
-        match=r"index.json: .*aux_layers \[1, 2, 4\].*the run.*\[0, 2, 4\].*run eagle3fn extract again",
-    ):
+    refusal = rf"index.json: .*aux_layers \[1, 2, 4\].*the run.*\[0, 2, 4\].*{AGAIN}"
+    with pytest.raises(UserError, match=refusal):
         check_made_for(opened, "a" * 64, (0, 2, 4), "the run")
-    (tmp_path / "old").mkdir()
-    torch.save(old_dict(GOOD), tmp_path / "old" / "a.ckpt")
-    check_made_for(open_features(tmp_path / "old"), "abc", (1, 2, 3), "the run")
 
 
-def test_another_targets_folder_and_an_empty_one_are_refused(tmp_path):
-    write_folder(tmp_path / "a", [GOOD])
-    with pytest.raises(
-        UserError, match=r"index.json: made with target 'tiny', vocab_size 50, not 60"
-    ):
-        open_features(tmp_path / "a", vocab_size=60)
-    with pytest.raises(UserError, match=r"hidden_size 4, not 8"):
-        open_features(tmp_path / "a", hidden_size=8)
-    (tmp_path / "b").mkdir()
-    for name in ("b", "c"):
-        with pytest.raises(UserError, match=r"no index.json, no .ckpt.*run eagle3fn extract again"):
-            open_features(tmp_path / name)
+def test_index_without_configuration_and_layers_passes(tmp_path):
+    opened = open_features(write_folder(tmp_path, [GOOD]))
+    check_made_for(opened, "abc", [1, 2, 4], "the run")
 
 
-def old_dict(sample):
-    return {
-        "input_ids": sample.input_ids,
-        "loss_mask": sample.token_mask,
-        "hidden_state": sample.last_hidden[None],
-        "aux_hidden_state": sample.aux_hidden[None],
-    }
+# A folder without an index, and its reader
 
 
-def test_the_older_trainers_files_are_read_in_path_order(tmp_path):
-    samples = [random_sample(4 + i, i) for i in range(3)]
-    (tmp_path / "aa").mkdir()
-    torch.save(old_dict(samples[1]), tmp_path / "aa" / "c.ckpt")
-    torch.save(old_dict(samples[0]), tmp_path / "a.ckpt")
-    held = io.BytesIO()
-    torch.save(old_dict(samples[2]), held)
-    (tmp_path / "b.ckpt.gz").write_bytes(gzip.compress(held.getvalue()))
-    opened = open_features(tmp_path, vocab_size=50, hidden_size=4)
-    assert [entry["shard"] for entry in opened.samples] == ["a.ckpt", "aa/c.ckpt", "b.ckpt.gz"]
-    for number, sample in enumerate(samples):
-        assert same(read_sample(opened, number), sample)
-        assert same(read_tokens(opened, number), sample[:2])
-    with pytest.raises(UserError, match=r"no vocabulary size; name the target"):
-        count_tokens(open_features(tmp_path), [0])
-    with pytest.raises(UserError, match=r"a.ckpt.*aux_hidden.*delete"):
-        read_sample(open_features(tmp_path, hidden_size=8), 0)
-
-
-class Code:
-    def __reduce__(self):
-        return (print, ("run",))
-
-
-def test_damaged_older_files_are_refused(tmp_path, capsys):
-    path = tmp_path / "a.ckpt"
-    tree = old_dict(GOOD)
-    for value, named in (
-        ({**tree, "hidden_state": Code()}, "damaged"),
-        ([1], "holds a list"),
-        ({k: v for k, v in tree.items() if k != "loss_mask"}, "no tensor loss_mask"),
-        ({**tree, "hidden_state": torch.zeros(2, 6, 4)}, r"hidden_state has shape \(2, 6, 4\)"),
-        ({**tree, "hidden_state": NAN[None]}, "last_hidden holds NaN"),
-    ):
-        torch.save(value, path)
-        with pytest.raises(UserError, match=rf"a.ckpt.*{named}.*delete"):
-            read_sample(open_features(tmp_path), 0)
-    assert capsys.readouterr().out == ""
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"a.ckpt: damaged.*delete"):
-        read_sample(open_features(tmp_path), 0)
-    path.rename(tmp_path / "a.ckpt.gz")
-    with pytest.raises(UserError, match=r"a.ckpt.gz: damaged.*delete"):
-        read_sample(open_features(tmp_path), 0)
-
-
-TEXTS = (
-    *(
-        b"hello world, this is text\n",
-        b'{"a": 1}\n',
-        b"abc",
-        b"q\x00",
-        b"t2d: 1\n",
-        b"K",
-        b"Gabc",
-        b"N.",
-    ),
-    b"ctorch._utils\n_rebuild_tensor_v2\n(tR.",
+TOY = Reader(
+    files=".toy",
+    find=lambda folder: sorted(folder.glob("*.toy")),
+    sample=lambda path: GOOD._replace(**load_file(path)),
+    tokens=lambda path: GOOD._replace(**load_file(path))[:2],
 )
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_other_files_in_place_of_older_ones_are_refused(tmp_path, text):
-    (tmp_path / "a.ckpt").write_bytes(text)
-    (tmp_path / "b.ckpt.gz").write_bytes(gzip.compress(text))
-    for number, name in enumerate(("a.ckpt", "b.ckpt.gz")):
-        with pytest.raises(UserError, match=rf"{name}: damaged.*delete") as caught:
-            read_sample(open_features(tmp_path), number)
-        assert "weights_only" not in str(caught.value) and "Weights only" not in str(caught.value)
+def write_toy(path, **changes):
+    save_file({"input_ids": GOOD.input_ids, **changes}, path)
+
+
+def test_folder_without_an_index_is_read_by_the_given_reader(tmp_path):
+    write_toy(tmp_path / "b.toy")
+    write_toy(tmp_path / "a.toy", input_ids=GOOD.input_ids.flip(0))
+    opened = open_features(tmp_path, vocab_size=50, hidden_size=4, reader=TOY)
+    assert [entry["shard"] for entry in opened.samples] == ["a.toy", "b.toy"]
+    assert same(read_sample(opened, 1), GOOD)
+    assert same(read_tokens(opened, 0), (GOOD.input_ids.flip(0), GOOD.token_mask))
+    check_shards(opened)
+    check_made_for(opened, "abc", (1, 2, 3), "the run")
+    assert int(count_tokens(opened, [0, 1]).sum()) == 2 * int(GOOD.token_mask.sum())
+
+
+def test_what_the_reader_returns_is_checked(tmp_path):
+    write_toy(tmp_path / "a.toy", last_hidden=NAN)
+    opened = open_features(tmp_path, reader=TOY)
+    refusal = r"a.toy: sample 'a.toy': last_hidden holds NaN.*delete the file or write it anew"
+    with pytest.raises(UserError, match=refusal):
+        read_sample(opened, 0)
+    with pytest.raises(UserError, match=r"a.toy: .*aux_hidden \(6, 12\)"):
+        read_sample(open_features(tmp_path, hidden_size=8, reader=TOY), 0)
+    with pytest.raises(UserError, match=r"a.toy: .*token id"):
+        read_tokens(open_features(tmp_path, vocab_size=1, reader=TOY), 0)
+
+
+def test_vocabulary_size_must_be_given_where_no_index_holds_it(tmp_path):
+    write_toy(tmp_path / "a.toy")
+    opened = open_features(tmp_path, reader=TOY)
+    with pytest.raises(UserError, match=r"no vocabulary size; name the target"):
+        count_tokens(opened, [0])
+    assert len(count_tokens(opened, [0], vocab_size=50)) == 50
+
+
+def test_index_is_read_where_there_is_one_whatever_the_reader(tmp_path):
+    write_folder(tmp_path, [GOOD])
+    write_toy(tmp_path / "a.toy")
+    opened = open_features(tmp_path, reader=TOY)
+    assert opened.reader is None
+    assert same(read_sample(opened, 0), GOOD)
+
+
+@pytest.mark.parametrize("name", ["empty", "absent"])
+@pytest.mark.parametrize(
+    ("reader", "looked_for"), [(None, "no index.json"), (TOY, "no index.json and no .toy")]
+)
+def test_folder_without_samples_is_refused_with_what_was_looked_for(
+    tmp_path, name, reader, looked_for
+):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=rf"{name}: {looked_for} there; {AGAIN} or name another"):
+        open_features(tmp_path / name, reader=reader)

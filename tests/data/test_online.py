@@ -1,21 +1,21 @@
-"""The online roll-out is extraction without the files: the same samples, batches, losses, gradients and updates."""
+"""The online roll-out is extraction without the files: the same samples, batches and updates."""
 
 import copy
+from contextlib import contextmanager
 from functools import cache
 from itertools import islice
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import eagle3fn as e3
-from eagle3fn import specforge
 from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Batch
-from eagle3fn.data import extract as room
 from eagle3fn.data.collate import align_mask, collate
-from eagle3fn.data.extract import Encoded, encode_all, extract, run_target, supervised
+from eagle3fn.data.extract import Encoded, encode_all, extract, supervised
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import online_batches, roll_out
 from eagle3fn.data.pipeline import batches, prefetch
@@ -24,6 +24,7 @@ from eagle3fn.testing.builders import on
 from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
 
 LAYERS = (1, 2, 4)
+CUT = 40  # cuts the longer conversations inside an answer, so that their last mask entry is 1
 TOKENIZER = tiny_tokenizer()
 MODELS = {
     dtype: tiny_model(initializer_range=0.3).to(getattr(torch, dtype))
@@ -37,7 +38,19 @@ def model_on(device: str, dtype: str):
     return MODELS[dtype] if device == "cpu" else copy.deepcopy(MODELS[dtype]).to(device)
 
 
-CUT = 40  # cuts the longer conversations inside an answer, so that their last mask entry is 1
+@contextmanager
+def counted_rows(model):
+    """The number of rows in each run of the target."""
+    counts = []
+
+    def count(_module: Any, _inputs: Any, options: dict[str, Any]) -> None:
+        counts.append(len(options["input_ids"]))
+
+    hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        hook.remove()
 
 
 def stored(model, tmp_path, **changes):
@@ -48,46 +61,77 @@ def stored(model, tmp_path, **changes):
     return open_features(tmp_path / "out"), rows
 
 
+def pair(name: str, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Encoded:
+    return Encoded(name, ids, torch.ones_like(ids) if mask is None else mask)
+
+
+def all_but_last(token_mask: torch.Tensor) -> torch.Tensor:
+    """A row mask `(S,)` that is the token mask with its last entry zeroed."""
+    return torch.cat([token_mask[:-1], torch.zeros_like(token_mask[-1:])])
+
+
 def same(left, right):
-    assert [len(x.input_ids) for x in left] == [len(x.input_ids) for x in right]
-    return all(
-        torch.equal(a, b) and a.dtype == b.dtype
-        for x, y in zip(left, right, strict=True)
-        for a, b in zip(x, y, strict=False)
-    )
+    """True if two lists of samples are equal, bit for bit and in dtype."""
+    assert [len(sample.input_ids) for sample in left] == [len(s.input_ids) for s in right]
+    return equal(left, right)
+
+
+# Samples
 
 
 @pytest.mark.parametrize("dtype", MODELS)
 @pytest.mark.parametrize(("batch", "group"), [(1, 3), (2, 3), (3, 8)])
-def test_samples_are_those_that_extraction_stores(tmp_path, dtype, batch, group, device):
+def test_samples_have_the_bits_that_extraction_stores(tmp_path, dtype, batch, group, device):
     model = model_on(device, dtype)
-    opened, rows = stored(model, tmp_path, batch=batch, samples_per_shard=group)
+    features, rows = stored(model, tmp_path, batch=batch, samples_per_shard=group)
     online = list(roll_out(model, iter(rows), LAYERS, batch, group))
-    assert len(online) == 8 and len({len(row.input_ids) for row in rows}) > 3
-    assert same(online, [read_sample(opened, number) for number in range(8)])
+    assert len(online) == 8
+    assert len({len(row.input_ids) for row in rows}) > 3
+    assert same(online, [read_sample(features, number) for number in range(8)])
 
 
-def test_alone_in_its_run_a_sample_has_the_same_bits_in_any_company(device):
-    """Otherwise padding and neighbours move the last bits in fp32: equal to rounding."""
-    model, source = model_on(device, "float32"), torch.Generator().manual_seed(0)
-    sizes = torch.randint(3, 30, (24,), generator=source).tolist()
+def test_bits_do_not_depend_on_other_rows_with_batch_one(device):
+    model = model_on(device, "float32")
+    source = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 30, (24,), generator=source).tolist()
     rows = [
-        pair(str(n), torch.randint(300, (size,), generator=source)) for n, size in enumerate(sizes)
+        pair(str(number), torch.randint(300, (length,), generator=source))
+        for number, length in enumerate(lengths)
     ]
     alone = list(roll_out(model, rows, LAYERS, batch=1))
     assert same(alone, list(roll_out(model, rows, LAYERS, batch=1, group=5)))
     assert same(alone[::-1], list(roll_out(model, rows[::-1], LAYERS, batch=1)))
+
+    # In larger batches padding and the other rows move the last bits: equal to rounding.
     for one, other in zip(alone, roll_out(model, rows, LAYERS, batch=8), strict=True):
         torch.testing.assert_close(one.aux_hidden, other.aux_hidden, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.last_hidden, other.last_hidden, atol=2e-5, rtol=1e-4)
 
 
-def pair(name: str, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Encoded:
-    return Encoded(name, ids, torch.ones_like(ids) if mask is None else mask)
+def test_target_runs_when_the_first_sample_of_a_group_is_asked_for():
+    model = MODELS["float32"]
+    source = iter([pair(str(number), torch.arange(5) + number) for number in range(7)])
+    with counted_rows(model) as counts:
+        samples = roll_out(model, source, LAYERS, batch=2, group=3)
+        assert counts == []
+        firsts = [int(sample.input_ids[0]) for sample in islice(samples, 4)]
+        assert firsts == [0, 1, 2, 3]
+        assert counts == [2, 1, 2, 1]
+        firsts = [int(sample.input_ids[0]) for sample in samples]
+        assert firsts == [4, 5, 6]
+        assert counts == [2, 1, 2, 1, 1]
 
 
-def problem(model, rows, dtype, **objective):
-    """A configuration, its functions, and frozen tensors of the target."""
+# Updates
+
+
+class Problem(NamedTuple):
+    config: e3.Config
+    fns: Any
+
+
+def problem(model, rows, dtype, **objective) -> Problem:
+    """A configuration of a draft for `model`, and its functions."""
     counts = torch.stack([torch.bincount(row.input_ids, minlength=300) for row in rows]).sum(0)
     draft = draft_config_from_target(model.config.to_dict(), "tiny", 40)
     config = e3.Config(
@@ -99,140 +143,158 @@ def problem(model, rows, dtype, **objective):
     )
     vocab = on(str(model.device), build_map(counts, 40))
     frozen = e3.Frozen(
-        model.model.embed_tokens.weight, model.lm_head.weight, *vocab, model.model.norm.weight
+        embed_tokens=model.model.embed_tokens.weight,
+        target_head=model.lm_head.weight,
+        t2d=vocab.t2d,
+        d2t=vocab.d2t,
+        target_norm=model.model.norm.weight,
     )
-    return config, e3.bind(config, frozen)
+    return Problem(config, e3.bind(config, frozen))
 
 
-def run(fns, start, source, device):
-    """Losses, gradients and states over the batches of `source`, on a device."""
-    state, seen = start, []
-    for batches_of_a_step in source:
+class Update(NamedTuple):
+    losses: list[Any]  # of each micro-batch: loss, metrics
+    gradients: list[dict[str, torch.Tensor]]
+    state: e3.TrainState
+    metrics: dict[str, torch.Tensor]
+
+
+def run(fns, state, steps, device) -> list[Update]:
+    """One update for each global batch of `steps`, on a device."""
+    updates = []
+    for batches_of_a_step in steps:
         micro = tuple(on(device, batch) for batch in batches_of_a_step)
-        gradients = [
-            e3.value_and_grad(fns.forward_loss, has_aux=True)(state.params, batch)
-            for batch in micro
-        ]
+        loss_and_gradient = e3.value_and_grad(fns.forward_loss, has_aux=True)
+        found = [loss_and_gradient(state.params, batch) for batch in micro]
         state, metrics = fns.step(state, micro)
-        seen.append(
-            (gradients, state, {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)})
-        )
-    return seen
+        tensors = {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)}
+        losses = [loss for loss, _ in found]
+        gradients = [gradient for _, gradient in found]
+        updates.append(Update(losses, gradients, state, tensors))
+    return updates
 
 
-@pytest.mark.parametrize("align", [specforge.align_mask, align_mask])
+@pytest.mark.parametrize("align", [align_mask, all_but_last])
 @pytest.mark.parametrize(
     ("dtype", "numerics"), [("float32", "fast"), ("float32", "plain"), ("bfloat16", "plain")]
 )
 def test_five_updates_equal_those_of_stored_features(tmp_path, dtype, numerics, align, device):
-    """Batches, losses, gradients of each micro-batch and every leaf of the state, more than two epochs long."""
+    """Batches, losses, gradients and every leaf of the state, over more than two epochs."""
     model = model_on(device, dtype)
-    opened, rows = stored(model, tmp_path, batch=1)
+    features, rows = stored(model, tmp_path, batch=1)
     config, fns = problem(model, rows, dtype, numerics=numerics)
-    offline, online = (
-        list(source)
-        for source in (
-            batches(opened, range(8), config, 0, 5, align_mask=align),
-            online_batches(model, rows, LAYERS, config, 0, 5, align_mask=align),
-        )
-    )
-    assert equal(offline, online) and len(online) == 5 and online[0][0].row_counts is not None
+
+    offline = list(batches(features, range(8), config, 0, 5, align_mask=align))
+    online = list(online_batches(model, rows, LAYERS, config, 0, 5, align_mask=align))
+    assert len(online) == 5
+    assert online[0][0].row_counts is not None
+    assert equal(offline, online)
+
     start = fns.init_state(on(device, fns.init(0)))
-    left, right = run(fns, start, offline, device), run(fns, start, online, device)
+    left = run(fns, start, offline, device)
+    right = run(fns, start, online, device)
     assert equal(left, right)
-    assert all(bool(value.any()) for value in left[0][0][0][1].values()), "a gradient leaf is zero"
+    for name, gradient in left[0].gradients[0].items():
+        assert gradient.any(), f"the gradient of {name} is zero"
 
 
-def test_the_last_kept_entry_of_an_online_mask_is_zeroed(tmp_path):
-    """Legacy alignment: with the entry left at 1, as the old tool has it online, rows and loss are others."""
+def test_last_entry_of_a_cut_mask_is_zeroed_online_as_in_files(tmp_path):
+    """With the entry left at 1, rows and loss are others."""
     model = MODELS["float32"]
-    opened, rows = stored(model, tmp_path, batch=1)
+    features, rows = stored(model, tmp_path, batch=1)
     ending = [number for number, row in enumerate(rows) if row.token_mask[-1]]
     assert len(ending) > 2
     _, fns = problem(model, rows, "float32")
     params = fns.init(0)
+
     samples = list(roll_out(model, [rows[number] for number in ending], LAYERS, batch=1))
-    online, offline = (
-        collate(s, CUT, specforge.align_mask)
-        for s in (samples, [read_sample(opened, n) for n in ending])
-    )
+    online = collate(samples, CUT, all_but_last)
+    files = [read_sample(features, number) for number in ending]
+    offline = collate(files, CUT, all_but_last)
     assert equal(fns.forward_loss(params, online), fns.forward_loss(params, offline))
-    raw = torch.nn.utils.rnn.pad_sequence(
-        [sample.token_mask for sample in samples], batch_first=True
-    )
-    kept: Batch = online._replace(row_mask=raw)
-    (loss, aux), (other, more) = fns.forward_loss(params, online), fns.forward_loss(params, kept)
-    assert int(more.rows[0]) == int(aux.rows[0]) + len(ending)
-    assert not torch.equal(loss, other)
+
+    masks = [sample.token_mask for sample in samples]
+    kept: Batch = online._replace(row_mask=torch.nn.utils.rnn.pad_sequence(masks, batch_first=True))
+    loss, aux = fns.forward_loss(params, online)
+    other_loss, other_aux = fns.forward_loss(params, kept)
+    assert int(other_aux.rows[0]) == int(aux.rows[0]) + len(ending)
+    assert not torch.equal(loss, other_loss)
 
 
-def test_the_target_runs_when_a_group_is_asked_for(monkeypatch):
-    ran = []
-    monkeypatch.setattr(
-        "eagle3fn.data.online.run_target",
-        lambda *args: ran.append(len(args[1])) or run_target(*args),
-    )
-    source = iter([pair(str(n), torch.arange(5) + n) for n in range(7)])
-    samples = roll_out(MODELS["float32"], source, LAYERS, batch=2, group=3)
-    assert ran == []
-    assert [int(sample.input_ids[0]) for sample in islice(samples, 4)] == [0, 1, 2, 3] and ran == [
-        3,
-        3,
-    ]
-    assert [int(sample.input_ids[0]) for sample in samples] == [4, 5, 6] and ran == [3, 3, 1]
-
-
-def test_batches_are_read_ahead_and_a_step_runs_the_target_once(tmp_path, monkeypatch):
+def test_each_step_runs_the_target_once_on_its_own_rows(tmp_path):
     model = MODELS["float32"]
     _, rows = stored(model, tmp_path)
     config, _ = problem(model, rows, "float32")
-    ran = []
-    monkeypatch.setattr(
-        "eagle3fn.data.online.run_target",
-        lambda *args: ran.append(len(args[1])) or run_target(*args),
-    )
-    list(online_batches(model, rows, LAYERS, config, 0, 3, batch=4))
-    assert ran == [4, 4, 4]
-    assert equal(
-        list(prefetch(online_batches(model, rows, LAYERS, config, 1, 4), 2)),
-        list(online_batches(model, rows, LAYERS, config, 1, 4)),
-    )
+    with counted_rows(model) as counts:
+        list(online_batches(model, rows, LAYERS, config, 0, 3, batch=4))
+    assert counts == [4, 4, 4]
 
 
-def refused(named: str, *rows: Encoded, layers=LAYERS, model=None) -> None:
-    with pytest.raises(UserError, match=named):
-        list(roll_out(model or MODELS["float32"], rows, layers))
+def test_given_order_is_followed(tmp_path):
+    model = MODELS["float32"]
+    features, rows = stored(model, tmp_path, batch=1)
+    config, _ = problem(model, rows, "float32")
+
+    def backwards(n, config, step):
+        return [n - 1 - step - place for place in range(config.data.global_batch)]
+
+    offline = list(batches(features, range(8), config, 0, 3, order=backwards))
+    online = list(online_batches(model, rows, LAYERS, config, 0, 3, order=backwards))
+    assert equal(offline, online)
+    assert not equal(online, list(online_batches(model, rows, LAYERS, config, 0, 3)))
 
 
-def test_bad_rows_are_refused_before_the_target_runs(monkeypatch):
-    good = pair("r0", torch.arange(5))
-    monkeypatch.setattr(room, "features", lambda *_: pytest.fail("the target ran"))
-    refused(
-        r"row 'r1': input_ids \(4,\) and token_mask \(3,\).*mend",
-        good,
-        pair("r1", torch.arange(4), torch.ones(3)),
-    )
-    refused(
-        r"row 'r2': token id 300: must be in \[0, 300\); mend",
-        good,
-        pair("r2", torch.tensor([3, 300])),
-    )
-    refused(r"row 'r3': token_mask holds values", pair("r3", torch.arange(2), torch.tensor([0, 2])))
-    refused(
-        r"row 'r4': 257 tokens, beyond .* = 256; mend, cut",
-        pair("r4", torch.zeros(257, dtype=torch.int64)),
-    )
-    refused(r"layers \[0, 1, 5\].*\[0, 5\)", good, layers=(0, 1, 5))
-    config, _ = problem(MODELS["float32"], [good], "float32")
+def test_prefetched_batches_are_the_same(tmp_path):
+    model = MODELS["float32"]
+    _, rows = stored(model, tmp_path)
+    config, _ = problem(model, rows, "float32")
+    expected = list(online_batches(model, rows, LAYERS, config, 1, 4))
+    ahead = list(prefetch(online_batches(model, rows, LAYERS, config, 1, 4), 2))
+    assert equal(ahead, expected)
+
+
+# Refusals
+
+IDS = torch.arange(5)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (
+            pair("r", IDS[:4], torch.ones(3)),
+            r"row 'r': input_ids \(4,\) and token_mask \(3,\).*mend",
+        ),
+        (pair("r", torch.tensor([3, 300])), r"row 'r': token id 300: must be in \[0, 300\); mend"),
+        (pair("r", IDS[:2], torch.tensor([0, 2])), r"row 'r': token_mask holds values"),
+        (
+            pair("r", torch.zeros(257, dtype=torch.int64)),
+            r"row 'r': 257 tokens, beyond .* = 256; mend, cut",
+        ),
+    ],
+)
+def test_bad_row_is_refused_before_the_target_runs(row, named):
+    model = MODELS["float32"]
+    with counted_rows(model) as counts, pytest.raises(UserError, match=named):
+        list(roll_out(model, [pair("good", IDS), row], LAYERS))
+    assert counts == []
+
+
+def test_layers_outside_the_target_are_refused():
+    with pytest.raises(UserError, match=r"layers \[0, 1, 5\].*\[0, 5\)"):
+        list(roll_out(MODELS["float32"], [pair("good", IDS)], (0, 1, 5)))
+
+
+def test_no_rows_to_train_on_are_refused():
+    model = MODELS["float32"]
+    config, _ = problem(model, [pair("good", IDS)], "float32")
     with pytest.raises(UserError, match="no rows to train on; give"):
-        next(online_batches(MODELS["float32"], [], LAYERS, config, 0, 1))
+        next(online_batches(model, [], LAYERS, config, 0, 1))
 
 
 def test_features_that_are_not_finite_are_refused():
     model = tiny_model()
     model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
-    refused(
-        "row 'r0': aux_hidden holds NaN or infinity at token 0; look at",
-        pair("r0", torch.arange(5)),
-        model=model,
-    )
+    refusal = "row 'r0': aux_hidden holds NaN or infinity at token 0; look at"
+    with pytest.raises(UserError, match=refusal):
+        list(roll_out(model, [pair("r0", IDS)], LAYERS))

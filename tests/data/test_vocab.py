@@ -8,31 +8,55 @@ from hypothesis import strategies as st
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.features import open_features
-from eagle3fn.data.vocab import build_map, check_map, count_tokens, load_map, map_size, save_map
+from eagle3fn.data.vocab import (
+    StoredMap,
+    build_map,
+    check_map,
+    count_map,
+    count_tokens,
+    load_map,
+    map_size,
+    save_map,
+)
 from tests.data_tools import random_sample, write_folder
+
+MAP = build_map(torch.tensor([0, 3, 0, 2, 9]), 3)
+
+
+def equal(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.data())
 @settings(max_examples=80, deadline=None)
-def test_the_most_frequent_are_kept_ties_to_the_lowest_id(counts, data):
+def test_most_frequent_tokens_are_kept_and_ties_go_to_the_lowest_id(counts, data):
     size = data.draw(st.integers(1, len(counts)))
     vocab_map = build_map(torch.tensor(counts), size)
-    wanted = sorted(sorted(range(len(counts)), key=lambda token: (-counts[token], token))[:size])
-    assert vocab_map.t2d.nonzero().flatten().tolist() == wanted
-    assert [j + int(offset) for j, offset in enumerate(vocab_map.d2t)] == wanted
+    by_count = sorted(range(len(counts)), key=lambda token: (-counts[token], token))
+    kept = sorted(by_count[:size])
+    assert vocab_map.t2d.nonzero().flatten().tolist() == kept
+    assert [j + int(offset) for j, offset in enumerate(vocab_map.d2t)] == kept
     check_map(vocab_map, len(counts), size)
 
 
-def test_counts_are_of_supervised_tokens_alone(tmp_path):
+def test_only_supervised_tokens_of_the_named_samples_are_counted(tmp_path):
     samples = [random_sample(9, seed) for seed in range(5)]
-    folder = open_features(write_folder(tmp_path, samples))
-    plain = [0] * 50
+    features = open_features(write_folder(tmp_path, samples))
+    expected = [0] * 50
     for sample in (samples[1], samples[4]):
-        for token, marked in zip(
-            sample.input_ids.tolist(), sample.token_mask.tolist(), strict=True
-        ):
-            plain[token] += marked
-    assert count_tokens(folder, [1, 4]).tolist() == plain
+        for token, marked in zip(sample.input_ids, sample.token_mask, strict=True):
+            expected[int(token)] += int(marked)
+    assert count_tokens(features, [1, 4]).tolist() == expected
+
+
+def test_counted_map_covers_the_share_of_its_tokens(tmp_path):
+    samples = [random_sample(9, seed) for seed in range(5)]
+    features = open_features(write_folder(tmp_path, samples))
+    counts = count_tokens(features, range(5))
+    vocab_map, covered = count_map(features, range(5), vocab_size=50, draft_size=6)
+    assert equal(vocab_map, build_map(counts, 6))
+    assert covered == pytest.approx(counts.sort().values[-6:].sum().item() / counts.sum().item())
+    assert count_map(features, range(5), vocab_size=50, draft_size=99)[1] == 1
 
 
 def test_sizes_out_of_range_are_refused():
@@ -40,9 +64,6 @@ def test_sizes_out_of_range_are_refused():
         build_map(torch.ones(3, dtype=torch.int64), 4)
     with pytest.raises(UserError, match=r"draft_vocab_size = 0"):
         build_map(torch.ones(3, dtype=torch.int64), 0)
-
-
-MAP = build_map(torch.tensor([0, 3, 0, 2, 9]), 3)
 
 
 @pytest.mark.parametrize(
@@ -55,63 +76,74 @@ MAP = build_map(torch.tensor([0, 3, 0, 2, 9]), 3)
         (MAP._replace(t2d=torch.ones(5, dtype=torch.bool)), "different tokens"),
     ],
 )
-def test_inconsistent_maps_are_refused(broken, named):
+def test_inconsistent_map_is_refused(broken, named):
     check_map(MAP, 5, 3)
     with pytest.raises(UserError, match=named):
         check_map(VocabMap(*broken), 5, 3)
 
 
-def test_files_round_trip_and_another_targets_map_is_refused(tmp_path):
+def test_saved_map_loads_bit_for_bit(tmp_path):
+    path = tmp_path / "map.safetensors"
+    save_map(path, MAP, {"target_hash": "abc"})
+    assert equal(load_map(path, 5, 3), MAP)
+    assert equal(load_map(path, 5, 3, "abc"), MAP)
+    assert map_size(path) == 3
+
+
+def test_map_of_another_target_is_refused(tmp_path):
     path = tmp_path / "map.safetensors"
     save_map(path, MAP, {"target_hash": "abc", "target": "tiny", "vocab_size": 5, "data_hash": "d"})
-    for wanted in (None, "abc"):
-        assert all(
-            torch.equal(a, b) for a, b in zip(load_map(path, 5, 3, wanted), MAP, strict=True)
-        )
     with pytest.raises(UserError, match=r"map.safetensors.*another target \(tiny\).*again"):
         load_map(path, 5, 3, "xyz")
     with pytest.raises(UserError, match=r"map.safetensors.*t2d has shape.*again"):
         load_map(path, 6, 3)
 
 
-def test_the_older_trainers_map_is_read(tmp_path):
-    path = tmp_path / "map.pt"
-    torch.save({"d2t": MAP.d2t, "t2d": MAP.t2d}, path)
-    assert all(torch.equal(a, b) for a, b in zip(load_map(path, 5, 3, "xyz"), MAP, strict=True))
-    torch.save({"d2t": MAP.d2t}, path)
-    with pytest.raises(UserError, match=r"map.pt: no tensor t2d.*again"):
-        load_map(path, 5, 3)
+def test_map_of_another_format_is_read_by_a_given_function_and_checked(tmp_path):
+    tensors = dict(MAP._asdict())
+
+    def read(path):
+        assert path == tmp_path / "other"
+        return StoredMap(tensors, provenance={})
+
+    assert equal(load_map(tmp_path / "other", 5, 3, "xyz", read), MAP)
+    assert map_size(tmp_path / "other", read) == 3
+    del tensors["t2d"]
+    with pytest.raises(UserError, match=r"other: no tensor t2d.*again"):
+        load_map(tmp_path / "other", 5, 3, read=read)
+    del tensors["d2t"]
+    with pytest.raises(UserError, match=r"other: no tensor d2t.*again"):
+        map_size(tmp_path / "other", read)
 
 
-def test_missing_and_damaged_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"none.pt: no such file"):
-        load_map(tmp_path / "none.pt", 5, 3)
+@pytest.mark.parametrize("read", [lambda path: load_map(path, 5, 3), map_size])
+def test_missing_map_is_refused(tmp_path, read):
+    with pytest.raises(UserError, match=r"none.safetensors: no such file"):
+        read(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("read", [lambda path: load_map(path, 5, 3), map_size])
+@pytest.mark.parametrize(
+    "data", [None, b"junk", b"", b"PK\x03\x04zip", b"hello world\n", b'{"a": 1}', b"12345678{"]
+)
+def test_damaged_map_is_refused(tmp_path, read, data):
     path = tmp_path / "map.safetensors"
     save_map(path, MAP, {})
-    for data in (path.read_bytes()[:-4], b"junk", b"", b"PK\x03\x04zip"):
-        path.write_bytes(data)
-        with pytest.raises(UserError, match=r"map.safetensors: damaged.*again"):
-            load_map(path, 5, 3)
-
-
-@pytest.mark.parametrize(
-    "text", [b"hello world\n", b"t2d,d2t\n", b"abc", b"K", b"Gabc", b'{"a": 1}', b"12345678{"]
-)
-def test_text_in_place_of_a_map_is_refused(tmp_path, text):
-    path = tmp_path / "map.pt"
-    path.write_bytes(text)
-    for read in (lambda: load_map(path, 5, 3), lambda: map_size(path)):
-        with pytest.raises(UserError, match=r"map.pt: damaged.*again") as caught:
-            read()
-        assert "weights_only" not in str(caught.value)
+    path.write_bytes(path.read_bytes()[:-4] if data is None else data)
+    with pytest.raises(UserError, match=r"map.safetensors: damaged.*again"):
+        read(path)
 
 
 @pytest.mark.parametrize("provenance", [[1], "abc", 3, None])
-def test_a_provenance_that_is_no_dict_is_refused(tmp_path, provenance):
+def test_provenance_that_is_no_dict_is_refused(tmp_path, provenance):
     path = tmp_path / "map.safetensors"
     save_map(path, MAP, provenance)
     with pytest.raises(UserError, match=r"map.safetensors: .*provenance.*again"):
         load_map(path, 5, 3, "abc")
+
+
+def test_target_hash_that_is_no_string_is_compared_as_another_target(tmp_path):
+    path = tmp_path / "map.safetensors"
     save_map(path, MAP, {"target_hash": 7})
     with pytest.raises(UserError, match=r"map.safetensors: made for another target \(7\).*again"):
         load_map(path, 5, 3, "abc")

@@ -1,9 +1,15 @@
-"""What the CUDA gate and the tests on a card need, looked at before anything is done; a refusal is one sentence.
+"""Checks what the CUDA gate and the tests on a card need, before anything is done.
 
-`python -m tests.gate.check gate|tests OPTIONS` ends with exit code 2 and the sentence on stderr, or prints for
-`scripts/cuda_env.sh`: `ready`, `site` or `install` (what is missing: nothing; nothing with the packages of .venv-cuda;
-the requirements below), the folder of wheels, the checkout of SpecForge (`clone`: none is at hand), and requirements.
-It needs nothing but the standard library, as it runs where nothing is installed yet.
+`python -m tests.gate.check gate|tests OPTIONS` refuses with one sentence on stderr and exit code 2.
+Otherwise it prints lines for `scripts/cuda_env.sh`:
+
+1. `ready`: nothing is missing; `site`: nothing is missing with the packages of .venv-cuda;
+   `install`: the requirements below are missing
+2. the folder of wheels, or an empty line
+3. the checkout of SpecForge; `clone` if it must be cloned; empty if its package is installed
+4. and more: the requirements to install, one a line
+
+Only the standard library is imported at the top: this runs where nothing is installed yet.
 """
 
 from __future__ import annotations
@@ -28,17 +34,12 @@ DEFAULT_PARTS = ("smoke", "parity", "bench", "profile")
 PARTS = (*DEFAULT_PARTS, "updates")
 OLDEST_PYTHON = (3, 11)
 LEAST_CAPABILITY = (8, 0)
-AT_HAND = (
-    "torch",
-    "triton",
-    "transformers",
-    "numpy",
-    "safetensors",
-    "tqdm",
-    "pytest",
-    "hypothesis",
-)
-ADDED = ("optree", "yunchang")  # and SpecForge, where no checkout is named
+REQUIRED = tuple("torch triton transformers numpy safetensors tqdm pytest hypothesis".split())
+"""Packages that the Python must have already."""
+
+ADDED = ("optree", "yunchang")
+"""Packages that are installed if they are missing; SpecForge too, where no checkout is named."""
+
 LONGEST = 120.0  # minutes
 
 
@@ -56,16 +57,16 @@ class Plan(NamedTuple):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage."""
+    """Reports an error in one sentence, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise RefusedError(message)
 
 
 def gate_parser() -> argparse.ArgumentParser:
-    """The options of `tests/gate/run.sh all`."""
+    """The options of `scripts/cuda_gate.sh all`."""
     parser = _Parser(
-        prog="tests/gate/run.sh", description="everything a CUDA card is asked, in one call"
+        prog="scripts/cuda_gate.sh", description="all checks and measurements on one CUDA card"
     )
     add = parser.add_argument
     add("what", choices=("all",), help="the gate")
@@ -119,36 +120,42 @@ def _sources(parser: argparse.ArgumentParser) -> None:
 
 
 def parts_of(options: argparse.Namespace) -> list[str]:
-    """The named parts, in the gate's order; after `failed:` those of an earlier result that did not pass, and updates.
+    """The parts to run, in the gate's order.
+
+    After `failed:` these are the parts of an earlier result that did not pass, and `updates`.
 
     Raises:
         RefusedError: a part that does not exist, none at all, or no such result.
     """
     kind, _, rest = options.parts.partition(":")
     if kind == "failed":
-        found = _gate_result(Path(rest))
-        passed = {name for name, part in found["parts"].items() if part.get("state") == "passed"}
-        wanted = [name for name in (*found["parts"], *found["left_out"]) if name not in passed] + [
-            "updates"
-        ]
+        chosen = [*_not_passed(Path(rest)), "updates"]
     else:
-        wanted = [name for name in options.parts.split(",") if name]
-        unknown = [name for name in wanted if name not in PARTS]
-        if unknown or not wanted:
+        chosen = [name for name in options.parts.split(",") if name]
+        unknown = [name for name in chosen if name not in PARTS]
+        if unknown or not chosen:
             raise RefusedError(
-                f"--parts {options.parts}: {unknown[0] if unknown else 'nothing'} is no part; name some of "
-                f"{', '.join(PARTS)}, or failed:FILE with an earlier result"
+                f"--parts {options.parts}: {unknown[0] if unknown else 'nothing'} is no part; "
+                f"name some of {', '.join(PARTS)}, or failed:FILE with an earlier result"
             )
-    return [name for name in PARTS if name in wanted]
+    return [name for name in PARTS if name in chosen]
+
+
+def _not_passed(path: Path) -> list[str]:
+    """Names of an earlier result's parts that did not pass, and of what it left out."""
+    found = _gate_result(path)
+    failed = [name for name, part in found["parts"].items() if part.get("state") != "passed"]
+    left_out = [name for name in found["left_out"] if name not in found["parts"]]
+    return failed + left_out
 
 
 def _gate_result(path: Path) -> dict[str, Any]:
+    """An earlier result of the gate."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        parts, left = tree["parts"], tree["left_out"]
-        if all(isinstance(part, dict) for part in parts.values()) and all(
-            isinstance(name, str) for name in left
-        ):
+        parts_are_records = all(isinstance(part, dict) for part in tree["parts"].values())
+        names_are_text = all(isinstance(name, str) for name in tree["left_out"])
+        if parts_are_records and names_are_text:
             return tree
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -158,23 +165,31 @@ def _gate_result(path: Path) -> dict[str, Any]:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse a time, parts or a file that cannot be meant."""
+    """Refuse an impossible time, parts that don't exist, and a result file that can't be written.
+
+    Raises:
+        RefusedError: names the option, its value and the remedy.
+    """
     if not 0 < options.minutes <= LONGEST:
         raise RefusedError(
             f"--minutes {options.minutes:g}: must be above 0 and at most {LONGEST:g}"
         )
     parts_of(options)
-    out, (kind, _, earlier) = options.out, options.parts.partition(":")
-    if out is not None and kind == "failed" and out.absolute() == Path(earlier).absolute():
+
+    out = options.out
+    if out is None:
+        return
+    kind, _, earlier = options.parts.partition(":")
+    if kind == "failed" and out.absolute() == Path(earlier).absolute():
         raise RefusedError(
             f"--out {out}: holds the earlier result, which would be lost; name another file"
         )
-    if out is not None and (out.is_dir() or not _writable(out.parent)):
+    if out.is_dir() or not _writable(out.parent):
         raise RefusedError(f"--out {out}: cannot be written; name a file in a folder of yours")
 
 
 def _writable(folder: Path) -> bool:
-    """Whether a file can be made there, once folders that are missing are made too."""
+    """Whether a file can be created there, once missing folders are created too."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -186,26 +201,29 @@ def _writable(folder: Path) -> bool:
 
 
 def check_python(device: str) -> None:
-    """Refuse a Python without what must be at hand."""
+    """Refuse a Python that is too old or lacks a required package, and an unusable card.
+
+    Raises:
+        RefusedError: names what is missing and the remedy.
+    """
     if sys.version_info[:2] < OLDEST_PYTHON:
         least = ".".join(map(str, OLDEST_PYTHON))
         raise RefusedError(
             f"Python {sys.version.split()[0]}: {least} or newer is needed; name another by PYTHON"
         )
-    for package in AT_HAND:
+    for package in REQUIRED:
         if importlib.util.find_spec(package) is None:
-            what = "its kernels are written in it; " if package == "triton" else ""
+            why = "the kernels are written in it; " if package == "triton" else ""
             raise RefusedError(
-                f"{sys.executable} has no {package}: {what}install it, or name another Python by PYTHON"
+                f"{sys.executable} has no {package}: {why}install it, "
+                "or name another Python by PYTHON"
             )
+
     if device == "cuda":
         try:
             check_card()
-        except (
-            RuntimeError,
-            OSError,
-            ImportError,
-        ) as error:  # a driver, a library or a card that does not work
+        except (RuntimeError, OSError, ImportError) as error:
+            # A driver, a library or a card that does not work.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RefusedError(
                 f"the card cannot be used ({reason}); mend it, or --device cpu rehearses"
@@ -213,7 +231,11 @@ def check_python(device: str) -> None:
 
 
 def check_card() -> None:
-    """Refuse a machine without a card that torch has code for and that the kernels run on."""
+    """Refuse a machine without a card that torch has code for and that the kernels run on.
+
+    Raises:
+        RefusedError: names the card and what it lacks.
+    """
     import torch
 
     cuda = torch.cuda
@@ -236,23 +258,30 @@ def check_card() -> None:
 
 
 def has_code(capability: tuple[int, int], built: list[str]) -> bool:
-    """Whether a card can run what torch was built for: machine code of its generation, or PTX of an older one."""
+    """Whether a card can run one of the architectures that torch was built for.
+
+    Machine code runs on its own generation from its version on; PTX also on newer generations.
+    """
     for name in built:
         found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
         if found is None:
             continue
-        kind, version, exact = found[1], (int(found[2]), int(found[3])), found[4] == "a"
+        version = (int(found[2]), int(found[3]))
         if version == capability:
             return True
+
+        only_that_card = found[4] == "a"
+        is_ptx = found[1] == "compute"
         same_generation = version[0] == capability[0]
-        if version < capability and not exact and (kind == "compute" or same_generation):
+        if version < capability and not only_that_card and (is_ptx or same_generation):
             return True
     return False
 
 
 def commit_files() -> dict[str, str]:
-    """`eagle3fn.specforge.oracle.COMMIT_FILES`, read from the source: its imports need not be there yet."""
-    tree = ast.parse((ROOT / "eagle3fn" / "specforge" / "oracle.py").read_text(encoding="utf-8"))
+    """`eagle3fn.specforge.oracle.COMMIT_FILES`, parsed: what that file imports may be missing."""
+    source = (ROOT / "eagle3fn" / "specforge" / "oracle.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "COMMIT_FILES":
             return ast.literal_eval(node.value)
@@ -260,7 +289,11 @@ def commit_files() -> dict[str, str]:
 
 
 def check_src(src: Path) -> None:
-    """Refuse a folder that is not SpecForge at the commit."""
+    """Refuse a folder that is not SpecForge at the commit of its pull request 600.
+
+    Raises:
+        RefusedError: names the file that is missing or other.
+    """
     if not (src / "specforge" / "optimizer.py").is_file():
         raise RefusedError(
             f"--src {src}: no checkout of SpecForge there (specforge/optimizer.py is missing)"
@@ -269,40 +302,43 @@ def check_src(src: Path) -> None:
         path = src / "specforge" / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise RefusedError(
-                f"--src {src}: specforge/{name} is not the file of pull request 600; check out its commit there"
+                f"--src {src}: specforge/{name} is not the file of pull request 600; "
+                "check out its commit there"
             )
 
 
 def importable(package: str, site: Path | None = None) -> bool:
     """Whether a fresh process imports it, with the packages in `site` before its own."""
-    if package == "specforge":  # it imports much, and needs an environment of its own
-        places = [str(site)] if site else None
-        return importlib.util.find_spec(package) is not None or bool(
-            places and importlib.machinery.PathFinder.find_spec(package, places)
-        )
-    path = os.pathsep.join(
-        part for part in (str(site or ""), os.environ.get("PYTHONPATH", "")) if part
-    )
+    # SpecForge imports many packages and needs settings of its own: it is only looked for.
+    if package == "specforge":
+        if importlib.util.find_spec(package) is not None:
+            return True
+        if site is None:
+            return False
+        return importlib.machinery.PathFinder.find_spec(package, [str(site)]) is not None
+
+    path = [str(site)] if site else []
+    path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     call = [sys.executable, "-c", f"import {package}"]
-    done = subprocess.run(
-        call, env={**os.environ, "PYTHONPATH": path}, capture_output=True, check=False
-    )
+    done = subprocess.run(call, env=variables, capture_output=True, check=False)
     return done.returncode == 0
 
 
 def requirements(packages: list[str]) -> list[str]:
-    """Lines of `scripts/cuda-requirements.txt` for these packages, one a package with its hashes."""
-    text = (
-        (ROOT / "scripts" / "cuda-requirements.txt")
-        .read_text(encoding="utf-8")
-        .replace("\\\n", " ")
-    )
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    """Lines of `scripts/cuda-requirements.txt` for these packages: versions with hashes."""
+    path = ROOT / "scripts" / "cuda-requirements.txt"
+    joined = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in joined.splitlines() if line and not line.startswith("#")]
     return [" ".join(line.split()) for line in lines if line.split("==")[0] in packages]
 
 
 def check_wheels(wheels: Path, lines: list[str]) -> None:
-    """Refuse a folder that lacks a wheel for this Python, or holds other bytes."""
+    """Refuse a folder that lacks a wheel for this Python, or holds one with other bytes.
+
+    Raises:
+        RefusedError: names the wheel.
+    """
     if not wheels.is_dir():
         raise RefusedError(f"--wheels {wheels}: no such folder")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -321,48 +357,58 @@ def check_wheels(wheels: Path, lines: list[str]) -> None:
 
 
 def _fits(wheel: Path) -> bool:
-    """Whether a wheel's name says this Python and this kind of machine."""
+    """Whether a wheel's name has the tags of this Python and this kind of machine."""
     *_, python, _abi, platform = wheel.stem.split("-")
     own = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    machine = os.uname().machine
-    return bool({own, "py3"} & set(python.split("."))) and (
-        platform == "any" or machine in platform
-    )
+    fits_python = bool({own, "py3"} & set(python.split(".")))
+    fits_machine = platform == "any" or os.uname().machine in platform
+    return fits_python and fits_machine
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """What is missing here, and from where it comes; refuses what is not there."""
-    given = options.src or (
-        Path(os.environ["SPECFORGE_SRC"]) if os.environ.get("SPECFORGE_SRC") else None
-    )
+    """What is missing here, and where it comes from.
+
+    Raises:
+        RefusedError: a folder of SpecForge or of wheels that does not fit, or no pip.
+    """
+    # SpecForge's checkout: the option, or the variable.
+    given = options.src
+    if given is None and os.environ.get("SPECFORGE_SRC"):
+        given = Path(os.environ["SPECFORGE_SRC"])
     if given is not None:
         check_src(given)
-    packages = list(ADDED) if given is not None else [*ADDED, "specforge"]
-    missing = [package for package in packages if not importable(package)]
     if options.wheels is not None:
         check_wheels(options.wheels, [])
     src = str(given.absolute()) if given is not None else ""
-    if given is None and "specforge" in missing and options.wheels is None:
+    wheels = str(options.wheels.absolute()) if options.wheels is not None else ""
+
+    # What is missing. Without a checkout SpecForge's package is installed from a wheel, or its
+    # repository is cloned.
+    packages = list(ADDED) if given is not None else [*ADDED, "specforge"]
+    missing = [package for package in packages if not importable(package)]
+    if "specforge" in missing and options.wheels is None:
         missing.remove("specforge")
         src = "clone"
-    wheels = str(options.wheels.absolute()) if options.wheels is not None else ""
     if not missing:
         return Plan("ready", wheels, src, [])
     if SITE.is_dir() and all(importable(package, SITE) for package in missing):
         return Plan("site", wheels, src, [])
+
+    # What is installed, by version and hash.
     lines = requirements(missing)
     if options.wheels is not None:
         check_wheels(options.wheels, lines)
     if importlib.util.find_spec("pip") is None:
         raise RefusedError(
-            f"{sys.executable} has no pip and no {missing[0]}: install it, or name another by PYTHON"
+            f"{sys.executable} has no pip and no {missing[0]}: install it, "
+            "or name another by PYTHON"
         )
     return Plan("install", wheels, src, lines)
 
 
 def main(arguments: list[str]) -> int:
     """Check for the gate or for the tests, and print the plan."""
-    name = "tests/gate/run.sh"
+    name = "scripts/cuda_gate.sh"
     try:
         if arguments[:1] == ["tests"]:
             name = "scripts/test.sh"

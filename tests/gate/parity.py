@@ -1,9 +1,13 @@
-"""Parity on a CUDA card: `python -m tests.gate.parity --seconds N --out FILE`, a part of the CUDA gate.
+"""Parity on a card, a part of the CUDA gate.
 
-The tests that take a device, then three claims of parity and one distance, each in a process of its own with its own
-environment: all at once, or on a single core one after the other. Every fault is kept and the next case runs. Exit code
-0: everything passed; 1: a difference, an exception, a control that failed, a skip, or no case or test at all.
-`--device cpu` is a rehearsal: the kernels interpreted, `sdpa` alone; it certifies nothing about CUDA.
+`python -m tests.gate.parity --seconds N --out FILE` runs the tests that take a device, and the
+claims of `certificate.CLAIMS`: three bit-parity checks and one drift measurement. Each has a process
+with its own environment: all at once, or on a single core one after the other. Every fault is
+recorded and the next case runs.
+
+Exit code 0: everything passed; 1: a difference, an exception, a control that failed, a skip, or no
+case or test at all. `--device cpu` is a rehearsal, with interpreted kernels and `sdpa` alone; it
+certifies nothing about CUDA.
 """
 
 import argparse
@@ -28,19 +32,22 @@ NOT_ON_CPU = {
     "dynamo": "SpecForge's kernels are interpreted on the CPU",
 }
 NAMES = ("tests", *CLAIMS)
-TESTS_SHARE = 0.6  # of the time, where one thing is done after the other
-RESTARTS = 3  # of a claim whose process lost its card
-START = {
+TESTS_SHARE = 0.6  # of the time, where the jobs run one after the other
+RESTARTS = 3  # of a claim whose process could no longer use its card
+EMPTY_CLAIM = {
     "cases": 0,
     "undecidable": 0,
     "nontrivial": 0,
     "equal_old_kernel": 0,
     "equal_own_kernel": 0,
+    "reordering_seen": 0,
+    "raised": 0,
+    "first_difference": None,
+    "error": None,
 }
-START |= {"reordering_seen": 0, "raised": 0, "first_difference": None, "error": None, "list": []}
 
 Job = Callable[[float], None]
-"""Runs until it is done, or for so many seconds."""
+"""Runs until it is done, or for so many seconds at most."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -59,12 +66,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The part."""
+    """Run the part."""
     options = parse(arguments)
     report = Report(options.out, options.seconds, first_result(options))
     report.write()
+
     names = names_of(options)
-    run_jobs({name: job_of(name, options, report) for name in names}, report, jobs_at_once())
+    jobs = {name: job_of(name, options, report) for name in names}
+    run_jobs(jobs, report, jobs_at_once())
+
+    # A claim that compared nothing, or too little, has not passed either.
     claims = tuple(name for name in names if name != "tests")
     for fault in failures(report.result, claims) if claims else []:
         report.fault("claims", fault)
@@ -72,13 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def names_of(options: argparse.Namespace) -> list[str]:
-    """What is run, in this order."""
+    """The names of what is run, in this order."""
     names = [name for name in NAMES if options.device == "cuda" or name not in NOT_ON_CPU]
     return [name for name in names if options.only in (None, name)]
 
 
 def jobs_at_once() -> int:
-    """Everything, as nothing here is timed and each has more time then; on a single core one job."""
+    """How many jobs run at once: all, since nothing here is timed; on a single core one."""
     return len(NAMES) if (os.cpu_count() or 1) > 1 else 1
 
 
@@ -96,7 +107,7 @@ def first_result(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def environment(name: str, device: str) -> dict[str, str]:
-    """What a process finds set before torch is loaded; the oracle's other variables are not there."""
+    """The variables of a job's process that matter to torch and Triton."""
     if device == "cpu":
         return dict(ENVIRONMENT)
     flags = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -104,13 +115,13 @@ def environment(name: str, device: str) -> dict[str, str]:
 
 
 def whole_environment(name: str, device: str) -> dict[str, str]:
-    """This process's own, with the variables of `environment` and without the oracle's others."""
+    """This process's variables, with those of `environment` and without the oracle's others."""
     kept = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
     return kept | environment(name, device)
 
 
 def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
-    """Run the jobs in their order, so many at a time; of the time that is left each has its share."""
+    """Run the jobs in their order, so many at a time, each with its share of the time left."""
     todo = list(jobs)
     lock = threading.Lock()
 
@@ -130,87 +141,98 @@ def run_jobs(jobs: dict[str, Job], report: Report, at_once: int) -> None:
 
 
 def share_of(todo: list[str]) -> float:
-    """The next one's share of the time that is left, where what comes after it gets the rest."""
+    """The next job's share of the time that is left; the jobs after it get the rest."""
     return TESTS_SHARE if todo[0] == "tests" and len(todo) > 1 else 1 / len(todo)
 
 
 def job_of(name: str, options: argparse.Namespace, report: Report) -> Job:
     """The tests, or a claim."""
-    if name == "tests":
-        return lambda seconds: run_tests(
-            report, options.device, whole_environment(name, options.device), seconds
-        )
-    return lambda seconds: run_claim(name, options, report, seconds)
+    if name != "tests":
+        return lambda seconds: run_claim(name, options, report, seconds)
+    variables = whole_environment(name, options.device)
+    return lambda seconds: run_tests(report, options.device, variables, seconds)
 
 
 def run_claim(name: str, options: argparse.Namespace, report: Report, seconds: float) -> None:
-    """Fold in what a claim's processes say; another one goes on where one lost its card."""
+    """Add the rows of a claim's process to the report.
+
+    If a case leaves the process without a usable card, another process goes on after that case.
+    """
     end = time.monotonic() + seconds
-    first, restarts = 0, 0
-    while first is not None:
-        start, first = first, None
+    next_case: int | None = 0
+    restarts = 0
+    while next_case is not None:
+        first, next_case = next_case, None
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows.jsonl"
-            command = [sys.executable, "-m", "tests.specforge.cuda_claims", "--claim", name]
-            command += [
-                "--device",
-                options.device,
-                f"--seconds={max(end - time.monotonic(), 0.0):f}",
-            ]
-            command += [
-                f"--first={start}",
-                f"--stop={options.cases}",
-                f"--seed={options.seed}",
-                "--rows",
-                str(rows),
-            ]
+            command = claim_command(name, options, first, rows, max(end - time.monotonic(), 0.0))
             for row in follow(command, whole_environment(name, options.device), rows, end):
                 if "lost" in row and restarts < RESTARTS and time.monotonic() < end:
-                    first, restarts = row["lost"] + 1, restarts + 1
+                    next_case = row["lost"] + 1
+                    restarts += 1
                 report.change(lambda result, row=row: fold(result, name, row))
                 if "raised" in row:
                     report.fault(f"{name}: {row['raised']}", row["traceback"])
 
 
+def claim_command(
+    name: str, options: argparse.Namespace, first: int, rows: Path, seconds: float
+) -> list[str]:
+    """The command of a claim's process, from the case `first` on."""
+    words = [f"--claim={name}", f"--device={options.device}", f"--seconds={seconds:f}"]
+    words += [f"--first={first}", f"--stop={options.cases}", f"--seed={options.seed}"]
+    return [sys.executable, "-m", "tests.specforge.cuda_claims", *words, f"--rows={rows}"]
+
+
 def fold(result: dict[str, Any], name: str, row: dict[str, Any]) -> None:
-    """Add a line of a claim's process to the result."""
+    """Add a row of a claim's process to the result."""
     if "oracle" in row:
         result["oracle"] = row["oracle"]
         return
-    claim = result["claims"].setdefault(name, START | {"list": []})
+    claim = result["claims"].setdefault(name, EMPTY_CLAIM | {"list": []})
     if "raised" in row:
         claim["raised"] += 1
     elif "lost" in row:
         claim["lost"] = [*claim.get("lost", []), row["lost"]]
-    elif "exit_code" in row:
-        if row["exit_code"]:
-            claim["error"] = (
-                claim["error"]
-                or f"its process ended with exit code {row['exit_code']}: {row['log']}"
-            )
     elif "error" in row:
-        claim["error"] = claim["error"] or row["error"]
-    else:
+        _first_error(claim, row["error"])
+    elif "exit_code" not in row:
         _fold_case(claim, row)
+    elif row["exit_code"]:
+        code = row["exit_code"]
+        _first_error(claim, f"its process ended with exit code {code}: {row['log']}")
+
+
+def _first_error(claim: dict[str, Any], text: str) -> None:
+    """Record what is wrong with a claim, unless something is recorded already."""
+    claim["error"] = claim["error"] or text
 
 
 def _fold_case(claim: dict[str, Any], row: dict[str, Any]) -> None:
+    """Add one compared case to the claim's counts."""
     claim["cases"] += 1
     claim["nontrivial"] += row["nontrivial"]
     claim["list"].append(row)
+
+    # A drift measurement: the largest distance of each kind.
     if "ulps" in row:
-        before = claim.setdefault("ulps", {})
-        claim["ulps"] = {key: max(far, before.get(key, 0)) for key, far in row["ulps"].items()}
+        largest = claim.setdefault("ulps", {})
+        for kind, distance in row["ulps"].items():
+            largest[kind] = max(distance, largest.get(kind, 0))
         if min(row["ulps"].values()) < 0:
-            claim["error"] = claim["error"] or f"not finite, so no distance: {row['case']}"
-    elif not row["decided"]:
+            _first_error(claim, f"not finite, so no distance: {row['case']}")
+        return
+
+    # A parity check; undecidable where SpecForge differs from itself.
+    if not row["decided"]:
         claim["undecidable"] += 1
-    else:
-        claim["equal_old_kernel"] += not row["old_kernel"]
-        claim["equal_own_kernel"] += not row["own_kernel"]
-        claim["reordering_seen"] += row["reordering_seen"]
-        if claim["first_difference"] is None and (row["old_kernel"] or row["own_kernel"]):
-            claim["first_difference"] = row
+        return
+    claim["equal_old_kernel"] += not row["old_kernel"]
+    claim["equal_own_kernel"] += not row["own_kernel"]
+    claim["reordering_seen"] += row["reordering_seen"]
+    differs = row["old_kernel"] or row["own_kernel"]
+    if differs and claim["first_difference"] is None:
+        claim["first_difference"] = row
 
 
 if __name__ == "__main__":

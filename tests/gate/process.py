@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-GRACE = 8.0  # seconds beyond its time for a process's last case, before it is ended
-POLL = 0.2
-KEPT_LOG = 3000  # characters of what it printed, the end
+GRACE = 8.0  # seconds beyond its time for a process's last case, before it is killed
+POLL = 0.2  # seconds
+KEPT_LOG = 3000  # characters: the end of what a process printed
 
 
 def follow(
     command: list[str], environment: dict[str, str], rows: Path, end: float
 ) -> Iterator[dict[str, Any]]:
-    """Its lines as they come, the last one `{"exit_code", "log"}`: None if it had to be ended.
+    """Yield the process's rows as they come, and `{"exit_code", "log"}` at last.
 
-    What it prints goes to a file beside `rows`, as a pipe would wait for whoever inherits it. A line that is not a
-    JSON object is left out; closing the iterator ends the process.
+    The exit code is None if the process was killed. What it prints goes to a file next to `rows`: a
+    pipe would stay open as long as any process that inherited it. A line that is not a JSON object
+    is left out. Closing the iterator kills the process.
     """
     log = rows.with_suffix(".log")
     with log.open("ab") as stream:
@@ -30,10 +31,12 @@ def follow(
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
+
     place = 0
     code = None
     try:
         while True:
+            # The exit code first: rows written before the end are read after it.
             code = child.poll()
             lines, place = new_lines(rows, place)
             yield from lines
@@ -47,18 +50,21 @@ def follow(
 
 
 def new_lines(rows: Path, place: int) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines from this place on, and the place after them."""
+    """The whole lines from the byte `place` on, and the place after them."""
     if not rows.is_file():
         return [], place
     with rows.open("rb") as file:
         file.seek(place)
         text = file.read()
     whole = text[: text.rfind(b"\n") + 1]
+
     found = []
     for line in whole.splitlines():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [row for row in found if isinstance(row, dict)], place + len(whole)
+            row = json.loads(line)
+            if isinstance(row, dict):
+                found.append(row)
+    return found, place + len(whole)
 
 
 def printed(log: Path) -> str:

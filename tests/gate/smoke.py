@@ -1,16 +1,20 @@
-"""Smoke on a card, a part of the CUDA gate: everything that a run uses, once tiny and once at real widths.
+"""Smoke, a part of the CUDA gate: everything that a run uses, once tiny and once at real widths.
 
-`python -m tests.gate.smoke --device cuda --seconds 75 --out FILE`. Each check is alone: what it raises is kept with its
-traceback, and the next one runs. Results are held against fp64: at the tiny size on the CPU, at real widths by the
-legacy numerics on the device itself. On the CPU the kernels are interpreted and real widths are SmolLM2's.
+`python -m tests.gate.smoke --device cuda --seconds 75 --out FILE`. An exception in a check is
+recorded with its traceback, and the next check runs. Results are compared with the plain numerics
+in fp64: on the CPU at the tiny size, on the device itself at real widths. With `--device cpu` the
+kernels are interpreted and real widths are SmolLM2's.
 """
 
 import argparse
+import copy
 import gc
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
@@ -21,18 +25,18 @@ from torch import Tensor
 import eagle3fn as e3
 from bench.problem import Problem, draft_of, draw_params, make_problem
 from bench.sides import one_rank_mesh
+from eagle3fn import specforge
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.files import read_json
-from eagle3fn.base.tree import tree_map
-from eagle3fn.base.types import Params, VocabMap
+from eagle3fn.base.tree import equal, named_leaves, tree_map
+from eagle3fn.base.types import Aux, Params, VocabMap
 from eagle3fn.data.extract import Encoded
 from eagle3fn.data.online import roll_out
-from eagle3fn.model import head_loss as fused
-from eagle3fn.model import losses
+from eagle3fn.model import head_loss, losses
 from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
 from eagle3fn.model.kernels import score as score_kernel
-from eagle3fn.specforge import kl_kernel as legacy_kl
+from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.testing.gate_part import (
     BEGAN,
     Report,
@@ -42,37 +46,37 @@ from eagle3fn.testing.gate_part import (
     run_part,
 )
 from eagle3fn.testing.triton_interpreter import mend_interpreter
+from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
+from eagle3fn.train.shard import empty_state
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 NUMERICS = ("fast", "plain")
-BOUND = {
-    torch.bfloat16: 0.15,
-    torch.float32: 1e-4,
-    torch.float64: 1e-9,
-}  # relative error of all gradients together
-LOSS_BOUND = {torch.bfloat16: 0.01, torch.float32: 1e-5, torch.float64: 1e-11}  # of the loss
-NORM_BOUND = {
-    torch.bfloat16: 0.05,
-    torch.float32: 1e-3,
-    torch.float64: 1e-9,
-}  # of the gradients' norm, summed in fp32
-KERNEL_BOUND = {
-    torch.bfloat16: 0.02,
-    torch.float32: 1e-5,
-}  # of what a kernel gives; bf16: of what it stores
-REAL_MEMORY = 48 << 30  # bytes that are free on a card where Qwen2.5-7B's widths are taken
-RESTARTS = 4  # of this process, where a check has lost it the card
+
+# Bounds of relative errors, by the dtype of the computation.
+LOSS_BOUND = {torch.bfloat16: 0.01, torch.float32: 1e-5, torch.float64: 1e-11}
+# All gradients together; and their norm, which is summed in fp32.
+GRADIENT_BOUND = {torch.bfloat16: 0.15, torch.float32: 1e-4, torch.float64: 1e-9}
+NORM_BOUND = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-9}
+# What a kernel returns; in bf16 what it stores.
+KERNEL_BOUND = {torch.bfloat16: 0.02, torch.float32: 1e-5}
+FLASH_BOUND = 0.03
+FEATURE_BOUND = 1e-3  # of the target's hidden states in fp32
+
+REAL_MEMORY = 48 << 30  # free bytes of a card from which on real widths are Qwen2.5-7B's
+RESTARTS = 4  # of this process, after a check that left it without a usable card
 DEPTH = 6  # layers of the random target
 RATE = 1e-4
 
+LossAndGradients = tuple[tuple[Tensor, Aux], Params]
+
 Check = Callable[[], dict[str, float]]
-"""Runs something; gives the errors that are held against bounds by name, each as a share of its bound."""
+"""Runs something; returns errors by name, each as a share of its bound."""
 
 
 class Size:
-    """The problem that everything is run on."""
+    """The problem that every check uses."""
 
     def __init__(
         self, name: str, shape: str, device: str, seq: int, batch: int, k: int, vocab: int | None
@@ -86,14 +90,14 @@ class Size:
         self.draft = draft_of(shape, vocab, seq)
 
     @cached_property
-    def home(self) -> str:
-        """Where the truth is computed."""
+    def truth_device(self) -> str:
+        """Where the results in fp64 are computed."""
         return "cpu" if self.name == "tiny" else self.device
 
     @cached_property
     def drawn(self) -> tuple[Problem, Params]:
-        """Batch, frozen tensors and parameters in bf16, so that each dtype has the same problem."""
-        kind = {"dtype": torch.bfloat16, "device": self.home}
+        """Batch, frozen tensors and parameters, in bf16: every dtype then has the same problem."""
+        kind = {"dtype": torch.bfloat16, "device": self.truth_device}
         made = make_problem(
             self.draft, batch=self.batch, seq=self.seq, masked=0.5, k=self.k, seed=0, **kind
         )
@@ -101,13 +105,21 @@ class Size:
 
     @cached_property
     def truth(self) -> tuple[float, Params]:
-        """Loss and gradients of the legacy numerics in fp64."""
-        (loss, _), gradients = gradient(self, "plain", torch.float64, self.home)
-        return float(loss), {name: leaf.to(self.home) for name, leaf in gradients.items()}
+        """Loss and gradients of the plain numerics in fp64."""
+        (loss, _), gradients = gradient(self, "plain", torch.float64, self.truth_device)
+        return float(loss), gradients
+
+    @cached_property
+    def specforge_truth(self) -> float:
+        """The loss of the plain numerics in fp64 under SpecForge's settings."""
+        problem = problem_in(self, "plain", torch.float64, self.truth_device)
+        config = under_specforge(problem)
+        fns = e3.bind(config, problem.frozen)
+        return float(fns.forward_loss(problem.params, problem.batch)[0])
 
 
 def sizes(device: str) -> list[Size]:
-    """The tiny size, and real widths that the memory allows."""
+    """The tiny size, and real widths as the memory allows."""
     tiny = Size("tiny", "tiny", device, seq=96, batch=2, k=3, vocab=None)
     if device == "cpu":
         return [tiny, Size("real", "smollm2", device, seq=64, batch=1, k=2, vocab=4096)]
@@ -124,27 +136,59 @@ class Named(NamedTuple):
 
 
 def checks(device: str) -> Iterator[Named]:
-    """All of them, the cheapest and most telling first."""
+    """All checks, the cheapest and most telling first."""
     for size in sizes(device):
         for dtype in (torch.float32, torch.bfloat16):
-            for kernel in (check_score, check_legacy_kl):
-                yield Named(
-                    f"{size.name} {kernel.__name__[6:]} kernel {short(dtype)}",
-                    partial(kernel, size, dtype),
-                )
+            about = f"kernel {short(dtype)}"
+            yield Named(f"{size.name} score {about}", partial(check_score, size, dtype))
+            yield Named(f"{size.name} KL {about}", partial(check_kl, size, dtype))
         yield Named(f"{size.name} flash attention bf16", partial(check_flash, size))
+
         for dtype in DTYPES:
             for numerics in NUMERICS:
                 about = f"{size.name} {numerics} {short(dtype)}"
                 yield Named(f"{about} forward", partial(check_forward, size, numerics, dtype))
                 yield Named(f"{about} backward", partial(check_backward, size, numerics, dtype))
-                for way in ("plain", "donated", "mesh", "mesh donated"):
-                    yield Named(
-                        f"{about} step {way}", partial(check_step, size, numerics, dtype, way)
-                    )
+                for way in WAYS:
+                    step = partial(check_step, size, numerics, dtype, way)
+                    yield Named(f"{about} step {way.name}", step)
+            about = f"{size.name} SpecForge {short(dtype)}"
+            yield Named(f"{about} step", partial(check_specforge, size, dtype))
+
             if dtype == torch.bfloat16:
                 yield Named(f"{size.name} extract", partial(check_extract, size))
                 yield Named(f"{size.name} decode", partial(check_decode, size))
+                if size.name == "tiny":
+                    yield from check_surroundings(size)
+
+
+class Way(NamedTuple):
+    """How a step is called."""
+
+    name: str
+    mesh: bool  # the state is sharded over a mesh of this rank alone
+    donate: bool  # the state's buffers are given to the next one
+
+
+WAYS = (
+    Way("plain", mesh=False, donate=False),
+    Way("donated", mesh=False, donate=True),
+    Way("mesh", mesh=True, donate=False),
+    Way("mesh donated", mesh=True, donate=True),
+)
+
+
+def check_surroundings(size: Size) -> Iterator[Named]:
+    """The start of a run, its resume, and the caller's settings of torch."""
+    yield Named(f"{size.name} start from the target", partial(check_init, size))
+    for mesh in (False, True):
+        where = " mesh" if mesh else ""
+        yield Named(f"{size.name} resume{where}", partial(check_resume, size, mesh))
+    for name in (*NUMERICS, "SpecForge"):
+        about = f"{size.name} {name}"
+        yield Named(f"{about} refuses autocast", partial(check_autocast, size, name))
+        default = partial(check_default_dtype, size, name)
+        yield Named(f"{about} under another default dtype", default)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -152,34 +196,40 @@ def short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[dtype]
 
 
-# The kernels, each alone against its expression in fp64 on the CPU.
+# The kernels, each against its expression in fp64 on the CPU.
 
 
 def check_score(size: Size, dtype: torch.dtype) -> dict[str, float]:
-    """KL, acceptance, what is correct, and the gradient that is written over the logits."""
+    """KL, acceptance, the counts, and the gradient that is written over the logits."""
     source = torch.Generator().manual_seed(1)
-    d, v, steps, labels = size.draft.draft_vocab_size, size.draft.vocab_size, 2, 5
+    d = size.draft.draft_vocab_size
+    v = size.draft.vocab_size
+    steps, labels = 2, 5
     kept = torch.randperm(v, generator=source)[:d].sort().values
     t2d = torch.zeros(v, dtype=torch.bool).index_fill(0, kept, True)
     logits = (torch.randn(steps, labels, d, generator=source) * 2).to(dtype)
     z = (torch.randn(labels, v, generator=source) * 2).to(dtype)
 
+    # The kernel on the device, the expression in fp64. Both overwrite the logits.
     mine = logits.to(size.device, copy=True)
     found = score_kernel.score(mine, z.to(size.device), t2d.to(size.device), kept.to(size.device))
+    kl, correct, accept, known = found
     wide = logits.double()
-    kl, correct, accept, known = fused.score(wide, z.double(), t2d, kept)
+    expected = head_loss.score(wide, z.double(), t2d, kept)
+    expected_kl, expected_correct, expected_accept, expected_known = expected
 
-    same = torch.equal(found[1].cpu(), correct) and torch.equal(found[3].cpu(), known)
-    assert same, "another largest logit than the expression's"
+    same_rows = torch.equal(correct.cpu(), expected_correct)
+    same_labels = torch.equal(known.cpu(), expected_known)
+    assert same_rows and same_labels, "another largest logit than the expression's"
     return {
-        "kl": error(found[0], kl) / KERNEL_BOUND[torch.float32],
-        "acceptance": error(found[2], accept) / KERNEL_BOUND[torch.float32],
+        "kl": error(kl, expected_kl) / KERNEL_BOUND[torch.float32],
+        "acceptance": error(accept, expected_accept) / KERNEL_BOUND[torch.float32],
         "gradient": error(mine, wide) / KERNEL_BOUND[dtype],
     }
 
 
-def check_legacy_kl(size: Size, dtype: torch.dtype) -> dict[str, float]:
-    """The mean over rows, some of them masked, and the gradient by the logits."""
+def check_kl(size: Size, dtype: torch.dtype) -> dict[str, float]:
+    """SpecForge's KL: the mean over rows, some of them masked, and the gradient by the logits."""
     source = torch.Generator().manual_seed(2)
     shape = (1, 6, size.draft.draft_vocab_size)
     logits = (torch.randn(shape, generator=source) * 2).to(dtype)
@@ -187,46 +237,61 @@ def check_legacy_kl(size: Size, dtype: torch.dtype) -> dict[str, float]:
     mask = torch.tensor([1, 1, 0, 1, 0, 1]).view(1, 6, 1)
 
     def run(kl: losses.KL, device: str, z: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        z, p, on = z.to(device), p.to(device), mask.to(device)
-        return e3.value_and_grad(lambda x: kl(x, p, on, None))(z)
+        z, p, mask_there = z.to(device), p.to(device), mask.to(device)
+        return e3.value_and_grad(lambda x: kl(x, p, mask_there, None))(z)
 
-    found = run(legacy_kl.mean_kl, size.device, logits, p)
-    want = run(losses.kl_loss, "cpu", logits.double(), p.double())
+    loss, gradient = run(mean_kl, size.device, logits, p)
+    expected_loss, expected_gradient = run(losses.kl_loss, "cpu", logits.double(), p.double())
     return {
-        "loss": error(found[0], want[0]) / KERNEL_BOUND[torch.float32],
-        "gradient": error(found[1], want[1]) / KERNEL_BOUND[dtype],
+        "loss": error(loss, expected_loss) / KERNEL_BOUND[torch.float32],
+        "gradient": error(gradient, expected_gradient) / KERNEL_BOUND[dtype],
     }
 
 
 def check_flash(size: Size) -> dict[str, float]:
-    """Attention of some rows with two later keys each, and its five kinds of gradients."""
-    draft = size.draft
+    """Attention of some rows with two later keys each, and the gradients of all inputs."""
     source = torch.Generator().manual_seed(3)
-    n, j, e = draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim
+    n = size.draft.num_attention_heads
+    j = size.draft.num_key_value_heads
+    e = size.draft.head_dim
     rows = torch.arange(3, size.seq, 2)
-    shapes = [(len(rows), n, e), *[(1, size.seq, j, e)] * 2, *[(len(rows), j, e)] * 4]
-    inputs = [torch.randn(shape, generator=source).bfloat16() for shape in shapes]
-    grad = torch.randn(shapes[0], generator=source).bfloat16()
+    query, cached, later = (len(rows), n, e), (1, size.seq, j, e), (len(rows), j, e)
+    shapes = {"q": query, "key": cached, "value": cached}
+    shapes |= dict.fromkeys(("later key", "later key 2", "later value", "later value 2"), later)
+    inputs = [torch.randn(shape, generator=source).bfloat16() for shape in shapes.values()]
+    grad = torch.randn(query, generator=source).bfloat16()
 
     def run(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-        split = lambda q, key, value, *own: attend(q, key, value, own[:2], own[2:])  # noqa: E731
+        def split(q: Tensor, key: Tensor, value: Tensor, *later: Tensor) -> Tensor:
+            return attend(q, key, value, later[:2], later[2:])
+
         out, pullback = torch.func.vjp(split, *inputs)  # pyright: ignore
         return [out, *pullback(grad)]
 
     flash = partial(flash_attention, rows=rows.to(size.device))
     found = run(flash, [x.to(size.device) for x in inputs], grad.to(size.device))
     plain = partial(block_attention, rows=rows, blocks=make_blocks(rows, size.seq))
-    want = run(plain, [x.double() for x in inputs], grad.double())
-    names = ("out", "q", "key", "value", "later key", "later key 2", "later value", "later value 2")
-    return {name: error(a, b) / 0.03 for name, a, b in zip(names, found, want, strict=True)}
+    expected = run(plain, [x.double() for x in inputs], grad.double())
+
+    errors = {}
+    for name, a, b in zip(("out", *shapes), found, expected, strict=True):
+        errors[name] = error(a, b) / FLASH_BOUND
+    return errors
 
 
 # The objective and the step.
 
 
-def problem_in(
-    size: Size, numerics: str, dtype: torch.dtype, device: str
-) -> tuple[e3.Config, Problem, Params]:
+class InDtype(NamedTuple):
+    """A size's problem in a dtype, on a device, and our settings for it."""
+
+    config: e3.Config
+    frozen: e3.Frozen
+    batch: e3.Batch
+    params: Params
+
+
+def problem_in(size: Size, numerics: str, dtype: torch.dtype, device: str) -> InDtype:
     """The size's problem in a dtype, on a device, under these numerics."""
     drawn, params = size.drawn
 
@@ -237,66 +302,199 @@ def problem_in(
         size.draft,
         e3.ObjectiveConfig(ttt_length=size.k, numerics=numerics),  # pyright: ignore
         e3.OptimizerConfig(learning_rate=RATE),
-        train=e3.TrainConfig(steps=100, dtype=str(dtype).split(".")[1], device=device),  # pyright: ignore
+        train=e3.TrainConfig(steps=100, dtype=name_of(dtype), device=device),  # pyright: ignore
     )
-    moved = Problem(drawn.draft, tree_map(move, drawn.frozen), tree_map(move, drawn.batch))
-    return config, moved, tree_map(move, params)
+    frozen = tree_map(move, drawn.frozen)
+    batch = tree_map(move, drawn.batch)
+    return InDtype(config, frozen, batch, tree_map(move, params))
 
 
-def gradient(size: Size, numerics: str, dtype: torch.dtype, device: str) -> Any:
-    """`((loss, aux), gradients)`."""
-    config, problem, params = problem_in(size, numerics, dtype, device)
-    fns = e3.bind(config, problem.frozen)
-    return e3.value_and_grad(fns.forward_loss, has_aux=True)(params, problem.batch)
+def name_of(dtype: torch.dtype) -> str:
+    """The dtype's name in torch: torch.bfloat16 → bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def gradient(size: Size, numerics: str, dtype: torch.dtype, device: str) -> LossAndGradients:
+    """Loss, metrics and gradients."""
+    problem = problem_in(size, numerics, dtype, device)
+    fns = e3.bind(problem.config, problem.frozen)
+    return e3.value_and_grad(fns.forward_loss, has_aux=True)(problem.params, problem.batch)
 
 
 def check_forward(size: Size, numerics: str, dtype: torch.dtype) -> dict[str, float]:
     """The loss; the metrics are finite."""
-    config, problem, params = problem_in(size, numerics, dtype, size.device)
-    loss, aux = e3.bind(config, problem.frozen).forward_loss(params, problem.batch)
+    problem = problem_in(size, numerics, dtype, size.device)
+    fns = e3.bind(problem.config, problem.frozen)
+    loss, aux = fns.forward_loss(problem.params, problem.batch)
     assert all(bool(torch.isfinite(x).all()) for x in aux), f"not finite: {aux}"
-    return {"loss": abs(float(loss) / size.truth[0] - 1) / LOSS_BOUND[dtype]}
+    return {"loss": apart(loss, size.truth[0]) / LOSS_BOUND[dtype]}
 
 
 def check_backward(size: Size, numerics: str, dtype: torch.dtype) -> dict[str, float]:
     """The loss, and all gradients together."""
     (loss, _), gradients = gradient(size, numerics, dtype, size.device)
+    expected_loss, expected = size.truth
     return {
-        "loss": abs(float(loss) / size.truth[0] - 1) / LOSS_BOUND[dtype],
-        "gradients": error_of_all(gradients, size.truth[1]) / BOUND[dtype],
+        "loss": apart(loss, expected_loss) / LOSS_BOUND[dtype],
+        "gradients": error_of_all(gradients, expected) / GRADIENT_BOUND[dtype],
     }
 
 
-def check_step(size: Size, numerics: str, dtype: torch.dtype, way: str) -> dict[str, float]:
-    """An update: its loss and norm, weights that moved by the rate at most, and a state left as it was, or given up."""
-    config, problem, params = problem_in(size, numerics, dtype, size.device)
-    mesh = one_rank_mesh(size.device) if way.startswith("mesh") else None
-    fns = e3.bind(config, problem.frozen, mesh)
+def check_step(size: Size, numerics: str, dtype: torch.dtype, way: Way) -> dict[str, float]:
+    """An update: loss, norm, weights that moved by the rate at most, the given state unchanged."""
+    problem = problem_in(size, numerics, dtype, size.device)
+    params = problem.params
+    mesh = one_rank_mesh(size.device) if way.mesh else None
+    fns = e3.bind(problem.config, problem.frozen, mesh)
     state = fns.init_state(params)
-    donated = way.endswith("donated")
-    after, metrics = fns.step(state, problem.batch, donate=donated)
+    after, metrics = fns.step(state, problem.batch, donate=way.donate)
 
-    if not donated:
-        kept = e3.gather(state).params if mesh else state.params
-        assert all(torch.equal(kept[name], params[name]) for name in params), (
-            "the given state was written to"
-        )
-    whole = e3.gather(after) if mesh else after
-    assert int(whole.step) == 1
-    moved = max(
-        float(
-            (whole.masters[name].double() - leaf.to(whole.masters[name].device).double())
-            .abs()
-            .max()
-        )
-        for name, leaf in params.items()
-    )
-    assert 0 < moved <= 1.01 * metrics["learning_rate"], f"weights moved by {moved}"
-    norm = sum(float(leaf.double().square().sum()) for leaf in size.truth[1].values()) ** 0.5
+    if not way.donate:
+        unchanged = equal(e3.gather(state).params, params)
+        assert unchanged, "step changed the state that it was given"
+    check_moved(e3.gather(after), params, metrics["learning_rate"])
+
+    expected_loss, gradients = size.truth
+    squares = [float(leaf.double().square().sum()) for leaf in gradients.values()]
     return {
-        "loss": abs(float(metrics["loss"]) / size.truth[0] - 1) / LOSS_BOUND[dtype],
-        "gradient norm": abs(float(metrics["grad_norm"]) / norm - 1) / NORM_BOUND[dtype],
+        "loss": apart(metrics["loss"], expected_loss) / LOSS_BOUND[dtype],
+        "gradient norm": apart(metrics["grad_norm"], sum(squares) ** 0.5) / NORM_BOUND[dtype],
     }
+
+
+def check_moved(state: e3.TrainState, params: Params, rate: float) -> None:
+    """The first update counts as one, and no weight moves by more than the rate."""
+    assert int(state.step) == 1
+    moved = 0.0
+    for name, leaf in params.items():
+        master = state.masters[name]
+        change = master.double() - leaf.to(master.device).double()
+        moved = max(moved, float(change.abs().max()))
+    assert 0 < moved <= 1.01 * rate, f"weights moved by {moved}"
+
+
+def under_specforge(problem: InDtype) -> e3.Config:
+    """SpecForge's settings for a problem."""
+    config = problem.config
+    train = {"steps": 100, "dtype": config.train.dtype, "device": config.train.device}
+    made = specforge.recipe(
+        config.draft,
+        objective={"ttt_length": config.objective.ttt_length},
+        optimizer={"learning_rate": RATE},
+        train=train,
+    )
+    return made.config
+
+
+def check_specforge(size: Size, dtype: torch.dtype) -> dict[str, float]:
+    """An update by SpecForge's recipe; its loss is that of the plain numerics in fp64."""
+    problem = problem_in(size, "plain", dtype, size.device)
+    fns = e3.bind(under_specforge(problem), problem.frozen, recipe=specforge.RECIPE)
+    after, metrics = fns.step(fns.init_state(problem.params), problem.batch)
+    check_moved(after, problem.params, metrics["learning_rate"])
+    return {"loss": apart(metrics["loss"], size.specforge_truth) / LOSS_BOUND[dtype]}
+
+
+# The start of a run, its resume, and the caller's settings of torch.
+
+
+def functions(size: Size, name: str) -> tuple[e3.Functions, InDtype]:
+    """The bound functions of these numerics, or of SpecForge's recipe, in bf16 on the device."""
+    if name != "SpecForge":
+        problem = problem_in(size, name, torch.bfloat16, size.device)
+        return e3.bind(problem.config, problem.frozen), problem
+    problem = problem_in(size, "plain", torch.bfloat16, size.device)
+    problem = problem._replace(config=under_specforge(problem))
+    return e3.bind(problem.config, problem.frozen, recipe=specforge.RECIPE), problem
+
+
+def check_init(size: Size) -> dict[str, float]:
+    """`init` with a start from the target: the CPU's bits, on the device; and a finite loss."""
+    problem = problem_in(size, "fast", torch.bfloat16, size.device)
+    norm = torch.linspace(0.5, 1.5, size.draft.target_hidden_size, device=size.device).bfloat16()
+    frozen = problem.frozen._replace(target_norm=norm)
+    assert problem.config.train.init == "target"
+    fns = e3.bind(problem.config, frozen)
+    params = fns.init(0)
+    devices = {leaf.device.type for leaf in params.values()}
+    assert devices == {size.device}, f"parameters on {devices}"
+
+    # The same on the CPU.
+    train = replace(problem.config.train, device="cpu")
+    on_cpu = replace(problem.config, train=train)
+    frozen_cpu = tree_map(lambda x: x.cpu(), frozen)
+    expected = e3.bind(on_cpu, frozen_cpu).init(0)
+    assert equal(tree_map(lambda x: x.cpu(), params), expected), "not the parameters of the CPU"
+
+    loss, _ = fns.forward_loss(params, problem.batch)
+    assert bool(torch.isfinite(loss)), f"loss {loss}"
+    return {}
+
+
+def check_resume(size: Size, sharded: bool) -> dict[str, float]:
+    """A checkpoint read into empty leaves on the device: the same bits, and the next step runs."""
+    problem = problem_in(size, "fast", torch.bfloat16, size.device)
+    config = problem.config
+    mesh = one_rank_mesh(size.device) if sharded else None
+    fns = e3.bind(config, problem.frozen, mesh)
+    state, first = fns.step(fns.init_state(problem.params), problem.batch)
+
+    data = {"features": "of this check"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_checkpoint(folder, state, config, data, {}, 1)
+        empty = empty_state(config, size.device, mesh)
+        found = load_checkpoint(path, empty, config, data).state
+
+    for name, leaf in named_leaves(state).items():
+        read = named_leaves(found)[name]
+        same = read.device == leaf.device and read.dtype == leaf.dtype
+        assert same, f"{name}: {read.dtype} on {read.device}, was {leaf.dtype} on {leaf.device}"
+    assert equal(e3.gather(found), e3.gather(state)), "not the bits that were saved"
+
+    after, metrics = fns.step(found, problem.batch)
+    assert int(after.step) == 2
+    assert float(metrics["loss"]) != float(first["loss"]), "the second step has the first's loss"
+    return {}
+
+
+def check_autocast(size: Size, name: str) -> dict[str, float]:
+    """Inside the caller's autocast the loss is refused; inside a disabled one it is computed."""
+    fns, problem = functions(size, name)
+    with torch.autocast(size.device, torch.bfloat16):
+        try:
+            fns.forward_loss(problem.params, problem.batch)
+        except e3.UserError as error:
+            assert "torch.autocast is on" in str(error), error
+        else:
+            raise AssertionError("torch.autocast was not refused")
+
+    with torch.autocast(size.device, enabled=False):
+        fns.forward_loss(problem.params, problem.batch)
+    return {}
+
+
+def check_default_dtype(size: Size, name: str) -> dict[str, float]:
+    """Under another default dtype: the same start, dtypes and loss."""
+    fns, problem = functions(size, name)
+
+    def run() -> tuple[Tensor, Aux, Params]:
+        compute = e3.value_and_grad(fns.forward_loss, has_aux=True)
+        (loss, aux), gradients = compute(problem.params, problem.batch)
+        return loss, aux, gradients
+
+    expected = run()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(before)
+
+    for path, leaf in named_leaves(expected).items():
+        dtype = named_leaves(found)[path].dtype
+        assert dtype == leaf.dtype, f"{path}: {dtype}, without it {leaf.dtype}"
+    loss, *_ = found
+    return {"loss": apart(loss, float(expected[0])) / LOSS_BOUND[torch.float32]}
 
 
 # A random target: extraction and decoding.
@@ -332,38 +530,38 @@ def target_of(size: Size) -> Any:
 
 
 def check_extract(size: Size) -> dict[str, float]:
-    """Features of two rows together are those of each alone, and at the tiny size the CPU's in fp64."""
+    """Features of two samples in a batch are those of each alone; tiny: also the CPU's in fp64."""
     model = target_of(size)
     source = torch.Generator().manual_seed(4)
-    rows = []
+    samples = []
     for length in (21, 33):
         ids = torch.randint(0, size.draft.vocab_size, (length,), generator=source)
-        rows.append(Encoded(str(length), ids, torch.ones_like(ids)))
+        samples.append(Encoded(str(length), ids, torch.ones_like(ids)))
     layers = aux_layers(size.draft, DEPTH)
-    together, alone = (list(roll_out(model, rows, layers, batch)) for batch in (2, 1))
-    told = {}
-    for pair in zip(together, alone, strict=True):
-        for name in ("aux_hidden", "last_hidden"):
-            told[f"{name} of {len(pair[0].input_ids)}"] = (
-                error(*(getattr(x, name) for x in pair)) / 1e-3
-            )
-    if size.name == "tiny":
-        import copy
+    together = list(roll_out(model, samples, layers, 2))
+    alone = list(roll_out(model, samples, layers, 1))
 
-        wide = list(roll_out(copy.deepcopy(model).cpu().double(), rows, layers, 1))
-        told["against fp64"] = error(alone[1].last_hidden, wide[1].last_hidden) / 1e-3
-    return told
+    errors = {}
+    for a, b in zip(together, alone, strict=True):
+        length = len(a.input_ids)
+        errors[f"aux_hidden of {length}"] = error(a.aux_hidden, b.aux_hidden) / FEATURE_BOUND
+        errors[f"last_hidden of {length}"] = error(a.last_hidden, b.last_hidden) / FEATURE_BOUND
+    if size.name == "tiny":
+        wide = list(roll_out(copy.deepcopy(model).cpu().double(), samples, layers, 1))
+        errors["against fp64"] = error(alone[1].last_hidden, wide[1].last_hidden) / FEATURE_BOUND
+    return errors
 
 
 def check_decode(size: Size) -> dict[str, float]:
-    """With a random draft the tokens are those of plain decoding, each way of two draft lengths."""
+    """Speculative decoding with a random draft gives plain decoding's tokens."""
     model = target_of(size)
-    drawn = size.drawn[0].frozen
-    vocab = VocabMap(drawn.t2d.to(size.device), drawn.d2t.to(size.device))
-    params = {name: leaf.to(size.device, torch.float32) for name, leaf in size.drawn[1].items()}
-    draft = Draft(size.draft, params, vocab, None)
+    drawn, params = size.drawn
+    vocab = VocabMap(drawn.frozen.t2d.to(size.device), drawn.frozen.d2t.to(size.device))
+    there = {name: leaf.to(size.device, torch.float32) for name, leaf in params.items()}
+    draft = Draft(size.draft, there, vocab, None)
     source = torch.Generator().manual_seed(5)
     prompt = torch.randint(0, size.draft.vocab_size, (1, 9), generator=source).to(size.device)
+
     plain = speculate(model, None, prompt, 0, 16, ()).tokens
     assert len(plain) == 16
     for length in (1, 4):
@@ -373,110 +571,139 @@ def check_decode(size: Size) -> dict[str, float]:
     return {}
 
 
-def error(found: Tensor, want: Tensor) -> float:
-    """The error's norm over that of what is wanted."""
-    found, want = found.detach().double().cpu(), want.detach().double().cpu()
-    return float((found - want).norm() / want.norm())
+def apart(found: Any, expected: float) -> float:
+    """The relative error of a number."""
+    return abs(float(found) / expected - 1)
 
 
-def error_of_all(found: Params, want: Params) -> float:
-    """The same over all leaves as one, where they are."""
-    apart = sum(
-        float((found[name].to(want[name].device).double() - want[name]).square().sum())
-        for name in want
-    )
-    return (apart / sum(float(leaf.square().sum()) for leaf in want.values())) ** 0.5
+def error(found: Tensor, expected: Tensor) -> float:
+    """The relative error of a tensor: `‖found - expected‖ / ‖expected‖`."""
+    found = found.detach().double().cpu()
+    expected = expected.detach().double().cpu()
+    return float((found - expected).norm() / expected.norm())
+
+
+def error_of_all(found: Params, expected: Params) -> float:
+    """The relative error of all leaves as one vector, computed where `expected` is."""
+    off, total = 0.0, 0.0
+    for name, leaf in expected.items():
+        difference = found[name].to(leaf.device).double() - leaf
+        off += float(difference.square().sum())
+        total += float(leaf.square().sum())
+    return (off / total) ** 0.5
+
+
+# The part.
 
 
 def run(
     report: Report, found: list[Named], first: int, device: str, again: Callable[[int], None]
 ) -> None:
-    """Run the checks from the first one on; `again` is called with the next one's place where the card is lost."""
+    """Run the checks from the place `first` on.
+
+    `again` is called with the next check's place if a check leaves no usable card.
+    """
     report.result["all"] = len(found)
-    for place, (name, check) in enumerate(found):
+    for place, named in enumerate(found):
         if place < first:
             continue
         if report.left() <= 0:
-            report.leave_out(name)
+            report.leave_out(named.name)
             continue
-        faults = len(report.result["faults"]) + report.result["more_faults"]
-        row: dict[str, Any] = {"check": name}
-        begin = time.monotonic()
-        if device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-        with report.guarded(name):
-            row["of_bound"] = {what: float(f"{share:.3g}") for what, share in check().items()}
-            beyond = {what: share for what, share in row["of_bound"].items() if not share <= 1}
-            assert not beyond, f"beyond the bound, as shares of it: {beyond}"
-        row["passed"] = len(report.result["faults"]) + report.result["more_faults"] == faults
+
+        row = run_check(report, named, device)
         lost = not row["passed"] and context_lost(device)
         if not lost:
             tidy(device)
-            if device != "cpu":
-                row["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
-        row["seconds"] = round(time.monotonic() - begin, 2)
         report.change(lambda result, row=row: result["checks"].append(row))
         if lost:
             report.write()
             again(place + 1)
 
 
+def run_check(report: Report, named: Named, device: str) -> dict[str, Any]:
+    """One check's row: its errors as shares of their bounds, whether it passed, seconds, memory."""
+    row: dict[str, Any] = {"check": named.name, "passed": False}
+    begin = time.monotonic()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+
+    with report.guarded(named.name):
+        row["of_bound"] = {what: float(f"{share:.3g}") for what, share in named.check().items()}
+        beyond = {what: share for what, share in row["of_bound"].items() if not share <= 1}
+        assert not beyond, f"beyond the bound, as shares of it: {beyond}"
+        if device != "cpu":
+            torch.cuda.synchronize()
+            row["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
+        row["passed"] = True
+
+    row["seconds"] = round(time.monotonic() - begin, 2)
+    return row
+
+
 def tidy(device: str) -> None:
-    """Give back what a check has left."""
+    """Free what a check has left."""
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-def main() -> int:
-    """The part."""
+def parse(arguments: list[str] | None = None) -> Any:
+    """The options of the part."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     part_options(parser)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
-    options = parse_part(parser)
+    return parse_part(parser, arguments)
+
+
+def go_on(report: Report, device: str, first: int) -> None:
+    """Replace this process by a new one, which begins at a later check and has a usable card.
+
+    The results so far are in the file.
+    """
+    if report.result["restarts"] >= RESTARTS:
+        raise RuntimeError(f"the card was unusable more than {RESTARTS} times")
+    report.result["restarts"] += 1
+    report.write()
+
+    seconds = max(report.left(), 0.001)
+    words = [f"--device={device}", f"--seconds={seconds}", f"--out={report.out}"]
+    os.environ[BEGAN] = str(time.monotonic())
+    command = [sys.executable, "-m", "tests.gate.smoke", *words, f"--first={first}"]
+    os.execv(sys.executable, command)
+
+
+def main() -> int:
+    """Run the part."""
+    options = parse()
     if options.device == "cpu":
         mend_interpreter()
-    before = (
-        read_json(options.out)
-        if options.first
-        else {"device": options.device, "checks": [], "restarts": 0}
-    )
+        # Read when Triton is loaded, at the first kernel.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    if options.first:
+        before = read_json(options.out)
+    else:
+        before = {"device": options.device, "checks": [], "restarts": 0}
     report = Report(options.out, options.seconds, before)
     report.write()
 
-    def again(first: int) -> None:
-        """Go on in this process's place with a card that works; what was found stands in the file."""
-        if report.result["restarts"] >= RESTARTS:
-            raise RuntimeError("the card was lost too often")
-        report.result["restarts"] += 1
-        report.write()
-        words = [
-            f"--device={options.device}",
-            f"--seconds={max(report.left(), 0.001)}",
-            f"--out={options.out}",
-        ]
-        os.environ[BEGAN] = str(time.monotonic())
-        os.execv(
-            sys.executable, [sys.executable, "-m", "tests.gate.smoke", *words, f"--first={first}"]
-        )
-
     found: list[Named] = []
     with report.guarded("smoke"):
-        if options.device == "cpu":
-            os.environ.setdefault(
-                "TRITON_INTERPRET", "1"
-            )  # read when Triton is loaded, at the first kernel
         found = list(checks(options.device))
+        again = partial(go_on, report, options.device)
         run(report, found, options.first, options.device, again)
+
+    # What ran, whichever process it was in.
     ran = {row["check"] for row in report.result["checks"]}
     if not ran:
         report.fault("smoke", "no check ran")
     report.result["left_out"] = [name for name, _ in found if name not in ran]
     code = report.finish()
-    if dist.is_initialized():  # the steps on a mesh of one
+    if dist.is_initialized():  # by the steps on a mesh
         dist.destroy_process_group()
     return code
 

@@ -1,4 +1,4 @@
-"""What the CUDA gate and the tests on a card refuse before anything is done: one sentence, exit code 2."""
+"""What the CUDA gate and the tests on a card refuse at once: one sentence, exit code 2."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
 
 
-def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The sentence of a refusal."""
     assert check.main(list(words)) == 2
     out, error = capsys.readouterr()
@@ -32,27 +32,29 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     return capsys.readouterr().out.split("\n")[:-1]
 
 
-def test_a_machine_without_a_card(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_machine_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA card is here" in said(capsys, "gate", "all")
-    assert "no CUDA card is here" in said(capsys, "tests", "--device", "cuda")
+    assert "no CUDA card is here" in refusal(capsys, "gate", "all")
+    assert "no CUDA card is here" in refusal(capsys, "tests", "--device", "cuda")
 
 
 def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *built: str) -> None:
-    """A made-up card, and what torch was built for."""
+    """A made-up card, and the architectures that torch was built for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "made up")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
 
 
-def test_a_card_that_is_too_old_or_too_new(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_card_that_is_too_old_or_too_new_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     card(monkeypatch, (7, 5), "sm_75", "sm_90")
-    assert "made up has compute capability 7.5; 8.0 or newer is needed" in said(
+    assert "made up has compute capability 7.5; 8.0 or newer is needed" in refusal(
         capsys, "gate", "all"
     )
     card(monkeypatch, (12, 0), "sm_80", "sm_90")
-    assert "no code for made up of compute capability 12.0 (it has sm_80, sm_90)" in said(
+    assert "no code for made up of compute capability 12.0 (it has sm_80, sm_90)" in refusal(
         capsys, "gate", "all"
     )
     card(monkeypatch, (9, 0), "sm_80", "sm_90")
@@ -75,22 +77,26 @@ def test_a_card_that_is_too_old_or_too_new(monkeypatch: pytest.MonkeyPatch, caps
         ((9, 0), [], False),
     ],
 )
-def test_code_for_a_card(capability: tuple[int, int], built: list[str], runs: bool) -> None:
+def test_a_card_runs_machine_code_of_its_generation_and_older_ptx(
+    capability: tuple[int, int], built: list[str], runs: bool
+) -> None:
     assert check.has_code(capability, built) == runs
 
 
-def test_an_old_python(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_an_old_python_is_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(check.sys, "version_info", (3, 9, 1))
-    assert "3.11 or newer is needed" in said(capsys, "gate", "all", "--device", "cpu")
+    assert "3.11 or newer is needed" in refusal(capsys, "gate", "all", "--device", "cpu")
 
 
 @pytest.mark.parametrize("package", ["torch", "triton", "pytest", "hypothesis"])
-def test_a_python_without_a_package(monkeypatch: pytest.MonkeyPatch, capsys, package: str) -> None:
+def test_a_python_without_a_package_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys, package: str
+) -> None:
     find = check.importlib.util.find_spec
     monkeypatch.setattr(
         check.importlib.util, "find_spec", lambda name: None if name == package else find(name)
     )
-    error = said(capsys, "gate", "all", "--device", "cpu")
+    error = refusal(capsys, "gate", "all", "--device", "cpu")
     assert f"has no {package}:" in error and "PYTHON" in error
 
 
@@ -112,19 +118,19 @@ def test_a_python_without_a_package(monkeypatch: pytest.MonkeyPatch, capsys, pac
         (["--speed"], "unrecognized arguments: --speed"),
     ],
 )
-def test_options_that_cannot_be_meant(capsys, words: list[str], message: str) -> None:
-    assert message in said(capsys, "gate", "all", "--device", "cpu", *words)
+def test_impossible_options_are_refused(capsys, words: list[str], message: str) -> None:
+    assert message in refusal(capsys, "gate", "all", "--device", "cpu", *words)
 
 
-def test_a_gate_is_named(capsys) -> None:
-    assert "invalid choice: 'parity'" in said(capsys, "gate", "parity")
+def test_all_is_the_only_gate(capsys) -> None:
+    assert "invalid choice: 'parity'" in refusal(capsys, "gate", "parity")
 
 
 def parts(*words: str) -> list[str]:
     return check.parts_of(check.gate_parser().parse_args(["all", *words]))
 
 
-def test_parts_and_those_of_an_earlier_result(tmp_path: Path) -> None:
+def test_parts_are_chosen_by_name_or_by_an_earlier_result(tmp_path: Path) -> None:
     assert parts() == ["smoke", "parity", "bench", "profile"]
     assert parts("--parts", "updates,smoke,smoke") == ["smoke", "updates"]
     states = {"smoke": "failed", "parity": "passed", "bench": "out of time"}
@@ -151,23 +157,23 @@ def checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_checkout_of_another_commit(
+def test_a_checkout_of_another_commit_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
 ) -> None:
     src = checkout(tmp_path, monkeypatch)
     assert plan(capsys, "tests", "--device", "cpu", "--src", str(src))[2] == str(src)
     (src / "specforge/core/loss.py").write_text("changed")
-    error = said(capsys, "tests", "--device", "cpu", "--src", str(src))
+    error = refusal(capsys, "tests", "--device", "cpu", "--src", str(src))
     assert "specforge/core/loss.py is not the file of pull request 600" in error
     (src / "specforge/core/loss.py").unlink()
-    assert "specforge/core/loss.py is not" in said(
+    assert "specforge/core/loss.py is not" in refusal(
         capsys, "gate", "all", "--device", "cpu", "--src", str(src)
     )
     monkeypatch.setenv("SPECFORGE_SRC", str(src))
-    assert "specforge/core/loss.py is not" in said(capsys, "gate", "all", "--device", "cpu")
+    assert "specforge/core/loss.py is not" in refusal(capsys, "gate", "all", "--device", "cpu")
 
 
-def test_what_is_read_from_sources_is_what_they_say() -> None:
+def test_parsed_constants_are_those_of_the_modules() -> None:
     assert check.commit_files() == COMMIT_FILES
     assert f"={COMMIT}\n" in (ROOT / "scripts/cuda_env.sh").read_text()
     lines = check.requirements([*check.ADDED, "specforge"])
@@ -183,7 +189,7 @@ def test_what_is_read_from_sources_is_what_they_say() -> None:
     )
 
 
-def test_a_wheel_that_is_missing_or_changed(tmp_path: Path) -> None:
+def test_a_wheel_that_is_missing_or_changed_is_refused(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"wheel").hexdigest()
     lines = [f"optree==0.20.0 --hash=sha256:{digest}", f"yunchang==0.6.4 --hash=sha256:{digest}"]
     (tmp_path / "optree-0.20.0-cp27-cp27-manylinux_2_28_x86_64.whl").write_bytes(b"wheel")
@@ -203,7 +209,7 @@ def test_a_wheel_that_is_missing_or_changed(tmp_path: Path) -> None:
     check.check_wheels(tmp_path, lines)
 
 
-def test_what_is_there_is_not_installed(
+def test_only_missing_packages_are_installed(
     monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
 ) -> None:
     src = str(checkout(tmp_path / "src", monkeypatch))
@@ -220,13 +226,13 @@ def test_what_is_there_is_not_installed(
     )
     (tmp_path / "site").mkdir()
     assert plan(capsys, *words) == ["site", "", src]
-    assert "no wheel of specforge 0.2.0 for Python 3." in said(
+    assert "no wheel of specforge 0.2.0 for Python 3." in refusal(
         capsys, "tests", "--device", "cpu", "--wheels", str(wheels(tmp_path, monkeypatch))
     )
 
 
 def wheels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder without wheels, on a machine where nothing is importable and no checkout is named."""
+    """An empty folder of wheels, on a machine without SpecForge."""
     monkeypatch.setattr(check, "importable", lambda package, site=None: package != "specforge")
     monkeypatch.delenv("SPECFORGE_SRC", raising=False)
     made = folder / "wheels"
@@ -237,11 +243,11 @@ def wheels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tests/gate/run.sh"], "usage: tests/gate/run.sh all"),
-        (["tests/gate/run.sh", "bench"], "usage: tests/gate/run.sh all"),
+        (["scripts/cuda_gate.sh"], "usage: scripts/cuda_gate.sh all"),
+        (["scripts/cuda_gate.sh", "bench"], "usage: scripts/cuda_gate.sh all"),
         (
-            ["tests/gate/run.sh", "all", "--parts", "speed"],
-            "tests/gate/run.sh: --parts speed: speed is no part",
+            ["scripts/cuda_gate.sh", "all", "--parts", "speed"],
+            "scripts/cuda_gate.sh: --parts speed: speed is no part",
         ),
         (["scripts/test.sh", "--device"], "scripts/test.sh: argument --device: invalid choice"),
         (

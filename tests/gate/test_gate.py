@@ -1,4 +1,4 @@
-"""The CUDA gate: parts that fail leave the others alone, what a certificate must hold, what does not pass."""
+"""The CUDA gate: its parts, tests and claims; what a certificate contains; what does not pass."""
 
 import argparse
 import json
@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from eagle3fn.specforge.oracle import COMMIT_FILES
 from eagle3fn.testing import gate_part
 from eagle3fn.testing.gate_part import Report
+from tests import devices
 from tests.gate import device_tests
 from tests.gate import parity as cuda_gate
 from tests.gate import process as gate_process
@@ -47,22 +48,24 @@ ROW = {
 }
 ORACLE = {"oracle": {"kind": "commit", "sha256": "0", "hashes": dict(COMMIT_FILES)}}
 
-# What a part may do: small programs that get the options of a part.
+# Small programs in place of a part; the last of their options is the result's file.
 OUT = "import json, os, signal, sys, time\nout = sys.argv[-1]\n"
+IGNORE = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 GOOD = "open(out, 'w').write(json.dumps({'faults': [], 'left_out': ['more'], 'number': 7}))\n"
-CHILD = "child = os.fork()\nif not child:\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    time.sleep(60)\n"
+CHILD = f"child = os.fork()\nif not child:\n    {IGNORE}    time.sleep(60)\n"
+FAULT = "{'faults': [{'where': 'a', 'traceback': 'b\\nE: c'}]}"
+LOUD = "for _ in range(3000): sys.stdout.write('x' * 100_000); sys.stderr.write('y' * 1000)"
 PROGRAMS = {
     "raises": GOOD + "raise ValueError('planted')",
     "dies": GOOD + "os.kill(os.getpid(), signal.SIGSEGV)",
     "hangs": GOOD + "time.sleep(60)",
-    "ignores": "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + GOOD + "time.sleep(60)",
+    "ignores": IGNORE + GOOD + "time.sleep(60)",
     "forks": CHILD + "open(out, 'w').write(json.dumps({'faults': [], 'child': child}))",
     "writes no JSON": "open(out, 'w').write('{')",
     "writes a list": "open(out, 'w').write('[]')",
     "writes nothing": "",
-    "is loud": GOOD
-    + "for _ in range(3000): sys.stdout.write('x' * 100_000); sys.stderr.write('y' * 1000)",
-    "has a fault": "open(out, 'w').write(json.dumps({'faults': [{'where': 'a', 'traceback': 'b\\nE: c'}]}))",
+    "is loud": GOOD + LOUD,
+    "has a fault": f"open(out, 'w').write(json.dumps({FAULT}))",
 }
 
 
@@ -73,13 +76,19 @@ def part(program: str, share: float = 1.0) -> Part:
 @pytest.fixture(autouse=True)
 def short_graces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "GRACE", 0.3)
-    monkeypatch.setattr(gate, "LAST_WORDS", 0.3)
+    monkeypatch.setattr(gate, "SECONDS_TO_EXIT", 0.3)
 
 
-def run_gate(
-    tmp_path: Path, seconds: float, parts: dict[str, Part]
-) -> tuple[int, dict[str, Any], float]:
-    """Exit code, result, and how long it took."""
+class GateRun(NamedTuple):
+    """What a call of the gate came to."""
+
+    code: int
+    result: dict[str, Any]
+    seconds: float
+
+
+def run_gate(tmp_path: Path, seconds: float, parts: dict[str, Part]) -> GateRun:
+    """Run the gate with these parts."""
     words = [
         "all",
         "--device=cpu",
@@ -89,11 +98,12 @@ def run_gate(
     ]
     begin = time.monotonic()
     code = gate.run_gate(gate_parser().parse_args(words), parts)
-    return code, json.loads((tmp_path / "gate.json").read_text()), time.monotonic() - begin
+    result = json.loads((tmp_path / "gate.json").read_text())
+    return GateRun(code, result, time.monotonic() - begin)
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and is not waited for does not."""
+    """Whether a process runs; a zombie does not."""
     path = Path(f"/proc/{pid}/stat")
     return path.exists() and path.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
@@ -104,39 +114,39 @@ def test_a_planted_fault_leaves_other_parts_intact(tmp_path: Path, capsys) -> No
     code, result, took = run_gate(tmp_path, 12, parts | {"good": part(GOOD, 3.0)})
     found = result["parts"]
     assert code == 1 and result["complete"] and took < 12
+
     good = found["good"]
     assert good["state"] == "passed" and good["exit_code"] == 0 and good["result"]["number"] == 7
     assert good.keys() >= {"seconds", "limit", "stderr"}
     assert {name: one["state"] for name, one in found.items() if name != "good"} == {
-        "raises": "failed", "dies": "died", "hangs": "out of time", "ignores": "out of time", "forks": "passed",
-        "writes no JSON": "failed", "writes a list": "failed", "writes nothing": "failed", "is loud": "passed",
+        "raises": "failed",
+        "dies": "died",
+        "hangs": "out of time",
+        "ignores": "out of time",
+        "forks": "passed",
+        "writes no JSON": "failed",
+        "writes a list": "failed",
+        "writes nothing": "failed",
+        "is loud": "passed",
         "has a fault": "failed",
-    }  # fmt: skip
-    assert (
-        "ValueError: planted" in found["raises"]["stderr"]
-        and found["raises"]["result"]["number"] == 7
-    )
-    assert found["dies"]["exit_code"] == found["dies"]["exit_code"] == -signal.SIGSEGV
-    assert (
-        found["ignores"]["exit_code"] == -signal.SIGKILL
-        and found["ignores"]["result"]["number"] == 7
-    )
+    }
+    assert "ValueError: planted" in found["raises"]["stderr"]
+    assert found["raises"]["result"]["number"] == 7
+    assert found["dies"]["exit_code"] == -signal.SIGSEGV
+    assert found["ignores"]["exit_code"] == -signal.SIGKILL
+    assert found["ignores"]["result"]["number"] == 7
     assert not alive(found["forks"]["result"]["child"])
-    assert (
-        "not JSON" in found["writes no JSON"]["reason"]
-        and "no result" in found["writes nothing"]["reason"]
-    )
+    assert "not JSON" in found["writes no JSON"]["reason"]
+    assert "no result" in found["writes nothing"]["reason"]
     assert len(found["is loud"]["stderr"]) == gate.KEPT_OUTPUT
+
     assert "good: more" in result["left_out"]
     assert "a: E: c" in capsys.readouterr().out
-    assert (
-        result["kind"].startswith("rehearsal")
-        and result["revision"] == "abc"
-        and not list(rows(tmp_path)[1:])
-    )
+    assert result["kind"].startswith("rehearsal") and result["revision"] == "abc"
+    assert rows(tmp_path) == [UNVERIFIED]
 
 
-def test_time_is_shared_and_what_it_does_not_allow_is_listed(tmp_path: Path) -> None:
+def test_time_is_shared_and_parts_without_time_are_listed(tmp_path: Path) -> None:
     parts = {"long": part(PROGRAMS["ignores"], 1.0), "late": part(GOOD, 0.01)}
     code, result, took = run_gate(tmp_path, 0.5, parts)
     assert code == 1 and took < 3
@@ -146,11 +156,12 @@ def test_time_is_shared_and_what_it_does_not_allow_is_listed(tmp_path: Path) -> 
     assert sum(gate.PARTS[name].share for name in ("smoke", "parity", "bench", "profile")) == 300
 
 
-def test_a_loud_part_fills_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it wrote is cut to its end while it writes on."""
+def test_a_growing_log_is_cut_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its writer goes on."""
     monkeypatch.setattr(gate, "LARGEST_LOG", 100_000)
     log = tmp_path / "log"
-    program = "import time\nfor _ in range(40): print('z' * 100_000, flush=True); time.sleep(0.03)\nprint('end')"
+    line = "print('z' * 100_000, flush=True); time.sleep(0.03)"
+    program = f"import time\nfor _ in range(40): {line}\nprint('end')"
     with log.open("ab") as stream:
         process = subprocess.Popen(
             [sys.executable, "-c", program], stdout=stream, start_new_session=True
@@ -162,8 +173,9 @@ def test_a_loud_part_fills_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_gate_that_is_stopped_kills_its_part_and_writes(tmp_path: Path, number: int) -> None:
-    """What the part had written by then is kept, and it is said that the gate did not come to its end."""
-    program = "open(out, 'w').write(json.dumps({'faults': [], 'left_out': [], 'pid': os.getpid()}))\ntime.sleep(60)"
+    """The part's result by then is kept, and the gate's is marked as incomplete."""
+    result = "{'faults': [], 'left_out': [], 'pid': os.getpid()}"
+    program = f"open(out, 'w').write(json.dumps({result}))\ntime.sleep(60)"
 
     def stop() -> None:
         time.sleep(1)
@@ -187,19 +199,20 @@ def test_every_part_passed_is_exit_code_0(tmp_path: Path) -> None:
     parts = "smoke,parity,bench,profile"
     assert (
         result["command"]
-        == f"tests/gate/run.sh all --parts {parts} --minutes 0.333333 --device cpu"
+        == f"scripts/cuda_gate.sh all --parts {parts} --minutes 0.333333 --device cpu"
     )
 
 
 def test_the_script_rehearses_on_the_cpu(tmp_path: Path) -> None:
-    """The real script and parts in very little time: what it does not allow is told, and there is an end."""
+    """The real script and parts in very little time: the rest is listed, and the gate ends."""
     out = tmp_path / "gate.json"
     words = ["--device", "cpu", "--parts", "smoke,profile", "--minutes", "0.2", "--out", str(out)]
     begin = time.monotonic()
+    variables = os.environ | {"PYTHON": sys.executable}
+    command = ["scripts/cuda_gate.sh", "all", *words]
     done = subprocess.run(
-        ["tests/gate/run.sh", "all", *words], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+    )
     assert done.returncode in (0, 1), done.stderr
     assert time.monotonic() - begin < 12 + 60
     result = json.loads(out.read_text())
@@ -210,10 +223,10 @@ def test_the_script_rehearses_on_the_cpu(tmp_path: Path) -> None:
     assert "profile" in result["parts"] or "profile" in result["left_out"]
 
 
-# What a part writes.
+# The result of a part.
 
 
-def test_a_part_keeps_faults_and_counts_the_rest(tmp_path: Path) -> None:
+def test_a_part_records_faults_and_counts_those_beyond_a_limit(tmp_path: Path) -> None:
     report = Report(tmp_path / "part.json", 10)
     for number in range(gate_part.KEPT_FAULTS + 2):
         with report.guarded(f"place {number}"):
@@ -236,7 +249,7 @@ def follow(program: str, tmp_path: Path, seconds: float) -> list[dict[str, Any]]
 def test_a_part_counts_its_time_from_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gate says when that was, so that a part's imports count."""
+    """By the gate's clock, so that a part's imports count."""
     monkeypatch.setenv(gate_part.BEGAN, str(time.monotonic() - 4))
     assert Report(tmp_path / "x.json", 10).left() == pytest.approx(6, abs=0.5)
     for other in ("soon", str(time.monotonic() + 9), str(time.monotonic() - 1e6), "nan"):
@@ -247,38 +260,46 @@ def test_a_part_counts_its_time_from_its_start(
 
 def test_lines_of_a_process_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_process, "GRACE", 0.1)
-    program = 'import sys\nopen(sys.argv[1], "w").write("{\\"a\\": 1}\\nno JSON\\n[]\\n{\\"b\\": 2}\\n{\\"cut")\n'
-    assert follow(program + "print('said'); sys.exit(3)", tmp_path, 20) == [
-        {"a": 1}, {"b": 2}, {"exit_code": 3, "log": "said\n"},
-    ]  # fmt: skip
+    text = '{"a": 1}\nno JSON\n[]\n{"b": 2}\n{"cut'
+    program = f"import sys\nopen(sys.argv[1], 'w').write({text!r})\n"
+    found = follow(program + "print('printed'); sys.exit(3)", tmp_path, 20)
+    assert found == [{"a": 1}, {"b": 2}, {"exit_code": 3, "log": "printed\n"}]
     assert follow(program + "import time; time.sleep(60)", tmp_path, 1)[-1]["exit_code"] is None
 
 
 # Tests on the device.
 
 
+def test_modules_that_run_first_exist() -> None:
+    modules = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(devices.FIRST) <= modules
+
+
 def run_tests(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The part's result when pytest says these lines, run after run."""
-    said = iter(runs)
-    asked: list[list[str]] = []
+    """The part's result when pytest's processes write these rows, one after the other.
+
+    `selected` are the tests that each was called with.
+    """
+    rows_of_process = iter(runs)
+    selected: list[list[str]] = []
 
     def lines(command: list[str], *_: object) -> Iterator[dict[str, Any]]:
-        asked.append(command[command.index("no:cacheprovider") + 1 :])
-        yield from next(said)
+        selected.append(command[command.index("no:cacheprovider") + 1 :])
+        yield from next(rows_of_process)
 
     monkeypatch.setattr(device_tests, "follow", lines)
     report = Report(tmp_path / "part.json", 10)
     device_tests.run_tests(report, "cpu", {}, 10)
-    return report.result | {"asked": asked}
+    return report.result | {"selected": selected}
 
 
 def outcome(test: str, what: str, text: str = "") -> dict[str, Any]:
     return {"test": test, "outcome": what, "seconds": 0.1, "text": text}
 
 
-def test_failures_and_skips_are_faults_and_the_rest_is_left_out(
+def test_failures_and_skips_are_faults_and_late_tests_are_left_out(
     monkeypatch, tmp_path: Path
 ) -> None:
     names = ["a", "b", "c", "d"]
@@ -297,7 +318,7 @@ def test_failures_and_skips_are_faults_and_the_rest_is_left_out(
 
 
 @pytest.mark.parametrize(
-    ("said", "what"),
+    ("rows", "what"),
     [
         ([{"exit_code": 5, "log": "none"}], "no test ran"),
         (
@@ -315,12 +336,12 @@ def test_failures_and_skips_are_faults_and_the_rest_is_left_out(
     ],
 )
 def test_no_test_or_a_broken_run_is_a_fault(
-    monkeypatch, tmp_path: Path, said: list, what: str
+    monkeypatch, tmp_path: Path, rows: list, what: str
 ) -> None:
-    assert what in run_tests(monkeypatch, tmp_path, said)["faults"][-1]["traceback"]
+    assert what in run_tests(monkeypatch, tmp_path, rows)["faults"][-1]["traceback"]
 
 
-def test_tests_go_on_in_another_process_when_the_card_is_lost(monkeypatch, tmp_path: Path) -> None:
+def test_tests_go_on_in_another_process_after_a_lost_context(monkeypatch, tmp_path: Path) -> None:
     lost = outcome(
         "b",
         "failed",
@@ -336,18 +357,17 @@ def test_tests_go_on_in_another_process_when_the_card_is_lost(monkeypatch, tmp_p
     found = run_tests(
         monkeypatch, tmp_path, first, [{"collected": ["c"]}, outcome("c", "passed"), end]
     )
-    assert found["asked"][1] == ["c"] and [fault["where"] for fault in found["faults"]] == [
-        "failed: b"
-    ]
+    assert found["selected"][1] == ["c"]
+    assert [fault["where"] for fault in found["faults"]] == ["failed: b"]
     assert found["tests"]["passed"] == 2 and found["tests"]["collected"] == 3
-    assert not device_tests.LOST.search("CUDA error: out of memory")
+    assert not device_tests.CONTEXT_LOST.search("CUDA error: out of memory")
 
 
 # Claims.
 
 
 def made(**change: Any) -> dict[str, Any]:
-    """A made-up result of the part: two equal cases of each claim of parity, one of them changed."""
+    """A made-up result of the part: two cases of each claim of parity, one of them changed."""
     options = argparse.Namespace(device="cuda", seed=0)
     result = cuda_gate.first_result(options)
     fold(result, "sdpa", ORACLE)
@@ -387,7 +407,7 @@ def test_the_rehearsal_of_a_claim_passes(tmp_path: Path, oracle) -> None:
         ({"nontrivial": False}, "1 of 2 cases are not trivial"),
     ],
 )
-def test_what_does_not_pass(change: dict[str, Any], message: str) -> None:
+def test_a_changed_case_fails_its_claim(change: dict[str, Any], message: str) -> None:
     assert failures(made(), PARITY) == []
     found = failures(made(**change), PARITY)
     assert len(found) == 3 and all(message in line for line in found)
@@ -408,12 +428,12 @@ def test_nothing_compared_is_a_failure() -> None:
     assert "sdpa: RuntimeError: no" in failures(result, PARITY)
 
 
-def test_an_undecidable_case_is_counted_apart() -> None:
+def test_an_undecidable_case_is_counted_and_fails_nothing() -> None:
     result = made(decided=False, own_kernel={"loss": 1})
     assert result["claims"]["sdpa"]["undecidable"] == 1 and failures(result, PARITY) == []
 
 
-def test_a_distance_that_is_none_is_an_error() -> None:
+def test_a_distance_that_is_not_finite_is_an_error() -> None:
     result = made()
     row = {"case": "x", "nontrivial": True, "ulps": {"loss": 3, "gradients": 5}}
     fold(result, "dynamo", row)
@@ -429,12 +449,13 @@ def options_of(tmp_path: Path, *words: str) -> argparse.Namespace:
 def run_claims(
     monkeypatch, tmp_path: Path, *runs: list[dict[str, Any]]
 ) -> tuple[Report, list[list[str]]]:
-    """The report after a claim's processes said these lines, and how they were called."""
-    said, called = iter(runs), []
+    """The report after a claim's processes wrote these rows, and the processes' commands."""
+    rows_of_process = iter(runs)
+    called: list[list[str]] = []
 
     def lines(command: list[str], *_: object) -> Iterator[dict[str, Any]]:
         called.append(command)
-        yield from next(said)
+        yield from next(rows_of_process)
 
     monkeypatch.setattr(cuda_gate, "follow", lines)
     report = Report(tmp_path / "x.json", 10, cuda_gate.first_result(options_of(tmp_path)))
@@ -442,7 +463,7 @@ def run_claims(
     return report, called
 
 
-def test_every_fault_of_a_claim_is_kept_and_cases_go_on(monkeypatch, tmp_path: Path) -> None:
+def test_every_fault_of_a_claim_is_recorded_and_cases_go_on(monkeypatch, tmp_path: Path) -> None:
     wrong = {"raised": "Case(seed=5)", "traceback": "Traceback …\nRuntimeError: planted"}
     end = {"exit_code": 0, "log": ""}
     report, called = run_claims(monkeypatch, tmp_path, [ORACLE, ROW, wrong, ROW, wrong, end])
@@ -452,7 +473,7 @@ def test_every_fault_of_a_claim_is_kept_and_cases_go_on(monkeypatch, tmp_path: P
     assert failures(report.result, ("sdpa",)) == ["sdpa: 2 cases ended with an exception"]
 
 
-def test_a_claim_goes_on_in_another_process_when_the_card_is_lost(
+def test_a_claim_goes_on_in_another_process_after_a_lost_context(
     monkeypatch, tmp_path: Path
 ) -> None:
     wrong, end = {"raised": "x", "traceback": "CUDA error"}, {"exit_code": 0, "log": ""}
@@ -481,23 +502,26 @@ def test_a_case_that_raises_does_not_end_its_claim(monkeypatch, tmp_path: Path) 
     cases = [
         cuda_claims.Named(str(i), raises if i == 2 else lambda i=i: {"case": i}) for i in range(9)
     ]
-    said: list[dict[str, Any]] = []
-    cuda_claims.run(iter(cases), options, time.monotonic() + 9, said.append)
-    assert [row.get("case", row.get("raised")) for row in said] == [1, "2", 3]
-    assert "RuntimeError: planted" in said[1]["traceback"]
+    written: list[dict[str, Any]] = []
+    cuda_claims.run(iter(cases), options, time.monotonic() + 9, written.append)
+    assert [row.get("case", row.get("raised")) for row in written] == [1, "2", 3]
+    assert "RuntimeError: planted" in written[1]["traceback"]
     monkeypatch.setattr(cuda_claims, "context_lost", lambda device: True)
-    said.clear()
-    cuda_claims.run(iter(cases), options, time.monotonic() + 9, said.append)
-    assert said[-1] == {"lost": 2}
+    written.clear()
+    cuda_claims.run(iter(cases), options, time.monotonic() + 9, written.append)
+    assert written[-1] == {"lost": 2}
     late = argparse.Namespace(first=0, stop=9, device="cpu")
-    cuda_claims.run(iter(cases), late, time.monotonic() - 1, said.append)
-    assert said[-1] == {"case": 0}
+    cuda_claims.run(iter(cases), late, time.monotonic() - 1, written.append)
+    assert written[-1] == {"case": 0}
 
 
 def test_jobs_share_the_time_or_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One after the other each has its share of what is left; at once each has all; a job that raises is alone."""
+    """One after the other each has its share of what is left; at once each has all of it.
+
+    A job that raises leaves the others alone.
+    """
     got: dict[str, float] = {}
 
     def fails(seconds: float) -> None:
@@ -592,7 +616,7 @@ def test_rows_pass_fail_and_go_stale(tmp_path: Path) -> None:
     assert rows(tmp_path) == [UNVERIFIED]
 
 
-def test_rows_of_a_stand_in_and_of_a_part_without_result(tmp_path: Path) -> None:
+def test_rows_of_the_wheel_and_of_a_part_without_result(tmp_path: Path) -> None:
     file = tmp_path / "2026-12-01-cuda-gate.json"
     parts = json.loads(written(file).read_text())["parts"]
     parts["parity"]["result"]["oracle"]["kind"] = "wheel"
@@ -606,7 +630,7 @@ def test_rows_of_a_stand_in_and_of_a_part_without_result(tmp_path: Path) -> None
     )
 
 
-def test_a_row_that_names_tests_says_whether_a_card_has_seen_them(tmp_path: Path) -> None:
+def test_a_row_that_names_tests_reports_their_newest_run_on_a_card(tmp_path: Path) -> None:
     good, bad = {"tests/test_a.py"}, {"tests/test_a.py", "tests/test_b.py"}
     assert seen(good, tmp_path) == NOT_SEEN
     file = written(tmp_path / "2026-12-01-cuda-gate.json")

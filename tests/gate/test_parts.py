@@ -1,4 +1,4 @@
-"""Parts of the CUDA gate: what a profile's judge sees, what a small card is given, what survives a lost card."""
+"""Parts of the CUDA gate: waits in a profile, the shapes of a small card, results after a fault."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ STEP_EVENT = Event(STEP, "user_annotation", 100, 200, "1 1")
 GIB = 1 << 30
 
 
-def test_the_union_of_intervals() -> None:
+def test_covered_is_the_length_of_the_union() -> None:
     assert covered([]) == 0
     assert covered([(0, 2), (1, 3), (5, 6), (5, 5.5), (2.5, 2.75)]) == 4
 
@@ -192,7 +192,10 @@ def runner(folder: Path) -> Path:
 
 PARTIAL = "open(partial, 'w').write(json.dumps({'seconds': {'fast': 1}, 'old_tool': None}))\n"
 WHOLE = "open(out, 'w').write(json.dumps({'seconds': {'fast': 1, 'old': 3}, 'old_tool': {}}))\n"
-MISSING = "open(out, 'w').write(json.dumps({'seconds': {'fast': 1}, 'old_tool': None, 'old_tool_missing': 'gone'}))\n"
+MISSING = (
+    "found = {'seconds': {'fast': 1}, 'old_tool': None, 'old_tool_missing': 'gone'}\n"
+    "open(out, 'w').write(json.dumps(found))\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -217,10 +220,10 @@ def test_numbers_written_before_a_fault_are_kept(
     assert len(report.result["parts"]["step"].get("seconds", {})) == sides
 
 
-def test_smoke_goes_on_without_the_check_that_lost_the_card(
+def test_smoke_goes_on_after_a_check_that_left_no_usable_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the bound, an exception, and one that ends the process's use of the card."""
+    """Faults are a result beyond its bound, NaN and an exception; each leaves the others alone."""
 
     def raises() -> dict[str, float]:
         raise RuntimeError("planted")
@@ -255,6 +258,11 @@ def test_smoke_names_every_kernel_numerics_and_dtype() -> None:
     names = [one.name for one in gate_smoke.checks("cpu")]
     assert len(names) == len(set(names)) and names[0].startswith("tiny")
     for size in ("tiny", "real"):
-        for what in ("score kernel", "legacy_kl kernel", "flash attention", "extract", "decode"):
+        for what in ("score kernel", "KL kernel", "flash attention", "extract", "decode"):
             assert any(name.startswith(f"{size} {what}") for name in names)
-        assert sum(name.startswith(f"{size} ") and "step" in name for name in names) == 2 * 3 * 4
+        steps = [name for name in names if name.startswith(f"{size} ") and " step" in name]
+        assert len(steps) == 3 * (2 * 4 + 1)  # each dtype: two numerics in four ways, SpecForge
+    for name in ("fast", "plain", "SpecForge"):
+        assert f"tiny {name} refuses autocast" in names
+        assert f"tiny {name} under another default dtype" in names
+    assert {"tiny start from the target", "tiny resume", "tiny resume mesh"} <= set(names)

@@ -1,6 +1,7 @@
 """RoPE tables of every variant against transformers' own frequencies, an independent source."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,28 +34,36 @@ VARIANTS = {
     "yarn, GPT-OSS": {**YARN, "factor": 32.0, "truncate": False},
 }
 LENGTH = 256
+CPU = torch.device("cpu")
 
 
-def configs(name: str, theta: float, size: int):
+def configs(name: str, theta: float, size: int) -> tuple[Any, DraftConfig]:
     """The variant in transformers' configuration, and the draft derived from that."""
     from transformers import LlamaConfig
 
     target = LlamaConfig(
-        hidden_size=2 * size, num_attention_heads=2, head_dim=size, intermediate_size=8, vocab_size=32,
-        max_position_embeddings=LENGTH, rope_parameters={"rope_theta": theta, **VARIANTS[name]},
-    )  # fmt: skip
+        hidden_size=2 * size,
+        num_attention_heads=2,
+        head_dim=size,
+        intermediate_size=8,
+        vocab_size=32,
+        max_position_embeddings=LENGTH,
+        rope_parameters={"rope_theta": theta, **VARIANTS[name]},
+    )
     return target, draft_config_from_target(target.to_dict(), name)
 
 
-def expected(target, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(target: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables from transformers' frequencies and factor, in its order of operations."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     kind = target.rope_parameters["rope_type"]
-    inverse, scale = LlamaRotaryEmbedding(target).inv_freq, 1.0
-    if kind != "default":
-        inverse, scale = ROPE_INIT_FUNCTIONS[kind](target, torch.device("cpu"), seq_len=length)
+    if kind == "default":
+        inverse = LlamaRotaryEmbedding(target).inv_freq
+        scale = 1.0
+    else:
+        inverse, scale = ROPE_INIT_FUNCTIONS[kind](target, CPU, seq_len=length)
     angles = torch.arange(length).float()[:, None] * inverse.float()
     angles = torch.cat([angles, angles], -1)
     return angles.cos() * scale, angles.sin() * scale
@@ -64,34 +73,35 @@ def expected(target, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tables_are_those_of_transformers(name: str, theta: float, size: int) -> None:
-    """Equal in fp32; yarn to rounding, as a quotient is formed in another order: one unit of an angle of 256."""
+    """Equal in fp32; yarn to one unit of an angle of 256, as it divides in another order."""
     target, draft = configs(name, theta, size)
     assert draft.rope_theta == theta
     assert draft.rope_type == VARIANTS[name]["rope_type"]
-    ours = rope_table(draft, LENGTH, torch.float32, torch.device("cpu"))
+
+    ours = rope_table(draft, LENGTH, torch.float32, CPU)
     bound = 2 * LENGTH * torch.finfo(torch.float32).eps if "yarn" in name else 0.0
-    for left, right in zip(ours, expected(target, LENGTH), strict=True):
-        torch.testing.assert_close(left, right, rtol=0, atol=bound)
-    plain = rope_table(
-        replace(draft, rope_scaling=None), LENGTH, torch.float32, torch.device("cpu")
-    )
-    assert name in ("default", "dynamic") or float((ours[0] - plain[0]).abs().max()) > 0.1
+    for found, wanted in zip(ours, expected(target, LENGTH), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
+
+    # The variant differs from plain RoPE at this length.
+    if name not in ("default", "dynamic"):
+        plain = rope_table(replace(draft, rope_scaling=None), LENGTH, torch.float32, CPU)
+        assert float((ours[0] - plain[0]).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("size", [8, 128])
-def test_the_dynamic_variant_stretches_with_the_sequence(size: int) -> None:
-    """The unroll's positions behind the end don't count as its length."""
+def test_dynamic_stretches_with_the_sequence_without_the_unroll(size: int) -> None:
+    """The unroll's positions after the end don't count as its length."""
     target, draft = configs("dynamic", 10_000.0, size)
     for length in (200, 300, 1000):
-        ours = rope_table(draft, length + 7, torch.float32, torch.device("cpu"), beyond=7)
-        for left, right in zip(ours, expected(target, length), strict=True):
-            torch.testing.assert_close(left[:length], right, rtol=0, atol=0.0)
+        ours = rope_table(draft, length + 7, torch.float32, CPU, beyond=7)
+        for found, wanted in zip(ours, expected(target, length), strict=True):
+            torch.testing.assert_close(found[:length], wanted, rtol=0, atol=0.0)
 
 
-def test_tables_are_cast_behind_the_computation() -> None:
-    draft: DraftConfig = configs("llama3", 500_000.0, 64)[1]
-    exact = rope_table(draft, LENGTH, torch.float32, torch.device("cpu"))
-    cast = rope_table(draft, LENGTH, torch.bfloat16, torch.device("cpu"))
-    assert all(
-        torch.equal(wide.bfloat16(), narrow) for wide, narrow in zip(exact, cast, strict=True)
-    )
+def test_tables_are_computed_in_fp32_then_cast() -> None:
+    _, draft = configs("llama3", 500_000.0, 64)
+    exact = rope_table(draft, LENGTH, torch.float32, CPU)
+    cast = rope_table(draft, LENGTH, torch.bfloat16, CPU)
+    for wide, narrow in zip(exact, cast, strict=True):
+        assert torch.equal(wide.bfloat16(), narrow)

@@ -218,7 +218,7 @@ def _parity_rows(result: dict[str, Any], link: str, where: str) -> list[str]:
     return lines
 
 
-def _row(title: str, found: str, where: str, command: str = "tests/gate/run.sh all") -> str:
+def _row(title: str, found: str, where: str, command: str = "scripts/cuda_gate.sh all") -> str:
     return f"| CUDA, {title} | `{command}` | {where} | {found} |"
 
 

@@ -16,11 +16,12 @@ from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model.forward import Operations, forward_plain
 from eagle3fn.model.losses import KL
 from eagle3fn.specforge.arithmetic import operations_on
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.specforge.oracle import Oracle, run_oracle
 from eagle3fn.testing.builders import Case, tiny_params
 from eagle3fn.testing.results import ForwardLoss, Result, differences, nontrivial, run_forward, ulps
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests.specforge.oracle_script import run_script, run_step
 from tests.specforge.private_tape import specforge_kl, with_flex
 
@@ -40,7 +41,7 @@ Side = Callable[[], Result]
 
 def case_at(index: int, seed: int, device: str) -> Case:
     """A case with something to compare. On CUDA every fourth is as wide as the larger blocks."""
-    case = for_oracle(drawn(1, seed * 100_000 + index)[0])
+    case = for_specforge(drawn(1, seed * 100_000 + index)[0])
     case = replace(case, tokens="inside", lengths=tuple(max(n, 5) for n in case.lengths))
     if case.mask in ("one", "empty"):
         case = replace(case, mask="drawn")

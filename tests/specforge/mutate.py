@@ -29,8 +29,9 @@ import eagle3fn as e3
 from eagle3fn import specforge
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.files import write_json
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests.specforge.mutations import Mutation, find_mutations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ FILES = (
 )
 TESTS = (
     "tests/model/test_reference_parity.py",
-    "tests/testing/test_testing.py::test_our_objective_is_equivalent_to_the_old_tool",
+    "tests/specforge/test_parity_command.py::test_our_objective_is_equivalent_to_specforge",
     "tests/specforge/test_oracle_training.py",
 )
 OPTIMIZER = OptimizerConfig(accumulation="params", learning_rate=1e-2, warmup_ratio=0.3)
@@ -152,7 +153,7 @@ def executed() -> dict[str, set[int]]:
 
     sys.settrace(trace)
     for drawn_case in drawn(40, 0):
-        case = for_oracle(drawn_case)
+        case = for_specforge(drawn_case)
         config = case.config(OPTIMIZER, 4)
         functions = e3.bind(config, tiny_frozen(case), recipe=specforge.RECIPE)
         state = functions.init_state(tiny_params(case))

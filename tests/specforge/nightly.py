@@ -25,9 +25,10 @@ import eagle3fn
 from eagle3fn.base.files import write_json
 from eagle3fn.base.progress import bar
 from eagle3fn.specforge import parity
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError, load_oracle
 from eagle3fn.testing.builders import Case
-from eagle3fn.testing.strategies import for_oracle, nth
+from eagle3fn.testing.strategies import nth
 
 TIMED = 25  # cases
 FOLDERS = ("base", "model", "specforge", "testing")
@@ -128,7 +129,7 @@ def finished(path: Path) -> dict[str, Any] | None:
 
 def cases_of(seed: int, numbers: range) -> list[Case]:
     """The drawn cases of these numbers."""
-    return [for_oracle(nth(index, seed)) for index in numbers]
+    return [for_specforge(nth(index, seed)) for index in numbers]
 
 
 def estimate(oracle: Oracle, options: argparse.Namespace, left: list[int]) -> None:

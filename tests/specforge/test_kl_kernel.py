@@ -16,11 +16,12 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.model.losses import KL, kl_loss
 from eagle3fn.specforge import kl_kernel
 from eagle3fn.specforge.arithmetic import kl_on, operations_on
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.kl_kernel import LARGEST, launch_shape, mean_kl
 from eagle3fn.specforge.oracle import ENVIRONMENT, Oracle, run_oracle
 from eagle3fn.testing.builders import Case
 from eagle3fn.testing.results import differences, nontrivial, run_forward
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests import devices
 from tests.small import LossInput
 from tests.specforge.cuda_cases import (
@@ -77,7 +78,7 @@ def test_the_kernel_alone_equals_specforges(
 
 def small_cases() -> list[Case]:
     """At most 16 places each: interpreted kernels are slow."""
-    cases = [for_oracle(case) for case in drawn(60, 11)]
+    cases = [for_specforge(case) for case in drawn(60, 11)]
     small = [case for case in cases if len(case.lengths) * max(case.lengths) <= 16]
     return small[:24]
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests.specforge import mutate, nightly
 from tests.specforge.mutations import Mutation, find_mutations
 
@@ -87,7 +88,7 @@ def test_finished_shards_are_not_repeated(
 
 
 def test_shards_have_the_cases_of_parity() -> None:
-    listed = [for_oracle(case) for case in drawn(7, 5)]
+    listed = [for_specforge(case) for case in drawn(7, 5)]
     assert nightly.cases_of(5, range(2, 4)) + nightly.cases_of(5, range(4, 7)) == listed[2:]
 
 

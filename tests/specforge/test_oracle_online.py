@@ -19,10 +19,11 @@ from eagle3fn.base.types import Batch, Frozen
 from eagle3fn.data.collate import collate
 from eagle3fn.data.extract import Encoded
 from eagle3fn.data.online import roll_out
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError
 from eagle3fn.testing.builders import Case, generator, tiny_params
 from eagle3fn.testing.results import Result, differences, named, nontrivial
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from tests.small import GATE
 from tests.specforge.oracle_online import (
     ADAPTER,
@@ -77,7 +78,7 @@ def rows_of(case: Case, last: int) -> list[Encoded]:
 
 def online_case(case: Case) -> Case:
     """A case that SpecForge's online side can run: logits as teacher, no positions of its own."""
-    return for_oracle(replace(case, teacher="full", own_positions=False))
+    return for_specforge(replace(case, teacher="full", own_positions=False))
 
 
 def our_batch(case: Case, model: Any, rows: list[Encoded]) -> Batch:

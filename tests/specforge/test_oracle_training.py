@@ -18,9 +18,10 @@ import eagle3fn as e3
 from eagle3fn import specforge
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.types import TrainState
+from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
-from eagle3fn.testing.strategies import drawn, for_oracle
+from eagle3fn.testing.strategies import drawn
 from eagle3fn.train.optimizer import cosine_schedule
 from eagle3fn.train.recipe import Recipe
 from tests.small import GATE
@@ -103,7 +104,7 @@ def test_drawn_training_equals_specforges_script(
 ) -> None:
     """Fifteen drawn cases each at most; losses by acceptance with one micro-batch alone."""
     for index, drawn_case in enumerate(drawn(min(15, settings().max_examples), micro)):
-        case = for_oracle(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
+        case = for_specforge(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
         optimizer = OptimizerConfig(
             learning_rate=(3e-3, 1e-2)[index % 2],
             warmup_ratio=(0.0, 0.3, 0.015)[index % 3],

@@ -1,4 +1,7 @@
-"""`eagle3fn parity`: what it prints, what it finds, where a difference begins, and what it says without an old tool."""
+"""`eagle3fn parity`: what it prints, what it finds, and where a difference begins.
+
+Also SpecForge as a side of `assert_equivalent`, and the messages without SpecForge.
+"""
 
 import json
 import os
@@ -9,13 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
 
-from eagle3fn.base.types import Aux
+import eagle3fn as e3
+from eagle3fn.base.dtypes import wide
 from eagle3fn.cli import main
-from eagle3fn.model import attention, forward, layers, losses, table
+from eagle3fn.model import layers, table
+from eagle3fn.model.attention import unrolled_attention
+from eagle3fn.model.forward import ForwardLoss, Operations, forward_plain
+from eagle3fn.model.losses import kl_loss
 from eagle3fn.specforge import bisect
-from eagle3fn.specforge.oracle import ENVIRONMENT, Oracle
-from eagle3fn.testing.builders import Case
+from eagle3fn.specforge import oracle as oracle_file
+from eagle3fn.specforge.arithmetic import forward_loss
+from eagle3fn.specforge.cases import for_specforge, specforge_cases
+from eagle3fn.specforge.oracle import ENVIRONMENT, Oracle, OracleMissingError, side
+from eagle3fn.testing import Case, assert_equivalent
+from eagle3fn.testing.strategies import drawn
 
 CASE = Case(steps=3, dtype="bfloat16", loss="lk_lambda", lengths=(8, 6))
 
@@ -37,10 +49,13 @@ def test_the_last_line_is_the_summary(oracle: Oracle, capsys):
     }
     assert found["cases"] == found["equal"] == 25 and found["nontrivial"] >= 20
     assert found["first_difference"] is None
-    told = {line.split(":")[0]: line for line in out.splitlines()}
+
+    lines = {line.split(":")[0]: line for line in out.splitlines()}
     for name in ("dtype", "loss", "K"):
-        assert sum(int(part.split()[-1]) for part in told[name].split(":")[1].split(",")) == 25
-    assert "level 2" in told and all(digest[:16] in out for digest in oracle.hashes.values())
+        numbers = [int(part.split()[-1]) for part in lines[name].split(":")[1].split(",")]
+        assert sum(numbers) == 25
+    assert "level 2" in lines
+    assert all(digest[:16] in out for digest in oracle.hashes.values())
 
 
 def test_without_json_the_last_line_is_text(oracle: Oracle, capsys):
@@ -49,10 +64,8 @@ def test_without_json_the_last_line_is_text(oracle: Oracle, capsys):
 
 
 def wrong_norm(x, weight, eps):
-    wide = x.to(layers.at_least_fp32(x.dtype))
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) * 1.01 + eps)).to(
-        x.dtype
-    )
+    scale = torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) * 1.01 + eps)
+    return weight * (wide(x) * scale).to(x.dtype)
 
 
 def test_a_difference_is_counted_named_and_repeated(oracle: Oracle, capsys, monkeypatch):
@@ -71,10 +84,22 @@ def test_a_difference_is_counted_named_and_repeated(oracle: Oracle, capsys, monk
     assert last_line(capsys.readouterr().out)["first_difference"].keys() == {"case", "leaf", "ulps"}
 
 
-def place(oracle: Oracle, case: Case = CASE) -> tuple[int, str, str]:
-    found = bisect.first_difference(case, bisect.ours(), bisect.theirs(oracle))
+def plain_with(operations: Operations) -> ForwardLoss:
+    """The plain unroll with other operations."""
+
+    def function(params, batch, *, config, frozen):
+        return forward_plain(params, batch, config=config, frozen=frozen, operations=operations)
+
+    return function
+
+
+def place(
+    oracle: Oracle, function: ForwardLoss = e3.forward_loss, case: Case = CASE
+) -> tuple[int, str, str]:
+    """Unroll step, operation and leaf at which a function first differs from SpecForge."""
+    found = bisect.first_difference(case, bisect.ours(function), bisect.theirs(oracle))
     assert found is not None and found.ulps > 0
-    return found[:3]
+    return found.step, found.operation, found.leaf
 
 
 def test_equal_runs_have_no_first_difference(oracle: Oracle):
@@ -86,69 +111,105 @@ def test_a_fault_at_the_first_weight_is_found_there(oracle: Oracle, monkeypatch,
     """With a tied head too, whose product with the target's states is no step of the draft."""
     monkeypatch.setattr(layers, "rms_norm", wrong_norm)
     expected = (0, "scaling by the root mean square", table.INPUT_NORM)
-    assert place(oracle, replace(CASE, tied=tied)) == expected
+    assert place(oracle, case=replace(CASE, tied=tied)) == expected
 
 
-def test_a_fault_in_attention_is_found_at_its_step(oracle: Oracle, monkeypatch):
-    def late(q, keys, values, mask):
-        out = attention.unrolled_attention(q, keys, values, mask)
+def test_a_fault_in_attention_is_found_at_its_step(oracle: Oracle):
+    def late(query, keys, values, mask):
+        out = unrolled_attention(query, keys, values, mask)
         return out * 1.01 if len(keys) == 2 else out
 
-    monkeypatch.setattr(forward, "unrolled_attention", late)
-    step, operation, leaf = place(oracle)
-    assert (step, leaf) == (1, table.O) and operation.startswith("attention")
+    step, operation, leaf = place(oracle, plain_with(Operations(attention=late)))
+    assert (step, leaf) == (1, table.O)
+    assert operation == "attention: rotated queries and keys, scores, softmax, values"
 
 
-def test_a_fault_in_the_loss_is_found_at_its_step(oracle: Oracle, monkeypatch):
-    plain = losses.kl_loss
+def test_a_fault_in_the_loss_is_found_at_its_step(oracle: Oracle):
+    def biased(logits, p_draft, mask, count):
+        return kl_loss(logits, p_draft, mask, count) * 1.001
 
-    def biased(logits, p, mask, n):
-        return plain(logits, p, mask, n) * 1.001
-
-    monkeypatch.setattr(losses, "kl_loss", biased)
-    assert place(oracle) == (0, "loss and metrics", "losses")
+    function = plain_with(Operations(kl=biased))
+    assert place(oracle, function) == (0, "loss and metrics", "losses")
 
 
-def test_a_fault_in_a_gradient_alone_is_found_at_its_step(oracle: Oracle, monkeypatch):
-    """Same values forward, another gradient, from the second step on."""
-    plain = layers.logits
-    calls = []
+def test_a_fault_in_a_gradient_alone_is_found_at_its_step(oracle: Oracle):
+    """Same values forward, another gradient, in the second step alone."""
+    calls = 0
 
-    def bent(params, config, hidden):
-        calls.append(hidden)
-        out = plain(params, config, hidden)
-        return out + (out - out.detach()) * 0.5 if len(calls) % CASE.steps == 2 else out
+    def bent(logits, p_draft, mask, count):
+        nonlocal calls
+        calls += 1
+        bend = 1.5 if calls == 2 else 1.0
+        return kl_loss(logits.detach() + (logits - logits.detach()) * bend, p_draft, mask, count)
 
-    monkeypatch.setattr(layers, "logits", bent)
+    def function(params, batch, *, config, frozen):
+        nonlocal calls
+        calls = 0
+        run = plain_with(Operations(kl=bent))
+        return run(params, batch, config=config, frozen=frozen)
 
-    def run(case: Case):
-        calls.clear()
-        return bisect.ours()[0](case)
-
-    found = bisect.first_difference(CASE, (run, bisect.ours()[1]), bisect.theirs(oracle))
-    assert found is not None and found[:3] == (1, "backward", table.HEAD) and found.ulps > 0
+    case = replace(CASE, loss="kl", dtype="float32")
+    assert place(oracle, function, case) == (1, "backward", table.HEAD)
 
 
-def test_a_metric_is_compared(oracle: Oracle, monkeypatch):
-    plain = forward._aux
-    monkeypatch.setattr(
-        forward,
-        "_aux",
-        lambda steps: Aux(*(x + 1 if i == 1 else x for i, x in enumerate(plain(steps)))),
-    )
-    assert place(oracle) == (0, "loss and metrics", "correct")
+def test_a_metric_is_compared(oracle: Oracle):
+    def miscounted(params, batch, *, config, frozen):
+        loss, aux = e3.forward_loss(params, batch, config=config, frozen=frozen)
+        return loss, aux._replace(correct=aux.correct + 1)
+
+    assert place(oracle, miscounted) == (0, "loss and metrics", "correct")
+
+
+@pytest.mark.parametrize("function", [e3.forward_loss, forward_loss], ids=["plain", "arithmetic"])
+def test_our_objective_is_equivalent_to_specforge(oracle: Oracle, function: ForwardLoss):
+    assert_equivalent(function, against=side(), cases=30, seed=1)
+
+
+def test_a_difference_from_specforge_is_repeated_by_its_snippet(oracle: Oracle):
+    def doubled(params, batch, *, config, frozen):
+        loss, aux = e3.forward_loss(params, batch, config=config, frozen=frozen)
+        return loss * 2, aux
+
+    with pytest.raises(AssertionError, match="loss: ") as failure:
+        assert_equivalent(doubled, against=side(), cases=20, dtype="bfloat16")
+    code = str(failure.value).split("to repeat it:\n")[1]
+    assert code.endswith("against=side())")
+    assert code.index("os.environ") < code.index("import side")
+    with pytest.raises(AssertionError, match="loss: "):
+        exec(compile(code, "snippet", "exec"), {"doubled": doubled})
+
+
+def test_the_side_without_specforge_names_what_to_install(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("SPECFORGE_SRC", str(tmp_path))
+    oracle_file._load.cache_clear()
+    try:
+        with pytest.raises(OracleMissingError, match="SPECFORGE_SRC"):
+            side()
+    finally:
+        oracle_file._load.cache_clear()
+
+
+@given(specforge_cases())
+def test_specforge_cases_are_those_that_it_can_run(case: Case):
+    assert case.target_hidden == case.hidden
+    assert case.normalization == "rows"
+    assert for_specforge(case) == case
+
+
+def test_adapted_cases_keep_all_other_fields():
+    for case in drawn(20, 0):
+        changed = for_specforge(case)
+        assert changed == replace(case, target_hidden=case.hidden, normalization="rows")
 
 
 def in_process(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, without the oracle's environment."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in (*ENVIRONMENT, "SPECFORGE_SRC")
-    }
+    settings = dict(os.environ)
+    for name in (*ENVIRONMENT, "SPECFORGE_SRC"):
+        settings.pop(name, None)
     command = [sys.executable, "-m", "eagle3fn.cli", "parity", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=kept | environment
+        command, capture_output=True, text=True, check=False, env=settings | environment
     )
 
 
@@ -159,7 +220,7 @@ def test_the_environment_is_set_before_torch(oracle: Oracle):
     assert last_line(done.stdout)["equal"] == 2
 
 
-def test_an_old_tool_that_cannot_be_loaded_is_none(tmp_path: Path):
+def test_specforge_that_cannot_be_loaded_is_none(tmp_path: Path):
     """With other versions of its dependencies it fails in other ways than by an import."""
     (tmp_path / "specforge").mkdir()
     (tmp_path / "specforge" / "optimizer.py").touch()
@@ -170,7 +231,7 @@ def test_an_old_tool_that_cannot_be_loaded_is_none(tmp_path: Path):
     assert done.returncode == 3 and "AttributeError: not in this version" in done.stderr
 
 
-def test_without_an_old_tool_it_says_what_to_install(tmp_path: Path):
+def test_without_specforge_the_message_names_what_to_install(tmp_path: Path):
     done = in_process(["--cases", "2"], SPECFORGE_SRC=str(tmp_path))
     assert done.returncode == 3
     for text in ("SPECFORGE_SRC", "specforge==0.2.0", "yunchang==0.6.4", "triton==3.8.0"):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eagle3fn import specforge
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.model.table import EMBED
+from eagle3fn.specforge.cases import specforge_cases
 from eagle3fn.specforge.oracle import (
     Oracle,
     eager_loss,
@@ -27,7 +28,6 @@ from eagle3fn.specforge.oracle import (
 )
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import Result, differences, nontrivial, run_forward
-from eagle3fn.testing.strategies import oracle_cases
 from tests.reference import Trainer, weighted_sum
 from tests.reference.adapter import reference_draft
 from tests.small import GATE
@@ -78,7 +78,7 @@ def test_drawn_cases_equal_specforge(
 ) -> None:
     """SpecForge has neither a target of another width nor a division by trained rows."""
 
-    @given(oracle_cases(dtype=dtype))
+    @given(specforge_cases(dtype=dtype))
     def check(case: Case) -> None:
         tally.add(case, nontrivial(hold(oracle, case, device)))
 

@@ -61,7 +61,6 @@ def run(
     line = [*map(str, arguments), "--out", str(root / out), *settings, *more]
 
     def work(rank: int) -> int:
-        sys.argv = ["eagle3fn", *line]
         if before:
             before(rank)
         return cli.main(line)

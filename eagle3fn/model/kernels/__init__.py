@@ -1,1 +1,1 @@
-"""Kernels for a GPU, each behind the signature of its plain expression."""
+"""Kernels for a GPU, each with the signature of its plain expression."""

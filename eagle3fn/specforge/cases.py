@@ -1,0 +1,23 @@
+"""Drawn cases as SpecForge can run them."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from eagle3fn.testing.builders import Case
+from eagle3fn.testing.strategies import cases
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+
+def for_specforge(case: Case) -> Case:
+    """The nearest case that SpecForge can run.
+
+    Its drafts are as wide as their target, and its loss is divided by the number of all rows.
+    """
+    return replace(case, target_hidden=case.hidden, normalization="rows")
+
+
+def specforge_cases(**pins: Any) -> "SearchStrategy[Case]":
+    """A Hypothesis strategy of cases that SpecForge can run; `pins` as for `testing.cases`."""
+    return cases(**pins).map(for_specforge)

@@ -1,0 +1,138 @@
+"""A run's report: table, numbers, the plot's titles; damaged files are named."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+
+import eagle3fn
+from eagle3fn.base.errors import UserError
+from eagle3fn.use.report import write_report
+
+STEP = {"step": 1, "loss": 2.0, "tokens": 30, "seconds": 0.5}
+FILES: dict[str, Any] = {
+    "evaluation.json": {
+        "draft_length": 5,
+        "accepted_length": 1.5,
+        "acceptance_by_position": [0.5, 0.25],
+    },
+    "features/index.json": {"totals": {"supervised": 40}},
+    "train/metrics.jsonl": [STEP],
+    "train/eval.jsonl": [{"step": 1, "accepted_length": 1.25}],
+}
+
+
+def write_run(folder: Path, files: dict[str, Any] | None = None) -> None:
+    """A finished run; `files` are added or take the place of those above."""
+    for name, value in {**FILES, **(files or {})}.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(value)
+        if path.suffix == ".jsonl":
+            text = "".join(json.dumps(row) + "\n" for row in value)
+        path.write_text(text)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_report_needs_no_stages_and_names_the_draft_length(tmp_path):
+    write_run(tmp_path)
+    table = write_report(tmp_path)
+    report = read_report(tmp_path)
+    assert not {"wall_s", "stage_seconds"} & report.keys()
+    assert "wall seconds" not in table
+    assert "accepted length (draft length 5)      1.500\n" in table
+    assert table.endswith(f"\n\n{tmp_path}/report.json, {tmp_path}/curves.png")
+    assert (report["train_tokens_per_s"], report["held_out_accepted_length"]) == (60.0, 1.25)
+
+
+def test_wall_time_is_the_sum_of_the_stages(tmp_path):
+    write_run(tmp_path, {"stages.json": {"train": 1.5, "evaluate": 2.0}})
+    assert "wall seconds, all stages              4\n" in write_report(tmp_path)
+    report = read_report(tmp_path)
+    assert (report["wall_s"], report["stage_seconds"]) == (3.5, {"train": 1.5, "evaluate": 2.0})
+
+
+@pytest.mark.parametrize("extra", [{}, {"loss": 3.5}], ids=["without loss", "with loss"])
+def test_held_out_length_is_the_best_after_training(tmp_path, extra):
+    """Rows with and without a loss are read; the untrained draft's row does not count."""
+    rows = [{"step": step, "accepted_length": length} for step, length in ((0, 2.0), (1, 1.5))]
+    rows = [{**row, **extra} for row in rows]
+    write_run(tmp_path, {"train/eval.jsonl": [*rows, {"step": 2}]})
+    write_report(tmp_path)
+    assert read_report(tmp_path)["held_out_accepted_length"] == 1.5
+
+
+def test_a_skipped_update_has_no_loss_to_draw(tmp_path):
+    skipped = {**STEP, "step": 2, "loss": None}
+    write_run(tmp_path, {"train/metrics.jsonl": [STEP, skipped, {**STEP, "step": 3}]})
+    write_report(tmp_path)
+    assert read_report(tmp_path)["steps"] == 3
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "title"),
+    [
+        ({"prompts": "HumanEval.jsonl.gz"}, "HumanEval"),
+        ({"prompts": "$\\questions$.jsonl"}, "$\\questions$"),  # no formula that can be drawn
+        ({"prompts": None}, "Evaluation prompts"),
+        ({}, "Evaluation prompts"),
+    ],
+    ids=["compressed", "dollar signs", "unnamed", "older report"],
+)
+def test_plot_is_titled_by_the_prompts(tmp_path, monkeypatch, prompts, title):
+    titles = []
+    original = Axes.set_title
+
+    def recorded(axes: Axes, label: str, *args: Any, **options: Any) -> Any:
+        titles.append(label)
+        return original(axes, label, *args, **options)
+
+    monkeypatch.setattr(Axes, "set_title", recorded)
+    write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | prompts})
+    write_report(tmp_path)
+    assert titles == ["Loss", "Held-out conversations", title]
+
+
+def test_report_without_installed_metadata(tmp_path, monkeypatch):
+    original = metadata.version
+
+    def missing(name: str) -> str:
+        if name == "eagle3fn":
+            raise metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    write_run(tmp_path)
+    write_report(tmp_path)
+    assert read_report(tmp_path)["versions"]["eagle3fn"] == eagle3fn.__version__
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("evaluation.json", [1]),
+        ("evaluation.json", {"draft_length": 5}),
+        ("evaluation.json", FILES["evaluation.json"] | {"acceptance_by_position": 3}),
+        ("evaluation.json", FILES["evaluation.json"] | {"prompts": 3}),
+        ("stages.json", [1]),
+        ("stages.json", {"train": "long"}),
+        ("settings.json", 3),
+        ("features/index.json", [1]),
+        ("features/index.json", {"totals": {}}),
+        ("train/metrics.jsonl", []),
+        ("train/metrics.jsonl", [STEP, 3]),
+        ("train/metrics.jsonl", [STEP, {"step": 2}]),
+        ("train/eval.jsonl", [{"accepted_length": 1.5}]),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, value):
+    write_run(tmp_path, {name: value})
+    with pytest.raises(UserError, match=rf"{name.replace('.', '[.]')}: "):
+        write_report(tmp_path)
