@@ -34,7 +34,6 @@ def recipe_config(draft: DraftConfig) -> Config:
     """The recipe's configuration, with `SAMPLES` samples."""
     places = ("--target-model-path", "", "--train-data-path", "", "--output-dir", "")
     options = script.parser().parse_args([*places, *RECIPE.split()])
-    options.target_batch_size = options.tp_size * options.batch_size
     return script.config_of(options, draft, SAMPLES)
 
 

@@ -12,7 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import eagle3fn as e3
 from bench.problem import Problem
 from eagle3fn.base.types import Frozen, Params
-from eagle3fn.specforge.oracle import Oracle, OracleMissingError, eager_loss, load_oracle, old_draft
+from eagle3fn.specforge.oracle import (
+    Oracle,
+    OracleMissingError,
+    eager_loss,
+    load_oracle,
+    specforge_draft,
+)
 
 DECAY, STEPS = 0.8, 1000
 OURS = ("plain", "fast")
@@ -79,7 +85,7 @@ def old_side(problem: Problem, params: Params, oracle: Oracle, k: int) -> Update
     """The old tool's model, target head, backward and optimizer, as its script calls them; all target logits."""
     plan, batch = e3.OptimizerConfig(), problem.batch
     attention = "sdpa" if batch.input_ids.device.type == "cpu" else "flex_attention"
-    draft: Any = old_draft(oracle, problem.draft, params, problem.frozen, attention).train()
+    draft: Any = specforge_draft(oracle, problem.draft, params, problem.frozen, attention).train()
     draft.embed_tokens.weight.data = problem.frozen.embed_tokens  # not a second time in memory
     model = oracle.eagle3.OnlineEagle3Model(draft, length=k, attention_backend=attention)
     head = old_head(oracle, problem.frozen)

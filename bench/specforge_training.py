@@ -41,8 +41,8 @@ from eagle3fn.specforge.oracle import (
     OracleMissingError,
     eager_loss,
     load_oracle,
-    old_draft,
-    old_forward,
+    specforge_draft,
+    specforge_forward,
 )
 from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.bind import bind
@@ -136,7 +136,7 @@ def train_old(
 ) -> tuple[Params, dict[str, Any]]:
     """Its parameters after `steps` updates under their exported names, and what that took."""
     draft, plan = (
-        old_draft(oracle, run.config.draft, params, run.frozen).train(),
+        specforge_draft(oracle, run.config.draft, params, run.frozen).train(),
         run.config.optimizer,
     )
     schedule = {"lr": plan.learning_rate, "warmup_ratio": plan.warmup_ratio, "total_steps": steps}
@@ -176,7 +176,7 @@ def step_old(
     objective, total = replace(run.config.objective, loss="kl"), 0.0
     for batch in micro:
         loss = weighted_sum(
-            old_forward(oracle, draft, run.frozen, batch, objective).losses, DECAY
+            specforge_forward(oracle, draft, run.frozen, batch, objective).losses, DECAY
         ) / len(micro)
         loss.backward()
         total += float(loss.detach())

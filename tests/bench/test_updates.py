@@ -176,7 +176,6 @@ def test_on_cuda_the_draft_is_the_recipes_and_no_kernel_is_interpreted() -> None
 def test_our_script_trains_where_it_is_told() -> None:
     places = ["--target-model-path", "t", "--train-data-path", "c", "--output-dir", "o"]
     found = script.parser().parse_args(places)
-    found.target_batch_size = 1
     draft = draft_of("tiny", None, 40)
     for seen, asked, device in ((True, "cpu", "cpu"), (True, None, "cuda"), (False, None, "cpu")):
         with patch.object(torch.cuda, "is_available", lambda seen=seen: seen):
