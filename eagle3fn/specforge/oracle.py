@@ -186,7 +186,6 @@ def old_draft(
     # Set behind the check of LlamaConfig, which refuses heads that don't divide the hidden size.
     llama.num_attention_heads = config.num_attention_heads
     llama.num_key_value_heads = config.num_key_value_heads
-    llama.rope_scaling = None
     llama.rope_theta = config.rope_theta
     llama.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
     llama.draft_vocab_size = config.draft_vocab_size
