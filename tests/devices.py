@@ -116,7 +116,7 @@ def about() -> dict[str, Any]:
     """What a file of outcomes says of its run."""
     import torch
 
-    from eagle3fn.testing.provenance import provenance
+    from eagle3fn.base.provenance import provenance
     from tests.specforge.certificate import sources
 
     said = provenance("python -m pytest", os.environ.get("EAGLE3FN_REVISION"))

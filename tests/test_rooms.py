@@ -99,3 +99,20 @@ def test_files_stay_small():
         if (n := len(path.read_text().splitlines())) > 260
     }
     assert not long
+
+
+def test_package_bench_and_scripts_import_neither_tests_nor_each_other():
+    apart = {
+        "eagle3fn": {"bench", "scripts", "tests"},
+        "bench": {"scripts", "tests"},
+        "scripts": {"bench", "tests"},
+    }
+    wrong = []
+    for folder, others in apart.items():
+        paths = list((ROOT.parent / folder).rglob("*.py"))
+        assert paths, folder
+        for path in paths:
+            for name in imports(path):
+                if name.split(".")[0] in others:
+                    wrong.append(f"{path.relative_to(ROOT.parent)} imports {name}")
+    assert not wrong

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from eagle3fn.base.files import read_jsonl, sha256, write_json
-from eagle3fn.testing.provenance import provenance
+from eagle3fn.base.provenance import provenance
 from eagle3fn.train.checkpoint import checkpoints, read_leaves
 
 _PATIENCE_S = 3600.0
