@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from bench import common
 from bench.sides import DECAY, weighted_sum
+from eagle3fn import specforge
 from eagle3fn.base.config import Config, load_config, require
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_json
@@ -47,14 +48,13 @@ from eagle3fn.data.pipeline import batches, prefetch
 from eagle3fn.data.target import config_hash, read_target_tensors, target_config
 from eagle3fn.data.vocab import load_map
 from eagle3fn.model.table import EMBED, init_params
-from eagle3fn.specforge import recipe as specforge
 from eagle3fn.specforge.oracle import (
     COMMIT,
     Oracle,
     eager_loss,
     load_oracle,
-    specforge_forward,
     specforge_draft,
+    specforge_forward,
 )
 from eagle3fn.train.bind import bind
 from eagle3fn.train.held_out import evaluate_held_out
@@ -164,7 +164,7 @@ def train_specforge(
     tokens = 0
     seconds = 0.0
     updates = batches(
-        run.features, run.train, run.config, 0, steps, align_mask=run.recipe.align_mask
+        run.features, run.train, run.config, 0, steps, align_mask=run.specforge.align_mask
     )
     source = prefetch(updates, run.config.data.prefetch)
     bar = tqdm(source, total=steps, unit="step", dynamic_ncols=True)
