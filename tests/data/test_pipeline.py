@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn.base.config import Config, DataConfig, ObjectiveConfig, TrainConfig
-from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.pipeline import batches, prefetch, sample_indices, split
-from tests.factories import random_sample, write_folder
+from tests.factories import make_draft, random_sample, write_folder
 
-DRAFT = DraftConfig(4, 8, 1, 1, 4, 50, 20, 4, 64)
+DRAFT = make_draft(
+    4, 50, 20, intermediate_size=8, num_attention_heads=1, num_key_value_heads=1, head_dim=4
+)
 
 
 def config(global_batch=4, micro_batch=2, seed=3):
@@ -26,9 +27,7 @@ def config(global_batch=4, micro_batch=2, seed=3):
 
 
 def order(n, seed, epoch):
-    """An epoch's order, as it was when the first runs were trained: a resumed run must find it
-    again.
-    """
+    """An epoch's order, as when the first runs were trained: a resumed run needs it again."""
     return torch.randperm(
         n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     ).tolist()
