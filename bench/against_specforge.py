@@ -189,9 +189,7 @@ def identity(oracle: Oracle) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the runs; must not hold an earlier one"
     )

@@ -20,7 +20,7 @@ from bench.problem import SHAPES, draft_of, turns
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.rows import contributing_rows
-from eagle3fn.data.collate import align_mask
+from eagle3fn.specforge.recipe import align_mask
 
 
 class Card(NamedTuple):
@@ -94,7 +94,7 @@ def size_of(
 ) -> tuple[Size, torch.Tensor]:
     """The bench's batch: its rows and labels counted, and its aligned mask `(B, S)`."""
     source = torch.Generator().manual_seed(1000 * seed)
-    mask = torch.stack([align_mask(turns(seq, masked, source), "legacy") for _ in range(batch)])
+    mask = torch.stack([align_mask(turns(seq, masked, source)) for _ in range(batch)])
     rows, labels = (len(contributing_rows(mask, steps)) for steps in (k, 1))
     return Size(draft, batch, seq, k, rows, labels), mask
 
@@ -209,9 +209,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     add = parser.add_argument
     add(
         "--shape",

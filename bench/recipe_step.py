@@ -91,9 +91,7 @@ def one_step(length: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument(
         "--length", type=int, default=32, help="S, the sequence's length (default 32)"
     )

@@ -104,9 +104,7 @@ def draft_tree(tree: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     for name in ("target", "features", "conversations", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--draft-vocab", type=int, default=8192)

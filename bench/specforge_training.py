@@ -69,9 +69,7 @@ NOTES = (
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     add = parser.add_argument
     for name, about in (
         ("target", "target"),

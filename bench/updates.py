@@ -62,10 +62,7 @@ SMALLER = Sizes("smollm2", 512, 1e-4)  # for a card with less memory
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.parser_of(__doc__)
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), required=True)
     add("--seconds", type=float, default=90, help="all must end within these (default 90)")
