@@ -35,10 +35,10 @@ from bench import common
 from bench.specforge_script import SCRIPTS, LeafState, Recorded, run_dataflow, run_script
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
+from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import TrainState
 from eagle3fn.specforge import compare_runs, script
-from eagle3fn.specforge.oracle import COMMIT, Oracle, OracleMissingError, load_oracle
-from eagle3fn.testing.provenance import provenance
+from eagle3fn.specforge.oracle import COMMIT, Oracle, load_oracle
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "losses", "accuracy", "acceptance")
 SHOWN = (1, 100, 200)  # steps whose values are in the result, and the last
@@ -237,28 +237,23 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     begin = time.perf_counter()
-    try:
-        oracle = load_oracle(commit=True)
-        print(oracle.describe())
-        if (options.out / "ours").exists():
-            raise UserError(
-                f"{options.out}: holds an earlier run; name another folder, or delete that one"
-            )
+    oracle = load_oracle(commit=True)
+    print(oracle.describe())
+    if (options.out / "ours").exists():
+        raise UserError(
+            f"{options.out}: holds an earlier run; name another folder, or delete that one"
+        )
 
-        # The comparison is written before the causes, which take much longer.
-        result, specforge = against(oracle, options.arguments, options.out)
-        print(json.dumps(result, indent=2))
-        whole = about(oracle, options, specforge.replaced) | result
-        write_json(options.json, whole)
-        if options.causes:
-            whole["causes"] = causes(oracle, options.arguments, options.out, specforge)
-    except (UserError, OracleMissingError) as error:
-        print(f"bench.against_specforge: {error}", file=sys.stderr)
-        return 2
-
+    # The comparison is written before the causes, which take much longer.
+    result, specforge = against(oracle, options.arguments, options.out)
+    print(json.dumps(result, indent=2))
+    whole = about(oracle, options, specforge.replaced) | result
+    write_json(options.json, whole)
+    if options.causes:
+        whole["causes"] = causes(oracle, options.arguments, options.out, specforge)
     write_json(options.json, whole | {"seconds": round(time.perf_counter() - begin)})
     return 0 if result["equal"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(common.program("bench.against_specforge", main))

@@ -26,9 +26,9 @@ from torch import Tensor
 from bench import common
 from bench.launch import add_arguments
 from bench.problem import Problem, draft_of, make_problem
+from eagle3fn.base.provenance import provenance
 from eagle3fn.model.attention import block_mask, unrolled_attention
 from eagle3fn.model.fast import attention_on
-from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
@@ -188,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.guarded(main)
+    sys.exit(common.program("bench.attention", main))

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from bench.problem import SHAPES
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
+from eagle3fn.base.program import exit_code
+from eagle3fn.specforge.oracle import OracleMissingError
 from eagle3fn.train.launch import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,13 +303,19 @@ def finish(result: dict[str, Any], out: str | None, name: str) -> None:
     print(json.dumps(result), flush=True)
 
 
-def guarded(main: Callable[[], None]) -> None:
-    """Run a script; bad input ends it with exit code 2 and one line."""
-    try:
-        main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(2)
+def program(name: str, run: Callable[[], int | None]) -> int:
+    """The exit code of a benchmark: what `run` returns, 0 for None.
+
+    Bad input, or a SpecForge that is not at hand, becomes 2 and one line that begins with `name`.
+    """
+
+    def guarded() -> int | None:
+        try:
+            return run()
+        except OracleMissingError as error:
+            raise UserError(str(error)) from None
+
+    return exit_code(name, guarded)
 
 
 def show(options: Any, text: str) -> None:

@@ -25,8 +25,8 @@ import torch
 from bench import common
 from bench.floors import bytes_needed
 from bench.problem import draft_of
+from eagle3fn.base.provenance import provenance
 from eagle3fn.testing.gate_part import Report, parse_part, part_options, run_part
-from eagle3fn.testing.provenance import provenance
 
 SHAPES = ("qwen2.5-7b", "llama-3-8b")
 SEQ = 2048

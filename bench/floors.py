@@ -14,6 +14,7 @@ rate, and memory. Nothing is measured here, and no card is needed.
 import argparse
 import json
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -297,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.guarded(main)
+    sys.exit(common.program("bench.floors", main))

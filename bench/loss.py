@@ -30,6 +30,7 @@ from bench import common, sides
 from bench.launch import add_arguments
 from bench.problem import Drawer, Problem, draft_of, draw_params, make_problem
 from eagle3fn.base.grad import value_and_grad
+from eagle3fn.base.provenance import provenance
 from eagle3fn.base.rows import shift
 from eagle3fn.base.types import Params
 from eagle3fn.model import layers, table
@@ -39,7 +40,6 @@ from eagle3fn.model.head_loss import Labels, head_and_kl
 from eagle3fn.model.losses import correct_rows, kl_loss, step_loss
 from eagle3fn.model.teacher import make_teacher
 from eagle3fn.specforge.oracle import Oracle
-from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
@@ -231,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.guarded(main)
+    sys.exit(common.program("bench.loss", main))

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from bench import common
 from bench.launch import add_arguments
 from eagle3fn.base.errors import UserError
-from eagle3fn.testing.provenance import provenance
+from eagle3fn.base.provenance import provenance
 
 ROUNDS = 10
 WARM = 1  # rounds before the timed ones
@@ -195,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.guarded(main)
+    sys.exit(common.program("bench.paired", main))

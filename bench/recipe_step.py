@@ -10,6 +10,7 @@ the process's peak memory, as JSON.
 
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from bench import common
 from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig, draft_config_from_json
 from eagle3fn.base.files import write_json
+from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Frozen, TrainState
 from eagle3fn.specforge import script
 from eagle3fn.specforge.recipe import RECIPE
-from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.bind import bind
 
 DRAFT = Path(__file__).resolve().parent.parent / "scripts/recipes/qwen2.5-7b-draft.json"
@@ -133,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.program("bench.recipe_step", main))

@@ -33,8 +33,8 @@ from bench.attention import attention_call
 from bench.launch import add_arguments
 from bench.problem import draft_of
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.provenance import provenance
 from eagle3fn.model.table import shapes
-from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 3
@@ -248,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.guarded(main)
+    sys.exit(common.program("bench.scaling", main))

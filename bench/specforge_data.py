@@ -121,17 +121,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     out = options.out
-    try:
-        tree = target_config(options.target)
-        untie(options.target, out / "target")
-        count = write_ckpts(options.features, out / "features")
-        write_json(out / "draft.json", draft_tree(tree, options.draft_vocab))
-        with open_text(options.conversations) as file:
-            (out / "conversations.jsonl").write_text(file.read(), encoding="utf-8")
-    except (UserError, OSError) as error:
-        sys.exit(f"bench.specforge_data: {error}")
+    tree = target_config(options.target)
+    untie(options.target, out / "target")
+    count = write_ckpts(options.features, out / "features")
+    write_json(out / "draft.json", draft_tree(tree, options.draft_vocab))
+    with open_text(options.conversations) as file:
+        (out / "conversations.jsonl").write_text(file.read(), encoding="utf-8")
     print(f"{out}: {count} samples, target, draft.json, conversations.jsonl")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.program("bench.specforge_data", main))

@@ -40,6 +40,7 @@ from bench.sides import DECAY, weighted_sum
 from eagle3fn.base.config import Config, load_config, require
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_json
+from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Params
 from eagle3fn.data.features import open_features
 from eagle3fn.data.pipeline import batches, prefetch
@@ -50,13 +51,11 @@ from eagle3fn.specforge import recipe as specforge
 from eagle3fn.specforge.oracle import (
     COMMIT,
     Oracle,
-    OracleMissingError,
     eager_loss,
     load_oracle,
     old_draft,
     old_forward,
 )
-from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.bind import bind
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.recipe import OURS
@@ -297,14 +296,11 @@ def about(oracle: Oracle) -> dict[str, Any]:
 
 def main() -> None:
     options = parse()
-    try:
-        oracle = load_oracle(commit=True)
-        result = about(oracle) | compare(options, oracle)
-    except (UserError, OracleMissingError) as error:
-        sys.exit(f"bench.specforge_training: {error}")
+    oracle = load_oracle(commit=True)
+    result = about(oracle) | compare(options, oracle)
     write_json(options.out / "result.json", result)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.program("bench.specforge_training", main))

@@ -44,8 +44,8 @@ from bench.launch import add_arguments
 from bench.problem import Problem, draft_of, draw_params, make_problem
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
+from eagle3fn.base.provenance import provenance
 from eagle3fn.specforge.oracle import Oracle
-from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
@@ -335,4 +335,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.guarded(main)
+    sys.exit(common.program("bench.step", main))

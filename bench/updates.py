@@ -46,10 +46,10 @@ from bench.replacements import replacements
 from bench.stages import Stages
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl
+from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import TrainState
 from eagle3fn.specforge import script
-from eagle3fn.specforge.oracle import Oracle, OracleMissingError, load_oracle
-from eagle3fn.testing.provenance import provenance
+from eagle3fn.specforge.oracle import Oracle, load_oracle
 from eagle3fn.train.loop import Events
 from eagle3fn.train.memory import GIB
 
@@ -243,17 +243,18 @@ def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
     """
     if begin is None:
         begin = time.monotonic()
-    try:
-        options = parse(arguments)
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: no CUDA device here; --device cpu is a rehearsal")
-        oracle = load_oracle(commit=True, native=options.device == "cuda")
-        specforge_script.script_path(oracle, "train_eagle3.py")
-        torch.use_deterministic_algorithms(True)
-        result = measure(oracle, options, spent=time.monotonic() - begin)
-    except (UserError, OracleMissingError, OSError) as error:
-        print(f"bench.updates: {error}", file=sys.stderr)
-        return 2
+    return common.program("bench.updates", lambda: run(arguments, begin))
+
+
+def run(arguments: list[str] | None, begin: float) -> int:
+    """Parse, compare, report."""
+    options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; --device cpu is a rehearsal")
+    oracle = load_oracle(commit=True, native=options.device == "cuda")
+    specforge_script.script_path(oracle, "train_eagle3.py")
+    torch.use_deterministic_algorithms(True)
+    result = measure(oracle, options, spent=time.monotonic() - begin)
     report(result)
     return 0 if result["equal"] else 1
 

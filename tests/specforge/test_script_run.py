@@ -424,8 +424,8 @@ def test_both_scripts_are_equal_step_by_step(commit: Oracle, data: Path, tmp_pat
         "accelerate",
     ):  # the checkout's folder datasets/ can be imported too
         pytest.importorskip(package, reason=f"the old script imports {package}")
-    from bench import specforge_script as old_script
     from bench.against_specforge import COMPARED, against
+    from bench.specforge_script import run_dataflow, run_script
 
     line = arguments(data, tmp_path / "cache", "--max-num-steps", "5", "--ttt-length", "3")
     result, old = against(commit, line, tmp_path)
@@ -433,10 +433,10 @@ def test_both_scripts_are_equal_step_by_step(commit: Oracle, data: Path, tmp_pat
     assert len({row["loss"] for row in old.rows}) == 5 and all(
         row["grad_norm"] > 0 for row in old.rows
     )
-    stored = old_script.run_old(
+    stored = run_script(
         commit, [*line, "--total-steps", "10000"], tmp_path / "both", stored=True
     )
-    new = old_script.run_dataflow(commit, line, tmp_path / "dataflow")
+    new = run_dataflow(commit, line, tmp_path / "dataflow")
     for name in COMPARED:
         assert [row[name] for row in stored.rows] == [row[name] for row in new.rows], name
     assert [row["loss"] for row in new.rows] != [row["loss"] for row in old.rows]
@@ -445,11 +445,11 @@ def test_both_scripts_are_equal_step_by_step(commit: Oracle, data: Path, tmp_pat
 def test_without_datasets_it_says_what_to_install(
     commit: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import specforge_script as old_script
+    from bench.specforge_script import run_script
 
     monkeypatch.setitem(sys.modules, "datasets.config", None)
     with pytest.raises(OracleMissingError, match="pip install datasets"):
-        old_script.run_old(commit, [], tmp_path)
+        run_script(commit, [], tmp_path)
 
 
 @pytest.mark.parametrize("length", ["0", "2"])

@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from eagle3fn.base.files import sha256, write_json
-from eagle3fn.testing.provenance import provenance
+from eagle3fn.base.provenance import provenance
 from eagle3fn.train.checkpoint import checkpoints, read_leaves
 from tests.train.run_files import rows, same_leaves, same_rows
 
