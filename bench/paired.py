@@ -1,7 +1,7 @@
 """One training step of this checkout against another checkout's, in paired rounds.
 
     python -m bench.paired --other CHECKOUT --shape smollm2 --seq 1024
-    python -m bench.paired --other CHECKOUT --side plain --other-side legacy
+    python -m bench.paired --other CHECKOUT --side plain --other-side NAME
 
 Each checkout runs in a process of its own, with its own package and its own `bench.step`, on the
 same seeded problem. In a round each makes one step, one after the other; which one begins
@@ -11,6 +11,8 @@ alternates. The last line is JSON:
 - `processor_ratio`: the same of processor time, which other work on the machine disturbs less
 - `memory_ratio`: peak memory of a step, this checkout's over the other's
 - `same_losses`: whether the losses of all rounds have the same bits
+
+`--other-side` is the side's name in the other checkout, where it is another one.
 """
 
 import sys
@@ -33,7 +35,7 @@ from typing import Any, NamedTuple
 from bench import common
 from bench.launch import add_arguments
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.provenance import provenance
+from eagle3fn.base.provenance import git_revision, provenance
 
 ROUNDS = 10
 WARM = 1  # rounds before the timed ones
@@ -168,7 +170,8 @@ def result_of(options: argparse.Namespace) -> dict[str, Any]:
         "rounds": options.rounds or ROUNDS,
         "allocator": options.allocator,
     }
-    return measure(options) | {"settings": settings, **provenance()}
+    other = {"other_revision": git_revision(options.other)}
+    return measure(options) | {"settings": settings, **other, **provenance()}
 
 
 def show(options: argparse.Namespace, result: dict[str, Any]) -> None:
