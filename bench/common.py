@@ -126,7 +126,7 @@ def check_losses(losses: dict[str, float]) -> None:
     """Refuse to time sides that compute different things.
 
     Raises:
-        UserError: a loss lies further than 2% from the first, or is no number.
+        UserError: a loss differs by more than 2% from the first, or is not a number.
     """
     first = next(iter(losses.values()))
     if not all(abs(loss - first) <= APART * abs(first) for loss in losses.values()):

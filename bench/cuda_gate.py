@@ -5,8 +5,8 @@
 The step at Qwen2.5-7B's and Llama-3-8B's draft shapes, 2,048 tokens, half masked: fast, plain and
 SpecForge; where time is left, loss and attention alone. Each item is a process of its own with its
 share of the time. Our own sides' numbers are written before SpecForge's side is compiled. A card
-with too little memory gets smaller shapes, and the result says so. `--device cpu` runs the same
-code on tiny shapes and is no measurement.
+with too little memory gets smaller shapes, and the result names the reason. `--device cpu` runs the
+same code on tiny shapes and is no measurement.
 
 `FILE` gets, under `parts`, each item's own result (see `bench.step`, `bench.loss`,
 `bench.attention`), and what was left out for time.
@@ -48,7 +48,7 @@ class Item(NamedTuple):
 
 
 def chosen_shape(shape: str, device: str) -> dict[str, Any]:
-    """The shape and length that the card's free memory allows, and why another than asked.
+    """The shape and length that the card's free memory allows, and why they are smaller, if so.
 
     `needed_bytes` is `bench.floors.bytes_needed`, an estimate of what all sides need together.
     """

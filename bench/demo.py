@@ -4,9 +4,9 @@
     runs/demo/vocab.safetensors
 
 Both start from the run's first parameters and train on the same samples in the same order, each
-sample once; what an update is, `scripts/demo.toml` says. The last line is JSON: `ratio` is plain
-over fast time, `tokens_per_s` the tokens a second of each, `accepted_length` the simulated one on
-the samples held out, after the last update.
+sample once; `scripts/demo.toml` has the settings of an update. The last line is JSON: `ratio` is
+plain over fast time, `tokens_per_s` the tokens a second of each, `accepted_length` the simulated
+one on the samples held out, after the last update.
 """
 
 import sys

@@ -4,7 +4,7 @@ Counted are FLOPs of matrix products, bytes and launches. A kernel reads each in
 each output once, in whole elements; a gather reads what it takes, `index_add_` also what it adds
 to, and a product with an addend copies that first. What a kernel moves inside itself is left out:
 the flash backward's fp32 sums, and sectors of 32 bytes of which a gather needs two.
-`tests/bench/test_floors.py` compares the counts with the operations that PyTorch is asked for.
+`tests/bench/test_floors.py` compares the counts with the operations of a real step.
 """
 
 from math import prod

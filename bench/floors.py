@@ -210,7 +210,7 @@ def bytes_needed(draft: DraftConfig, batch: int, seq: int, k: int) -> int:
 
 
 def result(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one shape on the cards asked for.
+    """Everything about one shape, on one card or on all.
 
     Raises:
         UserError: a share or a size out of range.

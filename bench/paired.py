@@ -53,7 +53,7 @@ class Round(NamedTuple):
 
 
 class Worker:
-    """A checkout's process, which makes a step each time it is asked (`bench/paired_worker.py`).
+    """A checkout's process (`bench/paired_worker.py`), which makes a step at each call of `round`.
 
     Raises:
         UserError: the process ended.

@@ -5,8 +5,8 @@
 `FILE` gets the kernels with most time, launches, the share of the step in which the card is idle,
 and every wait of the host for the card: there must be none. Waits are found in two ways: by
 PyTorch's own warnings, with the Python stack, and among the CUDA runtime's calls in the trace. On
-the CPU operators stand for kernels, and reads of values are counted but not judged: there the fast
-numerics cut their blocks on the host.
+the CPU operators are counted in place of kernels, and reads of values are counted but not judged:
+there the fast numerics cut their blocks on the host.
 """
 
 import contextlib

@@ -220,7 +220,7 @@ class Package(NamedTuple):
     """A package that SpecForge imports and this run hardly needs."""
 
     name: str
-    use: str  # all that is asked of it
+    use: str  # all that it does here
     modules: dict[str, dict[str, Any]]  # its stand-ins, by module
 
 

@@ -220,10 +220,10 @@ def measure(
 
 def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
     """Everything about one case."""
+    oracle = None
+    reason: str | None = sides.ONE_RANK
     if world.size == 1:
         oracle, reason = sides.find_oracle(options.device)
-    else:
-        oracle, reason = None, sides.ONE_RANK
     with_mesh = ["mesh"] if options.mesh else []
     ours = [*sides.OURS, *with_mesh]
     names = [*sides.OURS, "specforge", *with_mesh] if oracle else ours
@@ -254,7 +254,7 @@ def result_of(
     used: dict[str, Any],
     specforge: dict[str, Any],
 ) -> dict[str, Any]:
-    """The result: what is asked most first, then settings and the rest.
+    """The result: the main numbers, then settings and the rest.
 
     Args:
         options: as parsed.

@@ -11,7 +11,7 @@ algorithms, no dynamo. On CUDA they train Qwen2.5-7B's draft, each side with its
 Every number of every update and the last state are compared by exact value: `equal` in RESULT. It
 is written after each stage; a stage that fails, or is unfinished when time is up, leaves its
 traceback under `faults`. Exit code 0: equal; 1: a difference or a fault; 2: nothing was compared,
-and one line says why.
+and one line names the reason.
 """
 
 import sys

@@ -142,7 +142,13 @@ def test_flops_equal_those_of_plain_loops() -> None:
     draft = problem.draft_of("tiny", None, 10)
     k = 3
     mask = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]])
-    h, i, n, j, e, d, v = 64, 96, 4, 2, 16, 64, 256
+    h = draft.hidden_size
+    i = draft.intermediate_size
+    n = draft.num_attention_heads
+    j = draft.num_key_value_heads
+    e = draft.head_dim
+    d = draft.draft_vocab_size
+    v = draft.vocab_size
     want = dict.fromkeys(common.Flops._fields, 0)
     for row in mask.tolist():
         want["teacher"] += 2 * sum(row) * h * v

@@ -53,7 +53,7 @@ class FakeCard:
 def card_on_cpu(oracle: Oracle) -> Iterator[list[str]]:
     """What is done with a card, on the CPU: NCCL is gloo, mesh and FSDP's streams are the CPU's.
 
-    Yields the backends of the process groups that were asked for.
+    Yields the backends of the process groups that are made.
     """
     module = importlib.import_module("torch.distributed.fsdp.fully_sharded_data_parallel")
     init = dist.init_process_group
