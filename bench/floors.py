@@ -26,7 +26,7 @@ from bench.problem import draft_of, turns
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.rows import contributing_rows
-from eagle3fn.specforge.recipe import align_mask
+from eagle3fn.specforge import align_mask
 
 
 class Card(NamedTuple):

@@ -9,7 +9,7 @@ from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.rows import both_rows
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.model.table import shapes
-from eagle3fn.specforge.recipe import align_mask
+from eagle3fn.specforge import align_mask
 
 TURN = (64, 256)  # tokens of a turn, at least and at most
 

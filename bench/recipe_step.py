@@ -23,8 +23,7 @@ from eagle3fn.base.draft_config import DraftConfig, draft_config_from_json
 from eagle3fn.base.files import write_json
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Frozen, TrainState
-from eagle3fn.specforge import script
-from eagle3fn.specforge.recipe import RECIPE
+from eagle3fn.specforge import RECIPE, script
 from eagle3fn.train.bind import bind
 
 DRAFT = Path(__file__).resolve().parent.parent / "scripts/recipes/qwen2.5-7b-draft.json"
@@ -38,7 +37,6 @@ def recipe_config(draft: DraftConfig) -> Config:
     """The recipe's configuration, with `SAMPLES` samples."""
     places = ("--target-model-path", "", "--train-data-path", "", "--output-dir", "")
     options = script.parser().parse_args([*places, *ARGUMENTS.split()])
-    options.target_batch_size = options.tp_size * options.batch_size
     return script.config_of(options, draft, SAMPLES)
 
 

@@ -24,8 +24,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import eagle3fn as e3
 from bench.problem import Problem
 from eagle3fn.base.types import Frozen, Params
-from eagle3fn.specforge.oracle import Oracle, OracleMissingError, eager_loss, load_oracle, old_draft
-from eagle3fn.specforge.recipe import RECIPE, recipe
+from eagle3fn.specforge import RECIPE, recipe
+from eagle3fn.specforge.oracle import (
+    Oracle,
+    OracleMissingError,
+    eager_loss,
+    load_oracle,
+    specforge_draft,
+)
 
 DECAY = 0.8  # SpecForge's, of the losses over unroll steps
 STEPS = 1000  # of the schedule, which spans more updates than are made here
@@ -128,7 +134,7 @@ def specforge_side(problem: Problem, params: Params, oracle: Oracle, k: int) -> 
     batch = problem.batch
     attention = "sdpa" if batch.input_ids.device.type == "cpu" else "flex_attention"
 
-    draft: Any = old_draft(oracle, problem.draft, params, problem.frozen, attention).train()
+    draft: Any = specforge_draft(oracle, problem.draft, params, problem.frozen, attention).train()
     draft.embed_tokens.weight.data = problem.frozen.embed_tokens  # not a second time in memory
     model = oracle.eagle3.OnlineEagle3Model(draft, length=k, attention_backend=attention)
     head = specforge_head(problem.frozen)

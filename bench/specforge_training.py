@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from bench import common
 from bench.sides import DECAY, weighted_sum
+from eagle3fn import specforge
 from eagle3fn.base.config import Config, load_config, require
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_json
@@ -47,14 +48,13 @@ from eagle3fn.data.pipeline import batches, prefetch
 from eagle3fn.data.target import config_hash, read_target_tensors, target_config
 from eagle3fn.data.vocab import load_map
 from eagle3fn.model.table import EMBED, init_params
-from eagle3fn.specforge import recipe as specforge
 from eagle3fn.specforge.oracle import (
     COMMIT,
     Oracle,
     eager_loss,
     load_oracle,
-    old_draft,
-    old_forward,
+    specforge_draft,
+    specforge_forward,
 )
 from eagle3fn.train.bind import bind
 from eagle3fn.train.held_out import evaluate_held_out
@@ -157,7 +157,7 @@ def train_specforge(
         "warmup_ratio": plan.warmup_ratio,
         "total_steps": steps,
     }
-    draft = old_draft(oracle, run.config.draft, params, run.frozen).train()
+    draft = specforge_draft(oracle, run.config.draft, params, run.frozen).train()
     optimizer = oracle.optimizer.BF16Optimizer(draft, **schedule)
 
     loss = 0.0
@@ -200,7 +200,7 @@ def specforge_step(
     objective = replace(run.config.objective, loss="kl")
     total = 0.0
     for batch in micro:
-        found = old_forward(oracle, draft, run.frozen, batch, objective)
+        found = specforge_forward(oracle, draft, run.frozen, batch, objective)
         loss = weighted_sum(found.losses) / len(micro)
         loss.backward()
         total += float(loss.detach())

@@ -285,7 +285,7 @@ def _config(options: Any, draft: Any, overrides: list[str], recipe: str | None =
     """The run's configuration; settings by the names of earlier versions are refused."""
     from eagle3fn.base.config import load_config
     from eagle3fn.base.toml import override, read_toml
-    from eagle3fn.specforge.recipe import SETTINGS, refuse_old_settings
+    from eagle3fn.specforge.recipes import SETTINGS, refuse_old_settings
 
     tree = read_toml(options.config) if options.config else {}
     for text in overrides:
@@ -303,7 +303,7 @@ def _train(options: Any) -> None:
     from eagle3fn.data.target import config_hash, read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
-    from eagle3fn.specforge.recipe import RECIPES
+    from eagle3fn.specforge.recipes import RECIPES
     from eagle3fn.train.launch import ranks
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS

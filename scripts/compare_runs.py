@@ -1,4 +1,4 @@
-"""Compare two runs' `metrics.jsonl` step by step and by exact value: see `eagle3fn.specforge.compare_runs`.
+"""Compare two runs' `metrics.jsonl` by exact value: see `eagle3fn.specforge.compare_runs`.
 
 python scripts/compare_runs.py LEFT RIGHT
 """

@@ -1,4 +1,4 @@
-"""Train with the arguments of SpecForge's `train_eagle3.py`, unchanged: see `eagle3fn.specforge.script`.
+"""Train with the arguments of SpecForge's `train_eagle3.py`: see `eagle3fn.specforge.script`.
 
 torchrun --nproc-per-node N scripts/train_eagle3_fn.py $ARGS
 """

@@ -19,7 +19,7 @@ from eagle3fn.base.config import (
 )
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.cli import parser
-from eagle3fn.specforge.recipe import SETTINGS
+from eagle3fn.specforge.recipes import SETTINGS
 from eagle3fn.train.recipe import Recipe
 from eagle3fn.use.evaluate import EvalSettings
 from tests.specforge.certificate import NOT_SEEN, seen

@@ -1,6 +1,7 @@
-"""SpecForge's arithmetic, operation by operation: the plain unroll, whose order of operations it is, with its loss.
+"""SpecForge's arithmetic, operation by operation: the plain unroll with SpecForge's loss.
 
-On the CPU, and in fp64, that loss is the plain expression; on CUDA SpecForge runs a Triton kernel, and so does this.
+The plain unroll has SpecForge's order of operations. On the CPU, and in fp64, that loss is the
+plain expression. On CUDA SpecForge runs a Triton kernel, and so does this.
 """
 
 import torch
@@ -15,8 +16,9 @@ from eagle3fn.model.table import FC
 
 
 def kl_on(device: torch.device, dtype: torch.dtype) -> KL:
-    """The KL that SpecForge computes on a device."""
+    """The KL that SpecForge computes on a device, for logits of this dtype."""
     if device.type == "cuda" and dtype != torch.float64:
+        # Imported here: it needs Triton.
         from eagle3fn.specforge.kl_kernel import mean_kl
 
         return mean_kl
@@ -24,7 +26,7 @@ def kl_on(device: torch.device, dtype: torch.dtype) -> KL:
 
 
 def operations_on(device: torch.device, dtype: torch.dtype) -> Operations:
-    """What SpecForge's `sdpa` backend computes on a device."""
+    """What SpecForge's `sdpa` backend computes on a device, for parameters of this dtype."""
     return Operations(kl=kl_on(device, dtype))
 
 

@@ -11,7 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 from eagle3fn.model import table
 from eagle3fn.model.forward import forward_loss
-from eagle3fn.specforge.oracle import Oracle, eager_loss, old_draft, old_forward, run_oracle
+from eagle3fn.specforge.oracle import (
+    Oracle,
+    eager_loss,
+    run_oracle,
+    specforge_draft,
+    specforge_forward,
+)
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import (
     METRICS,
@@ -135,9 +141,9 @@ def theirs(oracle: Oracle) -> Run:
 
     def trace(case: Case) -> Trace:
         frozen = tiny_frozen(case)
-        draft = old_draft(oracle, case.draft(), tiny_params(case), frozen)
+        draft = specforge_draft(oracle, case.draft(), tiny_params(case), frozen)
         with eager_loss(oracle), torch.no_grad(), Trace(dict(draft.named_parameters())) as found:
-            old_forward(oracle, draft, frozen, tiny_batch(case), case.config().objective)
+            specforge_forward(oracle, draft, frozen, tiny_batch(case), case.config().objective)
         return found
 
     return Run(lambda case: run_oracle(oracle, case), trace)

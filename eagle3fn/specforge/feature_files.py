@@ -1,4 +1,7 @@
-"""SpecForge's files: features, one `torch.save` dict a sample in `.ckpt` or `.ckpt.gz`, and vocabulary maps."""
+"""Readers of SpecForge's files: features and vocabulary maps.
+
+Features are one file a sample, `.ckpt` or `.ckpt.gz`, a dict stored by `torch.save`.
+"""
 
 import gzip
 import io
@@ -18,46 +21,66 @@ from eagle3fn.data.features import READER_REMEDY as _REMEDY
 from eagle3fn.data.features import Reader
 
 ENDINGS = (".ckpt", ".ckpt.gz")
-# What torch.load and its unpickler raise on files that torch.save did not write, text among them.
 DAMAGED = (
-    *(
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        AssertionError,
-    ),
-    *(ArithmeticError, struct.error, zlib.error, pickle.UnpicklingError),
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    pickle.UnpicklingError,
 )
+"""What `torch.load` and its unpickler raise on files that `torch.save` did not write."""
+
+_READABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error)  # whose text helps a reader
+
+
+# Features
 
 
 def find_ckpts(folder: str | Path) -> list[Path]:
-    """Every feature file under `folder`, at any depth, sorted by path as text: SpecForge's order."""
-    found = (
-        path for path in Path(folder).rglob("*") if path.name.endswith(ENDINGS) and path.is_file()
-    )
+    """Every feature file in `folder`, at any depth, sorted by path as text: SpecForge's order."""
+    found = []
+    for path in Path(folder).rglob("*"):
+        if path.name.endswith(ENDINGS) and path.is_file():
+            found.append(path)
     return sorted(found, key=str)
 
 
 def read_ckpt(path: Path) -> Sample:
-    """A file's tensors under our names: `loss_mask` is `token_mask`, `hidden_state` is `last_hidden`, and so on.
+    """A file's tensors under our names.
+
+    `loss_mask` is `token_mask`, `aux_hidden_state` is `aux_hidden`, `hidden_state` is
+    `last_hidden`.
 
     Raises:
-        UserError: missing, damaged, not tensors alone, or a field is missing or has a wrong number of axes.
+        UserError: missing, damaged, not tensors alone, or a field is missing or has a wrong number
+            of axes.
     """
     tree = _load(path)
-    ids, mask = _tokens(tree, path)
     return Sample(
-        ids, mask, _rows(tree, "aux_hidden_state", path), _rows(tree, "hidden_state", path)
+        input_ids=_tokens(tree, "input_ids", path),
+        token_mask=_tokens(tree, "loss_mask", path),
+        aux_hidden=_hidden(tree, "aux_hidden_state", path),
+        last_hidden=_hidden(tree, "hidden_state", path),
     )
 
 
 def read_ckpt_tokens(path: Path) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `loss_mask` of a file, each `(S,)` int64; an uncompressed file's features are not read."""
-    return _tokens(_load(path), path)
+    """`input_ids` and `loss_mask` of a file, each `(S,)` int64.
+
+    An uncompressed file's features are not read.
+
+    Raises:
+        UserError: as `read_ckpt`, of these two fields.
+    """
+    tree = _load(path)
+    return _tokens(tree, "input_ids", path), _tokens(tree, "loss_mask", path)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -71,21 +94,28 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; restore it or open the folder anew") from None
     except DAMAGED as error:
         raise UserError(
-            f"{path}: damaged or not a dict of tensors ({reason(error)}); {_REMEDY}"
+            f"{path}: damaged or not a dict of tensors ({_reason(error)}); {_REMEDY}"
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not a dict of tensors; {_REMEDY}")
     return tree
 
 
-def reason(error: Exception) -> str:
-    """One line of an error of `DAMAGED`; what the unpickler says, torch's advice on `weights_only` too, is left out."""
-    line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    plain = isinstance(error, (OSError, EOFError, RuntimeError, ValueError, zlib.error))
-    return line if plain and "weights_only" not in line else "not tensors stored by torch.save"
+def _reason(error: Exception) -> str:
+    """An error's first line, where it helps.
+
+    The unpickler's texts are left out, and torch's advice to set `weights_only`, which would run
+    the file's code.
+    """
+    if isinstance(error, _READABLE):
+        lines = str(error).splitlines() or [type(error).__name__]
+        if "weights_only" not in lines[0]:
+            return lines[0][:200]
+    return "not tensors stored by torch.save"
 
 
 def _is_zip(path: Path) -> bool:
+    """Whether `torch.save` wrote its present format, which alone can be mapped into memory."""
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
 
@@ -96,13 +126,13 @@ def _field(tree: dict[str, Any], key: str, path: Path) -> Tensor:
     return tree[key]
 
 
-def _tokens(tree: dict[str, Any], path: Path) -> tuple[Tensor, Tensor]:
-    return _field(tree, "input_ids", path).flatten().long(), _field(
-        tree, "loss_mask", path
-    ).flatten().long()
+def _tokens(tree: dict[str, Any], key: str, path: Path) -> Tensor:
+    """`(S,)` int64, from `(S,)` or `(1, S)`."""
+    return _field(tree, key, path).flatten().long()
 
 
-def _rows(tree: dict[str, Any], key: str, path: Path) -> Tensor:
+def _hidden(tree: dict[str, Any], key: str, path: Path) -> Tensor:
+    """`(S, size)`, from that or `(1, S, size)`."""
     value = _field(tree, key, path)
     if value.ndim == 3 and value.shape[0] == 1:
         return value[0]
@@ -119,21 +149,31 @@ READER = Reader(
 """Opens SpecForge's folders: `open_features(folder, reader=READER)`."""
 
 
+# Vocabulary maps
+
+
 def read_map(path: Path) -> vocab.StoredMap:
-    """The tensors of a vocabulary map: SpecForge's `torch.save` of `{"d2t", "t2d"}`, or one of ours.
+    """The tensors of a vocabulary map: SpecForge's, a `torch.save` of `{"d2t", "t2d"}`, or ours.
+
+    `load_map(path, …, read=read_map)` checks what they hold.
 
     Raises:
         UserError: missing or damaged.
     """
     try:
         with open(path, "rb") as file:
-            if file.read(9)[8:] == b"{":
-                return vocab.read_map(path)
-        tree = torch.load(path, map_location="cpu", weights_only=True)
+            # Ours begin with the length of a JSON object, in eight bytes, and the object.
+            is_ours = file.read(9)[8:] == b"{"
+            file.seek(0)
+            # From the open file: torch chooses another format by a path's ending.
+            tree = None if is_ours else torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {vocab.REMEDY}") from None
     except DAMAGED as error:
         raise UserError(
-            f"{path}: damaged or not a vocabulary map ({reason(error)}); {vocab.REMEDY}"
+            f"{path}: damaged or not a vocabulary map ({_reason(error)}); {vocab.REMEDY}"
         ) from None
+
+    if is_ours:
+        return vocab.read_map(path)
     return vocab.StoredMap(tree if isinstance(tree, dict) else {}, provenance={})

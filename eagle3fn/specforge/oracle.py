@@ -1,11 +1,14 @@
-"""The old tool, SpecForge, run in this process as the oracle.
+"""SpecForge, run in this process as the oracle.
 
-`SPECFORGE_SRC` names a checkout at the commit of its pull request 600; without it the wheel stands in, for forward
-and backward only. Either is identified by the hashes of the files that are used, never by its version number.
+`SPECFORGE_SRC` names a checkout at the commit of its pull request 600. Without it the wheel is
+used, for forward and backward only. Both are identified by the hashes of the files that are used,
+never by a version number.
 
-Level 1 of the comparison: the old loss is its own Triton kernel, and the other side uses ours. Level 2: that kernel
-is replaced on its side by the same eager expression that the other side uses (`eager_loss`); its claim is everything
-but the kernel.
+Comparisons have two levels:
+
+- level 1: SpecForge computes its loss with its own Triton kernel, and our side with ours.
+- level 2: on SpecForge's side that kernel is replaced by the eager expression that our side uses
+  (`eager_loss`). Everything but the kernel is compared.
 """
 
 import contextlib
@@ -15,6 +18,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +43,9 @@ COMMIT_FILES = {  # sha256 at COMMIT
     "core/lk_loss.py": "d40dca2a2535becc0d3840d96bd2c503875697131b505ab08f78bfc6ae6d3e9a",
     "core/compact_teacher.py": "c07e3eae487cac34d04af661d3487cb042355ea28fc32d12c47a4f956a4c540f",
     "modeling/draft/base.py": "51c7746373c643342f190bc2c6ad97a34db19cb3b5f3e45f3ab3ca4bf1cd0856",
-    "modeling/draft/llama3_eagle.py": "fe53249c254c616d67a9de5b3d0931ddb122c259348d73c01679d59353a6e656",
+    "modeling/draft/llama3_eagle.py": (
+        "fe53249c254c616d67a9de5b3d0931ddb122c259348d73c01679d59353a6e656"
+    ),
     "modeling/_mask_utils.py": "564ad8e78563e94be90512b103ecadb88c533d988cf3d49f373d6bdb2f7eb2d1",
     "optimizer.py": "f0aedfad5fe11100470e7f49518b20d439cf47ec9afc195af089dfeca3affc54",
     "lr_scheduler.py": "288dd6b474765a8708d4579e2ab0d485e29326367eb119dba26b95b362356914",
@@ -55,13 +61,13 @@ LK = {"kl": None, "lk_alpha": "alpha", "lk_lambda": "lambda"}
 
 
 class Oracle(NamedTuple):
-    """Which old tool is at hand. `kind` "commit": every used file has the commit's hash."""
+    """The SpecForge that is at hand."""
 
-    kind: Literal["commit", "checkout", "wheel"]
-    hashes: dict[str, str]
-    eagle3: ModuleType
-    draft: ModuleType
-    optimizer: ModuleType
+    kind: Literal["commit", "checkout", "wheel"]  # "commit": every used file has the commit's hash
+    hashes: dict[str, str]  # sha256 of the used files, by name
+    eagle3: ModuleType  # OnlineEagle3Model
+    draft: ModuleType  # LlamaForCausalLMEagle3
+    optimizer: ModuleType  # BF16Optimizer
 
     @property
     def digest(self) -> str:
@@ -71,22 +77,25 @@ class Oracle(NamedTuple):
     def describe(self) -> str:
         """Kind, torch version, and the used files by hash."""
         lines = [f"oracle: SpecForge, {self.kind}, torch {torch.__version__}"]
-        return "\n".join(
-            [*lines, *(f"  {value[:16]}  {name}" for name, value in self.hashes.items())]
-        )
+        for name, value in self.hashes.items():
+            lines.append(f"  {value[:16]}  {name}")
+        return "\n".join(lines)
 
 
 class OracleMissingError(Exception):
-    """Why there is no oracle, and what to install."""
+    """SpecForge is not at hand; the message says why, and what to install."""
 
 
 def load_oracle(*, commit: bool = False, native: bool = False) -> Oracle:
-    """The oracle at hand; with `commit`, nothing but the commit's own files.
+    """The SpecForge at hand.
 
-    Its Triton kernels are interpreted and dynamo is off; `native` (for CUDA) wants them compiled, and dynamo as it is.
+    Args:
+        commit: accept the commit's own files alone.
+        native: for CUDA: Triton's kernels are compiled, and dynamo is as the environment has it.
+            Else the kernels are interpreted and dynamo is off.
 
     Raises:
-        OracleMissingError: none is at hand, or torch was loaded without the oracle's environment.
+        OracleMissingError: none is at hand, or torch was loaded without SpecForge's environment.
     """
     oracle = _load(native)
     if commit and oracle.kind != "commit":
@@ -98,12 +107,7 @@ def load_oracle(*, commit: bool = False, native: bool = False) -> Oracle:
 
 @functools.cache
 def _load(native: bool) -> Oracle:
-    missing = any(os.environ.get(name) != value for name, value in ENVIRONMENT.items())
-    if (native and "TRITON_INTERPRET" in os.environ) or (missing and not native):
-        wanted = "no TRITON_INTERPRET" if native else str(ENVIRONMENT)
-        raise OracleMissingError(
-            f"the oracle needs {wanted} in the environment before torch is loaded"
-        )
+    _check_environment(native)
     source = os.environ.get("SPECFORGE_SRC")
     if source:
         if not (Path(source) / "specforge" / "optimizer.py").is_file():
@@ -111,48 +115,80 @@ def _load(native: bool) -> Oracle:
                 f"SPECFORGE_SRC={source}: no specforge/optimizer.py there; {INSTALL}"
             )
         sys.path.insert(0, source)
+
+    # Its imports print and warn. With other versions of its dependencies it fails in other ways
+    # than by an ImportError.
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # its imports print
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             draft = importlib.import_module("specforge.modeling.draft.llama3_eagle")
-            eagle3 = _first("specforge.core.eagle3", "specforge.algorithms.eagle3.model")
+            eagle3 = _first_module("specforge.core.eagle3", "specforge.algorithms.eagle3.model")
             optimizer = importlib.import_module("specforge.optimizer")
-    except Exception as error:  # with other versions of its dependencies not an ImportError alone
+    except Exception as error:
         raise OracleMissingError(
             f"SpecForge cannot be imported ({type(error).__name__}: {error}): {INSTALL}"
         ) from None
+
+    # Which files these are; the wheel has the model elsewhere, and not every file.
     root = Path(str(optimizer.__file__)).parent
     names = [name for name in COMMIT_FILES if (root / name).is_file()]
-    if eagle3.__file__ and root / "core/eagle3.py" != Path(eagle3.__file__):
-        names.insert(0, str(Path(eagle3.__file__).relative_to(root)))
+    model_file = Path(str(eagle3.__file__))
+    if model_file != root / "core/eagle3.py":
+        names.insert(0, str(model_file.relative_to(root)))
     hashes = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names}
-    kind = "commit" if hashes == COMMIT_FILES else "checkout" if source else "wheel"
+
+    if hashes == COMMIT_FILES:
+        kind = "commit"
+    elif source:
+        kind = "checkout"
+    else:
+        kind = "wheel"
     return Oracle(kind, hashes, eagle3, draft, optimizer)
 
 
-def _first(*names: str) -> ModuleType:
+def _check_environment(native: bool) -> None:
+    """Refuse an environment in which SpecForge's kernels run otherwise than asked for."""
+    if native:
+        fits = "TRITON_INTERPRET" not in os.environ
+        wanted = "no TRITON_INTERPRET"
+    else:
+        fits = all(os.environ.get(name) == value for name, value in ENVIRONMENT.items())
+        wanted = str(ENVIRONMENT)
+    if not fits:
+        raise OracleMissingError(
+            f"the oracle needs {wanted} in the environment before torch is loaded"
+        )
+
+
+def _first_module(*names: str) -> ModuleType:
+    """The first of these modules that exists."""
     for name in names[:-1]:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
+            # One of its own imports may be what is missing.
             if error.name is None or not name.startswith(error.name):
                 raise
     return importlib.import_module(names[-1])
 
 
 class EagerLoss:
-    """What replaces the old kernel on its side: the expression of both sides, over all rows."""
+    """What replaces SpecForge's loss kernel at level 2: the expression that our side uses."""
 
     @staticmethod
     def apply(logits: Tensor, p: Tensor, mask: Tensor) -> Tensor:
-        """The mean over all rows of `(B, S, D)` logits against `p`; `mask` is `(B, S, 1)`."""
-        logp = torch.log_softmax(logits.float(), dim=-1)
-        row = -(p * logp).sum(-1) * mask.squeeze(-1).float()
+        """`-mean(mask · Σ_v p[v] · log_softmax(logits)[v])` over all rows; scalar.
+
+        `logits` and `p` are `(B, S, D)`, `mask` is `(B, S, 1)`.
+        """
+        log_draft = torch.log_softmax(logits.float(), dim=-1)
+        row = -(p * log_draft).sum(-1) * mask.squeeze(-1).float()
         return row.mean()
 
 
 @contextlib.contextmanager
 def eager_loss(oracle: Oracle) -> Iterator[None]:
-    """Level 2: the old model computes its loss with `EagerLoss` while this is open."""
+    """Level 2: SpecForge computes its loss with `EagerLoss` while this is open."""
     module: Any = oracle.eagle3
     kernel = module.LogSoftmaxLoss
     module.LogSoftmaxLoss = EagerLoss
@@ -162,37 +198,20 @@ def eager_loss(oracle: Oracle) -> Iterator[None]:
         module.LogSoftmaxLoss = kernel
 
 
-def old_draft(
+def specforge_draft(
     oracle: Oracle, config: DraftConfig, params: Params, frozen: Frozen, attention: str = "sdpa"
 ) -> torch.nn.Module:
-    """The old draft model with these weights, on their device and in their dtype, under this attention backend.
+    """SpecForge's draft model with these weights, on their device and in their dtype.
 
-    It knows only drafts as wide as their target.
+    `attention` is the backend. SpecForge has only drafts as wide as their target.
     """
-    from transformers import LlamaConfig
-
-    llama = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_attention_heads=1,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        num_hidden_layers=1,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=False,
-    )
-    # Set behind the check of LlamaConfig, which refuses heads that don't divide the hidden size.
-    llama.num_attention_heads = config.num_attention_heads
-    llama.num_key_value_heads = config.num_key_value_heads
-    llama.rope_scaling = None
-    llama.rope_theta = config.rope_theta
-    llama.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
-    llama.draft_vocab_size = config.draft_vocab_size
-    with contextlib.redirect_stdout(io.StringIO()):
-        draft = oracle.draft.LlamaForCausalLMEagle3(llama, attention_backend=attention)
     assert frozen.embed_tokens is not None
+    with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
+        draft = oracle.draft.LlamaForCausalLMEagle3(
+            _llama_config(config), attention_backend=attention
+        )
+
+    # Our weights instead of its own draw.
     draft.to(params["fc.weight"])
     with torch.no_grad():
         for name, leaf in draft.named_parameters():
@@ -203,57 +222,91 @@ def old_draft(
     return draft
 
 
-class OldForward(NamedTuple):
-    """The old model's seven lists, those that are compared."""
+def _llama_config(config: DraftConfig) -> Any:
+    """The draft's shape as SpecForge reads it."""
+    from transformers import LlamaConfig
 
-    losses: list[Tensor]
-    acceptance: list[Tensor]
-    correct: list[Tensor]
-    rows: list[Tensor]
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    llama = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=1,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        num_hidden_layers=1,
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+    )
+
+    # Set after LlamaConfig's own check, which refuses heads that don't divide the hidden size.
+    llama.num_attention_heads = config.num_attention_heads
+    llama.num_key_value_heads = config.num_key_value_heads
+    llama.rope_theta = config.rope_theta
+    llama.rope_parameters = dict(rope)
+    llama.draft_vocab_size = config.draft_vocab_size
+    return llama
 
 
-def old_forward(
+class SpecForgeForward(NamedTuple):
+    """What is compared of the lists that `OnlineEagle3Model.forward` returns; one entry a step."""
+
+    losses: list[Tensor]  # ()
+    acceptance: list[Tensor]  # (), the rate
+    correct: list[Tensor]  # (), rows
+    rows: list[Tensor]  # (), at least 1e-6
+
+
+def specforge_forward(
     oracle: Oracle,
     draft: torch.nn.Module,
     frozen: Frozen,
     batch: Batch,
     objective: ObjectiveConfig,
     attention: str = "sdpa",
-) -> OldForward:
-    """`OnlineEagle3Model.forward`; the shifts before it are its callers' (data and target side).
+) -> SpecForgeForward:
+    """`OnlineEagle3Model.forward` after the shifts that its callers make of data and target.
 
-    Of `objective`, unroll length, teacher and loss are taken; it divides by all rows whatever is asked.
+    Of `objective`, unroll length, teacher and loss are taken. It divides by all rows, whatever
+    `normalization` is.
     """
-    loss = {
-        "kl_scale": objective.kl_scale,
-        "kl_decay": objective.kl_decay,
-        "lk_loss_type": LK[objective.loss],
-    }
-    length = objective.ttt_length
     model = oracle.eagle3.OnlineEagle3Model(
-        draft, length=length, attention_backend=attention, **loss
+        draft,
+        length=objective.ttt_length,
+        attention_backend=attention,
+        kl_scale=objective.kl_scale,
+        kl_decay=objective.kl_decay,
+        lk_loss_type=LK[objective.loss],
     )
-    target = _left(batch.last_hidden)
-    full = objective.teacher == "full"
-    compact = (
-        {}
-        if full
-        else {"target_hidden_for_compact": target, "target_head_weight": frozen.target_head}
-    )
+
+    # The full teacher is given as logits (B, S, V), the compact one as hidden states and head.
+    hidden = _left(batch.last_hidden)
+    teacher: dict[str, Any]
+    if objective.teacher == "full":
+        teacher = {"target": torch.nn.functional.linear(hidden, frozen.target_head)}
+    else:
+        teacher = {
+            "target": None,
+            "target_hidden_for_compact": hidden,
+            "target_head_weight": frozen.target_head,
+        }
+
     result = model(
         input_ids=_left(batch.input_ids),
         attention_mask=batch.attention_mask,
-        target=torch.nn.functional.linear(target, frozen.target_head) if full else None,
         loss_mask=batch.row_mask[..., None],
         hidden_states=batch.aux_hidden,
         position_ids=batch.position_ids,
         compact_teacher_chunk_size=objective.teacher_chunk,
-        **compact,
+        **teacher,
     )
-    return OldForward(losses=result[0], acceptance=result[1], correct=result[3], rows=result[4])
+    losses, acceptance, _, correct, rows, *_ = result
+    return SpecForgeForward(losses, acceptance, correct, rows)
 
 
 def _left(x: Tensor) -> Tensor:
+    """`x` `(B, S, …)` moved one place left; a zero enters at the end."""
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
 
 
@@ -264,32 +317,35 @@ def run_oracle(
     attention: str = "sdpa",
     device: str = "cpu",
 ) -> Result:
-    """Everything that is compared, from the old tool, by name; gradients under their leaf's.
+    """Everything that is compared of SpecForge's forward and backward pass, by name.
 
-    At level 1 it computes its loss with its own Triton kernel, at level 2 with `EagerLoss`.
+    Gradients have their leaf's name. `level`: see this file's docstring.
     """
-    frozen, params, batch = (
-        on(device, x) for x in (tiny_frozen(case), tiny_params(case), tiny_batch(case))
-    )
+    frozen = on(device, tiny_frozen(case))
+    params = on(device, tiny_params(case))
+    batch = on(device, tiny_batch(case))
     objective = case.config().objective
-    draft = old_draft(oracle, case.draft(), params, frozen, attention)
+    draft = specforge_draft(oracle, case.draft(), params, frozen, attention)
     with eager_loss(oracle) if level == 2 else contextlib.nullcontext():
-        result = old_forward(oracle, draft, frozen, batch, objective, attention)
-    start = torch.zeros((), device=device)
-    loss: Any = sum(
-        (objective.decay**i * value for i, value in enumerate(result.losses)), start=start
-    )
+        seen = specforge_forward(oracle, draft, frozen, batch, objective, attention)
+
+    # Its script's sum over steps.
+    loss = torch.zeros((), device=device)
+    for step, value in enumerate(seen.losses):
+        loss = loss + objective.decay**step * value
     loss.backward()
-    seen = {
+
+    result = {
         "loss": loss.detach(),
-        "losses": torch.stack([value.detach() for value in result.losses]),
-        "acceptance": torch.stack(result.acceptance),
-        "correct": torch.stack(result.correct),
-        "rows": torch.stack(result.rows),
+        "losses": torch.stack([value.detach() for value in seen.losses]),
+        "acceptance": torch.stack(seen.acceptance),
+        "correct": torch.stack(seen.correct),
+        "rows": torch.stack(seen.rows),
     }
-    return seen | {
-        name: leaf.grad for name, leaf in draft.named_parameters() if leaf.grad is not None
-    }
+    for name, leaf in draft.named_parameters():
+        if leaf.grad is not None:
+            result[name] = leaf.grad
+    return result
 
 
 def side() -> Side:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A draft for Qwen2.5-7B-Instruct with the old script's arguments. Not run: no weights.
+# A draft for Qwen2.5-7B-Instruct with the arguments of SpecForge's script. Not run: no weights.
 # What was run is one step at these draft shapes on random tensors: python -m bench.recipe_step
-# usage: scripts/recipes/qwen2.5-7b.sh TARGET CONVERSATIONS OUT [MORE OF THE OLD SCRIPT'S ARGUMENTS]
+# usage: scripts/recipes/qwen2.5-7b.sh TARGET CONVERSATIONS OUT [MORE OF THE SCRIPT'S ARGUMENTS]
 # TARGET is a folder or hub id, CONVERSATIONS a JSONL file. One GPU with 80 GB; features take 28 KiB a token.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"

@@ -168,7 +168,6 @@ def test_on_cuda_draft_is_the_recipes_and_kernels_are_compiled() -> None:
 def test_script_trains_on_the_named_device() -> None:
     places = ["--target-model-path", "t", "--train-data-path", "c", "--output-dir", "o"]
     found = script.parser().parse_args(places)
-    found.target_batch_size = 1
     draft = draft_of("tiny", None, 40)
     for has_card, named, device in (
         (True, "cpu", "cpu"),

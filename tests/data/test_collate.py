@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eagle3fn import specforge
 from eagle3fn.base.rows import shift, step_rows
 from eagle3fn.data.collate import align_mask, collate, cut, global_row_counts
-from eagle3fn.specforge import recipe
 from tests.factories import random_sample
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
@@ -24,7 +24,7 @@ def test_serving_trains_rows_whose_next_two_tokens_are_the_assistants(mask):
 @settings(max_examples=60, deadline=None)
 def test_specforges_mask_zeroes_the_last_entry_of_a_copy(mask):
     given_mask = torch.tensor(mask)
-    assert recipe.align_mask(given_mask).tolist() == [*mask[:-1], 0]
+    assert specforge.align_mask(given_mask).tolist() == [*mask[:-1], 0]
     assert given_mask.tolist() == mask
 
 
@@ -35,7 +35,7 @@ def test_shift_moves_left():
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.integers(3, 8),
-    st.sampled_from([align_mask, recipe.align_mask]),
+    st.sampled_from([align_mask, specforge.align_mask]),
 )
 @settings(max_examples=40, deadline=None)
 def test_collate_by_plain_loops(lengths, max_length, align):
@@ -64,8 +64,8 @@ def test_counts_are_the_same_for_every_split(masks, steps):
     samples = [
         random_sample(len(mask), 0)._replace(token_mask=torch.tensor(mask)) for mask in masks
     ]
-    whole = collate(samples, 64, recipe.align_mask)
-    parts = [collate([sample], 64, recipe.align_mask) for sample in samples]
+    whole = collate(samples, 64, specforge.align_mask)
+    parts = [collate([sample], 64, specforge.align_mask) for sample in samples]
     plain = [max(1, sum(sum(mask[:-1][step:]) for mask in masks)) for step in range(steps)]
     assert step_rows([whole.row_mask], steps).tolist() == plain
     assert (

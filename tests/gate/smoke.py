@@ -25,6 +25,7 @@ from torch import Tensor
 import eagle3fn as e3
 from bench.problem import Problem, draft_of, draw_params, make_problem
 from bench.sides import one_rank_mesh
+from eagle3fn import specforge
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.files import read_json
 from eagle3fn.base.tree import equal, named_leaves, tree_map
@@ -35,7 +36,6 @@ from eagle3fn.model import head_loss, losses
 from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
 from eagle3fn.model.kernels import score as score_kernel
-from eagle3fn.specforge import recipe as specforge
 from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.testing.gate_part import (
     BEGAN,

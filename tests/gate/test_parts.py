@@ -192,7 +192,9 @@ def runner(folder: Path) -> Path:
 
 
 PARTIAL = "open(partial, 'w').write(json.dumps({'seconds': {'fast': 1}, 'specforge': None}))\n"
-WHOLE = "open(out, 'w').write(json.dumps({'seconds': {'fast': 1, 'specforge': 3}, 'specforge': {}}))\n"
+WHOLE = (
+    "open(out, 'w').write(json.dumps({'seconds': {'fast': 1, 'specforge': 3}, 'specforge': {}}))\n"
+)
 MISSING = (
     "found = {'seconds': {'fast': 1}, 'specforge': None, 'specforge_missing': 'gone'}\n"
     "open(out, 'w').write(json.dumps(found))\n"

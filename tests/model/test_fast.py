@@ -12,8 +12,8 @@ import eagle3fn as e3
 from eagle3fn.base.rows import contributing_rows
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.testing.builders import on
-from tests.model.blocks import error, vjp
 from tests.factories import make_batch, make_config, make_frozen
+from tests.model.blocks import error, vjp
 
 # Relative gradient error against fp64, leaf by leaf: a few units of the dtype's rounding, as for
 # the plain numerics.

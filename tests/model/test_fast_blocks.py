@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eagle3fn import specforge
 from eagle3fn.base.rows import contributing_rows
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.base.types import Sample
 from eagle3fn.data.collate import align_mask, collate
 from eagle3fn.model import block_attention as attention
 from eagle3fn.model import fast, fused_layers, head_loss, table
-from eagle3fn.specforge import recipe
 from tests.model.blocks import (
     HEAD_SIZE,
     HEADS,
@@ -327,7 +327,7 @@ def test_low_precision_is_as_near_to_fp64_as_plain(dtype, pair):
 # Padding.
 
 
-@pytest.mark.parametrize("align", [align_mask, recipe.align_mask])
+@pytest.mark.parametrize("align", [align_mask, specforge.align_mask])
 def test_padding_is_not_trained_and_does_not_matter(align):
     """Collated masks leave padding out; then its values reach no loss and no gradient."""
     generator = torch.Generator().manual_seed(5)

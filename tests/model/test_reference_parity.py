@@ -18,7 +18,7 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.types import Aux, Batch, Params
-from eagle3fn.specforge.recipe import schedule as recursive_schedule
+from eagle3fn.specforge.recipes import schedule as recursive_schedule
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences

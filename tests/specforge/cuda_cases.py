@@ -1,20 +1,21 @@
-"""One case of the CUDA gate: controls, parity with SpecForge's loss kernel inside our unroll, then with our own.
+"""One case of the CUDA gate: controls, then parity with each of the two loss kernels in our unroll.
 
-SpecForge's side is its script's own `run_forward` and `run_backward_and_update` (`testing.oracle_script`), where its
-commit is at hand; of the wheel, which has no such script, the model's forward and `.backward()`.
+SpecForge's side is its script's own `run_forward` and `run_backward_and_update`
+(`tests.specforge.oracle_script`), where its commit is at hand. The wheel has no such script: there
+it is the model's forward and `.backward()`.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eagle3fn.model import layers
-from eagle3fn.model.forward import Operations, forward_plain, legacy_operations
+from eagle3fn.base.types import Aux, Batch, Frozen, Params
+from eagle3fn.model.forward import Operations, forward_plain
 from eagle3fn.model.losses import KL
+from eagle3fn.specforge.arithmetic import operations_on
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.specforge.oracle import Oracle, run_oracle
@@ -22,7 +23,7 @@ from eagle3fn.testing.builders import Case, tiny_params
 from eagle3fn.testing.results import ForwardLoss, Result, differences, nontrivial, run_forward, ulps
 from eagle3fn.testing.strategies import drawn
 from tests.specforge.oracle_script import run_script, run_step
-from tests.specforge.private_tape import old_kl, with_flex
+from tests.specforge.private_tape import specforge_kl, with_flex
 
 WIDE = {
     "hidden": 256,
@@ -34,157 +35,169 @@ WIDE = {
 }
 WIDTHS = (100, 1000, 2047, 2048, 5000, 8192, 16_000, 32_768, 40_000, 100_000, 131_072)
 
+Side = Callable[[], Result]
+"""One side of a comparison, on a case that it has."""
+
 
 def case_at(index: int, seed: int, device: str) -> Case:
-    """A case with something to compare. On CUDA every fourth is as wide as the loss kernel's larger blocks."""
-    case = replace(for_specforge(drawn(1, seed * 100_000 + index)[0]), tokens="inside")
-    case = replace(case, mask="drawn" if case.mask in ("one", "empty") else case.mask)
-    case = replace(case, lengths=tuple(max(length, 5) for length in case.lengths))
+    """A case with something to compare. On CUDA every fourth is as wide as the larger blocks."""
+    case = for_specforge(drawn(1, seed * 100_000 + index)[0])
+    case = replace(case, tokens="inside", lengths=tuple(max(n, 5) for n in case.lengths))
+    if case.mask in ("one", "empty"):
+        case = replace(case, mask="drawn")
     if device != "cuda" or index % 4:
         return case
-    return replace(
-        case,
-        **WIDE,
-        draft_vocab=(3000, 8192, 16_000, 32_768)[index // 4 % 4],
-        lengths=(48, 40),
-        steps=7,
-    )
+    draft_vocab = (3000, 8192, 16_000, 32_768)[index // 4 % 4]
+    return replace(case, **WIDE, draft_vocab=draft_vocab, lengths=(48, 40), steps=7)
 
 
-def operations_of(kl: KL, attention: str) -> Callable[[torch.device, torch.dtype], Operations]:
-    """The legacy operations with another loss and the attention of one of SpecForge's backends."""
+# Our side
 
-    def choose(device: torch.device, dtype: torch.dtype) -> Operations:
-        operations = legacy_operations(device, dtype)._replace(kl=kl)
-        return with_flex(operations) if attention == "flex_attention" else operations
-
-    return choose
+ChangeOperations = Callable[[Operations], Operations]
 
 
-def with_kl(kl: KL, attention: str) -> ForwardLoss:
-    """Our legacy `forward_loss` with these operations."""
-    choose = operations_of(kl, attention)
+def loss_with(
+    kl: KL, attention: str = "sdpa", change: ChangeOperations | None = None
+) -> ForwardLoss:
+    """SpecForge's arithmetic with this KL, and the attention of one of its backends.
 
-    def forward(params: Any, batch: Any, *, config: Any, frozen: Any) -> Any:
-        operations = choose(batch.aux_hidden.device, batch.aux_hidden.dtype)
+    `change` changes the operations once more.
+    """
+
+    def forward(params: Params, batch: Batch, *, config: Any, frozen: Frozen) -> tuple[Tensor, Aux]:
+        hidden = batch.aux_hidden
+        operations = operations_on(hidden.device, hidden.dtype)._replace(kl=kl)
+        if attention == "flex_attention":
+            operations = with_flex(operations)
+        if change is not None:
+            operations = change(operations)
         return forward_plain(params, batch, config=config, frozen=frozen, operations=operations)
 
     return forward
 
 
-def their_side(oracle: Oracle, case: Case, attention: str, device: str) -> Callable[[], Result]:
-    """SpecForge on a case at level 1."""
+def reordered(operations: Operations) -> Operations:
+    """The control that must be detected: the same attention in another order of operations.
+
+    Values are multiplied by three before they are averaged, and the average is divided by three.
+    """
+
+    def attention(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Any) -> Tensor:
+        tripled = [value * 3 for value in values]
+        return operations.attention(query, keys, tripled, mask) / 3
+
+    return operations._replace(attention=attention)
+
+
+def specforge_side(oracle: Oracle, case: Case, attention: str, device: str) -> Side:
+    """SpecForge on a case, at level 1."""
     run = run_script if oracle.kind == "commit" else run_oracle
     return lambda: run(oracle, case, 1, attention, device)
 
 
-def our_side(
-    oracle: Oracle, kl: KL, case: Case, attention: str, device: str
-) -> Callable[[], Result]:
-    """Ours on a case, with what SpecForge's side gives."""
+def our_side(oracle: Oracle, loss: ForwardLoss, case: Case, device: str) -> Side:
+    """Ours on a case; its result has the names of SpecForge's."""
     if oracle.kind == "commit":
-        return lambda: run_step(operations_of(kl, attention), case, device)
-    return lambda: run_forward(with_kl(kl, attention), case, device)
+        return lambda: run_step(loss, case, device)
+    return lambda: run_forward(loss, case, device)
 
 
-@contextlib.contextmanager
-def reordered() -> Iterator[None]:
-    """The control that must be detected: norms multiply by their weight before they scale and cast."""
-    kept = layers.rms_norm
-
-    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(layers.at_least_fp32(x.dtype))
-        return ((wide * weight) * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-    layers.rms_norm = norm
-    try:
-        yield
-    finally:
-        layers.rms_norm = kept
+# Comparisons
 
 
 def compare_case(oracle: Oracle, case: Case, attention: str, device: str) -> dict[str, Any]:
-    """SpecForge against itself, against ours with its loss and with our own, and against a reordering."""
-    theirs = their_side(oracle, case, attention, device)
-    with_old = our_side(oracle, old_kl(oracle), case, attention, device)
-    with_own = our_side(oracle, mean_kl, case, attention, device)
-
-    def wrong() -> Result:
-        with reordered():
-            return with_own()
-
-    return _verdict(repr(case), theirs, with_old, with_own, wrong)
+    """SpecForge against itself, against ours with each of the two kernels, and the control."""
+    with_their_kernel = loss_with(specforge_kl(oracle), attention)
+    with_own_kernel = loss_with(mean_kl, attention)
+    with_reordering = loss_with(mean_kl, attention, reordered)
+    return _verdict(
+        repr(case),
+        specforge_side(oracle, case, attention, device),
+        our_side(oracle, with_their_kernel, case, device),
+        our_side(oracle, with_own_kernel, case, device),
+        our_side(oracle, with_reordering, case, device),
+    )
 
 
 def compare_kernel(oracle: Oracle, width: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """The loss alone on 24 rows, six of them masked: mean, gradient, and each row's; the control permutes columns."""
+    """The loss alone, on 24 rows, six of them masked: the mean, its gradient, and each row's loss.
+
+    The control permutes the columns. Each row is compared too, as in a mean over many rows a
+    reordering can round away.
+    """
     source = torch.Generator().manual_seed(width)
     logits = (torch.randn(4, 6, width, generator=source) * 3).to(device, dtype)
     p = torch.randn(4, 6, width, generator=source).softmax(-1).to(device)
     mask = torch.tensor([1, 1, 0, 1] * 6, device=device).view(4, 6, 1)
-    other = torch.randperm(width, generator=source).to(device)
+    order = torch.randperm(width, generator=source).to(device)
+    gradient = torch.tensor(0.9, device=device)
 
-    def by_row(
-        kl: Callable[..., Tensor],
-    ) -> Tensor:  # in a mean over many rows a reordering can round away
-        rows = zip(*(x.flatten(0, 1)[:, None, None] for x in (logits, p, mask)), strict=True)
-        return torch.stack([kl(*row, None) for row in rows])
+    def each_row(kl: KL) -> Tensor:
+        by_row = [x.flatten(0, 1)[:, None, None] for x in (logits, p, mask)]
+        rows = zip(*by_row, strict=True)
+        return torch.stack([kl(z, p, mask, None) for z, p, mask in rows])
 
-    def run(kl: Callable[..., Tensor]) -> Result:
+    def run(kl: KL) -> Result:
         loss, pullback = torch.func.vjp(lambda z: kl(z, p, mask, None), logits)  # pyright: ignore
-        return {
-            "loss": loss,
-            "logits": pullback(torch.tensor(0.9, device=device))[0],
-            "each": by_row(kl),
-        }
+        return {"loss": loss, "logits": pullback(gradient)[0], "each": each_row(kl)}
 
-    def old() -> Result:
+    def run_specforge() -> Result:
+        kernel = oracle.eagle3.LogSoftmaxLoss
         leaf = logits.clone().requires_grad_()
-        loss = oracle.eagle3.LogSoftmaxLoss.apply(leaf * 1, p, mask)
-        loss.backward(torch.tensor(0.9, device=device))
-        each = by_row(lambda z, p, mask, _: oracle.eagle3.LogSoftmaxLoss.apply(z.clone(), p, mask))
-        return {"loss": loss.detach(), "logits": _there(leaf.grad), "each": each}
+        loss = kernel.apply(leaf * 1, p, mask)
+        loss.backward(gradient)
+        assert leaf.grad is not None
+        each = each_row(lambda z, p, mask, _: kernel.apply(z.clone(), p, mask))
+        return {"loss": loss.detach(), "logits": leaf.grad, "each": each}
 
-    def permuted(z: Tensor, p: Tensor, *rest: Any) -> Tensor:
-        return mean_kl(z[..., other], p[..., other], *rest)
+    def permuted(z: Tensor, p: Tensor, mask: Tensor, count: Tensor | None) -> Tensor:
+        return mean_kl(z[..., order], p[..., order], mask, count)
 
-    name = f"{width} columns, {str(dtype).removeprefix('torch.')}"
     return _verdict(
-        name, old, lambda: run(old_kl(oracle)), lambda: run(mean_kl), lambda: run(permuted)
+        f"{width} columns, {str(dtype).removeprefix('torch.')}",
+        run_specforge,
+        lambda: run(specforge_kl(oracle)),
+        lambda: run(mean_kl),
+        lambda: run(permuted),
     )
 
 
-def _there(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return x
-
-
 def _verdict(
-    name: str, old: Callable, with_old: Callable, with_own: Callable, wrong: Callable
+    name: str,
+    specforge: Side,
+    with_their_kernel: Side,
+    with_own_kernel: Side,
+    with_reordering: Side,
 ) -> dict[str, Any]:
-    expected = old()
+    """The row of a result file; its keys are those of the files that are committed."""
+    expected = specforge()
     return {
         "case": name,
         "nontrivial": nontrivial(expected),
-        "decided": not differences(expected, old()),
-        "old_kernel": _apart(expected, with_old()),
-        "own_kernel": _apart(expected, with_own()),
-        "reordering_seen": bool(differences(expected, wrong())),
+        "decided": not differences(expected, specforge()),
+        "old_kernel": _apart(expected, with_their_kernel()),
+        "own_kernel": _apart(expected, with_own_kernel()),
+        "reordering_seen": bool(differences(expected, with_reordering())),
     }
 
 
 def _apart(a: Result, b: Result) -> dict[str, int]:
-    return {
-        name: ulps(a[name], b[name]) if name in a and name in b else -1
-        for name in differences(a, b)
-    }
+    """The distance in ulps of everything that differs; -1 if it cannot be measured."""
+    found = {}
+    for name in differences(a, b):
+        found[name] = ulps(a[name], b[name]) if name in a and name in b else -1
+    return found
 
 
 def distance(oracle: Oracle, case: Case, device: str) -> dict[str, Any]:
     """SpecForge as people run it against ours: the largest distance in ulps; -1: not finite."""
-    old = their_side(oracle, case, "sdpa", device)()
-    own = our_side(oracle, mean_kl, case, "sdpa", device)()
-    gradients = list(tiny_params(case))
-    each = [ulps(old[name], own[name]) for name in gradients]
-    far = {"loss": ulps(old["loss"], own["loss"]), "gradients": -1 if -1 in each else max(each)}
-    return {"case": repr(case), "nontrivial": nontrivial(old), "ulps": far}
+    expected = specforge_side(oracle, case, "sdpa", device)()
+    ours = our_side(oracle, loss_with(mean_kl), case, device)()
+
+    each = [ulps(expected[name], ours[name]) for name in tiny_params(case)]
+    gradients = -1 if -1 in each else max(each)
+    return {
+        "case": repr(case),
+        "nontrivial": nontrivial(expected),
+        "ulps": {"loss": ulps(expected["loss"], ours["loss"]), "gradients": gradients},
+    }

@@ -1,7 +1,8 @@
 """One claim of the CUDA gate in a process of its own: `tests.gate.parity` starts it.
 
-A case gives one line of JSON in `--rows`. A case that raises is kept with its traceback and the next one runs; only a
-card's context that is lost ends the process, and the gate starts another one for the cases after it.
+Each case writes one line of JSON to `--rows`. A case that raises is kept with its traceback, and
+the next one runs. Only where a card's context is lost does the process end; the gate starts another
+one for the cases after it.
 """
 
 import argparse
@@ -58,17 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
         mend_interpreter()
     with options.rows.open("a", encoding="utf-8") as rows:
 
-        def say(row: dict[str, Any]) -> None:
+        def write(row: dict[str, Any]) -> None:
             rows.write(json.dumps(row) + "\n")
             rows.flush()
 
         try:
             oracle = load_oracle(native=options.device == "cuda")
         except OracleMissingError as error:
-            say({"error": f"no oracle: {error}"})
+            write({"error": f"no oracle: {error}"})
             return 0
-        say({"oracle": {"kind": oracle.kind, "sha256": oracle.digest, "hashes": oracle.hashes}})
-        run(claim_cases(options, oracle), options, end, say)
+        write({"oracle": {"kind": oracle.kind, "sha256": oracle.digest, "hashes": oracle.hashes}})
+        run(claim_cases(options, oracle), options, end, write)
     return 0
 
 
@@ -76,9 +77,9 @@ def run(
     cases: Iterator[Named],
     options: argparse.Namespace,
     end: float,
-    say: Callable[[dict[str, Any]], None],
+    write: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Say a row for each case from `options.first` on: what was compared, or how it raised.
+    """Write a row for each case from `options.first` on: what was compared, or how it raised.
 
     The first one runs whatever the time, as a claim without a case has failed.
     """
@@ -90,12 +91,12 @@ def run(
         try:
             row = case.compare()
         except Exception:
-            say({"raised": case.name, "traceback": traceback.format_exc()})
+            write({"raised": case.name, "traceback": traceback.format_exc()})
             if context_lost(options.device):
-                say({"lost": index})
+                write({"lost": index})
                 return
         else:
-            say(row)
+            write(row)
 
 
 def claim_cases(options: argparse.Namespace, oracle: Oracle) -> Iterator[Named]:
@@ -106,16 +107,17 @@ def claim_cases(options: argparse.Namespace, oracle: Oracle) -> Iterator[Named]:
     if options.claim == "kernel":
         widths = WIDTHS if device == "cuda" else DRY_WIDTHS
         for width, dtype in itertools.product(widths, (torch.float32, torch.bfloat16)):
-            yield Named(
-                f"{width} columns, {dtype}", partial(compare_kernel, oracle, width, dtype, device)
-            )
+            compare = partial(compare_kernel, oracle, width, dtype, device)
+            yield Named(f"{width} columns, {dtype}", compare)
         return
+
     for index in itertools.count():
         case = case_at(index, options.seed, device)
         if options.claim == "dynamo":
-            yield Named(repr(case), partial(distance, oracle, case, device))
+            compare = partial(distance, oracle, case, device)
         else:
-            yield Named(repr(case), partial(compare_case, oracle, case, options.claim, device))
+            compare = partial(compare_case, oracle, case, options.claim, device)
+        yield Named(repr(case), compare)
 
 
 if __name__ == "__main__":

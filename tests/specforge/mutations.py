@@ -1,4 +1,4 @@
-"""Small faults that can be put into Python source: operators, constants, comparisons, arguments, casts, statements."""
+"""Small faults that can be put into Python source, in expressions, arguments and statements."""
 
 import ast
 import copy
@@ -47,40 +47,48 @@ class Mutation(NamedTuple):
 
 
 def find_mutations(file: str, source: bytes, lines: set[int]) -> list[Mutation]:
-    """Every mutation of statements that begin on one of `lines`, inside functions; each still compiles."""
+    """Every mutation of statements in functions that begin on one of `lines`; each compiles."""
+    # Where each line begins, in bytes: the tree has lines and columns.
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
+
     found = []
     for statement in statements(ast.parse(source)):
         if statement.lineno not in lines or refuses(statement):
             continue
-        for node, kind, new in [
-            *of_statement(statement),
-            *(x for part in parts(statement) for x in changes(part)),
-        ]:
+
+        changed = list(of_statement(statement))
+        for part in parts(statement):
+            changed += changes(part)
+        for node, kind, new in changed:
             begin = starts[node.lineno - 1] + node.col_offset
             end = starts[node.end_lineno - 1] + node.end_col_offset
             mutation = Mutation(file, node.lineno, kind, begin, end, written(new))
-            if mutation.apply(source) != source and compiles(mutation.apply(source)):
+            result = mutation.apply(source)
+            if result != source and compiles(result):
                 found.append(mutation)
     return found
 
 
 def statements(tree: ast.AST) -> Iterator[ast.stmt]:
-    """Statements in function bodies, docstrings apart."""
+    """Statements in function bodies, of inner functions too; docstrings and checks left out."""
     for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and not function.name.startswith(REFUSING):
-            for node in ast.walk(ast.Module(function.body, [])):
-                docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-                if isinstance(node, ast.stmt) and not isinstance(node, SKIPPED) and not docstring:
-                    inner = [
-                        f
-                        for f in ast.walk(ast.Module(function.body, []))
-                        if isinstance(f, ast.FunctionDef)
-                    ]
-                    if not any(node in ast.walk(f) for f in inner):
-                        yield node
+        if not isinstance(function, ast.FunctionDef) or function.name.startswith(REFUSING):
+            continue
+
+        # Statements of a function within this one come with that one.
+        inside = list(ast.walk(ast.Module(function.body, [])))
+        of_inner = set()
+        for node in inside:
+            if isinstance(node, ast.FunctionDef):
+                of_inner.update(ast.walk(node))
+        for node in inside:
+            if not isinstance(node, ast.stmt) or isinstance(node, SKIPPED) or node in of_inner:
+                continue
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue
+            yield node
 
 
 def refuses(statement: ast.stmt) -> bool:
@@ -94,21 +102,20 @@ def refuses(statement: ast.stmt) -> bool:
 
 def parts(statement: ast.stmt) -> Iterator[ast.expr]:
     """The statement's own expressions with all inside, not those of statements within it."""
-    waiting: list[ast.AST] = [
-        node for node in ast.iter_child_nodes(statement) if not isinstance(node, ast.stmt)
-    ]
+    waiting = _expressions(statement)
     if isinstance(statement, ast.AnnAssign):
         waiting.remove(statement.annotation)
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.expr):
             yield node
-        if not isinstance(node, SKIPPED) and not (
-            isinstance(node, ast.keyword) and node.arg == "device"
-        ):
-            waiting += [
-                child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)
-            ]
+        is_device = isinstance(node, ast.keyword) and node.arg == "device"
+        if not isinstance(node, SKIPPED) and not is_device:
+            waiting += _expressions(node)
+
+
+def _expressions(node: ast.AST) -> list[ast.AST]:
+    return [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
 
 
 Change = tuple[Any, str, ast.AST]
@@ -119,14 +126,15 @@ def of_statement(statement: ast.stmt) -> Iterator[Change]:
     if isinstance(statement, ast.Expr):
         yield statement, "statement left out", ast.Pass()
     if isinstance(statement, ast.Assign):
-        set_names = {
-            n.id
-            for target in statement.targets
-            for n in ast.walk(target)
-            if isinstance(n, ast.Name)
-        }
-        if set_names & {n.id for n in ast.walk(statement.value) if isinstance(n, ast.Name)}:
+        written_names = set()
+        for target in statement.targets:
+            written_names |= _names(target)
+        if written_names & _names(statement.value):
             yield statement, "statement left out", ast.Pass()
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def changes(node: ast.expr) -> Iterator[Change]:
@@ -177,17 +185,23 @@ def other_values(value: Any) -> list[Any]:
         return [not value]
     if isinstance(value, int):
         return [value + 1, value - 1]
-    return [value * 2 if value else 1.0] if isinstance(value, float) else []
+    if isinstance(value, float):
+        return [value * 2 if value else 1.0]
+    return []
 
 
 def shifted(node: ast.Subscript) -> Iterator[Change]:
     """An index or a slice's bound one further."""
-    for index in node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]:
-        bounds = [index.lower, index.upper] if isinstance(index, ast.Slice) else []
-        for bound in bounds or ([index] if isinstance(index, ast.Name | ast.Constant) else []):
-            if bound is not None and not (
-                isinstance(bound, ast.Constant) and not isinstance(bound.value, int)
-            ):
+    indices = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    for index in indices:
+        if isinstance(index, ast.Slice):
+            bounds = [bound for bound in (index.lower, index.upper) if bound is not None]
+        elif isinstance(index, ast.Name | ast.Constant):
+            bounds = [index]
+        else:
+            bounds = []
+        for bound in bounds:
+            if not isinstance(bound, ast.Constant) or isinstance(bound.value, int):
                 yield bound, "off by one", ast.BinOp(bound, ast.Add(), ast.Constant(1))
 
 
@@ -197,15 +211,21 @@ def calls(node: ast.Call) -> Iterator[Change]:
         if keyword.arg != "device":
             rest = [other for other in node.keywords if other is not keyword]
             yield node, f"without {keyword.arg}", with_fields(node, keywords=rest)
+
     if len(node.args) > 1:
         yield node, "without the last argument", with_fields(node, args=node.args[:-1])
         for i in range(len(node.args) - 1):
-            args = [*node.args[:i], node.args[i + 1], node.args[i], *node.args[i + 2 :]]
+            args = list(node.args)
+            args[i : i + 2] = [args[i + 1], args[i]]
             yield node, "arguments swapped", with_fields(node, args=args)
-    if isinstance(node.func, ast.Attribute) and not ast.unparse(node.func.value).startswith(
-        ("torch", "F", "math")
-    ):
-        yield node, "call left out", node.func.value
+
+    # A method's call becomes its object, a function's call its first argument.
+    modules = ("torch", "F", "math")
+    is_method = isinstance(node.func, ast.Attribute) and not ast.unparse(
+        node.func.value
+    ).startswith(modules)
+    if is_method:
+        yield node, "call left out", node.func.value  # pyright: ignore
     elif node.args and not isinstance(node.args[0], ast.Starred):
         yield node, "call left out", node.args[0]
 
@@ -221,11 +241,9 @@ def with_fields(node: ast.AST, **fields: Any) -> ast.AST:
 def written(node: ast.AST) -> str:
     """Source text, in parentheses where a neighbour could bind tighter."""
     text = ast.unparse(node)
-    return (
-        f"({text})"
-        if isinstance(node, ast.BinOp | ast.UnaryOp | ast.BoolOp | ast.Compare | ast.IfExp)
-        else text
-    )
+    if isinstance(node, ast.BinOp | ast.UnaryOp | ast.BoolOp | ast.Compare | ast.IfExp):
+        return f"({text})"
+    return text
 
 
 def compiles(source: bytes) -> bool:

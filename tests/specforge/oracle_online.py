@@ -1,8 +1,11 @@
-"""The old tool's online side at its commit: its script's functions, its Hugging Face target, its pruned logits.
+"""SpecForge's online side at its commit: its script's functions, its target, its pruned logits.
 
-Put in on its side, and nothing else: `Tensor.cuda` does nothing; its collator and its adapter are made without the
-process group that their constructors ask for; `shard_target_output` is set, which on one rank is the whole batch; and
-the eager loss of level 2.
+Replaced on its side, and nothing else:
+
+- `Tensor.cuda` does nothing.
+- Its collator and its adapter are made without the process group that their constructors ask for.
+- `shard_target_output` is set, which on one rank is the whole batch.
+- The loss is the eager one of level 2.
 """
 
 import ast
@@ -19,7 +22,14 @@ from torch import Tensor
 
 from eagle3fn.base.types import Frozen
 from eagle3fn.data.extract import Encoded
-from eagle3fn.specforge.oracle import INSTALL, LK, Oracle, OracleMissingError, eager_loss, old_draft
+from eagle3fn.specforge.oracle import (
+    INSTALL,
+    LK,
+    Oracle,
+    OracleMissingError,
+    eager_loss,
+    specforge_draft,
+)
 from eagle3fn.testing.builders import Case, generator, tiny_frozen, tiny_params
 from eagle3fn.testing.results import Result
 
@@ -37,11 +47,14 @@ FILES = {  # sha256 at the commit
 }
 
 
-def old_file(oracle: Oracle, name: str) -> Path:
+# SpecForge's files
+
+
+def specforge_file(oracle: Oracle, name: str) -> Path:
     """A file of the checkout, one of `FILES`, with the commit's bytes.
 
     Raises:
-        OracleMissingError: it is not there, or other bytes are.
+        OracleMissingError: it is not there, or has other bytes.
     """
     path = Path(str(oracle.optimizer.__file__)).parent.parent / name
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != FILES[name]:
@@ -49,9 +62,13 @@ def old_file(oracle: Oracle, name: str) -> Path:
     return path
 
 
-def old_module(oracle: Oracle, name: str) -> Any:
-    """The module of one of `FILES`; errors as `old_file`."""
-    old_file(oracle, name)
+def specforge_module(oracle: Oracle, name: str) -> Any:
+    """The module of one of `FILES`.
+
+    Raises:
+        OracleMissingError: as `specforge_file`, or it cannot be imported.
+    """
+    specforge_file(oracle, name)
     try:
         return importlib.import_module(name.removesuffix(".py").replace("/", "."))
     except ImportError as error:
@@ -62,14 +79,13 @@ def old_module(oracle: Oracle, name: str) -> Any:
 
 
 def script_functions(oracle: Oracle, *names: str) -> dict[str, Any]:
-    """Functions of the old training script as they stand, read out of it: the rest of the script is not run."""
-    path = old_file(oracle, SCRIPT)
-    wanted = [
-        node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) in names
-    ]
-    future = ast.parse(
-        "from __future__ import annotations"
-    ).body  # its annotations name what is not imported here
+    """Functions of SpecForge's training script as they are; the rest of the script is not run."""
+    path = specforge_file(oracle, SCRIPT)
+    body = ast.parse(path.read_text()).body
+    wanted = [node for node in body if getattr(node, "name", None) in names]
+
+    # Their annotations name what is not imported here: they are not evaluated.
+    future = ast.parse("from __future__ import annotations").body
     scope: dict[str, Any] = {"dist": torch.distributed, "torch": torch}
     exec(compile(ast.Module([*future, *wanted], []), str(path), "exec"), scope)
     return {name: scope[name] for name in names}
@@ -77,7 +93,7 @@ def script_functions(oracle: Oracle, *names: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """`Tensor.cuda` gives the tensor itself while this is open."""
+    """`Tensor.cuda` returns the tensor itself while this is open."""
     real: Any = Tensor.cuda
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     try:
@@ -86,8 +102,11 @@ def on_cpu() -> Iterator[None]:
         Tensor.cuda = real  # type: ignore[method-assign]
 
 
-def tame_target(case: Case) -> Any:
-    """A Hugging Face Llama of five layers, as wide as the case's, in its dtype; weights from its seed."""
+# A target for both sides
+
+
+def tiny_target(case: Case) -> Any:
+    """A Hugging Face Llama of five layers, with the case's widths, dtype and seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -101,44 +120,59 @@ def tame_target(case: Case) -> Any:
         max_position_embeddings=64,
         tie_word_embeddings=case.tied,
     )
-    source = generator(case, 3)
     model: Any = LlamaForCausalLM(config)
+
+    # Norms around 1, matrices scaled by their fan-in.
+    source = generator(case, 3)
     with torch.no_grad():
         for leaf in model.parameters():
             noise = torch.randn(leaf.shape, generator=source, dtype=torch.float64)
-            leaf.copy_(1 + noise / 10 if leaf.ndim == 1 else noise * 2 * leaf.shape[1] ** -0.5)
+            if leaf.ndim == 1:
+                leaf.copy_(1 + noise / 10)
+            else:
+                leaf.copy_(noise * 2 * leaf.shape[1] ** -0.5)
     return model.to(case.torch_dtype).eval().requires_grad_(False)
 
 
 def target_frozen(case: Case, model: Any) -> Frozen:
     """The target's own embedding and head, with the case's vocabulary map."""
-    embed, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embed = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
     return tiny_frozen(case)._replace(embed_tokens=embed.detach(), target_head=head.detach())
 
 
-def old_target(oracle: Oracle, model: Any, layers: Sequence[int]) -> Any:
-    """The old tool's Hugging Face backend around `model`, tapping `layers`."""
-    target = old_module(oracle, TARGET).HFEagle3TargetModel(model)
+# SpecForge's side
+
+
+def specforge_target(oracle: Oracle, model: Any, layers: Sequence[int]) -> Any:
+    """SpecForge's Hugging Face backend around `model`; it taps `layers`."""
+    target = specforge_module(oracle, TARGET).HFEagle3TargetModel(model)
     target.set_aux_hidden_states_layers(list(layers))
     return target
 
 
-def old_collate(oracle: Oracle, rows: Sequence[Encoded]) -> dict[str, Any]:
-    """Its collator on tokens and masks; the masks go through as they are."""
-    collator = old_module(oracle, COLLATOR).DataCollatorWithPadding
-    made = collator.__new__(collator)
-    made.sp_degree = made.ulysses_degree = 1
-    ones = [torch.ones_like(row.input_ids) for row in rows]
-    fields = [(row.input_ids, one, row.token_mask) for row, one in zip(rows, ones, strict=True)]
-    names = ("input_ids", "attention_mask", "loss_mask")
-    return made(
-        [{name: value[None] for name, value in zip(names, three, strict=True)} for three in fields]
-    )
+def specforge_collate(oracle: Oracle, rows: Sequence[Encoded]) -> dict[str, Any]:
+    """SpecForge's collator on tokens and masks; the masks are left as they are."""
+    kind = specforge_module(oracle, COLLATOR).DataCollatorWithPadding
+    collator = kind.__new__(kind)
+    collator.sp_degree = 1
+    collator.ulysses_degree = 1
+
+    features = []
+    for row in rows:
+        features.append(
+            {
+                "input_ids": row.input_ids[None],
+                "attention_mask": torch.ones_like(row.input_ids)[None],
+                "loss_mask": row.token_mask[None],
+            }
+        )
+    return collator(features)
 
 
-def old_trainer(oracle: Oracle, case: Case, model: Any) -> tuple[Any, torch.nn.Module]:
-    """The old model with the case's loss and its draft, for the target `model`."""
-    draft = old_draft(oracle, case.draft(), tiny_params(case), target_frozen(case, model))
+def specforge_trainer(oracle: Oracle, case: Case, model: Any) -> tuple[Any, torch.nn.Module]:
+    """SpecForge's training model with the case's loss, and its draft, for the target `model`."""
+    draft = specforge_draft(oracle, case.draft(), tiny_params(case), target_frozen(case, model))
     trainer = oracle.eagle3.OnlineEagle3Model(
         draft,
         length=case.steps,
@@ -153,28 +187,33 @@ def old_trainer(oracle: Oracle, case: Case, model: Any) -> tuple[Any, torch.nn.M
 def run_online(
     oracle: Oracle, case: Case, model: Any, rows: Sequence[Encoded], layers: Sequence[int]
 ) -> Result:
-    """What `testing.oracle.run_oracle` gives, from the script's online `run_forward` on `rows` as one batch.
+    """As `specforge.oracle.run_oracle`, from the script's online `run_forward` on one batch.
 
-    The target runs inside, and its logits are the teacher: the old compact teacher is for offline features alone.
+    The target runs inside, and its logits are the teacher: SpecForge's compact teacher is for
+    stored features alone.
     """
-    trainer, draft = old_trainer(oracle, case, model)
-    run_forward = script_functions(oracle, "run_forward", "get_dp_data_shard_from_tp")[
-        "run_forward"
-    ]
+    trainer, draft = specforge_trainer(oracle, case, model)
+    functions = script_functions(oracle, "run_forward", "get_dp_data_shard_from_tp")
     args = Namespace(is_vlm=False, target_model_backend="hf", shard_target_output=True)
-    data, target = old_collate(oracle, rows), old_target(oracle, model, layers)
+    data = specforge_collate(oracle, rows)
+    target = specforge_target(oracle, model, layers)
     with on_cpu(), eager_loss(oracle):
-        losses, _, rates, correct, counts, *_ = run_forward(
-            args, trainer, data, target, is_online=True
-        )
-    loss = sum((0.8**i * value for i, value in enumerate(losses)), start=torch.zeros(()))
+        lists = functions["run_forward"](args, trainer, data, target, is_online=True)
+    losses, _, acceptance, correct, counts, *_ = lists
+
+    loss = torch.zeros(())
+    for step, value in enumerate(losses):
+        loss = loss + 0.8**step * value
     loss.backward()
-    seen = {"loss": loss.detach(), "losses": torch.stack([value.detach() for value in losses])}
-    seen |= {
-        "acceptance": torch.stack(rates),
+
+    result = {
+        "loss": loss.detach(),
+        "losses": torch.stack([value.detach() for value in losses]),
+        "acceptance": torch.stack(acceptance),
         "correct": torch.stack(correct),
         "rows": torch.stack(counts),
     }
-    return seen | {
-        name: leaf.grad for name, leaf in draft.named_parameters() if leaf.grad is not None
-    }
+    for name, leaf in draft.named_parameters():
+        if leaf.grad is not None:
+            result[name] = leaf.grad
+    return result

@@ -1,7 +1,8 @@
-"""SpecForge's training script on stored features: its own `run_forward` and `run_backward_and_update`, one rank.
+"""SpecForge's training script on stored features, one rank.
 
-The two functions are read out of the commit's script and run as they stand. Where no card is, `Tensor.cuda` does
-nothing; at level 2 the loss kernel is replaced by its eager expression.
+Its own `run_forward` and `run_backward_and_update` are read out of the commit's script and run as
+they are. Without a card `Tensor.cuda` does nothing; at level 2 the loss kernel is replaced by its
+eager expression.
 """
 
 import contextlib
@@ -14,20 +15,19 @@ import torch
 from torch import Tensor
 
 import eagle3fn as e3
+from eagle3fn import specforge
 from eagle3fn.base.config import OptimizerConfig
-from eagle3fn.base.types import Batch
-from eagle3fn.model import forward as forward_file
-from eagle3fn.model.forward import Operations
-from eagle3fn.specforge.oracle import LK, Oracle, eager_loss, old_draft
+from eagle3fn.base.types import Batch, TrainState
+from eagle3fn.specforge.oracle import LK, Oracle, eager_loss, specforge_draft
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
-from eagle3fn.testing.results import Result, run_forward
+from eagle3fn.testing.results import ForwardLoss, Result, run_forward
 from tests.specforge.oracle_online import on_cpu, script_functions
 
-ONE = OptimizerConfig(
-    learning_rate=1e-2, warmup_ratio=0.0, schedule="legacy", accumulation="legacy"
-)
-UPDATES = 10  # what the schedule spans
-PARTS = ("weight", "master", "mu", "nu")
+ONE_UPDATE = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, accumulation="params")
+"""The optimizer of `run_script` and `run_step`."""
+
+UPDATES = 10
+"""How many updates its schedule spans."""
 
 
 class Script(NamedTuple):
@@ -41,15 +41,15 @@ def load_script(oracle: Oracle) -> Script:
     """The functions of the commit's script.
 
     Raises:
-        OracleMissingError: its file is not there, or other bytes are.
+        OracleMissingError: its file is not there, or has other bytes.
     """
     return Script(**script_functions(oracle, *Script._fields))
 
 
 class Seen(NamedTuple):
-    """One micro-batch: what `run_forward` returned, and the norm where it ended an update."""
+    """One micro-batch: what `run_forward` returned, and what an update began with if one ended."""
 
-    losses: list[Tensor]
+    losses: list[Tensor]  # a scalar a step
     acceptance: list[Tensor]
     correct: list[Tensor]
     rows: list[Tensor]
@@ -57,30 +57,59 @@ class Seen(NamedTuple):
     norm: Tensor | None
 
 
+class LeafState(NamedTuple):
+    """What an update changes of one trained leaf."""
+
+    weight: Tensor
+    master: Tensor
+    mu: Tensor
+    nu: Tensor
+
+
 class ScriptTrainer:
-    """The script's model, target head and optimizer on a case; `micro_step` is the body of its loop."""
+    """The script's model, target head and optimizer on a case; `micro_step` is its loop's body."""
 
     def __init__(
-        self, oracle: Oracle, script: Script, case: Case, choice: OptimizerConfig, total: int, device: str = "cpu",
-        attention: str = "sdpa", level: Literal[1, 2] = 2,
-    ) -> None:  # fmt: skip
-        self.oracle, self.script, self.case, self.level, self.steps = oracle, script, case, level, 0
+        self,
+        oracle: Oracle,
+        script: Script,
+        case: Case,
+        choice: OptimizerConfig,
+        total: int,
+        device: str = "cpu",
+        attention: str = "sdpa",
+        level: Literal[1, 2] = 2,
+    ) -> None:
+        self.oracle = oracle
+        self.script = script
+        self.case = case
+        self.level = level
         self.on_card = device == "cuda"
-        frozen, params = on(device, tiny_frozen(case)), on(device, tiny_params(case))
-        self.draft = old_draft(oracle, case.draft(), params, frozen, attention)
+        self.steps = 0
+
+        frozen = on(device, tiny_frozen(case))
+        params = on(device, tiny_params(case))
+        self.draft = specforge_draft(oracle, case.draft(), params, frozen, attention)
         self.model = oracle.eagle3.OnlineEagle3Model(
-            self.draft, length=case.steps, attention_backend=attention,
-            lk_loss_type=LK[case.loss], kl_scale=case.kl_scale, kl_decay=case.kl_decay,
-        )  # fmt: skip
+            self.draft,
+            length=case.steps,
+            attention_backend=attention,
+            lk_loss_type=LK[case.loss],
+            kl_scale=case.kl_scale,
+            kl_decay=case.kl_decay,
+        )
         self.optimizer = oracle.optimizer.BF16Optimizer(
-            self.draft, lr=choice.learning_rate, max_grad_norm=choice.max_grad_norm, total_steps=total,
+            self.draft,
+            lr=choice.learning_rate,
+            max_grad_norm=choice.max_grad_norm,
+            total_steps=total,
             warmup_ratio=choice.warmup_ratio,
-        )  # fmt: skip
+        )
         self.head = _target_head(frozen.target_head)
 
     @contextlib.contextmanager
     def _replaced(self) -> Iterator[None]:
-        """What stands in for a card, and at level 2 for the loss kernel."""
+        """What replaces a card, and at level 2 the loss kernel, on SpecForge's side."""
         with contextlib.ExitStack() as stack:
             if not self.on_card:
                 stack.enter_context(on_cpu())
@@ -92,52 +121,60 @@ class ScriptTrainer:
         """One micro-batch; the last of `accumulation` ends an update."""
         self.steps += 1
         args = Namespace(
-            is_vlm=False, target_model_backend="hf", compact_teacher=self.case.teacher == "compact",
-            draft_accumulation_steps=accumulation, compact_teacher_chunk_size=self.case.chunk,
-        )  # fmt: skip
+            is_vlm=False,
+            target_model_backend="hf",
+            compact_teacher=self.case.teacher == "compact",
+            compact_teacher_chunk_size=self.case.chunk,
+            draft_accumulation_steps=accumulation,
+        )
         data = {
-            "input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "loss_mask": batch.row_mask,
-            "hidden_state": batch.aux_hidden, "target": batch.last_hidden,
-        }  # fmt: skip
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "loss_mask": batch.row_mask,
+            "hidden_state": batch.aux_hidden,
+            "target": batch.last_hidden,
+        }
         if batch.position_ids is not None:
             data["position_ids"] = batch.position_ids
+
         watched = _Watched(self.optimizer)
         with self._replaced():
             lists = self.script.run_forward(args, self.model, data, self.head, is_online=False)
-            norm = self.script.run_backward_and_update(args, lists[0], watched, self.steps)
-        return Seen(lists[0], lists[2], lists[3], lists[4], watched.gradients, norm)
+            losses, _, acceptance, correct, rows, *_ = lists
+            norm = self.script.run_backward_and_update(args, losses, watched, self.steps)
+        return Seen(losses, acceptance, correct, rows, watched.gradients, norm)
 
-    def state(self) -> dict[str, tuple[Tensor, ...]]:
-        """Weight, master and both moments of every trained leaf."""
+    def state(self) -> dict[str, LeafState]:
+        """Of every trained leaf, by name."""
         moments = self.optimizer.optimizer.state
-        rows = zip(
+        leaves = zip(
             _trained(self.draft),
             self.optimizer.model_params,
             self.optimizer.fp32_params,
             strict=True,
         )
-        return {
-            name: (leaf, m, moments[m]["exp_avg"], moments[m]["exp_avg_sq"])
-            for name, leaf, m in rows
-        }
+        found = {}
+        for name, weight, master in leaves:
+            moment = moments[master]
+            found[name] = LeafState(weight, master, moment["exp_avg"], moment["exp_avg_sq"])
+        return found
 
 
 class _Watched:
-    """SpecForge's optimizer, whose gradients are noted before it steps: it drops them."""
+    """SpecForge's optimizer; its gradients are copied before it steps, as it drops them."""
 
     def __init__(self, optimizer: Any) -> None:
-        self.optimizer, self.gradients = optimizer, dict[str, Tensor]()
+        self.optimizer = optimizer
+        self.gradients: dict[str, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
 
     def step(self) -> Any:
-        """Note the gradients, then step."""
+        """Copy the gradients, then step."""
         names = _trained(self.optimizer.model)
-        self.gradients = {
-            name: leaf.grad.clone()
-            for name, leaf in zip(names, self.optimizer.model_params, strict=True)
-        }
+        for name, leaf in zip(names, self.optimizer.model_params, strict=True):
+            self.gradients[name] = leaf.grad.clone()
         return self.optimizer.step()
 
 
@@ -146,7 +183,7 @@ def _trained(draft: torch.nn.Module) -> list[str]:
 
 
 def _target_head(weight: Tensor) -> Any:
-    """SpecForge's target head around our tensor; it is made without a checkpoint's configuration."""
+    """SpecForge's target head around our tensor; made without a checkpoint's configuration."""
     kind = importlib.import_module("specforge.modeling.target.target_head").TargetHead
     head = kind.__new__(kind)
     torch.nn.Module.__init__(head)
@@ -162,20 +199,23 @@ def run_script(
     attention: str = "sdpa",
     device: str = "cpu",
 ) -> Result:
-    """`testing.oracle.run_oracle` by the script's own functions, and the update's outcome.
+    """`specforge.oracle.run_oracle` by the script's own functions, and the update's outcome.
 
-    Beside loss, metrics and gradients: `grad_norm`, and `weight.`, `master.`, `mu.` and `nu.` of every leaf.
+    Besides loss, metrics and gradients: `grad_norm`, and `weight.`, `master.`, `mu.` and `nu.` of
+    every leaf.
     """
-    trainer = ScriptTrainer(
-        oracle, load_script(oracle), case, ONE, UPDATES, device, attention, level
-    )
+    script = load_script(oracle)
+    trainer = ScriptTrainer(oracle, script, case, ONE_UPDATE, UPDATES, device, attention, level)
     seen = trainer.micro_step(on(device, tiny_batch(case)))
     assert seen.norm is not None
-    decay, start = case.config().objective.decay, torch.zeros((), device=device)
+
+    decay = case.config().objective.decay
+    loss = torch.zeros((), device=device)
+    for step, value in enumerate(seen.losses):
+        loss = loss + decay**step * value.detach()
+
     result = {
-        "loss": sum(
-            (decay**i * value.detach() for i, value in enumerate(seen.losses)), start=start
-        ),
+        "loss": loss,
         "losses": torch.stack([value.detach() for value in seen.losses]),
         "acceptance": torch.stack(seen.acceptance),
         "correct": torch.stack(seen.correct),
@@ -185,27 +225,30 @@ def run_script(
     return result | seen.gradients | _flat(trainer.state())
 
 
-def run_step(operations: Callable[..., Operations], case: Case, device: str = "cpu") -> Result:
-    """What `run_script` gives, from our `forward_loss` and `step` under the legacy numerics with these operations."""
-    config, params = case.config(ONE, UPDATES), on(device, tiny_params(case))
-    fns = e3.bind(config, on(device, tiny_frozen(case)))
-    chosen = forward_file.legacy_operations
-    forward_file.legacy_operations = operations
-    try:
-        result = run_forward(e3.forward_loss, case, device)
-        after, metrics = fns.step(fns.init_state(params), on(device, tiny_batch(case)))
-    finally:
-        forward_file.legacy_operations = chosen
-    state = {
-        name: (after.params[name], after.masters[name], after.opt.mu[name], after.opt.nu[name])
-        for name in params
-    }
-    return result | {"grad_norm": metrics["grad_norm"]} | _flat(state)
+def run_step(loss: ForwardLoss, case: Case, device: str = "cpu") -> Result:
+    """What `run_script` returns, from our `step` by SpecForge's recipe with another `loss`."""
+    config = case.config(ONE_UPDATE, UPDATES)
+    params = on(device, tiny_params(case))
+    recipe = specforge.RECIPE._replace(loss=loss)
+    functions = e3.bind(config, on(device, tiny_frozen(case)), recipe=recipe)
+
+    result = run_forward(loss, case, device)
+    before = functions.init_state(params)
+    after, metrics = functions.step(before, on(device, tiny_batch(case)))
+    return result | {"grad_norm": metrics["grad_norm"]} | _flat(leaf_states(after))
 
 
-def _flat(state: dict[str, tuple[Tensor, ...]]) -> Result:
-    return {
-        f"{part}.{name}": value.detach().clone()
-        for name, parts in state.items()
-        for part, value in zip(PARTS, parts, strict=True)
-    }
+def leaf_states(state: TrainState) -> dict[str, LeafState]:
+    """Our state as `ScriptTrainer.state` has it."""
+    found = {}
+    for name, weight in state.params.items():
+        found[name] = LeafState(weight, state.masters[name], state.opt.mu[name], state.opt.nu[name])
+    return found
+
+
+def _flat(states: dict[str, LeafState]) -> Result:
+    found = {}
+    for name, state in states.items():
+        for part, value in state._asdict().items():
+            found[f"{part}.{name}"] = value.detach().clone()
+    return found

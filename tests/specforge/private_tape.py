@@ -1,4 +1,4 @@
-"""Operations that torch.func refuses, put into our unroll: the old tool's loss Function, and flex_attention."""
+"""Operations that torch.func refuses, put into our unroll: SpecForge's loss, and flex_attention."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +12,13 @@ from eagle3fn.specforge.oracle import Oracle
 
 
 def on_private_tape(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`operation(*tensors)`, differentiable once under `torch.func.vjp` with the bits of its own `.backward()`.
+    """`operation(*tensors)`, differentiable once under `torch.func.vjp`, as by `.backward()`.
 
-    The operation runs on ordinary tensors, in the pull-back once more, on an autograd graph of its own, so that a
-    backward that writes over what it saved may be called twice. A second derivative raises: the graph knows of none,
-    and would give zero. Every tensor must be an argument: one that is closed over belongs to the transform.
+    The operation runs on ordinary tensors. The pull-back runs it once more, on an autograd graph of
+    its own, so that a backward that overwrites what it saved can be called twice. A second
+    derivative raises: that graph does not reach it, so that it would be zero.
+
+    Every tensor must be an argument: one from an enclosing scope belongs to the transform.
     """
     return _Tape.apply(operation, *tensors)  # pyright: ignore
 
@@ -28,13 +30,16 @@ class _Tape(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.operation = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        operation, *tensors = inputs
+        ctx.operation = operation
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore
+        # One gradient for each floating-point argument, in order; none for the operation.
         found = iter(_TapeGradient.apply(ctx.operation, grad, *ctx.saved_tensors))
-        return None, *(next(found) if x.is_floating_point() else None for x in ctx.saved_tensors)
+        gradients = [next(found) if x.is_floating_point() else None for x in ctx.saved_tensors]
+        return None, *gradients
 
 
 class _TapeGradient(torch.autograd.Function):
@@ -43,11 +48,13 @@ class _TapeGradient(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
             output = operation(*inputs)
+
         leaves = [x for x in inputs if x.requires_grad]
-        found = torch.autograd.grad(output, leaves, grad, allow_unused=True)
-        return tuple(
-            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)
-        )
+        gradients = torch.autograd.grad(output, leaves, grad, allow_unused=True)
+        filled = []
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            filled.append(torch.zeros_like(leaf) if gradient is None else gradient)
+        return tuple(filled)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -58,11 +65,13 @@ class _TapeGradient(torch.autograd.Function):
         raise RuntimeError("an operation on a private tape can be differentiated once")
 
 
-def old_kl(oracle: Oracle) -> KL:
-    """The old tool's loss Function for the legacy unroll; it divides by all rows. Its backward overwrites a copy."""
+def specforge_kl(oracle: Oracle) -> KL:
+    """SpecForge's loss kernel as the KL of our unroll; it divides by all rows."""
 
-    def kl(logits: Tensor, p: Tensor, mask: Tensor, n: Tensor | None) -> Tensor:
-        assert n is None, "the old kernel divides by all rows"
+    def kl(logits: Tensor, p: Tensor, mask: Tensor, count: Tensor | None) -> Tensor:
+        assert count is None, "SpecForge's kernel divides by all rows"
+
+        # Its backward overwrites the logits that it saved: it gets a copy.
         kernel = oracle.eagle3.LogSoftmaxLoss
         return on_private_tape(lambda z, p, mask: kernel.apply(z.clone(), p, mask), logits, p, mask)
 
@@ -70,17 +79,29 @@ def old_kl(oracle: Oracle) -> KL:
 
 
 def with_flex(operations: Operations) -> Operations:
-    """The same with the attention of the old tool's `flex_attention` backend."""
+    """The same operations with the attention of SpecForge's `flex_attention` backend.
+
+    It reads the attention mask `(B, S)` itself, and heads that are not repeated.
+    """
     return operations._replace(
         mask=lambda mask, _: mask, heads=lambda x, _: x, attention=flex_over_unroll
     )
 
 
 def flex_over_unroll(q: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:
-    """`model.attention.unrolled_attention` by flex_attention: `keys` `(B, J, S, E)` unrepeated, `mask` `(B, S)`.
+    """`model.attention.unrolled_attention` by flex_attention.
 
-    Unlike there, padding is not seen and sees nothing, in the later keys too, and at unroll step `i` the last `i` real
-    rows of a sample count as padding.
+    Unlike there, padded rows neither see nor are seen, in the later steps' keys too; and at unroll
+    step `i` the last `i` real rows of a sample count as padding.
+
+    Args:
+        q: queries `(B, N, S, E)`.
+        keys: those of each step so far, `(B, J, S, E)`, not repeated.
+        values: as `keys`.
+        mask: the attention mask, `(B, S)`.
+
+    Returns:
+        `(B, N, S, E)`.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -88,11 +109,13 @@ def flex_over_unroll(q: Tensor, keys: list[Tensor], values: list[Tensor], mask: 
     steps = len(keys)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        real = mask.sum(-1) - (steps - 1)
+        real = mask.sum(-1) - (steps - 1)  # (B,)
 
+        # Step 0's keys are a causal block; of each later step a row sees its own key alone.
         def seen(sample: Tensor, _: Tensor, row: Tensor, key: Tensor) -> Tensor:
-            block = (key <= row) & (key < real[sample]) & (row < real[sample])
-            return block | ((key >= s) & (key % s < real[sample]) & (key % s == row))
+            in_block = (key <= row) & (key < real[sample]) & (row < real[sample])
+            own_later = (key >= s) & (key % s < real[sample]) & (key % s == row)
+            return in_block | own_later
 
         blocks = create_block_mask(seen, b, 1, s, s * steps, device=str(q.device))
         out = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)

@@ -1,41 +1,39 @@
-"""SpecForge's feature files and vocabulary maps are read as ours are, and damaged ones refused."""
+"""SpecForge's features and vocabulary maps are read, and every damage is named with its file."""
 
 import gzip
 import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from eagle3fn import specforge
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.features import check_made_for, open_features, read_sample, read_tokens
-from eagle3fn.data.vocab import build_map, load_map, map_size, save_map
-from eagle3fn.specforge.feature_files import READER, read_map
+from eagle3fn.base.types import Sample
+from eagle3fn.data.features import (
+    FeatureSet,
+    check_made_for,
+    open_features,
+    read_sample,
+    read_tokens,
+)
+from eagle3fn.data.vocab import build_map, count_tokens, load_map, map_size, save_map
+from eagle3fn.specforge.feature_files import find_ckpts, read_ckpt
 from tests.factories import random_sample
 
 GOOD = random_sample(6, 1)
-NAN = GOOD.last_hidden.clone()
-NAN[3, 1] = float("nan")
 MAP = build_map(torch.tensor([0, 3, 0, 2, 9]), 3)
 
-# No file of torch.save; the unpickler fails on each in its own way.
-NO_TENSORS = (
-    b"hello world, this is text\n",
-    b'{"a": 1}\n',
-    b"abc",
-    b"q\x00",
-    b"t2d: 1\n",
-    b"K",
-    b"Gabc",
-    b"N.",
-    b"ctorch._utils\n_rebuild_tensor_v2\n(tR.",
-)
+
+def open_ckpts(folder: Path, vocab: int | None = None, hidden: int | None = None) -> FeatureSet:
+    return open_features(folder, vocab, hidden, specforge.READER)
 
 
-def same(left, right):
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def tree_of(sample):
+def stored(sample: Sample) -> dict[str, Any]:
+    """A sample as SpecForge stores it."""
     return {
         "input_ids": sample.input_ids,
         "loss_mask": sample.token_mask,
@@ -44,128 +42,228 @@ def tree_of(sample):
     }
 
 
-def opened(folder, **sizes):
-    return open_features(folder, reader=READER, **sizes)
+def same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+# Features
+
+
+def test_files_are_sorted_by_path_as_text(tmp_path: Path) -> None:
+    names = ("a-b/y.ckpt", "a/w.ckpt.gz", "a/x.ckpt", "z.ckpt")
+    for name in (*reversed(names), "a/notes.txt", "a/x.ckpt.tmp"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (tmp_path / "folder.ckpt").mkdir()
+    assert find_ckpts(tmp_path) == [tmp_path / name for name in names]
+
+
+def test_files_are_read_in_path_order(tmp_path: Path) -> None:
+    samples = [random_sample(4 + i, i) for i in range(3)]
+    (tmp_path / "aa").mkdir()
+    torch.save(stored(samples[1]), tmp_path / "aa" / "c.ckpt")
+    torch.save(stored(samples[0]), tmp_path / "a.ckpt")
+    compressed = io.BytesIO()
+    torch.save(stored(samples[2]), compressed)
+    (tmp_path / "b.ckpt.gz").write_bytes(gzip.compress(compressed.getvalue()))
+
+    opened = open_ckpts(tmp_path, vocab=50, hidden=4)
+    assert [entry["shard"] for entry in opened.samples] == ["a.ckpt", "aa/c.ckpt", "b.ckpt.gz"]
+    for number, sample in enumerate(samples):
+        assert same(read_sample(opened, number), sample)
+        assert same(read_tokens(opened, number), sample[:2])
+
+
+def test_fields_without_a_batch_axis_and_older_formats_are_read(tmp_path: Path) -> None:
+    """`hidden_state` as `(S, size)`, ids as `(1, S)` int32, torch's format before the zip file."""
+    tree = stored(GOOD) | {
+        "input_ids": GOOD.input_ids[None].int(),
+        "hidden_state": GOOD.last_hidden,
+    }
+    torch.save(tree, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
+    assert same(read_ckpt(tmp_path / "a.ckpt"), GOOD)
+
+
+def test_sizes_are_checked_against_the_targets(tmp_path: Path) -> None:
+    torch.save(stored(GOOD), tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"no vocabulary size; name the target"):
+        count_tokens(open_ckpts(tmp_path), [0])
+    with pytest.raises(UserError, match=r"a.ckpt.*aux_hidden.*delete"):
+        read_sample(open_ckpts(tmp_path, hidden=8), 0)
+    with pytest.raises(UserError, match=r"a.ckpt.*token id .*must be in \[0, 3\)"):
+        read_tokens(open_ckpts(tmp_path, vocab=3), 0)
+
+
+def test_another_configurations_files_cannot_be_told(tmp_path: Path) -> None:
+    """They don't name their target: its hash and layers are not compared."""
+    torch.save(stored(GOOD), tmp_path / "a.ckpt")
+    check_made_for(open_ckpts(tmp_path), "abc", (1, 2, 3), "the run")
+
+
+def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"no index\.json"):
+            open_ckpts(folder)
+
+
+def test_without_the_reader_files_are_not_found(tmp_path: Path) -> None:
+    torch.save(stored(GOOD), tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"no index\.json"):
+        open_features(tmp_path)
 
 
 class Code:
-    """Runs when it is unpickled, if anything is."""
+    """Pickled, it runs a function where it is loaded."""
 
     def __reduce__(self):
         return (print, ("run",))
 
 
-def test_files_are_read_in_the_order_of_their_paths(tmp_path):
-    samples = [random_sample(4 + i, i) for i in range(3)]
-    (tmp_path / "aa").mkdir()
-    torch.save(tree_of(samples[1]), tmp_path / "aa" / "c.ckpt")
-    torch.save(tree_of(samples[0]), tmp_path / "a.ckpt")
-    packed = io.BytesIO()
-    torch.save(tree_of(samples[2]), packed)
-    (tmp_path / "b.ckpt.gz").write_bytes(gzip.compress(packed.getvalue()))
-
-    features = opened(tmp_path, vocab_size=50, hidden_size=4)
-    assert [entry["shard"] for entry in features.samples] == ["a.ckpt", "aa/c.ckpt", "b.ckpt.gz"]
-    for number, sample in enumerate(samples):
-        assert same(read_sample(features, number), sample)
-        assert same(read_tokens(features, number), (sample.input_ids, sample.token_mask))
-    check_made_for(features, "abc", (1, 2, 3), "the run")
+def without(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if name != key}
 
 
-def test_sizes_are_checked_when_a_file_is_read(tmp_path):
-    torch.save(tree_of(GOOD), tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"a.ckpt.*aux_hidden.*delete"):
-        read_sample(opened(tmp_path, hidden_size=8), 0)
-
-
-def test_folder_without_files_is_refused_with_their_endings(tmp_path):
-    refusal = r"no index.json and no .ckpt or .ckpt.gz there; run eagle3fn extract again"
-    with pytest.raises(UserError, match=refusal):
-        opened(tmp_path)
+NAN = GOOD.last_hidden.clone()
+NAN[3, 1] = float("nan")
 
 
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        ({**tree_of(GOOD), "hidden_state": Code()}, "damaged"),
+        (stored(GOOD) | {"hidden_state": Code()}, "damaged"),
         ([1], "holds a list"),
-        ({k: v for k, v in tree_of(GOOD).items() if k != "loss_mask"}, "no tensor loss_mask"),
-        (
-            {**tree_of(GOOD), "hidden_state": torch.zeros(2, 6, 4)},
-            r"hidden_state has shape \(2, 6, 4\)",
-        ),
-        ({**tree_of(GOOD), "hidden_state": NAN[None]}, "last_hidden holds NaN"),
+        (without(stored(GOOD), "loss_mask"), "no tensor loss_mask"),
+        (stored(GOOD) | {"input_ids": [1, 2]}, "no tensor input_ids"),
+        (stored(GOOD) | {"hidden_state": torch.zeros(2, 6, 4)}, r"hidden_state has shape \(2, 6"),
+        (stored(GOOD) | {"hidden_state": NAN[None]}, "last_hidden holds NaN"),
     ],
-)
-def test_file_with_other_content_is_refused_and_runs_no_code(tmp_path, capsys, value, named):
+)  # fmt: skip
+def test_unsound_files_are_refused(
+    tmp_path: Path, value: Any, named: str, capsys: pytest.CaptureFixture
+) -> None:
     torch.save(value, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=rf"a.ckpt.*{named}.*delete"):
-        read_sample(opened(tmp_path), 0)
-    assert capsys.readouterr().out == ""
+        read_sample(open_ckpts(tmp_path), 0)
+    assert capsys.readouterr().out == "", "code in the file has run"
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.ckpt.gz"])
-def test_truncated_file_is_refused(tmp_path, name):
-    packed = io.BytesIO()
-    torch.save(tree_of(GOOD), packed)
-    data = packed.getvalue()
-    if name.endswith(".gz"):
-        data = gzip.compress(data)
-    (tmp_path / name).write_bytes(data[:100])
+def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    torch.save(stored(GOOD), path)
+    path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=rf"{name}: damaged.*delete"):
-        read_sample(opened(tmp_path), 0)
+        read_sample(open_ckpts(tmp_path), 0)
 
 
-@pytest.mark.parametrize("data", NO_TENSORS)
-@pytest.mark.parametrize("name", ["a.ckpt", "a.ckpt.gz"])
-def test_file_that_torch_did_not_save_is_refused(tmp_path, name, data):
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    with pytest.raises(UserError, match=rf"{name}: damaged.*delete") as caught:
-        read_sample(opened(tmp_path), 0)
-    assert "weights_only" not in str(caught.value)
-    assert "Weights only" not in str(caught.value)
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save(stored(GOOD), path)
+    opened = open_ckpts(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"a.ckpt: no such file"):
+        read_sample(opened, 0)
 
 
-def test_map_of_specforge_is_read_and_checked(tmp_path):
+TEXTS = (
+    b"hello world, this is text\n",
+    b'{"a": 1}\n',
+    b"abc",
+    b"q\x00",
+    b"t2d: 1\n",
+    b"K",
+    b"Gabc",
+    b"N.",
+    b"",
+    b"ctorch._utils\n_rebuild_tensor_v2\n(tR.",
+)
+"""Bytes on which the unpickler fails in ways of its own."""
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_other_files_in_place_of_features_are_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "a.ckpt").write_bytes(text)
+    (tmp_path / "b.ckpt.gz").write_bytes(gzip.compress(text))
+    for number, name in enumerate(("a.ckpt", "b.ckpt.gz")):
+        with pytest.raises(UserError, match=rf"{name}: damaged.*delete") as caught:
+            read_sample(open_ckpts(tmp_path), number)
+        assert "weights_only" not in str(caught.value)
+        assert "Weights only" not in str(caught.value)
+
+
+# Vocabulary maps
+
+
+def load(path: Path, target_hash: str | None = None) -> Any:
+    return load_map(path, 5, 3, target_hash, specforge.read_map)
+
+
+def test_specforges_map_is_read(tmp_path: Path) -> None:
+    """It doesn't name its target: any is accepted."""
     path = tmp_path / "map.pt"
     torch.save({"d2t": MAP.d2t, "t2d": MAP.t2d}, path)
-    assert same(load_map(path, 5, 3, "xyz", read_map), MAP)
-    assert map_size(path, read_map) == 3
-    torch.save({"d2t": MAP.d2t}, path)
-    with pytest.raises(UserError, match=r"map.pt: no tensor t2d.*again"):
-        load_map(path, 5, 3, read=read_map)
+    assert same(load(path), MAP)
+    assert same(load(path, "xyz"), MAP)
+    assert map_size(path, specforge.read_map) == 3
 
 
-def test_map_of_ours_is_read_whatever_its_name(tmp_path):
-    save_map(tmp_path / "map.pt", MAP, {"target_hash": "abc"})
-    assert same(load_map(tmp_path / "map.pt", 5, 3, "abc", read_map), MAP)
-    with pytest.raises(UserError, match=r"map.pt: made for another target"):
-        load_map(tmp_path / "map.pt", 5, 3, "xyz", read_map)
+def test_our_map_is_read_too_and_its_target_checked(tmp_path: Path) -> None:
+    path = tmp_path / "map.safetensors"
+    save_map(path, MAP, {"target_hash": "abc", "target": "tiny"})
+    assert same(load(path, "abc"), MAP)
+    assert map_size(path, specforge.read_map) == 3
+    with pytest.raises(UserError, match=r"map.safetensors.*another target \(tiny\).*again"):
+        load(path, "xyz")
 
 
-@pytest.mark.parametrize("load", [lambda path, read: load_map(path, 5, 3, read=read), map_size])
 @pytest.mark.parametrize(
-    "data",
+    ("value", "named"),
     [
-        b"hello world\n",
-        b"t2d,d2t\n",
-        b"abc",
-        b"",
-        b"K",
-        b"Gabc",
-        b'{"a": 1}',
-        b"12345678{",
-        b"PK\x03\x04zip",
+        ({"d2t": MAP.d2t}, "no tensor t2d"),
+        ({"d2t": MAP.d2t, "t2d": [1]}, "no tensor t2d"),
+        ([1], "no tensor t2d"),
+        ({"d2t": MAP.d2t[:2], "t2d": MAP.t2d}, "d2t has shape"),
+        ({"d2t": MAP.d2t + torch.arange(3), "t2d": MAP.t2d}, "different tokens"),
+        ({"d2t": MAP.d2t, "t2d": Code()}, "damaged"),
     ],
 )
-def test_damaged_map_is_refused(tmp_path, load, data):
+def test_unsound_maps_are_refused(
+    tmp_path: Path, value: Any, named: str, capsys: pytest.CaptureFixture
+) -> None:
     path = tmp_path / "map.pt"
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"map.pt: damaged.*again") as caught:
-        load(path, read_map)
-    assert "weights_only" not in str(caught.value)
+    torch.save(value, path)
+    with pytest.raises(UserError, match=rf"map.pt: .*{named}.*again"):
+        load(path)
+    assert capsys.readouterr().out == "", "code in the file has run"
 
 
-def test_missing_map_is_refused(tmp_path):
+def test_a_map_without_its_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "map.pt"
+    torch.save({"t2d": MAP.t2d}, path)
+    with pytest.raises(UserError, match=r"map.pt: no tensor d2t.*again"):
+        map_size(path, specforge.read_map)
+
+
+def test_missing_and_truncated_maps_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.pt: no such file"):
-        load_map(tmp_path / "none.pt", 5, 3, read=read_map)
+        load(tmp_path / "none.pt")
+    path = tmp_path / "map.safetensors"
+    save_map(path, MAP, {})
+    for data in (path.read_bytes()[:-4], b"junk", b"", b"PK\x03\x04zip"):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"map.safetensors: damaged.*again") as caught:
+            load(path)
+        assert str(caught.value).count("damaged") == 1
+
+
+@pytest.mark.parametrize(
+    "text", [b"hello world\n", b"t2d,d2t\n", b"abc", b"K", b"Gabc", b'{"a": 1}', b"12345678{"]
+)
+def test_text_in_place_of_a_map_is_refused(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "map.pt"
+    path.write_bytes(text)
+    for read in (load, lambda path: map_size(path, specforge.read_map)):
+        with pytest.raises(UserError, match=r"map.pt: damaged.*again") as caught:
+            read(path)
+        assert "weights_only" not in str(caught.value)

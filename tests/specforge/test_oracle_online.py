@@ -1,17 +1,20 @@
-"""The online roll-out equals the old script's online `run_forward` with its Hugging Face target and logits.
+"""The online roll-out equals SpecForge's online `run_forward` with its target and its logits.
 
-Both sides run the same small Llama themselves. The old mask keeps its last entry online, ours never does (objective,
-section 1): the rows' own masks end in 0 where the two must be equal, and in 1 where the difference is shown.
+Both sides run the same small Llama themselves. SpecForge's mask keeps its last entry online, ours
+never does (objective, section 1): the samples' own masks end in 0 where the two must be equal, and
+in 1 where the difference is shown.
 """
 
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import eagle3fn as e3
+from eagle3fn import specforge
 from eagle3fn.base.types import Batch, Frozen
 from eagle3fn.data.collate import collate
 from eagle3fn.data.extract import Encoded
@@ -27,13 +30,13 @@ from tests.specforge.oracle_online import (
     COLLATOR,
     FILES,
     STRATEGY,
-    old_file,
-    old_module,
-    old_target,
-    old_trainer,
     run_online,
-    tame_target,
+    specforge_file,
+    specforge_module,
+    specforge_target,
+    specforge_trainer,
     target_frozen,
+    tiny_target,
 )
 
 LAYERS = (1, 2, 4)
@@ -41,10 +44,10 @@ LAYERS = (1, 2, 4)
 
 @pytest.fixture(scope="module")
 def online(commit: Oracle) -> Oracle:
-    """The old tool with the files of its online side."""
+    """SpecForge with the files of its online side."""
     try:
         for name in FILES:
-            old_file(commit, name)
+            specforge_file(commit, name)
     except OracleMissingError as error:
         pytest.skip(str(error))
     return commit
@@ -52,107 +55,115 @@ def online(commit: Oracle) -> Oracle:
 
 @pytest.fixture(scope="module")
 def collated(online: Oracle) -> Oracle:
-    """The same with its collator, which imports `datasets`; the checkout's folder of that name is not the package."""
+    """The same with its collator, which imports `datasets`: not the checkout's own folder."""
     try:
-        old_module(online, COLLATOR)
+        specforge_module(online, COLLATOR)
     except OracleMissingError as error:
         pytest.skip(str(error))
     return online
 
 
 def rows_of(case: Case, last: int) -> list[Encoded]:
-    """Tokens and masks that end in `last`, the short ones first, as the roll-out runs them."""
-    source, rows = generator(case, 4), []
+    """Tokens and masks that end in `last`, shortest first, as the roll-out runs them."""
+    source = generator(case, 4)
+    share = 1.0 if case.mask == "full" else 0.7
+    rows = []
     for number, length in enumerate(sorted(case.lengths)):
         ids = torch.randint(case.vocab, (length,), generator=source)
-        mask = (torch.rand(length, generator=source) < (1.0 if case.mask == "full" else 0.7)).long()
-        rows.append(Encoded(str(number), ids, torch.cat([mask[:-1], torch.tensor([last])])))
+        mask = (torch.rand(length, generator=source) < share).long()
+        mask[-1] = last
+        rows.append(Encoded(str(number), ids, mask))
     return rows
 
 
 def online_case(case: Case) -> Case:
-    """A case that the old online side knows: logits as the teacher, no positions of its own."""
+    """A case that SpecForge's online side can run: logits as teacher, no positions of its own."""
     return for_specforge(replace(case, teacher="full", own_positions=False))
 
 
-def our_batch(case: Case, model, rows: list[Encoded]) -> Batch:
+def our_batch(case: Case, model: Any, rows: list[Encoded]) -> Batch:
     samples = list(roll_out(model, rows, LAYERS, batch=len(rows), group=len(rows)))
-    return collate(samples, "legacy", max(case.lengths))
+    return collate(samples, max(case.lengths), specforge.align_mask)
 
 
-def ours(case: Case, frozen: Frozen, batch: Batch) -> Result:
-    compute = e3.value_and_grad(
-        lambda p: e3.forward_loss(p, batch, config=case.config(), frozen=frozen), has_aux=True
-    )
-    (loss, aux), gradients = compute(tiny_params(case))
-    return named(loss, aux, gradients)
+def our_result(case: Case, frozen: Frozen, batch: Batch) -> Result:
+    config = case.config()
+
+    def loss(params: Any) -> tuple[torch.Tensor, Any]:
+        return specforge.forward_loss(params, batch, config=config, frozen=frozen)
+
+    (value, aux), gradients = e3.value_and_grad(loss, has_aux=True)(tiny_params(case))
+    return named(value, aux, gradients)
 
 
-def test_the_online_roll_out_equals_the_old_online_run_forward(collated: Oracle) -> None:
+def test_online_roll_out_equals_specforges_online_run_forward(collated: Oracle) -> None:
     """Thirty drawn cases: loss, each step's, acceptance, accuracy counts, every gradient leaf."""
     count = Counter()
     for drawn_case in [GATE, *drawn(30, 5)]:
         case = online_case(drawn_case)
-        model, rows = tame_target(case), rows_of(case, last=0)
-        old = run_online(collated, case, model, rows, LAYERS)
-        assert (
-            differences(old, ours(case, target_frozen(case, model), our_batch(case, model, rows)))
-            == []
-        ), case
-        count += Counter(["cases", case.dtype, case.loss, f"K{case.steps}"])
-        count["nontrivial"] += nontrivial(old)
+        model = tiny_target(case)
+        rows = rows_of(case, last=0)
+        expected = run_online(collated, case, model, rows, LAYERS)
+        ours = our_result(case, target_frozen(case, model), our_batch(case, model, rows))
+        assert differences(expected, ours) == [], case
+        count.update(["cases", case.dtype, case.loss, f"K{case.steps}"])
+        count["nontrivial"] += nontrivial(expected)
     print(dict(count))
     assert count["nontrivial"] >= 0.8 * count["cases"]
 
 
-def test_the_old_online_mask_trains_the_last_row(collated: Oracle) -> None:
-    """Left as it is, the mask's last entry makes other losses; it is the only difference where nothing is padded.
+def test_specforges_online_mask_trains_the_last_row(collated: Oracle) -> None:
+    """The mask's last entry makes other losses; it is the only difference where nothing is padded.
 
-    In a padded batch the old last row learns what the target says behind padding.
+    In a padded batch SpecForge's last row learns what the target predicts after padding.
     """
-    seen = Counter()
+    count = Counter()
     for drawn_case in drawn(12, 6):
         case = online_case(drawn_case)
-        model, rows = tame_target(case), rows_of(case, last=1)
-        old, frozen = run_online(collated, case, model, rows, LAYERS), target_frozen(case, model)
+        model = tiny_target(case)
+        rows = rows_of(case, last=1)
+        frozen = target_frozen(case, model)
         batch = our_batch(case, model, rows)
-        zeroed = ours(case, frozen, batch)
-        assert old["rows"][0] == zeroed["rows"][0].round() + len(rows)  # none counts as 1e-6
-        seen["other losses"] += not torch.equal(old["losses"], zeroed["losses"])
-        kept = batch._replace(
-            row_mask=torch.nn.utils.rnn.pad_sequence([row.token_mask for row in rows], True)
-        )
+        expected = run_online(collated, case, model, rows, LAYERS)
+
+        # Ours zeroes that entry: one trained row less a sample. No row counts as 1e-6.
+        zeroed = our_result(case, frozen, batch)
+        assert expected["rows"][0] == zeroed["rows"][0].round() + len(rows)
+        count["other losses"] += not torch.equal(expected["losses"], zeroed["losses"])
+
+        # With the entry kept, ours is SpecForge's, but in a padded batch.
+        masks = torch.nn.utils.rnn.pad_sequence([row.token_mask for row in rows], True)
+        kept = our_result(case, frozen, batch._replace(row_mask=masks))
         padded = len(set(case.lengths)) > 1
-        assert (differences(old, ours(case, frozen, kept)) == []) != padded
-        seen["padded" if padded else "not padded"] += 1
-    print(dict(seen))
-    assert min(seen.values()) >= 3, seen
+        assert (differences(expected, kept) == []) != padded
+        count["padded" if padded else "not padded"] += 1
+    print(dict(count))
+    assert min(count.values()) >= 3, count
 
 
 @pytest.mark.parametrize("draft_vocab", [24, 40])
-def test_the_old_pruned_logits_fail_below_the_whole_vocabulary(
+def test_specforges_pruned_logits_fail_below_the_whole_vocabulary(
     online: Oracle, draft_vocab: int
 ) -> None:
-    """Its adapter cuts the logits to D, its model then indexes them with `t2d` `(V,)`."""
+    """Its adapter cuts the logits to D; its model then indexes them with `t2d` `(V,)`."""
     case = Case(draft_vocab=draft_vocab, lengths=(7,))
-    model, rows = tame_target(case), rows_of(case, last=0)
-    trainer, _ = old_trainer(online, case, model)
-    adapter = old_module(online, ADAPTER).SGLangAdapter(
-        old_target(online, model, LAYERS), device="cpu", t2d=target_frozen(case, model).t2d
+    model = tiny_target(case)
+    (row,) = rows_of(case, last=0)
+    trainer, _ = specforge_trainer(online, case, model)
+
+    adapter = specforge_module(online, ADAPTER).SGLangAdapter(
+        specforge_target(online, model, LAYERS), device="cpu", t2d=target_frozen(case, model).t2d
     )
-    task = SimpleNamespace(
-        payload={"input_ids": rows[0].input_ids, "loss_mask": rows[0].token_mask}
-    )
-    (tensors,) = adapter.generate_features(
-        [task], capture=SimpleNamespace(target_repr="pruned_logits")
-    )
+    task = SimpleNamespace(payload={"input_ids": row.input_ids, "loss_mask": row.token_mask})
+    capture = SimpleNamespace(target_repr="pruned_logits")
+    (tensors,) = adapter.generate_features([task], capture=capture)
     assert tensors["target"].shape == (1, 7, draft_vocab)
-    strategy = old_module(online, STRATEGY).Eagle3TrainStrategy(trainer)
+
+    strategy = specforge_module(online, STRATEGY).Eagle3TrainStrategy(trainer)
     batch = SimpleNamespace(tensors=tensors, metadata={"target_repr": "pruned_logits"})
     if draft_vocab == case.vocab:
         assert torch.isfinite(strategy.forward_loss(batch).loss)
     else:
-        with pytest.raises(
-            IndexError, match=r"shape of the mask \[40\] .* does not match .* \[1, 7, 24\]"
-        ):
+        message = r"shape of the mask \[40\] .* does not match .* \[1, 7, 24\]"
+        with pytest.raises(IndexError, match=message):
             strategy.forward_loss(batch)

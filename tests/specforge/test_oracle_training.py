@@ -1,8 +1,9 @@
-"""The package's `step` equals the old script's own `run_forward` and `run_backward_and_update`, update by update.
+"""The package's `step` equals SpecForge's script, update by update.
 
-Those two functions are read out of the commit's script and run as they stand, on one rank. On a card each side computes
-its loss with its own Triton kernel (level 1); on the CPU `Tensor.cuda` does nothing, and the loss kernel is replaced by
-its eager expression (level 2).
+The script's functions `run_forward` and `run_backward_and_update` are read out of the commit's
+script and run as they are, on one rank. On a card each side computes its loss with its own Triton
+kernel (level 1). On the CPU `Tensor.cuda` does nothing, and the loss kernel is replaced by its
+eager expression (level 2).
 """
 
 from dataclasses import replace
@@ -14,15 +15,27 @@ from hypothesis import settings
 from torch import Tensor
 
 import eagle3fn as e3
+from eagle3fn import specforge
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.types import TrainState
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.strategies import drawn
-from tests.tally import Tally
+from eagle3fn.train.optimizer import cosine_schedule
+from eagle3fn.train.recipe import Recipe
 from tests.factories import GATE
-from tests.specforge.oracle_script import Script, ScriptTrainer, load_script
+from tests.specforge.helpers import level_on, recipe_at
+from tests.specforge.oracle_script import (
+    LeafState,
+    Script,
+    ScriptTrainer,
+    leaf_states,
+    load_script,
+)
+from tests.tally import Tally
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, accumulation="params")
 
 
 @pytest.fixture(scope="module")
@@ -30,76 +43,125 @@ def script(commit: Oracle) -> Script:
     return load_script(commit)
 
 
-def same_state(state: TrainState, old: dict[str, tuple[Tensor, ...]]) -> bool:
-    assert list(state.params) == list(old)
-    ours = {
-        name: (state.params[name], state.masters[name], state.opt.mu[name], state.opt.nu[name])
-        for name in old
-    }
-    return all(
-        torch.equal(a, b) and a.dtype == b.dtype
-        for name in old
-        for a, b in zip(ours[name], old[name], strict=True)
-    )
+def check_state(state: TrainState, expected: dict[str, LeafState], where: Any) -> None:
+    """Weights, masters and moments of every leaf are equal, in the same order of leaves."""
+    ours = leaf_states(state)
+    assert list(ours) == list(expected), where
+    for name, leaf in expected.items():
+        for part, value in leaf._asdict().items():
+            mine = getattr(ours[name], part)
+            assert mine.dtype == value.dtype, (where, part, name)
+            assert torch.equal(mine, value), (where, part, name)
 
 
 def train_both(
     oracle: Oracle,
     script: Script,
     case: Case,
-    choice: OptimizerConfig,
+    optimizer: OptimizerConfig,
     total: int,
     micro: int,
     device: str = "cpu",
+    changed: Recipe | None = None,
 ) -> bool:
-    """Five updates on both sides, the last past the schedule's end if `total` is 4; True if every leaf has moved."""
-    config, params = case.config(choice, total), on(device, tiny_params(case))
-    fns = e3.bind(config, on(device, tiny_frozen(case)))
-    level = 1 if device == "cuda" else 2
-    old = ScriptTrainer(oracle, script, case, choice, total, device, level=level)
-    state = fns.init_state(params)
+    """Five updates on both sides; the last is past the schedule's end if `total` is 4.
+
+    `changed` replaces SpecForge's recipe on our side. True if every leaf has moved.
+    """
+    level = level_on(device)
+    params = on(device, tiny_params(case))
+    functions = e3.bind(
+        case.config(optimizer, total),
+        on(device, tiny_frozen(case)),
+        recipe=changed or recipe_at(level),
+    )
+    theirs = ScriptTrainer(oracle, script, case, optimizer, total, device, level=level)
+    state = functions.init_state(params)
     for index in range(5):
-        batches = tuple(on(device, tiny_batch(case, index * micro + i)) for i in range(micro))
-        rate = old.optimizer.get_learning_rate()
-        state, metrics = fns.step(state, batches)
-        norm, summed = None, None
+        batches = [on(device, tiny_batch(case, index * micro + i)) for i in range(micro)]
+        rate = theirs.optimizer.get_learning_rate()
+        state, metrics = functions.step(state, tuple(batches))
+
+        # SpecForge's micro-batches; the losses it reports are divided by their number.
+        norm: Tensor | None = None
+        losses = torch.zeros(case.steps, device=device)
         for batch in batches:
-            seen = old.micro_step(batch, micro)
-            norm, steps = seen.norm, torch.stack([loss.detach() for loss in seen.losses]) / micro
-            summed = steps if summed is None else summed + steps
-        assert norm is not None and torch.equal(metrics["grad_norm"], norm), index
+            seen = theirs.micro_step(batch, micro)
+            norm = seen.norm
+            losses = losses + torch.stack([loss.detach() for loss in seen.losses]) / micro
+
+        assert norm is not None
+        assert torch.equal(metrics["grad_norm"], norm), index
         assert metrics["learning_rate"] == rate, index
-        assert summed is not None and torch.equal(metrics["aux"].losses, summed), index
-        assert same_state(state, old.state()), index
+        assert torch.equal(metrics["aux"].losses, losses), index
+        check_state(state, theirs.state(), index)
     return all(not torch.equal(state.masters[name], params[name].float()) for name in params)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
-def test_drawn_training_equals_the_old_script(
+def test_drawn_training_equals_specforges_script(
     commit: Oracle, script: Script, micro: int, device: str, tally: Tally
 ) -> None:
-    """Fifteen drawn cases each at most; losses by acceptance with one micro-batch alone, as ours has them."""
+    """Fifteen drawn cases each at most; losses by acceptance with one micro-batch alone."""
     for index, drawn_case in enumerate(drawn(min(15, settings().max_examples), micro)):
         case = for_specforge(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
-        choice = OptimizerConfig(
-            learning_rate=(3e-3, 1e-2)[index % 2], warmup_ratio=(0.0, 0.3, 0.015)[index % 3],
-            max_grad_norm=(0.5, 5.0)[index % 2], schedule="legacy", accumulation="legacy",
-        )  # fmt: skip
-        tally.add(
-            case, train_both(commit, script, case, choice, (4, 10, 17)[index % 3], micro, device)
+        optimizer = OptimizerConfig(
+            learning_rate=(3e-3, 1e-2)[index % 2],
+            warmup_ratio=(0.0, 0.3, 0.015)[index % 3],
+            max_grad_norm=(0.5, 5.0)[index % 2],
+            accumulation="params",
         )
+        total = (4, 10, 17)[index % 3]
+        moved = train_both(commit, script, case, optimizer, total, micro, device)
+        tally.add(case, moved)
     tally.check()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_old_gates_own_shapes(commit: Oracle, script: Script, dtype: Any, device: str) -> None:
-    choice = OptimizerConfig(learning_rate=1e-2, schedule="legacy", accumulation="legacy")
-    assert train_both(commit, script, replace(GATE, dtype=dtype), choice, 10, 2, device)
+def test_training_at_the_shapes_of_specforges_gates_is_equal(
+    commit: Oracle, script: Script, dtype: Any, device: str
+) -> None:
+    case = replace(GATE, dtype=dtype)
+    assert train_both(commit, script, case, OPTIMIZER, 10, 2, device)
 
 
-def test_a_better_setting_is_told_apart(commit: Oracle, script: Script, device: str) -> None:
-    """The control: the closed-form schedule and sums in fp32 are not the old script's."""
-    for change in ({"schedule": "cosine"}, {"accumulation": "fp32"}):
-        choice = replace(OptimizerConfig(schedule="legacy", accumulation="legacy"), **change)
-        with pytest.raises(AssertionError):
-            train_both(commit, script, GATE, choice, 10, 2, device)
+def test_another_schedule_or_accumulation_is_detected(
+    commit: Oracle, script: Script, device: str
+) -> None:
+    """The control: the closed-form schedule and sums in fp32 are not SpecForge's."""
+    closed_form = recipe_at(level_on(device))._replace(schedule=cosine_schedule)
+    with pytest.raises(AssertionError):
+        train_both(commit, script, GATE, OPTIMIZER, 10, 2, device, closed_form)
+
+    in_fp32 = replace(OPTIMIZER, accumulation="fp32")
+    with pytest.raises(AssertionError):
+        train_both(commit, script, GATE, in_fp32, 10, 2, device)
+
+
+def test_specforge_recipe_trains_three_steps_as_specforges_script(
+    commit: Oracle, script: Script
+) -> None:
+    """`specforge.recipe` and `bind`, as a user calls them, from the recipe's own start."""
+    case = Case(dtype="bfloat16", steps=3)
+    frozen = tiny_frozen(case)
+    config, recipe = specforge.recipe(
+        case.draft(), objective={"ttt_length": 3}, train={"steps": 3, "seed": 5}
+    )
+    functions = e3.bind(config, frozen, recipe=recipe)
+    params = functions.init(config.train.seed)
+    state = functions.init_state(params)
+
+    theirs = ScriptTrainer(commit, script, case, config.optimizer, config.train.steps)
+    with torch.no_grad():
+        for name, master in zip(params, theirs.optimizer.fp32_params, strict=True):
+            theirs.draft.get_parameter(name).copy_(params[name])
+            master.copy_(params[name])
+
+    for index in range(3):
+        batch = tiny_batch(case, index)
+        state, metrics = functions.step(state, batch)
+        seen = theirs.micro_step(batch)
+        assert seen.norm is not None
+        assert torch.equal(metrics["grad_norm"], seen.norm)
+        check_state(state, theirs.state(), index)
+    assert int(state.step) == 3

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-import torch
 
 import eagle3fn as e3
 from eagle3fn.base.config import to_dict

@@ -1,15 +1,15 @@
 """SpecForge's training as values: its settings, and the functions that take the place of ours.
 
-| what | SpecForge's | why ours is the default |
+| what | SpecForge's | why ours is another |
 |---|---|---|
-| `Recipe.loss` | `arithmetic.forward_loss` | the fast numerics leave out rows that reach no loss term |
-| `Recipe.start` | layers of `torch.nn`, as they are made | a draft that starts from the target learns sooner |
-| `Recipe.schedule` | the recursion of `CosineAnnealingLR` | it lies above its formula, and rises again past the end |
-| `Recipe.align_mask` | the mask without its last entry | it lies one row late for a server's first draft of a turn |
-| `Recipe.order` | shuffled by the epoch alone | ours depends on the seed too, and leaves nothing out |
+| `Recipe.loss` | `arithmetic.forward_loss` | fast numerics leave out rows without a loss term |
+| `Recipe.start` | as `torch.nn` draws its layers | a start from the target learns sooner |
+| `Recipe.schedule` | `CosineAnnealingLR`'s recursion | it exceeds its formula, rises past its end |
+| `Recipe.align_mask` | the mask without its last entry | one row late for a turn's first draft |
+| `Recipe.order` | shuffled by the epoch alone | ours has the seed too, and leaves nothing out |
 | `objective.numerics` | `"plain"` | as `Recipe.loss` |
-| `objective.normalization` | `"rows"` | padding, and the split into micro-batches, then change the loss |
-| `objective.teacher` | `"full"` | all logits in fp32 need much memory for the same values to rounding |
+| `objective.normalization` | `"rows"` | padding and the micro-batches' split change the loss |
+| `objective.teacher` | `"full"` | much memory for the same values to rounding |
 | `optimizer.accumulation` | `"params"` | sums in bf16 lose small gradients |
 | `train.init` | `"random"` | as `Recipe.start` |
 """
@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class SpecForge(NamedTuple):
-    """SpecForge's training: `config` for `bind` and `train`, `recipe` beside it."""
+    """What `bind` and `train` take for SpecForge's training."""
 
     config: Config
     recipe: Recipe
@@ -53,6 +53,9 @@ def recipe(draft: DraftConfig, **sections: dict[str, Any]) -> SpecForge:
         draft: the draft's shape.
         sections: settings by section, as `train={"steps": 100}`; they win over `SETTINGS`.
 
+    Returns:
+        `(config, recipe)`; the recipe is `RECIPE`, in the order of `train_eagle3.py`.
+
     Raises:
         UserError: an unknown setting, or a value out of range.
     """
@@ -62,17 +65,23 @@ def recipe(draft: DraftConfig, **sections: dict[str, Any]) -> SpecForge:
     return SpecForge(from_dict(Config, tree, "specforge.recipe"), RECIPE)
 
 
-def start(config: Config, frozen: Frozen, seed: int) -> Params:
-    """The draft's first parameters as SpecForge's module draws them under the same seed.
+# The functions
 
-    As the layers of `torch.nn` are made: the embedding from normal(0, 1), then matrices uniform in ±1/√fan_in, norms 1.
-    The embedding is drawn first, also where it is the target's and the draw is thrown away.
+
+def start(config: Config, frozen: Frozen, seed: int) -> Params:
+    """The draft's first parameters, as SpecForge's module draws them after `manual_seed(seed)`.
+
+    Embeddings are drawn from normal(0, 1), matrices uniformly from ±1/√fan_in; norms are 1.
+    `frozen` is not read.
     """
     draft = config.draft
     generator = torch.Generator().manual_seed(seed)
 
+    # The embedding is drawn first, even where it is the target's and the draw is not used.
     embedding = torch.empty(draft.vocab_size, draft.hidden_size, dtype=torch.float32)
     drawn = {EMBED: embedding.normal_(generator=generator)}
+
+    # kaiming_uniform_ with a = √5 has the bound 1/√fan_in; torch.nn.Linear calls it so.
     for name, shape in shapes(draft).items():
         if len(shape) == 1:
             drawn[name] = torch.ones(shape, dtype=torch.float32)
@@ -85,10 +94,15 @@ def start(config: Config, frozen: Frozen, seed: int) -> Params:
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Linear warm-up, then `CosineAnnealingLR`'s recursion, entered at epoch 0 after the warm-up.
+    """Linear warm-up over `W` steps, then `CosineAnnealingLR`'s recursion over `T` steps.
 
-    Its values are `2 / (1 + cos(π/T))` times the closed form's, `T` the steps after the warm-up, and rise again past
-    the end. The function returned is pure: threads may share it.
+    `rate(n) = (n + 1) / W · base` for `n < W`. After it, with `e = n - W`,
+
+        rate(n) = (1 + cos(π · e / T)) / (1 + cos(π · (e - 1) / T)) · rate(n - 1)
+
+    As epoch 0 is a step of the recursion too, the values are `2 / (1 + cos(π / T))` times those of
+    `cosine_schedule`. They rise again past the end. The function returned is pure: threads may
+    share it.
 
     Raises:
         UserError: `total_steps` is below 1.
@@ -96,14 +110,17 @@ def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     base = config.learning_rate
     warmup, decay = schedule_span(config, total_steps)
 
-    # One step more than the schedule spans: what a run needs is made here, once.
+    # The rates of a run of this span, and one more, are computed here, once.
     rates = [(step + 1) / warmup * base for step in range(warmup)]
-    for step in range(warmup, warmup + decay + 1):
-        rates.append(_recursion(rates[-1] if rates else base, step - warmup, base, decay))
+    for epoch in range(decay + 1):
+        before = rates[-1] if rates else base
+        rates.append(_recursion(before, epoch, base, decay))
 
     def rate(step: int) -> float:
         if step < len(rates):
             return rates[step]
+
+        # Past the end: from the last one on, without changing what threads share.
         value = rates[-1]
         for later in range(len(rates), step + 1):
             value = _recursion(value, later - warmup, base, decay)
@@ -113,7 +130,8 @@ def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
 
 
 def _recursion(rate: float, epoch: int, base: float, span: int) -> float:
-    """`CosineAnnealingLR`'s rate of an epoch, from the one before it."""
+    """`CosineAnnealingLR`'s rate of an epoch, from the rate of the one before it."""
+    # One epoch after a minimum, where the quotient below divides by zero.
     if (epoch - 1 - span) % (2 * span) == 0:
         return rate + base * (1 - math.cos(math.pi / span)) / 2
     above = 1 + math.cos(math.pi * epoch / span)
@@ -127,15 +145,19 @@ def align_mask(token_mask: Tensor) -> Tensor:
 
 
 def script_order(n: int, config: Config, step: int) -> list[int]:
-    """The samples of a step as `train_eagle3.py`'s sampler gives them: shuffled by the epoch alone.
+    """The samples of a step as `train_eagle3.py` reads them: shuffled by the epoch's number alone.
 
-    An epoch leaves out what does not fill a micro-batch.
+    Epochs are counted from 1. Each leaves out what does not fill a micro-batch.
 
     Raises:
         UserError: fewer samples than a micro-batch, where none would be left.
     """
     kept = _whole_batches(n, config)
-    return [epoch_order(n, 1 + place // kept)[place % kept] for place in _places(config, step)]
+    chosen = []
+    for place in _places(config, step):
+        epoch, place_in_epoch = divmod(place, kept)
+        chosen.append(epoch_order(n, 1 + epoch)[place_in_epoch])
+    return chosen
 
 
 def stored_order(n: int, config: Config, step: int) -> list[int]:
@@ -157,12 +179,17 @@ def _places(config: Config, step: int) -> range:
 
 
 def _whole_batches(n: int, config: Config) -> int:
-    kept = n - n % config.data.micro_batch
+    """How many of `n` samples fill micro-batches."""
+    size = config.data.micro_batch
+    kept = n - n % size
     if not kept:
         raise UserError(
-            f"data.micro_batch = {config.data.micro_batch}: {n} samples fill no batch; extract more or lower it"
+            f"data.micro_batch = {size}: {n} samples fill no batch; extract more or lower it"
         )
     return kept
+
+
+# The recipes
 
 
 RECIPE = Recipe(
@@ -179,32 +206,75 @@ DATAFLOW_RECIPE = RECIPE._replace(name="specforge-dataflow", order=stored_order)
 RECIPES = {each.name: each for each in (RECIPE, DATAFLOW_RECIPE)}
 """What `eagle3fn train --recipe` names."""
 
-_OLD_SETTINGS = {
-    "objective.numerics": "objective.numerics=plain; SpecForge's arithmetic is part of --recipe specforge",
-    "optimizer.schedule": "--recipe specforge, which brings SpecForge's schedule",
-    "optimizer.accumulation": "optimizer.accumulation=params, part of --recipe specforge",
-    "train.init": "--recipe specforge, which brings SpecForge's start",
-    "data.mask_alignment": "--recipe specforge, which brings SpecForge's mask",
-    "data.order": "--recipe specforge or specforge-dataflow, which bring SpecForge's order",
-    "optimizer.horizon": "optimizer.schedule_steps",
-}
+
+# Settings of former versions
+
+
+class _OldSetting(NamedTuple):
+    """A setting that had another name, or values that a recipe has taken over."""
+
+    name: str
+    values: tuple[str, ...] | None  # those that are refused; None: every value
+    instead: str  # what to write now
+
+
+_OLD_SETTINGS = (
+    _OldSetting(
+        "objective.numerics",
+        ("legacy",),
+        "objective.numerics=plain; SpecForge's arithmetic is part of --recipe specforge",
+    ),
+    _OldSetting(
+        "optimizer.schedule",
+        ("legacy",),
+        "--recipe specforge, which has SpecForge's schedule",
+    ),
+    _OldSetting(
+        "optimizer.accumulation",
+        ("legacy",),
+        "optimizer.accumulation=params, part of --recipe specforge",
+    ),
+    _OldSetting("optimizer.horizon", None, "optimizer.schedule_steps"),
+    _OldSetting(
+        "train.init",
+        ("legacy",),
+        "--recipe specforge, which has SpecForge's start",
+    ),
+    _OldSetting(
+        "data.mask_alignment",
+        ("legacy",),
+        "--recipe specforge, which has SpecForge's mask",
+    ),
+    _OldSetting(
+        "data.order",
+        ("legacy", "stored"),
+        "--recipe specforge or specforge-dataflow, which have SpecForge's orders",
+    ),
+)
+_NOW_FIXED = ("data.mask_alignment", "data.order")  # of their values ours alone is left
 
 
 def refuse_old_settings(tree: dict[str, Any], where: str) -> None:
-    """Refuse settings by the names they had before SpecForge's were a recipe.
+    """Refuse settings by the names and values that they had before SpecForge's became a recipe.
+
+    Args:
+        tree: settings by section, as read from a file.
+        where: names the file, for the message.
 
     Raises:
         UserError: names the setting, its value, and what to write now.
     """
-    for name, instead in _OLD_SETTINGS.items():
-        section, key = name.split(".")
+    for old in _OLD_SETTINGS:
+        section, key = old.name.split(".")
         values = tree.get(section)
         if not isinstance(values, dict) or key not in values:
             continue
-        if values[key] in ("legacy", "stored") or key == "horizon":
-            raise UserError(f"{where}: {name} = {values[key]!r} is now {instead}")
-        if key in ("mask_alignment", "order"):
+
+        value = values[key]
+        if old.values is None or value in old.values:
+            raise UserError(f"{where}: {old.name} = {value!r} is now {old.instead}")
+        if old.name in _NOW_FIXED:
             raise UserError(
-                f"{where}: {name} = {values[key]!r} is no setting any more: it is always so but under a recipe; "
-                "leave it out"
+                f"{where}: {old.name} = {value!r} is no setting any more: "
+                "it is always so without a recipe; leave it out"
             )
