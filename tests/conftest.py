@@ -58,7 +58,10 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
-    """SpecForge as it is installed or checked out; a skip that names what to install if it is not."""
+    """SpecForge as it is installed or checked out.
+
+    A skip that names what to install if it is not.
+    """
     found = oracle_or_skip()
     print(found.describe())
     return found

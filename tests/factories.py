@@ -80,7 +80,9 @@ def make_config(
         draft=draft or make_draft(),
         objective=e3.ObjectiveConfig(**({"ttt_length": 4, "numerics": "fast"} | objective)),
         optimizer=e3.OptimizerConfig(learning_rate=1e-2),
-        train=e3.TrainConfig(**({"steps": steps, "dtype": dtype, "init": "random"} | (train or {}))),
+        train=e3.TrainConfig(
+            **({"steps": steps, "dtype": dtype, "init": "random"} | (train or {}))
+        ),
     )
 
 
@@ -93,7 +95,10 @@ def make_map(vocab_size: int, draft_vocab_size: int, source: torch.Generator) ->
 
 
 def make_frozen(config: e3.Config, seed: int = 99) -> Frozen:
-    """A random target in the run's dtype: embedding `(V, H)`, head `(V, Ht)`, and a map; no norm."""
+    """A random target in the run's dtype: embedding `(V, H)`, head `(V, Ht)`, and a map.
+
+    No norm.
+    """
     draft = config.draft
     dtype = getattr(torch, config.train.dtype)
     source = torch.Generator().manual_seed(seed)
@@ -230,7 +235,10 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
 
 
 def tiny_model(name: str = "Llama", **changes: Any) -> Any:
-    """A random target of five layers, by its family's name in transformers; `changes` to `SIZES`."""
+    """A random target of five layers, by its family's name in transformers.
+
+    `changes` to `SIZES`.
+    """
     import transformers
 
     torch.manual_seed(0)

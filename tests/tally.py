@@ -1,4 +1,4 @@
-"""How many drawn cases a property was checked on, and how many of them left something to compare."""
+"""How many drawn cases a property was checked on, and how many left something to compare."""
 
 from eagle3fn.specforge import parity
 from eagle3fn.testing import Case

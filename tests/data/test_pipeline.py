@@ -26,7 +26,9 @@ def config(global_batch=4, micro_batch=2, seed=3):
 
 
 def order(n, seed, epoch):
-    """An epoch's order, as it was when the first runs were trained: a resumed run must find it again."""
+    """An epoch's order, as it was when the first runs were trained: a resumed run must find it
+    again.
+    """
     return torch.randperm(
         n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     ).tolist()

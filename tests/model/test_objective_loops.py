@@ -1,4 +1,6 @@
-"""`forward_loss` in fp64 equals the objective by plain loops over rows (`tests/reference/loops.py`)."""
+"""`forward_loss` in fp64 equals the objective by plain loops over rows
+(`tests/reference/loops.py`).
+"""
 
 from dataclasses import replace
 from typing import Any

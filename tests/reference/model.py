@@ -170,7 +170,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """The decoder layer: attention and MLP with their residuals, over embedding and hidden state."""
+    """The decoder layer: attention and MLP with their residuals."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()

@@ -203,7 +203,7 @@ def donated_state_is_refused_wherever_it_is_touched(mesh: DeviceMesh, world: Wor
     leaf: Any = state.masters["fc.weight"]
     touches = (
         lambda: leaf + 1,
-        lambda: leaf.to_local(),
+        leaf.to_local,
         lambda: e3.gather(state),
         lambda: int(state.step),
         lambda: torch.func.vjp(lambda x: x * 2, leaf),

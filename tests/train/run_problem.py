@@ -48,9 +48,7 @@ def make_problem(
     # The losses by acceptance need one micro-batch an update.
     config = make_config(dtype, steps, train=train, **objective)
     micro_batch = 1 if config.objective.loss == "kl" else 2
-    data = e3.DataConfig(
-        global_batch=2, micro_batch=micro_batch, held_out=len(HELD_OUT_LENGTHS)
-    )
+    data = e3.DataConfig(global_batch=2, micro_batch=micro_batch, held_out=len(HELD_OUT_LENGTHS))
     vocab_map = make_map(VOCAB, DRAFT_VOCAB, torch.Generator().manual_seed(1))
     return Problem(
         replace(config, data=data), open_features(folder), vocab_map, make_target(VOCAB, HIDDEN)

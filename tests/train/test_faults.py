@@ -1,4 +1,6 @@
-"""Faults on two ranks: each ends with one message, and the run goes on from its last good checkpoint."""
+"""Faults on two ranks: each ends with one message, and the run goes on from its last good
+checkpoint.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""The plan's numbers are those of tensors that are really allocated; a plan that cannot fit is refused."""
+"""The plan's numbers are those of tensors that are really allocated.
+
+A plan that cannot fit is refused.
+"""
 
 import json
 from typing import Any

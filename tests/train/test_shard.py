@@ -1,4 +1,7 @@
-"""The sharded state: one start of four ranks runs the checks of `ranks_job`; the rest is one process."""
+"""The sharded state: one start of four ranks runs the checks of `ranks_job`.
+
+The rest is one process.
+"""
 
 import json
 from typing import Any
@@ -61,7 +64,9 @@ def test_specs_need_no_process_and_no_memory():
 
 
 def brackets(count: int, reduce: str) -> str:
-    """The brackets in which `total` adds `count` parts: it adds tensors that record their sum's text."""
+    """The brackets in which `total` adds `count` parts: it adds tensors that record their sum's
+    text.
+    """
 
     class Recorded(torch.Tensor):
         @classmethod

@@ -1,4 +1,5 @@
-"""Trains one run on one rank and on several, kills it on several and resumes it on one, and compares.
+"""Trains one run on one rank and on several, kills it on several and resumes it on one, and
+compares.
 
     python -m tests.train.two_ranks --work FOLDER -- --target T --features F --vocab V \\
         --set train.reduce=tree …
@@ -134,7 +135,9 @@ def main() -> int:
     counts = {"equal": equal, "compared": compared, "resumed_from": resumed_from}
 
     if options.out:
-        words = [Path(word).name if Path(word).is_absolute() else word for word in options.arguments]
+        words = [
+            Path(word).name if Path(word).is_absolute() else word for word in options.arguments
+        ]
         command = ["python", "-m", "tests.train.two_ranks", "--ranks", str(options.ranks)]
         runs = {
             "metrics": rows(one / "metrics.jsonl"),
