@@ -1,7 +1,7 @@
-"""The matmul rate, timing in turns, counted FLOPs, and the JSON of a result."""
+"""What the benchmarks share: options, timing in turns, matmul rate, counted FLOPs, results."""
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.problem import SHAPES
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
+from eagle3fn.base.program import exit_code
+from eagle3fn.specforge.oracle import OracleMissingError
 from eagle3fn.train.launch import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +24,49 @@ RESULTS = ROOT / "bench" / "results"
 APART = 0.02  # relative difference of losses beyond which sides do not compute the same
 CPU_SIZES = ((1024, 1024, 1024), (2048, 2048, 2048), (1024, 1152, 576))
 CUDA_SIZES = ((8192, 8192, 8192), (4096, 4096, 16384))
+MATMUL_CALLS = 4  # of each size, of which the fastest counts
+
+
+def parser_of(about: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a file's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a problem: shape, masked share, unroll steps, dtype."""
+    add_shape(parser)
+    add_masked(parser)
+    parser.add_argument("--k", type=int, default=7, help="unroll steps (default 7)")
+    add_dtype(parser)
+
+
+def add_shape(parser: argparse.ArgumentParser, default: str = "smollm2") -> None:
+    """The option `--shape`."""
+    about = f"the draft's shape (default {default})"
+    parser.add_argument("--shape", choices=SHAPES, default=default, help=about)
+
+
+def add_masked(parser: argparse.ArgumentParser) -> None:
+    """The option `--masked`."""
+    about = "share of masked tokens, in turns of 64 to 256 (default 0.5)"
+    parser.add_argument("--masked", type=float, default=0.5, help=about)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The option `--dtype`."""
+    dtypes = ("bfloat16", "float32")
+    about = "compute dtype (default bfloat16)"
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help=about)
+
+
+def settings_of(
+    options: argparse.Namespace, names: tuple[str, ...], rounds: int, world: World
+) -> dict[str, Any]:
+    """A result's settings: the named options, how many rounds were timed, and the ranks."""
+    named = {name: getattr(options, name) for name in names}
+    return named | {"rounds": options.rounds or rounds, "ranks": world.size}
 
 
 def synchronize(device: str) -> None:
@@ -48,32 +94,45 @@ class Matmul(NamedTuple):
 
 def best_matmul(dtype: torch.dtype, device: str) -> Matmul:
     """Of a few large products the one with the highest rate here."""
-    found = []
-    for rows, inner, columns in CPU_SIZES if device == "cpu" else CUDA_SIZES:
-        x = torch.randn(rows, inner, device=device).to(dtype)
-        weight = torch.randn(columns, inner, device=device).to(dtype)
-        repeat = max(1, int(2e9 // (rows * inner * columns))) if device == "cpu" else 10
-        call = _repeated(x, weight, repeat)
-        flops = 2 * rows * inner * columns * repeat
-        took = min(seconds(call, device) for _ in range(4))
-        found.append((flops / took, Matmul((rows, inner, columns), flops, call)))
-    return max(found, key=lambda pair: pair[0])[1]
+    best: Matmul | None = None
+    best_rate = 0.0
+    for size in CPU_SIZES if device == "cpu" else CUDA_SIZES:
+        matmul = _matmul(size, dtype, device)
+        took = min(seconds(matmul.call, device) for _ in range(MATMUL_CALLS))
+        rate = matmul.flops / took
+        if best is None or rate > best_rate:
+            best = matmul
+            best_rate = rate
+    assert best is not None
+    return best
 
 
-def _repeated(x: Tensor, weight: Tensor, count: int) -> Callable[[], object]:
+def _matmul(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> Matmul:
+    """A product of random matrices, repeated where one is short."""
+    rows, inner, columns = size
+    x = torch.randn(rows, inner, device=device).to(dtype)
+    weight = torch.randn(columns, inner, device=device).to(dtype)
+    count = rows * inner * columns
+    repeats = max(1, int(2e9 // count)) if device == "cpu" else 10
+
     def call() -> None:
-        for _ in range(count):
+        for _ in range(repeats):
             torch.nn.functional.linear(x, weight)
 
-    return call
+    return Matmul(size, 2 * count * repeats, call)
 
 
 def check_losses(losses: dict[str, float]) -> None:
-    """Refuse to time sides that compute different things."""
+    """Refuse to time sides that compute different things.
+
+    Raises:
+        UserError: a loss differs by more than 2% from the first, or is not a number.
+    """
     first = next(iter(losses.values()))
     if not all(abs(loss - first) <= APART * abs(first) for loss in losses.values()):
         raise UserError(
-            f"first losses {losses}: more than {APART:.0%} apart, so the sides do not compute the same"
+            f"first losses {losses}: more than {APART:.0%} apart, "
+            "so the sides do not compute the same"
         )
 
 
@@ -90,12 +149,11 @@ class Timing(NamedTuple):
         return median(a / b for a, b in pairs)
 
     def share(self, name: str, count: float) -> float:
-        """The part of the matmul rate that a call of `count` FLOPs reaches; median of the rounds."""
-        return median(
-            count / took / rate for took, rate in zip(self.seconds[name], self.rates, strict=True)
-        )
+        """The part of the matmul rate that a call of `count` FLOPs reaches; median over rounds."""
+        pairs = zip(self.seconds[name], self.rates, strict=True)
+        return median(count / took / rate for took, rate in pairs)
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Medians and all values, for a result."""
         return {
             "seconds": {name: median(took) for name, took in self.seconds.items()},
@@ -113,40 +171,56 @@ def in_turns(
     world: World,
     warm: int,
 ) -> Timing:
-    """Time every call once a round, beside the matmul; `warm` earlier rounds are left out.
+    """Time every call and the matmul once a round.
 
-    Who begins changes from round to round. Of several ranks, which begin each call together, a side's slowest and the
-    matmul's fastest counts.
+    Which one begins changes from round to round. All ranks begin each call together; then the
+    slowest rank of a side counts, and the fastest of the matmul.
+
+    Args:
+        calls: what is timed, by name.
+        rounds: timed rounds.
+        dtype: of the matmul.
+        device: where all this runs.
+        world: the ranks.
+        warm: rounds before the timed ones, which are left out.
     """
     matmul = best_matmul(dtype, device)
     every = {**calls, "matmul": matmul.call}
-    names, times = list(every), {name: [] for name in every}
+    names = list(every)
+    times: dict[str, list[float]] = {name: [] for name in every}
     for number in range(-warm, rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        begin = number % len(names)
+        for name in names[begin:] + names[:begin]:
             world.barrier()
             took = seconds(every[name], device)
             if number >= 0:
                 times[name].append(took)
-    spread = world.every(times)
-    slowest = {
-        name: [max(turn) for turn in zip(*(part[name] for part in spread), strict=True)]
-        for name in calls
-    }
-    fastest = [min(turn) for turn in zip(*(part["matmul"] for part in spread), strict=True)]
-    return Timing(slowest, [matmul.flops / took for took in fastest], matmul.size)
+
+    # Of several ranks each round has several times.
+    ranks = world.every(times)
+    slowest = {}
+    for name in calls:
+        of_rounds = zip(*(rank[name] for rank in ranks), strict=True)
+        slowest[name] = [max(took) for took in of_rounds]
+    of_rounds = zip(*(rank["matmul"] for rank in ranks), strict=True)
+    rates = [matmul.flops / min(took) for took in of_rounds]
+    return Timing(slowest, rates, matmul.size)
 
 
 class Flops(NamedTuple):
-    """What a step must compute, by part: six for each multiply-add of the forward, teacher and projection less."""
+    """FLOPs that a step must compute, by part.
 
-    projection: int  # fc: its input needs no gradient, so four
+    Six for each multiply-add of the forward; four for the projection, whose input needs no
+    gradient, and two for the teacher, which has no backward.
+    """
+
+    projection: int
     keys_values: int
     queries_output: int
     attention: int  # causal: a query sees the block up to its row, and a key a step
     mlp: int
     head: int
-    teacher: int  # the target's head, forward alone
+    teacher: int  # the target's head
 
     @property
     def total(self) -> int:
@@ -154,16 +228,20 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def needed_rows(mask: Tensor, k: int) -> Tensor:
-    """`(K, B, S)` bool: row `t` reaches a loss term at step `i` or a later one, by an aligned mask `(B, S)`."""
+def _labels(mask: Tensor, k: int) -> Tensor:
+    """`(K, B, S)` bool: row `t` has a loss term at step `i`, by an aligned mask `(B, S)`."""
     s = mask.shape[1]
-    labels = torch.nn.functional.pad(mask > 0, (0, k))
-    trained = torch.stack([labels[:, i : i + s] for i in range(k)])
-    return trained.flip(0).cummax(0).values.flip(0)
+    padded = torch.nn.functional.pad(mask > 0, (0, k))
+    return torch.stack([padded[:, i : i + s] for i in range(k)])
+
+
+def needed_rows(mask: Tensor, k: int) -> Tensor:
+    """`(K, B, S)` bool: row `t` reaches a loss term at step `i` or later, by a mask `(B, S)`."""
+    return _labels(mask, k).flip(0).cummax(0).values.flip(0)
 
 
 def row_shares(mask: Tensor, k: int) -> dict[str, float]:
-    """Of all rows: those with a masked loss, those needed at step 0, and the mean of those needed at each step."""
+    """Of all rows: those with a masked loss, those needed at step 0, and the mean over steps."""
     need = needed_rows(mask, k).float()
     return {
         "masked": 1 - float((mask > 0).float().mean()),
@@ -173,31 +251,38 @@ def row_shares(mask: Tensor, k: int) -> dict[str, float]:
 
 
 def flops(draft: DraftConfig, mask: Tensor, k: int, dense: bool = False) -> Flops:
-    """FLOPs of a step's forward and backward on the rows it needs; `dense`: on all of `mask`'s `(B, S)` rows.
+    """FLOPs of a step's forward and backward on the rows it needs.
 
-    A row that is not needed gives its step-0 key and value.
+    A row that is not needed gives its step-0 key and value alone.
+
+    Args:
+        draft: the draft's shape.
+        mask: the aligned mask, `(B, S)`.
+        k: unroll steps.
+        dense: all `B·S` rows at every step are counted, whatever the mask.
     """
-    every = torch.ones_like(mask)
-    need = needed_rows(mask.cpu(), k) if not dense else every.bool().cpu().expand(k, *mask.shape)
-    labels = torch.nn.functional.pad(mask.cpu() > 0, (0, k))
-    trained = sum(int(labels[:, i : i + mask.shape[1]].sum()) for i in range(k))
-    taught = int(labels.sum())
+    mask = torch.ones_like(mask).cpu() if dense else mask.cpu()
+    need = needed_rows(mask, k)
+    trained = int(_labels(mask, k).sum())  # rows with a loss, over all steps
+    taught = int((mask > 0).sum())  # labels
     if dense:
-        trained, taught = k * mask.numel(), mask.numel()
-    rows, later, total = int(need.sum()), int(need[1:].sum()), mask.numel()
+        need = torch.ones_like(need)
+        trained = k * mask.numel()
+
+    every = mask.numel()
+    rows = int(need.sum())
+    later = int(need[1:].sum())  # rows of the steps after the first, each with a key and value
     seen = torch.arange(1, mask.shape[1] + 1) + torch.arange(k)[:, None, None]
     pairs = int((seen * need).sum())
-    h, n, j, e = (
-        draft.hidden_size,
-        draft.num_attention_heads,
-        draft.num_key_value_heads,
-        draft.head_dim,
-    )
+
+    h = draft.hidden_size
+    queries = draft.num_attention_heads * draft.head_dim
+    keys = draft.num_key_value_heads * draft.head_dim
     return Flops(
-        projection=4 * total * 3 * draft.target_hidden_size * h,
-        keys_values=6 * (total + later) * 2 * 2 * h * j * e,
-        queries_output=6 * rows * (2 * h * n * e + n * e * h),
-        attention=6 * pairs * 2 * n * e,
+        projection=4 * every * 3 * draft.target_hidden_size * h,
+        keys_values=6 * (every + later) * 2 * 2 * h * keys,
+        queries_output=6 * rows * (2 * h * queries + queries * h),
+        attention=6 * pairs * 2 * queries,
         mlp=6 * rows * 3 * h * draft.intermediate_size,
         head=6 * trained * h * draft.draft_vocab_size,
         teacher=2 * taught * draft.target_hidden_size * draft.vocab_size,
@@ -205,22 +290,42 @@ def flops(draft: DraftConfig, mask: Tensor, k: int, dense: bool = False) -> Flop
 
 
 def finish(result: dict[str, Any], out: str | None, name: str) -> None:
-    """Write the result to `out` (None: `name` in bench/results; "-": nowhere) and print it as the last line."""
+    """Write the result and print it as the last line.
+
+    Args:
+        result: JSON values.
+        out: the file; None: `name` in bench/results/; "-": no file.
+        name: the file's name without its ending.
+    """
     if out != "-":
-        write_json(RESULTS / f"{name}.json" if out is None else out, result)
+        path = RESULTS / f"{name}.json" if out is None else Path(out)
+        write_json(path, result)
     print(json.dumps(result), flush=True)
 
 
-def guarded(main: Callable[[], None]) -> None:
-    """Run a script; bad input ends it with exit code 2 and one line."""
-    try:
-        main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(2)
+def program(name: str, run: Callable[[], int | None]) -> int:
+    """The exit code of a benchmark: what `run` returns, 0 for None.
+
+    Bad input, or a SpecForge that is not at hand, becomes 2 and one line that begins with `name`.
+    """
+
+    def guarded() -> int | None:
+        try:
+            return run()
+        except OracleMissingError as error:
+            raise UserError(str(error)) from None
+
+    return exit_code(name, guarded)
 
 
-def say(options: Any, text: str) -> None:
+def show(options: Any, text: str) -> None:
     """A line for people, unless `--json`."""
     if not options.json:
         print(text, flush=True)
+
+
+def show_case(options: Any, title: str, case: dict[str, Any]) -> None:
+    """One case of a part measured alone: times of all sides, ratio, share of the matmul rate."""
+    times = [f"{name} {took * 1000:.1f} ms" for name, took in case["seconds"].items()]
+    numbers = f"ratio {case['ratio']:.2f}, mfu {case['mfu']:.1%}"
+    show(options, f"{title}: {', '.join(times)}; {numbers}")

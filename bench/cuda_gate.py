@@ -1,12 +1,17 @@
-"""Speed and memory on one CUDA card, a part of the CUDA gate: `python -m bench.cuda_gate --seconds 100 --out FILE`.
+"""Speed and memory on one CUDA card, a part of the CUDA gate.
 
-The step of Qwen2.5-7B's and Llama-3-8B's draft shapes at 2,048 tokens, half masked: fast, plain (legacy) and SpecForge;
-where time is left, loss and attention alone. Each is a process of its own with its share of the time. Our own sides'
-numbers are written before SpecForge's side is compiled; a card with too little memory gets smaller shapes, and the
-result says so. `--device cpu` goes through the same code on tiny shapes and is no measurement.
+    python -m bench.cuda_gate --seconds 100 --out FILE
+
+The step at Qwen2.5-7B's and Llama-3-8B's draft shapes, 2,048 tokens, half masked: fast, plain and
+SpecForge; where time is left, loss and attention alone. Each item is a process of its own with its
+share of the time. Our own sides' numbers are written before SpecForge's side is compiled. A card
+with too little memory gets smaller shapes, and the result names the reason. `--device cpu` runs the
+same code on tiny shapes and is no measurement.
+
+`FILE` gets, under `parts`, each item's own result (see `bench.step`, `bench.loss`,
+`bench.attention`), and what was left out for time.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,39 +23,43 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import common
+from bench.floors import bytes_needed
 from bench.problem import draft_of
+from eagle3fn.base.provenance import provenance
 from eagle3fn.testing.gate_part import Report, parse_part, part_options, run_part
-from eagle3fn.testing.provenance import provenance
 
 SHAPES = ("qwen2.5-7b", "llama-3-8b")
-SEQ, K = 2048, 7
+SEQ = 2048
+K = 7
 SEQS = (2048, 1024, 512)  # the longest that the memory allows
 SMALL = "smollm2"  # where not even the shortest fits
 SPARE = 0.92  # of the free memory
 LEAST_SECONDS = 5.0  # nothing begins with less
+LOG_BYTES = 8000  # of an item's output, its end
 AIMS = {"ratio": "at least 3", "memory_ratio": "at most 1/3", "mfu": "at least 0.55"}
 
 
 class Item(NamedTuple):
-    """A process that measures: its share of the time, and its command after `python -m`."""
+    """A process that measures."""
 
-    share: float
-    words: list[str]
+    share: float  # of the time, relative to the other items
+    words: list[str]  # its command after `python -m`
     chosen: dict[str, Any] | None = None  # which shape, and why
 
 
 def chosen_shape(shape: str, device: str) -> dict[str, Any]:
-    """The shape and length that the card's free memory allows, and why another than asked.
+    """The shape and length that the card's free memory allows, and why they are smaller, if so.
 
-    `needed` is `bench.floors.bytes_needed`, an estimate of what all sides need together.
+    `needed_bytes` is `bench.floors.bytes_needed`, an estimate of what all sides need together.
     """
-    from bench.floors import bytes_needed
-
     free = torch.cuda.mem_get_info(device)[0]
-    for name, seq in [*((shape, seq) for seq in SEQS), *((SMALL, seq) for seq in SEQS)]:
+    candidates = [(name, seq) for name in (shape, SMALL) for seq in SEQS]
+    for name, seq in candidates:
         needed = bytes_needed(draft_of(name, None, seq), 1, seq, K)
-        if needed <= SPARE * free or (name, seq) == (SMALL, SEQS[-1]):
+        if needed <= SPARE * free:
             break
+
+    # The loop leaves the first that fits, else the smallest.
     found = {"shape": name, "seq": seq, "needed_bytes": needed, "free_bytes": free}
     if (name, seq) != (shape, SEQ):
         found["because"] = (
@@ -61,82 +70,79 @@ def chosen_shape(shape: str, device: str) -> dict[str, Any]:
 
 def items(device: str) -> dict[str, Item]:
     """What is measured, the most important first."""
-    if device == "cpu":
-        options = [
-            "--shape",
-            "tiny",
-            "--rounds",
-            "1",
-            "--device",
-            device,
-            "--dtype",
-            "float32",
-        ]  # bf16 is slow here
-        return {
-            "step-tiny": Item(60, ["bench.step", *options, "--seq", "96", "--memory-here"]),
-            "loss-tiny": Item(20, ["bench.loss", *options, "--seq", "96"]),
-            "attention-tiny": Item(20, ["bench.attention", *options, "--seqs", "96"]),
-        }
+    return _rehearsal(device) if device == "cpu" else _measurement(device)
+
+
+def _rehearsal(device: str) -> dict[str, Item]:
+    """Tiny shapes; fp32, as bf16 is slow on many CPUs."""
+    options = f"--shape tiny --rounds 1 --device {device} --dtype float32".split()
+    return {
+        "step-tiny": Item(60, ["bench.step", *options, "--seq", "96", "--memory-here"]),
+        "loss-tiny": Item(20, ["bench.loss", *options, "--seq", "96"]),
+        "attention-tiny": Item(20, ["bench.attention", *options, "--seqs", "96"]),
+    }
+
+
+def _measurement(device: str) -> dict[str, Item]:
     found = {}
     for shape in SHAPES:
         chosen = chosen_shape(shape, device)
-        words = [
-            "bench.step",
-            "--shape",
-            chosen["shape"],
-            "--seq",
-            str(chosen["seq"]),
-            "--masked",
-            "0.5",
-        ]
-        words += ["--rounds", "7", "--memory-here", "--device", device]
+        sizes = f"--shape {chosen['shape']} --seq {chosen['seq']} --masked 0.5"
+        words = f"bench.step {sizes} --rounds 7 --memory-here --device {device}".split()
         found[f"step-{shape}"] = Item(50, words, chosen)
     for shape in SHAPES:
-        words = [
-            "bench.loss",
-            "--shape",
-            shape,
-            "--seq",
-            "2048",
-            "--vocabs",
-            "16000",
-            "32000",
-            "--device",
-            device,
-        ]
-        found[f"loss-{shape}"] = Item(1, words)
-    words = ["bench.attention", "--shape", SHAPES[0], "--seqs", "2048", "4096", "--device", device]
-    return found | {f"attention-{SHAPES[0]}": Item(1, words)}
+        sizes = f"--shape {shape} --seq 2048 --vocabs 16000 32000"
+        found[f"loss-{shape}"] = Item(1, f"bench.loss {sizes} --device {device}".split())
+    sizes = f"--shape {SHAPES[0]} --seqs 2048 4096"
+    words = f"bench.attention {sizes} --device {device}".split()
+    found[f"attention-{SHAPES[0]}"] = Item(1, words)
+    return found
 
 
 def run_item(report: Report, name: str, item: Item, seconds: float) -> None:
     """Keep an item's numbers, those it wrote before it failed or ran out of time too."""
+    is_step = item.words[0] == "bench.step"
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        out, partial, log = (Path(folder) / part for part in ("out.json", "partial.json", "log"))
+        out = Path(folder) / "out.json"
+        partial = Path(folder) / "partial.json"
+        log = Path(folder) / "log"
         call = [sys.executable, "-m", *item.words, "--json", "--out", str(out)]
-        call += ["--partial", str(partial)] if item.words[0] == "bench.step" else []
-        with log.open("wb") as stream:
-            try:
-                done = subprocess.run(
-                    call, cwd=common.ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, check=False,
-                    timeout=seconds,
-                )  # fmt: skip
-                code = done.returncode
-            except subprocess.TimeoutExpired:
-                code = None
-        said = log.read_bytes()[-8000:].decode("utf-8", "replace")
+        if is_step:
+            call += ["--partial", str(partial)]
+
+        code = _call(call, log, seconds)
+        text = log.read_bytes()[-LOG_BYTES:].decode("utf-8", "replace")
         whole = read_numbers(out)
         found = whole or read_numbers(partial)
-    about = {"chosen": item.chosen} if item.chosen else {}
-    about |= {"item_seconds": round(time.monotonic() - begin, 1)}
+
+    about: dict[str, Any] = {"chosen": item.chosen} if item.chosen else {}
+    about["item_seconds"] = round(time.monotonic() - begin, 1)
     report.change(lambda result: result["parts"].update({name: about | (found or {})}))
     if code is None and not whole:
         report.leave_out(f"{name}: SpecForge's side" if found else name)
     elif code:
-        report.fault(name, f"{said}\nexit code {code}")
-    elif found and item.words[0] == "bench.step" and found.get("old_tool") is None:
-        report.fault(name, f"SpecForge was not measured: {found.get('old_tool_missing')}")
+        report.fault(name, f"{text}\nexit code {code}")
+    elif found and is_step and found.get("specforge") is None:
+        report.fault(name, f"SpecForge was not measured: {found.get('specforge_missing')}")
+
+
+def _call(call: list[str], log: Path, seconds: float) -> int | None:
+    """A process's exit code, None if its time was up; its output goes into `log`."""
+    with log.open("wb") as stream:
+        try:
+            done = subprocess.run(
+                call,
+                cwd=common.ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                check=False,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            return None
+    return done.returncode
 
 
 def read_numbers(path: Path) -> dict[str, Any] | None:
@@ -147,31 +153,29 @@ def read_numbers(path: Path) -> dict[str, Any] | None:
 
 
 def run(report: Report, todo: dict[str, Item]) -> None:
-    """Every item that time allows."""
+    """Every item that time allows; each gets its share of the time that is left."""
     names = list(todo)
     for place, name in enumerate(names):
-        later = sum(todo[other].share for other in names[place:])
+        shares = sum(todo[other].share for other in names[place:])
         left = report.left()
         if left < LEAST_SECONDS:
             report.leave_out(name)
             continue
         with report.guarded(name):
-            run_item(report, name, todo[name], left * todo[name].share / later)
+            run_item(report, name, todo[name], left * todo[name].share / shares)
         report.write()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The part."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     part_options(parser)
     options = parse_part(parser, arguments)
     kind = "rehearsal on a CPU, no measurement" if options.device == "cpu" else "measurement"
-    report = Report(
-        options.out, options.seconds, {"kind": kind, "aims": AIMS, "parts": {}, **provenance()}
-    )
+    head = {"kind": kind, "aims": AIMS, "parts": {}, **provenance()}
+    report = Report(options.out, options.seconds, head)
     report.write()
+
     with report.guarded("bench"):
         run(report, items(options.device))
     if not any("seconds" in part for part in report.result["parts"].values()):

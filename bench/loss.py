@@ -1,8 +1,11 @@
-"""Head, teacher and loss alone over draft vocabularies, forward and backward: the legacy expressions against the fast.
+"""Teacher, head and loss alone over draft vocabularies, forward and backward: plain against fast.
 
-The hidden states of all unroll steps are random; gradients are by them, the head and the norm. The fast side has the
-rows that `--masked` leaves. On CUDA the old tool's Triton loss, where it is at hand, is a third side. Ends with one
-line of JSON: `ratio` is legacy over fast time at each draft vocabulary, `mfu` the fast side's share of the matmul rate.
+    python -m bench.loss --vocabs 8192 16384
+
+The hidden states of all unroll steps are random; gradients are by them, the head and the norm. The
+fast side has the rows that `--masked` leaves. On CUDA SpecForge's Triton loss, where it is at hand,
+is a third side. The last line is JSON: `ratio` is plain over fast time at each draft vocabulary,
+`mfu` the fast side's share of the matmul rate.
 """
 
 import sys
@@ -25,155 +28,176 @@ from torch import Tensor
 import eagle3fn as e3
 from bench import common, sides
 from bench.launch import add_arguments
-from bench.problem import SHAPES, Drawer, Problem, draft_of, draw_params, make_problem
+from bench.problem import Drawer, Problem, draft_of, draw_params, make_problem
 from eagle3fn.base.grad import value_and_grad
+from eagle3fn.base.provenance import provenance
 from eagle3fn.base.rows import shift
 from eagle3fn.base.types import Params
 from eagle3fn.model import layers, table
 from eagle3fn.model.fast import label_targets, plan_rows
 from eagle3fn.model.fused_layers import fused_rms_norm
 from eagle3fn.model.head_loss import Labels, head_and_kl
-from eagle3fn.model.losses import correct_rows, step_loss
+from eagle3fn.model.losses import correct_rows, kl_loss, step_loss
 from eagle3fn.model.teacher import make_teacher
 from eagle3fn.specforge.oracle import Oracle
-from eagle3fn.testing.provenance import provenance
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
-Call = Callable[[], tuple[Tensor, Params]]
+SETTINGS = ("shape", "seq", "batch", "masked", "k", "dtype", "device", "seed", "allocator")
+VOCABS = (8192, 16384, 32768)
+HIDDEN = "hidden"  # the hidden states, among the leaves that are differentiated by
+
+Gradients = Callable[[], tuple[Tensor, Params]]
+"""Makes the loss and its gradients by every leaf."""
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
+    common.add_problem_arguments(parser)
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="smollm2", help="the draft's shape (default smollm2)")
     add("--seq", type=int, default=512, help="tokens of a sample (default 512)")
     add("--batch", type=int, default=1, help="samples (default 1)")
-    add(
-        "--vocabs",
-        type=int,
-        nargs="+",
-        help="draft vocabularies (default 8192 16384 32768, tiny: 64)",
-    )
-    add("--masked", type=float, default=0.5, help="share of masked tokens (default 0.5)")
-    add("--k", type=int, default=7, help="unroll steps (default 7)")
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="dtype (default bfloat16)",
-    )
+    about = "draft vocabularies (default 8192 16384 32768, tiny: 64)"
+    add("--vocabs", type=int, nargs="+", help=about)
     add_arguments(parser)
     return parser.parse_args()
 
 
 def plain_call(
     problem: Problem, leaves: Params, hidden: Tensor, k: int, oracle: Oracle | None
-) -> Call:
-    """Teacher, head, loss and metrics step by step on all rows; with an oracle, by its loss kernel."""
-    batch, frozen, s = problem.batch, problem.frozen, problem.batch.input_ids.shape[1]
+) -> Gradients:
+    """Teacher, head, loss and metrics step by step on all rows.
+
+    Args:
+        problem: draft, frozen tensors, batch.
+        leaves: head and norm.
+        hidden: the last hidden states of all unroll steps, `(K, B, S, H)`.
+        k: unroll steps.
+        oracle: SpecForge, whose loss kernel is then taken; None: the plain expression.
+    """
+    batch = problem.batch
+    frozen = problem.frozen
+    s = batch.input_ids.shape[1]
     objective = e3.ObjectiveConfig(
         numerics="plain", ttt_length=k, normalization="rows", teacher="full"
     )
 
     def loss(inner: Params) -> Tensor:
         teacher = make_teacher(shift(batch.last_hidden, 1), batch.row_mask, frozen, objective)
-        mask, total = teacher.position_mask, torch.zeros((), device=hidden.device)
+        mask = teacher.position_mask
+        total = torch.zeros((), device=hidden.device)
         for i in range(k):
-            logits = layers.logits(inner, problem.draft, inner["hidden"][i])
-            p, q = teacher.p_draft[:, i : i + s], teacher.p_full[:, i : i + s]
+            logits = layers.logits(inner, problem.draft, inner[HIDDEN][i])
+            p_draft = teacher.p_draft[:, i : i + s]
+            p_full = teacher.p_full[:, i : i + s]
             correct_rows(logits.detach(), teacher.token[:, i : i + s], frozen)
             if oracle is None:
-                part, _ = step_loss(logits, p, q, mask, None, objective)
+                part, _ = step_loss(logits, p_draft, p_full, mask, None, objective, kl_loss)
             else:
-                part, _ = _old_loss(oracle, logits, p, q, mask)
+                part = _specforge_step(oracle, logits, p_draft, p_full, mask)
             total = total + objective.decay**i * part
             mask = shift(mask, 1)
         return total
 
-    take = gradients if oracle is None else _by_tape
-    return partial(take, loss, leaves | {"hidden": hidden})
+    take = value_and_grad(loss) if oracle is None else partial(_by_autograd, loss)
+    return partial(take, leaves | {HIDDEN: hidden})
 
 
-def _by_tape(loss: Callable[[Params], Tensor], leaves: Params) -> tuple[Tensor, Params]:
-    """Loss and gradients by autograd's own tape: torch.func refuses SpecForge's loss Function."""
+def _by_autograd(loss: Callable[[Params], Tensor], leaves: Params) -> tuple[Tensor, Params]:
+    """Loss and gradients by autograd's own graph: torch.func refuses SpecForge's loss Function."""
     inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     value = loss(inputs)
-    return value.detach(), dict(
-        zip(inputs, torch.autograd.grad(value, list(inputs.values())), strict=True)
-    )
+    gradients = torch.autograd.grad(value, list(inputs.values()))
+    return value.detach(), dict(zip(inputs, gradients, strict=True))
 
 
-def _old_loss(
-    oracle: Oracle, logits: Tensor, p: Tensor, q: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def _specforge_step(
+    oracle: Oracle, logits: Tensor, p_draft: Tensor, p_full: Tensor, mask: Tensor
+) -> Tensor:
+    """One step's loss by SpecForge's kernel; its acceptance rate is made too, and dropped."""
     module: Any = oracle.eagle3
-    loss = module.LogSoftmaxLoss.apply(logits, p.contiguous(), mask)
+    loss = module.LogSoftmaxLoss.apply(logits, p_draft.contiguous(), mask)
     with torch.no_grad():
-        return loss, module.compute_acceptance_rate(
-            logits=logits, target_probs=q, position_mask=mask, reduce_fn=None
-        )[0]
+        module.compute_acceptance_rate(
+            logits=logits, target_probs=p_full, position_mask=mask, reduce_fn=None
+        )
+    return loss
 
 
-def fast_call(problem: Problem, leaves: Params, hidden: Tensor, k: int) -> Call:
-    """What the fast numerics do behind the last hidden state, on the rows that contribute."""
-    batch, frozen, objective = problem.batch, problem.frozen, e3.ObjectiveConfig()
+def fast_call(problem: Problem, leaves: Params, hidden: Tensor, k: int) -> Gradients:
+    """What the fast numerics do after the last hidden state, on the rows that contribute.
+
+    Args:
+        problem: draft, frozen tensors, batch.
+        leaves: head and norm.
+        hidden: the last hidden states of all unroll steps, `(K, B, S, H)`.
+        k: unroll steps.
+    """
+    batch = problem.batch
+    frozen = problem.frozen
+    objective = e3.ObjectiveConfig()
     plan = plan_rows(batch, k)
-    rows = hidden.flatten(1, 2)[:, plan.rows]
-    factor = objective.decay ** torch.arange(k, device=hidden.device) / batch.input_ids.numel()
-    labels = Labels(
-        label_targets(batch, plan.labels, frozen), plan.row_of_label, plan.scored * factor[:, None]
-    )
+    rows = hidden.flatten(1, 2)[:, plan.rows]  # (K, T, H)
+
+    # The weight of a step's term: decay^i over all rows.
+    weight = objective.decay ** torch.arange(k, device=hidden.device) / batch.input_ids.numel()
+    targets = label_targets(batch, plan.labels, frozen)
+    labels = Labels(targets, plan.row_of_label, plan.scored * weight[:, None])
 
     def loss(inner: Params) -> Tensor:
-        draft = fused_rms_norm(inner["hidden"], inner[table.NORM], problem.draft.rms_norm_eps)
-        return head_and_kl(
-            draft, inner[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t
-        ).loss
+        normed = fused_rms_norm(inner[HIDDEN], inner[table.NORM], problem.draft.rms_norm_eps)
+        scores = head_and_kl(
+            normed, inner[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t
+        )
+        return scores.loss
 
-    return partial(gradients, loss, leaves | {"hidden": rows})
-
-
-def gradients(loss: Callable[[Params], Tensor], leaves: Params) -> tuple[Tensor, Params]:
-    """Loss and its gradients by every leaf."""
-    return value_and_grad(loss)(leaves)
+    return partial(value_and_grad(loss), leaves | {HIDDEN: rows})
 
 
 def measure(
     options: argparse.Namespace, vocab: int | None, oracle: Oracle | None, world: World
 ) -> dict[str, Any]:
     """One draft vocabulary."""
-    dtype, device, k = getattr(torch, options.dtype), options.device, options.k
+    dtype = getattr(torch, options.dtype)
+    device = options.device
+    k = options.k
     draft = draft_of(options.shape, vocab, options.seq)
     problem = make_problem(
-        draft, batch=options.batch, seq=options.seq, masked=options.masked, k=k, seed=options.seed, dtype=dtype,
-        device=device, rank=world.rank,
-    )  # fmt: skip
+        draft,
+        batch=options.batch,
+        seq=options.seq,
+        masked=options.masked,
+        k=k,
+        seed=options.seed,
+        dtype=dtype,
+        device=device,
+        rank=world.rank,
+    )
     params = draw_params(draft, options.seed, dtype, device)
     leaves = {name: params[name] for name in (table.NORM, table.HEAD)}
-    hidden = Drawer(options.seed + 7, dtype, device)(
-        (k, options.batch, options.seq, draft.hidden_size), 1.0
-    )
+    draw = Drawer(options.seed + 7, dtype, device)
+    hidden = draw((k, options.batch, options.seq, draft.hidden_size), 1.0)
+
     calls = {
         "plain": plain_call(problem, leaves, hidden, k, None),
         "fast": fast_call(problem, leaves, hidden, k),
     }
     if oracle is not None and device != "cpu":
-        calls["old"] = plain_call(problem, leaves, hidden, k, oracle)
+        calls["specforge"] = plain_call(problem, leaves, hidden, k, oracle)
     losses = {name: float(call()[0]) for name, call in calls.items()}
     common.check_losses(losses)
-    timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, 0)
+    timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, warm=0)
+
     work = common.flops(draft, problem.batch.row_mask, k)
+    needed = work.head + work.teacher
     return {
         "draft_vocab": draft.draft_vocab_size,
         "ratio": timing.ratio("plain", "fast"),
-        "mfu": timing.share("fast", work.head + work.teacher),
-        "flops_needed": work.head + work.teacher,
+        "mfu": timing.share("fast", needed),
+        "flops_needed": needed,
         "first_loss": losses,
         "shares": common.row_shares(problem.batch.row_mask, k),
-        **timing.told(),
+        **timing.summary(),
     }
 
 
@@ -181,16 +205,16 @@ def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
     """Every draft vocabulary."""
     options.device = world.device(options.device)
     oracle, reason = sides.find_oracle(options.device)
-    vocabs = options.vocabs or ([None] if options.shape == "tiny" else [8192, 16384, 32768])
+    vocabs = options.vocabs or ([None] if options.shape == "tiny" else VOCABS)
     cases = [measure(options, vocab, oracle, world) for vocab in vocabs]
-    told = ("shape", "seq", "batch", "masked", "k", "dtype", "device", "seed", "allocator")
+
+    on_card = options.device != "cpu"
     return {
         "ratio": {str(case["draft_vocab"]): case["ratio"] for case in cases},
         "mfu": {str(case["draft_vocab"]): case["mfu"] for case in cases},
-        "settings": {n: getattr(options, n) for n in told}
-        | {"rounds": options.rounds or ROUNDS, "ranks": world.size},
+        "settings": common.settings_of(options, SETTINGS, ROUNDS, world),
         "cases": cases,
-        **(sides.describe(oracle, reason, options.device) if options.device != "cpu" else {}),
+        **(sides.describe(oracle, reason, options.device) if on_card else {}),
         **provenance(),
     }
 
@@ -201,17 +225,10 @@ def main() -> None:
         result = run(options, world)
         if world.main:
             for case in result["cases"]:
-                took = ", ".join(
-                    f"{name} {value * 1000:.1f} ms" for name, value in case["seconds"].items()
-                )
-                common.say(
-                    options,
-                    f"D {case['draft_vocab']}: {took}; ratio {case['ratio']:.2f}, mfu {case['mfu']:.1%}",
-                )
-            common.finish(
-                result, options.out, f"loss-{options.shape}-{options.device}-{options.allocator}"
-            )
+                common.show_case(options, f"D {case['draft_vocab']}", case)
+            name = f"loss-{options.shape}-{options.device}-{options.allocator}"
+            common.finish(result, options.out, name)
 
 
 if __name__ == "__main__":
-    common.guarded(main)
+    sys.exit(common.program("bench.loss", main))

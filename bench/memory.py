@@ -1,4 +1,8 @@
-"""Peak memory of one side's steps, in this process alone."""
+"""Peak memory of one side's steps, in this process alone.
+
+On the CPU that is the resident set (Linux alone), on CUDA the bytes that PyTorch's allocator has
+given out.
+"""
 
 import ctypes
 import gc
@@ -9,48 +13,51 @@ from typing import Any, NamedTuple
 
 import torch
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+NEW_MAXIMUM = "5"  # written to CLEAR, it begins a new VmHWM
 MEANING = {
     "peak": "largest while stepping",
     "inputs": "before the side was made: process, frozen tensors, batch",
     "idle": "before the first step: with weights, masters and moments",
-    "step": "peak - inputs: weights, masters, moments, gradients and everything in between; memory_ratio's",
+    "step": "peak - inputs: weights, masters, moments, gradients and everything in between; "
+    "memory_ratio's",
 }
 
 
 class Measured(NamedTuple):
-    """A side whose memory was measured: what makes a step, what its first one returned, bytes by `MEANING`'s names."""
+    """A side whose memory was measured."""
 
-    update: Callable[[], Any]
-    first: Any
-    used: dict[str, int]
-
-
-def measure(make: Callable[[], Callable[[], Any]], steps: int, device: str) -> dict[str, Any]:
-    """Bytes (see `MEANING`) of `steps` calls of what `make` returns; resident set on CPU, allocated bytes on CUDA."""
-    return measured(make, steps, device).used
+    update: Callable[[], Any]  # makes a step
+    first: Any  # what the first step returned
+    used: dict[str, int]  # bytes, by the names of `MEANING`
 
 
-def measured(make: Callable[[], Callable[[], Any]], steps: int, device: str) -> Measured:
-    """The same, and the side itself: where allocated bytes are counted, others may live beside it."""
-    inputs = now(device)
+def measure(make: Callable[[], Callable[[], Any]], steps: int, device: str) -> Measured:
+    """Make a side and a few of its steps.
+
+    Where allocated bytes are counted (CUDA), other sides may be alive in the same process.
+    """
+    inputs = used_now(device)
     update = make()
-    idle = now(device)
-    reset(device)
+    idle = used_now(device)
+
+    begin_maximum(device)
     first = update()
     for _ in range(steps - 1):
         update()
     peak = largest(device)
-    return Measured(
-        update, first, {"peak": peak, "inputs": inputs, "idle": idle, "step": peak - inputs}
-    )
+
+    used = {"peak": peak, "inputs": inputs, "idle": idle, "step": peak - inputs}
+    return Measured(update, first, used)
 
 
-def now(device: str) -> int:
+def used_now(device: str) -> int:
     """Bytes in use, after garbage went back to the system."""
     gc.collect()
     if device != "cpu":
         return torch.cuda.memory_allocated()
+
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -58,19 +65,22 @@ def now(device: str) -> int:
     return _status("VmRSS")
 
 
-def reset(device: str) -> None:
+def begin_maximum(device: str) -> None:
     """Begin a new maximum."""
     if device == "cpu":
-        CLEAR.write_text("5")
+        CLEAR.write_text(NEW_MAXIMUM)
     else:
         torch.cuda.reset_peak_memory_stats()
 
 
 def largest(device: str) -> int:
-    """The maximum since `reset`."""
+    """The maximum since `begin_maximum`."""
     return _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def _status(name: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+    """A number of kB of the process's status, in bytes."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"{STATUS}: no {name}")

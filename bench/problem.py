@@ -1,4 +1,4 @@
-"""Random, tame, seeded problems at the shapes of real drafts."""
+"""Random, seeded problems at the shapes of real drafts, with activations near one."""
 
 from typing import NamedTuple
 
@@ -8,20 +8,35 @@ from torch import Tensor
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.rows import both_rows
 from eagle3fn.base.types import Batch, Frozen, Params
-from eagle3fn.data.collate import align_mask
 from eagle3fn.model.table import shapes
+from eagle3fn.specforge import align_mask
 
 TURN = (64, 256)  # tokens of a turn, at least and at most
-SHAPES = {  # hidden, intermediate, heads, key-value heads, head, vocabulary, draft vocabulary, RoPE base
-    "smollm2": (576, 1536, 9, 3, 64, 49152, 16384, 1e5),
-    "qwen2.5-7b": (3584, 18944, 28, 4, 128, 152064, 16000, 1e6),
-    "llama-3-8b": (4096, 14336, 32, 8, 128, 128256, 32000, 5e5),
-    "tiny": (64, 96, 4, 2, 16, 256, 64, 1e4),
+
+
+class Shape(NamedTuple):
+    """A draft's sizes, by the names of `DraftConfig`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    rope_theta: float
+
+
+SHAPES = {
+    "smollm2": Shape(576, 1536, 9, 3, 64, 49152, 16384, 1e5),
+    "qwen2.5-7b": Shape(3584, 18944, 28, 4, 128, 152064, 16000, 1e6),
+    "llama-3-8b": Shape(4096, 14336, 32, 8, 128, 128256, 32000, 5e5),
+    "tiny": Shape(64, 96, 4, 2, 16, 256, 64, 1e4),
 }
 
 
 class Problem(NamedTuple):
-    """What every side is given; the parameters are drawn apart, so that a side's memory holds its own."""
+    """What every side is given, but for its parameters: a side's memory holds its own."""
 
     draft: DraftConfig
     frozen: Frozen
@@ -29,96 +44,129 @@ class Problem(NamedTuple):
 
 
 def draft_of(shape: str, draft_vocab: int | None, seq: int) -> DraftConfig:
-    """The draft of a recipe; another draft vocabulary where one is named."""
-    h, i, n, j, e, v, d, theta = SHAPES[shape]
+    """The draft of a shape; another draft vocabulary where one is named."""
+    sizes = SHAPES[shape]
+    if draft_vocab:
+        sizes = sizes._replace(draft_vocab_size=draft_vocab)
     return DraftConfig(
-        hidden_size=h,
-        intermediate_size=i,
-        num_attention_heads=n,
-        num_key_value_heads=j,
-        head_dim=e,
-        vocab_size=v,
-        draft_vocab_size=draft_vocab or d,
-        target_hidden_size=h,
+        **sizes._asdict(),
+        target_hidden_size=sizes.hidden_size,
         max_position_embeddings=max(seq, 2048),
-        rope_theta=theta,
     )
 
 
 def turns(length: int, masked: float, generator: torch.Generator) -> Tensor:
-    """Supervised tokens of one sample, `(length,)` int64: turns of 64 to 256 tokens, masked ones first and in turn.
+    """Supervised tokens of one sample, `(length,)` int64, in turns of 64 to 256 tokens.
 
-    Exactly `round(length · masked)` tokens are masked. Where one kind needs more turns than the other can give,
-    its last ones follow each other.
+    A masked turn comes first, then the two kinds alternate. Exactly `round(length · masked)` tokens
+    are masked. Where one kind needs more turns than the other can give, its last ones follow each
+    other.
     """
     hidden = round(length * masked)
-    counts = _counts(hidden, length - hidden, generator)
-    parts = [
-        _split(size, count, generator)
-        for size, count in zip((hidden, length - hidden), counts, strict=True)
-    ]
-    longest = max(counts)
-    laid = [
-        (kind, part[i]) for i in range(longest) for kind, part in enumerate(parts) if i < len(part)
-    ]
-    return torch.cat([torch.full((size,), kind, dtype=torch.int64) for kind, size in laid])
+    shown = length - hidden
+    hidden_count, shown_count = _counts(hidden, shown, generator)
+    hidden_turns = _split(hidden, hidden_count, generator)
+    shown_turns = _split(shown, shown_count, generator)
+
+    parts = []
+    for place in range(max(hidden_count, shown_count)):
+        for value, sizes in ((0, hidden_turns), (1, shown_turns)):
+            if place < len(sizes):
+                parts.append(torch.full((sizes[place],), value, dtype=torch.int64))
+    return torch.cat(parts)
 
 
 def _counts(hidden: int, shown: int, generator: torch.Generator) -> tuple[int, int]:
     """How many turns of each kind: equally many where both can."""
-    low, high = TURN
-    least = [-(-size // high) for size in (hidden, shown)]
-    most = [
-        max(size // low, at_least) for size, at_least in zip((hidden, shown), least, strict=True)
-    ]
-    first, last = max(least), min(most)
-    if first > last:
-        return (least[0], most[1]) if least[0] > most[1] else (most[0], least[1])
-    count = int(torch.randint(first, last + 1, (), generator=generator))
-    return count, count
+    shortest, longest = TURN
+    least_hidden = -(-hidden // longest)
+    least_shown = -(-shown // longest)
+    most_hidden = max(hidden // shortest, least_hidden)
+    most_shown = max(shown // shortest, least_shown)
+
+    first = max(least_hidden, least_shown)
+    last = min(most_hidden, most_shown)
+    if first <= last:
+        count = int(torch.randint(first, last + 1, (), generator=generator))
+        return count, count
+
+    # No number fits both: the longer kind takes as few turns as it can, the other as many.
+    if least_hidden > most_shown:
+        return least_hidden, most_shown
+    return most_hidden, least_shown
 
 
 def _split(total: int, count: int, generator: torch.Generator) -> list[int]:
     """`total` in `count` turns, each between the bounds; a single turn may be shorter."""
+    shortest, longest = TURN
     sizes = []
-    for left in range(count - 1, -1, -1):
-        least, most = max(TURN[0], total - left * TURN[1]), min(TURN[1], total - left * TURN[0])
-        sizes.append(
-            int(torch.randint(least, most + 1, (), generator=generator)) if left else total
-        )
-        total -= sizes[-1]
+    for left in range(count - 1, 0, -1):
+        # What is left over must fit into the turns that are left.
+        least = max(shortest, total - left * longest)
+        most = min(longest, total - left * shortest)
+        size = int(torch.randint(least, most + 1, (), generator=generator))
+        sizes.append(size)
+        total -= size
+    if count:
+        sizes.append(total)
     return sizes
 
 
 def make_problem(
-    draft: DraftConfig, *, batch: int, seq: int, masked: float, k: int, seed: int, dtype: torch.dtype, device: str,
+    draft: DraftConfig,
+    *,
+    batch: int,
+    seq: int,
+    masked: float,
+    k: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: str,
     rank: int = 0,
-) -> Problem:  # fmt: skip
-    """Frozen tensors, the same on all ranks, and a rank's own batch, with its aligned mask and rows."""
+) -> Problem:
+    """Frozen tensors, the same on all ranks, and a rank's own batch with mask and rows.
+
+    Args:
+        draft: the draft's shape.
+        batch: samples.
+        seq: tokens of each sample.
+        masked: share of the tokens without a loss.
+        k: unroll steps.
+        seed: of all numbers.
+        dtype: of embeddings, head and features.
+        device: where the tensors are made.
+        rank: chooses the batch.
+    """
     source = torch.Generator().manual_seed(1000 * seed + rank)
-    spoken = torch.stack([turns(seq, masked, source) for _ in range(batch)])
+    token_masks = [turns(seq, masked, source) for _ in range(batch)]
     ids = torch.randint(0, draft.vocab_size, (batch, seq), generator=source)
-    mask = torch.stack([align_mask(row, "legacy") for row in spoken])
+    row_mask = torch.stack([align_mask(token_mask) for token_mask in token_masks])
+
     draw = Drawer(1000 * seed + rank, dtype, device)
+    rows = both_rows(row_mask, k)
     made = Batch(
         input_ids=ids.to(device),
         attention_mask=torch.ones_like(ids).to(device),
-        row_mask=mask.to(device),
+        row_mask=row_mask.to(device),
         aux_hidden=draw((batch, seq, 3 * draft.target_hidden_size), 1.0),
         last_hidden=draw((batch, seq, draft.target_hidden_size), 2.0),
-        **{name: rows.to(device) for name, rows in both_rows(mask, k).items()},
+        rows=rows["rows"].to(device),
+        labels=rows["labels"].to(device),
     )
     return Problem(draft, make_frozen(draft, seed, dtype, device), made)
 
 
 def make_frozen(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) -> Frozen:
-    """A random target whose choices lie in the draft vocabulary, a random subset: its other rows are halved."""
+    """A random target whose most likely tokens are in the draft vocabulary, a random subset.
+
+    The head's rows of all other tokens are halved.
+    """
     source = torch.Generator().manual_seed(seed)
-    kept = (
-        torch.randperm(draft.vocab_size, generator=source)[: draft.draft_vocab_size].sort().values
-    )
+    tokens = torch.randperm(draft.vocab_size, generator=source)
+    kept = tokens[: draft.draft_vocab_size].sort().values
     t2d = torch.zeros(draft.vocab_size, dtype=torch.bool)
     t2d[kept] = True
+
     draw = Drawer(seed + 2, dtype, device)
     head = draw((draft.vocab_size, draft.target_hidden_size), draft.target_hidden_size**-0.5)
     return Frozen(
@@ -130,14 +178,15 @@ def make_frozen(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) 
 
 
 def draw_params(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) -> Params:
-    """Weights that keep activations near one."""
+    """Weights that keep activations near one: norms 1, matrices from normal(0, 1/fan_in)."""
     draw = Drawer(seed + 1, dtype, device)
-    return {
-        name: torch.ones(shape, dtype=dtype, device=device)
-        if len(shape) == 1
-        else draw(shape, shape[1] ** -0.5)
-        for name, shape in shapes(draft).items()
-    }
+    params = {}
+    for name, shape in shapes(draft).items():
+        if len(shape) == 1:
+            params[name] = torch.ones(shape, dtype=dtype, device=device)
+        else:
+            params[name] = draw(shape, shape[1] ** -0.5)
+    return params
 
 
 class Drawer:
@@ -145,10 +194,10 @@ class Drawer:
 
     def __init__(self, seed: int, dtype: torch.dtype, device: str) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.dtype, self.device = dtype, device
+        self.dtype = dtype
+        self.device = device
 
     def __call__(self, shape: tuple[int, ...], scale: float) -> Tensor:
-        """One tensor of this shape."""
-        return (torch.randn(shape, generator=self.generator, device=self.device) * scale).to(
-            self.dtype
-        )
+        """One tensor of this shape with this standard deviation."""
+        drawn = torch.randn(shape, generator=self.generator, device=self.device)
+        return (drawn * scale).to(self.dtype)

@@ -1,12 +1,14 @@
-"""One fast step under the profiler, a part of the CUDA gate: `python -m bench.profile_step --seconds 25 --out FILE`.
+"""One fast step under the profiler, a part of the CUDA gate.
 
-The kernels with most time, launches, the share of the step in which the card is idle, and every wait of the host for
-the card: there must be none. They are found in two ways: PyTorch's own warnings, with the Python stack, and the CUDA
-runtime's calls. On the CPU operators stand for kernels, and reads of values are counted but not judged: that path cuts
-its blocks on the host.
+    python -m bench.profile_step --seconds 25 --out FILE
+
+`FILE` gets the kernels with most time, launches, the share of the step in which the card is idle,
+and every wait of the host for the card: there must be none. Waits are found in two ways: by
+PyTorch's own warnings, with the Python stack, and among the CUDA runtime's calls in the trace. On
+the CPU operators are counted in place of kernels, and reads of values are counted but not judged:
+there the fast numerics cut their blocks on the host.
 """
 
-import argparse
 import contextlib
 import json
 import tempfile
@@ -25,55 +27,61 @@ from bench.cuda_gate import K, chosen_shape
 from bench.problem import draft_of, draw_params, make_problem
 from eagle3fn.testing.gate_part import Report, parse_part, part_options, run_part
 
-STEP = "eagle3fn step"
+STEP = "eagle3fn step"  # the span of the step in the trace
+SHOWN = 20  # kernels in the result
+WARM = 3  # steps before the timed ones
+TIMED = 5
+STACK_FRAMES = 14  # of a synchronizing call
+NAME_CHARACTERS = 160  # of a kernel
+SYNC_WARNING = "called a synchronizing CUDA operation"
+
+# The trace's categories of device work, and of calls of the CUDA runtime.
 WORK = {"cuda": ("kernel", "gpu_memcpy", "gpu_memset"), "cpu": ("cpu_op",)}
 CALLS = ("cuda_runtime", "cuda_driver")
+# Calls that wait for the device.
 WAITS = (
     "cudaStreamSynchronize",
     "cudaDeviceSynchronize",
     "cudaEventSynchronize",
     "cudaMemcpy",
     "cudaMemcpy2D",
-)
-WAITS += (
     "cuStreamSynchronize",
     "cuCtxSynchronize",
     "cuEventSynchronize",
     "cudaFree",
     "cuMemFree_v2",
 )
+# Operators whose result depends on the host reading a tensor's values.
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2")
-SHOWN, WARM, TIMED = 20, 3, 5
-SYNC_WARNING = "called a synchronizing CUDA operation"
 
 
 class Event(NamedTuple):
-    """A span of a trace, in microseconds: `kind` is the trace's category, `place` the thread or stream."""
+    """A span of a trace, in microseconds."""
 
     name: str
-    kind: str
+    kind: str  # the trace's category
     start: float
     stop: float
-    place: str = ""
+    place: str = ""  # thread or stream
 
 
 class Wait(NamedTuple):
-    """A wait of the host: which call, and the operators around it, the outermost first."""
+    """A wait of the host."""
 
-    what: str
-    inside: tuple[str, ...]
+    what: str  # the call
+    inside: tuple[str, ...]  # the operators around it, the outermost first
 
 
 def read_trace(path: Path) -> list[Event]:
     """The spans of a trace that the profiler exported."""
     tree = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        Event(
-            one["name"], one["cat"], one["ts"], one["ts"] + one["dur"], f"{one['pid']} {one['tid']}"
-        )
-        for one in tree["traceEvents"]
-        if one.get("ph") == "X" and "cat" in one and "dur" in one
-    ]
+    events = []
+    for one in tree["traceEvents"]:
+        if one.get("ph") == "X" and "cat" in one and "dur" in one:
+            place = f"{one['pid']} {one['tid']}"
+            event = Event(one["name"], one["cat"], one["ts"], one["ts"] + one["dur"], place)
+            events.append(event)
+    return events
 
 
 def step_of(events: Sequence[Event]) -> Event:
@@ -83,7 +91,8 @@ def step_of(events: Sequence[Event]) -> Event:
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
     """The length of the union of some intervals."""
-    total, reached = 0.0, float("-inf")
+    total = 0.0
+    reached = float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, reached))
         reached = max(reached, stop)
@@ -91,71 +100,76 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def is_wait(event: Event) -> bool:
-    """Whether the host waits for the card in it: a call that says so, or a copy with memory that is not pinned."""
+    """Whether the host waits for the card in it: in a call, or in a copy of pageable memory."""
     if event.kind in CALLS:
         return event.name in WAITS
     return event.kind == "gpu_memcpy" and "Pageable" in event.name
 
 
 def is_read(event: Event) -> bool:
-    """Whether a tensor's values decide something on the host in it, wherever the tensor lies."""
+    """Whether the host reads a tensor's values in it, on whichever device the tensor is."""
     return event.kind == "cpu_op" and event.name in READS
 
 
 def found_in(events: Sequence[Event], counts: Callable[[Event], bool]) -> list[Wait]:
-    """The events of the step that count, each with the operators around it."""
+    """The events of the step that count, each with the operators around it, in order of time."""
     step = step_of(events)
-    wanted = [event for event in events if counts(event) and event.start >= step.start]
-    wanted = [
-        event
-        for event in wanted
-        if event.kind not in (*CALLS, "cpu_op") or event.start <= step.stop
-    ]
-    return [
-        Wait(event.name, around(event, events))
-        for event in sorted(wanted, key=lambda event: event.start)
-    ]
+    found = []
+    for event in events:
+        on_host = event.kind in (*CALLS, "cpu_op")
+        after = on_host and event.start > step.stop  # the profiler's own
+        if counts(event) and event.start >= step.start and not after:
+            found.append(event)
+    found.sort(key=lambda event: event.start)
+    return [Wait(event.name, around(event, events)) for event in found]
 
 
 def around(inner: Event, events: Sequence[Event]) -> tuple[str, ...]:
     """Operators and Python functions of the same thread that hold an event, the outermost first."""
-    kinds = ("cpu_op", "python_function")
-    holding = [
-        event
-        for event in events
-        if event.kind in kinds and event.place == inner.place and event is not inner
-        if event.start <= inner.start and inner.stop <= event.stop
-    ]
+    holding = []
+    for event in events:
+        is_function = event.kind in ("cpu_op", "python_function") and event is not inner
+        holds = event.start <= inner.start and inner.stop <= event.stop
+        if is_function and holds and event.place == inner.place:
+            holding.append(event)
     return tuple(event.name for event in sorted(holding, key=lambda event: event.start))
 
 
 def summary(events: Sequence[Event], device: str) -> dict[str, Any]:
     """Of one step: kernels by time, launches, idle share and waits; times in milliseconds."""
+    # The device's work may end after the host's span; on the CPU both are the same.
     step = step_of(events)
-    work = [event for event in events if event.kind in WORK[device] and event.start >= step.start]
-    work = [event for event in work if device != "cpu" or event.start <= step.stop]
+    work = []
+    for event in events:
+        within = event.start >= step.start and (device != "cpu" or event.start <= step.stop)
+        if event.kind in WORK[device] and within:
+            work.append(event)
     end = max([step.stop, *(event.stop for event in work)])
     span = end - step.start
+    busy = covered([(event.start, event.stop) for event in work])
+
     took: dict[str, float] = defaultdict(float)
+    launches: Counter[str] = Counter()
     for event in work:
         took[event.name] += event.stop - event.start
-    times = Counter(event.name for event in work)
-    most = sorted(took, key=lambda name: -took[name])[:SHOWN]
+        launches[event.name] += 1
+    kernels = []
+    for name in sorted(took, key=lambda name: -took[name])[:SHOWN]:
+        kernels.append(
+            {
+                "name": name[:NAME_CHARACTERS],
+                "ms": took[name] / 1e3,
+                "launches": launches[name],
+                "of_span": took[name] / span,
+            }
+        )
     return {
         "span_ms": span / 1e3,
         "host_ms": (step.stop - step.start) / 1e3,
-        "busy_ms": covered([(event.start, event.stop) for event in work]) / 1e3,
-        "idle_share": 1 - covered([(event.start, event.stop) for event in work]) / span,
+        "busy_ms": busy / 1e3,
+        "idle_share": 1 - busy / span,
         "launches": len(work),
-        "kernels": [
-            {
-                "name": name[:160],
-                "ms": took[name] / 1e3,
-                "launches": times[name],
-                "of_span": took[name] / span,
-            }
-            for name in most
-        ],
+        "kernels": kernels,
         "copies": dict(Counter(event.name for event in work if event.kind == "gpu_memcpy")),
         "waits": [wait._asdict() for wait in found_in(events, is_wait)],
         "value_reads": dict(Counter(read.what for read in found_in(events, is_read))),
@@ -163,9 +177,11 @@ def summary(events: Sequence[Event], device: str) -> dict[str, Any]:
 
 
 def traced(update: Callable[[], object], device: str, stack: bool = False) -> list[Event]:
-    """The events of one call."""
+    """The events of one call; `stack`: with the Python functions around them."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+
     common.synchronize(device)
     with torch.profiler.profile(activities=activities, with_stack=stack) as profiler:
         with torch.profiler.record_function(STEP):
@@ -179,7 +195,10 @@ def traced(update: Callable[[], object], device: str, stack: bool = False) -> li
 
 @contextlib.contextmanager
 def sync_stacks(device: str) -> Iterator[list[str]]:
-    """While this is open, PyTorch's warnings of synchronising calls are collected as Python stacks; none on the CPU."""
+    """While open, synchronizing calls are collected as Python stacks, by PyTorch's warnings.
+
+    None on the CPU.
+    """
     found: list[str] = []
     if device == "cpu":
         yield found
@@ -187,7 +206,7 @@ def sync_stacks(device: str) -> Iterator[list[str]]:
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         if SYNC_WARNING in str(message):
-            found.append("".join(traceback.format_stack(limit=14)[:-1]))
+            found.append("".join(traceback.format_stack(limit=STACK_FRAMES)[:-1]))
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -201,22 +220,31 @@ def sync_stacks(device: str) -> Iterator[list[str]]:
 
 def judge(report: Report, stacks: Sequence[str], waits: Sequence[Wait]) -> None:
     """Every place where the host waits is a fault, with how often."""
+    where = "host synchronisation"
     for stack, times in Counter(stacks).items():
-        report.fault("host synchronisation", f"{stack}{times} times in a step: {SYNC_WARNING}")
+        report.fault(where, f"{stack}{times} times in a step: {SYNC_WARNING}")
     for wait, times in Counter(waits).items():
-        place = "\n".join(wait.inside) or "no operator"
-        report.fault(
-            "host synchronisation", f"inside of\n{place}\n{times} times in a step: {wait.what}"
-        )
+        operators = "\n".join(wait.inside) or "no operator"
+        report.fault(where, f"inside of\n{operators}\n{times} times in a step: {wait.what}")
 
 
 def problem_on(device: str) -> tuple[dict[str, Any], Callable[[], torch.Tensor]]:
     """What is profiled, and a call that makes a step of it."""
-    chosen = {"shape": "tiny", "seq": 96} if device == "cpu" else chosen_shape("qwen2.5-7b", device)
+    chosen = {"shape": "tiny", "seq": 96}
+    if device != "cpu":
+        chosen = chosen_shape("qwen2.5-7b", device)
     draft = draft_of(chosen["shape"], None, chosen["seq"])
-    kind = {"dtype": torch.bfloat16, "device": device}
-    problem = make_problem(draft, batch=1, seq=chosen["seq"], masked=0.5, k=K, seed=0, **kind)
-    params = draw_params(draft, 0, **kind)
+    problem = make_problem(
+        draft,
+        batch=1,
+        seq=chosen["seq"],
+        masked=0.5,
+        k=K,
+        seed=0,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    params = draw_params(draft, 0, torch.bfloat16, device)
     return chosen, sides.make_side("fast", problem, params, None, K)
 
 
@@ -229,30 +257,33 @@ def run(report: Report, device: str) -> None:
     report.result["step_ms"] = 1e3 * median(common.seconds(update, device) for _ in range(TIMED))
     report.write()
 
+    # Waits by PyTorch's warnings.
     with sync_stacks(device) as stacks:
         update()
     common.synchronize(device)
     report.result["sync_warnings"] = len(stacks)
     report.write()
 
-    traced(update, device)  # the first trace holds the tracer's own start
+    # The profile. The first trace has the tracer's own start in it.
+    traced(update, device)
     events = traced(update, device)
-    report.result["profile"] = found = summary(events, device)
+    found = summary(events, device)
+    report.result["profile"] = found
     report.result["idle_share_untraced"] = 1 - found["busy_ms"] / report.result["step_ms"]
     report.write()
     if not found["launches"]:
         report.fault("profile", "the profiler saw no kernel, so nothing is known of waits")
+
+    # Waits in the trace; where there are any, once more with the Python functions around them.
     waits = found_in(events, is_wait)
-    if waits and report.left() > 0:  # once more, for the Python functions around them
+    if waits and report.left() > 0:
         waits = found_in(traced(update, device, stack=True), is_wait) or waits
     judge(report, stacks, waits)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The part."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     part_options(parser)
     options = parse_part(parser, arguments)
     report = Report(options.out, options.seconds)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from bench.problem import Drawer, draft_of, make_frozen, turns
-from bench.specforge_data import EMBED, HEAD, SHARD, draft_tree
+from bench.specforge_data import EMBED, HEAD, draft_tree, save_shard
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.files import write_json
 
@@ -18,6 +17,16 @@ BATCH = 2
 SAMPLES = 10
 MASKED = 0.5  # share of the tokens without a loss, in turns
 TEMPLATE = "qwen"
+TARGET_FIELDS = (  # of `DraftConfig`, under the same names in a target's configuration
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+)
 
 
 class Sizes(NamedTuple):
@@ -29,9 +38,10 @@ class Sizes(NamedTuple):
 
 
 def write_target(folder: Path, draft: DraftConfig, device: str, seed: int) -> dict[str, Any]:
-    """A random target with nothing but embedding, final norm, head and a tokenizer of one word.
+    """A random target: embedding, final norm, head, and a tokenizer of one word.
 
-    Returns its vocabulary map as SpecForge stores one: `t2d` `(V,)` bool, `d2t` `(D,)` int64.
+    Returns:
+        Its vocabulary map as SpecForge stores one: `t2d` `(V,)` bool, `d2t` `(D,)` int64.
     """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -44,11 +54,7 @@ def write_target(folder: Path, draft: DraftConfig, device: str, seed: int) -> di
         HEAD: frozen.target_head.cpu(),
     }
     folder.mkdir(parents=True)
-    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {}, "weight_map": dict.fromkeys(tensors, SHARD)},
-    )
+    save_shard(folder, tensors)
     write_json(folder / "config.json", target_tree(draft))
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder)
@@ -57,10 +63,6 @@ def write_target(folder: Path, draft: DraftConfig, device: str, seed: int) -> di
 
 def target_tree(draft: DraftConfig) -> dict[str, Any]:
     """The configuration of a target for which this draft is made."""
-    names = (
-        *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-        *("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
-    )
     fixed = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -69,7 +71,7 @@ def target_tree(draft: DraftConfig) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-    return fixed | {name: getattr(draft, name) for name in names}
+    return fixed | {name: getattr(draft, name) for name in TARGET_FIELDS}
 
 
 def write_features(folder: Path, draft: DraftConfig, length: int, device: str, seed: int) -> None:
@@ -98,11 +100,12 @@ def write_problem(root: Path, sizes: Sizes, updates: int, device: str, seed: int
     write_features(root / "features", draft, sizes.length, device, seed)
     write_json(root / "draft.json", draft_tree(target_tree(draft), draft.draft_vocab_size))
 
-    # Where both look for the map first; its name is a hash of what it would be counted from.
-    named = (root / "none.jsonl", sizes.length, TEMPLATE, root / "target")
-    key = hashlib.md5("-".join(map(str, named)).encode()).hexdigest()
-    (root / "cache" / "vocab_mapping").mkdir(parents=True)
-    torch.save(vocab, root / "cache" / "vocab_mapping" / f"{key}.pt")
+    # The map where both look first; its name is a hash of what it would be counted from.
+    sources = (root / "none.jsonl", sizes.length, TEMPLATE, root / "target")
+    key = hashlib.md5("-".join(map(str, sources)).encode()).hexdigest()
+    folder = root / "cache" / "vocab_mapping"
+    folder.mkdir(parents=True)
+    torch.save(vocab, folder / f"{key}.pt")
 
     settings = {
         "target-model-path": root / "target",
@@ -123,4 +126,7 @@ def write_problem(root: Path, sizes: Sizes, updates: int, device: str, seed: int
         "dataloader-num-workers": 0,
         "build-dataset-num-proc": 1,
     }
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    arguments = []
+    for name, value in settings.items():
+        arguments += [f"--{name}", str(value)]
+    return arguments

@@ -1,7 +1,8 @@
-"""What stands in for something else while a launcher of SpecForge runs in this process.
+"""What is replaced while a launcher of SpecForge runs in this process.
 
-`replacements` is the one place that chooses, by the device; `on_device` puts the stand-ins in
-their places and says what they are.
+`replacements` chooses, by the device; `on_device` puts the replacements in their places and names
+them. On the CPU they are for what needs a card; everywhere for packages that are not installed and
+not needed.
 """
 
 import contextlib
@@ -27,25 +28,27 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError, eager_loss
 
 SGLANG = ("sglang", "sglang.srt", "sglang.srt.server_args")
-NAMES = {"ATTENTION_BACKEND_CHOICES": ["flashinfer", "fa3", "triton"]}
+# The names that SpecForge's arguments import from sglang.
+SGLANG_NAMES = {"ATTENTION_BACKEND_CHOICES": ["flashinfer", "fa3", "triton"]}
+# SpecForge's process groups; of one rank all are the world.
 GROUPS = ("TP", "DP", "DRAFT_DP", "DRAFT_SP", "SP_ULYSSES", "SP_RING")
 
 
 class Replacement(NamedTuple):
-    """Something that stands in for something else."""
+    """Something that takes the place of something else."""
 
-    said: str
-    enter: Callable[[], AbstractContextManager[Any]]
+    about: str  # what replaces what, for a result
+    enter: Callable[[], AbstractContextManager[Any]]  # it does so while this is open
 
 
 def replacements(oracle: Oracle, device: str, cache: Path | None) -> list[Replacement]:
-    """All that stands in for something else on that device.
+    """All replacements on that device.
 
     Args:
         oracle: SpecForge.
         device: "cpu" or "cuda".
         cache: for the data sets that it makes of conversations; None: they are not read, and
-            the vocabulary map must lie where it looks for one.
+            the vocabulary map must be where it looks for one.
 
     Raises:
         OracleMissingError: conversations are to be read, and `datasets` is not installed.
@@ -53,7 +56,7 @@ def replacements(oracle: Oracle, device: str, cache: Path | None) -> list[Replac
     chosen = [
         Replacement(
             "sglang, which only names choices of an option, is a stand-in",
-            lambda: stand_in({name: NAMES for name in SGLANG if name not in sys.modules}),
+            lambda: stand_in({name: SGLANG_NAMES for name in SGLANG if name not in sys.modules}),
         ),
         Replacement(
             "rope_theta is an attribute of the draft's configuration also under transformers 5",
@@ -62,12 +65,13 @@ def replacements(oracle: Oracle, device: str, cache: Path | None) -> list[Replac
     ]
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         chosen.append(Replacement("dynamo is off", contextlib.nullcontext))
-    for name, (use, modules) in PACKAGES.items():
-        if not _is_there(name):
-            said = f"{name}, which only {use}, is a stand-in"
-            chosen.append(Replacement(said, partial(stand_in, modules)))
+    for package in PACKAGES:
+        if not _is_there(package.name):
+            about = f"{package.name}, which only {package.use}, is a stand-in"
+            chosen.append(Replacement(about, partial(stand_in, package.modules)))
     chosen.append(_conversations(cache))
-    return [*chosen, *(_without_card(oracle) if device == "cpu" else _with_card())]
+    chosen += _without_card(oracle) if device == "cpu" else _with_card()
+    return chosen
 
 
 def _conversations(cache: Path | None) -> Replacement:
@@ -88,42 +92,48 @@ def _conversations(cache: Path | None) -> Replacement:
 
 
 def _with_card() -> list[Replacement]:
-    """A card does the real thing: transfers, the loss's kernel, NCCL of one rank, and FSDP.
+    """With a card nothing of its work is replaced: transfers, loss kernel, NCCL of one rank, FSDP.
 
     On one rank FSDP shards nothing, but makes every parameter a view of one flat tensor. With
     `use_orig_params=True`, as the script has it, they keep their names and their places in the
-    optimizer, and nothing is rounded on the way: the gradients lie one behind another in a flat
-    one. So state and bits can be compared, and it is left as it is.
+    optimizer, and nothing is rounded on the way: the gradients are consecutive parts of a flat one.
+    So state and bits can be compared.
     """
     return [Replacement("torchrun, of which one rank's environment is set here", _announced)]
 
 
 def _without_card(oracle: Oracle) -> list[Replacement]:
     distributed = importlib.import_module("specforge.distributed")
-    same = lambda self, *_, **__: self  # noqa: E731
-    whole = "FullyShardedDataParallel, which refuses a CPU, gives the module back: there is nothing to shard on one rank"
 
-    def put(said: str, of: Any, name: str, value: Any) -> Replacement:
-        return Replacement(said, lambda: patch.object(of, name, value))
+    def put(about: str, of: Any, name: str, value: Any) -> Replacement:
+        return Replacement(about, lambda: patch.object(of, name, value))
 
     loss = "level 2: its Triton loss by the equal eager expression"
     gloo = "the process group is gloo, of one rank"
+    whole = (
+        "FullyShardedDataParallel, which refuses a CPU, gives the module back: "
+        "there is nothing to shard on one rank"
+    )
     return [
         Replacement(loss, lambda: eager_loss(oracle)),
         put("no card is seen", torch.cuda, "is_available", lambda: False),
-        put("Tensor.cuda does nothing", torch.Tensor, "cuda", same),
-        put("Module.cuda does nothing", torch.nn.Module, "cuda", same),
+        put("Tensor.cuda does nothing", torch.Tensor, "cuda", _itself),
+        put("Module.cuda does nothing", torch.nn.Module, "cuda", _itself),
         put(gloo, distributed, "init_distributed", _init_distributed),
         put("averages over the process group are skipped", dist, "all_reduce", _all_reduce),
         put(whole, fsdp, "FullyShardedDataParallel", Whole),
     ]
 
 
+def _itself(self: Any, *_: Any, **__: Any) -> Any:
+    return self
+
+
 @contextlib.contextmanager
 def on_device(oracle: Oracle, device: str, cache: Path | None) -> Iterator[tuple[str, ...]]:
-    """What stands in for something else, while it does so; the launchers must be loaded meanwhile.
+    """Replace while this is open, and name what is replaced. The launchers must be loaded inside.
 
-    A process group that a launcher leaves behind, because it failed, is destroyed.
+    The process group of a launcher that failed is destroyed.
     """
     chosen = replacements(oracle, device, cache)
     own_group = dist.is_initialized()
@@ -131,7 +141,7 @@ def on_device(oracle: Oracle, device: str, cache: Path | None) -> Iterator[tuple
         for replacement in chosen:
             stack.enter_context(replacement.enter())
         try:
-            yield tuple(replacement.said for replacement in chosen)
+            yield tuple(replacement.about for replacement in chosen)
         finally:
             if dist.is_initialized() and not own_group:
                 dist.destroy_process_group()
@@ -169,7 +179,7 @@ class Whole:
 
 
 class Unread:
-    """In the place of `datasets.Dataset` where its samples are not asked for."""
+    """In the place of `datasets.Dataset` where its samples are not needed."""
 
     column_names = ("conversations",)
 
@@ -206,13 +216,22 @@ def _set_seed(seed: int) -> None:
     torch.manual_seed(seed)  # of all devices
 
 
-PACKAGES = {
-    "accelerate": (
+class Package(NamedTuple):
+    """A package that SpecForge imports and this run hardly needs."""
+
+    name: str
+    use: str  # all that it does here
+    modules: dict[str, dict[str, Any]]  # its stand-ins, by module
+
+
+PACKAGES = (
+    Package(
+        "accelerate",
         "seeds random, numpy and torch",
         {"accelerate": {}, "accelerate.utils": {"set_seed": _set_seed}},
     ),
-    "pydantic": ("holds the fields of chat templates", {"pydantic": {"BaseModel": Fields}}),
-}
+    Package("pydantic", "holds the fields of chat templates", {"pydantic": {"BaseModel": Fields}}),
+)
 
 
 def _is_there(module: str) -> bool:
@@ -224,6 +243,7 @@ def _is_there(module: str) -> bool:
 
 
 def _announced() -> AbstractContextManager[Any]:
+    """The variables that torchrun sets for one rank."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port
     return patch.dict(os.environ, ranks | place)
@@ -233,10 +253,14 @@ _reduce = dist.all_reduce
 
 
 def _all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, **rest: Any) -> Any:
-    return None if op == dist.ReduceOp.AVG else _reduce(tensor, op, **rest)
+    """As torch's; gloo has no averages, which of one rank change nothing."""
+    if op == dist.ReduceOp.AVG:
+        return None
+    return _reduce(tensor, op, **rest)
 
 
 def _init_distributed(**_: Any) -> None:
+    """SpecForge's groups, all of this process alone."""
     distributed = importlib.import_module("specforge.distributed")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
     for name in GROUPS:
@@ -244,6 +268,7 @@ def _init_distributed(**_: Any) -> None:
 
 
 def _rope_theta_set() -> AbstractContextManager[Any]:
+    """Transformers 5 reads `rope_theta` into `rope_parameters`, where SpecForge does not look."""
     configs = importlib.import_module("specforge.modeling.auto").AutoDraftModelConfig
     read = configs.from_file
 

@@ -1,17 +1,30 @@
-"""The sides of a comparison: each a call that makes one update of its own state from the same batch."""
+"""The sides of a comparison: each a call that makes one update of its own state from one batch.
+
+| side | what it is |
+|---|---|
+| `plain` | our step under the plain numerics; on CUDA with our copy of SpecForge's Triton loss |
+| `fast` | our step under the fast numerics |
+| `mesh` | as `fast`, on a device mesh of this process alone |
+| `specforge` | SpecForge's model, target head, backward and optimizer |
+
+All take SpecForge's schedule, its sums of gradients and its teacher, so that they compute the same
+loss.
+"""
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import eagle3fn as e3
 from bench.problem import Problem
 from eagle3fn.base.types import Frozen, Params
+from eagle3fn.specforge import RECIPE, recipe
 from eagle3fn.specforge.oracle import (
     Oracle,
     OracleMissingError,
@@ -20,20 +33,24 @@ from eagle3fn.specforge.oracle import (
     specforge_draft,
 )
 
-DECAY, STEPS = 0.8, 1000
+DECAY = 0.8  # SpecForge's, of the losses over unroll steps
+STEPS = 1000  # of the schedule, which spans more updates than are made here
 OURS = ("plain", "fast")
-ONE_RANK = "the old tool is measured on one rank only"
+MEASURED = (*OURS, "specforge")  # the sides whose memory is measured
+ONE_RANK = "SpecForge is measured on one rank only"
 ON_CPU = (
-    "the old side's Triton loss is replaced by the equal eager expression (interpreted it takes 4.5 ms a row)",
+    "SpecForge's Triton loss is replaced by the equal eager expression "
+    "(interpreted it takes 4.5 ms a row)",
     "dynamo is off on all sides",
 )
-ON_CUDA = ("the old side: flex_attention, its Triton loss, dynamo on",)
+ON_CUDA = ("SpecForge's side: flex_attention, its Triton loss, dynamo on",)
 
-Update = Callable[[], torch.Tensor]
+Update = Callable[[], Tensor]
+"""Makes one update and returns its loss."""
 
 
 def find_oracle(device: str) -> tuple[Oracle | None, str | None]:
-    """The old tool, or why there is none."""
+    """SpecForge, or why there is none."""
     try:
         return load_oracle(native=device != "cpu"), None
     except OracleMissingError as error:
@@ -41,85 +58,17 @@ def find_oracle(device: str) -> tuple[Oracle | None, str | None]:
 
 
 def describe(oracle: Oracle | None, reason: str | None, device: str) -> dict[str, Any]:
-    """Which old tool, by hash, and what was changed about it; or why there is none."""
+    """Which SpecForge, by hash, and what was changed about it; or why there is none."""
     if oracle is None:
-        return {"old_tool": None, "old_tool_missing": reason}
-    told = {
+        return {"specforge": None, "specforge_missing": reason}
+
+    found = {
         "name": "SpecForge",
         "kind": oracle.kind,
         "digest": oracle.digest,
         "hashes": oracle.hashes,
     }
-    return {"old_tool": told, "notes": list(ON_CPU if device == "cpu" else ON_CUDA)}
-
-
-def config_of(problem: Problem, params: Params, numerics: str, k: int) -> e3.Config:
-    """Our settings: those that reproduce the old tool, but for the numerics."""
-    leaf = next(iter(params.values()))
-    return e3.Config(
-        problem.draft,
-        e3.ObjectiveConfig(ttt_length=k, numerics=numerics, normalization="rows", teacher="full"),  # pyright: ignore
-        e3.OptimizerConfig(schedule="legacy", accumulation="params"),
-        train=e3.TrainConfig(
-            steps=STEPS, dtype=str(leaf.dtype).split(".")[1], device=str(leaf.device)
-        ),  # pyright: ignore
-    )
-
-
-def our_side(
-    problem: Problem, params: Params, numerics: str, k: int, mesh: DeviceMesh | None
-) -> Update:
-    """Our `step` under these numerics; the old state's buffers are donated, as the old tool updates in place."""
-    fns = e3.bind(config_of(problem, params, numerics, k), problem.frozen, mesh=mesh)
-    state = fns.init_state(params)
-
-    def update() -> torch.Tensor:
-        nonlocal state
-        state, metrics = fns.step(state, problem.batch, donate=True)
-        return metrics["loss"]
-
-    return update
-
-
-def old_side(problem: Problem, params: Params, oracle: Oracle, k: int) -> Update:
-    """The old tool's model, target head, backward and optimizer, as its script calls them; all target logits."""
-    plan, batch = e3.OptimizerConfig(), problem.batch
-    attention = "sdpa" if batch.input_ids.device.type == "cpu" else "flex_attention"
-    draft: Any = specforge_draft(oracle, problem.draft, params, problem.frozen, attention).train()
-    draft.embed_tokens.weight.data = problem.frozen.embed_tokens  # not a second time in memory
-    model = oracle.eagle3.OnlineEagle3Model(draft, length=k, attention_backend=attention)
-    head = old_head(oracle, problem.frozen)
-    schedule = {"lr": plan.learning_rate, "warmup_ratio": plan.warmup_ratio, "total_steps": STEPS}
-    optimizer = oracle.optimizer.BF16Optimizer(draft, max_grad_norm=plan.max_grad_norm, **schedule)
-
-    def update() -> torch.Tensor:
-        ids, target, mask = head.preprocess(batch.input_ids, batch.last_hidden, batch.row_mask)
-        losses = model(
-            input_ids=ids,
-            attention_mask=batch.attention_mask,
-            loss_mask=mask,
-            target=head(target),
-            hidden_states=batch.aux_hidden,
-        )[0]
-        loss = sum(
-            (DECAY**i * value for i, value in enumerate(losses)),
-            start=torch.zeros((), device=ids.device),
-        )
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return update
-
-
-def old_head(oracle: Oracle, frozen: Frozen) -> Any:
-    """The old tool's target head around our tensor; it is made without a checkpoint's configuration."""
-    kind = importlib.import_module("specforge.modeling.target.target_head").TargetHead
-    head = kind.__new__(kind)
-    torch.nn.Module.__init__(head)
-    head.fc = torch.nn.Linear(1, 1, bias=False)
-    head.fc.weight = torch.nn.Parameter(frozen.target_head, requires_grad=False)
-    return head
+    return {"specforge": found, "notes": list(ON_CPU if device == "cpu" else ON_CUDA)}
 
 
 def make_side(
@@ -130,15 +79,106 @@ def make_side(
     k: int,
     mesh: DeviceMesh | None = None,
 ) -> Update:
-    """The side of this name: "legacy", "fast", "mesh" (fast, on a mesh of this rank alone), or "old"."""
+    """The side of this name.
+
+    Args:
+        name: "plain", "fast", "mesh" or "specforge".
+        problem: draft, frozen tensors and the batch of every update.
+        params: the first parameters.
+        oracle: SpecForge; only its own side needs it.
+        k: unroll steps.
+        mesh: what "plain" and "fast" shard their state over.
+    """
     if name == "mesh":
-        return our_side(
-            problem, params, "fast", k, one_rank_mesh(problem.batch.input_ids.device.type)
-        )
+        own_mesh = one_rank_mesh(problem.batch.input_ids.device.type)
+        return our_side(problem, params, "fast", k, own_mesh)
     if name in OURS:
         return our_side(problem, params, name, k, mesh)
-    assert name == "old" and oracle is not None
-    return old_side(problem, params, oracle, k)
+
+    assert name == "specforge" and oracle is not None
+    return specforge_side(problem, params, oracle, k)
+
+
+def our_side(
+    problem: Problem, params: Params, numerics: str, k: int, mesh: DeviceMesh | None
+) -> Update:
+    """Our `step` under these numerics; its state is donated, as SpecForge updates in place."""
+    leaf = next(iter(params.values()))
+    config, _ = recipe(
+        problem.draft,
+        objective={"ttt_length": k, "numerics": numerics},
+        train={
+            "steps": STEPS,
+            "dtype": str(leaf.dtype).removeprefix("torch."),
+            "device": str(leaf.device),
+        },
+    )
+    own = RECIPE if numerics == "plain" else RECIPE._replace(loss=e3.forward_loss)
+    fns = e3.bind(config, problem.frozen, mesh=mesh, recipe=own)
+    state = fns.init_state(params)
+
+    def update() -> Tensor:
+        nonlocal state
+        state, metrics = fns.step(state, problem.batch, donate=True)
+        return metrics["loss"]
+
+    return update
+
+
+def specforge_side(problem: Problem, params: Params, oracle: Oracle, k: int) -> Update:
+    """SpecForge's model, target head, backward and optimizer, called as its script calls them.
+
+    The teacher comes of all target logits (no compact teacher).
+    """
+    plan = e3.OptimizerConfig()
+    batch = problem.batch
+    attention = "sdpa" if batch.input_ids.device.type == "cpu" else "flex_attention"
+
+    draft: Any = specforge_draft(oracle, problem.draft, params, problem.frozen, attention).train()
+    draft.embed_tokens.weight.data = problem.frozen.embed_tokens  # not a second time in memory
+    model = oracle.eagle3.OnlineEagle3Model(draft, length=k, attention_backend=attention)
+    head = specforge_head(problem.frozen)
+    optimizer = oracle.optimizer.BF16Optimizer(
+        draft,
+        max_grad_norm=plan.max_grad_norm,
+        lr=plan.learning_rate,
+        warmup_ratio=plan.warmup_ratio,
+        total_steps=STEPS,
+    )
+
+    def update() -> Tensor:
+        ids, target, mask = head.preprocess(batch.input_ids, batch.last_hidden, batch.row_mask)
+        losses = model(
+            input_ids=ids,
+            attention_mask=batch.attention_mask,
+            loss_mask=mask,
+            target=head(target),
+            hidden_states=batch.aux_hidden,
+        )[0]
+        loss = weighted_sum(losses)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return update
+
+
+def specforge_head(frozen: Frozen) -> Any:
+    """SpecForge's target head around our tensor, made without a checkpoint's configuration."""
+    kind = importlib.import_module("specforge.modeling.target.target_head").TargetHead
+    head = kind.__new__(kind)
+    torch.nn.Module.__init__(head)
+    head.fc = torch.nn.Linear(1, 1, bias=False)
+    head.fc.weight = torch.nn.Parameter(frozen.target_head, requires_grad=False)
+    return head
+
+
+def weighted_sum(losses: Sequence[Tensor]) -> Tensor:
+    """`Σ_i 0.8^i · losses[i]`, in order and from zero, as SpecForge's scripts sum them."""
+    total: Any = 0
+    for step, loss in enumerate(losses):
+        total = total + DECAY**step * loss
+    return total
 
 
 def one_rank_mesh(device: str) -> DeviceMesh:
@@ -151,7 +191,10 @@ def one_rank_mesh(device: str) -> DeviceMesh:
 
 
 @contextlib.contextmanager
-def old_loss(oracle: Oracle | None, device: str) -> Iterator[None]:
-    """While open, the old side computes its loss eagerly on CPU; on CUDA its own kernel stays."""
-    with eager_loss(oracle) if oracle is not None and device == "cpu" else contextlib.nullcontext():
+def specforge_loss(oracle: Oracle | None, device: str) -> Iterator[None]:
+    """While open, SpecForge computes its loss eagerly on the CPU; on CUDA its own kernel stays."""
+    if oracle is None or device != "cpu":
+        yield
+        return
+    with eager_loss(oracle):
         yield

@@ -1,9 +1,13 @@
-"""What the old tool reads, made of what `eagle3fn extract` wrote.
+"""What SpecForge reads, made of what `eagle3fn extract` wrote.
 
-    python -m bench.specforge_data --target FOLDER --features FOLDER --conversations JSONL --out FOLDER --draft-vocab 8192
+    python -m bench.specforge_data --target FOLDER --features FOLDER --conversations JSONL --out
+    FOLDER
 
-`OUT/target` is the target with an untied head and an index file, without which the old tool's head cannot be loaded;
-`OUT/features` a `.ckpt` a sample; `OUT/conversations.jsonl` plain text; `OUT/draft.json` its draft's configuration.
+- `OUT/target`: the target with an untied head and an index file, without which SpecForge cannot
+  load its head
+- `OUT/features`: a `.ckpt` a sample
+- `OUT/conversations.jsonl`: plain text
+- `OUT/draft.json`: the draft's configuration in SpecForge's format
 """
 
 import argparse
@@ -16,16 +20,28 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench import common
 from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import open_text, read_json, whole_folder, write_json
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.target import target_config
 
-HEAD, EMBED, SHARD = (
-    "lm_head.weight",
-    "model.embed_tokens.weight",
-    "model-00001-of-00001.safetensors",
+HEAD = "lm_head.weight"
+EMBED = "model.embed_tokens.weight"
+SHARD = "model-00001-of-00001.safetensors"
+DRAFT_FIELDS = (  # of `DraftConfig`, under the same names in SpecForge's file
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "draft_vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "initializer_range",
 )
 
 
@@ -42,10 +58,9 @@ def untie(source: Path, out: Path) -> None:
     if EMBED not in tensors:
         raise UserError(f"{weights}: no tensor {EMBED}; name a causal language model")
     tensors.setdefault(HEAD, tensors[EMBED].clone())
+
     with whole_folder(out) as folder:
-        save_file(tensors, folder / SHARD, metadata={"format": "pt"})
-        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, SHARD)}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        save_shard(folder, tensors)
         for path in source.iterdir():
             if path.is_file() and path.name not in ("model.safetensors", "config.json"):
                 shutil.copy(path, folder)
@@ -53,75 +68,67 @@ def untie(source: Path, out: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
+def save_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A target's tensors as one shard, with the index file that SpecForge looks for."""
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, SHARD)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def write_ckpts(features: Path, out: Path) -> int:
-    """Every sample as the old tool's file; returns how many. Names sort in the folder's order."""
+    """Every sample as SpecForge's file; returns how many. Names sort in the folder's order."""
     opened = open_features(features)
+    count = len(opened.samples)
     with whole_folder(out) as folder:
-        for number in range(len(opened.samples)):
-            ids, mask, aux, last = read_sample(opened, number)
+        for number in range(count):
+            sample = read_sample(opened, number)
             tree = {
-                "input_ids": ids,
-                "loss_mask": mask,
-                "hidden_state": last[None],
-                "aux_hidden_state": aux[None],
+                "input_ids": sample.input_ids.clone(),
+                "loss_mask": sample.token_mask.clone(),
+                "hidden_state": sample.last_hidden[None].clone(),
+                "aux_hidden_state": sample.aux_hidden[None].clone(),
             }
-            torch.save(
-                {name: value.clone() for name, value in tree.items()},
-                folder / f"data_{number:06d}.ckpt",
-            )
-    return len(opened.samples)
+            torch.save(tree, folder / f"data_{number:06d}.ckpt")
+    return count
 
 
 def draft_tree(tree: dict[str, Any], size: int) -> dict[str, Any]:
-    """The draft's configuration as the old tool's JSON files write it."""
+    """The draft's configuration as SpecForge's JSON files have it.
+
+    Args:
+        tree: the target's `config.json`.
+        size: draft vocabulary.
+    """
     draft = draft_config_from_target(tree, "target", size)
-    names = (
-        *(
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "vocab_size",
-        ),
-        *(
-            "draft_vocab_size",
-            "max_position_embeddings",
-            "rms_norm_eps",
-            "rope_theta",
-            "initializer_range",
-        ),
-    )
     fixed = {
+        "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "num_hidden_layers": 1,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
-    return {"architectures": ["LlamaForCausalLMEagle3"], **fixed} | {
-        name: getattr(draft, name) for name in names
-    }
+    return fixed | {name: getattr(draft, name) for name in DRAFT_FIELDS}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse() -> argparse.Namespace:
+    parser = common.parser_of(__doc__)
     for name in ("target", "features", "conversations", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--draft-vocab", type=int, default=8192)
-    options = parser.parse_args()
-    try:
-        tree, out = target_config(options.target), options.out
-        untie(options.target, out / "target")
-        count = write_ckpts(options.features, out / "features")
-        write_json(out / "draft.json", draft_tree(tree, options.draft_vocab))
-        with open_text(options.conversations) as file:
-            (out / "conversations.jsonl").write_text(file.read(), encoding="utf-8")
-    except (UserError, OSError) as error:
-        sys.exit(f"bench.specforge_data: {error}")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    out = options.out
+    tree = target_config(options.target)
+    untie(options.target, out / "target")
+    count = write_ckpts(options.features, out / "features")
+    write_json(out / "draft.json", draft_tree(tree, options.draft_vocab))
+    with open_text(options.conversations) as file:
+        (out / "conversations.jsonl").write_text(file.read(), encoding="utf-8")
     print(f"{out}: {count} samples, target, draft.json, conversations.jsonl")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.program("bench.specforge_data", main))

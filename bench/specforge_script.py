@@ -1,9 +1,9 @@
 """SpecForge's two launchers, `main()` and all, in this process, with what they compute recorded.
 
-`train_eagle3.py` and `train_eagle3_dataflow.py` of SpecForge's pull request 600 are loaded from `SPECFORGE_SRC` and run
-as they stand: arguments, data set, vocabulary map, loader, model, head, optimizer, reports, checkpoints. What stands in
-for a GPU, or for packages that are not needed here, is chosen by the device in bench/replacements.py; a finished run
-names it.
+`train_eagle3.py` and `train_eagle3_dataflow.py` of SpecForge's pull request 600 are loaded from
+`SPECFORGE_SRC` and run unchanged: arguments, data set, vocabulary map, loader, model, head,
+optimizer, reports, checkpoints. What replaces a GPU, or packages that are not needed here, depends
+on the device (bench/replacements.py); a finished run names it.
 """
 
 import contextlib
@@ -11,14 +11,16 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import torch
+from torch import Tensor
 
 from bench.replacements import on_device
+from bench.sides import weighted_sum
 from eagle3fn.base.errors import UserError
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError
 from eagle3fn.train.track import append_row
@@ -27,24 +29,39 @@ SCRIPTS = {  # sha256 at the commit
     "train_eagle3.py": "7f9089ea903af3ba4e299c8f691d15fd3fdc638355450c5da3f76d5593f2b718",
     "train_eagle3_dataflow.py": "cc310f522eb082d00f61590dc320515b0872b1f33abef8a26e0c9148c39259e6",
 }
-DECAY = 0.8
 NOT_SAVED = "SpecForge's checkpoints are not written"
+
+
+class LeafState(NamedTuple):
+    """A trained leaf of SpecForge's optimizer."""
+
+    weights: Tensor
+    masters: Tensor
+    mu: Tensor
+    nu: Tensor
 
 
 class Recorded(NamedTuple):
     """A finished run. Rows are named as in `metrics.jsonl`."""
 
     rows: list[dict[str, Any]]  # one an update
-    shown: list[
-        dict[str, float]
-    ]  # what the progress bar shows after each micro-batch, or the logger of the new one
+    # What the progress bar shows after each micro-batch; of the dataflow launcher what it logs.
+    shown: list[dict[str, float]]
     logged: list[dict[str, Any]]  # what its tracker was given
-    state: dict[str, tuple[torch.Tensor, ...]]  # weight, master and both moments by name
+    state: dict[str, LeafState]  # by the leaf's name
     replaced: tuple[str, ...]  # what was not SpecForge's own
 
 
+class StepLists(NamedTuple):
+    """What one update computes at each unroll step."""
+
+    losses: Sequence[Tensor]
+    accuracy: Sequence[Tensor]
+    acceptance: Sequence[Tensor]
+
+
 def script_path(oracle: Oracle, name: str) -> Path:
-    """Where one of the launchers lies.
+    """Where one of the launchers is.
 
     Raises:
         OracleMissingError: it is not there, or not the commit's file.
@@ -58,7 +75,11 @@ def script_path(oracle: Oracle, name: str) -> Path:
 
 
 def load_script(oracle: Oracle, name: str) -> ModuleType:
-    """One of the launchers as a module; raises as `script_path`."""
+    """One of the launchers as a module.
+
+    Raises:
+        OracleMissingError: as `script_path`.
+    """
     path = script_path(oracle, name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -68,37 +89,98 @@ def load_script(oracle: Oracle, name: str) -> ModuleType:
     return module
 
 
-def row_of(
-    step: int, losses: list, accuracy: list, acceptance: list, norm: Any, rate: float
-) -> dict[str, Any]:
+def row_of(step: int, lists: StepLists, norm: Any, rate: float) -> dict[str, Any]:
     """One update as a row of `metrics.jsonl`; the loss is summed as the launchers sum it."""
-    loss = sum(DECAY**i * value.detach() for i, value in enumerate(losses))
-    row = {"step": step, "loss": float(loss), "grad_norm": float(norm), "learning_rate": rate}
-    lists = {"losses": losses, "accuracy": accuracy, "acceptance": acceptance}
-    return row | {
-        name: [float(value.detach()) for value in values] for name, values in lists.items()
+    loss = weighted_sum([value.detach() for value in lists.losses])
+    row: dict[str, Any] = {
+        "step": step,
+        "loss": float(loss),
+        "grad_norm": float(norm),
+        "learning_rate": rate,
     }
+    for name, values in lists._asdict().items():
+        row[name] = [float(value.detach()) for value in values]
+    return row
 
 
-def state_of(optimizer: Any) -> dict[str, tuple[torch.Tensor, ...]]:
+def state_of(optimizer: Any) -> dict[str, LeafState]:
     """Weight, master and both moments of every trained leaf."""
     names = [name for name, leaf in optimizer.model.named_parameters() if leaf.requires_grad]
     moments = optimizer.optimizer.state
-    leaves = zip(names, optimizer.model_params, optimizer.fp32_params, strict=True)
-    return {
-        name: (leaf.detach(), m.detach(), *(moments[m][k] for k in ("exp_avg", "exp_avg_sq")))
-        for name, leaf, m in leaves
-    }
+    state = {}
+    for name, leaf, master in zip(
+        names, optimizer.model_params, optimizer.fp32_params, strict=True
+    ):
+        mu = moments[master]["exp_avg"]
+        nu = moments[master]["exp_avg_sq"]
+        state[name] = LeafState(leaf.detach(), master.detach(), mu, nu)
+    return state
 
 
-def _one_batch(arguments: list[str]) -> None:
+def _refuse_accumulation(arguments: list[str]) -> None:
     if "--draft-accumulation-steps" in arguments:
         raise UserError(
-            "--draft-accumulation-steps: its report holds the last micro-batch alone; leave it out here"
+            "--draft-accumulation-steps: its report holds the last micro-batch alone; "
+            "leave it out here"
         )
 
 
-def run_old(
+class _Recorder:
+    """Wraps the functions of `train_eagle3.py` that compute, and keeps what they return."""
+
+    def __init__(self, script: ModuleType, metrics: Path) -> None:
+        self.script = script
+        self.metrics = metrics
+        self.rows: list[dict[str, Any]] = []
+        self.shown: list[dict[str, float]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.optimizer: Any = None
+        self._lists: Any = None
+        self._forward = script.run_forward
+        self._update = script.run_backward_and_update
+        self._progress = script.get_progress_metrics
+
+    def functions(self) -> dict[str, Any]:
+        """What replaces the script's own, by name."""
+        tracker = SimpleNamespace(log=self.log, close=lambda: None)
+        return {
+            "run_forward": self.run_forward,
+            "run_backward_and_update": self.run_backward_and_update,
+            "get_progress_metrics": self.get_progress_metrics,
+            "build_tracker": lambda *_: tracker,
+        }
+
+    def run_forward(self, *args: Any) -> Any:
+        """The script's; its lists are kept."""
+        self._lists = self._forward(*args)
+        return self._lists
+
+    def run_backward_and_update(
+        self, args: Any, losses: list[Tensor], optimizer: Any, step: int
+    ) -> Any:
+        """The script's; the update becomes a row, in the file too."""
+        rate = optimizer.get_learning_rate()
+        self.optimizer = optimizer
+        norm = self._update(args, losses, optimizer, step)
+
+        lists = StepLists(losses, accuracy=self._lists[1], acceptance=self._lists[2])
+        row = row_of(step, lists, norm, rate)
+        self.rows.append(row)
+        append_row(self.metrics, row)
+        return norm
+
+    def get_progress_metrics(self, *args: Any) -> Any:
+        """The script's; what the progress bar shows is kept."""
+        result = self._progress(*args)
+        self.shown.append({"loss": result[0], "acc": result[1]})
+        return result
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """In the place of a tracker's."""
+        self.logged.append(values | {"step": step})
+
+
+def run_script(
     oracle: Oracle,
     arguments: list[str],
     out: Path,
@@ -107,7 +189,9 @@ def run_old(
     conversations: bool = True,
     saves: bool = True,
 ) -> Recorded:
-    """`train_eagle3.py` with these arguments. Rows go into `OUT/metrics.jsonl` as they come, also of a run that fails.
+    """`train_eagle3.py` with these arguments.
+
+    Rows go into `OUT/metrics.jsonl` as they come, also of a run that fails.
 
     Args:
         oracle: SpecForge at its commit.
@@ -118,80 +202,63 @@ def run_old(
         conversations: False: they are not read; see `replacements`.
         saves: False: its checkpoints are not written.
     """
-    _one_batch(arguments)
-    rows, shown, logged, seen, more = [], [], [], {}, []
-    (out / "metrics.jsonl").unlink(missing_ok=True)
+    _refuse_accumulation(arguments)
+    metrics = out / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
     cache = out / "datasets" if conversations else None
     with on_device(oracle, device, cache) as replaced, contextlib.ExitStack() as stack:
-        old = load_script(oracle, "train_eagle3.py")
-        forward, update, progress, loaders = (
-            old.run_forward, old.run_backward_and_update, old.get_progress_metrics, old.prepare_dp_dataloaders
-        )  # fmt: skip
-
-        def run_forward(*args: Any) -> Any:
-            seen["lists"] = forward(*args)
-            return seen["lists"]
-
-        def run_backward_and_update(args: Any, losses: list, optimizer: Any, step: int) -> Any:
-            rate, seen["optimizer"] = optimizer.get_learning_rate(), optimizer
-            norm = update(args, losses, optimizer, step)
-            rows.append(row_of(step, losses, seen["lists"][1], seen["lists"][2], norm, rate))
-            append_row(out / "metrics.jsonl", rows[-1])
-            return norm
-
-        def get_progress_metrics(*args: Any) -> Any:
-            result = progress(*args)
-            shown.append({"loss": result[0], "acc": result[1]})
-            return result
-
-        tracker = SimpleNamespace(
-            log=lambda values, step: logged.append(values | {"step": step}), close=lambda: None
-        )
-        changed = [run_forward, run_backward_and_update, get_progress_metrics]
-        for function in changed:
-            stack.enter_context(patch.object(old, function.__name__, function))
-        stack.enter_context(patch.object(old, "build_tracker", lambda *_: tracker))
+        script = load_script(oracle, "train_eagle3.py")
+        recorder = _Recorder(script, metrics)
+        changed = recorder.functions()
         if stored:
-            unshuffled = lambda *a, **k: loaders(*a, **(k | {"shuffle": False}))  # noqa: E731
-            stack.enter_context(patch.object(old, "prepare_dp_dataloaders", unshuffled))
+            loaders = script.prepare_dp_dataloaders
+            changed["prepare_dp_dataloaders"] = lambda *args, **more: loaders(
+                *args, **(more | {"shuffle": False})
+            )
         if not saves:
-            more.append(NOT_SAVED)
-            stack.enter_context(patch.object(old, "save_checkpoints", lambda *_: None))
-        _call(old.main, [*arguments, "--output-dir", str(out / "run")], out / "log.txt")
-    return Recorded(rows, shown, logged, state_of(seen["optimizer"]), (*replaced, *more))
+            changed["save_checkpoints"] = lambda *_: None
+
+        for name, function in changed.items():
+            stack.enter_context(patch.object(script, name, function))
+        _call(script.main, [*arguments, "--output-dir", str(out / "run")], out / "log.txt")
+    state = state_of(recorder.optimizer)
+    if not saves:
+        replaced = (*replaced, NOT_SAVED)
+    return Recorded(recorder.rows, recorder.shown, recorder.logged, state, replaced)
 
 
 def run_dataflow(oracle: Oracle, arguments: list[str], out: Path, device: str = "cpu") -> Recorded:
-    """`train_eagle3_dataflow.py`, the new launcher of pull request 600, with these arguments."""
-    _one_batch(arguments)
-    rows, shown, seen = [], [], {}
+    """`train_eagle3_dataflow.py`, pull request 600's new launcher, with these arguments."""
+    _refuse_accumulation(arguments)
+    rows: list[dict[str, Any]] = []
+    shown: list[dict[str, float]] = []
+    seen: dict[str, Any] = {}
     with on_device(oracle, device, out / "datasets") as replaced, contextlib.ExitStack() as stack:
-        new = load_script(oracle, "train_eagle3_dataflow.py")
-        strategy = importlib.import_module(
-            "specforge.runtime.training.strategy"
-        ).Eagle3TrainStrategy
-        core = importlib.import_module("specforge.runtime.training.trainer").TrainerCore
-        forward, step = strategy.forward_loss, core.train_step
+        launcher = load_script(oracle, "train_eagle3_dataflow.py")
+        strategies = importlib.import_module("specforge.runtime.training.strategy")
+        trainers = importlib.import_module("specforge.runtime.training.trainer")
+        forward = strategies.Eagle3TrainStrategy.forward_loss
+        step = trainers.TrainerCore.train_step
 
         def forward_loss(self: Any, batch: Any) -> Any:
-            seen["metrics"] = (result := forward(self, batch)).metrics
+            result = forward(self, batch)
+            seen["metrics"] = result.metrics
             return result
 
         def train_step(self: Any, batch: Any) -> Any:
             seen["optimizer"] = self.backend.optimizer
-            rate, result, lists = (
-                self.backend.optimizer.get_learning_rate(),
-                step(self, batch),
-                seen["metrics"],
-            )
-            values = lists["plosses"], lists["acces"], lists["acceptance_rates"]
-            rows.append(row_of(len(rows) + 1, *values, result.grad_norm, rate))
+            rate = self.backend.optimizer.get_learning_rate()
+            result = step(self, batch)
+            found = seen["metrics"]
+            lists = StepLists(found["plosses"], found["acces"], found["acceptance_rates"])
+            rows.append(row_of(len(rows) + 1, lists, result.grad_norm, rate))
             shown.append(result.metrics)
             return result
 
-        stack.enter_context(patch.object(strategy, "forward_loss", forward_loss))
-        stack.enter_context(patch.object(core, "train_step", train_step))
-        _call(new.main, [*arguments, "--output-dir", str(out / "run")], out / "log.txt")
+        put = stack.enter_context
+        put(patch.object(strategies.Eagle3TrainStrategy, "forward_loss", forward_loss))
+        put(patch.object(trainers.TrainerCore, "train_step", train_step))
+        _call(launcher.main, [*arguments, "--output-dir", str(out / "run")], out / "log.txt")
     return Recorded(rows, shown, [], state_of(seen["optimizer"]), replaced)
 
 
@@ -201,8 +268,7 @@ def _call(main: Any, arguments: list[str], log: Path) -> None:
     with (
         log.open("w") as file,
         patch.object(sys, "argv", ["main", *arguments]),
-        contextlib.ExitStack() as stack,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
     ):
-        stack.enter_context(contextlib.redirect_stdout(file))
-        stack.enter_context(contextlib.redirect_stderr(file))
         main()

@@ -20,15 +20,15 @@ _REMOVE = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True); s
 class Stages:
     """Writes its result when it is made, after each stage and at the end, always whole.
 
-    When time is up, a thread adds where the main one is at work to the faults, writes, and ends the
-    process with exit code 1: so also a call that hangs outside Python is ended.
+    When time is up, a thread adds the main thread's stack to the faults, writes, and ends the
+    process with exit code 1. So a call that hangs outside Python is ended too.
 
     Args:
         out: the result's file.
         head: what is known before the first stage.
         seconds: the limit, of which `spent` have gone by.
-        more: what else follows from the result so far; asked before each writing.
-        tell: is given the result before the process is ended.
+        more: what else follows from the result so far; called before each writing.
+        report: gets the result before the process is ended.
         remove: a folder that goes with the process.
         logs: a stage's name to a file whose end is added to that stage's faults.
     """
@@ -39,14 +39,14 @@ class Stages:
         head: Result,
         seconds: float,
         more: Callable[[Result], Result],
-        tell: Callable[[Result], None],
+        report: Callable[[Result], None],
         remove: Path,
         logs: dict[str, Path],
         spent: float = 0.0,
     ) -> None:
         self.out = out
         self.more = more
-        self.tell = tell
+        self.report = report
         self.remove = remove
         self.logs = logs
         self.now = "start"
@@ -61,7 +61,8 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """A part of the work: what it raises becomes a fault, and the next stage can begin."""
-        begin, self.now = time.perf_counter(), name
+        begin = time.perf_counter()
+        self.now = name
         try:
             yield
         except (Exception, SystemExit):
@@ -77,7 +78,10 @@ class Stages:
         self.result["faults"].append({"where": self.now, "traceback": text})
 
     def write(self, wait: float = -1) -> None:
-        """The file as of now. It waits so many seconds for another thread to end its writing, then leaves that out."""
+        """Write the file as of now.
+
+        Another thread's writing is waited for, `wait` seconds at most (below 0: without a limit).
+        """
         held = self.lock.acquire(timeout=wait)
         try:
             try:
@@ -99,7 +103,7 @@ class Stages:
         return self.result
 
     def close(self) -> None:
-        """No limit any more."""
+        """End the limit of time."""
         self.timer.cancel()
 
     def _time_is_up(self) -> None:
@@ -108,10 +112,10 @@ class Stages:
         try:
             self.fault(f"{stack}not finished within {self.limit:g} s")
             self.write(wait=2)
-            self.tell(self.result)
+            self.report(self.result)
         finally:
             try:
-                # The other threads would still write there, so first the process becomes another one.
+                # Other threads would still write there: the process is replaced first.
                 os.execv(sys.executable, [sys.executable, "-S", "-c", _REMOVE, str(self.remove)])
             finally:
                 os._exit(1)

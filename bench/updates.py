@@ -2,16 +2,16 @@
 
     python -m bench.updates --device cuda --seconds 90 --out RESULT [--updates 20]
 
-A temporary folder gets a target of random weights that holds what both scripts read, feature files,
-a vocabulary map and a draft's configuration. SpecForge's own `main()` and the `run` of
+A temporary folder gets all that both scripts read: a target of random weights, feature files, a
+vocabulary map and a draft's configuration. SpecForge's own `main()` and the `run` of
 `scripts/train_eagle3_fn.py` then train on the same arguments in this process: `sdpa`, deterministic
 algorithms, no dynamo. On CUDA they train Qwen2.5-7B's draft, each side with its own Triton loss
 (level 1). On the CPU, a rehearsal, they train a tiny one with the same eager loss (level 2).
 
-Every number of every update and the last state are compared by exact value. The result is written
-after each stage; a stage that fails, or is at work when time is up, leaves its traceback under
-`faults`. Exit code 0: equal; 1: a difference or a fault; 2: nothing was compared, and one line says
-why.
+Every number of every update and the last state are compared by exact value: `equal` in RESULT. It
+is written after each stage; a stage that fails, or is unfinished when time is up, leaves its
+traceback under `faults`. Exit code 0: equal; 1: a difference or a fault; 2: nothing was compared,
+and one line names the reason.
 """
 
 import sys
@@ -38,7 +38,7 @@ from unittest.mock import patch
 
 import torch
 
-from bench import specforge_script as old_script
+from bench import common, specforge_script
 from bench.against_specforge import compare_rows, identity, same_state
 from bench.problem import SHAPES, draft_of
 from bench.random_run import BATCH, SAMPLES, UNROLL, Sizes, write_problem
@@ -46,26 +46,23 @@ from bench.replacements import replacements
 from bench.stages import Stages
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl
+from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import TrainState
 from eagle3fn.specforge import script
-from eagle3fn.specforge.oracle import Oracle, OracleMissingError, load_oracle
-from eagle3fn.testing.provenance import provenance
+from eagle3fn.specforge.oracle import Oracle, load_oracle
 from eagle3fn.train.loop import Events
 from eagle3fn.train.memory import GIB
 
 NEEDED = 44 * GIB  # of a card's memory, for the largest shapes
+LEAST = {"seconds": 0, "updates": 0, "length": 15}  # of options; they must be above
 OUR_FILES = "our checkpoints and drafts are not written"
-
 
 SIZES = {"cuda": Sizes("qwen2.5-7b", 512, 1e-4), "cpu": Sizes("tiny", 40, 1e-3)}
 SMALLER = Sizes("smollm2", 512, 1e-4)  # for a card with less memory
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.parser_of(__doc__)
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), required=True)
     add("--seconds", type=float, default=90, help="all must end within these (default 90)")
@@ -75,7 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--length", type=int, help="tokens of the longest sample (default: by the device)")
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    for name, least in (("seconds", 0), ("updates", 0), ("length", 15)):
+    for name, least in LEAST.items():
         value = getattr(options, name)
         if value is not None and not least < value < math.inf:
             raise UserError(f"--{name} {value}: must be above {least}")
@@ -84,23 +81,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def sizes_of(options: argparse.Namespace) -> tuple[Sizes, str | None]:
     """What to train, and why it is less than it should be, if it is."""
-    sizes, why = SIZES[options.device], None
-    if options.device == "cuda" and (there := torch.cuda.mem_get_info()[0]) < NEEDED:
-        sizes = SMALLER
-        why = (
-            f"the card has {there / GIB:.0f} GiB free, {SIZES['cuda'].shape} takes {NEEDED // GIB}"
-        )
-    shape, length = options.shape or sizes.shape, options.length or sizes.length
+    sizes = SIZES[options.device]
+    why = None
+    if options.device == "cuda":
+        free_bytes = torch.cuda.mem_get_info()[0]
+        if free_bytes < NEEDED:
+            why = (
+                f"the card has {free_bytes / GIB:.0f} GiB free, {sizes.shape} takes {NEEDED // GIB}"
+            )
+            sizes = SMALLER
+
+    shape = options.shape or sizes.shape
+    length = options.length or sizes.length
     return sizes._replace(shape=shape, length=length), why
 
 
 def judged(result: dict[str, Any], root: Path) -> dict[str, Any]:
-    """The comparison as far as both sides have come; of a part, or of nothing, no claim."""
-    rows, new = (rows_of(root / side) for side in ("old", "new"))
-    found = compare_rows(rows, new)
+    """The comparison as far as both sides have come.
+
+    `equal` is claimed of whole runs alone, and only where every loss is another one.
+    """
+    theirs = rows_of(root / "specforge")
+    found = compare_rows(theirs, rows_of(root / "ours"))
     count = result["updates"]
-    moving = len({row["loss"] for row in rows}) == len(rows) > 0
-    found["nontrivial"] = moving and all(row["grad_norm"] > 0 for row in rows)
+    losses = {row["loss"] for row in theirs}
+    moving = len(losses) == len(theirs) > 0
+    found["nontrivial"] = moving and all(row["grad_norm"] > 0 for row in theirs)
     found["equal"] = (
         not result["faults"]
         and found["nontrivial"]
@@ -141,7 +147,7 @@ def measure(
         spent: seconds of `options.seconds` that have gone by.
     """
     sizes, why = sizes_of(options)
-    stood_in = replacements(oracle, options.device, None)
+    replaced = [one.about for one in replacements(oracle, options.device, None)]
     head = provenance() | {
         "oracle": identity(oracle),
         "device": options.device,
@@ -157,7 +163,7 @@ def measure(
             "attention": "sdpa",
         },
         "state_equal": {"compared": False},
-        "replaced": [*(chosen.said for chosen in stood_in), old_script.NOT_SAVED, OUR_FILES],
+        "replaced": [*replaced, specforge_script.NOT_SAVED, OUR_FILES],
     }
     with tempfile.TemporaryDirectory(prefix="updates-") as folder:
         root = Path(folder)
@@ -167,9 +173,9 @@ def measure(
             seconds=options.seconds,
             spent=spent,
             more=lambda result: judged(result, root),
-            tell=tell,
+            report=report,
             remove=root,
-            logs={"SpecForge": root / "old" / "log.txt"},
+            logs={"SpecForge": root / "specforge" / "log.txt"},
         )
         with closing(stages):
             train_both(oracle, options, sizes, root, change, stages)
@@ -184,8 +190,10 @@ def train_both(
     change: Sequence[str],
     stages: Stages,
 ) -> None:
-    """The problem, one side after the other, and their last states beside each other."""
-    arguments, old, state = [], None, None
+    """The problem, one side after the other, and the comparison of their last states."""
+    arguments: list[str] = []
+    theirs = None
+    state = None
     with stages.stage("problem"):
         arguments = write_problem(root, sizes, options.updates, options.device, options.seed)
         free()
@@ -194,26 +202,26 @@ def train_both(
 
     # A side that fails does not keep the other from its rows.
     with stages.stage("SpecForge"):
-        old = old_script.run_old(
+        theirs = specforge_script.run_script(
             oracle,
             arguments,
-            root / "old",
+            root / "specforge",
             device=options.device,
             conversations=False,
             saves=False,
         )
-        stages.result["replaced"] = [*old.replaced, OUR_FILES]
+        stages.result["replaced"] = [*theirs.replaced, OUR_FILES]
     with stages.stage("ours"):
         free()
-        state = train_ours([*arguments, *change], root / "new", options.device)
+        state = train_ours([*arguments, *change], root / "ours", options.device)
 
-    if old is not None and state is not None:
+    if theirs is not None and state is not None:
         with stages.stage("state"):
-            stages.result["state_equal"] = same_state(state, old.state)
+            stages.result["state_equal"] = same_state(state, theirs.state)
 
 
-def tell(result: dict[str, Any]) -> None:
-    """Faults on stderr, and a line of JSON on stdout, whatever SpecForge's output is sent to."""
+def report(result: dict[str, Any]) -> None:
+    """Faults on stderr and a line of JSON on stdout, the process's own ones."""
     for fault in result["faults"]:
         print(f"{fault['where']}:\n{fault['traceback']}", file=sys.__stderr__)
     names = ("equal", "steps", "unequal_values", "first_difference", "seconds")
@@ -222,7 +230,7 @@ def tell(result: dict[str, Any]) -> None:
 
 
 def free() -> None:
-    """Give back what the side before has left, also on the card."""
+    """Free what the side before has left, on the card too."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -233,19 +241,21 @@ def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
 
     `begin` is when the process began, by `time.monotonic`.
     """
-    begin = time.monotonic() if begin is None else begin
-    try:
-        options = parse(arguments)
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: no CUDA device here; --device cpu is a rehearsal")
-        oracle = load_oracle(commit=True, native=options.device == "cuda")
-        old_script.script_path(oracle, "train_eagle3.py")
-        torch.use_deterministic_algorithms(True)
-        result = measure(oracle, options, spent=time.monotonic() - begin)
-    except (UserError, OracleMissingError, OSError) as error:
-        print(f"bench.updates: {error}", file=sys.stderr)
-        return 2
-    tell(result)
+    if begin is None:
+        begin = time.monotonic()
+    return common.program("bench.updates", lambda: run(arguments, begin))
+
+
+def run(arguments: list[str] | None, begin: float) -> int:
+    """Parse, compare, report."""
+    options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; --device cpu is a rehearsal")
+    oracle = load_oracle(commit=True, native=options.device == "cuda")
+    specforge_script.script_path(oracle, "train_eagle3.py")
+    torch.use_deterministic_algorithms(True)
+    result = measure(oracle, options, spent=time.monotonic() - begin)
+    report(result)
     return 0 if result["equal"] else 1
 
 

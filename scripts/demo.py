@@ -16,6 +16,7 @@ from typing import Any
 
 from eagle3fn.base.files import read_json, whole_file, whole_folder, write_json
 from eagle3fn.base.program import exit_code
+from eagle3fn.base.provenance import git_revision
 
 HERE = Path(__file__).resolve().parent
 CONVERSATIONS = HERE / "data" / "conversations.jsonl.xz"
@@ -169,9 +170,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """
     path = out / "settings.json"
     if not path.exists():
-        git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-        revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        write_json(path, {**settings, "revision": revision or "unknown"})
+        write_json(path, {**settings, "revision": git_revision(HERE)})
 
     found = read_json(path)
     if {**found, **settings} != found:

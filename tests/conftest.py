@@ -1,4 +1,4 @@
-"""Process-wide set-up; the environment must be settled before torch is imported."""
+"""Set-up of the whole test process. The environment must be set before torch is imported."""
 
 import os
 
@@ -18,6 +18,7 @@ if not devices.ON_CARD:
     mend_interpreter()
 pytest_plugins = ["tests.devices"]
 
+# Hypothesis: how many examples a property is checked on; HYPOTHESIS_PROFILE chooses.
 COMMON = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -36,7 +37,7 @@ TALLIES = pytest.StashKey[list[Tally]]()
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Tally:
-    """Counts the cases of a property; the run ends with the counts of all."""
+    """Counts the cases of a property; the run ends with the counts of all properties."""
     made = Tally(request.node.name)
     request.config.stash.setdefault(TALLIES, []).append(made)
     return made
@@ -47,15 +48,20 @@ def pytest_terminal_summary(
 ) -> None:
     for line in devices.summary_lines(config):
         terminalreporter.line(line, red=True)
-    if config.stash.get(TALLIES, []):
+
+    tallies = config.stash.get(TALLIES, [])
+    if tallies:
         terminalreporter.section("drawn cases by dtype, loss and unroll length K")
-    for made in config.stash.get(TALLIES, []):
+    for made in tallies:
         terminalreporter.line(made.describe())
 
 
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
-    """SpecForge, or a skip that names what to install."""
+    """SpecForge as it is installed or checked out.
+
+    A skip that names what to install if it is not.
+    """
     found = oracle_or_skip()
     print(found.describe())
     return found
@@ -63,7 +69,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="session")
 def commit() -> Oracle:
-    """SpecForge at its commit alone."""
+    """SpecForge at its pinned commit alone."""
     return oracle_or_skip(commit=True)
 
 

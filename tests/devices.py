@@ -132,7 +132,7 @@ def provenance_of_run() -> dict[str, Any]:
     """The first row of a record: device, revision, versions, hardware, hashes of the sources."""
     import torch
 
-    from eagle3fn.testing.provenance import provenance
+    from eagle3fn.base.provenance import provenance
     from tests.specforge.certificate import sources
 
     found = provenance("python -m pytest", os.environ.get("EAGLE3FN_REVISION"))

@@ -1,14 +1,13 @@
-"""Counts of the drawn cases that a property was checked on."""
+"""How many drawn cases a property was checked on, and how many left something to compare."""
 
 from eagle3fn.specforge import parity
 from eagle3fn.testing import Case
 
-NONTRIVIAL = 0.8
-"""The least share of cases that must leave something to compare."""
+ENOUGH = 0.8
 
 
 class Tally:
-    """The cases of one property, and how many of them leave something to compare."""
+    """The cases of one property. A case is trivial if its loss or a gradient is zero throughout."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -17,19 +16,20 @@ class Tally:
 
     def add(self, case: Case, nontrivial: bool) -> None:
         self.cases.append(case)
-        self.nontrivial += nontrivial
+        if nontrivial:
+            self.nontrivial += 1
 
     def check(self) -> None:
-        """Fail unless four of five cases are non-trivial.
+        """Four of five cases must be non-trivial.
 
         Those of one-token samples don't count: Hypothesis begins with them, and under most masks
         they train no row.
         """
         counted = sum(max(case.lengths) > 1 for case in self.cases)
-        assert counted, "no case was checked"
-        assert self.nontrivial >= int(NONTRIVIAL * counted), self.describe()
+        assert counted, f"{self.name}: no case of more than one token was drawn"
+        assert self.nontrivial >= int(ENOUGH * counted), self.describe()
 
     def describe(self) -> str:
-        """One line: cases, non-trivial ones, and counts by dtype, loss and unroll length."""
+        """One line: counts, and the cases by dtype, loss and unroll length."""
         head = f"{self.name}: {len(self.cases)} cases, {self.nontrivial} non-trivial"
         return "; ".join([head, *parity.describe_counts(parity.counts(self.cases))])

@@ -1,4 +1,4 @@
-"""README says what is: its snippets run, and its defaults, options, tree and names are the code's."""
+"""README says what is: its snippets run; defaults, options, tree and names are the code's."""
 
 import argparse
 import ast

@@ -1,55 +1,68 @@
-"""The house's order: a room imports only rooms above it, and heavy optional packages stand in one file each."""
+"""What may import what: folders follow the way of the data, heavy packages have one file each.
+
+    base ← data, model ← train ← use        what a run needs
+    testing                                 may import all of these
+    specforge                               may import all of these, and testing
+
+Only `cli.py` imports `specforge`, and only `specforge` imports `testing`.
+"""
 
 import ast
+import tomllib
 from pathlib import Path
+
+import pytest
 
 import eagle3fn
 
-ROOT = Path(eagle3fn.__file__).parent
+PACKAGE = Path(eagle3fn.__file__).parent
+ROOT = PACKAGE.parent
+
 ALLOWED = {
     "base": set(),
     "data": {"base"},
     "model": {"base"},
     "train": {"base", "data", "model"},
-    "testing": {"base", "data", "model", "train", "use"},
     "use": {"base", "data", "model", "train"},
+    "testing": {"base", "data", "model", "train", "use"},
+    "specforge": {"base", "data", "model", "train", "use", "testing"},
 }
-ANYWHERE = {"cli.py", "__init__.py"}
-ONE_FILE = {"matplotlib": "use/report.py"}
+"""By folder, the other folders of the package that its files may import."""
 
+TOP = {"cli.py", "__init__.py"}
+"""Files of no folder: the command line, and the package's own names."""
 
-def imports(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return names
+USERS = {
+    "matplotlib": {"use/report.py"},
+    "hypothesis": {"testing/strategies.py", "specforge/cases.py"},
+    "pytest": set(),
+    "triton": {
+        "model/kernels/score.py",
+        "specforge/kl_kernel.py",
+        "testing/triton_interpreter.py",
+    },
+}
+"""Heavy packages, and the files that import them; transformers has more users."""
+
+LAZY = {*USERS, "transformers"}
+"""Packages that no file imports when it is loaded."""
 
 
 def files() -> list[Path]:
-    return [
-        path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in ANYWHERE
-    ]
+    """The package's files, but those of no folder."""
+    found = sorted(PACKAGE.rglob("*.py"))
+    return [path for path in found if name_of(path) not in TOP]
 
 
-def test_rooms_import_only_upwards():
-    wrong = []
-    for path in files():
-        room = path.relative_to(ROOT).parts[0]
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "eagle3fn" and len(parts) > 1 and parts[1] not in ALLOWED[room] | {room}:
-                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-    assert not wrong
-    assert {path.relative_to(ROOT).parts[0] for path in files()} == set(ALLOWED)
+def name_of(path: Path) -> str:
+    """A file's path within the package."""
+    return path.relative_to(PACKAGE).as_posix()
 
 
-def top_level(path: Path) -> set[str]:
-    """Full names of what a file imports when it is loaded."""
+def names_in(nodes: list[ast.AST]) -> set[str]:
+    """Full names of the modules that these nodes import."""
     names: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
         elif isinstance(node, ast.Import):
@@ -57,45 +70,132 @@ def top_level(path: Path) -> set[str]:
     return names
 
 
-def test_only_the_command_line_imports_testing_and_lazily():
-    users = [
-        path
-        for path in ROOT.rglob("*.py")
-        if any(name.startswith("eagle3fn.testing") for name in imports(path))
-    ]
-    outside = {path.relative_to(ROOT).as_posix() for path in users if path.parent.name != "testing"}
-    assert outside == {"cli.py"}
-    assert not any(name.startswith("eagle3fn.testing") for name in top_level(ROOT / "cli.py"))
-    users = [path for path in ROOT.rglob("*.py") if "hypothesis" in imports(path)]
-    assert {path.parent.name for path in users} == {"testing"}
+def imports(path: Path) -> set[str]:
+    """What a file imports anywhere in it."""
+    return names_in(list(ast.walk(ast.parse(path.read_text()))))
 
 
-def test_heavy_packages_are_imported_in_one_file_and_lazily():
-    for package, home in ONE_FILE.items():
-        users = {
-            p.relative_to(ROOT).as_posix()
-            for p in files()
-            if any(n.split(".")[0] == package for n in imports(p))
-        }
-        assert users == {home}
-    users = [p for p in files() if any(name.split(".")[0] == "triton" for name in imports(p))]
-    assert users and {p.parent.relative_to(ROOT).as_posix() for p in users} == {"model/kernels"}
+def top_level(path: Path) -> set[str]:
+    """What a file imports when it is loaded."""
+    return names_in(list(ast.parse(path.read_text()).body))
+
+
+def packages(names: set[str]) -> set[str]:
+    """The first part of each name."""
+    return {name.split(".")[0] for name in names}
+
+
+def importers_of(folder: str) -> set[str]:
+    """The package's files outside a folder that import it."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        inside = path.relative_to(PACKAGE).parts[0] == folder
+        if not inside and any(_is_in(name, f"eagle3fn.{folder}") for name in imports(path)):
+            found.add(name_of(path))
+    return found
+
+
+def _is_in(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def test_imports_between_folders_go_one_way():
+    wrong = []
     for path in files():
-        top = {name.split(".")[0] for name in top_level(path)}
-        assert not top & {"transformers", "matplotlib", "triton", "hypothesis", "pytest"}, path
+        own = path.relative_to(PACKAGE).parts[0]
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] != "eagle3fn" or len(parts) == 1:
+                continue
+            if parts[1] != own and parts[1] not in ALLOWED[own]:
+                wrong.append(f"{name_of(path)} imports {name}")
+    assert not wrong
+    assert {path.relative_to(PACKAGE).parts[0] for path in files()} == set(ALLOWED)
 
 
-def test_one_file_knows_dtensor():
-    wanted = "torch.distributed.tensor"
-    assert {p.relative_to(ROOT).as_posix() for p in files() if wanted in p.read_text()} == {
-        "train/shard.py"
+def test_only_the_command_line_imports_specforge_and_lazily():
+    assert importers_of("specforge") == {"cli.py"}
+    loaded = top_level(PACKAGE / "cli.py")
+    assert not any(_is_in(name, "eagle3fn.specforge") for name in loaded)
+
+
+def test_only_specforge_imports_testing():
+    importers = importers_of("testing")
+    assert importers
+    assert all(name.startswith("specforge/") for name in importers)
+
+
+@pytest.mark.parametrize("package", USERS)
+def test_heavy_package_is_imported_by_its_files_alone(package):
+    users = {name_of(path) for path in files() if package in packages(imports(path))}
+    assert users == USERS[package]
+
+
+def test_heavy_packages_are_imported_lazily():
+    for path in files():
+        assert not packages(top_level(path)) & LAZY, name_of(path)
+
+
+def test_one_file_imports_dtensor():
+    module = "torch.distributed.tensor"
+    users = {name_of(path) for path in files() if module in path.read_text()}
+    assert users == {"train/shard.py"}
+
+
+def test_package_bench_and_scripts_import_neither_tests_nor_each_other():
+    apart = {
+        "eagle3fn": {"bench", "scripts", "tests"},
+        "bench": {"scripts", "tests"},
+        "scripts": {"bench", "tests"},
     }
+    wrong = []
+    for folder, others in apart.items():
+        paths = list((ROOT / folder).rglob("*.py"))
+        assert paths, folder
+        for path in paths:
+            for name in packages(imports(path)) & others:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
 
 
-def test_files_stay_small():
-    long = {
-        path.name: n
-        for path in ROOT.rglob("*.py")
-        if (n := len(path.read_text().splitlines())) > 260
-    }
-    assert not long
+def test_tests_import_no_tests():
+    """What several test files need has a module of its own."""
+    wrong = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        for name in imports(path):
+            last = name.split(".")[-1]
+            if name.startswith("tests.") and (last == "conftest" or last.startswith("test_")):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+TEXT = {".py", ".md", ".toml", ".sh", ".txt", ".json"}
+OLD_WORD = "leg" + "acy"
+MAY_HAVE_IT = ("eagle3fn/specforge/", "tests/specforge/", "bench/results/")
+
+
+def texts() -> list[Path]:
+    """The project's text files: those at the top, and all in its folders."""
+    found = list(ROOT.glob("*"))
+    for folder in ("eagle3fn", "tests", "bench", "scripts"):
+        found += (ROOT / folder).rglob("*")
+    return [path for path in found if path.suffix in TEXT and path.is_file()]
+
+
+def test_old_word_for_specforges_settings_is_in_its_folders_alone():
+    """Results of earlier runs keep it too."""
+    found = []
+    for path in texts():
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(MAY_HAVE_IT):
+            continue
+        if OLD_WORD in path.read_text(encoding="utf-8").lower():
+            found.append(name)
+    assert sorted(found) == []
+
+
+def test_lines_are_at_most_100_characters():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    assert settings["line-length"] == 100
+    assert "E" in settings["lint"]["select"]
+    assert "E501" not in settings["lint"]["ignore"]

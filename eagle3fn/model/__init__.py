@@ -1,1 +1,3 @@
-"""`Batch` to loss: parameter table, layers, attention over the unroll, teacher, losses, `forward_loss`."""
+"""`Batch` to loss: parameter table, layers, attention over the unroll, teacher, losses,
+`forward_loss`.
+"""

@@ -63,6 +63,7 @@ def check_no_autocast(device: str) -> None:
     Raises:
         UserError: it is on for this type of device.
     """
+    # A device without values, "meta", has no autocast.
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         raise UserError(
             f"torch.autocast is on for {device!r}: the compute dtype is that of the parameters; "

@@ -81,7 +81,8 @@ def forward_fast(
 
     # Each step's denominator.
     if objective.normalization == "rows":
-        row_counts = torch.full((k,), float(batch.input_ids.numel()), device=draft.device)
+        rows = float(batch.input_ids.numel())
+        row_counts = torch.full((k,), rows, dtype=torch.float32, device=draft.device)
     elif batch.row_counts is None:
         row_counts = step_rows([batch.row_mask], k)
     else:

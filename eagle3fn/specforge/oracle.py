@@ -243,7 +243,6 @@ def _llama_config(config: DraftConfig) -> Any:
     # Set after LlamaConfig's own check, which refuses heads that don't divide the hidden size.
     llama.num_attention_heads = config.num_attention_heads
     llama.num_key_value_heads = config.num_key_value_heads
-    llama.rope_scaling = None
     llama.rope_theta = config.rope_theta
     llama.rope_parameters = dict(rope)
     llama.draft_vocab_size = config.draft_vocab_size

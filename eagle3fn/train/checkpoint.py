@@ -306,6 +306,11 @@ def _same_config(old: dict, new: dict, path: Path, prefix: str = "") -> None:
         # JSON has lists for tuples.
         if isinstance(now, tuple):
             now = list(now)
+        if was != now and prefix + key in GONE:
+            raise UserError(
+                f"{path}: a checkpoint of another configuration: {prefix}{key} was {was!r}, a "
+                f"setting that is gone; {_ELSEWHERE}"
+            )
         if was != now and prefix + key not in MAY_CHANGE:
             raise UserError(
                 f"{path}: a checkpoint of another configuration: {prefix}{key} was {was!r}, is "

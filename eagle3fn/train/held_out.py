@@ -64,9 +64,9 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
 
 
 def _averaged_rows(aux: Aux, config: Config, places: int) -> Tensor:
-    """By how many rows each of a sample's step losses was divided: `(K,)`."""
+    """By how many rows each of a sample's step losses was divided: `(K,)`; 0 where it has none."""
     if config.objective.loss != "kl":
         return aux.accept_rows
     if config.objective.normalization == "rows":
         return torch.full_like(aux.losses, places)
-    return aux.rows.clamp(min=1).to(aux.losses.dtype)
+    return aux.rows.to(aux.losses.dtype)

@@ -1,13 +1,13 @@
 """A run's results gathered: a short table, `report.json`, and a picture of the curves."""
 
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, read_jsonl, whole_file, write_json
+from eagle3fn.base.provenance import processor, versions
 
 
 class _Line(NamedTuple):
@@ -143,33 +143,18 @@ def _is_number(value: Any) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     from eagle3fn import __version__
 
     # The package may run from a checkout that is not installed.
-    return {
-        "eagle3fn": __version__,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
+    return {"eagle3fn": __version__, **versions(("torch", "transformers"))}
 
 
 def _machine() -> dict[str, Any]:
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _draw(

@@ -1,4 +1,4 @@
-"""The floors of a step: counts against what PyTorch is asked for, sums, plain loops, memory."""
+"""Floors of a step: counts against the operations of a real step, sums, plain loops, memory."""
 
 import json
 import math
@@ -16,33 +16,28 @@ from bench.floor_dense import dense_step
 from bench.floor_parts import INDEX_PUT, LOGSUMEXP, Kernels, Size, chunks, fast_step
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.rows import both_rows
-from eagle3fn.model import fast
-from eagle3fn.model import head_loss as fused
+from eagle3fn.model import fast, head_loss
 from eagle3fn.model.table import shapes
 
-NO_KERNEL = {
-    "view", "_unsafe_view", "expand", "slice", "select", "transpose", "permute", "unsqueeze", "squeeze", "t", "detach",
-    "alias", "split", "unbind", "as_strided", "empty", "new_empty", "empty_like", "empty_strided", "promote_types",
-    "_local_scalar_dense",
-}  # fmt: skip
-
-
+NO_KERNEL = set(
+    "view _unsafe_view expand slice select transpose permute unsqueeze squeeze t detach alias "
+    "split unbind as_strided empty new_empty empty_like empty_strided promote_types "
+    "_local_scalar_dense".split()
+)
 LAUNCHES = {"logsumexp": LOGSUMEXP, "_scaled_dot_product_flash_attention_backward": 3}
 
 
 def numel(x: torch.Tensor) -> int:
-    """Elements that lie apart: an expanded axis counts once."""
-    return (
-        0
-        if not x.numel()
-        else torch.Size([a for a, b in zip(x.shape, x.stride(), strict=True) if b]).numel()
-    )
+    """Elements in memory: an expanded axis counts once."""
+    if not x.numel():
+        return 0
+    return math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
 
 
 def bytes_of(xs: list[torch.Tensor]) -> int:
-    """A tensor that is given twice counts once."""
-    apart = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in xs}
-    return sum(numel(x) * x.itemsize for x in apart.values())
+    """Bytes of these tensors; one that comes twice counts once."""
+    different = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in xs}
+    return sum(numel(x) * x.itemsize for x in different.values())
 
 
 def kernels_of(
@@ -82,8 +77,15 @@ def flops_of(name: str, given: list[torch.Tensor]) -> int:
     return 0
 
 
-class Asked(TorchDispatchMode):
-    """Launches, FLOPs, bytes and the most new bytes alive of all operations in here; none needs values."""
+def tensors_of(tree) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+class Counter(TorchDispatchMode):
+    """Counts all operations while it is open: launches, FLOPs, bytes, the most new bytes alive.
+
+    No operation needs values.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,13 +95,11 @@ class Asked(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[1]
-        given, made = (
-            [x for x in tree_leaves(y) if isinstance(x, torch.Tensor)]
-            for y in ((args, kwargs or {}), out)
-        )
+        given = tensors_of((args, kwargs or {}))
+        made = tensors_of(out)
         self._watch(given, made)
-        if name.startswith("_foreach_") and not made:  # in place: the first list is what it writes
-            made = given[:1]
+        if name.startswith("_foreach_") and not made:
+            made = given[:1]  # in place: the first list is what it writes
         if name not in NO_KERNEL and bytes_of(made):
             launches, read, written = kernels_of(name, given, made)
             self.count += launches
@@ -108,9 +108,10 @@ class Asked(TorchDispatchMode):
         return out
 
     def _watch(self, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
-        old = {x.untyped_storage()._cdata for x in given}
-        for storage in (x.untyped_storage() for x in made):
-            if storage._cdata not in self.live | old:
+        before = {x.untyped_storage()._cdata for x in given}
+        for x in made:
+            storage = x.untyped_storage()
+            if storage._cdata not in self.live | before:
                 self.live.add(storage._cdata)
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
@@ -121,153 +122,173 @@ class Asked(TorchDispatchMode):
         self.now -= size
 
 
-def problem_of(shape: str, seq: int, masked: float, k: int, batch: int = 1):
-    """Draft, mask and size of the bench's problem."""
-    draft = problem.draft_of(shape, None, seq)
-    size, mask = floors.size_of(draft, batch, seq, masked, k)
-    return draft, mask, size
+def counted_of(shape: str, seq: int, masked: float, k: int, batch: int = 1) -> floors.Counted:
+    """The bench's problem, counted."""
+    return floors.size_of(problem.draft_of(shape, None, seq), batch, seq, masked, k)
 
 
-def asked_of_a_step(draft: e3.DraftConfig, mask: torch.Tensor, size: Size) -> Asked:
-    """A fast step of the bench as CUDA runs it, on PyTorch's device without values, but for the scores' kernels."""
-    b, s, ht = size.batch, size.seq, draft.target_hidden_size
+def operations_of_a_step(mask: torch.Tensor, size: Size) -> Counter:
+    """A fast step as CUDA runs it, on PyTorch's device without values.
+
+    The scores' kernels, which are not PyTorch's, are left out.
+    """
+    draft = size.draft
+    b = size.batch
+    s = size.seq
+    ht = draft.target_hidden_size
+    v = draft.vocab_size
+    d = draft.draft_vocab_size
 
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     def score(logits, z, t2d, kept):
         k, p, _ = logits.shape
-        kl, accept, known = (make(*n, dtype=torch.float32) for n in ((k, p), (k, p), (p,)))
-        return fused.PairScores(kl, kl > 0, accept, known > 0)
+        kl = make(k, p, dtype=torch.float32)
+        accept = make(k, p, dtype=torch.float32)
+        known = make(p, dtype=torch.float32)
+        return kl, kl > 0, accept, known > 0
 
-    ids, rows = make(b, s, dtype=torch.int64), both_rows(mask, size.k)
+    ids = make(b, s, dtype=torch.int64)
+    rows = both_rows(mask, size.k)
     batch = e3.Batch(
-        ids,
-        ids,
-        ids,
-        make(b, s, 3 * ht),
-        make(b, s, ht),
-        **{n: x.to("meta") for n, x in rows.items()},
+        input_ids=ids,
+        attention_mask=ids,
+        row_mask=ids,
+        aux_hidden=make(b, s, 3 * ht),
+        last_hidden=make(b, s, ht),
+        rows=rows["rows"].to("meta"),
+        labels=rows["labels"].to("meta"),
     )
-    v, d = draft.vocab_size, draft.draft_vocab_size
     frozen = e3.Frozen(
-        make(v, draft.hidden_size),
-        make(v, ht),
-        make(v, dtype=torch.bool),
-        make(d, dtype=torch.int64),
+        embed_tokens=make(v, draft.hidden_size),
+        target_head=make(v, ht),
+        t2d=make(v, dtype=torch.bool),
+        d2t=make(d, dtype=torch.int64),
     )
-    fns = e3.bind(
-        e3.Config(draft, e3.ObjectiveConfig(ttt_length=size.k), train=e3.TrainConfig(steps=9)),
-        frozen,
-    )
-    state = fns.init_state({name: make(*shape) for name, shape in shapes(draft).items()})
-    by_flash = mock.patch.object(fast, "has_flash_kernel", lambda *_: True)
-    with by_flash, mock.patch.object(fused, "score_on", lambda *_: score), Asked() as asked:
-        fns.step(state, batch, donate=True)
-    return asked
+    objective = e3.ObjectiveConfig(ttt_length=size.k)
+    config = e3.Config(draft, objective, train=e3.TrainConfig(steps=9))
+
+    # `step` itself: `bind` reads the vocabulary map's values.
+    params = {name: make(*shape) for name, shape in shapes(draft).items()}
+    state = e3.init_state(params, config=config)
+    by_flash = mock.patch.object(fast, "fits", lambda *_: True)
+    by_score = mock.patch.object(head_loss, "score_on", lambda *_: score)
+    with by_flash, by_score, Counter() as counter:
+        e3.step(state, batch, config=config, frozen=frozen, donate=True)
+    return counter
 
 
 @pytest.mark.parametrize(
-    "case", [("qwen2.5-7b", 2048, 7), ("llama-3-8b", 2048, 7), ("qwen2.5-7b", 640, 3)]
+    ("shape", "seq", "k"),
+    [("qwen2.5-7b", 2048, 7), ("llama-3-8b", 2048, 7), ("qwen2.5-7b", 640, 3)],
 )
-def test_the_counts_are_what_pytorch_is_asked_for(case) -> None:
+def test_counts_equal_the_operations_of_a_step(shape: str, seq: int, k: int) -> None:
     """But for the scores' kernels, which are not PyTorch's."""
-    shape, seq, k = case
-    draft, mask, size = problem_of(shape, seq, 0.5, k)
-    asked = asked_of_a_step(draft, mask, size)
-    counted = [x for x in fast_step(size) if x.what not in ("maximum and sums", "scores")]
-    assert sum(x.flops for x in counted) == asked.flops
-    assert sum(x.read + x.written for x in counted) == pytest.approx(asked.bytes, rel=0.005)
-    assert sum(x.count for x in counted) == pytest.approx(asked.count, rel=0.02)
-    assert asked.most < floors.new_bytes(size, "fast") < 1.35 * asked.most
+    size, mask = counted_of(shape, seq, 0.5, k)
+    seen = operations_of_a_step(mask, size)
+    counted = [one for one in fast_step(size) if one.what not in ("maximum and sums", "scores")]
+    assert sum(one.flops for one in counted) == seen.flops
+    assert sum(one.read + one.written for one in counted) == pytest.approx(seen.bytes, rel=0.005)
+    assert sum(one.count for one in counted) == pytest.approx(seen.count, rel=0.02)
+    assert seen.most < floors.new_bytes(size, "fast") < 1.35 * seen.most
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_flops_are_the_benchs_where_both_count_the_same(batch) -> None:
-    draft, mask, _ = problem_of("qwen2.5-7b", 512, 0.0, 7, batch)
-    size = Size(draft, batch, 512, 7, mask.numel(), mask.numel())  # every row at every step
-    want = common.flops(draft, mask, 7, dense=True)
+def test_flops_equal_those_of_the_dense_count(batch: int) -> None:
+    """Where all rows are needed, the parts that both count have the same FLOPs."""
+    size, mask = counted_of("qwen2.5-7b", 512, 0.0, 7, batch)
+    size = size._replace(rows=mask.numel(), labels=mask.numel())  # every row at every step
+    want = common.flops(size.draft, mask, 7, dense=True)
+    names = {
+        "projection": want.projection,
+        "MLP": want.mlp,
+        "head and loss": want.head,
+        "teacher": want.teacher,
+    }
+    got: dict[str, dict[str, int]] = {}
     for side, steps in (("fast", fast_step(size)), ("SpecForge", dense_step(size))):
-        got: dict[str, int] = {}
+        got[side] = {}
         for kernels in steps:
-            got[kernels.part] = got.get(kernels.part, 0) + kernels.flops
-        for ours, theirs in (
-            ("projection",) * 2,
-            ("MLP", "mlp"),
-            ("head and loss", "head"),
-            ("teacher",) * 2,
-        ):
-            assert got[ours] == getattr(want, theirs), (side, ours)
-    assert got["queries, keys, values, output"] == want.keys_values + want.queries_output
+            got[side][kernels.part] = got[side].get(kernels.part, 0) + kernels.flops
+        for name, flops in names.items():
+            assert got[side][name] == flops, (side, name)
+    dense = got["SpecForge"]["queries, keys, values, output"]
+    assert dense == want.keys_values + want.queries_output
 
 
-def test_a_tiny_head_by_plain_loops() -> None:
-    """Half of the labels: what the logits, their gradients and the teacher's logits read and write, chunk by chunk."""
-    draft, _, size = problem_of("tiny", 96, 0.5, 3)
-    h, d, v, k = draft.hidden_size, draft.draft_vocab_size, draft.vocab_size, 3
+def test_counts_of_a_tiny_head_equal_plain_loops() -> None:
+    """What the logits, their gradients and the teacher's logits read and write, chunk by chunk."""
+    k = 3
+    size, _ = counted_of("tiny", 96, 0.5, k)
+    h = size.draft.hidden_size
+    d = size.draft.draft_vocab_size
+    v = size.draft.vocab_size
+    with mock.patch.object(head_loss, "_CUDA_CHUNK_BYTES", 20 * 2 * (k * d + v)):
+        steps = fast_step(size)
+        parts = chunks(size)
+    assert sum(parts) == size.labels
+    assert max(parts) <= 20 and max(parts) - min(parts) <= len(parts)
+
     read = written = flops = taught = 0
-    with mock.patch.object(fused, "_CUDA_CHUNK_BYTES", 20 * 2 * (k * d + v)):
-        steps, parts = fast_step(size), chunks(size)
-    assert sum(parts) == size.labels and max(parts) <= 20 and max(parts) - min(parts) <= len(parts)
     for labels in parts:
         for rows, inner, columns in ((k * labels, h, d), (k * labels, d, h), (d, k * labels, h)):
             read += 2 * (rows * inner + inner * columns)
             written += 2 * rows * columns
             flops += 2 * rows * inner * columns
         taught += 2 * (labels * h + h * v + labels * v)
-    products = [x for x in steps if x.part == "head and loss" and x.flops]
-    assert sum(x.read for x in products) == read
-    assert sum(x.written for x in products) == written
-    assert sum(x.flops for x in products) == flops
-    teacher = [x for x in steps if x.part == "teacher" and x.flops]
-    assert sum(x.read + x.written for x in teacher) == taught
-    total = sum(math.prod(shape) for shape in shapes(draft).values())
-    (adam,) = [x for x in steps if x.what == "seven passes"]
+    products = [one for one in steps if one.part == "head and loss" and one.flops]
+    assert sum(one.read for one in products) == read
+    assert sum(one.written for one in products) == written
+    assert sum(one.flops for one in products) == flops
+    teacher = [one for one in steps if one.part == "teacher" and one.flops]
+    assert sum(one.read + one.written for one in teacher) == taught
+
+    total = sum(math.prod(shape) for shape in shapes(size.draft).values())
+    (adam,) = [one for one in steps if one.what == "seven passes"]
     assert (adam.read, adam.written) == (11 * 4 * total, 7 * 4 * total)
 
 
-def test_a_floor_is_the_larger_of_two_and_a_total_the_sum() -> None:
+def test_floor_is_the_larger_of_two_times_and_total_the_sum() -> None:
     card = floors.Card(products=100.0, memory=10.0)
     assert floors.floor(Kernels("", "", 1, 500, 20, 10), card) == 5.0
     assert floors.floor(Kernels("", "", 1, 200, 20, 10), card) == 3.0
-    _, _, size = problem_of("llama-3-8b", 1024, 0.5, 7)
-    for side in floors.SIDES:
-        slow, quick = (floors.parts(side, size, card) for card in ("h100", "h200"))
+
+    size, _ = counted_of("llama-3-8b", 1024, 0.5, 7)
+    for side, step in floors.SIDES.items():
+        slow = floors.parts(side, size, "h100")
+        quick = floors.parts(side, size, "h200")
         for name, value in slow["total"].items():
-            assert value == pytest.approx(
-                sum(row[name] for part, row in slow.items() if part != "total")
-            )
-        each = floors.SIDES[side](size)
-        assert slow["total"]["floor"] == pytest.approx(
-            sum(floors.floor(x, floors.CARDS["h100"]) for x in each)
-        )
+            each = [row[name] for part, row in slow.items() if part != "total"]
+            assert value == pytest.approx(sum(each))
+        each = [floors.floor(kernels, floors.CARDS["h100"]) for kernels in step(size)]
+        assert slow["total"]["floor"] == pytest.approx(sum(each))
         assert quick["total"]["floor"] < slow["total"]["floor"] < slow["total"]["expected"]
 
 
-def test_the_bytes_of_all_sides_together() -> None:
+def test_bytes_needed_hold_all_sides_and_grow_with_the_problem() -> None:
     draft = problem.draft_of("qwen2.5-7b", None, 2048)
-    _, _, size = problem_of("qwen2.5-7b", 2048, 0.5, 7)
+    size, _ = counted_of("qwen2.5-7b", 2048, 0.5, 7)
     whole = floors.bytes_needed(draft, 1, 2048, 7)
     assert isinstance(whole, int)
-    assert 3 * 14 * size.weights + floors.new_bytes(size, "plain") < whole < 48 << 30
+    states = 3 * 14 * size.weights
+    assert states + floors.new_bytes(size, "plain") < whole < 48 << 30
     assert floors.bytes_needed(draft, 2, 2048, 7) > whole > floors.bytes_needed(draft, 1, 1024, 7)
     assert whole > floors.bytes_needed(draft, 1, 2048, 3)
     smaller = problem.draft_of("smollm2", None, 1024)
     assert floors.bytes_needed(smaller, 1, 1024, 7) < 8 << 30
 
 
-def test_the_command(capsys, monkeypatch) -> None:
+def test_command_prints_a_table_or_json(capsys, monkeypatch) -> None:
     call = ["floors", "--shape", "llama-3-8b", "--seq", "512", "--masked", "0.5", "--card", "h200"]
     monkeypatch.setattr("sys.argv", [*call, "--json"])
     floors.main()
     found = json.loads(capsys.readouterr().out)
-    assert found["cards"].keys() == {"h200"} and found["cards"]["h200"].keys() == {
-        "fast",
-        "SpecForge",
-    }
-    assert found["bytes_needed"] == floors.bytes_needed(
-        problem.draft_of("llama-3-8b", None, 512), 1, 512, 7
-    )
+    assert found["cards"].keys() == {"h200"}
+    assert found["cards"]["h200"].keys() == {"fast", "SpecForge"}
+    draft = problem.draft_of("llama-3-8b", None, 512)
+    assert found["bytes_needed"] == floors.bytes_needed(draft, 1, 512, 7)
+
     monkeypatch.setattr("sys.argv", call)
     floors.main()
     out = capsys.readouterr().out

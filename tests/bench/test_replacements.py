@@ -1,4 +1,4 @@
-"""What stands in for what on which device while SpecForge's launchers run."""
+"""What is replaced on which device while SpecForge's launchers run."""
 
 import contextlib
 import importlib
@@ -24,7 +24,11 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError
 
 ONLY_WITHOUT_CARD = (
-    *("Triton loss", "no card", "cuda does nothing", "gloo", "averages"),
+    "Triton loss",
+    "no card",
+    "cuda does nothing",
+    "gloo",
+    "averages",
     "FullyShardedDataParallel",
 )
 
@@ -41,14 +45,19 @@ class FakeCard:
         self.current_stream = self.Stream
         self.stream = lambda _: contextlib.nullcontext()
         self.current_device = lambda: torch.device("cpu")
-        self.is_available, self.device_count = (lambda: True), (lambda: 1)
+        self.is_available = lambda: True
+        self.device_count = lambda: 1
 
 
 @contextlib.contextmanager
 def card_on_cpu(oracle: Oracle) -> Iterator[list[str]]:
-    """What is done with a card, on the CPU: NCCL is gloo, mesh and FSDP's streams are the CPU's."""
+    """What is done with a card, on the CPU: NCCL is gloo, mesh and FSDP's streams are the CPU's.
+
+    Yields the backends of the process groups that are made.
+    """
     module = importlib.import_module("torch.distributed.fsdp.fully_sharded_data_parallel")
-    init, mesh = dist.init_process_group, dist.device_mesh.init_device_mesh
+    init = dist.init_process_group
+    mesh = dist.device_mesh.init_device_mesh
     from_group = DeviceMesh.from_group
     backends: list[str] = []
 
@@ -65,7 +74,7 @@ def card_on_cpu(oracle: Oracle) -> Iterator[list[str]]:
 
     left_out = ("gloo", "averages", "Fully")
     without = replacements._without_card(oracle)
-    kept = [one for one in without if not any(word in one.said for word in left_out)]
+    kept = [one for one in without if not any(word in one.about for word in left_out)]
     fakes = [
         change(dist, "init_process_group", join),
         change(dist.device_mesh, "init_device_mesh", lambda _, *a, **k: mesh("cpu", *a, **k)),
@@ -79,7 +88,7 @@ def card_on_cpu(oracle: Oracle) -> Iterator[list[str]]:
         yield backends
 
 
-def test_with_the_real_fsdp_and_process_group_of_one_rank_state_and_bits_are_the_same(
+def test_state_and_bits_are_equal_under_real_fsdp_and_process_group_of_one_rank(
     commit: Oracle, tmp_path: Path
 ) -> None:
     """SpecForge's own `init_distributed`, announced as by torchrun, and FSDP around its model."""
@@ -90,24 +99,27 @@ def test_with_the_real_fsdp_and_process_group_of_one_rank_state_and_bits_are_the
         wrapped.append(type(self.module).__name__)
         return real(self, *args, **more)
 
-    asked = updates.parse(
-        ["--device", "cpu", "--out", str(tmp_path / "r.json"), "--updates", "3", "--seconds", "600"]
-    )
+    out = str(tmp_path / "r.json")
+    options = updates.parse(["--device", "cpu", "--out", out, "--updates", "3", "--seconds", "600"])
     spied = patch.object(fsdp.FullyShardedDataParallel, "forward", forward)
     with card_on_cpu(commit) as backends, spied:
-        result = updates.measure(commit, asked)
+        result = updates.measure(commit, options)
     assert result["faults"] == [] and result["equal"]
     assert backends == ["nccl"] and wrapped == 3 * ["OnlineEagle3Model"]
     assert not dist.is_initialized()
 
 
-def test_with_a_card_nothing_of_the_cards_work_is_replaced(commit: Oracle) -> None:
+def test_on_a_card_none_of_its_work_is_replaced(commit: Oracle) -> None:
     distributed = importlib.import_module("specforge.distributed")
 
     def now() -> list[Any]:
         return [
-            *(torch.Tensor.cuda, torch.nn.Module.cuda, torch.cuda.is_available, dist.all_reduce),
-            *(distributed.init_distributed, fsdp.FullyShardedDataParallel),
+            torch.Tensor.cuda,
+            torch.nn.Module.cuda,
+            torch.cuda.is_available,
+            dist.all_reduce,
+            distributed.init_distributed,
+            fsdp.FullyShardedDataParallel,
             vars(commit.eagle3)["LogSoftmaxLoss"],
         ]
 
@@ -116,23 +128,23 @@ def test_with_a_card_nothing_of_the_cards_work_is_replaced(commit: Oracle) -> No
 
     before = now()
     announced = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    with replacements.on_device(commit, "cuda", None) as said:
+    with replacements.on_device(commit, "cuda", None) as replaced:
         assert all(same()) and announced <= os.environ.keys()
         assert sys.modules["datasets"].Dataset is replacements.Unread
-    assert not any(word in line for line in said for word in ONLY_WITHOUT_CARD)
-    assert any("torchrun" in line for line in said) and "RANK" not in os.environ
-    with replacements.on_device(commit, "cpu", None) as said:
+    assert not any(word in line for line in replaced for word in ONLY_WITHOUT_CARD)
+    assert any("torchrun" in line for line in replaced) and "RANK" not in os.environ
+    with replacements.on_device(commit, "cpu", None) as replaced:
         assert not any(same()) and "RANK" not in os.environ
-    assert all(any(word in line for line in said) for word in ONLY_WITHOUT_CARD)
+    assert all(any(word in line for line in replaced) for word in ONLY_WITHOUT_CARD)
     assert all(same())
 
 
-def test_stand_ins_for_packages_do_what_is_asked_of_them(
+def test_stand_ins_for_packages_do_what_specforge_needs(
     commit: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("accelerate", "datasets.config", "pydantic"):
         monkeypatch.setitem(sys.modules, name, None)
-    with replacements.on_device(commit, "cpu", None) as said:
+    with replacements.on_device(commit, "cpu", None) as replaced:
         set_seed = importlib.import_module("accelerate.utils").set_seed
         drawn = []
         for _ in range(2):
@@ -145,6 +157,6 @@ def test_stand_ins_for_packages_do_what_is_asked_of_them(
         template = type("Template", (sys.modules["pydantic"].BaseModel,), {"kind": "general"})
         assert template(kind="own").kind == "own" and template().kind == "general"
     for name in ("accelerate", "datasets", "pydantic"):
-        assert any(name in line for line in said)
+        assert any(name in line for line in replaced)
     with pytest.raises(OracleMissingError, match="pip install datasets"):
         replacements.replacements(commit, "cpu", Path("cache"))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.chat import describe_mask, encode, end_marks, messages_of
-from tests.data_tools import CHATML, MARKED, talk, tiny_tokenizer
+from tests.factories import CHATML, MARKED, talk, tiny_tokenizer
 
 SPANS = tiny_tokenizer(CHATML)
 MARKS = tiny_tokenizer(MARKED)

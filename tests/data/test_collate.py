@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from eagle3fn import specforge
 from eagle3fn.base.rows import shift, step_rows
 from eagle3fn.data.collate import align_mask, collate, cut, global_row_counts
-from tests.data_tools import random_sample
+from tests.factories import random_sample
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
 

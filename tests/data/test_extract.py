@@ -11,7 +11,7 @@ from eagle3fn.data.chat import encode
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import check_shards, open_features, read_sample
 from eagle3fn.data.target import hidden_states
-from tests.data_tools import CHATML, talk, tiny_model, tiny_tokenizer, write_talks
+from tests.factories import CHATML, talk, tiny_model, tiny_tokenizer, write_talks
 
 LAYERS = (1, 2, 4)
 MODEL = tiny_model()

@@ -16,7 +16,7 @@ from eagle3fn.data.features import (
     read_tokens,
 )
 from eagle3fn.data.vocab import count_tokens
-from tests.data_tools import random_sample, write_folder
+from tests.factories import random_sample, write_folder
 
 AGAIN = "run eagle3fn extract again"
 GOOD = random_sample(6, 1)

@@ -21,7 +21,7 @@ from eagle3fn.data.online import online_batches, roll_out
 from eagle3fn.data.pipeline import batches, prefetch
 from eagle3fn.data.vocab import build_map
 from eagle3fn.testing.builders import on
-from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
+from tests.factories import tiny_model, tiny_tokenizer, write_talks
 
 LAYERS = (1, 2, 4)
 CUT = 40  # cuts the longer conversations inside an answer, so that their last mask entry is 1

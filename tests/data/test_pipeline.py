@@ -15,7 +15,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.pipeline import batches, prefetch, sample_indices, split
-from tests.data_tools import random_sample, write_folder
+from tests.factories import random_sample, write_folder
 
 DRAFT = DraftConfig(4, 8, 1, 1, 4, 50, 20, 4, 64)
 
@@ -26,7 +26,9 @@ def config(global_batch=4, micro_batch=2, seed=3):
 
 
 def order(n, seed, epoch):
-    """An epoch's order, as it was when the first runs were trained: a resumed run must find it again."""
+    """An epoch's order, as it was when the first runs were trained: a resumed run must find it
+    again.
+    """
     return torch.randperm(
         n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     ).tolist()

@@ -21,7 +21,7 @@ from eagle3fn.data.synthesize import (
     synthesize,
     without,
 )
-from tests.data_tools import MARKED, talk, tiny_model, tiny_tokenizer
+from tests.factories import MARKED, talk, tiny_model, tiny_tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "scripts/data/conversations.jsonl.xz"
 

@@ -19,7 +19,7 @@ from eagle3fn.data.target import (
     target_config,
     weights_digest,
 )
-from tests.data_tools import SIZES, tiny_model, tiny_tokenizer, write_talks
+from tests.factories import SIZES, tiny_model, tiny_tokenizer, write_talks
 
 FAMILIES = {
     "Llama": {},

@@ -18,7 +18,7 @@ from eagle3fn.data.vocab import (
     map_size,
     save_map,
 )
-from tests.data_tools import random_sample, write_folder
+from tests.factories import random_sample, write_folder
 
 MAP = build_map(torch.tensor([0, 3, 0, 2, 9]), 3)
 

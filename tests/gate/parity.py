@@ -1,9 +1,9 @@
 """Parity on a card, a part of the CUDA gate.
 
 `python -m tests.gate.parity --seconds N --out FILE` runs the tests that take a device, and the
-claims of `certificate.CLAIMS`: three bit-parity checks and one drift measurement. Each has a process
-with its own environment: all at once, or on a single core one after the other. Every fault is
-recorded and the next case runs.
+claims of `certificate.CLAIMS`: three bit-parity checks and one drift measurement. Each has a
+process with its own environment: all at once, or on a single core one after the other. Every fault
+is recorded and the next case runs.
 
 Exit code 0: everything passed; 1: a difference, an exception, a control that failed, a skip, or no
 case or test at all. `--device cpu` is a rehearsal, with interpreted kernels and `sdpa` alone; it

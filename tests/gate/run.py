@@ -124,7 +124,7 @@ def default_out(device: str) -> Path:
 
 def first_result(options: Any, parts: Mapping[str, Part]) -> dict[str, Any]:
     """The result before the first part."""
-    from eagle3fn.testing.provenance import provenance
+    from eagle3fn.base.provenance import provenance
     from tests.specforge.certificate import sources
 
     # The command without this machine's paths.

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -145,9 +144,11 @@ def test_a_step_on_the_cpu_is_profiled(tmp_path: Path) -> None:
 
 def room(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     """A card with so much free memory, and an estimate by tokens and width."""
-    floors: Any = ModuleType("bench.floors")
-    floors.bytes_needed = lambda draft, batch, seq, k: batch * seq * draft.hidden_size * 1024 * k
-    monkeypatch.setitem(sys.modules, "bench.floors", floors)
+
+    def bytes_needed(draft: Any, batch: int, seq: int, k: int) -> int:
+        return batch * seq * draft.hidden_size * 1024 * k
+
+    monkeypatch.setattr(bench_gate, "bytes_needed", bytes_needed)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 80 * GIB))
 
 
@@ -190,10 +191,12 @@ def runner(folder: Path) -> Path:
     return path
 
 
-PARTIAL = "open(partial, 'w').write(json.dumps({'seconds': {'fast': 1}, 'old_tool': None}))\n"
-WHOLE = "open(out, 'w').write(json.dumps({'seconds': {'fast': 1, 'old': 3}, 'old_tool': {}}))\n"
+PARTIAL = "open(partial, 'w').write(json.dumps({'seconds': {'fast': 1}, 'specforge': None}))\n"
+WHOLE = (
+    "open(out, 'w').write(json.dumps({'seconds': {'fast': 1, 'specforge': 3}, 'specforge': {}}))\n"
+)
 MISSING = (
-    "found = {'seconds': {'fast': 1}, 'old_tool': None, 'old_tool_missing': 'gone'}\n"
+    "found = {'seconds': {'fast': 1}, 'specforge': None, 'specforge_missing': 'gone'}\n"
     "open(out, 'w').write(json.dumps(found))\n"
 )
 

@@ -12,8 +12,8 @@ import eagle3fn as e3
 from eagle3fn.base.rows import contributing_rows
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.testing.builders import on
+from tests.factories import make_batch, make_config, make_frozen
 from tests.model.blocks import error, vjp
-from tests.small import batch_of, config_of, frozen_of
 
 # Relative gradient error against fp64, leaf by leaf: a few units of the dtype's rounding, as for
 # the plain numerics.
@@ -25,7 +25,7 @@ def cases(draw):
     """A batch with a mask of some kind, and the objective's settings."""
     lengths = tuple(draw(st.lists(st.integers(1, 24), min_size=1, max_size=3)))
     s = max(lengths)
-    batch = batch_of(draw(st.integers(0, 10**6)), lengths)
+    batch = make_batch(draw(st.integers(0, 10**6)), lengths)
 
     kind = draw(st.sampled_from(["drawn", "full", "empty", "one", "block"]))
     row = draw(st.integers(0, s - 1))
@@ -54,12 +54,12 @@ def run(case, dtype, numerics, device="cpu"):
     """Loss and metrics, and gradients, all on the CPU."""
     batch, objective = case
     kind = getattr(torch, dtype)
-    config = config_of(dtype, numerics=numerics, **objective)
+    config = make_config(dtype, numerics=numerics, **objective)
 
     # The same values in every dtype: drawn in fp32, then cast.
-    start = config_of("float32", **objective)
-    params = {name: x.to(kind) for name, x in e3.bind(start, frozen_of(start)).init(0).items()}
-    drawn = frozen_of(start)
+    start = make_config("float32", **objective)
+    params = {name: x.to(kind) for name, x in e3.bind(start, make_frozen(start)).init(0).items()}
+    drawn = make_frozen(start)
     assert drawn.embed_tokens is not None
     frozen = drawn._replace(
         embed_tokens=drawn.embed_tokens.to(kind), target_head=drawn.target_head.to(kind)
@@ -73,9 +73,9 @@ def run(case, dtype, numerics, device="cpu"):
 
 def bound(dtype, numerics, device):
     """Functions, parameters and a batch of two samples on the device."""
-    config = config_of(dtype, numerics=numerics)
-    fns = e3.bind(config, on(device, frozen_of(config)))
-    return fns, on(device, fns.init(0)), on(device, batch_of(6, (9, 5)))
+    config = make_config(dtype, numerics=numerics)
+    fns = e3.bind(config, on(device, make_frozen(config)))
+    return fns, on(device, fns.init(0)), on(device, make_batch(6, (9, 5)))
 
 
 def pull_back_of(fns, params, batch):
@@ -114,12 +114,12 @@ def test_fast_is_as_near_to_fp64_as_plain(dtype, device, case):
 
 
 def test_training_by_fast_follows_plain(device):
-    batch = on(device, batch_of(7, (16,)))
+    batch = on(device, make_batch(7, (16,)))
     states = {}
     losses = {}
     for numerics in ("fast", "plain"):
-        config = config_of("float64", numerics=numerics)
-        fns = e3.bind(config, on(device, frozen_of(config)))
+        config = make_config("float64", numerics=numerics)
+        fns = e3.bind(config, on(device, make_frozen(config)))
         state = fns.init_state(on(device, fns.init(0)))
         for _ in range(5):
             state, metrics = fns.step(state, batch)
@@ -154,7 +154,7 @@ def test_contributing_rows_are_those_with_a_label_ahead(case):
 
 def test_rows_and_labels_of_the_batch_replace_those_of_the_mask():
     objective = {"ttt_length": 3}
-    batch = batch_of(3, (20, 9))
+    batch = make_batch(3, (20, 9))
     given_rows = batch._replace(
         rows=contributing_rows(batch.row_mask, 3, bucket=1),
         labels=contributing_rows(batch.row_mask, 1, bucket=7),
@@ -167,7 +167,7 @@ def test_rows_and_labels_of_the_batch_replace_those_of_the_mask():
 
 
 def test_small_chunks_change_nothing(monkeypatch):
-    case = batch_of(4, (20, 9)), {"ttt_length": 3}
+    case = make_batch(4, (20, 9)), {"ttt_length": 3}
     (want, want_aux), want_grads = run(case, "float64", "fast")
     monkeypatch.setattr("eagle3fn.model.head_loss._CHUNK_BYTES", 4 * 3 * 24 * 5)
     (loss, aux), grads = run(case, "float64", "fast")
@@ -181,9 +181,9 @@ def test_small_chunks_change_nothing(monkeypatch):
 
 
 def test_vmap_over_parameters(device):
-    config = config_of("float64", numerics="fast")
-    fns = e3.bind(config, on(device, frozen_of(config)))
-    batch = on(device, batch_of(5, (12,)))
+    config = make_config("float64", numerics="fast")
+    fns = e3.bind(config, on(device, make_frozen(config)))
+    batch = on(device, make_batch(5, (12,)))
     two = [on(device, fns.init(seed)) for seed in (0, 1)]
     stacked = {name: torch.stack([params[name] for params in two]) for name in two[0]}
 
@@ -254,11 +254,11 @@ def test_vmap_over_cotangents_of_one_graph(numerics, keep, device):
 
 
 def test_a_second_derivative_raises_and_names_plain_which_has_it():
-    batch = batch_of(6, (9,))
+    batch = make_batch(6, (9,))
 
     def curvature(numerics):
-        config = config_of("float64", numerics=numerics)
-        fns = e3.bind(config, frozen_of(config))
+        config = make_config("float64", numerics=numerics)
+        fns = e3.bind(config, make_frozen(config))
         params = fns.init(0)
         direction = {name: torch.ones_like(x) for name, x in params.items()}
 

@@ -1,19 +1,28 @@
-"""The losses by acceptance: their parts by hand, where they leave the old tool's, and what is refused."""
+"""The losses by acceptance rate: their formulas by loops, their gradients, and what is refused."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import eagle3fn as e3
+from eagle3fn.base.types import Batch
 from eagle3fn.model.losses import kl_loss, lk_alpha, lk_lambda, step_loss
-from eagle3fn.specforge.oracle import Oracle, run_oracle
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
-from eagle3fn.testing.results import Result, run_forward
+from eagle3fn.testing.results import Result, named
+from tests.factories import (
+    LossInput,
+    make_batch,
+    make_config,
+    make_frozen,
+    pad_batch,
+    underflow,
+)
 from tests.reference.objective import average
 from tests.reference.objective import step_loss as reference_loss
-from tests.small import batch_of, config_of, frozen_of, underflow
 
 BY_ACCEPTANCE = ("lk_alpha", "lk_lambda")
 
@@ -22,162 +31,179 @@ def objective(loss: Any, **more: Any) -> e3.ObjectiveConfig:
     return e3.ObjectiveConfig(loss=loss, numerics="plain", **more)
 
 
-def drawn_step(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """Logits, teacher over draft and full vocabulary, mask."""
+def drawn_step() -> LossInput:
+    """Two samples of five rows, seven draft tokens of nine; fp64."""
     source = torch.Generator().manual_seed(0)
-    logits, wide = (
-        torch.randn(2, 5, size, generator=source, dtype=torch.float64) for size in (7, 9)
-    )
-    full = torch.softmax(wide, -1)
-    q, mask = full[..., :7], torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]])[..., None]
-    return logits.to(dtype), (q / q.sum(-1, keepdim=True)).to(dtype), q.to(dtype), mask
+    logits = torch.randn(2, 5, 7, generator=source, dtype=torch.float64)
+    target_logits = torch.randn(2, 5, 9, generator=source, dtype=torch.float64)
+    p_full = torch.softmax(target_logits, -1)[..., :7]
+    p_draft = p_full / p_full.sum(-1, keepdim=True)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]])[..., None]
+    return LossInput(logits, p_draft, p_full, mask)
 
 
-def test_the_formulas_by_plain_loops():
-    logits, p, q, mask = drawn_step()
-    rows = [(b, t) for b in range(2) for t in range(5) if mask[b, t]]
-    student = [[float(x) for x in torch.softmax(logits[b, t], -1)] for b, t in rows]
-    accept = [
-        sum(min(float(q[b, t, v]), s[v]) for v in range(7))
-        for (b, t), s in zip(rows, student, strict=True)
-    ]
-    mean = sum(accept) / len(accept)
-    log_mean = sum(float(torch.tensor(a, dtype=torch.float64).log()) for a in accept) / len(accept)
-    assert float(step_loss(logits, p, q, mask, None, objective("lk_alpha"))[0]) == pytest.approx(
-        -log_mean, rel=1e-12
-    )
-    kl = float(kl_loss(logits, p, mask, torch.tensor(4.0)))
-    weight = 0.5 * float(torch.tensor(-2.0 * mean, dtype=torch.float64).exp())
+def acceptance_by_loops(step: LossInput) -> list[float]:
+    """`Σ_v min(p_full(v), draft(v))` of each trained row, in order."""
+    rates = []
+    for b in range(2):
+        for t in range(5):
+            if not step.mask[b, t]:
+                continue
+            draft = torch.softmax(step.logits[b, t], -1).tolist()
+            target = step.p_full[b, t].tolist()
+            rates.append(sum(min(p, q) for p, q in zip(target, draft, strict=True)))
+    return rates
+
+
+def test_lk_alpha_is_the_mean_negative_log_of_acceptance():
+    step = drawn_step()
+    rates = acceptance_by_loops(step)
+    expected = -sum(math.log(rate) for rate in rates) / len(rates)
+    loss, _ = step_loss(*step, None, objective("lk_alpha"), kl_loss)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+def test_lk_lambda_weighs_kl_and_mean_rejection():
+    """`w · kl + (1 - w) · (1 - a)`, `w = kl_scale · exp(-kl_decay · a)`, `a` the mean acceptance
+    rate.
+    """
+    step = drawn_step()
+    count = torch.tensor(4.0)
+    rates = acceptance_by_loops(step)
+    mean = sum(rates) / len(rates)
+    kl = float(kl_loss(step.logits, step.p_draft, step.mask, count))
+    weight = 0.5 * math.exp(-2.0 * mean)
+
     settings = objective("lk_lambda", kl_scale=0.5, kl_decay=2.0)
-    loss, seen = step_loss(logits, p, q, mask, torch.tensor(4.0), settings)
+    loss, seen = step_loss(*step, count, settings, kl_loss)
     assert float(loss) == pytest.approx(weight * kl + (1 - weight) * (1 - mean), rel=1e-12)
-    assert torch.allclose(
-        seen[mask[..., 0] > 0], torch.tensor(accept, dtype=torch.float64), rtol=1e-12
-    )
+    assert seen[step.mask[..., 0] > 0].tolist() == pytest.approx(rates, rel=1e-12)
 
 
-def test_the_weight_of_lambda_is_a_constant():
-    accept, mask = torch.tensor([[0.3, 0.7]], dtype=torch.float64), torch.ones(1, 2, 1)
-    slope = torch.func.grad(lambda a: lk_lambda(torch.tensor(2.0), a, mask, 1.0, 3.0))(accept)
-    weight = torch.exp(torch.tensor(-3 * 0.5, dtype=torch.float64))
-    assert torch.allclose(
-        slope, -(1 - weight) / 2 * torch.ones(1, 2, dtype=torch.float64), rtol=1e-12
-    )
+def test_weight_of_lk_lambda_is_a_constant():
+    """The gradient by a row's acceptance rate is that of `-(1 - w) · mean` alone."""
+    accept = torch.tensor([[0.3, 0.7]], dtype=torch.float64)
+    mask = torch.ones(1, 2, 1)
+    kl = torch.tensor(2.0)
+    slope = torch.func.grad(lambda a: lk_lambda(kl, a, mask, 1.0, 3.0))(accept)
+    weight = math.exp(-3 * 0.5)
+    expected = torch.full((1, 2), -(1 - weight) / 2, dtype=torch.float64)
+    assert torch.allclose(slope, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("loss", BY_ACCEPTANCE)
 def test_gradients_are_those_of_finite_differences(loss):
-    logits, p, q, mask = drawn_step()
+    step = drawn_step()
+    settings = objective(loss, kl_decay=0.0, kl_scale=0.5)
 
-    def value(x):
-        return step_loss(x, p, q, mask, None, objective(loss, kl_decay=0.0, kl_scale=0.5))[0]
+    def value(logits: Tensor) -> Tensor:
+        return step_loss(logits, *step[1:], None, settings, kl_loss)[0]
 
-    assert torch.autograd.gradcheck(value, logits.clone().requires_grad_())
+    assert torch.autograd.gradcheck(value, step.logits.clone().requires_grad_())
 
 
-def test_alpha_has_a_gradient_where_acceptance_underflows():
-    """The old tool's expression divides zero by zero, even in a masked row; ours leaves the row out."""
-    logits, p, q, mask = underflow()
+def test_alpha_leaves_out_rows_whose_acceptance_underflows():
+    """SpecForge's expression divides zero by zero there, even in a row that is not trained."""
+    logits, p_draft, p_full, mask = underflow()
     settings = objective("lk_alpha")
-    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    loss = step_loss(ours, p, q, mask, None, settings)[0]
-    old = reference_loss(theirs, p, q, mask[..., 0], None, settings)
+    ours = logits.clone().requires_grad_()
+    theirs = logits.clone().requires_grad_()
+    loss, _ = step_loss(ours, p_draft, p_full, mask, None, settings, kl_loss)
+    reference = reference_loss(theirs, p_draft, p_full, mask[..., 0], None, settings)
     loss.backward()
-    old.backward()
-    assert torch.equal(loss, old)
-    assert theirs.grad is not None and ours.grad is not None
-    assert theirs.grad[0, [0, 2]].isnan().all()  # the masked row and the trained one
-    kept = [1, 3]
-    assert ours.grad[0, [0, 2]].abs().sum() == 0
-    assert (
-        torch.equal(ours.grad[0, kept], theirs.grad[0, kept]) and ours.grad[0, kept].abs().sum() > 0
-    )
+    reference.backward()
+    assert torch.equal(loss, reference)
+    assert theirs.grad is not None
+    assert ours.grad is not None
+
+    underflowing = [0, 2]
+    assert theirs.grad[0, underflowing].isnan().all()
+    assert ours.grad[0, underflowing].abs().sum() == 0
+
+    others = [1, 3]
+    assert torch.equal(ours.grad[0, others], theirs.grad[0, others])
+    assert ours.grad[0, others].abs().sum() > 0
 
 
-def test_alpha_stays_finite_where_acceptance_is_subnormal():
+def test_alpha_has_a_finite_gradient_where_acceptance_is_subnormal():
     accept = torch.tensor([[1e-44, 0.5]]).requires_grad_()
     lk_alpha(accept, torch.ones(1, 2, 1)).backward()
-    assert accept.grad is not None and accept.grad.isfinite().all()
+    assert accept.grad is not None
+    assert accept.grad.isfinite().all()
 
 
-def peaked(case: Case) -> dict[str, torch.Tensor]:
-    """Parameters whose draft is so sure that most of its probabilities are zero in fp32."""
-    params = tiny_params(case)
-    return params | {"lm_head.weight": params["lm_head.weight"] * 4000}
+def results_on(case: Case, batch: Batch) -> Result:
+    """The case's result on another batch than its own."""
+    config = case.config()
+    frozen = tiny_frozen(case)
 
+    def loss_of(params: dict[str, Tensor]) -> Any:
+        return e3.forward_loss(params, batch, config=config, frozen=frozen)
 
-def test_the_old_tool_has_no_gradient_there(oracle: Oracle, monkeypatch):
-    case = Case(loss="lk_alpha", steps=2)
-    monkeypatch.setattr("eagle3fn.specforge.oracle.tiny_params", peaked)
-    monkeypatch.setattr("eagle3fn.testing.results.tiny_params", peaked)
-    old, ours = run_oracle(oracle, case), run_forward(e3.forward_loss, case)
-    assert torch.isfinite(old["loss"]) and old["fc.weight"].isnan().any()
-    assert all(torch.isfinite(value).all() for value in ours.values())
-
-
-def padded_twice(case: Case) -> tuple[Result, Result]:
-    """Results on a batch, and on the same with three more padded places."""
-    config, frozen, params = case.config(), tiny_frozen(case), tiny_params(case)
-    batch, results = tiny_batch(case), []
-    padded = e3.Batch(
-        *(torch.nn.functional.pad(x, (0, 0, 0, 3) if x.ndim == 3 else (0, 3)) for x in batch[:5])
-    )
-    for one in (batch, padded):
-        compute = e3.value_and_grad(
-            lambda p, b: e3.forward_loss(p, b, config=config, frozen=frozen)[0]
-        )
-        loss, grads = compute(params, one)
-        results.append({"loss": loss, **grads})
-    return results[0], results[1]
+    (loss, aux), gradients = e3.value_and_grad(loss_of, has_aux=True)(tiny_params(case))
+    return named(loss, aux, gradients)
 
 
 @pytest.mark.parametrize("loss", BY_ACCEPTANCE)
-def test_padding_does_not_move_the_losses(loss: Any):
-    left, right = padded_twice(Case(loss=loss, dtype="float64", normalization="mask"))
-    assert all(torch.allclose(left[name], right[name], rtol=1e-9, atol=1e-12) for name in left)
+def test_padding_does_not_change_loss_or_gradients(loss: Any):
+    case = Case(loss=loss, dtype="float64", normalization="mask")
+    batch = tiny_batch(case)
+    left = results_on(case, batch)
+    right = results_on(case, pad_batch(batch, 3))
+    for name, value in left.items():
+        assert torch.allclose(value.double(), right[name].double(), rtol=1e-9, atol=1e-12), name
 
 
-def test_padding_moves_the_old_lambda():
-    """Under "rows" its KL part is divided by padding too: the old tool's, kept by that name."""
-    left, right = padded_twice(Case(loss="lk_lambda", dtype="float64", normalization="rows"))
-    assert abs(float(left["loss"] - right["loss"])) > 1e-2
+def test_padding_changes_lk_lambda_under_rows():
+    """Its KL part is then divided by padded rows too, as SpecForge does it."""
+    case = Case(loss="lk_lambda", dtype="float64", normalization="rows")
+    batch = tiny_batch(case)
+    left = results_on(case, batch)["loss"]
+    right = results_on(case, pad_batch(batch, 3))["loss"]
+    assert abs(float(left - right)) > 1e-2
 
 
-def test_masked_means_of_nothing_are_zero():
+def test_mean_over_no_rows_is_zero():
     nothing = torch.zeros(1, 3, 1, dtype=torch.int64)
     assert lk_alpha(torch.full((1, 3), 0.5), nothing) == 0
     assert average(torch.full((1, 3), 0.5), nothing[..., 0]) == 0
 
 
 @pytest.mark.parametrize("loss", BY_ACCEPTANCE)
-def test_a_draft_learns_by_acceptance(loss: Any):
-    config = replace(
-        config_of("float32", numerics="plain", loss=loss), optimizer=e3.OptimizerConfig(0.03)
-    )
-    fns, batch = e3.bind(config, frozen_of(config)), batch_of(1, (12,))
-    state, rates = fns.init_state(fns.init(0)), []
+def test_acceptance_rises_within_twelve_updates(loss: Any):
+    config = make_config(numerics="plain", loss=loss)
+    config = replace(config, optimizer=e3.OptimizerConfig(learning_rate=0.03))
+    fns = e3.bind(config, make_frozen(config))
+    batch = make_batch(1, (12,))
+    state = fns.init_state(fns.init(0))
+    rates = []
     for _ in range(12):
         state, metrics = fns.step(state, batch)
-        rates.append(float(metrics["aux"].accept.sum() / metrics["aux"].accept_rows.sum()))
+        aux = metrics["aux"]
+        rates.append(float(aux.accept.sum() / aux.accept_rows.sum()))
     assert rates[-1] > rates[0] + 0.05
 
 
-def test_refusals_name_the_setting():
-    for loss in BY_ACCEPTANCE:
-        with pytest.raises(e3.UserError, match=r"objective\.loss = .*objective\.numerics='plain'"):
-            e3.ObjectiveConfig(loss=loss)
-        config = config_of(numerics="plain", loss=loss)
-        with pytest.raises(e3.UserError, match=r"data\.micro_batch = 1: must be 4"):
-            replace(config, data=e3.DataConfig(global_batch=4))
-        replace(config, data=e3.DataConfig(global_batch=4, micro_batch=4))
-        fns, batch = e3.bind(config, frozen_of(config)), batch_of(0, (5,))
-        with pytest.raises(e3.UserError, match=r"2 micro-batches under objective\.loss"):
-            fns.step(fns.init_state(fns.init(0)), (batch, batch))
-    for name, value in (
-        ("kl_scale", 1.1),
-        ("kl_scale", -0.1),
-        ("kl_decay", -1.0),
-        ("kl_decay", float("inf")),
-    ):
-        with pytest.raises(e3.UserError, match=f"objective.{name} = "):
-            replace(e3.ObjectiveConfig(), **{name: value})
+@pytest.mark.parametrize("loss", BY_ACCEPTANCE)
+def test_losses_by_acceptance_need_plain_numerics_and_one_micro_batch(loss: Any):
+    with pytest.raises(e3.UserError, match=r"objective\.loss = .*objective\.numerics='plain'"):
+        e3.ObjectiveConfig(loss=loss)
+
+    config = make_config(numerics="plain", loss=loss)
+    with pytest.raises(e3.UserError, match=r"data\.micro_batch = 1: must be 4"):
+        replace(config, data=e3.DataConfig(global_batch=4))
+    replace(config, data=e3.DataConfig(global_batch=4, micro_batch=4))
+
+    fns = e3.bind(config, make_frozen(config))
+    batch = make_batch(0, (5,))
+    with pytest.raises(e3.UserError, match=r"2 micro-batches under objective\.loss"):
+        fns.step(fns.init_state(fns.init(0)), (batch, batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("kl_scale", 1.1), ("kl_scale", -0.1), ("kl_decay", -1.0), ("kl_decay", float("inf"))],
+)
+def test_weights_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(e3.UserError, match=f"objective.{name} = "):
+        replace(e3.ObjectiveConfig(), **{name: value})

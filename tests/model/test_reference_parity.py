@@ -1,9 +1,9 @@
-"""The package equals the reference by `torch.equal`, one rank, on drawn cases, on the CPU and on a card.
+"""The plain numerics equal the reference by `torch.equal`, on drawn cases, on the CPU and on a
+card.
 
-Level 2: on a card our loss is the plain expression too, not the kernel.
-
-The reference is itself held against the old tool in `test_reference_oracle`. One number is compared to rounding
-alone: `Aux.sampled`, which the old tool does not have and whose order of summation nothing prescribes.
+One rank. The reference is itself compared with SpecForge (`tests/specforge/test_reference_oracle`).
+One number is compared to rounding alone: `Aux.sampled`, which SpecForge does not have and whose
+order of summation nothing prescribes.
 """
 
 from collections.abc import Callable
@@ -17,23 +17,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import eagle3fn as e3
-from eagle3fn import specforge
 from eagle3fn.base.config import OptimizerConfig
-from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.types import Aux, Batch, Params
+from eagle3fn.specforge.recipes import schedule as recursive_schedule
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences
 from eagle3fn.testing.strategies import cases, drawn
 from eagle3fn.train.optimizer import cosine_schedule
 from eagle3fn.train.recipe import OURS
+from tests.factories import GATE
 from tests.reference import Metrics, Trainer, mask_counts
 from tests.reference import model as reference_model
 from tests.reference.adapter import reference_draft, run_reference
-from tests.small import GATE
 from tests.tally import Tally
 
 ROUNDED = "aux.sampled"
+UPDATES = 10
 
 
 def named(loss: Tensor, metrics: Aux | Metrics, gradients: Params) -> Result:
@@ -44,9 +44,9 @@ def named(loss: Tensor, metrics: Aux | Metrics, gradients: Params) -> Result:
 
 def ours(case: Case, device: str = "cpu") -> Result:
     functions = e3.bind(case.config(), on(device, tiny_frozen(case)))
+    compute = e3.value_and_grad(functions.forward_loss, has_aux=True)
     batch = on(device, tiny_batch(case))
-    compute = value_and_grad(lambda params: functions.forward_loss(params, batch), has_aux=True)
-    (loss, aux), gradients = compute(on(device, tiny_params(case)))
+    (loss, aux), gradients = compute(on(device, tiny_params(case)), batch)
     return named(loss, aux, gradients)
 
 
@@ -55,10 +55,12 @@ def theirs(case: Case, device: str = "cpu") -> Result:
 
 
 def hold(case: Case, device: str = "cpu") -> Result:
-    """Both sides on one case, compared; the reference's result."""
-    left, right = ours(case, device), theirs(case, device)
+    """Compare both sides on a case; returns the reference's result."""
+    left = ours(case, device)
+    right = theirs(case, device)
     assert list(left) == list(right)
     if set(differences(left, right)) - {ROUNDED}:
+        # Compare again, for the message: the simplest case that still differs.
         assert_same(
             exact(ours, device), exact(theirs, device), case, lambda case: repeat(case, device)
         )
@@ -67,15 +69,18 @@ def hold(case: Case, device: str = "cpu") -> Result:
 
 
 def repeat(case: Case, device: str) -> str:
+    """Lines of Python that repeat the comparison."""
     where = "" if device == "cpu" else f", {device!r}"
     return f"from tests.model.test_reference_parity import Case, hold\n\nhold({case}{where})"
 
 
 def exact(side: Callable[[Case, str], Result], device: str) -> Callable[[Case], Result]:
     """A side without the metric that is compared to rounding."""
-    return lambda case: {
-        name: value for name, value in side(case, device).items() if name != ROUNDED
-    }
+
+    def without(case: Case) -> Result:
+        return {name: value for name, value in side(case, device).items() if name != ROUNDED}
+
+    return without
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -85,9 +90,8 @@ def test_forward_and_gradients_equal_the_reference(dtype: str, device: str, tall
     @given(cases(dtype=dtype))
     def check(case: Case) -> None:
         seen = hold(case, device)
-        tally.add(
-            case, all(bool(seen[name].count_nonzero()) for name in ["loss", *tiny_params(case)])
-        )
+        names = ["loss", *tiny_params(case)]
+        tally.add(case, all(bool(seen[name].count_nonzero()) for name in names))
 
     check()
     tally.check()
@@ -96,45 +100,46 @@ def test_forward_and_gradients_equal_the_reference(dtype: str, device: str, tall
 @pytest.mark.parametrize("normalization", ["rows", "mask"])
 @pytest.mark.parametrize("teacher", ["full", "compact"])
 def test_fp64_equals_the_reference(teacher: Any, normalization: Any, device: str) -> None:
-    hold(
-        Case(dtype="float64", teacher=teacher, normalization=normalization, lengths=(8, 5)), device
-    )
+    case = Case(dtype="float64", teacher=teacher, normalization=normalization, lengths=(8, 5))
+    hold(case, device)
 
 
 @pytest.mark.parametrize("loss", ["kl", "lk_alpha", "lk_lambda"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_old_gates_own_shapes_equal_the_reference(dtype: Any, loss: Any, device: str) -> None:
-    """Target and draft of SpecForge's equivalence gates."""
+def test_shapes_of_specforges_own_tests_equal_the_reference(
+    dtype: Any, loss: Any, device: str
+) -> None:
     hold(replace(GATE, dtype=dtype, loss=loss), device)
 
 
-def test_a_failure_ends_with_lines_that_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As simple as it still fails: a sample of one token trains no row."""
+def test_failure_ends_with_lines_that_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The case is the simplest one that still fails: a sample of one token would train no row."""
     monkeypatch.setattr(reference_model.RMSNorm, "forward", lambda self, x: self.weight * x)
     with pytest.raises(AssertionError, match=r"lm_head\.weight: .* ulps") as failure:
         hold(drawn(3, 0)[2])
+
     code = str(failure.value).split("to repeat it:\n")[1]
     assert code.endswith("hold(Case(lengths=(2,), steps=1))")
     with pytest.raises(AssertionError, match="not equal"):
         exec(compile(code, "snippet", "exec"), {})
 
 
-def test_given_counts_are_used() -> None:
-    """`Batch.n` replaces the batch's own counts under "mask" and does nothing under "rows"."""
+def test_given_row_counts_divide_the_loss_under_mask_alone() -> None:
+    """`Batch.row_counts` replaces the batch's own counts; under "rows" it is not read."""
     case = Case(normalization="mask")
     batch = tiny_batch(case)
-    given_n = batch._replace(row_counts=2 * mask_counts(batch.row_mask, case.steps))
-    params, frozen = tiny_params(case), tiny_frozen(case)
-    for kind, ratio in (("mask", 2), ("rows", 1)):
-        functions = e3.bind(replace(case, normalization=kind).config(), frozen)
-        assert (
-            functions.forward_loss(params, batch)[0]
-            == ratio * functions.forward_loss(params, given_n)[0]
-        )
+    doubled = batch._replace(row_counts=2 * mask_counts(batch.row_mask, case.steps))
+    params = tiny_params(case)
+    frozen = tiny_frozen(case)
+    for normalization, ratio in (("mask", 2), ("rows", 1)):
+        functions = e3.bind(replace(case, normalization=normalization).config(), frozen)
+        loss, _ = functions.forward_loss(params, batch)
+        loss_of_doubled, _ = functions.forward_loss(params, doubled)
+        assert loss == ratio * loss_of_doubled
 
 
 @pytest.mark.parametrize("change", ["norm", "rope"])
-def test_a_reordering_is_detected(
+def test_reordered_operations_are_detected(
     monkeypatch: pytest.MonkeyPatch, change: str, device: str
 ) -> None:
     """The control: the same mathematics in another order of operations must not pass."""
@@ -146,20 +151,23 @@ def test_a_reordering_is_detected(
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (self.weight * scaled).to(x.dtype)
 
-    def scaled_query(self: reference_model.Rotary, x: Tensor, positions: Tensor) -> Tensor:
-        return turn(self, x / 3, positions) * 3
+    rotate = reference_model.Rotary.rotate
 
-    turn = reference_model.Rotary.turn
+    def scaled_query(self: reference_model.Rotary, x: Tensor, positions: Tensor) -> Tensor:
+        return rotate(self, x / 3, positions) * 3
+
     if change == "norm":
         monkeypatch.setattr(reference_model.RMSNorm, "forward", cast_last)
     else:
-        monkeypatch.setattr(reference_model.Rotary, "turn", scaled_query)
+        monkeypatch.setattr(reference_model.Rotary, "rotate", scaled_query)
     found = differences(ours(case, device), theirs(case, device))
-    assert "lm_head.weight" in found and "loss" in found
+    assert "lm_head.weight" in found
+    assert "loss" in found
 
 
 @st.composite
 def optimizers(draw: st.DrawFn) -> OptimizerConfig:
+    """Settings of the optimizer whose every choice can be seen within ten updates."""
     return OptimizerConfig(
         learning_rate=draw(st.sampled_from([3e-3, 1e-2])),
         warmup_ratio=draw(st.sampled_from([0.0, 0.015, 0.3])),
@@ -169,13 +177,16 @@ def optimizers(draw: st.DrawFn) -> OptimizerConfig:
     )
 
 
-def micro_batches(case: Case, step: int, count: int) -> tuple[Batch, ...]:
-    """Micro-batches that carry the whole batch's counts where the loss needs them."""
+def micro_batches(case: Case, step: int, count: int, device: str) -> tuple[Batch, ...]:
+    """Micro-batches of a step.
+
+    They carry the whole batch's row counts where the loss needs them.
+    """
     batches = [tiny_batch(case, step * count + index) for index in range(count)]
-    if case.normalization == "rows":
-        return tuple(batches)
-    n = mask_counts(torch.cat([batch.row_mask for batch in batches]), case.steps)
-    return tuple(batch._replace(row_counts=n) for batch in batches)
+    if case.normalization == "mask":
+        counts = mask_counts(torch.cat([batch.row_mask for batch in batches]), case.steps)
+        batches = [batch._replace(row_counts=counts) for batch in batches]
+    return tuple(on(device, batch) for batch in batches)
 
 
 def train_both(
@@ -186,45 +197,61 @@ def train_both(
     device: str = "cpu",
     recursive: bool = False,
 ) -> bool:
-    """Ten updates on both sides: loss, norm and rate of each; then the whole state. True if every leaf has moved."""
+    """Ten updates on both sides, compared: loss, norm and rate of each, then the whole state.
+
+    Args:
+        case: the problem.
+        choice: the optimizer's settings.
+        total: steps that the schedule spans.
+        micro: micro-batches of an update.
+        device: of both sides.
+        recursive: SpecForge's schedule in place of ours.
+
+    Returns:
+        True if every leaf has moved.
+    """
     config = case.config(choice, total)
-    frozen, params = on(device, tiny_frozen(case)), on(device, tiny_params(case))
-    schedule = specforge.schedule if recursive else cosine_schedule
+    frozen = on(device, tiny_frozen(case))
+    params = on(device, tiny_params(case))
+    schedule = recursive_schedule if recursive else cosine_schedule
     functions = e3.bind(config, frozen, recipe=OURS._replace(schedule=schedule))
     trainer = Trainer(config, reference_draft(case, device), frozen.target_head, recursive)
+
     state = functions.init_state(params)
-    for index in range(10):
-        batches, before = (
-            tuple(on(device, batch) for batch in micro_batches(case, index, micro)),
-            state,
-        )
+    for index in range(UPDATES):
+        batches = micro_batches(case, index, micro, device)
+        before = state
         state, metrics = functions.step(before, batches)
         expected = trainer.step(list(batches))
         assert torch.equal(metrics["loss"], expected["loss"]), index
         assert torch.equal(metrics["grad_norm"], expected["grad_norm"]), index
         assert float(metrics["learning_rate"]) == expected["learning_rate"], index
-        if index == 0:  # a state is a value: the same update again
-            again = functions.step(before, batches)[1]["grad_norm"]
-            assert torch.equal(again, expected["grad_norm"])
-    leaves, moments = trainer.draft.trainable(), trainer.moments()
-    assert int(state.step) == 10
+
+        # A state is a value: the same update again gives the same numbers.
+        if index == 0:
+            _, again = functions.step(before, batches)
+            assert torch.equal(again["grad_norm"], expected["grad_norm"])
+
+    leaves = trainer.draft.trainable()
+    moments = trainer.moments()
+    assert int(state.step) == UPDATES
     assert list(state.params) == list(leaves)
     for name in leaves:
+        first, second = moments[name]
         assert state.params[name].dtype == leaves[name].dtype
         assert torch.equal(state.params[name], leaves[name]), name
         assert torch.equal(state.masters[name], trainer.masters[name]), name
-        assert torch.equal(state.opt.mu[name], moments[name][0]), name
-        assert torch.equal(state.opt.nu[name], moments[name][1]), name
+        assert torch.equal(state.opt.mu[name], first), name
+        assert torch.equal(state.opt.nu[name], second), name
     return all(not torch.equal(state.masters[name], params[name].float()) for name in params)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_equals_the_reference(dtype: str, device: str, tally: Tally) -> None:
-    """Some of the updates lie past the schedule's end."""
+    """Some of the updates are past the schedule's end."""
+    few = max(12, settings().max_examples // 4)  # one costs twenty passes and more
 
-    @settings(
-        max_examples=max(12, settings().max_examples // 4)
-    )  # one costs twenty passes and more
+    @settings(max_examples=few)
     @given(
         cases(dtype=dtype),
         optimizers(),
@@ -233,12 +260,11 @@ def test_training_equals_the_reference(dtype: str, device: str, tally: Tally) ->
         st.booleans(),
     )
     def check(case: Case, choice: OptimizerConfig, total: int, micro: int, recursive: bool) -> None:
-        case = (
-            case if micro == 1 else replace(case, loss="kl")
-        )  # the others have means over the whole batch
-        note(
-            f"from tests.model.test_reference_parity import *\n\ntrain_both({case}, {choice}, {total}, {micro}, {device!r}, {recursive})"
-        )
+        # The losses by acceptance have means over the whole batch.
+        if micro > 1:
+            case = replace(case, loss="kl")
+        arguments = f"{case}, {choice}, {total}, {micro}, {device!r}, {recursive}"
+        note(f"from tests.model.test_reference_parity import *\n\ntrain_both({arguments})")
         tally.add(case, train_both(case, choice, total, micro, device, recursive))
 
     check()

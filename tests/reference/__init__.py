@@ -1,7 +1,13 @@
-"""The training objective once more, as a plain `nn.Module` with `.backward()` and torch's own optimizer.
+"""The training objective once more, as plain `nn.Module`s, `.backward()` and torch's own optimizer.
 
-Written from the objective's description alone, in the old tool's order of operations, so that two
-independent statements can be compared bit by bit. It shares data containers with the package and nothing else.
+Written from the objective's description alone, in SpecForge's order of operations, so that two
+independent statements can be compared bit by bit. It shares data containers with the package and
+nothing else. To read it:
+
+- `loops.py`: what the objective is, row by row; slow, compared to rounding
+- `model.py`: the draft
+- `objective.py`: teacher, unroll, loss, metrics
+- `update.py`: gradients, clip, AdamW, schedules
 """
 
 from tests.reference.model import Draft
@@ -18,8 +24,8 @@ from tests.reference.update import ClosedCosine, RecursiveCosine, Trainer
 __all__ = [
     "ClosedCosine",
     "Draft",
-    "RecursiveCosine",
     "Metrics",
+    "RecursiveCosine",
     "Teacher",
     "Trainer",
     "forward",

@@ -1,4 +1,4 @@
-"""The reference run on a drawn case."""
+"""The reference on a drawn case."""
 
 from torch import Tensor
 
@@ -9,22 +9,25 @@ from tests.reference.objective import Metrics, forward, weighted_sum
 
 
 def reference_draft(case: Case, device: str = "cpu") -> Draft:
-    """The draft of a case with its weights."""
+    """The draft of a case, with its weights."""
     frozen = on(device, tiny_frozen(case))
-    return Draft(case.draft(), frozen.embed_tokens, frozen.t2d, frozen.d2t).load(
-        on(device, tiny_params(case))
-    )
+    draft = Draft(case.draft(), frozen.embed_tokens, frozen.t2d, frozen.d2t)
+    return draft.load(on(device, tiny_params(case)))
 
 
 def run_reference(case: Case, device: str = "cpu") -> tuple[Tensor, Metrics, Params]:
     """Loss, metrics, and the gradients of the leaves that have one, by `.backward()`."""
-    draft, objective = reference_draft(case, device), case.config().objective
-    head, batch = on(device, tiny_frozen(case)).target_head, on(device, tiny_batch(case))
+    draft = reference_draft(case, device)
+    head = on(device, tiny_frozen(case)).target_head
+    batch = on(device, tiny_batch(case))
+    objective = case.config().objective
+
     losses, metrics = forward(draft, head, batch, objective)
     loss = weighted_sum(losses, objective.decay)
     loss.backward()
-    return (
-        loss,
-        metrics,
-        {name: leaf.grad for name, leaf in draft.trainable().items() if leaf.grad is not None},
-    )
+
+    gradients = {}
+    for name, leaf in draft.trainable().items():
+        if leaf.grad is not None:
+            gradients[name] = leaf.grad
+    return loss, metrics, gradients

@@ -1,4 +1,4 @@
-"""fp32 masters, clip, AdamW and the two learning-rate schedules, all from torch's own optimizer classes."""
+"""Gradients and the update: fp32 masters, clip, AdamW and two schedules, by torch's own classes."""
 
 import math
 import warnings
@@ -15,20 +15,24 @@ from tests.reference.objective import Metrics, forward, weighted_sum
 
 
 class RecursiveCosine:
-    """Linear warm-up, then torch's recursive cosine, taken over with one extra `get_lr` at the hand-over.
+    """Linear warm-up over `W` steps, then torch's recursive cosine, as SpecForge enters it.
 
-    The cosine is no longer new by then, so the call lifts its whole phase by `2 / (1 + cos(pi / T))`, also
-    without a warm-up.
+    At the hand-over SpecForge calls `get_lr` once more. The cosine is no longer new by then, so
+    that the call lifts its whole phase by `2 / (1 + cos(π / T))`, also without a warm-up.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, base: float, total: int, warmup: int
     ) -> None:
-        self.group, self.base, self.warmup, self.count = optimizer.param_groups[0], base, warmup, 0
+        self.group = optimizer.param_groups[0]
+        self.base = base
+        self.warmup = warmup
+        self.count = 0
         self.cosine = CosineAnnealingLR(optimizer, total - warmup)
         self.set_rate()
 
     def set_rate(self) -> None:
+        """Set the rate of the update number `count`."""
         if self.count < self.warmup:
             self.group["lr"] = (self.count + 1) / self.warmup * self.base
         elif self.count == self.warmup:
@@ -39,51 +43,59 @@ class RecursiveCosine:
             self.cosine.step()
 
     def step(self) -> None:
+        """Go on to the next update."""
         self.count += 1
         self.set_rate()
 
 
 class ClosedCosine:
-    """Linear warm-up, then `base * (1 + cos(pi * t / T)) / 2`, zero after the end."""
+    """Linear warm-up over `W` steps, then a cosine to zero at step `T`, by their formulas.
+
+    `rate(n) = (n + 1) / W · base` for `n < W`; then `base · (1 + cos(π · (n - W) / (T - W))) / 2`;
+    zero from `T` on.
+    """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, base: float, total: int, warmup: int
     ) -> None:
-        self.group, self.base, self.total, self.warmup, self.count = (
-            optimizer.param_groups[0],
-            base,
-            total,
-            warmup,
-            0,
-        )
+        self.group = optimizer.param_groups[0]
+        self.base = base
+        self.total = total
+        self.warmup = warmup
+        self.count = 0
         self.set_rate()
 
     def set_rate(self) -> None:
+        """Set the rate of the update number `count`."""
         if self.count < self.warmup:
             rate = (self.count + 1) / self.warmup * self.base
         elif self.count >= self.total:
             rate = 0.0
         else:
-            turn = math.pi * (self.count - self.warmup) / (self.total - self.warmup)
-            rate = self.base * 0.5 * (1 + math.cos(turn))
+            phase = math.pi * (self.count - self.warmup) / (self.total - self.warmup)
+            rate = self.base * 0.5 * (1 + math.cos(phase))
         self.group["lr"] = rate
 
     def step(self) -> None:
+        """Go on to the next update."""
         self.count += 1
         self.set_rate()
 
 
 class Trainer:
-    """One rank: micro-batches through `.backward()`, then one update of the masters and the draft's leaves."""
+    """One rank: micro-batches through `.backward()`, then one update of masters and draft."""
 
     def __init__(
         self, config: Config, draft: Draft, head: Tensor, recursive_schedule: bool = False
     ) -> None:
+        self.config = config
+        self.draft = draft
+        self.head = head
+        self.masters = {}
+        for name, leaf in draft.trainable().items():
+            self.masters[name] = at_least_fp32(leaf.detach()).clone()
+
         choice = config.optimizer
-        self.config, self.draft, self.head = config, draft, head
-        self.masters = {
-            name: at_least_fp32(leaf.detach()).clone() for name, leaf in draft.trainable().items()
-        }
         self.optimizer = torch.optim.AdamW(
             list(self.masters.values()),
             lr=choice.learning_rate,
@@ -98,9 +110,16 @@ class Trainer:
     def gradients(
         self, micro_batches: list[Batch]
     ) -> tuple[Tensor, list[Metrics], dict[str, Tensor]]:
-        """Loss, metrics per micro-batch, gradients added in the compute dtype ("params") or in fp32."""
-        objective, total, seen = self.config.objective, torch.zeros((), device=self.head.device), []
+        """Loss, metrics of each micro-batch, and gradients summed over them.
+
+        Under `accumulation = "fp32"` each gradient is cast up and then added; under "params" torch
+        adds them in the parameters' dtype, and the sum is cast up.
+        """
+        objective = self.config.objective
+        casts_first = self.config.optimizer.accumulation == "fp32"
         leaves = self.draft.trainable()
+        total = torch.zeros((), device=self.head.device)
+        seen = []
         summed: dict[str, Tensor] = {}
         for batch in micro_batches:
             losses, metrics = forward(self.draft, self.head, batch, objective)
@@ -110,43 +129,55 @@ class Trainer:
             loss.backward()
             total = total + loss.detach()
             seen.append(metrics)
-            if self.config.optimizer.accumulation == "fp32":
-                for name, leaf in leaves.items():
-                    assert leaf.grad is not None, name
-                    gradient = at_least_fp32(leaf.grad)
+
+            if casts_first:
+                for name, gradient in self._take_gradients().items():
                     summed[name] = summed[name] + gradient if name in summed else gradient
-                    leaf.grad = None
-        if self.config.optimizer.accumulation == "params":
-            for name, leaf in leaves.items():
-                assert leaf.grad is not None, name
-                summed[name] = at_least_fp32(leaf.grad.detach())
-                leaf.grad = None
+        if not casts_first:
+            summed = self._take_gradients()
+        assert list(summed) == list(leaves)
         return total, seen, summed
 
+    def _take_gradients(self) -> dict[str, Tensor]:
+        """The leaves' gradients in at least fp32; the leaves are left without one."""
+        taken = {}
+        for name, leaf in self.draft.trainable().items():
+            assert leaf.grad is not None, name
+            taken[name] = at_least_fp32(leaf.grad.detach())
+            leaf.grad = None
+        return taken
+
     def update(self, gradients: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """Clip, AdamW, schedule, cast back; returns the norm before the clip and the rate that was applied."""
+        """Clip, AdamW, cast the masters down into the draft, and go on in the schedule.
+
+        Returns:
+            The gradients' norm before the clip, and the rate that was applied.
+        """
         for name, master in self.masters.items():
             master.grad = gradients[name].clone()
         norm = torch.nn.utils.clip_grad_norm_(
             self.masters.values(), self.config.optimizer.max_grad_norm
         )
+
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.schedule.step()
+
         with torch.no_grad():
             for name, leaf in self.draft.trainable().items():
                 leaf.copy_(self.masters[name])
         return norm, rate
 
     def step(self, micro_batches: list[Batch]) -> dict[str, Any]:
+        """One update: its loss, gradient norm, learning rate, and the micro-batches' metrics."""
         loss, seen, gradients = self.gradients(micro_batches)
         norm, rate = self.update(gradients)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, "metrics": seen}
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """AdamW's first and second moment per leaf."""
-        state = self.optimizer.state
-        return {
-            name: (state[leaf]["exp_avg"], state[leaf]["exp_avg_sq"])
-            for name, leaf in self.masters.items()
-        }
+        """AdamW's first and second moment of each leaf."""
+        found = {}
+        for name, master in self.masters.items():
+            state = self.optimizer.state[master]
+            found[name] = (state["exp_avg"], state["exp_avg_sq"])
+        return found

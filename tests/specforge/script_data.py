@@ -6,7 +6,7 @@ from pathlib import Path
 from bench.specforge_data import untie, write_ckpts
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.data.extract import extract
-from tests.data_tools import tiny_model, tiny_tokenizer, write_talks
+from tests.factories import tiny_model, tiny_tokenizer, write_talks
 
 TINY = DraftConfig(
     hidden_size=16,
@@ -19,7 +19,7 @@ TINY = DraftConfig(
     target_hidden_size=16,
     max_position_embeddings=256,
 )
-"""The draft of `write_data`, for the target of `tests.data_tools`."""
+"""The draft of `write_data`, for the target of `tests.factories`."""
 
 
 def write_data(root: Path) -> Path:

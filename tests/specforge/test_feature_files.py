@@ -22,7 +22,7 @@ from eagle3fn.data.features import (
 )
 from eagle3fn.data.vocab import build_map, count_tokens, load_map, map_size, save_map
 from eagle3fn.specforge.feature_files import find_ckpts, read_ckpt
-from tests.data_tools import random_sample
+from tests.factories import random_sample
 
 GOOD = random_sample(6, 1)
 MAP = build_map(torch.tensor([0, 3, 0, 2, 9]), 3)

@@ -23,7 +23,7 @@ from eagle3fn.testing.builders import Case
 from eagle3fn.testing.results import differences, nontrivial, run_forward
 from eagle3fn.testing.strategies import drawn
 from tests import devices
-from tests.small import LossInput
+from tests.factories import LossInput
 from tests.specforge.cuda_cases import (
     case_at,
     compare_case,

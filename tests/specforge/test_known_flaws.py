@@ -22,7 +22,7 @@ from eagle3fn.model.losses import kl_loss, step_loss
 from eagle3fn.model.rope import rope_table
 from eagle3fn.specforge.oracle import Oracle, eager_loss, specforge_draft, specforge_forward
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
-from tests.small import underflow
+from tests.factories import underflow
 
 CPU = torch.device("cpu")
 

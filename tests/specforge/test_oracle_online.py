@@ -24,7 +24,7 @@ from eagle3fn.specforge.oracle import Oracle, OracleMissingError
 from eagle3fn.testing.builders import Case, generator, tiny_params
 from eagle3fn.testing.results import Result, differences, named, nontrivial
 from eagle3fn.testing.strategies import drawn
-from tests.small import GATE
+from tests.factories import GATE
 from tests.specforge.oracle_online import (
     ADAPTER,
     COLLATOR,

@@ -24,7 +24,7 @@ from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_pa
 from eagle3fn.testing.strategies import drawn
 from eagle3fn.train.optimizer import cosine_schedule
 from eagle3fn.train.recipe import Recipe
-from tests.small import GATE
+from tests.factories import GATE
 from tests.specforge.helpers import level_on, recipe_at
 from tests.specforge.oracle_script import (
     LeafState,

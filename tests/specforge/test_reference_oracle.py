@@ -28,9 +28,9 @@ from eagle3fn.specforge.oracle import (
 )
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import Result, differences, nontrivial, run_forward
+from tests.factories import GATE
 from tests.reference import Trainer, weighted_sum
 from tests.reference.adapter import reference_draft
-from tests.small import GATE
 from tests.specforge.helpers import (
     hold_package,
     hold_reference,

@@ -1,6 +1,7 @@
-"""What goes wrong, on two ranks, for `test_faults.py`: `python -m tests.train.faults_job FOLDER` writes `FOLDER/seen.json`.
+"""What goes wrong, on two ranks, for `test_faults.py`: `python -m tests.train.faults_job FOLDER`.
 
-Each fault meets a run that was stopped half way; afterwards one rank goes on without the fault, to the last step.
+Each fault happens to a run that was stopped half way. Afterwards one rank continues it without the
+fault, to the last step. `FOLDER/seen.json` has, by fault, how each of these runs ended.
 """
 
 import json
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,46 +21,67 @@ import torch
 from eagle3fn import cli
 from eagle3fn.data.pipeline import sample_indices
 from eagle3fn.data.target import target_config
-from eagle3fn.data.vocab import build_map, save_map
+from eagle3fn.data.vocab import save_map
 from eagle3fn.train import bind
-from tests.data_tools import random_sample, tiny_model, write_folder
+from tests.factories import make_map, supervised_sample, tiny_model, write_folder
 from tests.train.forked import Ranks
 
-STEPS, SAMPLES, HELD_OUT, HIDDEN, VOCAB = 8, 18, 2, 16, 300
-SETTINGS = f"train.steps={STEPS} train.checkpoint_every=2 train.eval_every={STEPS} train.reduce=tree".split()
-SETTINGS += f"data.global_batch=2 data.held_out={HELD_OUT} objective.ttt_length=2".split()
-LAST = sample_indices(SAMPLES, 2, 0, STEPS - 1)  # the samples of the last step
+STEPS = 8
+SAMPLES = 18
+HELD_OUT = 2
+HIDDEN = 16
+VOCAB = 300
+PATIENCE_S = 120
+SETTINGS = [
+    f"train.steps={STEPS}",
+    "train.checkpoint_every=2",
+    f"train.eval_every={STEPS}",
+    "train.reduce=tree",
+    "data.global_batch=2",
+    f"data.held_out={HELD_OUT}",
+    "objective.ttt_length=2",
+]
+LAST = sample_indices(SAMPLES, 2, 0, STEPS - 1)
+"""The samples of the last step: rank 0's and rank 1's."""
+
+Seen = dict[str, list[dict[str, Any]]]
 
 
-def write(root: Path) -> None:
-    """A target, a map, and three feature folders: good, with a NaN, and with values whose products overflow."""
+def write_inputs(root: Path) -> None:
+    """A target, a map, and three feature folders.
+
+    One is good; in the others a sample of the last step has a NaN, or values whose products
+    overflow.
+    """
     tiny_model().save_pretrained(root / "target")
-    save_map(root / "map", build_map(torch.arange(VOCAB), 64), {"target": "tiny"})
+    vocab_map = make_map(VOCAB, 64, torch.Generator().manual_seed(0))
+    save_map(root / "map", vocab_map, {"target": "tiny"})
     for name, value in (("good", None), ("nans", float("nan")), ("huge", 3e38)):
-        samples = [random_sample(12, seed, VOCAB, HIDDEN) for seed in range(SAMPLES + HELD_OUT)]
-        samples = [
-            sample._replace(token_mask=torch.ones_like(sample.token_mask)) for sample in samples
-        ]
+        numbers = range(SAMPLES + HELD_OUT)
+        samples = [supervised_sample(12, number, VOCAB, HIDDEN) for number in numbers]
         if value is not None:
             samples[LAST[1]].aux_hidden[3:6] = value
         write_folder(root / name, samples, VOCAB, HIDDEN, per_shard=1)
 
 
 def run(
-    root: Path, out: str, *more: str, features: str = "good", ranks: int = 2, before: Any = None
+    root: Path,
+    out: str,
+    *more: str,
+    features: str = "good",
+    ranks: int = 2,
+    before: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """`eagle3fn train` on a few ranks; `before(rank)` runs in each of them first."""
-    arguments = [
-        "train",
-        "--target",
-        root / "target",
-        "--features",
-        root / features,
-        "--vocab",
-        root / "map",
-    ]
-    settings = [text for setting in SETTINGS for text in ("--set", setting)]
-    line = [*map(str, arguments), "--out", str(root / out), *settings, *more]
+    """`eagle3fn train` on a few ranks; `before(rank)` runs in each of them first.
+
+    Returns:
+        Exit codes, the text of all ranks, and seconds.
+    """
+    line = ["train", "--target", str(root / "target"), "--features", str(root / features)]
+    line += ["--vocab", str(root / "map"), "--out", str(root / out)]
+    for setting in SETTINGS:
+        line += ["--set", setting]
+    line += more
 
     def work(rank: int) -> int:
         if before:
@@ -66,25 +89,25 @@ def run(
         return cli.main(line)
 
     log = root / f"{out}.log"
-    job = Ranks(work, ranks, log)
-    begin = os.times().elapsed
-    codes = job.wait(120)
+    begin = time.monotonic()
+    codes = Ranks(work, ranks, log).wait(PATIENCE_S)
+    seconds = time.monotonic() - begin
     text = "".join(log.with_name(f"{log.name}{rank}").read_text() for rank in range(ranks))
-    return {"codes": codes, "text": text, "seconds": os.times().elapsed - begin}
+    return {"codes": codes, "text": text, "seconds": seconds}
 
 
 def signal_at(step: int, number: int) -> Callable[[int], None]:
     """Rank 1 sends itself a signal when it begins a step."""
 
     def before(rank: int) -> None:
-        plain = bind.step
+        plain_step = bind.step
 
         def stepping(state: Any, *args: Any, **kwargs: Any) -> Any:
             if rank == 1 and int(state.step) + 1 == step:
                 os.kill(os.getpid(), number)
-            return plain(state, *args, **kwargs)
+            return plain_step(state, *args, **kwargs)
 
-        bind.step = stepping
+        bind.step = stepping  # of this rank's process alone
 
     return before
 
@@ -95,24 +118,26 @@ def small_files(rank: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
 
 
-def shard(root: Path, features: str) -> Path:
-    """The shard of a sample of the last step, which rank 1 trains on."""
-    return root / features / f"shard-{LAST[1]:05d}.safetensors"
-
-
 def damaged(root: Path, name: str, change: Callable[[Path], Any]) -> str:
-    """A copy of the good features with one shard changed."""
+    """A copy of the good features with the shard changed that rank 1 reads in the last step."""
     shutil.copytree(root / "good", root / name)
-    change(shard(root, name))
+    change(root / name / f"shard-{LAST[1]:05d}.safetensors")
     return name
+
+
+def truncate(path: Path) -> None:
+    """Leave the first 500 bytes."""
+    os.truncate(path, 500)
 
 
 def flip(path: Path) -> None:
     """Change one bit of the last value."""
-    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
-def full_disk(root: Path, seen: dict[str, Any]) -> None:
+def full_disk(root: Path, seen: Seen) -> None:
     """The checkpoints on a file system of 300 KiB, where this process may mount one."""
     place = root / "full/checkpoints"
     shutil.copytree(root / "half", root / "full")
@@ -121,10 +146,13 @@ def full_disk(root: Path, seen: dict[str, Any]) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         return
+
     try:
         shutil.copytree(root / "full/kept/step-00000002", place / "step-00000002")
         seen["full"] = [run(root, "full")]
         left = sorted(path.name for path in place.iterdir())
+
+        # The same file system with room: the run goes on.
         subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
         seen["full"].append(run(root, "full", ranks=1) | {"left": left})
         shutil.copytree(place, root / "full/written")
@@ -135,34 +163,41 @@ def full_disk(root: Path, seen: dict[str, Any]) -> None:
 
 
 def main(root: Path) -> None:
-    """Do everything: for each fault a run with it on two ranks, and one without it on one."""
-    write(root)
+    """For each fault a run with it on two ranks, and one without it on one rank."""
+    write_inputs(root)
     target_config(root / "target")  # imports what each rank would
-    seen: dict[str, Any] = {"whole": [run(root, "whole", ranks=1)]}
-    seen["sigterm"] = [run(root, "half", before=signal_at(3, signal.SIGTERM))]
+    seen: Seen = {}
 
     def fault(name: str, *more: str, **options: Any) -> None:
+        """A fault of the run that was stopped half way, and the run without it."""
         shutil.copytree(root / "half", root / name)
         seen[name] = [run(root, name, *more, **options), run(root, name, ranks=1)]
 
+    # A run that nothing happens to, and one that SIGTERM stops in step 3.
+    seen["whole"] = [run(root, "whole", ranks=1)]
+    seen["sigterm"] = [run(root, "half", before=signal_at(3, signal.SIGTERM))]
+
+    # Faults of what is read, written, set, and of a rank.
     fault("missing", features=damaged(root, "without", Path.unlink))
-    fault("truncated", features=damaged(root, "cut", lambda path: os.truncate(path, 500)))
+    fault("truncated", features=damaged(root, "cut", truncate))
     fault("flipped", features=damaged(root, "flip", flip))
     fault("nan", features="nans")
     fault("large", before=small_files)
     fault("config", "--set", "optimizer.learning_rate=0.5")
     fault("killed", before=signal_at(6, signal.SIGKILL))
+
     shutil.copytree(root / "half", root / "sigterm")
     seen["sigterm"].append(run(root, "sigterm", ranks=1))
-    plain = (
-        "--set",
-        "objective.numerics=plain",
-    )  # its norm's gradient overflows, the fast one's does not
-    seen["skip"] = [run(root, "skip", *plain, "--on-nonfinite", "skip", features="huge", ranks=1)]
-    seen["overflow"] = [run(root, "overflow", *plain, features="huge")]
-    seen["overflow"].append(
-        run(root, "overflow", *plain, "--on-nonfinite", "skip", features="huge", ranks=2)
-    )
+
+    # A gradient that is not finite: the plain norm's overflows, the fast one's does not.
+    plain = ("--set", "objective.numerics=plain")
+    skip = (*plain, "--on-nonfinite", "skip")
+    seen["skip"] = [run(root, "skip", *skip, features="huge", ranks=1)]
+    seen["overflow"] = [
+        run(root, "overflow", *plain, features="huge"),
+        run(root, "overflow", *skip, features="huge"),
+    ]
+
     full_disk(root, seen)
     (root / "seen.json").write_text(json.dumps(seen, indent=2))
 

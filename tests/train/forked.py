@@ -1,4 +1,7 @@
-"""Starts ranks as forks of this process, which should have imported everything and computed nothing."""
+"""Starts ranks as forks of this process.
+
+The process should have imported everything and computed nothing: a start then costs no import.
+"""
 
 import os
 import signal
@@ -10,19 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+POLL_S = 0.005
+
 
 class Ranks:
-    """The processes of one job, and the exit codes (negative for signals) of those that have ended."""
+    """The processes of one job, and the exit codes (negative: signals) of those that have ended."""
 
     def __init__(self, work: Callable[[int], Any], count: int, log: Path) -> None:
         """Fork `count` ranks that call `work(rank)` with torchrun's variables set.
 
-        What a rank prints goes to `log` with the rank's number behind it; it exits with what `work` returns, or 1.
+        A rank prints to `log` with its number appended; it exits with what `work` returns, or 1.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         sys.stdout.flush()
+
         self.pids: list[int] = []
         self.codes: dict[int, int] = {}
         for rank in range(count):
@@ -33,7 +39,7 @@ class Ranks:
 
     def running(self) -> bool:
         """True while any rank lives."""
-        for rank in set(range(len(self.pids))) - set(self.codes):
+        for rank in self._alive():
             done, status = os.waitpid(self.pids[rank], os.WNOHANG)
             if done:
                 self.codes[rank] = os.waitstatus_to_exitcode(status)
@@ -45,33 +51,46 @@ class Ranks:
             os.kill(self.pids[rank], number)
 
     def wait(self, seconds: float) -> list[int | None]:
-        """The ranks' exit codes once all have ended; None for those killed by us, which took longer."""
+        """The ranks' exit codes once all have ended.
+
+        None for those that took longer and were killed.
+        """
         end = time.monotonic() + seconds
         while self.running() and time.monotonic() < end:
-            time.sleep(0.005)
-        late = set(range(len(self.pids))) - set(self.codes)
+            time.sleep(POLL_S)
+
+        late = self._alive()
         for rank in late:
             self.send(rank, signal.SIGKILL)
         while self.running():
-            time.sleep(0.005)
+            time.sleep(POLL_S)
         return [None if rank in late else self.codes[rank] for rank in range(len(self.pids))]
+
+    def _alive(self) -> set[int]:
+        """The ranks that have not ended, as far as is known."""
+        return set(range(len(self.pids))) - set(self.codes)
 
 
 def _be_rank(work: Callable[[int], Any], rank: int, count: int, port: int, log: Path) -> None:
+    """What the fork does: it never returns."""
     code = 1
     try:
+        # Print to the log.
         handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+
+        # One rank alone has no ranks to join.
         if count > 1:
-            names = {
+            variables = {
                 "RANK": rank,
                 "LOCAL_RANK": rank,
                 "WORLD_SIZE": count,
                 "LOCAL_WORLD_SIZE": count,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
             }
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in (names | address).items()})
+            os.environ.update({name: str(value) for name, value in variables.items()})
         code = work(rank) or 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

@@ -1,9 +1,12 @@
 """Kills a tiny training with SIGKILL, resumes it, and compares it with one that was left alone.
 
-Each cycle starts the training on R ranks, kills one rank or all of them at a place drawn by the seed (between two
-micro-batches, in the rest of a step, in a save), resumes it on R2 ranks, and compares the last state and the metrics
-by equality. The training is the package's own loop on real processes; only the note of where it is comes from here.
-Ranks are forked from this process, which has imported everything and computed nothing: a start costs no import.
+    python -m tests.train.kill_resume --kills 3 --ranks 2,1
+
+A cycle starts the training on R ranks and kills one rank or all of them at a place drawn by the
+seed: between two micro-batches, in the rest of a step, or in a save. It resumes the training on R2
+ranks, and compares the last state and the metrics by equality. The training is the package's own
+loop in real processes; only the notes of where each process is come from here. Ranks are forked
+from this process, which has imported everything and computed nothing.
 """
 
 import argparse
@@ -22,210 +25,239 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
 import eagle3fn as e3
-from eagle3fn.data.features import open_features, write_index, write_shard
-from eagle3fn.data.target import TargetTensors
-from eagle3fn.data.vocab import build_map
+from eagle3fn.data.features import open_features
 from eagle3fn.train import bind, loop
 from eagle3fn.train import step as step_file
-from eagle3fn.train.checkpoint import checkpoints, read_leaves
+from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.launch import ranks as joined
+from tests.factories import make_draft, make_map, make_target, supervised_sample, write_folder
 from tests.train.forked import Ranks
+from tests.train.run_files import rows, same_end
 
-STEPS, SAMPLES, VOCAB, HIDDEN = 8, 40, 96, 32
-PLACES = ("elsewhere", "step", "accumulation", "save")
-NOTE = 2 + len(
-    PLACES
-)  # numbers a rank notes: its place, its step from 1, and the seconds each place last took
+STEPS = 8
+SAMPLES = 40
+VOCAB = 96
+DRAFT_VOCAB = 61
+HIDDEN = 32
 PATIENCE_S = 240.0
+POLL_S = 0.0005
+PLACES = ("elsewhere", "step", "accumulation", "save")
 
 
-def problem(folder: Path) -> None:
-    """Write a feature folder of `SAMPLES` random samples."""
-    draw = torch.Generator().manual_seed(1)
-    samples = {}
-    for number in range(SAMPLES):
-        length = 24 + number % 17
-        ids = torch.randint(VOCAB, (length,), generator=draw)
-        aux, last = (torch.randn(length, n * HIDDEN, generator=draw).bfloat16() for n in (3, 1))
-        samples[str(number)] = e3.Sample(ids, torch.ones_like(ids), aux, last)
-    entries = [
-        {"id": f"s{k}", "key": k, "length": len(s.input_ids), "supervised": 1}
-        for k, s in samples.items()
-    ]
-    sidecar = write_shard(folder, 0, samples, {"samples": entries})
-    target = {"name": "random", "hidden_size": HIDDEN, "vocab_size": VOCAB}
-    write_index(folder, {"target": target, "dtype": "bfloat16", "max_length": 64}, [sidecar])
+class Note:
+    """Where one rank is, in memory that all processes share."""
+
+    size = 2 + len(PLACES)  # numbers: the place, the step from 1, and the seconds in each place
+
+    def __init__(self, notes: Any, rank: int) -> None:
+        whole = memoryview(notes).cast("B").cast("d")
+        self._own = whole[rank * self.size : (rank + 1) * self.size]
+
+    @property
+    def place(self) -> int:
+        """Index into `PLACES`."""
+        return int(self._own[0])
+
+    @place.setter
+    def place(self, index: int) -> None:
+        self._own[0] = index
+
+    @property
+    def step(self) -> int:
+        """The step that the rank is in, or was in last, from 1."""
+        return int(self._own[1])
+
+    @step.setter
+    def step(self, number: int) -> None:
+        self._own[1] = number
+
+    def seconds(self, index: int) -> float:
+        """How long the place took when it was last left."""
+        return self._own[2 + index]
+
+    def set_seconds(self, index: int, seconds: float) -> None:
+        self._own[2 + index] = seconds
 
 
-def config() -> e3.Config:
-    """A run of `STEPS` steps of 8 micro-batches, summed by the tree; odd row counts, so that shards are uneven."""
-    draft = e3.DraftConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=51,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=VOCAB,
-        draft_vocab_size=61,
-        target_hidden_size=HIDDEN,
-        max_position_embeddings=64,
-    )
-    train = e3.TrainConfig(
-        steps=STEPS, reduce="tree", eval_every=5, checkpoint_every=2, dtype="bfloat16"
-    )
-    data = e3.DataConfig(global_batch=8, held_out=2)
+def shared_notes(ranks: int) -> Any:
+    """Memory for the notes of so many ranks."""
+    return RawArray("d", Note.size * ranks)
+
+
+def write_features(folder: Path) -> None:
+    """Write a feature folder of `SAMPLES` random samples of 24 to 40 tokens."""
+    samples = [supervised_sample(24 + i % 17, i, VOCAB, HIDDEN) for i in range(SAMPLES)]
+    write_folder(folder, samples, VOCAB, HIDDEN, per_shard=SAMPLES)
+
+
+def make_config() -> e3.Config:
+    """A run of `STEPS` steps of 8 micro-batches, summed by the tree.
+
+    Leaves have odd numbers of rows, so that shards are uneven.
+    """
+    draft = make_draft(HIDDEN, VOCAB, DRAFT_VOCAB, intermediate_size=51, head_dim=8)
+    train = e3.TrainConfig(steps=STEPS, reduce="tree", eval_every=5, checkpoint_every=2)
     return e3.Config(
-        draft, e3.ObjectiveConfig(ttt_length=3), e3.OptimizerConfig(learning_rate=1e-3), data, train
+        draft=draft,
+        objective=e3.ObjectiveConfig(ttt_length=3),
+        optimizer=e3.OptimizerConfig(learning_rate=1e-3),
+        data=e3.DataConfig(global_batch=8, held_out=2),
+        train=train,
     )
 
 
 def train(features: Path, out: Path, notes: Any, rank: int) -> None:
-    """What a rank does; `notes` are all ranks' notes of where they are."""
-    own = memoryview(notes).cast("B").cast("d")[rank * NOTE : (rank + 1) * NOTE]
-    bind.step = marked(bind.step, own, "step")
-    step_file.accumulate = marked(step_file.accumulate, own, "accumulation")
-    loop.save_checkpoint = marked(loop.save_checkpoint, own, "save")
-    draw = torch.Generator().manual_seed(2)
-    embed, head = (torch.randn(VOCAB, HIDDEN, generator=draw) for _ in range(2))
-    target, vocab_map = (
-        TargetTensors(embed, head, torch.ones(HIDDEN)),
-        build_map(torch.arange(VOCAB), 61),
-    )
+    """What a rank does; it notes in `notes` where it is."""
+    note = Note(notes, rank)
+    bind.step = noted(bind.step, note, "step")
+    step_file.accumulate = noted(step_file.accumulate, note, "accumulation")
+    loop.save_checkpoint = noted(loop.save_checkpoint, note, "save")
+
+    vocab_map = make_map(VOCAB, DRAFT_VOCAB, torch.Generator().manual_seed(1))
+    target = make_target(VOCAB, HIDDEN)
     with joined() as world:
-        loop.train(config(), open_features(features), vocab_map, target, out, world=world)
+        loop.train(make_config(), open_features(features), vocab_map, target, out, world=world)
 
 
-def marked(function: Callable, own: Any, place: str) -> Callable:
-    """The same function; it notes where the rank is while it runs, and how long it took."""
-    number = PLACES.index(place)
+def noted(function: Callable, note: Note, place: str) -> Callable:
+    """The same function, which notes the place while it runs, and afterwards how long it took."""
+    index = PLACES.index(place)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        before, begin = own[0], time.perf_counter()
+        outer = note.place
+        begin = time.perf_counter()
         if place == "step":
-            own[1] = int(args[0].step) + 1
-        own[0] = number
+            note.step = int(args[0].step) + 1
+        note.place = index
         try:
             return function(*args, **kwargs)
         finally:
-            own[0], own[2 + number] = before, time.perf_counter() - begin
+            note.place = outer
+            note.set_seconds(index, time.perf_counter() - begin)
 
     return call
 
 
-class Wish(NamedTuple):
-    """Where to kill: a place, the first step it may be in, a share of the place's time, and which ranks."""
+class Aim(NamedTuple):
+    """Where to kill."""
 
     place: str
-    step: int
-    share: float
-    victims: list[int]
+    step: int  # the first step that it may be in
+    share: float  # of the place's time that has passed
+    victims: list[int]  # ranks
 
 
-def draw_wish(draw: random.Random, ranks: int, places: tuple[str, ...]) -> Wish:
-    """One of the places; behind the first checkpoint nine times of ten; one rank, or all."""
-    step = draw.randint(3, STEPS - 2) if draw.random() < 0.9 else draw.randint(1, 2)
-    victims = [draw.randrange(ranks)] if draw.random() < 0.5 else list(range(ranks))
-    return Wish(draw.choice(places), step, draw.random(), victims)
+def draw_aim(draw: random.Random, ranks: int, places: tuple[str, ...]) -> Aim:
+    """One of the places; nine times of ten after the first checkpoint; one rank, or all."""
+    if draw.random() < 0.9:
+        step = draw.randint(3, STEPS - 2)
+    else:
+        step = draw.randint(1, 2)
+    victims = list(range(ranks))
+    if draw.random() < 0.5:
+        victims = [draw.randrange(ranks)]
+    return Aim(draw.choice(places), step, draw.random(), victims)
 
 
-def kill(wish: Wish, job: Ranks, notes: Any) -> str | None:
-    """Kill the victims in the wished place; the place the first one died in, None if it got to the last step alive."""
-    rank = wish.victims[0]
-    own, wanted = (
-        memoryview(notes).cast("B").cast("d")[rank * NOTE : (rank + 1) * NOTE],
-        PLACES.index(wish.place),
-    )
-    before = (
-        PLACES.index("accumulation") if wish.place == "step" else wanted
-    )  # most of a step lies behind it
-    for place in (before, wanted):
-        while not (own[0] == place and own[1] >= wish.step):
-            if not job.running() or own[1] >= STEPS:
+def kill(aim: Aim, job: Ranks, notes: Any) -> str | None:
+    """Kill the victims at the place aimed at.
+
+    Returns:
+        The place in which the first victim died; None if it got to the last step alive.
+    """
+    rank = aim.victims[0]
+    note = Note(notes, rank)
+    wanted = PLACES.index(aim.place)
+
+    # The rest of a step is reached through the accumulation, which is most of the step.
+    accumulation = PLACES.index("accumulation")
+    passed = accumulation if aim.place == "step" else wanted
+    for place in (passed, wanted):
+        while note.place != place or note.step < aim.step:
+            if not job.running() or note.step >= STEPS:
                 job.wait(PATIENCE_S)
                 return None
-            time.sleep(0.0005)
-    inner = own[2 + before] if wish.place == "step" else 0.0
-    time.sleep(wish.share * max(own[2 + wanted] - inner, 0.0))  # what it took the last time
-    for victim in wish.victims:
+            time.sleep(POLL_S)
+
+    # The place takes as long as it took the last time.
+    length = note.seconds(wanted)
+    if aim.place == "step":
+        length -= note.seconds(accumulation)
+    time.sleep(aim.share * max(length, 0.0))
+
+    for victim in aim.victims:
         job.send(victim, signal.SIGKILL)
     code = job.wait(PATIENCE_S)[rank]
-    return PLACES[int(own[0])] if code == -signal.SIGKILL and own[1] < STEPS else None
-
-
-def differences(out: Path, whole: Path) -> tuple[bool, int, int]:
-    """Whether the last state and all rows are those of the run left alone; and steps lost and repeated in its rows."""
-    last = f"checkpoints/step-{STEPS:08d}"
-    one, two = read_leaves(out / last), read_leaves(whole / last)
-    equal = one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        equal = equal and rows(out / name) == rows(whole / name)
-    steps = [row["step"] for row in rows(out / "metrics.jsonl")]
-    return equal, len(set(range(1, STEPS + 1)) - set(steps)), len(steps) - len(set(steps))
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    """A file's rows without the times."""
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+    if code != -signal.SIGKILL or note.step >= STEPS:
+        return None
+    return PLACES[note.place]
 
 
 def run_on(ranks: int, features: Path, out: Path) -> None:
     """Train to the end on so many ranks."""
-    job = Ranks(
-        partial(train, features, out, RawArray("d", NOTE * ranks)),
-        ranks,
-        out.with_name(f"{out.name}.log"),
-    )
+    log = out.with_name(f"{out.name}.log")
+    job = Ranks(partial(train, features, out, shared_notes(ranks)), ranks, log)
     codes = job.wait(PATIENCE_S)
     if any(codes):
-        raise SystemExit(f"{out}: the ranks ended with {codes}; see {out}.log*")
+        raise SystemExit(f"{out}: the ranks ended with {codes}; see {log}*")
 
 
-def cycle(number: int, wish: Wish, ranks: list[int], folder: Path) -> dict[str, Any] | None:
+class Cycle(NamedTuple):
+    """What one kill and the resumed run gave."""
+
+    place: str
+    equal: bool  # the last state and all rows are those of the run left alone
+    lost: int  # steps that its rows don't have
+    repeated: int  # rows whose step was there before
+    resumed_from: int  # the step of the newest checkpoint, 0 if there was none
+
+
+def run_cycle(number: int, aim: Aim, ranks: list[int], folder: Path) -> Cycle | None:
     """Kill, resume, compare; None if the kill came too late."""
-    out, notes = folder / f"run{number}", RawArray("d", NOTE * ranks[0])
-    job = Ranks(
-        partial(train, folder / "features", out, notes), ranks[0], folder / f"run{number}.killed"
-    )
-    place = kill(wish, job, notes)
+    features = folder / "features"
+    out = folder / f"run{number}"
+    notes = shared_notes(ranks[0])
+    log = folder / f"run{number}.killed"
+    job = Ranks(partial(train, features, out, notes), ranks[0], log)
+    place = kill(aim, job, notes)
     if place is None or (out / f"checkpoints/step-{STEPS:08d}").exists():
         shutil.rmtree(out, ignore_errors=True)
         return None
+
     found = checkpoints(out / "checkpoints")
-    run_on(ranks[-1], folder / "features", out)
-    equal, lost, repeated = differences(out, folder / "whole")
+    begun = int(found[-1].name.removeprefix("step-")) if found else 0
+    run_on(ranks[-1], features, out)
+
+    equal = same_end(out, folder / "whole", STEPS)
+    steps = [row["step"] for row in rows(out / "metrics.jsonl")]
+    lost = len(set(range(1, STEPS + 1)) - set(steps))
+    repeated = len(steps) - len(set(steps))
     if equal:
         shutil.rmtree(out)
-    begun = int(found[-1].name.removeprefix("step-")) if found else 0
-    return {
-        "place": place,
-        "equal": equal,
-        "lost": lost,
-        "repeated": repeated,
-        "resumed_from": begun,
+    return Cycle(place, equal, lost, repeated, begun)
+
+
+def count(cycles: list[Cycle]) -> dict[str, Any]:
+    """Counts over all cycles."""
+    counts: dict[str, Any] = {
+        "kills": len(cycles),
+        "equal": sum(cycle.equal for cycle in cycles),
+        "lost": sum(cycle.lost for cycle in cycles),
+        "repeated": sum(cycle.repeated for cycle in cycles),
     }
+    for place in ("save", "accumulation", "step"):
+        counts[f"in_{place}"] = sum(cycle.place == place for cycle in cycles)
+    return counts | {"resumed_from": [cycle.resumed_from for cycle in cycles]}
 
 
-def gather(cycles: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last line: counts over all cycles."""
-    total = {"kills": len(cycles)} | {
-        k: sum(int(c[k]) for c in cycles) for k in ("equal", "lost", "repeated")
-    }
-    total |= {
-        f"in_{place}": sum(c["place"] == place for c in cycles)
-        for place in ("save", "accumulation", "step")
-    }
-    return total | {"resumed_from": [c["resumed_from"] for c in cycles]}
-
-
-def main() -> int:
-    """Parse the options and run the cycles; 0 if all were equal."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=3, help="kills that count (default 3)")
     parser.add_argument(
         "--ranks", default="2", help="ranks killed, or R,R2: killed on R, resumed on R2 (default 2)"
@@ -235,35 +267,45 @@ def main() -> int:
         "--place", choices=PLACES[1:], help="aim at this place alone (default: at all three)"
     )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parser.parse_args()
-    ranks, draw, cycles = (
-        [int(text) for text in options.ranks.split(",")],
-        random.Random(options.seed),
-        [],
-    )
+    return parser
+
+
+def main() -> int:
+    """Run the cycles; 0 if all were equal."""
+    options = make_parser().parse_args()
+    ranks = [int(text) for text in options.ranks.split(",")]
     places = (options.place,) if options.place else PLACES[1:]
+    draw = random.Random(options.seed)
+
+    # The run that nothing happens to.
     folder = Path(tempfile.mkdtemp(prefix="kill-resume-"))
-    problem(folder / "features")
+    write_features(folder / "features")
     run_on(ranks[0], folder / "features", folder / "whole")
+
+    # Kills that come too late don't count; ten tries for each that does.
+    cycles: list[Cycle] = []
     for number in range(10 * options.kills):
-        done = cycle(number, draw_wish(draw, ranks[0], places), ranks, folder)
-        cycles += [done] if done else []
-        print(
-            f"{len(cycles)} of {options.kills}: {done or 'too late, not counted'}",
-            file=sys.stderr,
-            flush=True,
-        )
+        done = run_cycle(number, draw_aim(draw, ranks[0], places), ranks, folder)
+        if done:
+            cycles.append(done)
+        message = f"{len(cycles)} of {options.kills}: {done or 'too late, not counted'}"
+        print(message, file=sys.stderr, flush=True)
         if len(cycles) == options.kills:
             break
-    total = gather(cycles)
-    print(json.dumps(total) if options.json else "\n".join(f"{k:<14}{v}" for k, v in total.items()))
-    good = (
-        total["kills"] == total["equal"] == options.kills
-        and total["lost"] == total["repeated"] == 0
-    )
-    if good:
-        shutil.rmtree(folder)
-    return 0 if good else 1
+
+    counts = count(cycles)
+    if options.json:
+        print(json.dumps(counts))
+    else:
+        for name, value in counts.items():
+            print(f"{name:<14}{value}")
+
+    all_equal = counts["kills"] == counts["equal"] == options.kills
+    none_wrong = counts["lost"] == counts["repeated"] == 0
+    if not (all_equal and none_wrong):
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":

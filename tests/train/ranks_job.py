@@ -1,6 +1,9 @@
-"""What four ranks do in one start for `test_shard.py`: each check runs on the first `n` of them, as a mesh of `n`.
+"""What four ranks do in one start for `test_shard.py`: each check runs on the first `n` of them.
 
-Rank 0 writes `{check: "" or what went wrong on any rank}` to the file named on the command line.
+The check's mesh has `n` ranks. Rank 0 writes `{check: "" or what went wrong on any rank}` to the
+file named on the command line:
+
+    torchrun --nproc-per-node 4 -m tests.train.ranks_job RESULTS.json
 """
 
 import json
@@ -10,52 +13,62 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed import all_gather_object
 from torch.distributed.device_mesh import DeviceMesh
 
 import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves, tree_map
-from eagle3fn.train import step as step_file
+from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
+from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.launch import World, ranks
-from eagle3fn.train.shard import is_sharded, local, rows_of, shard
+from eagle3fn.train.recipe import OURS
+from eagle3fn.train.shard import empty_state, is_sharded, local, rows_of, shard
+from tests.factories import make_batch, make_frozen
 from tests.reference import Draft
-from tests.small import batch_of, frozen_of
-from tests.train.ranks_small import (
+from tests.train.ranks_problem import (
     BOUND,
-    SAMPLES,
+    LENGTHS,
     STEPS,
     alone,
-    config_of,
     gap,
     micro_batches,
     refused,
     train,
+    uneven_config,
 )
+from tests.train.run_problem import held_out_run
+
+WAIT_S = 20.0
 
 
-def leaves_of_any_size_come_back(mesh: DeviceMesh, world: World) -> None:
-    tree = {"seven": torch.arange(21.0).view(7, 3), "two": torch.arange(10).view(2, 5), "one": torch.ones(1),
-            "none": torch.tensor(3)}  # fmt: skip
+def shards_of_any_size_gather_to_the_whole(mesh: DeviceMesh, world: World) -> None:
+    tree = {
+        "seven": torch.arange(21.0).view(7, 3),
+        "two": torch.arange(10).view(2, 5),
+        "one": torch.ones(1),
+        "none": torch.tensor(3),
+    }
     parts = shard(tree, mesh)
-    assert parts["seven"].shape == (7, 3)
     rows = rows_of(7, mesh.size(), world.rank)
+    assert parts["seven"].shape == (7, 3)
     assert torch.equal(parts["seven"].to_local(), tree["seven"][rows.start : rows.stop])
     assert torch.equal(parts["seven"].full_tensor(), tree["seven"])
     assert not is_sharded(parts["none"])
+
     back = e3.gather(parts)
     assert equal(back, tree)
     assert not any(map(is_sharded, back.values()))
 
 
-def specs_are_the_state(mesh: DeviceMesh, world: World) -> None:
-    config = config_of()
-    fns = e3.bind(config, frozen_of(config), mesh)
+def specs_are_those_of_the_state(mesh: DeviceMesh, world: World) -> None:
+    config = uneven_config()
+    fns = e3.bind(config, make_frozen(config), mesh)
     specs = named_leaves(e3.state_specs(config, mesh))
     state = fns.init_state(fns.init(0))
     own = named_leaves(local(state))
@@ -68,138 +81,176 @@ def specs_are_the_state(mesh: DeviceMesh, world: World) -> None:
         assert is_sharded(leaf) == (name != "step")
 
 
-def sum_is_near_one_process(mesh: DeviceMesh, world: World) -> None:
+def empty_state_is_placed_as_the_state(mesh: DeviceMesh, world: World) -> None:
+    config = uneven_config()
+    fns = e3.bind(config, make_frozen(config), mesh)
+    state = named_leaves(fns.init_state(fns.init(0)))
+    empty = named_leaves(empty_state(config, "cpu", mesh))
+    assert empty.keys() == state.keys()
+    for name, leaf in empty.items():
+        expected: Any = state[name]
+        found: Any = leaf
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
+        assert is_sharded(found) == is_sharded(expected), name
+        if is_sharded(found):
+            assert found.placements == expected.placements, name
+            assert found.to_local().shape == expected.to_local().shape, name
+            assert found.stride() == expected.stride(), name
+
+
+def sum_reduction_is_near_one_process(mesh: DeviceMesh, world: World) -> None:
     for size, normalization in ((1, "mask"), (2 if mesh.size() == 3 else 3, "rows")):
-        config = config_of(normalization=normalization)
+        config = uneven_config(normalization=normalization)
         state, rows = train(config, mesh, size)
-        whole, wanted = alone(config, size)
+        whole, expected = alone(config, size)
         assert gap(state, whole) < BOUND, (normalization, gap(state, whole))
-        assert gap(rows, wanted) < 20 * BOUND, (normalization, gap(rows, wanted))
+        assert gap(rows, expected) < 20 * BOUND, (normalization, gap(rows, expected))
         if mesh.size() == 1:
             assert equal(state, whole)
-            assert equal(rows, wanted)
+            assert equal(rows, expected)
 
 
-def any_split_is_near(mesh: DeviceMesh, world: World) -> None:
-    states = [train(config_of(), mesh, size)[0] for size in (1, 2, 3)]
-    assert max(gap(states[0], state) for state in states[1:]) < BOUND
+def any_split_is_near_another(mesh: DeviceMesh, world: World) -> None:
+    first, *others = [train(uneven_config(), mesh, size)[0] for size in (1, 2, 3)]
+    for other in others:
+        assert gap(first, other) < BOUND
 
 
-def tree_is_one_process(mesh: DeviceMesh, world: World) -> None:
-    for dtype in ("float32", "bfloat16"):
-        config = config_of("tree", dtype, normalization="rows" if dtype == "bfloat16" else "mask")
-        whole, wanted = alone(config)
+def tree_reduction_has_the_bits_of_one_process(mesh: DeviceMesh, world: World) -> None:
+    for dtype, normalization in (("float32", "mask"), ("bfloat16", "rows")):
+        config = uneven_config("tree", dtype, normalization=normalization)
+        whole, expected = alone(config)
         for donate in (False, True):
             state, rows = train(config, mesh, donate=donate)
             assert equal(state, whole), (dtype, donate, gap(state, whole))
-            assert equal(rows, wanted), dtype
+            assert equal(rows, expected), dtype
 
 
-def plain_numerics_too(mesh: DeviceMesh, world: World) -> None:
-    for how in ("tree",) if mesh.size() > 1 else ("tree", "sum"):
-        config = config_of(how, "bfloat16", numerics="plain")
-        assert equal(train(config, mesh)[0], alone(config)[0]), how
+def plain_numerics_have_the_bits_of_one_process(mesh: DeviceMesh, world: World) -> None:
+    reductions = ("tree", "sum") if mesh.size() == 1 else ("tree",)
+    for reduce in reductions:
+        config = uneven_config(reduce, "bfloat16", numerics="plain")
+        assert equal(train(config, mesh)[0], alone(config)[0]), reduce
+
+
+class HoldsBack:
+    """A loss that lets one rank get to its last micro-batch while the others wait at their first.
+
+    The rank ahead writes a note at its last micro-batch; the others wait for that note at their
+    first one. `in_order` has an entry a call: whether the note was there when it had to be.
+    """
+
+    def __init__(self, count: int, ahead: bool, note: Path) -> None:
+        self.count = count
+        self.ahead = ahead
+        self.note = note
+        self.in_order: list[bool] = []
+
+    def __call__(
+        self, params: Params, batch: Batch, *, config: e3.Config, frozen: Frozen
+    ) -> tuple[Tensor, Aux]:
+        number = len(self.in_order) + 1
+        if self.ahead and number == self.count:
+            self.note.touch()
+        if not self.ahead and number == 1:
+            end = time.monotonic() + WAIT_S
+            while not self.note.exists() and time.monotonic() < end:
+                time.sleep(0.01)
+        self.in_order.append(self.ahead or self.note.exists())
+        return e3.forward_loss(params, batch, config=config, frozen=frozen)
 
 
 def no_rank_waits_before_its_last_micro_batch(mesh: DeviceMesh, world: World) -> None:
-    """One rank gets to its last micro-batch while the others hold back their first; each rank in turn."""
-    config, plain = config_of(), step_file.forward_loss
-    fns, own = e3.bind(config, frozen_of(config), mesh), micro_batches(0, 1, mesh)
+    """Each rank in turn is ahead of the others."""
+    config = uneven_config()
+    frozen = make_frozen(config)
+    own = micro_batches(0, 1, mesh)
+    fns = e3.bind(config, frozen, mesh)
     state = fns.init_state(fns.init(0))
     folder = Path(gathered(tempfile.mkdtemp() if world.main else None, mesh)[0])
+
     for ahead in range(mesh.size()):
-        calls: list[bool] = []
-        step_file.forward_loss = partial(
-            held_back, plain, calls, len(own), world.rank == ahead, folder / f"{ahead}"
-        )
-        try:
-            fns.step(state, own)
-        finally:
-            step_file.forward_loss = plain
-        assert all(calls)
+        loss = HoldsBack(len(own), world.rank == ahead, folder / f"{ahead}")
+        e3.bind(config, frozen, mesh, OURS._replace(loss=loss)).step(state, own)
+        assert len(loss.in_order) == len(own)
+        assert all(loss.in_order)
+
     gathered(None, mesh)
     if world.main:
         shutil.rmtree(folder)
 
 
-def held_back(
-    plain: Any, calls: list[bool], count: int, ahead: bool, note: Path, *args: Any, **kwargs: Any
-) -> Any:
-    """`plain`, called once a micro-batch: who is ahead leaves a note at the last one, the rest wait for it first."""
-    calls.append(True)
-    if ahead and len(calls) == count:
-        note.touch()
-    end = time.monotonic() + 20
-    while not ahead and len(calls) == 1 and not note.exists() and time.monotonic() < end:
-        time.sleep(0.01)
-    calls[-1] = ahead or note.exists()
-    return plain(*args, **kwargs)
-
-
 def gathered(value: Any, mesh: DeviceMesh) -> list[Any]:
-    """The objects that the ranks of a mesh give."""
+    """The objects that the ranks of a mesh give, in their order."""
     every: list[Any] = [None] * mesh.size()
     all_gather_object(every, value, group=mesh.get_group())
     return every
 
 
 def donating_keeps_the_bits(mesh: DeviceMesh, world: World) -> None:
-    config = config_of()
-    plain, given = train(config, mesh), train(config, mesh, donate=True)
-    assert equal(plain[0], given[0])
-    fns = e3.bind(config, frozen_of(config), mesh)
+    config = uneven_config()
+    kept, _ = train(config, mesh)
+    donated, _ = train(config, mesh, donate=True)
+    assert equal(kept, donated)
+
+
+def donated_state_is_refused_wherever_it_is_touched(mesh: DeviceMesh, world: World) -> None:
+    config = uneven_config()
+    fns = e3.bind(config, make_frozen(config), mesh)
     state = fns.init_state(fns.init(0))
     fns.step(state, micro_batches(0, 1, mesh), donate=True)
+
     leaf: Any = state.masters["fc.weight"]
-    behind = lambda: torch.func.vjp(lambda x: x * 2, leaf)  # noqa: E731
-    for touch in (
+    touches = (
         lambda: leaf + 1,
         leaf.to_local,
         lambda: e3.gather(state),
         lambda: int(state.step),
-        behind,
-    ):
-        refused(touch, "donate=True")
-    refused(lambda: fns.step(state, micro_batches(0, 1, mesh)), "donate=True")
-
-
-def metrics_are_everyones(mesh: DeviceMesh, world: World) -> None:
-    _, rows = train(config_of(), mesh)
-    row = rows[-1]
-    assert int(row["tokens"]) == int(
-        batch_of(STEPS - 1, tuple(4 + (5 * i) % 7 for i in range(SAMPLES)))[1].sum()
+        lambda: torch.func.vjp(lambda x: x * 2, leaf),
+        lambda: fns.step(state, micro_batches(0, 1, mesh)),
     )
-    every = gathered(tree_map(lambda x: x.tolist(), row), mesh)
+    for touch in touches:
+        refused(touch, "donate=True")
+
+
+def metrics_are_the_same_on_all_ranks(mesh: DeviceMesh, world: World) -> None:
+    _, rows = train(uneven_config(), mesh)
+    last = rows[-1]
+    assert int(last["tokens"]) == sum(LENGTHS) == int(make_batch(STEPS - 1, LENGTHS)[1].sum())
+    every = gathered(tree_map(lambda x: x.tolist(), last), mesh)
     assert all(other == every[0] for other in every)
 
 
 def what_does_not_fit_is_refused(mesh: DeviceMesh, world: World) -> None:
-    config = config_of()
-    frozen = frozen_of(config)
+    config = uneven_config()
+    frozen = make_frozen(config)
     fns = e3.bind(config, frozen, mesh)
     params = fns.init(0)
     state = fns.init_state(params)
     own = micro_batches(0, 1, mesh)
+
+    # States that are not placed as the step's mesh says.
+    plain = e3.init_state(params, config=config)
+    moved = state._replace(params=replicated(state.params))
     refused(lambda: fns.forward_loss(state.params, own[0]), r"e3.gather(state)")
     refused(lambda: e3.step(state, own, config=config, frozen=frozen), "another mesh")
-    refused(lambda: fns.step(e3.init_state(params, config=config), own), "plain tensor")
-    refused(
-        lambda: fns.step(state._replace(params=replicated(state.params)), own),
-        "it must be Shard(0)",
-    )
+    refused(lambda: fns.step(plain, own), "plain tensor")
+    refused(lambda: fns.step(moved, own), "it must be Shard(0)")
+
+    # Micro-batches that cannot be summed.
+    uncounted = own[0]._replace(row_counts=None)
     refused(lambda: fns.step(state, own[: 1 + world.rank]), "give every rank as many")
-    refused(
-        lambda: fns.step(state, own[0]._replace(row_counts=None)), "batch.row_counts is missing"
-    )
-    lk = config_of(loss="lk_alpha", numerics="plain")
+    refused(lambda: fns.step(state, uncounted), "batch.row_counts is missing")
+    lk = uneven_config(loss="lk_alpha", numerics="plain")
     refused(
         lambda: e3.step(state, own[0], config=lk, frozen=frozen, mesh=mesh),
         f"on {mesh.size()} ranks under",
     )
+
     if mesh.size() == 3:
+        tree = uneven_config("tree")
         refused(
-            lambda: e3.step(state, own, config=config_of("tree"), frozen=frozen, mesh=mesh),
-            "'tree' on 3 ranks",
+            lambda: e3.step(state, own, config=tree, frozen=frozen, mesh=mesh), "'tree' on 3 ranks"
         )
 
 
@@ -209,53 +260,82 @@ def replicated(params: Any) -> Any:
     return {name: leaf.redistribute(placements=[Replicate()]) for name, leaf in params.items()}
 
 
-def a_fully_sharded_module_takes_the_state_by_name(mesh: DeviceMesh, world: World) -> None:
+def fully_sharded_module_takes_the_state_by_name(mesh: DeviceMesh, world: World) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    config = config_of()
-    frozen = frozen_of(config)
+    config = uneven_config()
+    frozen = make_frozen(config)
     fns = e3.bind(config, frozen, mesh)
     params = fns.init(0)
     state = fns.init_state(params)
+
+    # Into the module.
     module: Any = Draft(config.draft, frozen.embed_tokens, frozen.t2d, frozen.d2t)
     fully_shard(module, mesh=mesh)
     result = module.load_state_dict(state.params, strict=False)
     assert not result.unexpected_keys
     held = module.state_dict()
     assert equal(e3.gather({name: held[name] for name in params}), params)
+
+    # And back: the next step has the same bits.
     back = state._replace(params={name: held[name] for name in params})
-    one, other = (fns.step(s, micro_batches(0, 1, mesh))[0] for s in (state, back))
-    assert equal(e3.gather(one), e3.gather(other))
+    own = micro_batches(0, 1, mesh)
+    after, _ = fns.step(state, own)
+    after_back, _ = fns.step(back, own)
+    assert equal(e3.gather(after), e3.gather(after_back))
 
 
-def a_checkpoint_of_all_ranks_is_read_by_one(mesh: DeviceMesh, world: World) -> None:
-    config = config_of()
-    fns = e3.bind(config, frozen_of(config), mesh)
+def checkpoint_of_all_ranks_is_read_by_one_and_by_all(mesh: DeviceMesh, world: World) -> None:
+    config = uneven_config()
+    fns = e3.bind(config, make_frozen(config), mesh)
     state, _ = fns.step(fns.init_state(fns.init(0)), micro_batches(0, 1, mesh))
-    whole, folder = e3.gather(state), world.shared(tempfile.mkdtemp() if world.main else None)
+    whole = e3.gather(state)
+    folder = world.shared(tempfile.mkdtemp() if world.main else None)
     path = save_checkpoint(folder, state, config, {}, {}, 1, world)
-    alone = e3.init_state(fns.init(1), config=config)
-    assert equal(load_checkpoint(path, alone, config, {}).state, whole)
-    again = load_checkpoint(path, fns.init_state(fns.init(1)), config, {}, world).state
+
+    into = e3.init_state(fns.init(1), config=config)
+    assert equal(load_checkpoint(path, into, config, {}).state, whole)
+    again = load_checkpoint(path, empty_state(config, "cpu", mesh), config, {}, world).state
     assert equal(local(again), local(state))
+
     world.barrier()
     if world.main:
         shutil.rmtree(folder)
 
 
-CHECKS: list[tuple[Callable[[DeviceMesh, World], None], tuple[int, ...]]] = [
-    (leaves_of_any_size_come_back, (1, 2, 3, 4)),
-    (specs_are_the_state, (1, 3, 4)),
-    (sum_is_near_one_process, (1, 2, 3, 4)),
-    (any_split_is_near, (2,)),
-    (tree_is_one_process, (1, 2, 4)),
-    (plain_numerics_too, (1, 2)),
+def held_out_row_is_that_of_one_process(mesh: DeviceMesh, world: World) -> None:
+    """Five held-out samples: the last of four ranks has none."""
+    folder = world.shared(tempfile.mkdtemp() if world.main else None)
+    for objective in ({"normalization": "mask"}, {"normalization": "rows"}):
+        alone = held_out_run(Path(folder) / str(world.rank), **objective)
+        params = alone.fns.init(3)
+        expected = evaluate_held_out(alone, params)
+        assert expected.keys() >= {"loss", "losses", "rows", "accepted_length"}
+        assert evaluate_held_out(alone._replace(world=world), params) == expected
+
+    world.barrier()
+    if world.main:
+        shutil.rmtree(folder)
+
+
+Check = Callable[[DeviceMesh, World], None]
+
+CHECKS: list[tuple[Check, tuple[int, ...]]] = [
+    (shards_of_any_size_gather_to_the_whole, (1, 2, 3, 4)),
+    (specs_are_those_of_the_state, (1, 3, 4)),
+    (empty_state_is_placed_as_the_state, (1, 3, 4)),
+    (sum_reduction_is_near_one_process, (1, 2, 3, 4)),
+    (any_split_is_near_another, (2,)),
+    (tree_reduction_has_the_bits_of_one_process, (1, 2, 4)),
+    (plain_numerics_have_the_bits_of_one_process, (1, 2)),
     (no_rank_waits_before_its_last_micro_batch, (3,)),
     (donating_keeps_the_bits, (2,)),
-    (metrics_are_everyones, (3,)),
+    (donated_state_is_refused_wherever_it_is_touched, (2,)),
+    (metrics_are_the_same_on_all_ranks, (3,)),
     (what_does_not_fit_is_refused, (2, 3)),
-    (a_fully_sharded_module_takes_the_state_by_name, (2,)),
-    (a_checkpoint_of_all_ranks_is_read_by_one, (4,)),
+    (fully_sharded_module_takes_the_state_by_name, (2,)),
+    (checkpoint_of_all_ranks_is_read_by_one_and_by_all, (4,)),
+    (held_out_row_is_that_of_one_process, (4,)),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Start a few ranks of a script, by torchrun or as bare processes, and hear what they say."""
+"""Start a few ranks of a program, by torchrun or as bare processes, and collect what they print."""
 
 import os
 import socket
@@ -12,28 +12,25 @@ ROOT = Path(__file__).parents[2]
 
 
 class Ended(NamedTuple):
-    """How the ranks ended: exit codes (torchrun: one), what all wrote together, seconds."""
+    """How the ranks ended."""
 
-    codes: list[int]
-    text: str
+    codes: list[int]  # exit codes, in the ranks' order; torchrun has one
+    text: str  # what all of them printed
     seconds: float
 
 
 def torchrun(ranks: int, *command: object, timeout: float = 240) -> Ended:
     """`torchrun --nproc-per-node ranks command`."""
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-    ]
-    return _run([start + list(map(str, command))], [{}], timeout)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start += ["--nproc-per-node", str(ranks), *map(str, command)]
+    return _run([start], [{}], timeout)
 
 
 def processes(ranks: int, *command: object, timeout: float = 240) -> Ended:
-    """The same ranks without torchrun: nobody ends the others when one fails, and rank 0 holds the store."""
+    """The same ranks without torchrun: when one fails, nothing ends the others.
+
+    Rank 0 holds the store.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -43,13 +40,21 @@ def processes(ranks: int, *command: object, timeout: float = 240) -> Ended:
 
 
 def _run(commands: list[list[str]], settings: list[dict[str, str]], timeout: float) -> Ended:
+    """Run all commands at once, each with its own settings in the environment."""
     begin = time.perf_counter()
-    plain = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **plain, **more}, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for command, more in zip(commands, settings, strict=True)
-    ]  # fmt: skip
+    common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = []
+    for command, own in zip(commands, settings, strict=True):
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=common | own,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        started.append(process)
+
     try:
         text = "".join(process.communicate(timeout=timeout)[0] for process in started)
     finally:

@@ -10,22 +10,22 @@ import pytest
 from tests.train.start_ranks import ROOT, processes, torchrun
 
 JOB = "tests.train.launch_job"
-WITHIN_S = 15  # 3 and less on a machine that is not busy
-SOON_S = (
-    100  # starting Python twice on a busy machine; a rank left waiting would stay for half an hour
-)
+
+WITHIN_S = 15
+"""From one rank's failure to the end of all; 3 and less on a machine that is not busy."""
+
+SOON_S = 100
+"""Starting Python twice on a busy machine; a rank left waiting would wait for half an hour."""
 
 
-def test_without_torchrun_there_is_nothing_to_leave(tmp_path):
+def test_program_without_torchrun_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", JOB, "nothing", str(tmp_path)]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
-def test_half_an_announcement_is_one_line(tmp_path):
-    command, environment = (
-        [sys.executable, "-m", JOB, "nothing", str(tmp_path)],
-        os.environ | {"RANK": "0"},
-    )
+def test_incomplete_environment_of_ranks_is_refused_in_one_line(tmp_path):
+    command = [sys.executable, "-m", JOB, "nothing", str(tmp_path)]
+    environment = os.environ | {"RANK": "0"}
     ended = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -36,7 +36,7 @@ def test_half_an_announcement_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["checkpoint", "destroyed"])
-def test_a_good_run_ends_well(how, tmp_path):
+def test_successful_run_ends_with_exit_code_0_on_all_ranks(how, tmp_path):
     ended = processes(2, "-m", JOB, how, tmp_path)
     assert ended.codes == [0, 0], ended.text
     assert (tmp_path / "step-00000002/meta.json").exists()
@@ -56,17 +56,18 @@ def test_a_good_run_ends_well(how, tmp_path):
         ("killed", "job: rank 0: another rank is gone"),
     ],
 )
-def test_one_rank_ends_all_with_its_own_message(how, message, tmp_path):
+def test_failure_of_one_rank_ends_all_with_its_message_once(how, message, tmp_path):
     ended = processes(2, "-m", JOB, how, tmp_path, timeout=SOON_S)
     assert all(ended.codes), ended.text
     if (tmp_path / "raised").exists():
-        assert time.time() - float((tmp_path / "raised").read_text()) < WITHIN_S
+        raised = float((tmp_path / "raised").read_text())
+        assert time.time() - raised < WITHIN_S
     assert ended.text.count(message) == 1, ended.text
     if how != "bug":
         assert "Traceback" not in ended.text, ended.text
 
 
-def test_torchrun_reports_the_failure(tmp_path):
+def test_torchrun_reports_the_failure_once(tmp_path):
     ended = torchrun(2, "-m", JOB, "last_raises", tmp_path, timeout=SOON_S)
     assert ended.codes == [1]
     assert ended.text.count("job: this rank has had enough") == 1, ended.text

@@ -1,6 +1,9 @@
-"""Step and state on a mesh of one rank: the same bits as without a mesh, on the CPU and on a card."""
+"""Step and state on a mesh of one rank have the bits of those without a mesh, on the CPU and on a
+card.
+"""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves
+from eagle3fn.base.types import TrainState
 from eagle3fn.testing.builders import on
 from eagle3fn.train.shard import is_sharded
 from tests import devices
-from tests.small import batch_of, config_of, frozen_of
+from tests.factories import make_batch, make_config, make_draft, make_frozen
 
 
 @pytest.fixture(scope="module")
@@ -28,42 +32,50 @@ def mesh(device: str) -> Iterator[DeviceMesh]:
 
 
 def settings(numerics: str, dtype: str, reduce: str) -> e3.Config:
-    config = config_of(dtype, head_dim=8, numerics=numerics)
-    train = e3.TrainConfig(steps=9, dtype=dtype, reduce=reduce)  # pyright: ignore[reportArgumentType]
-    return e3.Config(config.draft, config.objective, config.optimizer, train=train)
+    """Heads of 8 features, which the flash kernel of a card takes."""
+    draft = make_draft(head_dim=8)
+    return make_config(dtype, 9, draft, train={"reduce": reduce}, numerics=numerics)
+
+
+def train(
+    config: e3.Config, mesh: DeviceMesh | None, device: str, donate: bool
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Three updates of two micro-batches: the last state, gathered, and the metrics of each."""
+    fns = e3.bind(config, on(device, make_frozen(config)), mesh)
+    state = fns.init_state(on(device, fns.init(0)))
+    counts = torch.full((config.objective.ttt_length,), 20.0, device=device)
+    seen = []
+    for step in range(3):
+        micro = []
+        for i in range(2):
+            batch = on(device, make_batch(2 * step + i, (9, 6)))
+            micro.append(batch._replace(row_counts=counts))
+        state, metrics = fns.step(state, tuple(micro), donate=donate)
+        seen.append({name: metrics[name] for name in ("loss", "grad_norm", "tokens", "aux")})
+    return e3.gather(state), seen
 
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("reduce", ["sum", "tree"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("numerics", ["fast", "plain"])
-def test_a_mesh_of_one_has_the_bits_of_none(
+def test_mesh_of_one_has_the_bits_of_no_mesh(
     mesh: DeviceMesh, device: str, numerics: str, dtype: str, reduce: str, donate: bool
 ) -> None:
-    """Three updates of two micro-batches: metrics of each, and the last state."""
-    config, ends = settings(numerics, dtype, reduce), []
-    frozen = on(device, frozen_of(config))
-    for used in (None, mesh):
-        fns = e3.bind(config, frozen, used)
-        state, seen = fns.init_state(on(device, fns.init(0))), []
-        for step in range(3):
-            micro = tuple(on(device, batch_of(2 * step + i, (9, 6))) for i in range(2))
-            n = torch.full((config.objective.ttt_length,), 20.0, device=device)
-            state, metrics = fns.step(
-                state, tuple(b._replace(row_counts=n) for b in micro), donate=donate
-            )
-            seen.append({name: metrics[name] for name in ("loss", "grad_norm", "tokens", "aux")})
-        ends.append((e3.gather(state), seen))
-    assert equal(*(state for state, _ in ends))
-    assert equal(*(seen for _, seen in ends))
+    config = settings(numerics, dtype, reduce)
+    state, metrics = train(config, None, device, donate)
+    state_on_mesh, metrics_on_mesh = train(config, mesh, device, donate)
+    assert equal(state_on_mesh, state)
+    assert equal(metrics_on_mesh, metrics)
 
 
-def test_the_state_is_placed_as_its_specs_say(mesh: DeviceMesh, device: str) -> None:
+def test_state_is_placed_as_its_specs_say(mesh: DeviceMesh, device: str) -> None:
     config = settings("fast", "bfloat16", "sum")
-    fns = e3.bind(config, on(device, frozen_of(config)), mesh)
+    fns = e3.bind(config, on(device, make_frozen(config)), mesh)
     state = fns.init_state(on(device, fns.init(0)))
-    specs = named_leaves(e3.state_specs(config, mesh))
+    specs: dict[str, Any] = named_leaves(e3.state_specs(config, mesh))
     for name, leaf in named_leaves(state).items():
+        spec = specs[name]
         assert is_sharded(leaf) == (name != "step"), name
-        assert (tuple(leaf.shape), leaf.dtype) == (specs[name].shape, specs[name].dtype), name  # pyright: ignore
+        assert (tuple(leaf.shape), leaf.dtype) == (spec.shape, spec.dtype), name
         assert leaf.device.type == ("cpu" if name == "step" else device), name

@@ -1,6 +1,10 @@
-"""The sharded state: one start of four ranks does the checks of `ranks_job`, the rest needs no second process."""
+"""The sharded state: one start of four ranks runs the checks of `ranks_job`.
+
+The rest is one process.
+"""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +14,9 @@ import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves
 from eagle3fn.train.reduce import _fold, total
 from eagle3fn.train.shard import rows_of, specs
-from tests.small import frozen_of
+from tests.factories import make_frozen
 from tests.train.ranks_job import CHECKS
-from tests.train.ranks_small import config_of, micro_batches, refused, train
+from tests.train.ranks_problem import micro_batches, refused, train, uneven_config
 from tests.train.start_ranks import torchrun
 
 NAMES = [f"{check.__name__}-{n}" for check, counts in CHECKS for n in counts]
@@ -20,6 +24,7 @@ NAMES = [f"{check.__name__}-{n}" for check, counts in CHECKS for n in counts]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, str]:
+    """What went wrong in each check; empty for one that passed."""
     path = tmp_path_factory.mktemp("ranks") / "results.json"
     ended = torchrun(4, "-m", "tests.train.ranks_job", path)
     assert ended.codes == [0], ended.text
@@ -31,12 +36,12 @@ def test_on_ranks(results, name):
     assert not results[name], results[name]
 
 
-def test_rows_are_cut_as_chunk_cuts_them():
+def test_rows_are_cut_as_torch_chunk_cuts_them():
     for rows in (1, 2, 7, 8, 9):
         for world in (1, 2, 3, 4):
             mine = [list(rows_of(rows, world, rank)) for rank in range(world)]
-            wanted = [part.tolist() for part in torch.arange(rows).chunk(world)]
-            assert [part for part in mine if part] == wanted
+            expected = [part.tolist() for part in torch.arange(rows).chunk(world)]
+            assert [part for part in mine if part] == expected
 
 
 class OnlyTypes(TorchDispatchMode):
@@ -48,41 +53,44 @@ class OnlyTypes(TorchDispatchMode):
 
 
 def test_specs_need_no_process_and_no_memory():
+    config = uneven_config()
     with OnlyTypes():
-        assert e3.state_specs(config_of()).masters == specs(config_of(), 1, 0).masters
-    parts = [named_leaves(specs(config_of(), 3, rank)) for rank in range(3)]
+        assert e3.state_specs(config).masters == specs(config, 1, 0).masters
+
     name = "masters.midlayer.self_attn.k_proj.weight"
-    assert [part[name].local_shape for part in parts] == [(1, 32), (1, 32), (0, 32)]  # pyright: ignore
-    assert {part[name].shape for part in parts} == {(2, 32)}
+    found: list[Any] = [named_leaves(specs(config, 3, rank))[name] for rank in range(3)]
+    assert [spec.local_shape for spec in found] == [(1, 32), (1, 32), (0, 32)]
+    assert {spec.shape for spec in found} == {(2, 32)}
 
 
-def as_text(count: int, how: str) -> str:
-    """How `total` brackets its parts, by adding up a tensor of a subclass that only writes down its name."""
-    written: list[str] = [str(i) for i in range(count)]
+def brackets(count: int, reduce: str) -> str:
+    """The brackets in which `total` adds `count` parts: it adds tensors that record their sum's
+    text.
+    """
 
-    class Written(torch.Tensor):
+    class Recorded(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
             assert func is torch.add
-            return name(f"({args[0].text}+{args[1].text})")
+            return record(f"({args[0].text}+{args[1].text})")
 
-    def name(text: str) -> torch.Tensor:
-        leaf = torch.zeros(()).as_subclass(Written)
+    def record(text: str) -> torch.Tensor:
+        leaf = torch.zeros(()).as_subclass(Recorded)
         leaf.text = text  # pyright: ignore[reportAttributeAccessIssue]
         return leaf
 
-    return total((name(text) for text in written), count, how).text
+    return total((record(str(i)) for i in range(count)), count, reduce).text
 
 
-def test_the_tree_is_fixed_and_blocks_are_subtrees():
-    assert as_text(4, "tree") == "((0+1)+(2+3))"
-    assert as_text(6, "tree") == "(((0+1)+2)+((3+4)+5))"
-    assert as_text(4, "sum") == "(((0+1)+2)+3)"
-    assert as_text(3, "tree") in as_text(12, "tree")
-    assert as_text(6, "tree") in as_text(12, "tree")
+def test_tree_reduction_is_fixed_and_a_ranks_block_is_a_subtree():
+    assert brackets(4, "tree") == "((0+1)+(2+3))"
+    assert brackets(6, "tree") == "(((0+1)+2)+((3+4)+5))"
+    assert brackets(4, "sum") == "(((0+1)+2)+3)"
+    assert brackets(3, "tree") in brackets(12, "tree")
+    assert brackets(6, "tree") in brackets(12, "tree")
 
 
-def test_sums_of_squares_by_rows_do_not_depend_on_how_many_rows_there_are():
+def test_row_sums_of_squares_do_not_depend_on_the_number_of_rows():
     x = torch.randn(37, 129, generator=torch.Generator().manual_seed(0))
     whole = _fold(x.square())
     assert torch.allclose(whole, x.square().sum(1))
@@ -91,56 +99,68 @@ def test_sums_of_squares_by_rows_do_not_depend_on_how_many_rows_there_are():
             assert torch.equal(_fold(x[first:last].square()), whole[first:last])
 
 
-def test_donating_reuses_the_buffers_and_touching_the_old_state_raises():
-    config = config_of(dtype="bfloat16")
-    fns = e3.bind(config, frozen_of(config))
+def addresses(state: Any) -> dict[str, int]:
+    """Where the leaves' memory is; all but `step`."""
+    leaves = named_leaves(state)
+    return {name: leaf.data_ptr() for name, leaf in leaves.items() if name != "step"}
+
+
+def test_donated_step_reuses_the_buffers():
+    config = uneven_config(dtype="bfloat16")
+    fns = e3.bind(config, make_frozen(config))
     state = fns.init_state(fns.init(0))
-    held = {name: leaf.data_ptr() for name, leaf in named_leaves(state).items() if name != "step"}
-    leaf = state.params["fc.weight"]
+    before = addresses(state)
     after, _ = fns.step(state, micro_batches(0, 1, None), donate=True)
-    assert {
-        name: leaf.data_ptr() for name, leaf in named_leaves(after).items() if name != "step"
-    } == held
+    assert addresses(after) == before
     assert int(after.step) == 1
-    for touch in (
+
+
+def test_donated_state_is_refused_wherever_it_is_touched():
+    config = uneven_config(dtype="bfloat16")
+    fns = e3.bind(config, make_frozen(config))
+    state = fns.init_state(fns.init(0))
+    leaf = state.params["fc.weight"]
+    batches = micro_batches(0, 1, None)
+    after, _ = fns.step(state, batches, donate=True)
+
+    touches = (
         lambda: leaf + 1,
         lambda: leaf.shape,
         lambda: int(state.step),
         lambda: equal(state, after),
-    ):
+        lambda: fns.step(state, batches),
+        lambda: fns.forward_loss(state.params, batches[0]),
+    )
+    for touch in touches:
         refused(touch, "donate=True")
-    refused(lambda: fns.step(state, micro_batches(0, 1, None)), "donate=True")
-    refused(lambda: fns.forward_loss(state.params, micro_batches(0, 1, None)[0]), "donate=True")
 
 
 @pytest.mark.parametrize("numerics", ["fast", "plain"])
-def test_a_donated_state_cannot_be_differentiated(numerics):
-    config = config_of(numerics=numerics)
-    fns, batch = e3.bind(config, frozen_of(config)), micro_batches(0, 1, None)[0]
-    params = (state := fns.init_state(fns.init(0))).params
+def test_donated_state_cannot_be_differentiated(numerics):
+    config = uneven_config(numerics=numerics)
+    fns = e3.bind(config, make_frozen(config))
+    batch = micro_batches(0, 1, None)[0]
+    state = fns.init_state(fns.init(0))
+    params = state.params
     fns.step(state, batch, donate=True)
-    refused(
-        lambda: e3.value_and_grad(fns.forward_loss, has_aux=True)(params, batch), "has shape (0,)"
-    )
+    compute = e3.value_and_grad(fns.forward_loss, has_aux=True)
+    refused(lambda: compute(params, batch), "has shape (0,)")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("reduce", ["sum", "tree"])
 def test_donating_keeps_the_bits(reduce, dtype):
-    config = config_of(reduce, dtype)
+    config = uneven_config(reduce, dtype)
     assert equal(train(config, None), train(config, None, donate=True))
 
 
-def test_a_tree_of_bf16_sums_is_refused():
-    config = config_of()
+def test_tree_reduction_of_bf16_sums_is_refused():
+    train = uneven_config("tree").train
+    optimizer = e3.OptimizerConfig(accumulation="params")
     with pytest.raises(e3.UserError, match=r"train\.reduce = 'tree'"):
-        e3.Config(
-            config.draft,
-            optimizer=e3.OptimizerConfig(accumulation="params"),
-            train=config_of("tree").train,
-        )
+        e3.Config(uneven_config().draft, optimizer=optimizer, train=train)
 
 
 def test_gather_leaves_a_plain_state_as_it_is():
-    state = train(config_of(), None)[0]
+    state, _ = train(uneven_config(), None)
     assert equal(e3.gather(state), state)

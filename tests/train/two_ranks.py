@@ -1,10 +1,13 @@
-"""Trains one run on one rank and on several, kills it on several and resumes it on one, and compares what they wrote.
+"""Trains one run on one rank and on several, kills it on several and resumes it on one, and
+compares.
 
-    python tests/train/two_ranks.py --work FOLDER -- --target T --features F --vocab V --set train.reduce=tree …
+    python -m tests.train.two_ranks --work FOLDER -- --target T --features F --vocab V \\
+        --set train.reduce=tree …
 
-Behind `--` stand the arguments of `eagle3fn train`, without `--out`. Several ranks are started by torchrun. Compared
-with the run on one rank: every leaf of the last checkpoint by `torch.equal`, the rows of `metrics.jsonl` and
-`eval.jsonl` without their times, the draft's files byte by byte. Exit code 0: all equal; 1: a difference.
+After `--` come the arguments of `eagle3fn train`, without `--out`. Several ranks are started by
+torchrun. Compared with the run on one rank: every leaf of the last checkpoint by `torch.equal`, the
+rows of `metrics.jsonl` and `eval.jsonl` without their times, the draft's files byte by byte. Exit
+code 0: all equal; 1: a difference.
 """
 
 import argparse
@@ -16,57 +19,47 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
-
-from eagle3fn.base.files import read_jsonl, sha256, write_json
-from eagle3fn.testing.provenance import provenance
+from eagle3fn.base.files import sha256, write_json
+from eagle3fn.base.provenance import provenance
 from eagle3fn.train.checkpoint import checkpoints, read_leaves
+from tests.train.run_files import rows, same_leaves, same_rows
 
 _PATIENCE_S = 3600.0
 
 
 def start(ranks: int, arguments: list[str], out: Path) -> subprocess.Popen:
-    """`eagle3fn train` on so many ranks; what it prints goes to `out` with `.log` behind it."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        if ranks > 1
-        else []
-    )
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "eagle3fn.cli",
-        "train",
-        *arguments,
-        "--out",
-        str(out),
-    ]
+    """`eagle3fn train` on so many ranks; what it prints goes to `out` with the suffix `.log`."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "eagle3fn.cli", "train", *arguments, "--out", str(out)]
     with out.with_suffix(".log").open("a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
 def finish(ranks: int, arguments: list[str], out: Path) -> None:
-    """Train to the end, or stop this script."""
+    """Train to the end, or end this program."""
     code = start(ranks, arguments, out).wait(_PATIENCE_S)
     if code:
         raise SystemExit(f"{out}: ended with exit code {code}; see {out.with_suffix('.log')}")
 
 
 def kill(ranks: int, arguments: list[str], out: Path, steps: int) -> int:
-    """SIGKILL every process of a run once it has told `steps` steps; returns the step that a resumed run begins at."""
-    launched, metrics = start(ranks, arguments, out), out / "metrics.jsonl"
-    while launched.poll() is None and not (
-        metrics.exists() and len(metrics.read_bytes().splitlines()) >= steps
-    ):
+    """SIGKILL every process of a run once it has written `steps` rows.
+
+    Returns:
+        The step from which a resumed run goes on.
+    """
+    launched = start(ranks, arguments, out)
+    metrics = out / "metrics.jsonl"
+    while launched.poll() is None and _lines(metrics) < steps:
         time.sleep(0.02)
     if launched.poll() is not None:
         raise SystemExit(f"{out}: ended before step {steps}; see {out.with_suffix('.log')}")
+
     for process in [launched.pid, *children(launched.pid)]:
         os.kill(process, signal.SIGKILL)
     launched.wait()
@@ -74,41 +67,35 @@ def kill(ranks: int, arguments: list[str], out: Path, steps: int) -> int:
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
+def _lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
 def children(process: int) -> list[int]:
     """The processes that a process has started, from /proc."""
-    return [
-        int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    ]
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(child) for child in text.split()]
 
 
 def compare(run: Path, whole: Path) -> dict[str, bool]:
-    """What is equal in two finished runs."""
-    one, two = (checkpoints(folder / "checkpoints")[-1] for folder in (run, whole))
-    left, right = read_leaves(one), read_leaves(two)
-    same = left.keys() == right.keys() and all(
-        torch.equal(left[name], right[name]) for name in left
-    )
-    equal = {f"{one.name}, {len(left)} leaves": one.name == two.name and same}
-    equal |= {
-        name: rows(run / name) == rows(whole / name) for name in ("metrics.jsonl", "eval.jsonl")
+    """What is equal in two finished runs, by name."""
+    last = checkpoints(run / "checkpoints")[-1]
+    last_of_whole = checkpoints(whole / "checkpoints")[-1]
+    same_last = last.name == last_of_whole.name and same_leaves(last, last_of_whole)
+    return {
+        f"{last.name}, {len(read_leaves(last))} leaves": same_last,
+        "metrics.jsonl": same_rows(run, whole, ("metrics.jsonl",)),
+        "eval.jsonl": same_rows(run, whole, ("eval.jsonl",)),
+        "draft/, all files": hashes(run / "draft") == hashes(whole / "draft"),
     }
-    return equal | {"draft/, all files": files(run / "draft") == files(whole / "draft")}
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """A file's rows without the times."""
-    return [
-        {key: value for key, value in row.items() if key != "seconds"} for row in read_jsonl(path)
-    ]
-
-
-def files(folder: Path) -> dict[str, str]:
+def hashes(folder: Path) -> dict[str, str]:
     """Hashes of a folder's files."""
     return {path.name: sha256(path) for path in folder.iterdir()}
 
 
-def main() -> int:
-    """Parse the options, train three times, compare; 0 if all is equal."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -120,36 +107,46 @@ def main() -> int:
         "--work", type=Path, required=True, help="folder for the runs, empty or not yet there"
     )
     parser.add_argument("--out", help="JSON file for the result")
-    parser.add_argument("arguments", nargs="+", help="of eagle3fn train, behind --, without --out")
+    parser.add_argument("arguments", nargs="+", help="of eagle3fn train, after --, without --out")
+    return parser
+
+
+def main() -> int:
+    """Train three times, compare; 0 if all is equal."""
+    parser = make_parser()
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if any(options.work.iterdir()):
         parser.error(f"--work: {options.work} is not empty")
-    one, several, killed = (options.work / name for name in ("one", "several", "killed"))
+
+    one = options.work / "one"
+    several = options.work / "several"
+    killed = options.work / "killed"
     finish(1, options.arguments, one)
     finish(options.ranks, options.arguments, several)
     resumed_from = kill(options.ranks, options.arguments, killed, options.kill_after)
     finish(1, options.arguments, killed)
-    equal = {
+
+    compared = {
         f"{options.ranks} ranks": compare(several, one),
         "killed, resumed on 1": compare(killed, one),
     }
-    good = all(all(part.values()) for part in equal.values())
-    words = [Path(word).name if Path(word).is_absolute() else word for word in options.arguments]
-    command = shlex.join(
-        ["python", "tests/train/two_ranks.py", "--ranks", str(options.ranks), "--", *words]
-    )
-    result = {
-        "equal": good,
-        "compared": equal,
-        "resumed_from": resumed_from,
-        "metrics": rows(one / "metrics.jsonl"),
-    }
-    result |= {"config": (one / "config.toml").read_text().splitlines()} | provenance(command)
+    equal = all(all(part.values()) for part in compared.values())
+    counts = {"equal": equal, "compared": compared, "resumed_from": resumed_from}
+
     if options.out:
-        write_json(options.out, result)
-    print(json.dumps({name: result[name] for name in ("equal", "compared", "resumed_from")}))
-    return 0 if good else 1
+        words = [
+            Path(word).name if Path(word).is_absolute() else word for word in options.arguments
+        ]
+        command = ["python", "-m", "tests.train.two_ranks", "--ranks", str(options.ranks)]
+        runs = {
+            "metrics": rows(one / "metrics.jsonl"),
+            "config": (one / "config.toml").read_text().splitlines(),
+        }
+        about = provenance(shlex.join([*command, "--", *words]))
+        write_json(options.out, counts | runs | about)
+    print(json.dumps(counts))
+    return 0 if equal else 1
 
 
 if __name__ == "__main__":

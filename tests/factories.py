@@ -1,0 +1,312 @@
+"""Tiny pieces for tests: configurations, frozen tensors, batches, targets, conversations, features.
+
+Every tensor is a function of the arguments alone. Shape letters: `B` batch, `S` sequence, `H` draft
+hidden, `Ht` target hidden, `V` target vocabulary, `D` draft vocabulary. Drawn cases of the
+objective, for properties, come from `eagle3fn.testing` instead.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import eagle3fn as e3
+from eagle3fn.base.types import Batch, Frozen, Sample, VocabMap
+from eagle3fn.data.features import write_index, write_shard
+from eagle3fn.data.target import TargetTensors
+from eagle3fn.testing.builders import Case
+
+# Configurations and tensors of a tiny draft.
+
+GATE = Case(
+    heads=(4, 2),
+    head_dim=16,
+    hidden=64,
+    target_hidden=64,
+    intermediate=128,
+    vocab=256,
+    draft_vocab=64,
+    lengths=(16, 16),
+    steps=3,
+    mask="full",
+    eps=1e-5,
+    dtype="bfloat16",
+)
+"""The shapes of SpecForge's own equivalence tests."""
+
+
+def make_draft(
+    hidden_size: int = 16, vocab_size: int = 40, draft_vocab_size: int = 24, **changes: Any
+) -> e3.DraftConfig:
+    """A draft as wide as its target; `changes` are other fields of `DraftConfig`.
+
+    The initial weights are larger than the default, so that gradients of a tiny draft are not tiny.
+    """
+    fields = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": draft_vocab_size,
+        "target_hidden_size": hidden_size,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    return e3.DraftConfig(**(fields | changes))
+
+
+def make_config(
+    dtype: str = "float32",
+    steps: int = 20,
+    draft: e3.DraftConfig | None = None,
+    train: dict[str, Any] | None = None,
+    **objective: Any,
+) -> e3.Config:
+    """The fast numerics over 4 unroll steps, from random parameters.
+
+    Args:
+        dtype: of the parameters.
+        steps: updates of the run.
+        draft: `make_draft()` if absent.
+        train: more fields of `TrainConfig`.
+        objective: fields of `ObjectiveConfig`.
+    """
+    return e3.Config(
+        draft=draft or make_draft(),
+        objective=e3.ObjectiveConfig(**({"ttt_length": 4, "numerics": "fast"} | objective)),
+        optimizer=e3.OptimizerConfig(learning_rate=1e-2),
+        train=e3.TrainConfig(
+            **({"steps": steps, "dtype": dtype, "init": "random"} | (train or {}))
+        ),
+    )
+
+
+def make_map(vocab_size: int, draft_vocab_size: int, source: torch.Generator) -> VocabMap:
+    """A random draft vocabulary: `t2d` `(V,)` bool, `d2t` `(D,)` int64 offsets."""
+    kept = torch.randperm(vocab_size, generator=source)[:draft_vocab_size].sort().values
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[kept] = True
+    return VocabMap(t2d, kept - torch.arange(draft_vocab_size))
+
+
+def make_frozen(config: e3.Config, seed: int = 99) -> Frozen:
+    """A random target in the run's dtype: embedding `(V, H)`, head `(V, Ht)`, and a map.
+
+    No norm.
+    """
+    draft = config.draft
+    dtype = getattr(torch, config.train.dtype)
+    source = torch.Generator().manual_seed(seed)
+
+    vocab_map = make_map(draft.vocab_size, draft.draft_vocab_size, source)
+    embedding = normal(source, draft.vocab_size, draft.hidden_size)
+    head = normal(source, draft.vocab_size, draft.target_hidden_size)
+    return Frozen(embedding.to(dtype), head.to(dtype), *vocab_map)
+
+
+def make_target(vocab_size: int = 40, hidden_size: int = 16, seed: int = 2) -> TargetTensors:
+    """What a run reads of a random target: embedding and head `(V, Ht)`, norm `(Ht,)` of ones."""
+    source = torch.Generator().manual_seed(seed)
+    embedding = normal(source, vocab_size, hidden_size)
+    head = normal(source, vocab_size, hidden_size)
+    return TargetTensors(embedding, head, torch.ones(hidden_size))
+
+
+def normal(source: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers of a shape, fp32 whatever the default dtype."""
+    return torch.randn(shape, generator=source, dtype=torch.float32)
+
+
+def make_batch(
+    seed: int, lengths: Sequence[int], hidden_size: int = 16, vocab_size: int = 40
+) -> Batch:
+    """Random samples of `lengths` tokens, padded on the right; about four of five rows are trained.
+
+    `S` is the longest length, `B` their number; the features are fp32.
+    """
+    source = torch.Generator().manual_seed(seed)
+    b = len(lengths)
+    s = max(lengths)
+    real = (torch.arange(s)[None] < torch.tensor(lengths)[:, None]).long()  # (B, S)
+    chosen = torch.rand(b, s, generator=source, dtype=torch.float32) < 0.8  # (B, S)
+    return Batch(
+        input_ids=torch.randint(0, vocab_size, (b, s), generator=source) * real,
+        attention_mask=real,
+        row_mask=chosen.long() * real,
+        aux_hidden=normal(source, b, s, 3 * hidden_size) * real[..., None],
+        last_hidden=normal(source, b, s, hidden_size) * real[..., None],
+    )
+
+
+def pad_batch(batch: Batch, places: int) -> Batch:
+    """The same samples with more padded places at the end of the sequence: `(B, S + places, …)`."""
+
+    def pad(x: Tensor) -> Tensor:
+        widths = (0, 0, 0, places) if x.ndim == 3 else (0, places)
+        return torch.nn.functional.pad(x, widths)
+
+    return Batch(
+        input_ids=pad(batch.input_ids),
+        attention_mask=pad(batch.attention_mask),
+        row_mask=pad(batch.row_mask),
+        aux_hidden=pad(batch.aux_hidden),
+        last_hidden=pad(batch.last_hidden),
+    )
+
+
+class LossInput(NamedTuple):
+    """What one unroll step's loss is computed from."""
+
+    logits: Tensor  # (B, S, D)
+    p_draft: Tensor  # (B, S, D)
+    p_full: Tensor  # (B, S, D)
+    mask: Tensor  # (B, S, 1)
+
+
+def underflow() -> LossInput:
+    """Four rows of two tokens; in rows 0, which is masked, and 2 the acceptance rate underflows.
+
+    There the draft's probability is zero where the teacher's is not, and the other way round.
+    """
+    logits = torch.tensor([[[0.0, 200.0], [0.0, 1.0], [0.0, 200.0], [1.0, 0.0]]])
+    p_full = torch.tensor([[[0.5, 0.0], [0.5, 0.4], [0.5, 0.0], [0.2, 0.3]]])
+    p_draft = p_full / p_full.sum(-1, keepdim=True)
+    return LossInput(logits, p_draft, p_full, torch.tensor([[0, 1, 1, 1]])[..., None])
+
+
+# Targets, tokenizers and conversations.
+
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""A chat template without marks of what the assistant says."""
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The same text, with the assistant's tokens marked by the template."""
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""The configuration of `tiny_model`."""
+
+
+def tiny_tokenizer(template: str | None = CHATML) -> Any:
+    """A tokenizer of single bytes and two special tokens; 258 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: number for number, text in enumerate(specials + letters)}
+
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_model(name: str = "Llama", **changes: Any) -> Any:
+    """A random target of five layers, by its family's name in transformers.
+
+    `changes` to `SIZES`.
+    """
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**(SIZES | changes))
+    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
+    return model.eval().requires_grad_(False)
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    """A conversation: the user's and the assistant's texts by turns."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def write_talks(path: Path, count: int) -> Path:
+    """Write `count` conversations of different lengths as JSONL."""
+    lines = []
+    for i in range(count):
+        question = "q" * (1 + i % 3)
+        answer = "answer " * (1 + i % 4)
+        row = {"id": f"row{i}", "conversations": talk(question, answer)}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+# Samples and feature folders.
+
+
+def random_sample(length: int, seed: int, vocab: int = 50, hidden: int = 4) -> Sample:
+    """Random ids and token mask `(S,)`, and bf16 features `(S, 3·Ht)` and `(S, Ht)`."""
+    source = torch.Generator().manual_seed(seed)
+    return Sample(
+        input_ids=torch.randint(vocab, (length,), generator=source),
+        token_mask=torch.randint(2, (length,), generator=source),
+        aux_hidden=normal(source, length, 3 * hidden).bfloat16(),
+        last_hidden=normal(source, length, hidden).bfloat16(),
+    )
+
+
+def supervised_sample(length: int, seed: int, vocab: int = 50, hidden: int = 4) -> Sample:
+    """`random_sample`, every token of it the assistant's."""
+    sample = random_sample(length, seed, vocab, hidden)
+    return sample._replace(token_mask=torch.ones_like(sample.token_mask))
+
+
+def write_folder(
+    folder: Path, samples: list[Sample], vocab: int = 50, hidden: int = 4, per_shard: int = 3
+) -> Path:
+    """Write a feature folder as `eagle3fn extract` does, of samples named `row0`, `row1`, …"""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    sidecars = []
+    for number, start in enumerate(range(0, len(samples), per_shard)):
+        part = {}
+        entries = []
+        for i in range(start, min(start + per_shard, len(samples))):
+            sample = samples[i]
+            part[str(i)] = sample
+            entry = {
+                "id": f"row{i}",
+                "key": str(i),
+                "length": len(sample.input_ids),
+                "supervised": int(sample.token_mask.sum()),
+            }
+            entries.append(entry)
+        sidecars.append(write_shard(folder, number, part, {"samples": entries}))
+
+    target = {"name": "tiny", "hidden_size": hidden, "vocab_size": vocab}
+    write_index(folder, {"target": target, "dtype": "bfloat16", "max_length": 64}, sidecars)
+    return folder

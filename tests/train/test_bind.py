@@ -1,0 +1,104 @@
+"""`bind`: the first parameters that `train.init` chooses, and frozen tensors that don't fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import eagle3fn as e3
+from eagle3fn.base.tree import equal
+from eagle3fn.base.types import Frozen
+from eagle3fn.train.recipe import OURS
+from tests.factories import make_config, make_draft, make_frozen
+
+SEED = 3
+
+
+def with_norm(config: e3.Config) -> Frozen:
+    """Frozen tensors with the weight of the target's final norm, `(Ht,)`."""
+    width = config.draft.target_hidden_size
+    norm = torch.linspace(1.0, 2.0, width, dtype=getattr(torch, config.train.dtype))
+    return make_frozen(config)._replace(target_norm=norm)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_init_starts_from_the_target_by_default(dtype):
+    assert e3.TrainConfig().init == "target"
+    config = make_config(dtype, train={"init": "target"})
+    frozen = with_norm(config)
+    assert frozen.target_norm is not None
+    h = config.draft.hidden_size
+
+    params = e3.bind(config, frozen).init(SEED)
+    assert torch.equal(params["lm_head.weight"], frozen.target_head[frozen.t2d])
+    assert torch.equal(params["norm.weight"], frozen.target_norm * 0.5)
+
+    # The projection passes the last of the three taps through.
+    taps = torch.randn(1, 4, 3 * h).to(frozen.target_head)
+    assert torch.equal(taps @ params["fc.weight"].T, taps[..., 2 * h :])
+
+    # All else is drawn from the seed.
+    drawn = e3.init_params(config.draft, SEED, getattr(torch, dtype))
+    taken = {"lm_head.weight", "norm.weight", "fc.weight"}
+    for name in params.keys() - taken:
+        assert torch.equal(params[name], drawn[name]), name
+
+
+def test_init_from_the_target_needs_its_norm():
+    config = make_config(train={"init": "target"})
+    fns = e3.bind(config, make_frozen(config))
+    with pytest.raises(e3.UserError, match=r"frozen\.target_norm is None.*train\.init='random'"):
+        fns.init(SEED)
+
+
+def test_init_from_a_target_of_another_width_is_refused():
+    draft = make_draft(target_hidden_size=12)
+    config = make_config(draft=draft, train={"init": "target"})
+    frozen = make_frozen(config)._replace(embed_tokens=None, target_norm=torch.ones(12))
+    with pytest.raises(e3.UserError, match=r"hidden size 16 is not the target's 12.*init=random"):
+        e3.bind(config, frozen).init(SEED)
+
+
+@pytest.mark.parametrize("target_norm", [True, False])
+def test_random_init_draws_everything(target_norm):
+    config = make_config(train={"init": "random"})
+    frozen = with_norm(config) if target_norm else make_frozen(config)
+    drawn = e3.init_params(config.draft, SEED, torch.float32)
+    assert equal(e3.bind(config, frozen).init(SEED), drawn)
+
+
+def test_init_is_the_recipes_start():
+    config = make_config(train={"init": "target"})
+    frozen = make_frozen(config)
+    ones = {"seed": torch.ones(())}
+    recipe = OURS._replace(start=lambda config, frozen, seed: {"seed": ones["seed"] * seed})
+    assert e3.bind(config, frozen, recipe=recipe).init(SEED) == {"seed": torch.tensor(3.0)}
+
+
+@pytest.mark.parametrize("numerics", ["fast", "plain"])
+@pytest.mark.parametrize(
+    ("t2d", "d2t"),
+    [
+        pytest.param(torch.arange(40) < 16, torch.arange(16), id="d2t of ids, not offsets"),
+        pytest.param(torch.arange(40) < 15, torch.zeros(16).long(), id="t2d of 15 tokens"),
+        pytest.param(torch.arange(40) >= 24, torch.zeros(16).long(), id="t2d of other tokens"),
+    ],
+)
+def test_map_whose_halves_disagree_is_refused(numerics, t2d, d2t):
+    config = make_config(draft=make_draft(draft_vocab_size=16), numerics=numerics)
+    good = make_frozen(config)._replace(t2d=torch.arange(40) < 16, d2t=torch.zeros(16).long())
+    e3.bind(config, good)
+    with pytest.raises(e3.UserError, match="frozen: t2d and d2t name different tokens"):
+        e3.bind(config, good._replace(t2d=t2d, d2t=d2t))
+
+
+def test_frozen_tensors_of_other_sizes_are_refused():
+    config = make_config()
+    frozen = make_frozen(config)
+    with pytest.raises(e3.UserError, match=r"frozen\.t2d has shape \(39,\); it must be \(40,\)"):
+        e3.bind(config, frozen._replace(t2d=frozen.t2d[:-1]))
+    with pytest.raises(e3.UserError, match=r"frozen\.target_norm has shape"):
+        e3.bind(config, frozen._replace(target_norm=torch.ones(3)))
+    other = replace(config, draft=make_draft(target_hidden_size=12))
+    with pytest.raises(e3.UserError, match=r"frozen\.embed_tokens must be None"):
+        e3.bind(other, frozen)
