@@ -101,9 +101,10 @@ def test_another_configurations_files_cannot_be_told(tmp_path: Path) -> None:
     check_made_for(open_ckpts(tmp_path), "abc", (1, 2, 3), "the run")
 
 
-def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_files_is_refused_with_their_endings(tmp_path: Path) -> None:
+    message = r"no index\.json and no \.ckpt or \.ckpt\.gz there; run eagle3fn extract again"
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=r"no index\.json"):
+        with pytest.raises(UserError, match=message):
             open_ckpts(folder)
 
 
@@ -152,7 +153,10 @@ def test_unsound_files_are_refused(
 def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     torch.save(stored(GOOD), path)
-    path.write_bytes(path.read_bytes()[:100])
+    data = path.read_bytes()
+    if name.endswith(".gz"):
+        data = gzip.compress(data)
+    path.write_bytes(data[:100])
     with pytest.raises(UserError, match=rf"{name}: damaged.*delete"):
         read_sample(open_ckpts(tmp_path), 0)
 
@@ -208,12 +212,13 @@ def test_specforges_map_is_read(tmp_path: Path) -> None:
     assert map_size(path, specforge.read_map) == 3
 
 
-def test_our_map_is_read_too_and_its_target_checked(tmp_path: Path) -> None:
-    path = tmp_path / "map.safetensors"
+@pytest.mark.parametrize("name", ["map.safetensors", "map.pt"])
+def test_our_map_is_read_too_and_its_target_checked(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
     save_map(path, MAP, {"target_hash": "abc", "target": "tiny"})
     assert same(load(path, "abc"), MAP)
     assert map_size(path, specforge.read_map) == 3
-    with pytest.raises(UserError, match=r"map.safetensors.*another target \(tiny\).*again"):
+    with pytest.raises(UserError, match=rf"{name}.*another target \(tiny\).*again"):
         load(path, "xyz")
 
 
