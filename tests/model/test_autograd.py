@@ -1,7 +1,7 @@
 """`differentiable_once` alone: records with named fields, what is kept, and what is refused."""
 
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -67,9 +67,10 @@ def test_gradients_reach_the_inputs_that_are_named(count):
 
     outputs.total.sum().backward()
     assert shift.grad is None
-    assert torch.equal(x.grad, 3 * x.detach() ** 2 * sum(part.detach() for part in parts))
+    wanted = 3 * x.detach() ** 2 * sum(part.detach() for part in parts)
+    assert x.grad is not None and torch.equal(x.grad, wanted)
     for part in parts:
-        assert torch.equal(part.grad, x.detach() ** 3)
+        assert part.grad is not None and torch.equal(part.grad, x.detach() ** 3)
 
 
 def test_unread_inputs_and_outputs_are_not_kept_alive():
@@ -104,5 +105,6 @@ def test_a_second_derivative_raises_and_names_the_alternative():
 
 @pytest.mark.parametrize("option", ["without_gradient", "unread_inputs", "unread_outputs"])
 def test_a_name_that_no_field_has_fails_at_definition(option):
+    names: dict[str, Any] = {option: ["y"]}
     with pytest.raises(AssertionError):
-        differentiable_once(forward, backward, inputs=Inputs, outputs=Outputs, **{option: ["y"]})
+        differentiable_once(forward, backward, inputs=Inputs, outputs=Outputs, **names)

@@ -3,6 +3,8 @@
 The fp64 values are computed on the CPU, whatever the device.
 """
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,7 @@ import eagle3fn as e3
 from eagle3fn.base.rows import contributing_rows
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.testing.builders import on
-from tests.factories import make_batch, make_config, make_frozen
+from tests.factories import make_batch, make_config, make_draft, make_frozen
 from tests.model.blocks import error, vjp
 
 # Relative gradient error against fp64, leaf by leaf: a few units of the dtype's rounding, as for
@@ -20,9 +22,15 @@ from tests.model.blocks import error, vjp
 BOUND = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 0.15}
 
 
+class Problem(NamedTuple):
+    batch: e3.Batch
+    objective: dict[str, Any]
+    head_dim: int = 6
+
+
 @st.composite
 def cases(draw):
-    """A batch with a mask of some kind, and the objective's settings."""
+    """A batch with a mask of some kind, the objective's settings, and a head size."""
     lengths = tuple(draw(st.lists(st.integers(1, 24), min_size=1, max_size=3)))
     s = max(lengths)
     batch = make_batch(draw(st.integers(0, 10**6)), lengths)
@@ -45,19 +53,20 @@ def cases(draw):
     objective = {
         "ttt_length": draw(st.integers(1, 8)),
         "normalization": draw(st.sampled_from(["mask", "rows"])),
-        "head_dim": draw(st.sampled_from([6, 8])),  # the flash kernel takes multiples of 8
     }
-    return batch._replace(row_mask=mask, position_ids=positions), objective
+    head_dim = draw(st.sampled_from([6, 8]))  # the flash kernel takes multiples of 8
+    batch = batch._replace(row_mask=mask, position_ids=positions)
+    return Problem(batch, objective, head_dim)
 
 
 def run(case, dtype, numerics, device="cpu"):
     """Loss and metrics, and gradients, all on the CPU."""
-    batch, objective = case
     kind = getattr(torch, dtype)
-    config = make_config(dtype, numerics=numerics, **objective)
+    draft = make_draft(head_dim=case.head_dim)
+    config = make_config(dtype, draft=draft, numerics=numerics, **case.objective)
 
     # The same values in every dtype: drawn in fp32, then cast.
-    start = make_config("float32", **objective)
+    start = make_config("float32", draft=draft, **case.objective)
     params = {name: x.to(kind) for name, x in e3.bind(start, make_frozen(start)).init(0).items()}
     drawn = make_frozen(start)
     assert drawn.embed_tokens is not None
@@ -67,7 +76,7 @@ def run(case, dtype, numerics, device="cpu"):
 
     fns = e3.bind(config, on(device, frozen))
     evaluate = e3.value_and_grad(fns.forward_loss, has_aux=True)
-    (loss, aux), grads = evaluate(on(device, params), on(device, batch))
+    (loss, aux), grads = evaluate(on(device, params), on(device, case.batch))
     return (loss.cpu(), on("cpu", aux)), on("cpu", grads)
 
 
@@ -136,9 +145,8 @@ def test_training_by_fast_follows_plain(device):
 
 @given(cases())
 def test_contributing_rows_are_those_with_a_label_ahead(case):
-    batch, objective = case
-    k = objective["ttt_length"]
-    mask = batch.row_mask
+    k = case.objective["ttt_length"]
+    mask = case.batch.row_mask
     b, s = mask.shape
     wanted = [r * s + t for r in range(b) for t in range(s) if mask[r, t : t + k].any()]
 
@@ -160,15 +168,15 @@ def test_lists_of_the_batch_filled_up_by_repeats_change_nothing(seed):
         rows=contributing_rows(batch.row_mask, 3, bucket=1),
         labels=contributing_rows(batch.row_mask, 1, bucket=7),
     )
-    (loss, _), grads = run((given_rows, objective), "float64", "fast")
-    (want, _), want_grads = run((batch, objective), "float64", "fast")
+    (loss, _), grads = run(Problem(given_rows, objective), "float64", "fast")
+    (want, _), want_grads = run(Problem(batch, objective), "float64", "fast")
     assert torch.allclose(loss, want, rtol=1e-12)
     for name, grad in grads.items():
         assert error(grad, want_grads[name]) < 1e-12, name
 
 
 def test_small_chunks_change_nothing(monkeypatch):
-    case = make_batch(4, (20, 9)), {"ttt_length": 3}
+    case = Problem(make_batch(4, (20, 9)), {"ttt_length": 3})
     (want, want_aux), want_grads = run(case, "float64", "fast")
     monkeypatch.setattr("eagle3fn.model.head_loss._CHUNK_BYTES", 4 * 3 * 24 * 5)
     (loss, aux), grads = run(case, "float64", "fast")
