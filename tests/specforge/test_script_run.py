@@ -289,7 +289,7 @@ def test_both_scripts_are_equal_step_by_step(commit: Oracle, data: Path, tmp_pat
     assert all(row["grad_norm"] > 0 for row in theirs.rows)
 
     longer = [*line, "--total-steps", "10000"]
-    stored = their_script.run_old(commit, longer, tmp_path / "both", stored=True)
+    stored = their_script.run_script(commit, longer, tmp_path / "both", stored=True)
     dataflow = their_script.run_dataflow(commit, line, tmp_path / "dataflow")
     for name in COMPARED:
         assert [row[name] for row in stored.rows] == [row[name] for row in dataflow.rows], name
@@ -304,7 +304,7 @@ def test_without_datasets_the_message_has_the_remedy(
 
     monkeypatch.setitem(sys.modules, "datasets.config", None)
     with pytest.raises(OracleMissingError, match="pip install datasets"):
-        their_script.run_old(commit, [], tmp_path)
+        their_script.run_script(commit, [], tmp_path)
 
 
 # The recipe in scripts/recipes
