@@ -69,10 +69,14 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        ready = self._answer()
+        try:
+            ready = self._answer()
+            if Path(ready["package"]) != checkout / "eagle3fn":
+                raise UserError(f"{checkout}: its process imported {ready['package']}")
+        except UserError:
+            self.close()
+            raise
         self.memory: dict[str, int] = ready["memory"]
-        if Path(ready["package"]) != checkout / "eagle3fn":
-            raise UserError(f"{checkout}: its process imported {ready['package']}")
 
     def round(self) -> Round:
         """One step."""
@@ -81,10 +85,11 @@ class Worker:
         return Round(**self._answer())
 
     def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
+        """End the process: it reads no further line."""
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -263,12 +264,16 @@ def run_dataflow(oracle: Oracle, arguments: list[str], out: Path, device: str = 
 
 
 def _call(main: Any, arguments: list[str], log: Path) -> None:
-    """Call `main` with these arguments in `sys.argv`; what it prints goes into `log`."""
+    """Call `main` with these arguments in `sys.argv`.
+
+    What it prints goes into `log`, its warnings too, whatever filters the caller has.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         log.open("w") as file,
         patch.object(sys, "argv", ["main", *arguments]),
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
+        warnings.catch_warnings(action="default"),
     ):
         main()

@@ -58,10 +58,7 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
-    """SpecForge as it is installed or checked out.
-
-    A skip that names what to install if it is not.
-    """
+    """SpecForge, installed or checked out; otherwise a skip that names what to install."""
     found = oracle_or_skip()
     print(found.describe())
     return found

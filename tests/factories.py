@@ -95,10 +95,7 @@ def make_map(vocab_size: int, draft_vocab_size: int, source: torch.Generator) ->
 
 
 def make_frozen(config: e3.Config, seed: int = 99) -> Frozen:
-    """A random target in the run's dtype: embedding `(V, H)`, head `(V, Ht)`, and a map.
-
-    No norm.
-    """
+    """A random target in the run's dtype: embedding `(V, H)`, head `(V, Ht)`, a map; no norm."""
     draft = config.draft
     dtype = getattr(torch, config.train.dtype)
     source = torch.Generator().manual_seed(seed)
@@ -235,9 +232,9 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
 
 
 def tiny_model(name: str = "Llama", **changes: Any) -> Any:
-    """A random target of five layers, by its family's name in transformers.
+    """A random target of five layers, of a family by its name in transformers.
 
-    `changes` to `SIZES`.
+    `changes` are made to `SIZES`.
     """
     import transformers
 

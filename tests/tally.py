@@ -1,4 +1,4 @@
-"""How many drawn cases a property was checked on, and how many left something to compare."""
+"""Counts of the drawn cases that a property was checked on."""
 
 from eagle3fn.specforge import parity
 from eagle3fn.testing import Case
@@ -7,7 +7,7 @@ ENOUGH = 0.8
 
 
 class Tally:
-    """The cases of one property. A case is trivial if its loss or a gradient is zero throughout."""
+    """The cases of one property; a case whose loss or a gradient is all zero is trivial."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -147,7 +147,7 @@ def operations_of_a_step(mask: torch.Tensor, size: Size) -> Counter:
         kl = make(k, p, dtype=torch.float32)
         accept = make(k, p, dtype=torch.float32)
         known = make(p, dtype=torch.float32)
-        return kl, kl > 0, accept, known > 0
+        return head_loss.PairScores(kl, kl > 0, accept, known > 0)
 
     ids = make(b, s, dtype=torch.int64)
     rows = both_rows(mask, size.k)
@@ -172,7 +172,7 @@ def operations_of_a_step(mask: torch.Tensor, size: Size) -> Counter:
     # `step` itself: `bind` reads the vocabulary map's values.
     params = {name: make(*shape) for name, shape in shapes(draft).items()}
     state = e3.init_state(params, config=config)
-    by_flash = mock.patch.object(fast, "fits", lambda *_: True)
+    by_flash = mock.patch.object(fast, "has_flash_kernel", lambda *_: True)
     by_score = mock.patch.object(head_loss, "score_on", lambda *_: score)
     with by_flash, by_score, Counter() as counter:
         e3.step(state, batch, config=config, frozen=frozen, donate=True)

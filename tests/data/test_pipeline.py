@@ -2,7 +2,6 @@
 
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn.base.config import Config, DataConfig, ObjectiveConfig, TrainConfig
-from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.pipeline import batches, prefetch, sample_indices, split
-from tests.factories import random_sample, write_folder
+from tests.factories import make_draft, random_sample, write_folder
 
-DRAFT = DraftConfig(4, 8, 1, 1, 4, 50, 20, 4, 64)
+DRAFT = make_draft(
+    4, 50, 20, intermediate_size=8, num_attention_heads=1, num_key_value_heads=1, head_dim=4
+)
 
 
 def config(global_batch=4, micro_batch=2, seed=3):
@@ -26,9 +26,7 @@ def config(global_batch=4, micro_batch=2, seed=3):
 
 
 def order(n, seed, epoch):
-    """An epoch's order, as it was when the first runs were trained: a resumed run must find it
-    again.
-    """
+    """An epoch's order, as when the first runs were trained: a resumed run needs it again."""
     return torch.randperm(
         n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     ).tolist()
@@ -55,12 +53,15 @@ def test_steps_cut_the_epochs_laid_end_to_end(n, size, seed):
     assert stream == epochs
 
 
+def in_stored_order(n, config, step):
+    """An order as a caller may give it: the samples one after the other, again and again."""
+    size = config.data.global_batch
+    return [place % n for place in range(step * size, (step + 1) * size)]
+
+
 def test_batches_follow_the_order(folder):
-    data = replace(config(2, 1).data, order="stored")
-    made = replace(config(2, 1), data=data)
-    found = [
-        batch.input_ids[0] for micro in batches(folder, [1, 3, 4], made, 0, 3) for batch in micro
-    ]
+    made = batches(folder, [1, 3, 4], config(2, 1), 0, 3, order=in_stored_order)
+    found = [batch.input_ids[0] for micro in made for batch in micro]
     for place, ids in zip([1, 3, 4, 1, 3, 4], found, strict=True):
         assert torch.equal(ids, read_sample(folder, place).input_ids[:6])
 
@@ -95,7 +96,7 @@ def test_micro_batches_hold_the_steps_samples_and_its_global_counts(folder):
     assert [ids[real == 1].tolist() for ids, real in rows] == [
         s.input_ids[:6].tolist() for s in samples
     ]
-    masks = [align_mask(s.token_mask[:6], "serving") for s in samples]
+    masks = [align_mask(s.token_mask[:6]) for s in samples]
     wanted = [max(1, sum(int(mask[step:].sum()) for mask in masks)) for step in range(3)]
     assert first.row_counts is not None and second.row_counts is not None
     assert first.row_counts.tolist() == second.row_counts.tolist() == wanted

@@ -7,6 +7,7 @@ import torch
 import eagle3fn as e3
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.model import table
+from tests.factories import make_draft, make_map
 
 H = 16
 HEADS = 4
@@ -15,17 +16,14 @@ HEAD_SIZE = 6
 
 
 def config_of(dtype, numerics, v, d, **objective):
-    draft = e3.DraftConfig(
-        hidden_size=H,
-        intermediate_size=24,
+    draft = make_draft(
+        H,
+        v,
+        d,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_SIZE,
-        vocab_size=v,
-        draft_vocab_size=d,
-        target_hidden_size=H,
         max_position_embeddings=512,
-        initializer_range=0.2,
     )
     return e3.Config(
         draft=draft,
@@ -37,11 +35,10 @@ def config_of(dtype, numerics, v, d, **objective):
 
 def frozen_of(v, d):
     generator = torch.Generator().manual_seed(v + d)
-    kept = torch.randperm(v, generator=generator)[:d].sort().values
-    t2d = torch.zeros(v, dtype=torch.bool).index_fill(0, kept, True)
+    vocab_map = make_map(v, d, generator)
     embed = torch.randn(v, H, generator=generator)
     head = torch.randn(v, H, generator=generator)
-    return e3.Frozen(embed, head, t2d, kept - torch.arange(d))
+    return e3.Frozen(embed, head, *vocab_map)
 
 
 def batch_of(seed, lengths, v, mask=None):

@@ -152,9 +152,10 @@ def test_contributing_rows_are_those_with_a_label_ahead(case):
     assert all(int((filled // s == r).sum()) % 16 == 0 for r in range(b))
 
 
-def test_rows_and_labels_of_the_batch_replace_those_of_the_mask():
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_lists_of_the_batch_filled_up_by_repeats_change_nothing(seed):
     objective = {"ttt_length": 3}
-    batch = make_batch(3, (20, 9))
+    batch = make_batch(seed, (20, 9))
     given_rows = batch._replace(
         rows=contributing_rows(batch.row_mask, 3, bucket=1),
         labels=contributing_rows(batch.row_mask, 1, bucket=7),

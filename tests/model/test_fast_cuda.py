@@ -19,6 +19,7 @@ from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.model import fast, flash_attention, head_loss
 from eagle3fn.specforge.oracle import ENVIRONMENT
 from eagle3fn.train.step import init_state, step
+from tests.factories import make_draft
 from tests.model.blocks import (
     HEAD_SIZE,
     HEADS,
@@ -287,17 +288,7 @@ def without_values(tree):
 
 def step_without_values(batch):
     """One step by the flash path: shapes and dtypes of the parameters stay."""
-    draft = e3.DraftConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=96,
-        draft_vocab_size=64,
-        target_hidden_size=32,
-        max_position_embeddings=64,
-    )
+    draft = make_draft(32, 96, 64, intermediate_size=48, head_dim=8)
     config = e3.Config(draft, train=e3.TrainConfig(steps=3, init="random"))
     embed = torch.zeros(96, 32, dtype=torch.bfloat16)
     head = torch.zeros(96, 32, dtype=torch.bfloat16)

@@ -1,52 +1,21 @@
 """What the fast step keeps alive, in bytes of storage; and the bits of what it does in place."""
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import eagle3fn as e3
 from eagle3fn.model import head_loss, table
 from eagle3fn.train import optimizer
 from tests.model.blocks import H, batch_of, config_of, frozen_of, vjp
+from tests.peak import Peak
 
 # Two draft vocabularies, and a hidden size that makes the head outweigh all else: K·D is far
 # below D·H.
 V = 4096
 DRAFT_VOCABULARIES = (1024, 4096)
 WIDTH = 4 * H
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes that storages made inside it held at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = set()
-        self.now = 0
-        self.most = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {storage._cdata for storage in storages((args, kwargs))}
-        out = function(*args, **(kwargs or {}))
-        for storage in storages(out):
-            if storage._cdata not in self.live | given:
-                self.live.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return out
-
-    def _gone(self, key, size):
-        self.live.discard(key)
-        self.now -= size
-
-
-def storages(tree):
-    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 def problem(d, dtype="float32"):

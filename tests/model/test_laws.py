@@ -170,8 +170,7 @@ def test_causality_by_gradient_at_every_unroll_step(
     frozen, params, batch = make_problem(case, device)
     assert frozen.embed_tokens is not None
 
-    # In the longest sample every place has a token of its own; none is the 0 that enters at the
-    # end.
+    # In the longest sample every place has a token of its own; none is the 0 that the end reads.
     sample = case.lengths.index(max(case.lengths))
     s = max(case.lengths)
     order = torch.randperm(case.vocab - 1, generator=generator(case, 50))[:s].to(device) + 1
@@ -301,10 +300,7 @@ def test_step_is_a_function_that_leaves_its_inputs_untouched(
 
 
 def addresses(tree: Any) -> set[int]:
-    """Where the leaves' memory is.
-
-    Tensors of the stand-in for a card are at 0, which is left out.
-    """
+    """Where the leaves' memory is, without 0: where tensors of the stand-in for a card are."""
     return {leaf.data_ptr() for leaf in named_leaves(tree).values()} - {0}
 
 

@@ -64,9 +64,7 @@ def test_lk_alpha_is_the_mean_negative_log_of_acceptance():
 
 
 def test_lk_lambda_weighs_kl_and_mean_rejection():
-    """`w · kl + (1 - w) · (1 - a)`, `w = kl_scale · exp(-kl_decay · a)`, `a` the mean acceptance
-    rate.
-    """
+    """`w · kl + (1 - w) · (1 - a)`, `w = kl_scale · exp(-kl_decay · a)`, `a` the mean rate."""
     step = drawn_step()
     count = torch.tensor(4.0)
     rates = acceptance_by_loops(step)

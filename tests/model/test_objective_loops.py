@@ -1,6 +1,4 @@
-"""`forward_loss` in fp64 equals the objective by plain loops over rows
-(`tests/reference/loops.py`).
-"""
+"""`forward_loss` in fp64 equals the objective by loops over rows, `tests/reference/loops.py`."""
 
 from dataclasses import replace
 from typing import Any
@@ -37,12 +35,11 @@ def check(case: Case, numerics: Any = "plain") -> None:
     expected = objective_by_loops(params, frozen, config, samples, batch.input_ids.numel())
     loss, aux = e3.forward_loss(params, batch, config=config, frozen=frozen)
 
-    near = {"rel": 1e-9, "abs": 1e-12}
-    assert float(loss) == pytest.approx(expected.loss, **near)
-    assert aux.losses.tolist() == pytest.approx(expected.losses, **near)
+    assert float(loss) == pytest.approx(expected.loss, rel=1e-9, abs=1e-12)
+    assert aux.losses.tolist() == pytest.approx(expected.losses, rel=1e-9, abs=1e-12)
     assert aux.correct.tolist() == expected.sums.correct
     assert aux.rows.tolist() == expected.sums.rows
-    assert aux.accept.tolist() == pytest.approx(expected.sums.accept, **near)
+    assert aux.accept.tolist() == pytest.approx(expected.sums.accept, rel=1e-9, abs=1e-12)
     assert aux.accept_rows.tolist() == expected.sums.known
 
 

@@ -1,9 +1,8 @@
-"""The plain numerics equal the reference by `torch.equal`, on drawn cases, on the CPU and on a
-card.
+"""The plain numerics equal the reference by `torch.equal`, on drawn cases.
 
-One rank. The reference is itself compared with SpecForge (`tests/specforge/test_reference_oracle`).
-One number is compared to rounding alone: `Aux.sampled`, which SpecForge does not have and whose
-order of summation nothing prescribes.
+One rank, on the CPU and on a card. The reference is itself compared with SpecForge, in
+`tests/specforge/test_reference_oracle`. One number is compared to rounding alone: `Aux.sampled`,
+which SpecForge does not have and whose order of summation nothing prescribes.
 """
 
 from collections.abc import Callable
@@ -178,10 +177,7 @@ def optimizers(draw: st.DrawFn) -> OptimizerConfig:
 
 
 def micro_batches(case: Case, step: int, count: int, device: str) -> tuple[Batch, ...]:
-    """Micro-batches of a step.
-
-    They carry the whole batch's row counts where the loss needs them.
-    """
+    """Micro-batches of a step, with the whole batch's row counts where the loss needs them."""
     batches = [tiny_batch(case, step * count + index) for index in range(count)]
     if case.normalization == "mask":
         counts = mask_counts(torch.cat([batch.row_mask for batch in batches]), case.steps)

@@ -170,7 +170,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """The decoder layer: attention and MLP with their residuals."""
+    """The decoder layer: attention and MLP, each with its residual."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()

@@ -22,10 +22,7 @@ from tests.reference.model import Draft, at_least_fp32, bias_mask
 
 
 class Teacher(NamedTuple):
-    """The target's distributions.
-
-    The first three are padded by K rows at the end of the sequence.
-    """
+    """The target's distributions; the first three are padded by K rows at the sequence's end."""
 
     p_draft: Tensor  # (B, S + K, D): softmax over the draft vocabulary
     p_full: Tensor  # (B, S + K, D): the same tokens' probabilities under the full vocabulary
@@ -44,7 +41,7 @@ class TeacherLogits(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Sums and counts per unroll step `(K,)`, and the simulated accepted tokens, over rows."""
+    """Sums and counts per unroll step `(K,)`, and the simulated accepted tokens of all rows."""
 
     losses: Tensor  # L_i
     correct: Tensor  # trained rows whose most likely draft token is the target's
@@ -84,8 +81,9 @@ def full_logits(target: Tensor, head: Tensor, t2d: Tensor) -> TeacherLogits:
 def compact_logits(target: Tensor, head: Tensor, t2d: Tensor, chunk: int) -> TeacherLogits:
     """The same with a running maximum and sum over chunks of the vocabulary.
 
-    With `m` the largest logit so far and `s = Σ exp(logit - m)`, a chunk with the maximum `m'` >
-    `m` gives `s ← s · exp(m - m') + Σ_chunk exp(logit - m')`. At the end, `log_sum = m + log s`.
+    With `m` the largest logit so far and `s = Σ exp(logit - m)`, a chunk whose maximum is
+    `m'` > `m` gives `s ← s · exp(m - m') + Σ_chunk exp(logit - m')`; in the end
+    `log_sum = m + log s`.
     """
     draft = at_least_fp32(functional.linear(target, head[t2d]))
     largest = draft.new_full((*target.shape[:-1], 1), float("-inf"))

@@ -17,8 +17,8 @@ from tests.reference.objective import Metrics, forward, weighted_sum
 class RecursiveCosine:
     """Linear warm-up over `W` steps, then torch's recursive cosine, as SpecForge enters it.
 
-    At the hand-over SpecForge calls `get_lr` once more. The cosine is no longer new by then, so
-    that the call lifts its whole phase by `2 / (1 + cos(π / T))`, also without a warm-up.
+    At the hand-over SpecForge calls `get_lr` once more. The cosine is not new by then, so that the
+    call lifts its whole phase by `2 / (1 + cos(π / T))`, also without a warm-up.
     """
 
     def __init__(

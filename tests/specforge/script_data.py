@@ -4,20 +4,18 @@ import json
 from pathlib import Path
 
 from bench.specforge_data import untie, write_ckpts
-from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.data.extract import extract
-from tests.factories import tiny_model, tiny_tokenizer, write_talks
+from tests.factories import make_draft, tiny_model, tiny_tokenizer, write_talks
 
-TINY = DraftConfig(
-    hidden_size=16,
-    intermediate_size=24,
+TINY = make_draft(
+    16,
+    300,
+    64,
     num_attention_heads=2,
     num_key_value_heads=1,
     head_dim=8,
-    vocab_size=300,
-    draft_vocab_size=64,
-    target_hidden_size=16,
     max_position_embeddings=256,
+    initializer_range=0.02,
 )
 """The draft of `write_data`, for the target of `tests.factories`."""
 

@@ -20,6 +20,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.model.table import EMBED, shapes
 from eagle3fn.specforge import recipes
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
+from tests.specforge.script_data import TINY
 
 # The recipe as a value
 
@@ -96,24 +97,12 @@ print(sorted((after - before) | (after & {"triton", "specforge", "transformers"}
 
 # The start
 
-DRAFT = e3.DraftConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    vocab_size=300,
-    draft_vocab_size=64,
-    target_hidden_size=16,
-    max_position_embeddings=256,
-)
-
 
 @pytest.mark.parametrize("target_hidden", [16, 20], ids=["frozen embedding", "own embedding"])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_start_is_that_of_torchs_layers(seed: int, target_hidden: int) -> None:
     """Of one generator, seeded as SpecForge's script seeds it: embedding, then every matrix."""
-    draft = replace(DRAFT, target_hidden_size=target_hidden)
+    draft = replace(TINY, target_hidden_size=target_hidden)
     config, recipe = specforge.recipe(draft)
     torch.manual_seed(seed)
     embedding = torch.nn.Embedding(draft.vocab_size, draft.hidden_size, 0)

@@ -17,7 +17,7 @@ POLL_S = 0.005
 
 
 class Ranks:
-    """The processes of one job, and the exit codes (negative: signals) of those that have ended."""
+    """The processes of one job, and the exit codes of those that ended: negative for signals."""
 
     def __init__(self, work: Callable[[int], Any], count: int, log: Path) -> None:
         """Fork `count` ranks that call `work(rank)` with torchrun's variables set.
@@ -51,10 +51,7 @@ class Ranks:
             os.kill(self.pids[rank], number)
 
     def wait(self, seconds: float) -> list[int | None]:
-        """The ranks' exit codes once all have ended.
-
-        None for those that took longer and were killed.
-        """
+        """The ranks' exit codes once all have ended; None for those killed for being late."""
         end = time.monotonic() + seconds
         while self.running() and time.monotonic() < end:
             time.sleep(POLL_S)

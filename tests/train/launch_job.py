@@ -1,5 +1,6 @@
-"""One way a rank can end, by name, for `test_launch.py`: `python -m tests.train.launch_job WAY
-FOLDER`.
+"""One way a rank can end, by name, for `test_launch.py`.
+
+python -m tests.train.launch_job WAY FOLDER
 """
 
 import os

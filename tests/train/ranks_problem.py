@@ -1,4 +1,4 @@
-"""Pieces for checks on several ranks: an awkward draft, micro-batches, a short training."""
+"""Pieces for checks on several ranks: an uneven draft, a step's batches, a short training."""
 
 from collections.abc import Callable
 from functools import cache

@@ -51,10 +51,7 @@ def rewrite_meta(path: Path, **values: Any) -> None:
 
 
 def rewrite_as_older(path: Path, **data: str) -> None:
-    """Give a checkpoint the settings as they were named and listed before recipes.
-
-    `data` differ.
-    """
+    """Give a checkpoint the settings that it had before recipes; `data` differ from the default."""
     meta = json.loads((path / "meta.json").read_text())
     config = meta["config"]
     config["data"] |= {"mask_alignment": "serving", "order": "shuffled"} | data

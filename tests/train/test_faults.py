@@ -1,6 +1,4 @@
-"""Faults on two ranks: each ends with one message, and the run goes on from its last good
-checkpoint.
-"""
+"""Faults on two ranks: each ends with one message, and the run resumes from its last checkpoint."""
 
 import json
 import os

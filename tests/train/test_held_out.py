@@ -1,7 +1,4 @@
-"""The held-out loss is the objective over all held-out rows together.
-
-`ranks_job` has it on ranks.
-"""
+"""The held-out loss is the objective over all held-out rows; `ranks_job` has it on ranks."""
 
 import json
 

@@ -1,7 +1,4 @@
-"""The plan's numbers are those of tensors that are really allocated.
-
-A plan that cannot fit is refused.
-"""
+"""The plan's numbers are those of allocated tensors; a plan that cannot fit is refused."""
 
 import json
 from typing import Any

@@ -1,6 +1,4 @@
-"""Step and state on a mesh of one rank have the bits of those without a mesh, on the CPU and on a
-card.
-"""
+"""On a mesh of one rank step and state have the bits of those without a mesh."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -40,7 +38,7 @@ def settings(numerics: str, dtype: str, reduce: str) -> e3.Config:
 def train(
     config: e3.Config, mesh: DeviceMesh | None, device: str, donate: bool
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Three updates of two micro-batches: the last state, gathered, and the metrics of each."""
+    """Three updates of two micro-batches: the gathered last state, and each update's metrics."""
     fns = e3.bind(config, on(device, make_frozen(config)), mesh)
     state = fns.init_state(on(device, fns.init(0)))
     counts = torch.full((config.objective.ttt_length,), 20.0, device=device)

@@ -1,7 +1,4 @@
-"""The sharded state: one start of four ranks runs the checks of `ranks_job`.
-
-The rest is one process.
-"""
+"""The sharded state: four ranks run the checks of `ranks_job`; the rest is one process."""
 
 import json
 from typing import Any
@@ -64,9 +61,7 @@ def test_specs_need_no_process_and_no_memory():
 
 
 def brackets(count: int, reduce: str) -> str:
-    """The brackets in which `total` adds `count` parts: it adds tensors that record their sum's
-    text.
-    """
+    """The brackets in which `total` adds `count` parts: tensors that record the text of a sum."""
 
     class Recorded(torch.Tensor):
         @classmethod

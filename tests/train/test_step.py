@@ -1,4 +1,4 @@
-"""Gradients, padding, bound functions, metrics, refusals on fixed tiny problems, both numerics."""
+"""Gradients, padding, metrics and refusals on fixed tiny problems, under both numerics."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple

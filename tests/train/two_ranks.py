@@ -1,5 +1,4 @@
-"""Trains one run on one rank and on several, kills it on several and resumes it on one, and
-compares.
+"""Trains on one rank and on several, kills and resumes, and compares what the runs wrote.
 
     python -m tests.train.two_ranks --work FOLDER -- --target T --features F --vocab V \\
         --set train.reduce=tree …

@@ -12,6 +12,7 @@ from eagle3fn.base.types import VocabMap
 from eagle3fn.model.table import init_params
 from eagle3fn.testing.builders import on
 from eagle3fn.use.export import Draft
+from tests.factories import make_draft, make_map
 
 LAYERS = 6
 VOCAB = 128
@@ -37,25 +38,19 @@ def target(device: str = "cpu") -> Any:
 
 
 def draft_config() -> DraftConfig:
-    return DraftConfig(
-        hidden_size=32,
+    return make_draft(
+        32,
+        VOCAB,
+        DRAFT_VOCAB,
         intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=8,
-        vocab_size=VOCAB,
-        draft_vocab_size=DRAFT_VOCAB,
-        target_hidden_size=32,
         max_position_embeddings=256,
+        initializer_range=0.02,
     )
 
 
 def vocab_map() -> VocabMap:
-    order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))
-    kept = order[:DRAFT_VOCAB].sort().values
-    t2d = torch.zeros(VOCAB, dtype=torch.bool)
-    t2d[kept] = True
-    return VocabMap(t2d, kept - torch.arange(DRAFT_VOCAB))
+    return make_map(VOCAB, DRAFT_VOCAB, torch.Generator().manual_seed(1))
 
 
 def random_draft(seed: int = 0, device: str = "cpu") -> Draft:
