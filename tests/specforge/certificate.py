@@ -208,7 +208,10 @@ def _parity_rows(result: dict[str, Any], link: str, where: str) -> list[str]:
     for name, title in CLAIMS.items():
         faults = failures(parity, (name,))
         if changed:
-            state = f"stale: {', '.join(changed)} changed"
+            names = ", ".join(changed[:2])
+            if len(changed) > 2:
+                names += f" and {len(changed) - 2} more files"
+            state = f"stale: {names} changed"
         elif faults:
             state = f"not passed: {'; '.join(faults)}"
         else:
@@ -285,6 +288,22 @@ def _package(hashes: dict[str, str]) -> dict[str, str]:
     return {name: digest for name, digest in hashes.items() if not name.startswith("testing/")}
 
 
+MOVED = {
+    "tests/test_data_target.py": "tests/data/test_target.py",
+    "tests/test_data_online.py": "tests/data/test_online.py",
+    "tests/test_laws.py": "tests/model/test_laws.py",
+    "tests/test_parity.py": "tests/model/test_reference_parity.py",
+    "tests/test_fast.py": "tests/model/test_fast.py",
+    "tests/test_fast_cuda.py": "tests/model/test_fast_cuda.py",
+    "tests/test_specforge_kernel.py": "tests/specforge/test_kl_kernel.py",
+    "tests/test_oracle_training.py": "tests/specforge/test_oracle_training.py",
+    "tests/test_reference_oracle.py": "tests/specforge/test_reference_oracle.py",
+    "tests/test_mesh_of_one.py": "tests/train/test_mesh_of_one.py",
+    "tests/test_use_decode.py": "tests/use/test_decode.py",
+}
+"""Files of tests under the names that results of 2026-11-26 give them, and where they are now."""
+
+
 def _runs(folder: Path) -> Iterator[Run]:
     """The runs of the tests in results of the gate, and in files of outcomes (tests/devices.py)."""
     for path in folder.glob(PATTERN):
@@ -295,7 +314,7 @@ def _runs(folder: Path) -> Iterator[Run]:
             # Older results don't count what ended: what passed did.
             files = {}
             for name, counts in tests["files"].items():
-                files[name] = Counter({"ended": counts["passed"]} | counts)
+                files[MOVED.get(name, name)] = Counter({"ended": counts["passed"]} | counts)
             yield Run(result["date"], files, result["sources"], f"bench/results/{path.name}")
 
     for path in folder.glob(TESTS_PATTERN):
@@ -310,13 +329,19 @@ def _counted(outcomes: list[dict[str, Any]]) -> dict[str, Counter[str]]:
     files: dict[str, Counter[str]] = {}
     for row in outcomes:
         for name in row.get("collected", ()):
-            files.setdefault(name.partition("::")[0], Counter())["all"] += 1
+            files.setdefault(_file_of(name), Counter())["all"] += 1
         if row.get("outcome") in ("passed", "failed", "skipped"):
-            counts = files[row["test"].partition("::")[0]]
+            counts = files[_file_of(row["test"])]
             counts["ended"] += 1
             if row["outcome"] == "passed":
                 counts["passed"] += 1
     return files
+
+
+def _file_of(test: str) -> str:
+    """The file of a test, where it is now."""
+    file = test.partition("::")[0]
+    return MOVED.get(file, file)
 
 
 if __name__ == "__main__":
