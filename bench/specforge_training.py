@@ -164,7 +164,7 @@ def train_specforge(
     tokens = 0
     seconds = 0.0
     updates = batches(
-        run.features, run.train, run.config, 0, steps, align_mask=run.specforge.align_mask
+        run.features, run.train, run.config, 0, steps, align_mask=run.recipe.align_mask
     )
     source = prefetch(updates, run.config.data.prefetch)
     bar = tqdm(source, total=steps, unit="step", dynamic_ncols=True)
