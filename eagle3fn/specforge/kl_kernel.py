@@ -76,7 +76,8 @@ def _forward(inputs: _Inputs) -> _Outputs:
     logits, p, mask = (x.contiguous() for x in inputs)
     columns = logits.shape[-1]
     block, warps = launch_shape(columns)
-    row, top, total = (torch.zeros(mask.numel(), device=logits.device) for _ in range(3))
+    zeros = functools.partial(torch.zeros, mask.numel(), dtype=torch.float32, device=logits.device)
+    row, top, total = zeros(), zeros(), zeros()
     kernel, _ = _kernels()
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         kernel[(mask.numel(),)](

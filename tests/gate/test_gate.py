@@ -206,7 +206,7 @@ def test_every_part_passed_is_exit_code_0(tmp_path: Path) -> None:
 def test_the_script_rehearses_on_the_cpu(tmp_path: Path) -> None:
     """The real script and parts in very little time: the rest is listed, and the gate ends."""
     out = tmp_path / "gate.json"
-    words = ["--device", "cpu", "--parts", "smoke,profile", "--minutes", "0.2", "--out", str(out)]
+    words = ["--device", "cpu", "--parts", "smoke,profile", "--minutes", "0.4", "--out", str(out)]
     begin = time.monotonic()
     variables = os.environ | {"PYTHON": sys.executable}
     command = ["scripts/cuda_gate.sh", "all", *words]
@@ -214,7 +214,7 @@ def test_the_script_rehearses_on_the_cpu(tmp_path: Path) -> None:
         command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False
     )
     assert done.returncode in (0, 1), done.stderr
-    assert time.monotonic() - begin < 12 + 60
+    assert time.monotonic() - begin < 24 + 60
     result = json.loads(out.read_text())
     assert result["kind"] == "rehearsal on a CPU, certifies nothing" and result["complete"]
     seen = result["parts"]["smoke"]["result"]

@@ -38,6 +38,7 @@ UNVERIFIED = "| anything else on a card | no result file yet | - | not seen |"
 NOT_SEEN = "not seen"
 _ARITHMETIC = (
     "base/device.py",
+    "base/dtypes.py",
     "base/grad.py",
     "base/rows.py",
     "base/tree.py",

@@ -196,6 +196,22 @@ def test_a_second_derivative_raises() -> None:
         torch.func.vjp(gradient, logits)[1](logits)
 
 
+def test_default_dtype_does_not_change_a_bit() -> None:
+    logits, p, _, mask = problem()
+    expected, expected_gradient = value_and_gradient(mean_kl, logits, p, mask)
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss = mean_kl(logits, p, mask)
+        gradient = torch.func.grad(lambda z: mean_kl(z, p, mask))(logits)
+    finally:
+        torch.set_default_dtype(before)
+    assert loss.dtype == gradient.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
 def test_launch_shape_and_its_limit() -> None:
     shapes = {
         1: (1, 4),
