@@ -58,11 +58,11 @@ def _order(result: dict[str, Any]) -> tuple[Any, ...]:
 def step_table(results: list[dict[str, Any]]) -> str:
     """One row a case."""
     lines = [_row(HEADER), "|---" * len(HEADER) + "|"]
-    lines += [step_row(result) for result in results]
+    lines += [metrics_row(result) for result in results]
     return "\n".join(lines) + "\n"
 
 
-def step_row(result: dict[str, Any]) -> str:
+def metrics_row(result: dict[str, Any]) -> str:
     """A case's row; "-": not measured."""
     settings = result["settings"]
     times = [number(1000 * result["seconds"][name]) for name in SIDES]

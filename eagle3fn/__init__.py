@@ -1,8 +1,8 @@
 """EAGLE-3 draft training as pure functions on PyTorch.
 
-The way of the data, room by room:
+The folders, in the order of the data flow:
 
-- `base`: types, configuration, gradients, files, errors; every room speaks these
+- `base`: types, configuration, gradients, files, errors, which all others import
 - `data`: a target and conversations, to feature files, to a `Batch`
 - `model`: a `Batch` to a loss
 - `train`: a loss to a `TrainState`, to a checkpoint

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every result of README's "Speed and memory" anew, into bench/results/: one thread, one process at a time, and
-# the tables into README. Alone on a machine it takes about 15 minutes.
+# Makes every result of README's "Speed and memory" again, and the tables in README.
+# One thread, one process at a time; alone on a machine it takes about 15 minutes.
 # usage: SPECFORGE_SRC=CHECKOUT scripts/bench.sh [FOLDER]    FOLDER: features/ and vocab.safetensors of scripts/demo.sh,
 # for the demo's own steps. CACHE names its cache of targets (runs/cache), PYTHON the interpreter, ROUNDS timed rounds.
 set -euo pipefail

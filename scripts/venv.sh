@@ -1,6 +1,7 @@
-# Sourced: `make_venv FOLDER EXTRA [BARE ...]` makes a virtual environment with this checkout and
-# one extra, and the packages BARE without their dependencies; again only when pyproject.toml
-# changes. TORCH names the torch requirement (default: the tested one), CONSTRAINTS a file of pip's
+# Sourced: `make_venv FOLDER EXTRA [BARE ...]` makes a virtual environment.
+# It has this checkout with one extra, and the packages BARE without their dependencies, and is
+# made again only when pyproject.toml changes. TORCH names the torch requirement (default: the
+# tested one), CONSTRAINTS a file of pip's constraints (default: none).
 # constraints (default: none).
 make_venv() {
   local folder=$1 extra=$2 stamp

@@ -186,11 +186,11 @@ def test_the_tree_is_made_of_the_files() -> None:
 def test_named_files_and_functions_exist(text: str) -> None:
     for path in re.findall(r"`((?:tests|scripts|bench|eagle3fn)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).is_file(), path
-    for room, name in re.findall(r"`(base|data|model|testing|train|use)\.([\w.]+)`", text):
+    for folder, name in re.findall(r"`(base|data|model|testing|train|use)\.([\w.]+)`", text):
         if name != "safetensors" and name not in getattr(
-            SECTIONS.get(room), "__dataclass_fields__", {}
+            SECTIONS.get(folder), "__dataclass_fields__", {}
         ):
             file, *rest = name.split(".")
-            found: Any = importlib.import_module(f"eagle3fn.{room}.{file}")
+            found: Any = importlib.import_module(f"eagle3fn.{folder}.{file}")
             for part in rest:
                 found = getattr(found, part)

@@ -1,1 +1,1 @@
-"""What every stage speaks: types, configuration, gradients, files and errors."""
+"""Shared by every stage: types, configuration, gradients, files and errors."""

@@ -15,7 +15,7 @@ def shift(x: Tensor, dim: int = -1) -> Tensor:
     return torch.cat([rest, torch.zeros_like(x.narrow(dim, 0, 1))], dim)
 
 
-def step_rows(row_masks: Sequence[Tensor], k: int) -> Tensor:
+def trained_row_counts(row_masks: Sequence[Tensor], k: int) -> Tensor:
     """Rows trained at each of `k` unroll steps by row masks `(B, S)` together: `(K,)` fp32, at
     least 1.
 

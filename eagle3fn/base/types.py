@@ -71,12 +71,17 @@ class Frozen(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """The target's distributions, padded by K rows at the end of the sequence."""
+    """The target's distributions.
+
+    All but the mask are padded by K rows at the end of the sequence.
+    """
 
     p_draft: Tensor  # (B, S + K, D) fp32: softmax over the draft vocabulary
     p_full: Tensor  # (B, S + K, D) fp32: the same tokens' probabilities under the full vocabulary
     token: Tensor  # (B, S + K) int64: the target's argmax
-    position_mask: Tensor  # (B, S, 1) int: row_mask where the argmax is in the draft vocabulary
+    # (B, S, 1) int: row_mask where the target's argmax is in the draft vocabulary. A row outside
+    # adds nothing to the loss; under normalization "mask" it counts in the divisor all the same.
+    position_mask: Tensor
 
 
 class Aux(NamedTuple):

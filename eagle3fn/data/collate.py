@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from eagle3fn.base.rows import shift, step_rows
+from eagle3fn.base.rows import shift, trained_row_counts
 from eagle3fn.base.types import Batch, Sample
 
 AlignMask = Callable[[Tensor], Tensor]
@@ -55,4 +55,4 @@ def global_row_counts(batches: Sequence[Batch], steps: int) -> Tensor:
     """Rows trained at each unroll step by all micro-batches of a global batch together: `(K,)`
     fp32, at least 1.
     """
-    return step_rows([batch.row_mask for batch in batches], steps)
+    return trained_row_counts([batch.row_mask for batch in batches], steps)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import both_rows, step_rows
+from eagle3fn.base.rows import both_rows, trained_row_counts
 from eagle3fn.base.types import Batch, Sample
 from eagle3fn.data.collate import AlignMask, align_mask, collate
 from eagle3fn.data.features import FeatureSet, read_sample, read_tokens
@@ -111,7 +111,7 @@ def micro_batches(
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     micro = [collate(part, config.data.max_length, align_mask) for part in parts]
 
-    counts = step_rows([*(batch.row_mask for batch in micro), *others], k)
+    counts = trained_row_counts([*(batch.row_mask for batch in micro), *others], k)
     return tuple(
         batch._replace(row_counts=counts, **both_rows(batch.row_mask, k)) for batch in micro
     )

@@ -1,4 +1,4 @@
-"""Attention of the fast profile: draft rows against step 0's keys and their own later ones.
+"""Attention of the fast numerics: draft rows against step 0's keys and their own later ones.
 
 Row t has two kinds of keys: those of step 0 at places u ≤ t of its sample, and one of its own for
 each later step. One softmax runs over both. Nothing of size `(K, N, T, S)` is kept: rows are cut

@@ -107,17 +107,20 @@ def _shape(name: str, value: Tensor | None, *allowed: tuple[int, ...]) -> None:
         raise UserError(f"{name} has shape {tuple(value.shape)}; it must be {allowed[0]}")
 
 
-def check_sharing(batches: tuple[Batch, ...], config: Config, world: int = 1) -> None:
+def check_micro_batches(batches: tuple[Batch, ...], config: Config, world: int = 1) -> None:
     """Check that micro-batches of one update can be summed, those of the other ranks included.
 
     Raises:
         UserError: none at all, several under a loss with means over the whole batch, or several
-            without the global row counts `n`.
+            without `row_counts`.
     """
     if not batches:
         raise UserError("step: an empty tuple of micro-batches; give at least one Batch")
-    loss, count = config.objective.loss, len(batches) * world
+    loss = config.objective.loss
+    count = len(batches) * world
     where = f"step: {count} micro-batches" + (f" on {world} ranks" if world > 1 else "")
+
+    # The acceptance losses are means over the batch: those of parts don't add up.
     if count > 1 and loss != "kl":
         raise UserError(
             f"{where} under objective.loss = {loss!r}, with means over the whole batch; "

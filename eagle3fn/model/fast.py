@@ -1,4 +1,4 @@
-"""The fast profile of `forward_loss`: the same mathematics on the rows that reach a loss term.
+"""The fast numerics of `forward_loss`: the same mathematics on the rows that reach a loss term.
 
 A place of the batch is written `b·S + t`. A label is a place that the mask trains; unroll step `i`
 scores row `t` against the label at `t + i`. So only rows with a label among `t … t + K - 1`
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.dtypes import at_least_fp32
-from eagle3fn.base.rows import contributing_rows, step_rows
+from eagle3fn.base.rows import contributing_rows, trained_row_counts
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import layers, table
 from eagle3fn.model.block_attention import block_attention, make_blocks
@@ -84,7 +84,7 @@ def forward_fast(
         rows = float(batch.input_ids.numel())
         row_counts = torch.full((k,), rows, dtype=torch.float32, device=draft.device)
     elif batch.row_counts is None:
-        row_counts = step_rows([batch.row_mask], k)
+        row_counts = trained_row_counts([batch.row_mask], k)
     else:
         row_counts = batch.row_counts
 
@@ -118,11 +118,21 @@ def plan_rows(batch: Batch, k: int) -> RowPlan:
     label_of_row, has_label = _find(labels, rows + steps)
     row_of_label, has_row = _find(rows, labels - steps)
 
-    # A pair counts within one sample, for a label that the mask trains (the list has others where
-    # it is filled up for a batch without any), and once.
-    has_label &= (rows % s + steps < s) & _is_first(rows) & (mask[labels] > 0)[label_of_row]
-    has_row &= (labels % s >= steps) & _is_first(labels) & (mask[labels] > 0)
-    return RowPlan(rows, labels, has_label.long(), label_of_row, has_row, row_of_label)
+    # A pair counts within one sample, once, and if the mask trains the label: a batch without a
+    # trained one has labels that only fill the list.
+    label_in_sample = rows % s + steps < s
+    row_in_sample = labels % s >= steps
+    is_trained = mask[labels] > 0
+    trained = has_label & label_in_sample & _is_first(rows) & is_trained[label_of_row]
+    scored = has_row & row_in_sample & _is_first(labels) & is_trained
+    return RowPlan(
+        rows=rows,
+        labels=labels,
+        trained=trained.long(),
+        label_of_row=label_of_row,
+        scored=scored,
+        row_of_label=row_of_label,
+    )
 
 
 def unroll(params: Params, batch: Batch, rows: Tensor, config: Config, frozen: Frozen) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention of the fast profile by PyTorch's flash kernel, on CUDA, without a read on the host.
+"""Attention of the fast numerics by PyTorch's flash kernel, on CUDA, without a read on the host.
 
 The kernel attends whole sequences under its own causal rule, so the rows' queries are laid into
 zeros at their places. Nothing of size `S·S` is made. The kernel's result and its log-sum-exp a are

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.config import Config
-from eagle3fn.base.rows import shift, step_rows
+from eagle3fn.base.rows import shift, trained_row_counts
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, Teacher
 from eagle3fn.model import layers
 from eagle3fn.model.attention import block_mask, unrolled_attention
@@ -96,8 +96,8 @@ def forward_plain(
     """
     objective = config.objective
 
-    # The target's distribution for token t + 2 belongs to row t: shifted here by one, its logits
-    # give the other.
+    # `last_hidden[t]` predicts token t + 1. Shifted left by one, row t has the state that predicts
+    # token t + 2, its label.
     teacher = make_teacher(shift(batch.last_hidden, 1), batch.row_mask, frozen, objective)
 
     # By which number of rows each step's sum is divided; None: by all B·S.
@@ -105,7 +105,7 @@ def forward_plain(
     if objective.normalization == "mask":
         counts = batch.row_counts
         if counts is None:
-            counts = step_rows([batch.row_mask], objective.ttt_length)
+            counts = trained_row_counts([batch.row_mask], objective.ttt_length)
 
     steps = list(_unroll(params, batch, teacher, counts, config, frozen, operations))
     loss = sum((objective.decay**i * step.loss for i, step in enumerate(steps)), start=0)

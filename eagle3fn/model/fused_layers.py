@@ -1,4 +1,4 @@
-"""Norm, projection and MLP of the fast profile; their written-out backwards keep few tensors."""
+"""Norm, projection and MLP of the fast numerics; their written-out backwards keep few tensors."""
 
 from typing import Any, NamedTuple
 

@@ -96,7 +96,19 @@ def head_and_kl(
         d2t: `(D,)` int64, offsets: draft id j is target id `j + d2t[j]`.
     """
     with_gradients = torch.is_grad_enabled()
-    out = _head_and_kl(_Inputs(draft, head, *labels, target_head, t2d, d2t, with_gradients))
+    out = _head_and_kl(
+        _Inputs(
+            draft=draft,
+            head=head,
+            target=labels.target,
+            row=labels.row,
+            weight=labels.weight,
+            target_head=target_head,
+            t2d=t2d,
+            d2t=d2t,
+            with_gradients=with_gradients,
+        )
+    )
     return Scores(out.loss, out.kl, out.correct, out.accept, out.known)
 
 
@@ -106,8 +118,8 @@ def _forward(inputs: _Inputs) -> _Outputs:
     k, row_count, _ = draft.shape
     kept = torch.arange(len(head), device=head.device) + inputs.d2t  # (D,): target ids
     score_pairs = score_on(head.device, head.dtype)
-    room = _CHUNK_BYTES if head.device.type == "cpu" else _CUDA_CHUNK_BYTES
-    size = _chunk_size(len(inputs.target), k, head, inputs.target_head, room)
+    max_bytes = _CHUNK_BYTES if head.device.type == "cpu" else _CUDA_CHUNK_BYTES
+    size = _chunk_size(len(inputs.target), k, head, inputs.target_head, max_bytes)
 
     # All steps' rows in one list, and each pair's place in it.
     flat = draft.flatten(0, 1)  # (K·T, H)
@@ -132,7 +144,7 @@ def _forward(inputs: _Inputs) -> _Outputs:
             grad_logits = logits.flatten(0, 1)
             factor = (weight * scores.known).flatten()[:, None]
             grad_flat.index_add_(0, place.flatten(), ((grad_logits @ head) * factor).to(flat.dtype))
-            _add_product(grad_head, grad_logits, (x.flatten(0, 1) * factor).to(x.dtype), room)
+            _add_product(grad_head, grad_logits, (x.flatten(0, 1) * factor).to(x.dtype), max_bytes)
         return scores
 
     chunks = zip(
@@ -143,27 +155,28 @@ def _forward(inputs: _Inputs) -> _Outputs:
     return _Outputs(loss, *scores, grad_flat.view(-1, *draft.shape[1:]), grad_head.to(head.dtype))
 
 
-def _chunk_size(count: int, k: int, head: Tensor, target_head: Tensor, room: int) -> int:
-    """Labels of a chunk: as many as have logits of `room` bytes, and about as many in every chunk.
+def _chunk_size(count: int, k: int, head: Tensor, target_head: Tensor, max_bytes: int) -> int:
+    """Labels of a chunk: as many as have logits of `max_bytes` bytes, and about as many in every
+    chunk.
 
     Chunks are equal because a last one of few labels would cost as many passes over the heads as
     the others.
     """
     label_bytes = head.itemsize * (k * len(head) + len(target_head))
-    most = max(1, room // label_bytes)
+    most = max(1, max_bytes // label_bytes)
     chunks = max(1, -(-count // most))
     return max(1, -(-count // chunks))
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, room: int) -> None:
-    """Add `aᵀ·b` to `out` `(D, H)`, in place; the product takes at most `room` bytes more.
+def _add_product(out: Tensor, a: Tensor, b: Tensor, max_bytes: int) -> None:
+    """Add `aᵀ·b` to `out` `(D, H)`, in place; the product takes at most `max_bytes` bytes more.
 
     `a` is `(X, D)` and `b` `(X, H)`, of one dtype; `out` may be wider.
     """
     if out.dtype == a.dtype:
         out.addmm_(a.T, b)
         return
-    size = max(1, room // (a.itemsize * b.shape[1]))
+    size = max(1, max_bytes // (a.itemsize * b.shape[1]))
     for start in range(0, len(out), size):
         part = slice(start, start + size)
         out[part].add_(a[:, part].T @ b)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.draft_config import DraftConfig
-from eagle3fn.base.dtypes import at_least_fp32 as at_least_fp32  # noqa: PLC0414
 from eagle3fn.base.dtypes import wide
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.model import table
@@ -45,13 +44,9 @@ def qkv(
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
-    q: bool = True,
-    kv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries `(B, N, S, E)`, rotated keys and values `(B, J, S, E)`, of embeddings and
     hidden `(B, S, H)`.
-
-    With `q` or `kv` False these are left out: an empty tensor takes their place.
     """
     # The layer reads the next token's embedding and the hidden state, each normed: (B, S, 2·H).
     embeds = rms_norm(embeds, params[table.INPUT_NORM], config.rms_norm_eps)
@@ -62,12 +57,9 @@ def qkv(
         projected = F.linear(x, params[name])
         return projected.view(*x.shape[:2], count, config.head_dim).transpose(1, 2)
 
-    query = key = value = x.new_empty(0)
-    if q:
-        query = rotate(heads(table.Q, config.num_attention_heads), cos, sin)
-    if kv:
-        key = rotate(heads(table.K, config.num_key_value_heads), cos, sin)
-        value = heads(table.V, config.num_key_value_heads)
+    query = rotate(heads(table.Q, config.num_attention_heads), cos, sin)
+    key = rotate(heads(table.K, config.num_key_value_heads), cos, sin)
+    value = heads(table.V, config.num_key_value_heads)
     return query, key, value
 
 

@@ -51,7 +51,8 @@ def step_loss(
 
 
 def kl_loss(logits: Tensor, p_draft: Tensor, mask: Tensor, count: Tensor | None) -> Tensor:
-    """KL of the draft from the teacher, up to the teacher's entropy; fp32 scalar.
+    """Soft-label cross-entropy: the KL of the draft from the teacher, plus the teacher's entropy,
+    which has no gradient; fp32 scalar.
 
     `-Σ_rows Σ_v p_draft[v] · log_softmax(logits)[v] / count` over rows with `mask` `(B, S, 1)`;
     without `count` the sum is divided by all `B·S` rows. `logits` and `p_draft` are `(B, S, D)`.

@@ -23,7 +23,7 @@ EMBED = "embed_tokens.weight"
 
 
 def shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Name to shape, in the order in which the gradient norm is summed (objective, section 7).
+    """Name to shape, in the order in which the gradient norm is summed.
 
     `embed_tokens.weight` `(V, H)` is there only if the target's hidden size differs, so that the
     draft trains its own.

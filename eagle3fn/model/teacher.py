@@ -39,8 +39,7 @@ def make_teacher(
     # draft.
     position_mask = frozen.t2d[z.token][..., None].int() * row_mask[..., None]
 
-    # The unroll reads K rows past the end: there the draft is compared with the uniform
-    # distribution, in no loss.
+    # The unroll reads K rows past the end. Their mask is 0, so the padded values are never used.
     k = objective.ttt_length
     uniform = 1 / z.draft.shape[-1]
     return Teacher(

@@ -30,7 +30,8 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
     if not run.held_out:
         return {}
 
-    # One sample a batch, in the same order whatever the seed.
+    # One sample a batch, in the same order whatever the seed: so a step is a sample, and this
+    # rank's steps are its block of them.
     config = replace(run.config, data=replace(run.config.data, global_batch=1, micro_batch=1))
     config = replace(config, train=replace(config.train, seed=0))
     mine = rows_of(len(run.held_out), run.world.size, run.world.rank)

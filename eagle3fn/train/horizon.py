@@ -5,6 +5,7 @@ need.
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -50,16 +51,16 @@ def with_horizon(
 
     # A resumed run keeps the number that it began with.
     begun = run.world.shared(_begun(run.out / _FILE) if run.world.main else None)
-    if begun and begun[1] not in (chosen, "") and chosen != "steps":
+    if begun and begun.chosen_by not in (chosen, "") and chosen != "steps":
         raise UserError(
-            f"{run.out / _FILE}: the run began with its steps chosen by {begun[1]}, now it is "
-            f"{chosen}; call it as before, or train into another folder"
+            f"{run.out / _FILE}: the run began with its steps chosen by {begun.chosen_by}, "
+            f"now it is {chosen}; call it as before, or train into another folder"
         )
 
     if settings.steps:
         steps = settings.steps
     elif begun:
-        steps = begun[0]
+        steps = begun.steps
     elif minutes is not None:
         seconds = seconds_per_step(run, first_state())
         steps = run.world.shared(max(1, int(minutes * 60 / seconds)))
@@ -77,7 +78,14 @@ def write_horizon(run: Run, chosen: str) -> None:
     write_text(run.out / "config.toml", to_toml(to_dict(run.config)))
 
 
-def _begun(path: Path) -> tuple[int, str] | None:
+class _Begun(NamedTuple):
+    """What a run began with, as `horizon.json` has it."""
+
+    steps: int
+    chosen_by: str  # "" in files of the first version
+
+
+def _begun(path: Path) -> _Begun | None:
     if not path.exists():
         return None
     found = read_json(path)
@@ -85,7 +93,7 @@ def _begun(path: Path) -> tuple[int, str] | None:
         raise UserError(
             f"{path}: no number of steps in it; delete it, or train into another folder"
         )
-    return found["steps"], found.get("chosen_by", "")
+    return _Begun(found["steps"], found.get("chosen_by", ""))
 
 
 def seconds_per_step(run: Run, state: TrainState) -> float:

@@ -120,7 +120,7 @@ def ranks() -> Iterator[World]:
         _wait(world)
     except BaseException as error:
         ended.set()
-        if not _is_first(store):
+        if not _register_failure(store):
             # torchrun ends all ranks at the first exit: the rank that failed first must print
             # before.
             time.sleep(_GRACE_S)
@@ -171,7 +171,8 @@ def _wait(world: World) -> None:
         world.barrier()
 
 
-def _is_first(store: Store) -> bool:
+def _register_failure(store: Store) -> bool:
+    """Write this rank's failure into the store; True if no other rank failed before."""
     try:
         return store.add(_FAILED, 1) == 1
     except RuntimeError:  # the store went with the rank that held it

@@ -34,7 +34,7 @@ from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import empty_state, gather
 from eagle3fn.train.step import Metrics
-from eagle3fn.train.track import append_row, cut_rows, nonfinite, step_row
+from eagle3fn.train.track import append_row, cut_rows, metrics_row, nonfinite
 
 ROWS = ("metrics.jsonl", "eval.jsonl")
 T = TypeVar("T")
@@ -215,7 +215,7 @@ def _report(
 
         loop_state = loop_state._replace(skipped=loop_state.skipped + metrics["skipped"])
         if run.world.main:
-            row = step_row(number, metrics, time.perf_counter() - begin, loop_state.skipped)
+            row = metrics_row(number, metrics, time.perf_counter() - begin, loop_state.skipped)
             append_row(run.out / "metrics.jsonl", row)
             events.on_step(row, run.config.train.steps)
 
@@ -250,7 +250,8 @@ def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events
     step = int(state.step)
     row = {"step": step, **evaluate_held_out(run, params)}
 
-    # Without held-out samples the newest draft is the best; an untrained one never is.
+    # Without held-out samples the newest draft is the best: 1 + step grows. An untrained one never
+    # is, though it is reported.
     if step == 0:
         value = 0.0
     else:

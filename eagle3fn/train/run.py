@@ -97,7 +97,18 @@ def prepare(
 
     fns = bind(config, frozen, mesh, recipe)
     return Run(
-        config, frozen, fns, features, kept, held_out, Path(out), data, device, world, mesh, recipe
+        config=config,
+        frozen=frozen,
+        fns=fns,
+        features=features,
+        train=kept,
+        held_out=held_out,
+        out=Path(out),
+        data=data,
+        device=device,
+        world=world,
+        mesh=mesh,
+        recipe=recipe,
     )
 
 

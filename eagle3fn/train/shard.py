@@ -1,6 +1,6 @@
 """The sharded state: leaves as DTensors, each rank holding a block of rows.
 
-The only file that knows DTensor.
+The only file that uses DTensor.
 
 Rows are cut as `torch.chunk` cuts them: `ceil(rows / ranks)` a rank, so the last ranks may hold
 fewer, or none.

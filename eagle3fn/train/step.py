@@ -2,7 +2,7 @@
 on any ranks.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
-from eagle3fn.model.checks import check_sharing
+from eagle3fn.model.checks import check_micro_batches
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.train.optimizer import Moments, make_optimizer, zero_moments
 from eagle3fn.train.recipe import OURS, Recipe
@@ -80,7 +80,7 @@ def step(
     batches = (batch,) if isinstance(batch, Batch) else tuple(batch)
     world = 1 if mesh is None else mesh.size()
     reduction = config.train.reduce
-    check_sharing(batches, config, world)
+    check_micro_batches(batches, config, world)
     check_ranks(world, reduction)
     check_placed(state, mesh)
     if config.train.steps < 1:
@@ -93,6 +93,8 @@ def step(
     params = full_params(state.params)
     loss, aux, grads = accumulate(params, batches, config, frozen, world, recipe.loss)
     metrics = _metrics(loss, aux, batches, config, mesh)
+    # In the table's order, on which the norm's bits depend; popped, so that each gradient is freed
+    # when it is summed.
     grads = to_shards({name: grads.pop(name) for name in state.masters}, mesh, reduction)
 
     # One norm of the whole gradient, the same on all ranks.
@@ -142,6 +144,16 @@ def accumulate(
     return total(map(part, batches), len(batches), config.train.reduce)
 
 
+class _Sums(NamedTuple):
+    """What is summed over the ranks."""
+
+    loss: Tensor
+    aux: Aux
+    tokens: Tensor
+    batches: Tensor  # () int64: micro-batches of a rank
+    squared_batches: Tensor
+
+
 def _metrics(
     loss: Tensor, aux: Aux, batches: tuple[Batch, ...], config: Config, mesh: DeviceMesh | None
 ) -> Metrics:
@@ -151,12 +163,14 @@ def _metrics(
     """
     tokens = torch.stack([batch.attention_mask.sum() for batch in batches]).sum()
     count = torch.full_like(tokens, len(batches))
-    own = loss, aux, tokens, count, count * count
-    loss, aux, tokens, count, squares = over_ranks(own, mesh, config.train.reduce)
+    sums: _Sums = over_ranks(
+        _Sums(loss, aux, tokens, count, count * count), mesh, config.train.reduce
+    )
     if mesh is not None:
         # By Cauchy-Schwarz: ranks · Σ count² = (Σ count)² if and only if all counts are equal.
-        _check_counts(squares * mesh.size() == count * count, len(batches), mesh)
-    return {"loss": loss, "aux": aux, "tokens": tokens}
+        same = sums.squared_batches * mesh.size() == sums.batches * sums.batches
+        _check_counts(same, len(batches), mesh)
+    return {"loss": sums.loss, "aux": sums.aux, "tokens": sums.tokens}
 
 
 def _check_counts(same: Tensor, own: int, mesh: DeviceMesh) -> None:
@@ -186,7 +200,7 @@ def _update(
     parts = local(state)
     optimizer = make_optimizer(config.optimizer, config.train.steps, recipe.schedule)
     masters, opt, info = optimizer.update(
-        grads, norm, parts.opt, parts.masters, int(state.step), donate
+        grads, norm, parts.opt, parts.masters, step=int(state.step), donate=donate
     )
 
     params = {}

@@ -28,7 +28,7 @@ def readable(aux: Aux) -> dict[str, Any]:
     }
 
 
-def step_row(
+def metrics_row(
     step: int, metrics: dict[str, Any], seconds: float, skipped: int = 0
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`: deterministic values first, then `seconds`, which are the

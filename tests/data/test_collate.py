@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn import specforge
-from eagle3fn.base.rows import shift, step_rows
+from eagle3fn.base.rows import shift, trained_row_counts
 from eagle3fn.data.collate import align_mask, collate, cut, global_row_counts
 from tests.factories import random_sample
 
@@ -67,7 +67,7 @@ def test_counts_are_the_same_for_every_split(masks, steps):
     whole = collate(samples, 64, specforge.align_mask)
     parts = [collate([sample], 64, specforge.align_mask) for sample in samples]
     plain = [max(1, sum(sum(mask[:-1][step:]) for mask in masks)) for step in range(steps)]
-    assert step_rows([whole.row_mask], steps).tolist() == plain
+    assert trained_row_counts([whole.row_mask], steps).tolist() == plain
     assert (
         global_row_counts(parts, steps).tolist()
         == plain

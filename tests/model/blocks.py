@@ -1,4 +1,4 @@
-"""Problems for tests of the fast profile's parts: any two vocabularies, and plain expressions."""
+"""Problems for tests of the fast numerics's parts: any two vocabularies, and plain expressions."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The fast profile where its work is cut: blocks of attention, chunks and groups of labels.
+"""The fast numerics where its work is cut: blocks of attention, chunks and groups of labels.
 
 Also each part alone against its plain expression, and rows, labels and padding.
 """

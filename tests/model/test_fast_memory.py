@@ -107,7 +107,7 @@ def test_the_heads_gradient_is_added_in_parts(dtype, monkeypatch):
     add_product = head_loss._add_product
     heights = []
 
-    def in_parts(out, a, b, room):
+    def in_parts(out, a, b, max_bytes):
         before = out.clone()
         add_product(out, a, b, 7 * b.shape[1] * b.itemsize)
         heights.append(len(out))

@@ -1,4 +1,4 @@
-"""What may import what: folders follow the way of the data, heavy packages have one file each.
+"""What may import what: imports follow the data flow, heavy packages have one file each.
 
     base ← data, model ← train ← use        what a run needs
     testing                                 may import all of these
