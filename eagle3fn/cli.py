@@ -287,10 +287,12 @@ def _config(options: Any, draft: Any, overrides: list[str], recipe: str | None =
     from eagle3fn.base.toml import override, read_toml
     from eagle3fn.specforge.recipes import SETTINGS, refuse_old_settings
 
-    tree = read_toml(options.config) if options.config else {}
+    if options.config:
+        refuse_old_settings(read_toml(options.config), options.config)
+    given: dict[str, Any] = {}
     for text in overrides:
-        override(tree, text)
-    refuse_old_settings(tree, options.config or "--set")
+        override(given, text)
+    refuse_old_settings(given, "--set")
 
     return load_config(options.config, overrides, draft, SETTINGS if recipe else None)
 

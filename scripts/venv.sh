@@ -2,7 +2,6 @@
 # It has this checkout with one extra, and the packages BARE without their dependencies, and is
 # made again only when pyproject.toml changes. TORCH names the torch requirement (default: the
 # tested one), CONSTRAINTS a file of pip's constraints (default: none).
-# constraints (default: none).
 make_venv() {
   local folder=$1 extra=$2 stamp
   shift 2

@@ -63,7 +63,7 @@ def build_map(counts: Tensor, draft_size: int) -> VocabMap:
 
     t2d = torch.zeros(size, dtype=torch.bool)
     t2d[kept] = True
-    return VocabMap(t2d, kept - torch.arange(draft_size))
+    return VocabMap(t2d, kept - torch.arange(draft_size, device=kept.device))
 
 
 def count_map(
@@ -108,7 +108,9 @@ def check_map(
         )
 
     kept = t2d.nonzero().flatten()
-    if len(kept) != draft_size or not torch.equal(kept, d2t + torch.arange(draft_size)):
+    if len(kept) != draft_size or not torch.equal(
+        kept, d2t + torch.arange(draft_size, device=d2t.device)
+    ):
         raise UserError(
             f"{where}: t2d and d2t name different tokens (d2t must be offsets); {REMEDY}"
         )

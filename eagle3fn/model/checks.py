@@ -88,6 +88,9 @@ def check_frozen(frozen: Frozen, config: Config) -> None:
             else "is None: give the target's embedding"
         )
         raise UserError(f"frozen.embed_tokens {rule} (hidden_size {draft.hidden_size})")
+    for name in ("target_head", "t2d", "d2t"):
+        if getattr(frozen, name) is None:
+            raise UserError(f"frozen.{name} is None: give the tensor")
     _shape("frozen.embed_tokens", frozen.embed_tokens, (v, draft.hidden_size))
     _shape("frozen.target_head", frozen.target_head, (v, draft.target_hidden_size))
     _shape("frozen.target_norm", frozen.target_norm, (draft.target_hidden_size,))

@@ -272,7 +272,7 @@ def refuse_old_settings(tree: dict[str, Any], where: str) -> None:
 
         value = values[key]
         if old.values is None or value in old.values:
-            raise UserError(f"{where}: {old.name} = {value!r} is now {old.instead}")
+            raise UserError(f"{where}: {old.name} = {value!r}: write {old.instead}")
         if old.name in _NOW_FIXED:
             raise UserError(
                 f"{where}: {old.name} = {value!r} is no setting any more: "

@@ -138,10 +138,10 @@ def assert_same(
     Raises:
         AssertionError: what differs and how far, and the lines of `repeat`, for the simplest case
             that still differs.
-        ValueError: `ulps` is negative.
+        ValueError: `ulps` is no whole number, or negative.
     """
-    if ulps < 0:
-        raise ValueError(f"ulps = {ulps}: must be at least 0")
+    if not isinstance(ulps, int) or ulps < 0:
+        raise ValueError(f"ulps = {ulps}: must be a whole number, at least 0")
 
     # What a side raises goes to the caller, with lines that repeat it.
     try:

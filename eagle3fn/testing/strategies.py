@@ -86,6 +86,7 @@ def cases(**pins: Any) -> "SearchStrategy[Case]":
     Raises:
         ValueError: `Case` has no such field.
     """
+    from hypothesis import assume
     from hypothesis import strategies as st
 
     _check_fields(pins)
@@ -99,7 +100,13 @@ def cases(**pins: Any) -> "SearchStrategy[Case]":
         def pick(name: str, values: Sequence[Any]) -> Any:
             return draw(_one_of(name, values))
 
-        return _complete(chosen, pick)
+        drawn_case = _complete(chosen, pick)
+
+        # Pins that are strategies may draw what does not go together.
+        query_heads, key_value_heads = drawn_case.heads
+        assume(drawn_case.draft_vocab <= drawn_case.vocab)
+        assume(query_heads % key_value_heads == 0)
+        return drawn_case
 
     return case()
 

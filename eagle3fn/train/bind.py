@@ -39,8 +39,9 @@ def bind(
             tokens.
     """
     check_frozen(frozen, config)
-    vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
-    check_map(vocab_map, config.draft.vocab_size, config.draft.draft_vocab_size, "frozen")
+    if _has_values(frozen.t2d) and _has_values(frozen.d2t):
+        vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
+        check_map(vocab_map, config.draft.vocab_size, config.draft.draft_vocab_size, "frozen")
 
     return Functions(
         init=partial(recipe.start, config, frozen),
@@ -48,3 +49,8 @@ def bind(
         init_state=partial(init_state, config=config, mesh=mesh),
         step=partial(step, config=config, frozen=frozen, mesh=mesh, recipe=recipe),
     )
+
+
+def _has_values(x: Tensor) -> bool:
+    """False for a tensor of a shape alone: on the device "meta", or a fake one."""
+    return type(x) is Tensor and x.device.type != "meta"

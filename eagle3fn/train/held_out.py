@@ -10,7 +10,7 @@ from torch import Tensor
 from eagle3fn.base.config import Config
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Params
-from eagle3fn.data.pipeline import batches
+from eagle3fn.data.pipeline import batches, shuffled
 from eagle3fn.train.run import Run, to_device
 from eagle3fn.train.shard import rows_of
 from eagle3fn.train.track import readable
@@ -25,13 +25,14 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
     Returns:
         `loss` is the objective's `Σ decay^i · L_i` and `losses` its `L_i`, each a mean over the
         trained rows of all held-out samples (under `normalization = "rows"`: over all their rows);
-        the rates are those of `readable`.
+        the rates are those of `readable`. Under `lk_lambda`, which is no sum over rows, it is a
+        mean of the samples' own losses.
     """
     if not run.held_out:
         return {}
 
-    # One sample a batch, in the same order whatever the seed: so a step is a sample, and this
-    # rank's steps are its block of them.
+    # One sample a batch, each once, in the same order whatever the seed and the recipe: so a step
+    # is a sample, and this rank's steps are its block of them.
     config = replace(run.config, data=replace(run.config.data, global_batch=1, micro_batch=1))
     config = replace(config, train=replace(config.train, seed=0))
     mine = rows_of(len(run.held_out), run.world.size, run.world.rank)
@@ -43,7 +44,7 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
         mine.start,
         mine.stop,
         align_mask=recipe.align_mask,
-        order=recipe.order,
+        order=shuffled,
     )
 
     # A sample's losses are means over its rows: back to sums, which add up.

@@ -95,7 +95,10 @@ def make_optimizer(
     Raises:
         UserError: `total_steps` is below 1.
     """
-    schedule = kept_schedule(make_schedule, config, total_steps)
+    try:
+        schedule = kept_schedule(make_schedule, config, total_steps)
+    except TypeError:  # a callable that cannot be hashed is made again
+        schedule = make_schedule(config, total_steps)
 
     def update(
         grads: Params,

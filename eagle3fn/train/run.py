@@ -68,6 +68,11 @@ def prepare(
             differently.
     """
     # Refuse what cannot work before anything large is made.
+    if not recipe.name and recipe != OURS:
+        raise UserError(
+            "recipe.name is empty: a run is resumed under the recipe that it began with, which is "
+            "known by its name; give it one, as Recipe(name='mine', …)"
+        )
     check_world(config, world)
     device = check_device(world.device(config.train.device))
     tied = target.head is target.embed_tokens

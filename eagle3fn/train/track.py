@@ -73,7 +73,7 @@ def cut_rows(path: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if row["step"] > step:
+        if not isinstance(row, dict) or row.get("step", step + 1) > step:
             break
         kept.append(line + "\n")
 

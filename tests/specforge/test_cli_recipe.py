@@ -121,14 +121,14 @@ def test_settings_win_over_the_recipes(data: Path, tmp_path: Path) -> None:
 
 
 OLD = [
-    ("objective.numerics=legacy", "is now objective.numerics=plain"),
-    ("optimizer.schedule=legacy", "is now --recipe specforge"),
-    ("optimizer.accumulation=legacy", "is now optimizer.accumulation=params"),
-    ("optimizer.horizon=5", "is now optimizer.schedule_steps"),
-    ("train.init=legacy", "is now --recipe specforge"),
-    ("data.mask_alignment=legacy", "is now --recipe specforge"),
+    ("objective.numerics=legacy", "write objective.numerics=plain"),
+    ("optimizer.schedule=legacy", "write --recipe specforge"),
+    ("optimizer.accumulation=legacy", "write optimizer.accumulation=params"),
+    ("optimizer.horizon=5", "write optimizer.schedule_steps"),
+    ("train.init=legacy", "write --recipe specforge"),
+    ("data.mask_alignment=legacy", "write --recipe specforge"),
     ("data.mask_alignment=serving", "leave it out"),
-    ("data.order=legacy", "is now --recipe specforge"),
+    ("data.order=legacy", "write --recipe specforge"),
     ("data.order=stored", "specforge-dataflow"),
 ]
 
@@ -157,5 +157,5 @@ def test_old_settings_in_a_file_are_refused_with_its_name(
     ):
         assert main(command) == 2
         line = capsys.readouterr().err
-        assert f"{path}: data.order = 'legacy' is now --recipe specforge" in line
+        assert f"{path}: data.order = 'legacy': write --recipe specforge" in line
         assert line.count("\n") == 1

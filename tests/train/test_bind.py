@@ -102,3 +102,19 @@ def test_frozen_tensors_of_other_sizes_are_refused():
     other = replace(config, draft=make_draft(target_hidden_size=12))
     with pytest.raises(e3.UserError, match=r"frozen\.embed_tokens must be None"):
         e3.bind(other, frozen)
+
+
+def test_tensors_without_values_and_another_default_device_are_bound():
+    config = make_config(train={"init": "random"})
+    frozen = make_frozen(config)
+    with torch.device("meta"):
+        e3.bind(config, frozen)
+    shapes = Frozen(*(None if x is None else x.to("meta") for x in frozen))  # pyright: ignore
+    e3.bind(config, shapes)
+
+
+@pytest.mark.parametrize("name", ["target_head", "t2d", "d2t"])
+def test_a_missing_frozen_tensor_is_named(name):
+    config = make_config(train={"init": "random"})
+    with pytest.raises(e3.UserError, match=rf"frozen\.{name} is None"):
+        e3.bind(config, make_frozen(config)._replace(**{name: None}))

@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 
+import eagle3fn as e3
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Batch, Frozen
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import read_sample
+from eagle3fn.specforge import stored_order
 from eagle3fn.train.held_out import evaluate_held_out
-from eagle3fn.train.run import Run
+from eagle3fn.train.recipe import OURS
+from eagle3fn.train.run import Run, prepare
 from tests.reference.loops import Objective, objective_by_loops
 from tests.train.run_problem import (
     HELD_OUT_LENGTHS,
@@ -87,3 +90,23 @@ def test_rows_of_eval_jsonl_have_the_held_out_loss(tmp_path):
 def test_nothing_held_out_gives_an_empty_row(tmp_path):
     run = held_out_run(tmp_path)
     assert evaluate_held_out(run._replace(held_out=[]), run.fns.init(0)) == {}
+
+
+def test_each_held_out_sample_is_read_once_whatever_the_recipes_order(tmp_path):
+    """An order that repeats the first sample is a way to train, not to evaluate."""
+    problem = make_problem(tmp_path)
+    ours = prepare(*problem, tmp_path / "ours")
+    params = ours.fns.init(0)
+
+    def first_alone(n: int, config: e3.Config, step: int) -> list[int]:
+        return [0] * config.data.global_batch
+
+    recipe = OURS._replace(name="first sample alone", order=first_alone)
+    other = prepare(*problem, tmp_path / "other", recipe=recipe)
+    assert evaluate_held_out(ours, params) == evaluate_held_out(other, params) != {}
+
+
+def test_a_recipe_without_a_name_cannot_be_trained(tmp_path):
+    """Its runs could be resumed under another one."""
+    with pytest.raises(e3.UserError, match=r"recipe\.name is empty.*Recipe\(name="):
+        prepare(*make_problem(tmp_path), tmp_path / "run", recipe=OURS._replace(order=stored_order))

@@ -62,7 +62,7 @@ def test_metrics_are_written_one_step_late_on_a_device(problem, tmp_path, asynch
     """Before an evaluation and before a checkpoint all of them are written."""
     out = tmp_path / "run"
     loss = WatchedLoss(out)
-    train_in(out, problem, recipe=OURS._replace(loss=loss))
+    train_in(out, problem, recipe=OURS._replace(name="marking", loss=loss))
     if asynchronous:
         assert loss.rows == [0, 0, 1, 3, 4, 4, 6, 6]
     else:
@@ -93,5 +93,5 @@ def test_batch_that_cannot_be_read_loses_no_metrics(problem, tmp_path, asynchron
 
     out = tmp_path / "run"
     with pytest.raises(e3.UserError, match="shard 7: truncated"):
-        train_in(out, problem, recipe=OURS._replace(order=broken))
+        train_in(out, problem, recipe=OURS._replace(name="broken", order=broken))
     assert written(out) == [1, 2]

@@ -33,6 +33,9 @@ def no_start(config: e3.Config, frozen: Frozen, seed: int) -> Params:
     raise AssertionError("a resumed run must draw no parameters")
 
 
+NAMED = OURS._replace(name="counting")
+
+
 class Stop(Exception):
     """Ends a run from outside."""
 
@@ -51,22 +54,22 @@ def stopped_after(steps: int, out: Path, problem: Problem, **options: Any) -> No
 def test_resumed_run_draws_no_state_and_ends_as_the_whole(tmp_path):
     problem = make_problem(tmp_path / "features", STEPS, train={"checkpoint_every": 2})
     counted = CountedStart()
-    whole = train_in(tmp_path / "whole", problem, recipe=OURS._replace(start=counted))
+    whole = train_in(tmp_path / "whole", problem, recipe=NAMED._replace(start=counted))
     assert counted.calls == 1
 
-    stopped_after(2, tmp_path / "run", problem)
-    resumed = train_in(tmp_path / "run", problem, recipe=OURS._replace(start=no_start))
+    stopped_after(2, tmp_path / "run", problem, recipe=NAMED)
+    resumed = train_in(tmp_path / "run", problem, recipe=NAMED._replace(start=no_start))
     assert equal(resumed, whole)
 
     # With no step left the state is read all the same.
-    again = train_in(tmp_path / "run", problem, recipe=OURS._replace(start=no_start))
+    again = train_in(tmp_path / "run", problem, recipe=NAMED._replace(start=no_start))
     assert equal(again, whole)
 
 
 def test_minutes_of_a_resumed_run_time_no_steps(tmp_path):
     problem = make_problem(tmp_path / "features", steps=0)
-    whole = train_in(tmp_path / "run", problem, minutes=1e-4)
-    resumed = train_in(tmp_path / "run", problem, minutes=5, recipe=OURS._replace(start=no_start))
+    whole = train_in(tmp_path / "run", problem, minutes=1e-4, recipe=NAMED)
+    resumed = train_in(tmp_path / "run", problem, minutes=5, recipe=NAMED._replace(start=no_start))
     assert equal(resumed, whole)
 
 
