@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from eagle3fn.testing.results import (
 from eagle3fn.testing.strategies import VALUES, cases, drawn, nth, simplest
 from tests.tally import Tally
 
-MANY = settings(max_examples=200, derandomize=True, database=None)
+MANY = settings(max_examples=200, derandomize=True, database=None, phases=tuple(Phase))
 
 
 @pytest.fixture(scope="module")
