@@ -51,6 +51,11 @@ def contributing_rows(row_mask: Tensor, k: int, bucket: int = 16) -> Tensor:
     return torch.cat(parts).to(row_mask.device)
 
 
+def first_of_repeats(places: Tensor) -> Tensor:
+    """Which of ascending places `(T,)` differ from the one before: `(T,)` bool."""
+    return torch.cat([torch.ones_like(places[:1], dtype=torch.bool), places[1:] != places[:-1]])
+
+
 def both_rows(row_mask: Tensor, k: int) -> dict[str, Tensor]:
     """A batch's `rows` and `labels`: contributing rows, and trained ones."""
     return {"rows": contributing_rows(row_mask, k), "labels": contributing_rows(row_mask, 1)}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.model.autograd import differentiable_once
 
 _BLOCK = 128  # rows of a block, at most
@@ -169,7 +170,7 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
     values_last = _keys_last(value)
 
     # Blocks of one sample add to the same keys: their sums are at least fp32.
-    wide = torch.promote_types(key.dtype, torch.float32)
+    wide = at_least_fp32(key.dtype)
     grad_key = torch.zeros_like(keys, dtype=wide)  # (B, J, S, E)
     grad_value = torch.zeros_like(values, dtype=wide)
     for block in inputs.blocks:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.dtypes import at_least_fp32
-from eagle3fn.base.rows import contributing_rows, trained_row_counts
+from eagle3fn.base.rows import contributing_rows, first_of_repeats, trained_row_counts
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import layers, table
 from eagle3fn.model.block_attention import block_attention, make_blocks
@@ -123,8 +123,8 @@ def plan_rows(batch: Batch, k: int) -> RowPlan:
     label_in_sample = rows % s + steps < s
     row_in_sample = labels % s >= steps
     is_trained = mask[labels] > 0
-    trained = has_label & label_in_sample & _is_first(rows) & is_trained[label_of_row]
-    scored = has_row & row_in_sample & _is_first(labels) & is_trained
+    trained = has_label & label_in_sample & first_of_repeats(rows) & is_trained[label_of_row]
+    scored = has_row & row_in_sample & first_of_repeats(labels) & is_trained
     return RowPlan(
         rows=rows,
         labels=labels,
@@ -263,11 +263,6 @@ def label_targets(batch: Batch, labels: Tensor, frozen: Frozen) -> Tensor:
     inside = (labels % s + 1 < s)[:, None]
     last = len(states) - 1
     return torch.where(inside, states[(labels + 1).clamp(max=last)], 0).to(frozen.target_head.dtype)
-
-
-def _is_first(places: Tensor) -> Tensor:
-    """Which of ascending places `(T,)` differ from the one before: the first of any that repeat."""
-    return torch.cat([torch.ones_like(places[:1], dtype=torch.bool), places[1:] != places[:-1]])
 
 
 def _find(places: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eagle3fn.base.dtypes import at_least_fp32
+from eagle3fn.base.rows import first_of_repeats
 from eagle3fn.model.autograd import differentiable_once
 from eagle3fn.model.block_attention import (
     StepTensors,
@@ -118,8 +120,7 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
     )
 
     # Of rows that repeat, the first gets the gradient that all were summed into.
-    is_first = torch.cat([torch.ones_like(rows[:1], dtype=torch.bool), rows[1:] != rows[:-1]])
-    grad_q = torch.where(is_first[:, None, None], _at_rows(grad_q, rows), 0)
+    grad_q = torch.where(first_of_repeats(rows)[:, None, None], _at_rows(grad_q, rows), 0)
 
     # The query heads of one key-value head add up.
     grad_key, grad_value = (
@@ -157,7 +158,7 @@ _attention = differentiable_once(
 def _step_scores(q: Tensor, step_keys: StepTensors, scale: float) -> Tensor:
     """Scaled products of `q` `(T, J, G, E)` with the rows' own keys: `(T, N, I)`, fp32 or fp64."""
     scores = dot_steps(q, step_keys).flatten(1, 2)
-    return scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    return scores.to(at_least_fp32(q.dtype)) * scale
 
 
 def _to_sequences(x: Tensor, rows: Tensor, key: Tensor, add: bool = False) -> Tensor:
