@@ -1,5 +1,6 @@
 """SpecForge's recipe: start, schedule, mask, orders; old settings are refused by new names."""
 
+import copy
 import doctest
 import subprocess
 import sys
@@ -263,4 +264,6 @@ def test_old_settings_are_refused_with_their_new_names(section, key, value, inst
 )
 def test_settings_of_now_pass(tree: dict[str, Any]) -> None:
     """What is wrong otherwise is refused where it is read."""
-    recipes.refuse_old_settings(tree, "run.toml")
+    before = copy.deepcopy(tree)
+    assert recipes.refuse_old_settings(tree, "run.toml") is None
+    assert tree == before, "the settings are only read"

@@ -108,9 +108,12 @@ def test_tensors_without_values_and_another_default_device_are_bound():
     config = make_config(train={"init": "random"})
     frozen = make_frozen(config)
     with torch.device("meta"):
-        e3.bind(config, frozen)
+        bound = e3.bind(config, frozen)
+    params = bound.init(0)
+    assert bound.init_state(params).step == 0
+
     shapes = Frozen(*(None if x is None else x.to("meta") for x in frozen))  # pyright: ignore
-    e3.bind(config, shapes)
+    assert e3.bind(config, shapes).step.keywords["frozen"] is shapes  # pyright: ignore
 
 
 @pytest.mark.parametrize("name", ["target_head", "t2d", "d2t"])

@@ -227,7 +227,8 @@ def test_decoding_gives_no_deprecation_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         warnings.simplefilter("error", DeprecationWarning)
-        speculate(target(), random_draft(), prompt(0, 4), 2, 8, ())
+        found = speculate(target(), random_draft(), prompt(0, 4), 2, 8, ())
+    assert len(found.tokens) == 8
 
 
 def test_hooks_are_removed_after_decoding():
