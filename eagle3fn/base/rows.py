@@ -1,12 +1,18 @@
-"""Rows of a batch over the unroll: the shift that aligns them, and which ones a mask trains at each
-step.
-"""
+"""Rows of a batch over the unroll: which ones a mask trains at each step, and lists of them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class RowLists(NamedTuple):
+    """Places `b·S + t` of a batch, ascending. A place may repeat; the first of them counts."""
+
+    rows: Tensor  # (T,) int64: rows that are trained at some step
+    labels: Tensor  # (P,) int64: places whose label some row is trained against
 
 
 def shift(x: Tensor, dim: int = -1) -> Tensor:
@@ -15,47 +21,53 @@ def shift(x: Tensor, dim: int = -1) -> Tensor:
     return torch.cat([rest, torch.zeros_like(x.narrow(dim, 0, 1))], dim)
 
 
-def trained_row_counts(row_masks: Sequence[Tensor], k: int) -> Tensor:
-    """Rows trained at each of `k` unroll steps by row masks `(B, S)` together: `(K,)` fp32, at
-    least 1.
+def over_steps(row_mask: Tensor, k: int) -> Tensor:
+    """A mask `(…, S)` of step 0's rows at each of `k` unroll steps: `(…, k, S)`.
 
-    At step `i` a row is trained if the label `i` places later is: `count_i = Σ_b Σ_{t ≥ i}
-    row_mask[b, t]`.
+    Row `t` is trained at step `i` if the label at `t + i` is: entry `(i, t)` is `row_mask[t + i]`,
+    0 past the end.
     """
-    counts = [torch.stack([mask[:, step:].sum() for step in range(k)]) for mask in row_masks]
+    s = row_mask.shape[-1]
+    padded = F.pad(row_mask, (0, k - 1))
+    return torch.stack([padded[..., i : i + s] for i in range(k)], dim=-2)
+
+
+def trained_row_counts(row_masks: Sequence[Tensor]) -> Tensor:
+    """Rows trained at each unroll step by row masks `(B, K, S)` together: `(K,)` fp32, at least
+    1.
+    """
+    counts = [mask.sum((0, 2)) for mask in row_masks]
     return torch.stack(counts).sum(0).to(torch.float32).clamp(min=1)
 
 
-def contributing_rows(row_mask: Tensor, k: int, bucket: int = 16) -> Tensor:
-    """Rows `t` with a trained label at `t … t + k - 1`, from a row mask `(B, S)`: `(T,)` int64,
-    ascending.
+def row_lists(row_mask: Tensor, bucket: int = 16) -> RowLists:
+    """The rows and labels of a row mask `(B, K, S)`, as a batch carries them.
 
-    A row is given as `b·S + t`. Any other row matters only by its step-0 key and value. Each
-    sample's rows are rounded up to a multiple of `bucket` by repeating its last one; if no row
-    contributes, the result is row 0, `bucket` times. `k = 1` gives the trained rows themselves.
+    Any other row matters only by its step-0 key and value.
     """
-    # A row contributes if its mask, or one of the k - 1 masks after it, is set.
-    s = row_mask.shape[1]
-    later = [F.pad(row_mask[:, i:], (0, i)) for i in range(min(k, s))]
-    contributes = torch.stack(later).sum(0) > 0
+    is_label = torch.zeros_like(row_mask[:, 0])
+    for i in range(min(row_mask.shape[1:])):
+        is_label[:, i:] += row_mask[:, i, : is_label.shape[1] - i]
+    return RowLists(listed(row_mask.sum(1) > 0, bucket), listed(is_label > 0, bucket))
 
-    # The number of rows is read on the host.
+
+def listed(flags: Tensor, bucket: int) -> Tensor:
+    """Places `b·S + t` of `flags` `(B, S)` that are set: `(T,)` int64, ascending.
+
+    Each sample's places are rounded up to a multiple of `bucket` by repeating its last one. If
+    none is set, the result is place 0, `bucket` times. The number of places is read on the host.
+    """
     parts = []
-    for sample, flags in enumerate(contributes.cpu()):
-        rows = flags.nonzero()[:, 0] + sample * s
-        if len(rows):
-            repeated = rows[-1:].expand(-len(rows) % bucket)
-            parts.append(torch.cat([rows, repeated]))
+    for sample, row in enumerate(flags.cpu()):
+        places = row.nonzero()[:, 0] + sample * flags.shape[1]
+        if len(places):
+            repeated = places[-1:].expand(-len(places) % bucket)
+            parts.append(torch.cat([places, repeated]))
     if not parts:
         parts = [torch.zeros(bucket, dtype=torch.int64)]
-    return torch.cat(parts).to(row_mask.device)
+    return torch.cat(parts).to(flags.device)
 
 
 def first_of_repeats(places: Tensor) -> Tensor:
     """Which of ascending places `(T,)` differ from the one before: `(T,)` bool."""
     return torch.cat([torch.ones_like(places[:1], dtype=torch.bool), places[1:] != places[:-1]])
-
-
-def both_rows(row_mask: Tensor, k: int) -> dict[str, Tensor]:
-    """A batch's `rows` and `labels`: contributing rows, and trained ones."""
-    return {"rows": contributing_rows(row_mask, k), "labels": contributing_rows(row_mask, 1)}

@@ -26,26 +26,30 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What `forward_loss` reads. Rows are right-padded with zeros, so padding is never trained.
+    """What `forward_loss` reads, aligned once, by `collate`: nothing after it shifts.
 
-    `row_mask` counts rows, not tokens: it is already aligned (`data.collate.align_mask`), row `t`
-    is trained against the target's distribution for token `t + 2`. It must be 0 where
-    `attention_mask` is; that is not checked, as it would read values. With a mask on padding the
-    two numerics differ: plain hides padded keys from a padded row, fast does not.
+    Row `t` of a sample has the target's features of token `t`. At unroll step `i` it reads the
+    embedding of token `t + i + 1`, and is scored against the target's distribution for token
+    `t + i + 2`: the label at place `t + i`. Samples are right-padded with zeros.
+
+    `row_mask` must be 0 on padding; that is not checked, as it would read values. With a trained
+    row on padding the two numerics differ: plain hides padded keys from it, fast does not.
     """
 
-    input_ids: Tensor  # (B, S) int64
+    # (B, S + K - 1) int64: row t reads entry t + i, which is token t + i + 1; 0 past the end
+    next_ids: Tensor
     attention_mask: Tensor  # (B, S) int64, 1 on real tokens
-    row_mask: Tensor  # (B, S) int64
-    aux_hidden: Tensor  # (B, S, 3·Ht)
-    last_hidden: Tensor  # (B, S, Ht)
-    position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S-1
+    row_mask: Tensor  # (B, K, S) int64: 1 where the row is trained at the step
+    aux_hidden: Tensor  # (B, S, 3·Ht): the three taps of token t
+    # (B, S, Ht): the last hidden state of token t + 1, from which the label at t is made; 0 past
+    # the end
+    label_hidden: Tensor
+    position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S - 1
     # (K,) fp32: rows trained at each unroll step over the *global* batch; absent: over this batch.
     row_counts: Tensor | None = None
-    # (T,) int64, `base.rows.contributing_rows(row_mask, K)`; absent: found from the mask.
+    # (T,) and (P,) int64, `base.rows.row_lists(row_mask)`; absent: found from the mask. Lists that
+    # are given must be those of this mask: others give another loss.
     rows: Tensor | None = None
-    # (P,) int64, `contributing_rows(row_mask, 1)`; absent: found from the mask. Rows and labels
-    # that are given must be those of this mask: others give another loss.
     labels: Tensor | None = None
 
 
@@ -71,17 +75,14 @@ class Frozen(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """The target's distributions.
-
-    All but the mask are padded by K rows at the end of the sequence.
-    """
+    """The target's distributions at every label, padded by K rows at the end of the sequence."""
 
     p_draft: Tensor  # (B, S + K, D) fp32: softmax over the draft vocabulary
     p_full: Tensor  # (B, S + K, D) fp32: the same tokens' probabilities under the full vocabulary
     token: Tensor  # (B, S + K) int64: the target's argmax
-    # (B, S, 1) int: row_mask where the target's argmax is in the draft vocabulary. A row outside
+    # (B, S + K) int32: 1 where that token is in the draft vocabulary. A row whose label is not
     # adds nothing to the loss; under normalization "mask" it counts in the divisor all the same.
-    position_mask: Tensor
+    known: Tensor
 
 
 class Aux(NamedTuple):
@@ -91,9 +92,9 @@ class Aux(NamedTuple):
 
     losses: Tensor  # (K,) per-step loss, before the decay
     correct: Tensor  # (K,) int64: trained rows whose draft argmax is the target's argmax
-    rows: Tensor  # (K,) int64: rows with row_mask
-    accept: Tensor  # (K,) sum over rows with position_mask of Σ min(p_full, draft)
-    accept_rows: Tensor  # (K,) rows with position_mask
+    rows: Tensor  # (K,) int64: trained rows
+    accept: Tensor  # (K,) sum over trained rows with a known label of Σ min(p_full, draft)
+    accept_rows: Tensor  # (K,) those rows
     # () sum over rows of Σ_i Π_{j≤i} correct_j: the drafted tokens that a greedy verifier accepts
     greedy: Tensor
     # () the same with Σ min(p_full, draft) in place of correct

@@ -1,14 +1,14 @@
-"""Samples to a batch: cut, align the mask, pad on the right, count the rows trained at each unroll
-step.
-"""
+"""Samples to a batch: cut, padded on the right, and aligned once for every unroll step."""
 
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from eagle3fn.base.rows import shift, trained_row_counts
+from eagle3fn.base.config import Config
+from eagle3fn.base.rows import over_steps, row_lists, shift, trained_row_counts
 from eagle3fn.base.types import Batch, Sample
 
 AlignMask = Callable[[Tensor], Tensor]
@@ -34,16 +34,57 @@ def cut(sample: Sample, max_length: int) -> Sample:
 
 
 def collate(
-    samples: Sequence[Sample], max_length: int, align_mask: AlignMask = align_mask
+    samples: Sequence[Sample], config: Config, align_mask: AlignMask = align_mask
 ) -> Batch:
-    """Cut each sample, align its mask, then pad all to the longest with zeros on the right."""
-    short = [cut(sample, max_length) for sample in samples]
-    return Batch(
+    """Samples as one batch: cut, padded on the right with zeros, and aligned for every unroll step.
+
+    All that is shifted is shifted here (see `Batch`). Its `row_counts` are left to `micro_batches`,
+    as they are of the whole global batch.
+
+    Args:
+        samples: `B` of them, at least one.
+        config: `data.max_length` and `objective.ttt_length` are read.
+        align_mask: a sample's token mask → its rows that are trained at step 0.
+    """
+    short = [cut(sample, config.data.max_length) for sample in samples]
+    batch = align(
         input_ids=_pad([sample.input_ids for sample in short]),
         attention_mask=_pad([torch.ones_like(sample.input_ids) for sample in short]),
         row_mask=_pad([align_mask(sample.token_mask) for sample in short]),
         aux_hidden=_pad([sample.aux_hidden for sample in short]),
         last_hidden=_pad([sample.last_hidden for sample in short]),
+        k=config.objective.ttt_length,
+    )
+    return batch._replace(**row_lists(batch.row_mask)._asdict())
+
+
+def align(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    row_mask: Tensor,
+    aux_hidden: Tensor,
+    last_hidden: Tensor,
+    k: int,
+    position_ids: Tensor | None = None,
+) -> Batch:
+    """A batch of padded tensors, each shifted to the row that reads it.
+
+    Args:
+        input_ids: `(B, S)` int64.
+        attention_mask: `(B, S)` int64, 1 on real tokens.
+        row_mask: `(B, S)` int64, 1 where the row is trained at step 0 (`align_mask`).
+        aux_hidden: `(B, S, 3·Ht)`.
+        last_hidden: `(B, S, Ht)`, at the tokens whose last hidden states they are.
+        k: unroll steps `K`.
+        position_ids: `(B, S)` int64 in `[0, S)`; absent: `0 … S - 1`.
+    """
+    return Batch(
+        next_ids=F.pad(input_ids, (0, k))[:, 1:],
+        attention_mask=attention_mask,
+        row_mask=over_steps(row_mask, k),
+        aux_hidden=aux_hidden,
+        label_hidden=shift(last_hidden, dim=1),
+        position_ids=position_ids,
     )
 
 
@@ -51,8 +92,8 @@ def _pad(rows: list[Tensor]) -> Tensor:
     return pad_sequence(rows, batch_first=True)
 
 
-def global_row_counts(batches: Sequence[Batch], steps: int) -> Tensor:
+def global_row_counts(batches: Sequence[Batch]) -> Tensor:
     """Rows trained at each unroll step by all micro-batches of a global batch together: `(K,)`
     fp32, at least 1.
     """
-    return trained_row_counts([batch.row_mask for batch in batches], steps)
+    return trained_row_counts([batch.row_mask for batch in batches])

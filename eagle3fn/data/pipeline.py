@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import both_rows, trained_row_counts
+from eagle3fn.base.rows import over_steps, trained_row_counts
 from eagle3fn.base.types import Batch, Sample
 from eagle3fn.data.collate import AlignMask, align_mask, collate
 from eagle3fn.data.features import FeatureSet, read_sample, read_tokens
@@ -102,25 +102,22 @@ def micro_batches(
     others: Sequence[Tensor] = (),
     align_mask: AlignMask = align_mask,
 ) -> tuple[Batch, ...]:
-    """Samples as micro-batches, which carry their rows and the counts of the global batch.
+    """Samples as micro-batches, which carry the counts of the global batch.
 
-    `others` are the row masks `(1, S)` of the global batch's samples that other ranks hold.
+    `others` are the row masks `(1, K, S)` of the global batch's samples that other ranks hold.
     """
     size = config.data.micro_batch
-    k = config.objective.ttt_length
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
-    micro = [collate(part, config.data.max_length, align_mask) for part in parts]
-
-    counts = trained_row_counts([*(batch.row_mask for batch in micro), *others], k)
-    return tuple(
-        batch._replace(row_counts=counts, **both_rows(batch.row_mask, k)) for batch in micro
-    )
+    micro = [collate(part, config, align_mask) for part in parts]
+    counts = trained_row_counts([*(batch.row_mask for batch in micro), *others])
+    return tuple(batch._replace(row_counts=counts) for batch in micro)
 
 
 def _row_mask(features: FeatureSet, number: int, config: Config, align_mask: AlignMask) -> Tensor:
-    """The row mask of one sample, `(1, S)`."""
+    """The row mask of one sample, `(1, K, S)`."""
     _, token_mask = read_tokens(features, number)
-    return align_mask(token_mask[: config.data.max_length])[None]
+    row_mask = align_mask(token_mask[: config.data.max_length])
+    return over_steps(row_mask, config.objective.ttt_length)[None]
 
 
 def split(n: int, held_out: int) -> tuple[list[int], list[int]]:

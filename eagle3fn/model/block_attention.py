@@ -1,6 +1,6 @@
 """Attention of the fast numerics: draft rows against step 0's keys and their own later ones.
 
-Row t has two kinds of keys: those of step 0 at places u ≤ t of its sample, and one of its own for
+Row t has two kinds of keys: those of step 0 that it sees (`visibility`), and one of its own for
 each later step. One softmax runs over both. Nothing of size `(K, N, T, S)` is kept: rows are cut
 into blocks, and the backward makes the probabilities again, block by block.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.model.autograd import differentiable_once
+from eagle3fn.model.visibility import Visible
 
 _BLOCK = 128  # rows of a block, at most
 _STRIDE = 64  # a block's number of keys is a multiple of this
@@ -22,40 +23,54 @@ StepTensors = Sequence[Tensor] | Tensor
 
 
 class Block(NamedTuple):
-    """Rows `start … stop - 1` of the list, all of one sample.
+    """Rows `start … stop - 1` of the list, all of one sample. They see keys `begin … end - 1` only.
 
-    All see the keys `0 … first`; none sees key `end` or a later one.
+    Keys below `common` are hidden from none of them by its last key.
     """
 
     start: int
     stop: int
     sample: int
-    first: int  # the place of the first row in the sample
+    begin: int
+    common: int
     end: int
 
 
-def make_blocks(rows: Tensor, s: int) -> tuple[Block, ...]:
-    """Cut ascending rows of `B·S` into blocks of one sample each.
+class Blocks(NamedTuple):
+    """A list of rows cut into blocks, and which of step 0's keys each row sees."""
 
-    `end` is rounded up to a multiple of `_STRIDE`, so that few shapes occur. Reads `rows` on the
-    host, which waits for a device.
+    cut: tuple[Block, ...]
+    first: Tensor | None  # (T,) int64: the first place that the row sees; None: from the beginning
+    last: Tensor  # (T,) int64
+
+
+def make_blocks(rows: Tensor, s: int, seen: Visible) -> Blocks:
+    """Cut ascending rows `b·S + t` into blocks of one sample each.
+
+    `begin` and `end` are rounded to multiples of `_STRIDE`, so that few shapes occur. Reads rows
+    and bounds on the host, which waits for a device.
     """
-    places = rows.tolist()
+    last = torch.as_tensor(seen.last)
+    first = None if seen.first is None else torch.as_tensor(seen.first)
+    samples = (rows // s).tolist()
+    last_places = last.tolist()
+    first_places = [0] * len(samples) if first is None else first.tolist()
+
     blocks: list[Block] = []
     start = 0
-    while start < len(places):
-        sample = places[start] // s
-
+    while start < len(samples):
         # The block ends with the sample, or when it is full.
         stop = start + 1
-        while stop < min(start + _BLOCK, len(places)) and places[stop] // s == sample:
+        while stop < min(start + _BLOCK, len(samples)) and samples[stop] == samples[start]:
             stop += 1
 
-        seen = places[stop - 1] % s + 1
-        end = -(-seen // _STRIDE) * _STRIDE
-        blocks.append(Block(start, stop, sample, first=places[start] % s, end=min(s, end)))
+        part = slice(start, stop)
+        begin = max(min(first_places[part]), 0) // _STRIDE * _STRIDE
+        end = -(-(max(last_places[part]) + 1) // _STRIDE) * _STRIDE
+        common = max(min(last_places[part]) + 1, begin)
+        blocks.append(Block(start, stop, samples[start], begin, common, max(min(s, end), common)))
         start = stop
-    return tuple(blocks)
+    return Blocks(tuple(blocks), first, last)
 
 
 class _Inputs(NamedTuple):
@@ -64,7 +79,8 @@ class _Inputs(NamedTuple):
     value: Tensor  # (B, S, J, E)
     step_keys: tuple[Tensor, ...]  # I times (T, J, E)
     step_values: tuple[Tensor, ...]  # I times (T, J, E)
-    position: Tensor  # (T,) int64: the row's place in its sample
+    first: Tensor | None  # (T,)
+    last: Tensor  # (T,)
     blocks: tuple[Block, ...]
 
 
@@ -78,36 +94,27 @@ def block_attention(
     value: Tensor,
     step_keys: StepTensors,
     step_values: StepTensors,
-    rows: Tensor,
-    blocks: tuple[Block, ...],
+    blocks: Blocks,
 ) -> Tensor:
     """Attention of queries of some rows; differentiable once. Padding is on the right.
 
     With i the later steps, and p_t one softmax of q_t · key / √E over both kinds of keys:
 
-        out_t = Σ_{u ≤ t} p_tu · value_u + Σ_i p_ti · step_value_ti
+        out_t = Σ_u p_tu · value_u + Σ_i p_ti · step_value_ti      over the places u that t sees
 
     Args:
         q: `(T, N, E)`, rotated.
-        key: step 0's `(B, S, J, E)`, rotated; a row sees its sample's up to its own place.
+        key: step 0's `(B, S, J, E)`, rotated.
         value: step 0's, `(B, S, J, E)`.
         step_keys: of each later step so far `(T, J, E)`, rotated; a row sees its own alone.
         step_values: as many, `(T, J, E)`.
-        rows: places `b·S + t` of the queries, `(T,)` int64, ascending.
-        blocks: `make_blocks(rows, S)`.
+        blocks: `make_blocks` of the queries' rows.
 
     Returns:
         `(T, N, E)`.
     """
-    inputs = _Inputs(
-        q,
-        key,
-        value,
-        tuple(step_keys),
-        tuple(step_values),
-        position=rows % key.shape[1],
-        blocks=blocks,
-    )
+    later = tuple(step_keys), tuple(step_values)
+    inputs = _Inputs(q, key, value, *later, blocks.first, blocks.last, blocks.cut)
     return _attention(inputs).attended
 
 
@@ -123,17 +130,12 @@ def _forward(inputs: _Inputs) -> _Outputs:
     values = _keys_first(inputs.value)
     for block in inputs.blocks:
         part = slice(block.start, block.stop)
+        sees = slice(block.begin, block.end)
+        width = block.end - block.begin
         b = block.sample
-        end = block.end
-        p = _probabilities(
-            _heads_first(q[part]),
-            keys[b, :, :, :end],
-            step_scores[part],
-            inputs.position[part],
-            block,
-        )
-        out[part] = _rows_first(torch.bmm(p[..., :end], values[b, :, :end]), block)
-        step_weights[part] = _rows_first(p[..., end:], block)
+        p = _probabilities(inputs, _heads_first(q[part]), keys[b, :, :, sees], step_scores, block)
+        out[part] = _rows_first(torch.bmm(p[..., :width], values[b, :, sees]), block)
+        step_weights[part] = _rows_first(p[..., width:], block)
 
     # The rows' own values of later steps.
     add_weighted_steps_(out, step_weights, inputs.step_values)
@@ -175,32 +177,26 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
     grad_value = torch.zeros_like(values, dtype=wide)
     for block in inputs.blocks:
         part = slice(block.start, block.stop)
+        sees = slice(block.begin, block.end)
+        width = block.end - block.begin
         b = block.sample
-        end = block.end
         block_q = _heads_first(q[part])  # (J, G·r, E)
         block_grad = _heads_first(grad[part])
 
         # The block's probabilities again.
-        p = _probabilities(
-            block_q, keys_last[b, :, :, :end], step_scores[part], inputs.position[part], block
-        )
+        p = _probabilities(inputs, block_q, keys_last[b, :, :, sees], step_scores, block)
 
         # Through values and softmax to the scores.
-        grad_p = torch.cat(
-            [
-                torch.bmm(block_grad, values_last[b, :, :, :end]),
-                _heads_first(grad_step_weights[part]),
-            ],
-            dim=-1,
-        )
+        grad_causal = torch.bmm(block_grad, values_last[b, :, :, sees])
+        grad_p = torch.cat([grad_causal, _heads_first(grad_step_weights[part])], dim=-1)
         grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
 
         # From the scores to queries, keys and values.
-        grad_q[part] = _rows_first(torch.bmm(grad_s[..., :end], keys[b, :, :end]), block)
-        grad_key[b, :, :end] += torch.bmm(grad_s[..., :end].transpose(1, 2), block_q)
-        grad_value[b, :, :end] += torch.bmm(p[..., :end].transpose(1, 2), block_grad)
-        grad_step_scores[part] = _rows_first(grad_s[..., end:], block)
-        step_weights[part] = _rows_first(p[..., end:], block)
+        grad_q[part] = _rows_first(torch.bmm(grad_s[..., :width], keys[b, :, sees]), block)
+        grad_key[b, :, sees] += torch.bmm(grad_s[..., :width].transpose(1, 2), block_q)
+        grad_value[b, :, sees] += torch.bmm(p[..., :width].transpose(1, 2), block_grad)
+        grad_step_scores[part] = _rows_first(grad_s[..., width:], block)
+        step_weights[part] = _rows_first(p[..., width:], block)
 
     # The scores are of scaled queries: `q` has the factor already, its gradient gets it here.
     add_weighted_steps_(grad_q, grad_step_scores, inputs.step_keys)
@@ -221,30 +217,33 @@ _attention = differentiable_once(
 
 
 def _probabilities(
-    q: Tensor, keys: Tensor, step_scores: Tensor, position: Tensor, block: Block
+    inputs: _Inputs, q: Tensor, keys: Tensor, step_scores: Tensor, block: Block
 ) -> Tensor:
-    """Softmax of a block's `r` rows over its keys and their own of later steps.
+    """Softmax of a block's `r` rows over its `X` keys and their own of later steps.
 
     Args:
+        inputs: which keys the rows see.
         q: `(J, G·r, E)`, scaled.
-        keys: `(J, E, end)`.
-        step_scores: `(r, J, G, I)`.
-        position: of the rows in their sample, `(r,)`.
+        keys: `(J, E, X)`.
+        step_scores: of all rows, `(T, J, G, I)`.
         block: the block.
 
     Returns:
-        `(J, G·r, end + I)`.
+        `(J, G·r, X + I)`.
     """
-    step_scores = _heads_first(step_scores)
+    part = slice(block.start, block.stop)
     scores = torch.bmm(q, keys)
+    by_row = scores.unflatten(1, (-1, block.stop - block.start))  # (J, G, r, X), a view
 
-    # Causal mask, in place. Keys up to the first row's place are seen by all rows of the block.
-    after_first = block.first + 1
-    hidden = torch.arange(after_first, block.end, device=q.device) > position[:, None]
-    by_row = scores.unflatten(1, (-1, len(position)))  # (J, G, r, end)
-    by_row[..., after_first:].masked_fill_(hidden, -torch.inf)
+    # Hide what a row does not see, in place. Keys below `common` are before every last one.
+    key = torch.arange(block.common, block.end, device=q.device)
+    after = key > inputs.last[part, None]
+    by_row[..., block.common - block.begin :].masked_fill_(after, -torch.inf)
+    if inputs.first is not None:
+        key = torch.arange(block.begin, block.end, device=q.device)
+        by_row.masked_fill_(key < inputs.first[part, None], -torch.inf)
 
-    return torch.softmax(torch.cat([scores, step_scores], dim=-1), dim=-1)
+    return torch.softmax(torch.cat([scores, _heads_first(step_scores[part])], dim=-1), dim=-1)
 
 
 # A row and its own tensors of later steps. `G` query heads read one key-value head.

@@ -19,41 +19,44 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
         UserError: names the field, what it is and what it must be; or a `torch.autocast` is on.
     """
     draft = config.draft
-    check_no_autocast(batch.input_ids.device.type)
+    check_no_autocast(batch.next_ids.device.type)
     check_whole(params)
     check_params(params, draft)
 
-    if batch.input_ids.ndim != 2:
+    if batch.aux_hidden.ndim != 3:
         raise UserError(
-            f"batch.input_ids has shape {tuple(batch.input_ids.shape)}; it must be (B, S)"
+            f"batch.aux_hidden has shape {tuple(batch.aux_hidden.shape)}; it must be (B, S, 3·Ht)"
         )
-    b, s = batch.input_ids.shape
-    limit = draft.max_position_embeddings
-    if s > limit:
+    b, s, _ = batch.aux_hidden.shape
+    k = config.objective.ttt_length
+    width = draft.target_hidden_size
+    if s > draft.max_position_embeddings:
         raise UserError(
-            f"batch.input_ids: sequence length {s} is beyond max_position_embeddings = {limit}; "
-            "lower data.max_length"
+            f"batch.aux_hidden: sequence length {s} is beyond max_position_embeddings = "
+            f"{draft.max_position_embeddings}; lower data.max_length"
         )
 
-    _shape("batch.attention_mask", batch.attention_mask, (b, s))
-    _shape("batch.row_mask", batch.row_mask, (b, s))
-    _shape("batch.aux_hidden", batch.aux_hidden, (b, s, 3 * draft.target_hidden_size))
-    _shape("batch.last_hidden", batch.last_hidden, (b, s, draft.target_hidden_size))
-    _shape("batch.position_ids", batch.position_ids, (b, s), (1, s))
-    _shape("batch.row_counts", batch.row_counts, (config.objective.ttt_length,))
-
-    for name, value in (("rows", batch.rows), ("labels", batch.labels)):
+    # Each field's shapes and dtype; None: floating point, of any width.
+    fields = {
+        "next_ids": (torch.int64, (b, s + k - 1)),
+        "attention_mask": (torch.int64, (b, s)),
+        "row_mask": (torch.int64, (b, k, s)),
+        "aux_hidden": (None, (b, s, 3 * width)),
+        "label_hidden": (None, (b, s, width)),
+        "position_ids": (torch.int64, (b, s), (1, s)),
+        "row_counts": (None, (k,)),
+    }
+    for name, (dtype, *shapes) in fields.items():
+        value = getattr(batch, name)
+        _shape(f"batch.{name}", value, *shapes)
+        _kind(f"batch.{name}", value, dtype)
+    for name in ("rows", "labels"):
+        value = getattr(batch, name)
         if value is not None and value.ndim != 1:
             raise UserError(
                 f"batch.{name} has shape {tuple(value.shape)}; it must have one axis (base.rows)"
             )
-    for name in ("input_ids", "row_mask", "attention_mask", "position_ids", "rows", "labels"):
-        _kind(f"batch.{name}", getattr(batch, name), torch.int64)
-    for name in ("aux_hidden", "last_hidden"):
-        if not getattr(batch, name).is_floating_point():
-            raise UserError(
-                f"batch.{name} has dtype {getattr(batch, name).dtype}; it must be floating point"
-            )
+        _kind(f"batch.{name}", value, torch.int64)
     check_frozen(frozen, config)
 
 
@@ -100,8 +103,12 @@ def check_frozen(frozen: Frozen, config: Config) -> None:
     _kind("frozen.d2t", frozen.d2t, torch.int64)
 
 
-def _kind(name: str, value: Tensor | None, dtype: torch.dtype) -> None:
-    if value is not None and value.dtype != dtype:
+def _kind(name: str, value: Tensor | None, dtype: torch.dtype | None) -> None:
+    if value is None:
+        return
+    if dtype is None and not value.is_floating_point():
+        raise UserError(f"{name} has dtype {value.dtype}; it must be floating point")
+    if dtype is not None and value.dtype != dtype:
         raise UserError(f"{name} has dtype {value.dtype}; it must be {dtype}")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.data.collate import align
 from eagle3fn.model.table import EMBED, shapes
 
 
@@ -187,12 +188,13 @@ def tiny_batch(case: Case, index: int = 0) -> Batch:
     if case.own_positions:
         positions = torch.rand(samples, longest, generator=source).argsort(-1)
 
-    return Batch(
+    return align(
         input_ids=ids * real,
         attention_mask=real.long(),
         row_mask=_row_mask(case, real, chosen, source).long(),
         aux_hidden=aux * real[..., None],
         last_hidden=last * real[..., None],
+        k=case.steps,
         position_ids=positions,
     )
 

@@ -53,7 +53,7 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
         for (batch,) in samples:
             _, aux = run.fns.forward_loss(params, to_device(batch, run.device))
             aux = to_device(aux, "cpu")
-            count = _averaged_rows(aux, config, batch.input_ids.numel())
+            count = _averaged_rows(aux, config, batch.attention_mask.numel())
             own.append((aux._replace(losses=aux.losses * count), count))
 
     # Over all ranks, in the samples' order.

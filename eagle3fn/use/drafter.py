@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.model import layers
+from eagle3fn.model import table
+from eagle3fn.model.plain import PLAIN, heads, logits
 from eagle3fn.model.rope import rope_table
 from eagle3fn.model.table import EMBED, FC
+from eagle3fn.model.unroll import project, rotated
+from eagle3fn.model.visibility import visible
 from eagle3fn.use.export import Draft
 
 
@@ -64,7 +67,8 @@ class Drafter:
         Returns:
             The last row's hidden state, `(1, 1, H)`.
         """
-        hidden = self._rows(layers.project(self.params, aux), tokens, self.committed)
+        features = project(self.params, self.config, aux, PLAIN)
+        hidden = self._rows(features, tokens, self.committed)
         self.committed += tokens.shape[1]
         return hidden
 
@@ -78,7 +82,7 @@ class Drafter:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits `(1, 1, D)` of a row's hidden state `(1, 1, H)`."""
-        return layers.logits(self.params, self.config, hidden)
+        return logits(self.params, self.config, hidden)
 
     def draft(self, aux: Tensor, tokens: Tensor, count: int) -> Tensor:
         """Commit rows as `commit` does, then draft `count` >= 1 tokens greedily.
@@ -104,16 +108,19 @@ class Drafter:
         """
         end = start + tokens.shape[1]
         embeds = F.embedding(tokens, self.embed_tokens).to(hidden.dtype)  # (1, R, H)
+        angles = self.cos[start:end], self.sin[start:end]
 
         # Keys and values of all rows go into the cache.
-        q, k, v = layers.qkv(
-            self.params, self.config, embeds, hidden, self.cos[start:end], self.sin[start:end]
-        )
-        self.keys[:, :, start:end] = k
-        self.values[:, :, start:end] = v
+        query, key, value = heads(self.params, self.config, embeds, hidden)
+        query = rotated(self.params, table.Q, query, angles, PLAIN)
+        self.keys[:, :, start:end] = rotated(self.params, table.K, key, angles, PLAIN)
+        self.values[:, :, start:end] = value
 
-        # The last row attends to all rows up to itself, so no mask is needed.
+        # The last row attends to the rows that it sees, up to itself.
+        first = visible(self.config, end - 1, step=0).first
+        seen = slice(0 if first is None else max(int(first), 0), end)
         attended = F.scaled_dot_product_attention(
-            q[:, :, -1:], self.keys[:, :, :end], self.values[:, :, :end], enable_gqa=True
+            query[:, :, -1:], self.keys[:, :, seen], self.values[:, :, seen], enable_gqa=True
         )  # (1, N, 1, E)
-        return layers.finish_layer(self.params, self.config, hidden[:, -1:], attended)
+        out = PLAIN.output(self.params, hidden[:, -1:], attended)
+        return PLAIN.mlp(self.params, out, self.config.rms_norm_eps)

@@ -1,0 +1,275 @@
+"""The plain operations: readable, differentiable any number of times, the reference of the others.
+
+They have SpecForge's order of operations, and its shapes: every row of `(B, S)` at every step.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eagle3fn.base.config import Config
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.dtypes import at_least_fp32, wide
+from eagle3fn.base.rows import trained_row_counts
+from eagle3fn.base.types import Aux, Batch, Frozen, Params
+from eagle3fn.model import table
+from eagle3fn.model.losses import RowLoss, acceptance, correct_rows, step_loss
+from eagle3fn.model.rope import rotate
+from eagle3fn.model.teacher import make_teacher
+from eagle3fn.model.unroll import Ops, Rows
+from eagle3fn.model.visibility import Visible
+
+# The layer
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis, `weight · x / √(mean(x²) + eps)`.
+
+    In at least fp32 up to the product with `weight`, which is made in the dtype of `x`.
+    """
+    normed = wide(x)
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def heads(
+    weights: Params, draft: DraftConfig, embeds: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `(B, N, S, E)`, keys and values `(B, J, S, E)`, not yet rotated.
+
+    The layer reads the next token's embedding and the hidden state, both `(B, S, H)`, each normed
+    by a weight of its own: `x = [norm(embeds), norm(hidden)]`, `(B, S, 2·H)`.
+    """
+    embeds = rms_norm(embeds, weights[table.INPUT_NORM], draft.rms_norm_eps)
+    hidden = rms_norm(hidden, weights[table.HIDDEN_NORM], draft.rms_norm_eps)
+    x = torch.cat([embeds, hidden], dim=-1)
+
+    def projected(name: str) -> Tensor:
+        rows = F.linear(x, weights[name])
+        return rows.view(*x.shape[:2], -1, draft.head_dim).transpose(1, 2)
+
+    return projected(table.Q), projected(table.K), projected(table.V)
+
+
+def repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """Key-value heads `(B, J, S, E)` once for each query head: `(B, J·groups, S, E)`."""
+    if groups == 1:
+        return x
+    b, j, s, e = x.shape
+    return x[:, :, None].expand(b, j, groups, s, e).reshape(b, j * groups, s, e)
+
+
+def output(weights: Params, hidden: Tensor, attended: Tensor) -> Tensor:
+    """`hidden + W_o · attended`, of `(B, S, H)` and heads `(B, N, S, E)`."""
+    rows = attended.transpose(1, 2).flatten(2)
+    return hidden + F.linear(rows, weights[table.O])
+
+
+def mlp(weights: Params, hidden: Tensor, eps: float) -> Tensor:
+    """`h + W_down · (silu(W_gate · x) · W_up · x)` with `x = norm(h)`, of `(B, S, H)`."""
+    x = rms_norm(hidden, weights[table.POST_NORM], eps)
+    inner = F.silu(F.linear(x, weights[table.GATE])) * F.linear(x, weights[table.UP])
+    return hidden + F.linear(inner, weights[table.DOWN])
+
+
+def logits(params: Params, draft: DraftConfig, hidden: Tensor) -> Tensor:
+    """Draft logits `(B, S, D)` of hidden states `(B, S, H)`."""
+    return F.linear(rms_norm(hidden, params[table.NORM], draft.rms_norm_eps), params[table.HEAD])
+
+
+# Attention
+
+
+def additive_mask(seen: Visible, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask `(B, 1, S, S)` of step 0's keys, for what the rows `(B, S)` see.
+
+    `dtype`'s most negative finite value where a row does not see the key, and again where the key
+    is padding; both together overflow to -inf.
+    """
+    low = torch.finfo(dtype).min
+    zero = torch.zeros((), dtype=dtype, device=attention_mask.device)
+    key = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+
+    hidden = key > torch.as_tensor(seen.last)[..., None]  # (B, S, S)
+    if seen.first is not None:
+        hidden = hidden | (key < torch.as_tensor(seen.first)[..., None])
+    padding = (attention_mask == 0)[:, None, None, :]
+    return zero.masked_fill(padding, low) + zero.masked_fill(hidden[:, None], low)
+
+
+def _sight(seen: Visible, rows: Tensor | None, key: Tensor, attention_mask: Tensor) -> Tensor:
+    return additive_mask(seen, attention_mask, key.dtype)
+
+
+def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:
+    """Attention at unroll step `len(keys) - 1` of queries `(B, N, S, E)`; of the same shape.
+
+    `keys[0]` `(B, N, S, E)` is step 0's, masked by `mask` `(B, 1, S, S)`. Of each later step's
+    keys `(B, N, S, E)` a row sees its own entry alone. One softmax over both, in at least fp32.
+    """
+    scale = math.sqrt(query.shape[-1])
+    s = keys[0].shape[2]
+
+    # Scores against the block (B, N, S, S), then one column (B, N, S, 1) for each later step.
+    scores = torch.matmul(query, keys[0].transpose(2, 3)) / scale + mask
+    own_scores = [(query * key).sum(-1, keepdim=True) / scale for key in keys[1:]]
+
+    scores = torch.cat([scores, *own_scores], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=at_least_fp32(query.dtype)).to(query.dtype)
+
+    # The block's values, then each later step's, added in their order.
+    out = torch.matmul(weights[..., :s], values[0])
+    for i, value in enumerate(values[1:]):
+        out = out + weights[..., s + i, None] * value
+    return out
+
+
+# Tokens and rows
+
+
+def _tokens(
+    weights: Params, batch: Batch, draft: DraftConfig, frozen: Frozen
+) -> Callable[[int], Tensor]:
+    """A function of an unroll step that gives the rows' embeddings `(B, S, H)`."""
+    matrix = weights[table.EMBED] if frozen.embed_tokens is None else frozen.embed_tokens
+    dtype = weights[table.FC].dtype
+    s = batch.aux_hidden.shape[1]
+    return lambda step: F.embedding(batch.next_ids[:, step : step + s], matrix).to(dtype)
+
+
+def _qkv(
+    weights: Params,
+    draft: DraftConfig,
+    tokens: Callable[[int], Tensor],
+    hidden: Tensor,
+    rows: Tensor | None,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert rows is None, "the plain operations compute every row"
+    return heads(weights, draft, tokens(step), hidden)
+
+
+class EveryRow(NamedTuple):
+    """The plain operations' plan."""
+
+    rows: Rows
+
+
+def _plan(batch: Batch) -> EveryRow:
+    return EveryRow([None] * batch.row_mask.shape[1])
+
+
+# Head, loss and metrics
+
+StepLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""As `losses.step_loss`: `(logits, p_draft, p_full, mask, count) → scalar`."""
+
+
+class _Step(NamedTuple):
+    """One unroll step's loss and its detached metrics by row."""
+
+    loss: Tensor  # ()
+    correct: Tensor  # (B, S) bool
+    accept: Tensor  # (B, S) fp32
+    mask: Tensor  # (B, S): trained rows whose label is in the draft vocabulary
+    row_mask: Tensor  # (B, S)
+
+
+def score_steps(
+    params: Params,
+    states: Iterable[Tensor],
+    batch: Batch,
+    config: Config,
+    frozen: Frozen,
+    step_loss: StepLoss,
+) -> tuple[Tensor, Aux]:
+    """`Σ_i decay^i · L_i` over unroll steps, and the metrics.
+
+    Each step's loss is taken before the next of the `states` `(B, S, H)` is made.
+    """
+    objective = config.objective
+    s = batch.aux_hidden.shape[1]
+    teacher = make_teacher(batch.label_hidden, frozen, objective)
+
+    # By which number of rows each step's sum is divided; None: by all B·S.
+    counts = [None] * objective.ttt_length
+    if objective.normalization == "mask":
+        found = batch.row_counts
+        counts = trained_row_counts([batch.row_mask]) if found is None else found
+
+    steps: list[_Step] = []
+    for i, hidden in enumerate(states):
+        # Row t is scored against the label at t + i.
+        at = slice(i, i + s)
+        row_mask = batch.row_mask[:, i]
+        mask = (teacher.known[:, at] * row_mask)[..., None]  # (B, S, 1)
+        p_full = teacher.p_full[:, at]
+
+        draft_logits = logits(params, config.draft, hidden)
+        loss = step_loss(draft_logits, teacher.p_draft[:, at], p_full, mask, counts[i])
+        detached = draft_logits.detach()
+        correct = correct_rows(detached, teacher.token[:, at], frozen)
+        accept = acceptance(detached, p_full)
+        steps.append(_Step(loss, correct, accept, mask[..., 0], row_mask))
+
+    total = sum((objective.decay**i * step.loss for i, step in enumerate(steps)), start=0)
+    return torch.as_tensor(total), _aux(steps)
+
+
+def _score(
+    params: Params,
+    states: Iterable[Tensor],
+    plan: EveryRow,
+    batch: Batch,
+    config: Config,
+    frozen: Frozen,
+    loss: RowLoss,
+) -> tuple[Tensor, Aux]:
+    return score_steps(params, states, batch, config, frozen, partial(step_loss, loss=loss))
+
+
+@torch.no_grad()
+def _aux(steps: list[_Step]) -> Aux:
+    """Sums and counts over rows; see `Aux`."""
+    correct = torch.stack([step.correct for step in steps])  # (K, B, S)
+    accept = torch.stack([step.accept for step in steps])
+    row_mask = torch.stack([step.row_mask for step in steps])
+
+    # Acceptance is counted where the target's argmax is in the draft vocabulary.
+    weights = [step.mask.to(step.accept.dtype) for step in steps]
+    accepted = [(step.accept * weight).sum() for step, weight in zip(steps, weights, strict=True)]
+
+    # A chain of drafted tokens ends at its first wrong one, and where the row's labels end.
+    alive = row_mask.cumprod(0)
+    return Aux(
+        losses=torch.stack([step.loss.detach() for step in steps]),
+        correct=torch.stack([(step.correct * step.row_mask).sum() for step in steps]),
+        rows=torch.stack([step.row_mask.sum() for step in steps]),
+        accept=torch.stack(accepted),
+        accept_rows=torch.stack([weight.sum() for weight in weights]),
+        greedy=(alive * correct.long().cumprod(0)).sum().float(),
+        sampled=(alive * accept.cumprod(0)).sum().float(),
+    )
+
+
+PLAIN = Ops(
+    weights=lambda params: params,
+    tokens=_tokens,
+    plan=_plan,
+    norm=rms_norm,
+    qkv=_qkv,
+    head_axis=1,
+    rotate=rotate,
+    shared=repeat_heads,
+    sight=_sight,
+    attend=attend,
+    output=output,
+    mlp=mlp,
+    score=_score,
+)
+"""The plain operations."""

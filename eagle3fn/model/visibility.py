@@ -1,0 +1,28 @@
+"""Which keys of step 0 a row attends to: the one question that every kind of attention asks."""
+
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+from eagle3fn.base.draft_config import DraftConfig
+
+Place = TypeVar("Place", int, Tensor)
+
+
+class Visible(NamedTuple):
+    """The keys of step 0 that a row sees are those at the places `first … last` of its sample.
+
+    Besides, a row always sees its own keys of the unroll steps up to the present one.
+    """
+
+    first: Tensor | int | None  # below 0 is as 0; None: from the beginning, at every step
+    last: Tensor | int
+
+
+def visible(config: DraftConfig, place: Place, step: int) -> Visible:
+    """What the row at `place` of its sample sees at an unroll step, where its position is `place +
+    step`.
+
+    Full causal attention: every key up to its own place.
+    """
+    return Visible(first=None, last=place)
