@@ -90,7 +90,7 @@ def make_side(
         mesh: what "plain" and "fast" shard their state over.
     """
     if name == "mesh":
-        own_mesh = one_rank_mesh(problem.batch.input_ids.device.type)
+        own_mesh = one_rank_mesh(problem.batch.next_ids.device.type)
         return our_side(problem, params, "fast", k, own_mesh)
     if name in OURS:
         return our_side(problem, params, name, k, mesh)
@@ -132,7 +132,7 @@ def specforge_side(problem: Problem, params: Params, oracle: Oracle, k: int) -> 
     """
     plan = e3.OptimizerConfig()
     batch = problem.batch
-    attention = "sdpa" if batch.input_ids.device.type == "cpu" else "flex_attention"
+    attention = "sdpa" if batch.next_ids.device.type == "cpu" else "flex_attention"
 
     draft: Any = specforge_draft(oracle, problem.draft, params, problem.frozen, attention).train()
     draft.embed_tokens.weight.data = problem.frozen.embed_tokens  # not a second time in memory
@@ -147,7 +147,8 @@ def specforge_side(problem: Problem, params: Params, oracle: Oracle, k: int) -> 
     )
 
     def update() -> Tensor:
-        ids, target, mask = head.preprocess(batch.input_ids, batch.last_hidden, batch.row_mask)
+        raw = unaligned(batch)
+        ids, target, mask = head.preprocess(raw.input_ids, raw.target, raw.loss_mask)
         losses = model(
             input_ids=ids,
             attention_mask=batch.attention_mask,

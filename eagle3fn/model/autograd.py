@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import optree
 import torch
 from torch import Tensor
 
@@ -42,8 +43,8 @@ def differentiable_once(
         alternative: what can be differentiated twice, for the error message.
 
     Returns:
-        A function of one record. Differentiating its gradient raises `RuntimeError`. Under `vmap`
-        it runs once for each entry of the mapped axis.
+        A function of one record. Differentiating its gradient, or in forward mode (`jvp`), raises
+        `RuntimeError`. Under `vmap` it runs once for each entry of the mapped axis.
     """
     input_names = set(inputs._fields)  # pyright: ignore[reportAttributeAccessIssue]
     output_names = set(outputs._fields)  # pyright: ignore[reportAttributeAccessIssue]
@@ -107,6 +108,10 @@ def differentiable_once(
             return None, *gradients  # None: the frame's
 
         @staticmethod
+        def jvp(ctx: Any, *_: Any):  # pyright: ignore
+            raise RuntimeError(f"no forward mode here; for it use {alternative}")
+
+        @staticmethod
         def vmap(info: Any, in_dims: Any, *args: Any):  # pyright: ignore
             return _entry_by_entry(Forward, info, in_dims, args)
 
@@ -127,6 +132,20 @@ def is_last_pull_back(grad: Tensor) -> bool:
     is_batched = torch._C._functorch.is_batchedtensor(grad)  # pyright: ignore
     in_entry = getattr(_mapped, "depth", 0) > 0
     return not (graph_stays or is_batched or in_entry)
+
+
+def is_mapped(tree: Any) -> bool:
+    """Whether a tensor of the tree is batched by a `vmap` around this call."""
+    functorch: Any = torch._C._functorch  # pyright: ignore
+
+    def batched(x: Tensor) -> bool:
+        while functorch.is_functorch_wrapped_tensor(x):
+            if functorch.is_batchedtensor(x):
+                return True
+            x = functorch.get_unwrapped(x)
+        return False
+
+    return any(batched(leaf) for leaf in optree.tree_leaves(tree))
 
 
 # Records and their tensors.

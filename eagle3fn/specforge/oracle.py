@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.config import ObjectiveConfig
@@ -266,7 +267,7 @@ def specforge_forward(
     objective: ObjectiveConfig,
     attention: str = "sdpa",
 ) -> SpecForgeForward:
-    """`OnlineEagle3Model.forward` after the shifts that its callers make of data and target.
+    """`OnlineEagle3Model.forward`; its callers' shifts of data and target are the batch's own.
 
     Of `objective`, unroll length, teacher and loss are taken. It divides by all rows, whatever
     `normalization` is.
@@ -281,10 +282,10 @@ def specforge_forward(
     )
 
     # The full teacher is given as logits (B, S, V), the compact one as hidden states and head.
-    hidden = _left(batch.last_hidden)
+    hidden = batch.label_hidden
     teacher: dict[str, Any]
     if objective.teacher == "full":
-        teacher = {"target": torch.nn.functional.linear(hidden, frozen.target_head)}
+        teacher = {"target": F.linear(hidden, frozen.target_head)}
     else:
         teacher = {
             "target": None,
@@ -293,9 +294,9 @@ def specforge_forward(
         }
 
     result = model(
-        input_ids=_left(batch.input_ids),
+        input_ids=batch.next_ids[:, : hidden.shape[1]],
         attention_mask=batch.attention_mask,
-        loss_mask=batch.row_mask[..., None],
+        loss_mask=batch.row_mask[:, 0, :, None],
         hidden_states=batch.aux_hidden,
         position_ids=batch.position_ids,
         compact_teacher_chunk_size=objective.teacher_chunk,
@@ -305,9 +306,22 @@ def specforge_forward(
     return SpecForgeForward(losses, acceptance, correct, rows)
 
 
-def _left(x: Tensor) -> Tensor:
-    """`x` `(B, S, …)` moved one place left; a zero enters at the end."""
-    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+class Unaligned(NamedTuple):
+    """A batch as SpecForge's scripts read it, before their shifts."""
+
+    input_ids: Tensor  # (B, S); the first, which no row reads, is 0
+    loss_mask: Tensor  # (B, S): the rows of step 0
+    target: Tensor  # (B, S, Ht): last hidden states; the first, which no label needs, is 0
+
+
+def unaligned(batch: Batch) -> Unaligned:
+    """A batch without its shifts."""
+    s = batch.attention_mask.shape[1]
+    return Unaligned(
+        input_ids=F.pad(batch.next_ids[:, : s - 1], (1, 0)),
+        loss_mask=batch.row_mask[:, 0],
+        target=F.pad(batch.label_hidden[:, :-1], (0, 0, 1, 0)),
+    )
 
 
 def run_oracle(

@@ -128,11 +128,9 @@ class ScriptTrainer:
             draft_accumulation_steps=accumulation,
         )
         data = {
-            "input_ids": batch.input_ids,
+            **unaligned(batch)._asdict(),
             "attention_mask": batch.attention_mask,
-            "loss_mask": batch.row_mask,
             "hidden_state": batch.aux_hidden,
-            "target": batch.last_hidden,
         }
         if batch.position_ids is not None:
             data["position_ids"] = batch.position_ids
