@@ -8,7 +8,7 @@ from torch import Tensor
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.rows import both_rows
 from eagle3fn.base.types import Batch, Frozen, Params
-from eagle3fn.model.table import shapes
+from eagle3fn.model.table import weights
 from eagle3fn.specforge import align_mask
 
 TURN = (64, 256)  # tokens of a turn, at least and at most
@@ -181,8 +181,9 @@ def draw_params(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) 
     """Weights that keep activations near one: norms 1, matrices from normal(0, 1/fan_in)."""
     draw = Drawer(seed + 1, dtype, device)
     params = {}
-    for name, shape in shapes(draft).items():
-        if len(shape) == 1:
+    for name, weight in weights(draft).items():
+        shape = weight.shape(draft)
+        if weight.role == "norm":
             params[name] = torch.ones(shape, dtype=dtype, device=device)
         else:
             params[name] = draw(shape, shape[1] ** -0.5)

@@ -31,6 +31,7 @@ from eagle3fn.specforge.oracle import (
     eager_loss,
     load_oracle,
     specforge_draft,
+    unaligned,
 )
 
 DECAY = 0.8  # SpecForge's, of the losses over unroll steps

@@ -1,7 +1,10 @@
-"""The draft's shape: read from a draft's `config.json`, or derived from the target's."""
+"""The draft's shape: read from a draft's `config.json`, written to one, or derived from the
+target's.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,23 @@ _ROPE_NUMBERS = {
         "original_max_position_embeddings",
     ),
 }
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "draft_vocab_size",
-    "target_hidden_size",
-    "max_position_embeddings",
-)
 _VISION_KEYS = ("vision_config", "vision_tower", "image_token_id")
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+_KINDS = {
+    int: (_count, "a whole number, at least 1"),
+    int | None: (lambda value: value is None or _count(value), "a whole number, at least 1"),
+    float: (
+        lambda value: isinstance(value, (int, float)) and 0 < value < math.inf,
+        "a finite number above 0",
+    ),
+    bool: (lambda value: type(value) is bool, "true or false"),
+}
+"""What a field of each type must be, as a test and in words."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,13 @@ class DraftConfig:
 
     `aux_layers` are the target's tapped layers, counted from 0; None means `1, L//2 - 1, L - 4` of
     the target's L layers.
+
+    A field added at the end is a switch of the draft (`switches`): with a default, and of a name
+    that is no key of `config.json` yet, as targets' keys are often copied into a draft's.
     """
 
     hidden_size: int  # H
-    intermediate_size: int
+    intermediate_size: int  # I
     num_attention_heads: int  # N
     num_key_value_heads: int  # J
     head_dim: int  # E
@@ -62,14 +73,11 @@ class DraftConfig:
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
         # Each value alone.
-        for name in _SIZES:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(f"draft.{name} = {value!r}: must be a whole number, at least 1")
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise UserError(f"draft.{name} = {value!r}: must be a finite number above 0")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            holds, words = _KINDS.get(field.type, (None, ""))
+            if holds and not holds(value):
+                raise UserError(f"draft.{field.name} = {value!r}: must be {words}")
 
         # Values that must go together.
         if self.num_attention_heads % self.num_key_value_heads:
@@ -97,12 +105,12 @@ class DraftConfig:
                 f"draft.rope_scaling = {scaling!r}: "
                 f"its rope_type must be one of {', '.join(ROPE_TYPES)}"
             )
+        positive, words = _KINDS[float]
         for name in _ROPE_NUMBERS.get(self.rope_type, ()):
             value = scaling.get(name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not positive(value):
                 raise UserError(
-                    f"draft.rope_scaling.{name} = {value!r}: "
-                    f"{self.rope_type} needs a number above 0"
+                    f"draft.rope_scaling.{name} = {value!r}: {self.rope_type} needs {words}"
                 )
 
     @property
@@ -111,12 +119,146 @@ class DraftConfig:
         scaling = self.rope_scaling if isinstance(self.rope_scaling, dict) else {}
         return scaling.get("rope_type", scaling.get("type", "default"))
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of its tensors by shape letter."""
+        return {
+            "H": self.hidden_size,
+            "Ht": self.target_hidden_size,
+            "I": self.intermediate_size,
+            "N": self.num_attention_heads,
+            "J": self.num_key_value_heads,
+            "E": self.head_dim,
+            "V": self.vocab_size,
+            "D": self.draft_vocab_size,
+        }
+
+    @property
+    def own_embedding(self) -> bool:
+        """Whether the draft trains an embedding: the target's has another width."""
+        return self.target_hidden_size != self.hidden_size
+
+
+# The configuration as `config.json`. A field's key is its name; here is what is more than that.
+
+_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "draft_vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "initializer_range",
+)
+"""Keys that are always written, in this order. A target has them too, `draft_vocab_size` apart."""
+
+_TAPS = "eagle_aux_hidden_state_layer_ids"
+
+
+def switches() -> list[Field[Any]]:
+    """The fields that are the draft's alone, and change what it computes.
+
+    They are read from a draft's `config.json` and written where they differ from their default. A
+    target's key of that name is not read.
+    """
+    others = {*_KEYS, "target_hidden_size", "aux_layers"}
+    return [field for field in fields(DraftConfig) if field.name not in others]
+
+
+def _rope(tree: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's settings: newer configurations have `rope_parameters`.
+
+    Some have one set for each kind of layer; the draft's layer attends to everything.
+    """
+    rope = tree.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_parameters = {rope!r}: must be an object")
+    return rope.get("full_attention", rope)
+
+
+def _scaling(tree: dict[str, Any]) -> dict[str, Any] | None:
+    rope = _rope(tree)
+    scaled = rope.get("rope_type", "default") != "default"
+    return tree.get("rope_scaling") or (rope if scaled else None)
+
+
+def _taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
+    """The tapped layers that are listed, None if none are.
+
+    Engines differ in where they look: under `eagle_config` are the layers whose outputs are taken,
+    at the top those whose inputs are, one higher.
+    """
+    eagle = tree.get("eagle_config") or {}
+    if not isinstance(eagle, dict):
+        raise UserError(f"eagle_config = {eagle!r}: must list three layers under {_TAPS}")
+    for place, keys in (("eagle_config.", eagle), ("", tree)):
+        layers = keys.get(_TAPS)
+        whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+        if layers is not None and not (whole and len(layers) == 3):
+            raise UserError(f"{place}{_TAPS} = {layers!r}: must list three layers; mend it")
+
+    outputs = eagle.get(_TAPS)
+    inputs = tree.get(_TAPS)
+    if inputs is None:
+        return None if outputs is None else tuple(outputs)
+    below = [layer - 1 for layer in inputs]
+    if outputs not in (None, below):
+        raise UserError(
+            f"{_TAPS} = {inputs} must be one above eagle_config's {outputs}; "
+            "mend the one that is wrong"
+        )
+    return tuple(below)
+
+
+_READ: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "num_key_value_heads": lambda tree: (
+        tree.get("num_key_value_heads") or tree["num_attention_heads"]
+    ),
+    "head_dim": lambda tree: (
+        tree.get("head_dim") or tree["hidden_size"] // tree["num_attention_heads"]
+    ),
+    "target_hidden_size": lambda tree: tree.get("target_hidden_size") or tree["hidden_size"],
+    "rope_theta": lambda tree: float(
+        tree.get("rope_theta") or _rope(tree).get("rope_theta") or 10_000.0
+    ),
+    "rope_scaling": _scaling,
+    "aux_layers": _taps,
+}
+"""Fields that are more than the key of their name."""
+
+
+def _from_keys(tree: dict[str, Any], where: str) -> DraftConfig:
+    """The draft that these keys describe; a key that is not there leaves its field's default."""
+    try:
+        values = {}
+        for field in fields(DraftConfig):
+            name = field.name
+            if name in _READ:
+                values[name] = _READ[name](tree)
+            elif name in tree or field.default is MISSING:
+                values[name] = tree[name]
+        return DraftConfig(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{where}: {error.args[0]} is missing from the configuration") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: a size in the configuration is not a number ({error})") from None
+
 
 def draft_config_from_json(path: str | Path) -> DraftConfig:
     """Read an EAGLE-3 draft's `config.json`, as training frameworks and exported drafts have it.
 
+    Keys that are no field's are not read: engines' configurations have many.
+
     Raises:
-        UserError: unreadable, not an EAGLE-3 draft, or a size is missing or impossible.
+        UserError: unreadable, not an EAGLE-3 draft, or a value is missing or impossible.
     """
     tree = read_json(path)
     names = tree.get("architectures") if isinstance(tree, dict) else None
@@ -125,28 +267,7 @@ def draft_config_from_json(path: str | Path) -> DraftConfig:
             f"{path}: architectures = {names!r}: "
             'a draft configuration has ["LlamaForCausalLMEagle3"]'
         )
-    if "draft_vocab_size" not in tree:
-        raise UserError(f"{path}: draft_vocab_size is missing; name the draft vocabulary's size")
-    return _build(
-        tree,
-        str(path),
-        draft_vocab_size=tree["draft_vocab_size"],
-        target_hidden_size=tree.get("target_hidden_size") or tree.get("hidden_size"),
-        aux_layers=_listed_layers(tree, path),
-    )
-
-
-def _listed_layers(tree: dict[str, Any], path: str | Path) -> tuple[int, ...] | None:
-    """The tapped layers that a draft's `config.json` lists, None if it lists none."""
-    key = "eagle_aux_hidden_state_layer_ids"
-    eagle = tree.get("eagle_config") or {}
-    if isinstance(eagle, dict) and eagle.get(key) is None:
-        return None
-
-    layers = eagle[key] if isinstance(eagle, dict) else None
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise UserError(f"{path}: eagle_config = {eagle!r}: {key} must list three layers")
-    return tuple(layers)
+    return _from_keys(tree, str(path))
 
 
 def draft_config_from_target(
@@ -155,20 +276,15 @@ def draft_config_from_target(
     """Derive the draft from a target's configuration: same sizes, heads, RoPE, epsilon; one layer.
 
     `where` names the configuration in errors. Without `draft_vocab_size` it is 32,000, or V if that
-    is less.
+    is less. The draft's switches keep their defaults.
 
     Raises:
         UserError: a vision-language target, or a size is missing.
     """
     refuse_vision(tree, where)
     size = draft_vocab_size or min(DEFAULT_DRAFT_VOCAB, tree.get("vocab_size", DEFAULT_DRAFT_VOCAB))
-    return _build(
-        tree,
-        where,
-        draft_vocab_size=size,
-        target_hidden_size=tree.get("hidden_size"),
-        aux_layers=None,
-    )
+    shared = {key: tree[key] for key in _KEYS if key in tree}
+    return _from_keys(shared | {"draft_vocab_size": size}, where)
 
 
 def refuse_vision(tree: dict[str, Any], where: str) -> None:
@@ -182,40 +298,52 @@ def refuse_vision(tree: dict[str, Any], where: str) -> None:
         )
 
 
-def _build(tree: dict[str, Any], where: str, **fixed: Any) -> DraftConfig:
-    """A draft configuration from a Hugging Face one; `fixed` are the fields that differ."""
-    # RoPE: newer configurations have `rope_parameters`, older ones `rope_theta` and `rope_scaling`.
-    # Some have one set for each kind of layer; the draft's layer attends to everything.
-    rope = tree.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters = {rope!r}: must be an object")
-    rope = rope.get("full_attention", rope)
-    scaling = tree.get("rope_scaling")
-    if not scaling and rope.get("rope_type", "default") != "default":
-        scaling = rope
+def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) -> dict[str, Any]:
+    """The content of `config.json`: a Llama configuration of one layer with EAGLE-3's keys.
 
+    Args:
+        config: the draft's shape.
+        target_layers: the target's number of decoder layers, which the default taps depend on.
+        dtype: of the weights, as "bfloat16".
+    """
+    # RoPE under the newer key and the two older ones; scaling holds the variant's own values.
+    scaling = config.rope_scaling if config.rope_type != "default" else None
+    rope = {"rope_type": config.rope_type, "rope_theta": config.rope_theta}
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    values |= {"rope_scaling": scaling, "rope_parameters": {**rope, **(scaling or {}), **rope}}
+
+    tree: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        **{key: values[key] for key in _KEYS},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+    # What engines assume is left out.
+    if config.own_embedding:
+        tree["target_hidden_size"] = config.target_hidden_size
+    layers = aux_layers(config, target_layers)
+    if layers != _default_layers(config, target_layers):
+        tree["eagle_config"] = {_TAPS: list(layers), "use_aux_hidden_state": True}
+        tree[_TAPS] = [layer + 1 for layer in layers]
+    for field in switches():
+        if values[field.name] != field.default:
+            tree[field.name] = values[field.name]
+    return tree
+
+
+def _default_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int] | None:
+    """The layers that engines tap by default; None where the target is too shallow for these."""
     try:
-        heads = tree["num_attention_heads"]
-        return DraftConfig(
-            hidden_size=tree["hidden_size"],
-            intermediate_size=tree["intermediate_size"],
-            num_attention_heads=heads,
-            num_key_value_heads=tree.get("num_key_value_heads") or heads,
-            head_dim=tree.get("head_dim") or tree["hidden_size"] // heads,
-            vocab_size=tree["vocab_size"],
-            max_position_embeddings=tree["max_position_embeddings"],
-            rms_norm_eps=tree.get("rms_norm_eps", 1e-6),
-            rope_theta=float(tree.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-            rope_scaling=scaling or None,
-            initializer_range=tree.get("initializer_range", 0.02),
-            **fixed,
-        )
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{where}: {error.args[0]} is missing from the configuration") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: a size in the configuration is not a number ({error})") from None
+        return aux_layers(replace(config, aux_layers=None), target_layers)
+    except UserError:
+        return None
 
 
 def aux_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int]:

@@ -28,34 +28,7 @@ from eagle3fn.testing.results import (
     ulps,
 )
 
-BEFORE = {
-    table.FC: "features",
-    table.INPUT_NORM: "scaling by the root mean square",
-    table.HIDDEN_NORM: "scaling by the root mean square",
-    table.POST_NORM: "residual, scaling by the root mean square",
-    table.NORM: "residual, scaling by the root mean square",
-    table.O: "attention: rotated queries and keys, scores, softmax, values",
-    table.DOWN: "silu(gate) · up",
-}
-"""The operations between a parameter and the one before it."""
-
-BACKWARD = (
-    table.HEAD,
-    table.NORM,
-    table.DOWN,
-    table.UP,
-    table.GATE,
-    table.POST_NORM,
-    table.O,
-    table.V,
-    table.K,
-    table.Q,
-    table.HIDDEN_NORM,
-    table.INPUT_NORM,
-    table.FC,
-    table.EMBED,
-)
-"""Parameters in the order in which the backward pass gets to them."""
+ROWS = {weight.name: weight for weight in table.TABLE}
 
 
 class Difference(NamedTuple):
@@ -184,8 +157,7 @@ def _forward(step: int, a: Trace, b: Trace) -> Difference | None:
             return Difference(step, "not there on the other side", leaf, -1)
 
         if not torch.equal(mine.before, other.before):
-            operation = BEFORE.get(leaf, "input")
-            return Difference(step, operation, leaf, ulps(mine.before, other.before))
+            return Difference(step, ROWS[leaf].before, leaf, ulps(mine.before, other.before))
 
         if not torch.equal(mine.after, other.after):
             operation = "product with the weight"
@@ -207,14 +179,16 @@ def _gradients(case: Case, left: Run, right: Run) -> Difference | None:
     """The first unroll length at which a gradient differs.
 
     The last step of that unroll is the one; of its leaves, the first that the backward pass gets
-    to.
+    to: the last that the forward pass uses.
     """
+    used = dict.fromkeys(leaf for leaf, _ in left.trace(case).events)
+    unseen = table.shapes(case.draft()).keys() - used.keys()
     for steps in range(1, case.steps + 1):
         short = replace(case, steps=steps)
         a = left.result(short)
         b = right.result(short)
         unequal = differences(a, b)
-        for leaf in BACKWARD:
+        for leaf in [*reversed(used), *sorted(unseen)]:
             if leaf in unequal:
                 return Difference(steps - 1, "backward", leaf, _distance(a, b, leaf))
     return None

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 def for_specforge(case: Case) -> Case:
     """The nearest case that SpecForge can run.
 
-    Its drafts are as wide as their target, and its loss is divided by the number of all rows.
+    Its drafts are as wide as their target and have no switches, and its loss is divided by the
+    number of all rows.
     """
-    return replace(case, target_hidden=case.hidden, normalization="rows")
+    return replace(case, target_hidden=case.hidden, normalization="rows", switches=())
 
 
 def specforge_cases(**pins: Any) -> "SearchStrategy[Case]":

@@ -25,7 +25,7 @@ from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.pipeline import epoch_order
-from eagle3fn.model.table import EMBED, shapes
+from eagle3fn.model.table import TABLE, weights
 from eagle3fn.specforge.arithmetic import forward_loss
 from eagle3fn.train.optimizer import Schedule, schedule_span
 from eagle3fn.train.recipe import Recipe
@@ -77,20 +77,21 @@ def start(config: Config, frozen: Frozen, seed: int) -> Params:
     draft = config.draft
     generator = torch.Generator().manual_seed(seed)
 
-    # The embedding is drawn first, even where it is the target's and the draw is not used.
-    embedding = torch.empty(draft.vocab_size, draft.hidden_size, dtype=torch.float32)
-    drawn = {EMBED: embedding.normal_(generator=generator)}
-
-    # kaiming_uniform_ with a = √5 has the bound 1/√fan_in; torch.nn.Linear calls it so.
-    for name, shape in shapes(draft).items():
-        if len(shape) == 1:
-            drawn[name] = torch.ones(shape, dtype=torch.float32)
-        elif name != EMBED:
-            matrix = torch.empty(shape, dtype=torch.float32)
-            drawn[name] = torch.nn.init.kaiming_uniform_(matrix, math.sqrt(5), generator=generator)
+    drawn = {}
+    for weight in TABLE:
+        # The embedding, the first row, is drawn even where it is the target's and is not used.
+        if weight.role != "embedding" and not weight.needed(draft):
+            continue
+        value = torch.ones(weight.shape(draft), dtype=torch.float32)
+        if weight.role == "embedding":
+            value.normal_(generator=generator)
+        elif weight.role != "norm":
+            # With a = √5 the bound is 1/√fan_in; torch.nn.Linear calls it so.
+            torch.nn.init.kaiming_uniform_(value, math.sqrt(5), generator=generator)
+        drawn[weight.name] = value
 
     dtype = getattr(torch, config.train.dtype)
-    return {name: drawn[name].to(config.train.device, dtype) for name in shapes(draft)}
+    return {name: drawn[name].to(config.train.device, dtype) for name in weights(draft)}
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:

@@ -10,7 +10,7 @@ from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, Train
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.data.collate import align
-from eagle3fn.model.table import EMBED, shapes
+from eagle3fn.model.table import weights
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Case:
     eps: float = 1e-6
     theta: float = 10_000.0
     own_positions: bool = False
+    switches: tuple[tuple[str, Any], ...] = ()
+    """Fields of `DraftConfig` that change what the draft computes, each with its value."""
+
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -87,6 +90,7 @@ class Case:
             max_position_embeddings=64,
             rms_norm_eps=self.eps,
             rope_theta=self.theta,
+            **dict(self.switches),
         )
 
     def config(self, optimizer: OptimizerConfig | None = None, total_steps: int = 10) -> Config:
@@ -129,11 +133,13 @@ def tiny_params(case: Case) -> Params:
     """Weights that keep activations near one: norms around 1, matrices scaled by their fan-in."""
     source = generator(case, 1)
     params = {}
-    for name, shape in shapes(case.draft()).items():
-        if len(shape) == 1:
+    draft = case.draft()
+    for name, weight in weights(draft).items():
+        shape = weight.shape(draft)
+        if weight.role == "norm":
             params[name] = (1 + normal(shape, 0.1, source, torch.float64)).to(case.torch_dtype)
         else:
-            scale = 1.0 if name == EMBED else shape[1] ** -0.5
+            scale = 1.0 if weight.role == "embedding" else shape[1] ** -0.5
             params[name] = normal(shape, scale, source, case.torch_dtype)
     return params
 

@@ -6,11 +6,12 @@ Both take every field's values from one table, `VALUES`.
 import functools
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import Field, replace
 from itertools import islice, takewhile
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from eagle3fn.base.draft_config import switches
 from eagle3fn.testing.builders import Case
 
 if TYPE_CHECKING:
@@ -39,6 +40,19 @@ def _first(value: int, others: range) -> tuple[int, ...]:
 # Three of four cases have 4 to 10 tokens at most. With one to three, little is left to compare.
 LONGEST = _weighted({length: 11 if 4 <= length <= 10 else 1 for length in range(1, 33)})
 
+# What a switch of the draft is drawn from, by its field's type; those of other types are not drawn.
+SWITCH_VALUES: dict[Any, Sequence[Any]] = {bool: (False, True), int | None: (None, 1, 3)}
+
+
+def switch_values(fields: Sequence[Field[Any]]) -> tuple[tuple[tuple[str, Any], ...], ...]:
+    """Every combination of these switches; those that have their default are left out."""
+    sets = [()]
+    for field in fields:
+        others = [value for value in SWITCH_VALUES.get(field.type, ()) if value != field.default]
+        sets += [(*chosen, (field.name, value)) for chosen in sets for value in others]
+    return tuple(sets)
+
+
 VALUES: dict[str, Sequence[Any]] = {
     "heads": ((4, 2), (1, 1), (2, 1), (3, 1), (2, 2), (6, 2)),
     "head_dim": (6, 4, 8),
@@ -63,6 +77,7 @@ VALUES: dict[str, Sequence[Any]] = {
     "eps": (1e-6, 1e-5, 1e-2),
     "theta": (10_000.0, 500_000.0, 100.0),
     "own_positions": (False, True),
+    "switches": switch_values(switches()),
     "seed": range(10**6 + 1),
 }
 """The values of every field of `Case`, the simplest first: what a failing case shrinks to.

@@ -14,8 +14,9 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -231,8 +232,8 @@ def _other(name: str, meta: dict[str, Any], data: dict[str, str]) -> str:
 
 
 def _renamed(config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's settings under today's names, without those that now always have the value
-    they had.
+    """A checkpoint's settings under today's names: without those that now always have the value
+    they had, with the defaults of newer ones.
     """
     renamed = {section: dict(values) for section, values in config.items()}
     for name, now in RENAMED.items():
@@ -243,6 +244,11 @@ def _renamed(config: dict[str, Any]) -> dict[str, Any]:
         section, key = name.split(".")
         if renamed.get(section, {}).get(key) == value:
             del renamed[section][key]
+
+    # What it does not name is younger than the checkpoint, which was made under its default.
+    for section, kind in get_type_hints(Config).items():
+        defaults = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
+        renamed[section] = defaults | renamed.get(section, {})
     return renamed
 
 

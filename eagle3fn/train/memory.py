@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from eagle3fn.base.config import Config
+from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.errors import UserError
-from eagle3fn.model.table import EMBED, NORM
 from eagle3fn.train.shard import specs
 
 GIB = 2**30
@@ -48,8 +48,9 @@ def plan_memory(config: Config, ranks: int = 1, tokens: int = 0, tied: bool = Fa
     params = _held_bytes(state.params)
     masters = _held_bytes(state.masters)
     values = sum(math.prod(leaf.shape) for leaf in state.params.values())
-    narrow = state.params[NORM].dtype.itemsize
-    wide = state.masters[NORM].dtype.itemsize  # pyright: ignore[reportAttributeAccessIssue]
+    dtype = getattr(torch, config.train.dtype)
+    narrow = dtype.itemsize
+    wide = at_least_fp32(dtype).itemsize
 
     # Gradients of several micro-batches are summed in fp32: the sum, and the one that is added.
     several = config.data.global_batch // config.data.micro_batch > ranks
@@ -57,7 +58,7 @@ def plan_memory(config: Config, ranks: int = 1, tokens: int = 0, tied: bool = Fa
 
     # Frozen: the target's head, its embedding where it is another tensor and the draft has none of
     # its own, the map.
-    tables = 1 if tied or EMBED in state.params else 2
+    tables = 1 if tied or draft.own_embedding else 2
     frozen = tables * draft.vocab_size * draft.target_hidden_size * narrow
     frozen += draft.vocab_size * torch.bool.itemsize
     frozen += draft.draft_vocab_size * torch.int64.itemsize

@@ -79,10 +79,9 @@ def prepare(
     check_fits(config, world.size, memory_of(device), f"the memory of {device}", tied)
 
     # What is never differentiated; a draft of another width trains an embedding of its own.
-    own_embedding = config.draft.hidden_size != config.draft.target_hidden_size
     dtype = getattr(torch, config.train.dtype)
     frozen = Frozen(
-        embed_tokens=None if own_embedding else target.embed_tokens.to(device, dtype),
+        embed_tokens=None if config.draft.own_embedding else target.embed_tokens.to(device, dtype),
         target_head=target.head.to(device, dtype),
         t2d=vocab_map.t2d.to(device),
         d2t=vocab_map.d2t.to(device),

@@ -1,25 +1,27 @@
 """A trained draft as the folder that serving engines load, written and read back."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_from_json
+from eagle3fn.base.draft_config import (
+    DraftConfig,
+    draft_config_from_json,
+    draft_config_to_json,
+)
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, whole_folder
+from eagle3fn.base.files import whole_folder
 from eagle3fn.base.types import Frozen, Params, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.table import EMBED, check_params, shapes
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _ROPE_EVERYWHERE = ("default", "linear", "dynamic")  # what the EAGLE repository's loader accepts
 
 
@@ -64,7 +66,7 @@ def export(
     check_params(params, config, "export")
     _check_rope(config, any_rope)
     _check_folder(Path(folder))
-    tree = _config_json(config, target_layers, dtype)
+    tree = draft_config_to_json(config, target_layers, str(dtype).removeprefix("torch."))
 
     tensors = {name: value.to(dtype) for name, value in params.items()}
     if frozen.embed_tokens is not None:
@@ -103,59 +105,6 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: is a file; name a folder")
 
 
-def _config_json(config: DraftConfig, target_layers: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of `config.json`: a Llama configuration of one layer with EAGLE-3's keys."""
-    # RoPE under the newer key and the two older ones; scaling holds the variant's own values.
-    scaling = config.rope_scaling if config.rope_type != "default" else None
-    rope: dict[str, Any] = {"rope_type": config.rope_type, "rope_theta": config.rope_theta}
-    for key, value in (scaling or {}).items():
-        rope.setdefault(key, value)
-
-    dtype_name = str(dtype).removeprefix("torch.")
-    tree: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": rope,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "initializer_range": config.initializer_range,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "dtype": dtype_name,
-        "torch_dtype": dtype_name,
-    }
-    if config.target_hidden_size != config.hidden_size:
-        tree["target_hidden_size"] = config.target_hidden_size
-
-    # Engines differ in where they read the taps: under eagle_config as indices of layers whose
-    # outputs are taken, at the top as indices of layers whose inputs are taken, one higher.
-    layers = aux_layers(config, target_layers)
-    if layers != _default_layers(config, target_layers):
-        tree["eagle_config"] = {_LAYER_IDS: list(layers), "use_aux_hidden_state": True}
-        tree[_LAYER_IDS] = [layer + 1 for layer in layers]
-    return tree
-
-
-def _default_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int] | None:
-    """The layers that engines tap by default; None where the target is too shallow for these."""
-    try:
-        return aux_layers(replace(config, aux_layers=None), target_layers)
-    except UserError:
-        return None
-
-
 def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Draft:
     """Read an exported folder; floating-point tensors come in `dtype` on `device`.
 
@@ -164,15 +113,13 @@ def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> D
             it names the file.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config = draft_config_from_json(folder / CONFIG)
     file = folder / WEIGHTS
     tensors = _read_tensors(file)
 
     # Take the map and the shipped embedding out; a draft that trains its own has it as parameter.
     vocab = _vocab_map(tensors.pop("t2d", None), tensors.pop("d2t", None), config, file)
-    embed = None
-    if EMBED not in shapes(config):
-        embed = tensors.pop(EMBED, None)
+    embed = None if config.own_embedding else tensors.pop(EMBED, None)
     embed_shape = (config.vocab_size, config.hidden_size)
     if embed is not None and tuple(embed.shape) != embed_shape:
         raise UserError(
@@ -180,11 +127,8 @@ def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> D
         )
 
     # The parameters, in the table's order. Tensors left over are unknown, and refused by name.
-    params = {}
-    for name in shapes(config):
-        if name in tensors:
-            params[name] = tensors.pop(name)
-    params.update(tensors)
+    known = {name: tensors[name] for name in shapes(config) if name in tensors}
+    params = known | tensors
     check_params(params, config, str(file))
 
     return Draft(
@@ -202,40 +146,6 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: no such file; name a folder written by export") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or not a file ({error}); export it anew") from None
-
-
-def _read_config(file: Path) -> DraftConfig:
-    try:
-        config = draft_config_from_json(file)
-        tree = read_json(file)
-    except OSError as error:
-        raise UserError(
-            f"{file}: not readable ({error}); name a folder written by export"
-        ) from None
-
-    # Taps at the top are indices of layers whose inputs are taken: one above the outputs'.
-    inputs = _input_layers(tree, file)
-    if inputs is None:
-        return config
-    outputs = tuple(layer - 1 for layer in inputs)
-    if config.aux_layers not in (None, outputs):
-        raise UserError(
-            f"{file}: {_LAYER_IDS} = {inputs} must be one above eagle_config's "
-            f"{list(config.aux_layers or ())}; mend the one that is wrong"
-        )
-    return replace(config, aux_layers=outputs)
-
-
-def _input_layers(tree: dict[str, Any], file: Path) -> list[int] | None:
-    found = tree.get(_LAYER_IDS)
-    if found is None:
-        return None
-    integers = isinstance(found, list) and all(type(layer) is int for layer in found)
-    if not integers or len(found) != 3:
-        raise UserError(
-            f"{file}: {_LAYER_IDS} = {found}: must be a list of three integers; mend it"
-        )
-    return found
 
 
 def _vocab_map(t2d: Tensor | None, d2t: Tensor | None, config: DraftConfig, file: Path) -> VocabMap:

@@ -44,7 +44,7 @@ def check(case: Case, numerics: Any = "plain") -> None:
 
 
 @settings(max_examples=max(8, settings().max_examples // 8))  # loops over numbers are slow
-@given(cases(dtype="float64"), st.sampled_from(["drawn", "full", "one", "empty"]))
+@given(cases(dtype="float64", switches=()), st.sampled_from(["drawn", "full", "one", "empty"]))
 def test_plain_numerics_equal_plain_loops(case: Case, mask: Any) -> None:
     """Any unroll length. No padded row is trained, as the loops have none."""
     lengths = tuple(min(length, 8) for length in case.lengths[:2])

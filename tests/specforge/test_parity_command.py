@@ -199,7 +199,8 @@ def test_specforge_cases_are_those_that_it_can_run(case: Case):
 def test_adapted_cases_keep_all_other_fields():
     for case in drawn(20, 0):
         changed = for_specforge(case)
-        assert changed == replace(case, target_hidden=case.hidden, normalization="rows")
+        expected = replace(case, target_hidden=case.hidden, normalization="rows", switches=())
+        assert changed == expected
 
 
 def in_process(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

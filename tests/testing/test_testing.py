@@ -148,10 +148,11 @@ def test_the_strategy_is_spread_over_the_options():
     assert max(steps.values()) <= 50
     assert min(steps.values()) >= 12
 
+    varied = [name for name, values in VALUES.items() if len(set(values)) > 1]
     similar = 0
     for one, two in pairwise(seen):
-        same = sum(getattr(one, field.name) == getattr(two, field.name) for field in fields(Case))
-        similar += same >= 18
+        same = sum(getattr(one, name) == getattr(two, name) for name in varied)
+        similar += same >= len(varied) - 5
     assert similar <= 20
 
 

@@ -164,6 +164,20 @@ def test_checkpoint_with_another_value_of_a_removed_setting_is_refused(saved, da
         load_checkpoint(saved.path, other_state(saved.config), saved.config, DATA)
 
 
+def test_setting_that_the_checkpoint_does_not_have_has_its_default(saved):
+    """So a new switch of the draft does not keep a run from being resumed."""
+    config = json.loads((saved.path / "meta.json").read_text())["config"]
+    assert config["draft"].pop("rms_norm_eps") == 1e-6
+    rewrite_meta(saved.path, config=config)
+    found = load_checkpoint(saved.path, other_state(saved.config), saved.config, DATA)
+    assert equal(found.state, saved.state)
+
+    del config["optimizer"]["learning_rate"]
+    rewrite_meta(saved.path, config=config)
+    with pytest.raises(e3.UserError, match=r"learning_rate was 0\.0001, is 0\.01"):
+        load_checkpoint(saved.path, other_state(saved.config), saved.config, DATA)
+
+
 def test_schedule_span_under_its_older_name_is_compared(saved):
     optimizer = replace(saved.config.optimizer, schedule_steps=30)
     config = replace(saved.config, optimizer=optimizer)
