@@ -14,8 +14,9 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -232,7 +233,7 @@ def _other(name: str, meta: dict[str, Any], data: dict[str, str]) -> str:
 
 def _renamed(config: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's settings under today's names, without those that now always have the value
-    they had.
+    they had. One that is newer than the checkpoint had its default.
     """
     renamed = {section: dict(values) for section, values in config.items()}
     for name, now in RENAMED.items():
@@ -243,6 +244,11 @@ def _renamed(config: dict[str, Any]) -> dict[str, Any]:
         section, key = name.split(".")
         if renamed.get(section, {}).get(key) == value:
             del renamed[section][key]
+
+    for section, kind in get_type_hints(Config).items():
+        for field in fields(kind):
+            if field.default is not MISSING and field.default is not None:
+                renamed[section].setdefault(field.name, field.default)
     return renamed
 
 
