@@ -69,9 +69,12 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW on fp32 masters, clipped by the global gradient norm.
+    """An optimizer on fp32 masters, its gradients clipped by their global norm.
 
     Attributes:
+        name: "adamw"; "muon", which has AdamW's settings and a momentum of 0.95; or
+            "module:function", a user's function of this configuration that returns an
+            `Optimizer` (`train.optimizer`).
         learning_rate: the highest rate, reached at the end of the warm-up.
         warmup_ratio: share of the schedule's steps in which the rate rises linearly.
         schedule: "cosine", to 0 at the last step.
@@ -81,6 +84,7 @@ class OptimizerConfig:
             "params", the parameters' own.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1e-4
     warmup_ratio: float = 0.015
     max_grad_norm: float = 0.5
@@ -95,22 +99,16 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         _check_choices(self, "optimizer")
-        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
-        require(
-            0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "in [0, 1)"
-        )
+        for name in ("learning_rate", "max_grad_norm"):
+            require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0")
         for name in ("learning_rate", "max_grad_norm", "eps", "weight_decay"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"optimizer.{name}", value, "at least 0 and finite")
-        require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "above 0")
-        require(
-            self.schedule_steps >= 0,
-            "optimizer.schedule_steps",
-            self.schedule_steps,
-            "at least 0 (0: train.steps)",
-        )
-        require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "in [0, 1)")
-        require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "in [0, 1)")
+        for name in ("warmup_ratio", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
+        span = self.schedule_steps
+        require(span >= 0, "optimizer.schedule_steps", span, "at least 0 (0: train.steps)")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen
+from eagle3fn.train.optimizer import Optimizer
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.step import Metrics, init_state, step
 
@@ -21,18 +22,23 @@ class Functions(NamedTuple):
     init: Callable[[int], Params]  # seed → the first parameters, as `train.init` says
     forward_loss: Callable[[Params, Batch], tuple[Tensor, Aux]]
     init_state: Callable[[Params], TrainState]
-    # (state, batch or micro-batches, donate=False) → the next state, metrics
+    # (state, batch or micro-batches, donate=False, rate=None) → the next state, metrics
     step: Callable[..., tuple[TrainState, Metrics]]
 
 
 def bind(
-    config: Config, frozen: Frozen, mesh: DeviceMesh | None = None, recipe: Recipe = OURS
+    config: Config,
+    frozen: Frozen,
+    mesh: DeviceMesh | None = None,
+    recipe: Recipe = OURS,
+    optimizer: Optimizer | None = None,
 ) -> Functions:
     """Close configuration, frozen tensors, mesh and recipe over `init`, `forward_loss`,
     `init_state` and `step`.
 
     With a one-dimensional device mesh the state is sharded over its ranks, and each calls `step`
     with its own part of the batch. `init` and `forward_loss` take and return plain tensors always.
+    `optimizer` replaces the recipe's.
 
     Raises:
         UserError: the frozen tensors don't fit the configuration, or `t2d` and `d2t` name different
@@ -42,11 +48,13 @@ def bind(
     if _has_values(frozen.t2d) and _has_values(frozen.d2t):
         vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
         check_map(vocab_map, config.draft.vocab_size, config.draft.draft_vocab_size, "frozen")
+    if optimizer is not None:
+        recipe = recipe._replace(optimizer=optimizer)
 
     return Functions(
         init=partial(recipe.start, config, frozen),
         forward_loss=partial(recipe.loss, config=config, frozen=frozen),
-        init_state=partial(init_state, config=config, mesh=mesh),
+        init_state=partial(init_state, config=config, mesh=mesh, recipe=recipe),
         step=partial(step, config=config, frozen=frozen, mesh=mesh, recipe=recipe),
     )
 

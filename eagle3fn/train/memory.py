@@ -11,7 +11,9 @@ import torch
 from eagle3fn.base.config import Config
 from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.errors import UserError
-from eagle3fn.train.shard import specs
+from eagle3fn.base.tree import named_leaves
+from eagle3fn.train.optimizer import Optimizer
+from eagle3fn.train.shard import LeafSpec, specs
 
 GIB = 2**30
 _TOKEN_BYTES = 2 * 8  # a token's id and mask in a feature file, int64
@@ -33,7 +35,13 @@ class MemoryPlan(NamedTuple):
         return sum(self.held.values())
 
 
-def plan_memory(config: Config, ranks: int = 1, tokens: int = 0, tied: bool = False) -> MemoryPlan:
+def plan_memory(
+    config: Config,
+    ranks: int = 1,
+    tokens: int = 0,
+    tied: bool = False,
+    optimizer: Optimizer | None = None,
+) -> MemoryPlan:
     """Count from shapes alone; nothing is allocated.
 
     Args:
@@ -41,12 +49,14 @@ def plan_memory(config: Config, ranks: int = 1, tokens: int = 0, tied: bool = Fa
         ranks: processes that share the state; every leaf is cut along its rows.
         tokens: of all samples, for the size of their features.
         tied: the target's head and embedding are one tensor.
+        optimizer: a user's own, as for `bind`.
     """
     # The state: what rank 0 holds, and how many values there are in all.
     draft = config.draft
-    state = specs(config, ranks, rank=0)
+    state = specs(config, ranks, rank=0, optimizer=optimizer)
     params = _held_bytes(state.params)
     masters = _held_bytes(state.masters)
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _leaves(state))
     values = sum(math.prod(leaf.shape) for leaf in state.params.values())
     dtype = getattr(torch, config.train.dtype)
     narrow = dtype.itemsize
@@ -71,7 +81,7 @@ def plan_memory(config: Config, ranks: int = 1, tokens: int = 0, tied: bool = Fa
         held={
             "parameters": params,
             "masters": masters,
-            "moments": _held_bytes(state.opt.mu) + _held_bytes(state.opt.nu),
+            "optimizer state": _held_bytes(state.opt),
             "gathered parameters": values * narrow if ranks > 1 else 0,
             "gradients": gradients,
             "frozen tensors": frozen,
@@ -83,14 +93,18 @@ def plan_memory(config: Config, ranks: int = 1, tokens: int = 0, tied: bool = Fa
         disk={
             "features of a token": token,
             "features": tokens * token,
-            "a checkpoint": values * (2 * narrow + 3 * wide),
+            "a checkpoint": whole + values * narrow,
         },
     )
 
 
-def _held_bytes(leaves: Any) -> int:
+def _held_bytes(tree: Any) -> int:
     """What a rank holds of these leaves."""
-    return sum(math.prod(leaf.local_shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    return sum(math.prod(leaf.local_shape) * leaf.dtype.itemsize for leaf in _leaves(tree))
+
+
+def _leaves(tree: Any) -> list[LeafSpec]:
+    return list(named_leaves(tree).values())  # pyright: ignore[reportReturnType]
 
 
 def describe(plan: MemoryPlan) -> str:
@@ -115,21 +129,28 @@ def _readable(count: int) -> str:
     return f"{count} B"
 
 
-def check_fits(config: Config, ranks: int, limit: float, where: str, tied: bool = False) -> None:
+def check_fits(
+    config: Config,
+    ranks: int,
+    limit: float,
+    where: str,
+    tied: bool = False,
+    optimizer: Optimizer | None = None,
+) -> None:
     """Refuse a run whose ranks need more than `limit` bytes each, before anything is loaded.
 
     Raises:
         UserError: names both sizes, the largest part, and the number of ranks that could do, if
             any.
     """
-    plan = plan_memory(config, ranks, tied=tied)
+    plan = plan_memory(config, ranks, 0, tied, optimizer)
     if plan.needed <= limit:
         return
 
     # The remedy: the smallest number of ranks that would do.
     remedy = "more ranks won't do: take a smaller draft vocabulary or target"
     for more in (2, 4, 8, 16, 32, 64):
-        if more > ranks and plan_memory(config, more, tied=tied).needed <= limit:
+        if more > ranks and plan_memory(config, more, 0, tied, optimizer).needed <= limit:
             remedy = f"start {more} ranks"
             break
 

@@ -4,16 +4,20 @@
 # torch names its operations on lists, `_foreach_…`, as private.
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.named import find
+from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Params
+
+T = TypeVar("T")
 
 Schedule = Callable[[int], float]
 """The learning rate of an update, counted from 0."""
@@ -21,20 +25,42 @@ Schedule = Callable[[int], float]
 MakeSchedule = Callable[[OptimizerConfig, int], Schedule]
 """As `cosine_schedule`: settings and the run's number of steps → its schedule."""
 
-_BLOCK_BYTES = 16 << 20  # of a leaf, updated in place at once
+_BLOCK_BYTES = 16 << 20  # of a leaf, updated at once
+
+
+class Leaf(NamedTuple):
+    """What an update can ask about a leaf, of which a rank holds a block of rows."""
+
+    role: str  # "matrix", "norm", "embedding" or "head"
+    # A tensor with this rank's rows of the leaf → with the rows of all ranks, which all must call.
+    whole: Callable[[Tensor], Tensor]
+    own: Callable[[Tensor], Tensor]  # … and back: a tensor with all rows → with this rank's
+
+
+class UpdateInfo(NamedTuple):
+    """What an update reads besides tensors."""
+
+    step: int  # updates before this one
+    rate: float  # the learning rate
+    leaves: dict[str, Leaf]
+    donate: bool  # whether gradients, state and parameters may be written into
 
 
 class Optimizer(NamedTuple):
-    """`init(masters) → state`.
+    """An optimizer, as in optax; `params`, `grads` and the state are trees of this rank's rows.
 
-    `update(grads, norm, state, masters, step) → (masters, state, info)`, all fp32.
+    `init(params, roles) → state`: any pytree. Its tensors have a parameter's rows, or are 0-d. It
+    is called with tensors of the device "meta" too, where only shapes are asked for.
 
-    `norm` is the global one, of which a rank that holds shards has only a part. `update(…,
-    donate=True)` writes into the given gradients, masters and state; the bits are the same.
+    `update(grads, state, params, info) → (params, state)`: `params` are the fp32 masters, `grads`
+    the clipped gradients. It returns the next parameters, and not an increment to add as in optax:
+    the last multiplication and the addition are then one operation with one rounding (`addcdiv` on
+    CUDA), as in `torch.optim`. Arguments stay as they are unless `info.donate`, under which the
+    bits must be the same.
     """
 
-    init: Callable[[Params], Any]
-    update: Callable[..., tuple[Params, Any, dict[str, Any]]]
+    init: Callable[[Params, dict[str, str]], Any]
+    update: Callable[[Params, Any, Params, UpdateInfo], tuple[Params, Any]]
 
 
 class Moments(NamedTuple):
@@ -42,6 +68,156 @@ class Moments(NamedTuple):
 
     mu: Params
     nu: Params
+
+
+class MuonState(NamedTuple):
+    """Muon's running means of the matrices' gradients, and AdamW's moments of the other leaves."""
+
+    momentum: Params
+    rest: Moments
+
+
+def zeros(params: Params) -> Params:
+    """A tensor of zeros for each parameter."""
+    return {name: torch.zeros_like(leaf) for name, leaf in params.items()}
+
+
+def writable(tree: T, info: UpdateInfo) -> T:
+    """A tree that an update may write into: copies, unless it was donated."""
+    return tree if info.donate else tree_map(torch.clone, tree)
+
+
+def adamw(config: OptimizerConfig) -> Optimizer:
+    """AdamW (arXiv 1711.05101). At step `n`, counted from 0:
+
+        m ← m + (1 - β₁)(g - m),  v ← β₂ v + (1 - β₂) g²
+        p ← p · (1 - rate · decay) - rate / (1 - β₁ⁿ⁺¹) · m / (√v / √(1 - β₂ⁿ⁺¹) + ε)
+
+    The bits of `torch.optim.AdamW` on every device. On CUDA that one runs over lists of leaves, and
+    a list divided by a number is a true division, where a tensor is multiplied by the reciprocal:
+    so the operations on lists are used, with one leaf each. On a CPU both are the same.
+    """
+
+    def init(params: Params, roles: dict[str, str]) -> Moments:
+        return Moments(zeros(params), zeros(params))
+
+    def update(grads: Params, state: Moments, params: Params, info: UpdateInfo) -> Any:
+        step_size = info.rate / (1 - config.beta1 ** (info.step + 1))
+        root = (1 - config.beta2 ** (info.step + 1)) ** 0.5
+        params, state = writable((params, state), info)
+
+        for name, whole_grad in grads.items():
+            leaves = whole_grad, state.mu[name], state.nu[name], params[name]
+            for grad, mu, nu, param in _blocks(*leaves):
+                if config.weight_decay:
+                    torch._foreach_mul_([param], 1 - info.rate * config.weight_decay)
+
+                # The running means.
+                torch._foreach_lerp_([mu], [grad], 1 - config.beta1)
+                torch._foreach_mul_([nu], config.beta2)
+                torch._foreach_addcmul_([nu], [grad], [grad], 1 - config.beta2)
+
+                # The update, with both means' bias removed.
+                denominator = torch._foreach_sqrt([nu])
+                torch._foreach_div_(denominator, [root])
+                torch._foreach_add_(denominator, config.eps)
+                torch._foreach_addcdiv_([param], [mu], denominator, [-step_size])
+        return params, state
+
+    return Optimizer(init, update)
+
+
+def _blocks(*leaves: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the leaves' rows, block by block: the update of one needs no more memory than a
+    block.
+    """
+    first = leaves[0]
+    rows = max(1, _BLOCK_BYTES * len(first) // first.nbytes) if first.numel() else 1
+    return zip(*(leaf.split(rows) for leaf in leaves), strict=True)
+
+
+def muon(config: OptimizerConfig, momentum: float = 0.95) -> Optimizer:
+    """Muon (Jordan et al., 2024; arXiv 2502.16982) for matrices `(A, B)`, AdamW for other leaves:
+
+        m ← m + (1 - μ)(g - m)
+        p ← p · (1 - rate · decay) - 0.2 · √max(A, B) · rate · orthogonal(g + μ (m - g))
+
+    The factor gives a matrix's update the size of AdamW's, so that both have one rate. The bits of
+    `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`. On several ranks each computes the
+    orthogonal update of every whole matrix, and keeps its own rows of it.
+    """
+    others = adamw(config)
+
+    def init(params: Params, roles: dict[str, str]) -> MuonState:
+        matrices = {name: leaf for name, leaf in params.items() if roles[name] == "matrix"}
+        rest = {name: leaf for name, leaf in params.items() if name not in matrices}
+        return MuonState(zeros(matrices), others.init(rest, roles))
+
+    def update(grads: Params, state: MuonState, params: Params, info: UpdateInfo) -> Any:
+        rest = {name: grad for name, grad in grads.items() if name not in state.momentum}
+        after, moments = others.update(rest, state.rest, {n: params[n] for n in rest}, info)
+        means = writable(state.momentum, info)
+        matrices = writable({name: params[name] for name in means}, info)
+
+        for name, mean in means.items():
+            mean.lerp_(grads[name], 1 - momentum)
+            direction = orthogonal(info.leaves[name].whole(grads[name].lerp(mean, momentum)))
+            size = 0.2 * math.sqrt(max(direction.shape)) * info.rate
+            matrices[name].mul_(1 - info.rate * config.weight_decay)
+            matrices[name].add_(info.leaves[name].own(direction), alpha=-size)
+
+        after |= matrices
+        return {name: after[name] for name in params}, MuonState(means, moments)
+
+    return Optimizer(init, update)
+
+
+def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """About `U Vᵀ` of a matrix `U S Vᵀ`, in bf16: singular values come near 1.
+
+    By the quintic Newton-Schulz iteration `X ← a X + (b X Xᵀ + c (X Xᵀ)²) X` with the coefficients
+    of `torch.optim.Muon`.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = x.T if is_tall else x
+
+    # Singular values of at most 1.
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], Optimizer]] = {"adamw": adamw, "muon": muon}
+"""What `optimizer.name` can be, beside a user's own function of `OptimizerConfig`."""
+
+
+@lru_cache(maxsize=16)
+def named_optimizer(config: OptimizerConfig) -> Optimizer:
+    """The optimizer that `optimizer.name` names: of `OPTIMIZERS`, or "module:function".
+
+    Raises:
+        UserError: neither, or the function returns something else than an `Optimizer`.
+    """
+    made = find(config.name, OPTIMIZERS, "optimizer.name")(config)
+    if not isinstance(made, Optimizer):
+        raise UserError(
+            f"optimizer.name = {config.name!r}: the function returned {type(made).__name__}; it "
+            "must take an OptimizerConfig and return an Optimizer(init, update)"
+        )
+    return made
+
+
+def clip(grads: Params, norm: Tensor, max_norm: float, donate: bool = False) -> Params:
+    """Scale gradients, whose global norm is `norm`, by `max_norm / (norm + 1e-6)`, at most 1.
+
+    `donate`: in place.
+    """
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return {name: torch.mul(g, scale, out=g if donate else None) for name, g in grads.items()}
 
 
 def cosine_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
@@ -81,124 +257,22 @@ def schedule_span(config: OptimizerConfig, total_steps: int) -> Span:
         UserError: `total_steps` is below 1.
     """
     if total_steps < 1:
-        raise UserError(f"train.steps = {total_steps}: the schedule needs at least 1 step")
+        raise UserError(
+            f"train.steps = {total_steps}: the learning-rate schedule needs at least 1 step; set "
+            "train.steps"
+        )
     total = config.schedule_steps or total_steps
     warmup = int(config.warmup_ratio * total)
     return Span(warmup, total - warmup)
 
 
-def make_optimizer(
-    config: OptimizerConfig, total_steps: int, make_schedule: MakeSchedule = cosine_schedule
-) -> Optimizer:
-    """Clip by the global norm, then AdamW at the schedule's rate.
-
-    Raises:
-        UserError: `total_steps` is below 1.
-    """
-    try:
-        schedule = kept_schedule(make_schedule, config, total_steps)
-    except TypeError:  # a callable that cannot be hashed is made again
-        schedule = make_schedule(config, total_steps)
-
-    def update(
-        grads: Params,
-        norm: Tensor,
-        state: Moments,
-        masters: Params,
-        step: int,
-        donate: bool = False,
-    ) -> tuple[Params, Moments, dict[str, Any]]:
-        grads = clip(grads, norm, config.max_grad_norm, donate)
-        rate = schedule(step)
-        masters, state = adamw(grads, state, masters, step, rate, config, donate)
-        return masters, state, {"grad_norm": norm, "learning_rate": rate}
-
-    return Optimizer(zero_moments, update)
-
-
 @lru_cache(maxsize=16)
-def kept_schedule(
-    make_schedule: MakeSchedule, config: OptimizerConfig, total_steps: int
-) -> Schedule:
-    """`make_schedule(config, total_steps)`, made once: a recursive one is not cheap."""
-    return make_schedule(config, total_steps)
+def _kept_schedule(make: MakeSchedule, config: OptimizerConfig, total_steps: int) -> Schedule:
+    return make(config, total_steps)
 
 
-def zero_moments(masters: Params) -> Moments:
-    """The moments before the first update."""
-    return Moments(
-        mu={name: torch.zeros_like(master) for name, master in masters.items()},
-        nu={name: torch.zeros_like(master) for name, master in masters.items()},
-    )
-
-
-def clip(grads: Params, norm: Tensor, max_norm: float, donate: bool = False) -> Params:
-    """Scale gradients, whose global norm is `norm`, by `max_norm / (norm + 1e-6)`, at most 1.
-
-    `donate`: in place.
-    """
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    clipped = {}
-    for name, grad in grads.items():
-        clipped[name] = torch.mul(grad, scale, out=grad if donate else None)
-    return clipped
-
-
-def adamw(
-    grads: Params,
-    state: Moments,
-    masters: Params,
-    step: int,
-    rate: float,
-    config: OptimizerConfig,
-    donate: bool = False,
-) -> tuple[Params, Moments]:
-    """One AdamW update (arXiv 1711.05101) at step `n`, counted from 0:
-
-        m ← m + (1 - β₁)(g - m),  v ← β₂ v + (1 - β₂) g²
-        master ← master · (1 - rate · decay) - rate / (1 - β₁ⁿ⁺¹) · m / (√v / √(1 - β₂ⁿ⁺¹) + ε)
-
-    The bits of `torch.optim.AdamW` on every device. On CUDA that one runs over lists of leaves, and
-    a list divided by a number is a true division, where a tensor is multiplied by the reciprocal:
-    so the operations on lists are used, with one leaf each. On a CPU both are the same.
-    """
-    step_size = rate / (1 - config.beta1 ** (step + 1))
-    root = (1 - config.beta2 ** (step + 1)) ** 0.5
-    kept = 1 - rate * config.weight_decay
-
-    def update(grad: Tensor, mu: Tensor, nu: Tensor, master: Tensor) -> None:
-        if config.weight_decay:
-            torch._foreach_mul_([master], kept)
-
-        # The running means.
-        torch._foreach_lerp_([mu], [grad], 1 - config.beta1)
-        torch._foreach_mul_([nu], config.beta2)
-        torch._foreach_addcmul_([nu], [grad], [grad], 1 - config.beta2)
-
-        # The update, with both means' bias removed.
-        denominator = torch._foreach_sqrt([nu])
-        torch._foreach_div_(denominator, [root])
-        torch._foreach_add_(denominator, config.eps)
-        torch._foreach_addcdiv_([master], [mu], denominator, [-step_size])
-
-    if donate:
-        for name, grad in grads.items():
-            for block in _blocks(grad, state.mu[name], state.nu[name], masters[name]):
-                update(*block)
-        return masters, state
-
-    mu = {name: value.clone() for name, value in state.mu.items()}
-    nu = {name: value.clone() for name, value in state.nu.items()}
-    after = {name: value.clone() for name, value in masters.items()}
-    for name, grad in grads.items():
-        update(grad, mu[name], nu[name], after[name])
-    return after, Moments(mu, nu)
-
-
-def _blocks(*leaves: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the leaves' rows, block by block: the update of one needs no more memory than a
-    block.
-    """
-    first = leaves[0]
-    rows = max(1, _BLOCK_BYTES * len(first) // first.nbytes) if first.numel() else 1
-    return zip(*(leaf.split(rows) for leaf in leaves), strict=True)
+def made_schedule(make: MakeSchedule, config: OptimizerConfig, total_steps: int) -> Schedule:
+    """`make(config, total_steps)`, made once where it can be hashed: some are slow to make."""
+    if isinstance(make, Hashable):
+        return _kept_schedule(make, config, total_steps)
+    return make(config, total_steps)

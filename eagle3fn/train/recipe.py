@@ -1,4 +1,4 @@
-"""What a run can exchange as values: its loss, start, schedule, mask and order.
+"""What a run can exchange as values: its loss, start, schedule, optimizer, mask and order.
 
 The defaults are this package's own.
 """
@@ -14,7 +14,7 @@ from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.pipeline import Order, shuffled
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.model.table import init_params, start_from_target
-from eagle3fn.train.optimizer import MakeSchedule, cosine_schedule
+from eagle3fn.train.optimizer import MakeSchedule, Optimizer, cosine_schedule
 
 Start = Callable[[Config, Frozen, int], Params]
 """As `start`: `(config, frozen, seed)` → the draft's first parameters."""
@@ -44,6 +44,7 @@ class Recipe(NamedTuple):
     loss: ForwardLoss = forward_loss
     start: Start = start
     schedule: MakeSchedule = cosine_schedule
+    optimizer: Optimizer | None = None  # None: the one that `optimizer.name` names
     align_mask: AlignMask = align_mask
     order: Order = shuffled
 

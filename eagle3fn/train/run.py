@@ -76,7 +76,8 @@ def prepare(
     check_world(config, world)
     device = check_device(world.device(config.train.device))
     tied = target.head is target.embed_tokens
-    check_fits(config, world.size, memory_of(device), f"the memory of {device}", tied)
+    where = f"the memory of {device}"
+    check_fits(config, world.size, memory_of(device), where, tied, recipe.optimizer)
 
     # What is never differentiated; a draft of another width trains an embedding of its own.
     dtype = getattr(torch, config.train.dtype)

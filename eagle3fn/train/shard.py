@@ -19,9 +19,9 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import named_leaves, tree_map
-from eagle3fn.base.types import TrainState
-from eagle3fn.model.table import shapes
-from eagle3fn.train.optimizer import Moments
+from eagle3fn.base.types import Params, TrainState
+from eagle3fn.model.table import roles, shapes
+from eagle3fn.train.optimizer import Leaf, Optimizer, named_optimizer
 
 # The name before torch 2.13 is `all_gather_into_tensor`.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -37,46 +37,62 @@ class LeafSpec:
     local_shape: tuple[int, ...]
 
 
-def state_specs(config: Config, mesh: DeviceMesh | None = None) -> TrainState:
+def state_specs(
+    config: Config, mesh: DeviceMesh | None = None, optimizer: Optimizer | None = None
+) -> TrainState:
     """What every leaf of the state will be on this rank, in the state's structure.
 
-    Nothing is allocated.
+    Nothing is allocated. `optimizer` is a user's own, as for `bind`.
     """
-    if mesh is None:
-        return specs(config, world=1, rank=0)
-    return specs(config, mesh.size(), mesh.get_local_rank())
+    return specs(config, *_ranks_of(mesh), optimizer)
 
 
-def specs(config: Config, world: int, rank: int) -> TrainState:
+def specs(config: Config, world: int, rank: int, optimizer: Optimizer | None = None) -> TrainState:
     """The same for any number of ranks, without a mesh: a `TrainState` of `LeafSpec`."""
 
-    def table(dtype: torch.dtype) -> dict[str, Any]:
-        leaves = {}
-        for name, shape in shapes(config.draft).items():
-            rows = rows_of(shape[0], world, rank)
-            leaves[name] = LeafSpec(shape, dtype, "Shard(0)", (len(rows), *shape[1:]))
-        return leaves
+    def spec(whole: Tensor, own: Tensor) -> LeafSpec:
+        placement = "Shard(0)" if whole.ndim else "Replicate()"
+        return LeafSpec(tuple(whole.shape), whole.dtype, placement, tuple(own.shape))
 
-    narrow = getattr(torch, config.train.dtype)
-    wide = at_least_fp32(narrow)
-    step: Any = LeafSpec((), torch.int64, "Replicate()", ())
-    return TrainState(table(narrow), table(wide), Moments(table(wide), table(wide)), step)
+    whole = state_of(_empty_params(config, "meta"), config, optimizer)
+    own = state_of(_empty_params(config, "meta", world, rank), config, optimizer)
+    return tree_map(spec, whole, own)
 
 
-def empty_state(config: Config, device: str, mesh: DeviceMesh | None = None) -> TrainState:
+def state_of(params: Params, config: Config, optimizer: Optimizer | None = None) -> TrainState:
+    """The first state of a rank that holds these rows of the parameters, as plain tensors."""
+    optimizer = optimizer or named_optimizer(config.optimizer)
+    masters = {}
+    for name, part in params.items():
+        masters[name] = part.to(at_least_fp32(part.dtype), copy=True)
+    opt = optimizer.init(masters, roles(config.draft))
+    return TrainState(params, masters, opt, torch.zeros((), dtype=torch.int64, device="cpu"))
+
+
+def _empty_params(config: Config, device: str, world: int = 1, rank: int = 0) -> Params:
+    """Uninitialized rows of a rank; on the device "meta" shapes and dtypes alone."""
+    dtype = getattr(torch, config.train.dtype)
+    params = {}
+    for name, shape in shapes(config.draft).items():
+        own = (len(rows_of(shape[0], world, rank)), *shape[1:])
+        params[name] = torch.empty(own, dtype=dtype, device=device)
+    return params
+
+
+def empty_state(
+    config: Config, device: str, mesh: DeviceMesh | None = None, optimizer: Optimizer | None = None
+) -> TrainState:
     """A state of uninitialized leaves, placed as `init_state` places them: to read a checkpoint
     into.
     """
+    own = _empty_params(config, device, *_ranks_of(mesh))
+    whole = state_of(_empty_params(config, "meta"), config, optimizer)
+    return place(state_of(own, config, optimizer), whole, mesh)
 
-    def leaf(spec: LeafSpec) -> Tensor:
-        where = device if spec.shape else "cpu"  # the step is read on the host
-        part = torch.empty(spec.local_shape, dtype=spec.dtype, device=where)
-        if mesh is None or not spec.shape:
-            return part
-        shape = torch.Size(spec.shape)
-        return _placed(part, shape, torch.empty(shape, device="meta").stride(), mesh)
 
-    return tree_map(leaf, state_specs(config, mesh))
+def _ranks_of(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """The number of ranks, and this one."""
+    return (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
 
 
 def rows_of(rows: int, world: int, rank: int) -> range:
@@ -90,27 +106,42 @@ def is_sharded(leaf: Any) -> bool:
     return hasattr(leaf, "placements")
 
 
-def shard(tree: Any, mesh: DeviceMesh | None) -> Any:
-    """This rank's rows of every leaf of a plain tree that all ranks hold alike, as DTensors.
+def own_rows(tree: Any, mesh: DeviceMesh | None) -> Any:
+    """Copies of this rank's rows of a plain tree that all ranks hold alike. No communication."""
 
-    0-d leaves stay plain. Without a mesh the tree itself. No communication.
+    def cut(leaf: Tensor) -> Tensor:
+        rows = rows_of(len(leaf), *_ranks_of(mesh))
+        return leaf[rows.start : rows.stop].clone()
+
+    return tree_map(cut, tree)
+
+
+def place(tree: Any, like: Any, mesh: DeviceMesh | None) -> Any:
+    """A rank's plain leaves as DTensors of the whole shapes in `like`; the reverse of `local`.
+
+    0-d leaves stay plain, and without a mesh all do.
+
+    Raises:
+        UserError: a leaf has not this rank's rows of the whole one.
     """
     if mesh is None:
         return tree
-
-    def cut(leaf: Tensor) -> Tensor:
-        rows = rows_of(len(leaf), mesh.size(), mesh.get_local_rank())
-        own = leaf[rows.start : rows.stop].clone()
-        return _placed(own, leaf.shape, leaf.contiguous().stride(), mesh)
-
-    return tree_map(lambda leaf: cut(leaf) if leaf.ndim else leaf, tree)
-
-
-def _placed(local: Tensor, shape: torch.Size, stride: tuple[int, ...], mesh: DeviceMesh) -> Tensor:
-    """A DTensor of a given global shape; by default it would be the local rows times the ranks."""
     from torch.distributed.tensor import DTensor, Shard
 
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    def placed(part: Tensor, whole: Tensor) -> Tensor:
+        if not part.ndim:
+            return part
+        if len(part) != len(rows_of(len(whole), *_ranks_of(mesh))):
+            raise UserError(
+                f"optimizer: a tensor of its state has shape {tuple(part.shape)} on this rank, "
+                f"{tuple(whole.shape)} on one: it must have a parameter's rows, or be 0-d"
+            )
+        # Without the shape it would be the local rows times the ranks.
+        return DTensor.from_local(
+            part, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+
+    return tree_map(placed, tree, like)
 
 
 def local(tree: Any) -> Any:
@@ -118,13 +149,28 @@ def local(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.to_local() if is_sharded(leaf) else leaf, tree)
 
 
-def placed_like(tree: Any, like: Any) -> Any:
-    """Local parts as leaves of `like`'s shapes, mesh and placement; the reverse of `local`."""
+def _same(x: Tensor) -> Tensor:
+    return x
 
-    def wrap(part: Tensor, old: Any) -> Tensor:
-        return _placed(part, old.shape, old.stride(), old.device_mesh) if is_sharded(old) else part
 
-    return tree_map(wrap, tree, like)
+def leaves_of(config: Config, lengths: dict[str, int], mesh: DeviceMesh | None) -> dict[str, Leaf]:
+    """For an optimizer's update: every leaf's role, and how its rows on all ranks are gathered.
+
+    `lengths` are the leaves' global rows.
+    """
+    if mesh is None or mesh.size() == 1:
+        return {name: Leaf(role, _same, _same) for name, role in roles(config.draft).items()}
+    group, world = mesh.get_group(), mesh.size()
+
+    def leaf(role: str, length: int) -> Leaf:
+        rows = rows_of(length, *_ranks_of(mesh))
+        return Leaf(
+            role,
+            whole=lambda x: gather_rows(x, length, group, world),
+            own=lambda x: x[rows.start : rows.stop],
+        )
+
+    return {name: leaf(role, lengths[name]) for name, role in roles(config.draft).items()}
 
 
 def gather(tree: Any) -> Any:
@@ -184,6 +230,10 @@ def check_placed(state: TrainState, mesh: DeviceMesh | None) -> None:
             )
         if isinstance(leaf, Donated):
             raise UserError(_DONATED)
+        if leaf.requires_grad:
+            raise UserError(
+                f"state.{name} requires a gradient, which step does not have: detach it"
+            )
 
         placements = getattr(leaf, "placements", None)
         if placements and not placements[0].is_shard(0):
@@ -191,7 +241,7 @@ def check_placed(state: TrainState, mesh: DeviceMesh | None) -> None:
                 f"state.{name} is placed as {placements[0]}; it must be Shard(0), as init_state "
                 "makes it"
             )
-        if mesh is not None and not is_sharded(leaf):
+        if mesh is not None and leaf.ndim and not is_sharded(leaf):
             raise UserError(
                 f"state.{name} is a plain tensor, step was given a mesh; use init_state(…, "
                 "mesh=mesh)"
@@ -243,12 +293,12 @@ def _donated_dtensor() -> type:
     return type("DonatedDTensor", (DTensor,), body)
 
 
-def take(state: TrainState) -> TrainState:
+def take(state: TrainState, mesh: DeviceMesh | None) -> TrainState:
     """The same buffers under new leaves.
 
     Every leaf of the given state raises a `UserError` from now on.
     """
-    taken = placed_like(tree_map(Tensor.detach, local(state)), state)
+    taken = place(tree_map(Tensor.detach, local(state)), state, mesh)
 
     # Each leaf once: parameters in fp32 may be their masters.
     leaves = {id(leaf): leaf for leaf in named_leaves(state).values()}

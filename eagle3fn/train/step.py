@@ -2,6 +2,7 @@
 on any ranks.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,38 +11,47 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.dtypes import wide
+from eagle3fn.base.entries import entry_by_entry, is_transformed
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_micro_batches
 from eagle3fn.model.forward import ForwardLoss, forward_loss
-from eagle3fn.train.optimizer import Moments, make_optimizer, zero_moments
+from eagle3fn.train.optimizer import UpdateInfo, clip, made_schedule, named_optimizer
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.reduce import check_ranks, global_norm, over_ranks, to_shards, total
-from eagle3fn.train.shard import check_placed, full_params, local, placed_like, shard, take
+from eagle3fn.train.shard import (
+    check_placed,
+    full_params,
+    leaves_of,
+    local,
+    own_rows,
+    place,
+    state_of,
+    take,
+)
 
 Metrics = dict[str, Any]
 """What `step` reports of an update, by name."""
 
+_NO_DERIVATIVE = (
+    "differentiate forward_loss under objective.numerics = 'plain', with an update of your own"
+)
 
-def init_state(params: Params, *, config: Config, mesh: DeviceMesh | None = None) -> TrainState:
-    """The state before the first update: fp32 masters (fp64 for fp64 parameters), zero moments,
-    step 0.
+
+def init_state(
+    params: Params, *, config: Config, mesh: DeviceMesh | None = None, recipe: Recipe = OURS
+) -> TrainState:
+    """The state before the first update: fp32 masters (fp64 for fp64 parameters), the optimizer's
+    first state, step 0.
 
     Under a mesh every rank gives the same whole `params` and keeps its rows of each leaf.
     """
     whole = {name: value.detach() for name, value in params.items()}
-    own = tree_map(torch.clone, whole) if mesh is None else shard(whole, mesh)
-
-    masters = {name: wide(part).clone() for name, part in local(own).items()}
-    moments = zero_moments(masters)
-    return TrainState(
-        params=own,
-        masters=placed_like(masters, own),
-        opt=Moments(placed_like(moments.mu, own), placed_like(moments.nu, own)),
-        step=torch.zeros((), dtype=torch.int64),
-    )
+    shapes = {name: value.to("meta") for name, value in whole.items()}
+    state = state_of(own_rows(whole, mesh), config, recipe.optimizer)
+    return place(state, state_of(shapes, config, recipe.optimizer), mesh)
 
 
 def step(
@@ -53,17 +63,23 @@ def step(
     mesh: DeviceMesh | None = None,
     donate: bool = False,
     recipe: Recipe = OURS,
+    rate: float | Tensor | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update from a batch, or from a tuple of micro-batches whose gradients add up.
 
     Under `normalization = "rows"` each micro-batch's loss is divided by their number over all
     ranks. Under "mask" they are summed, and every micro-batch must carry the global `row_counts`.
     Inputs are untouched, unless `donate` gives the state's buffers to the next one: the given state
-    then raises when it is touched.
+    then raises when it is touched. `rate`, a number or a 0-d tensor, replaces the schedule's
+    learning rate; a tensor on a device is waited for.
 
     Under a mesh every rank calls with its own contiguous block of the global batch's micro-batches,
     as many as the others. Parameters are gathered before the first one; no rank waits for another
     until its last one.
+
+    Under `torch.func.vmap`, over states, batches or rates, entries are updated one after another,
+    to the same bits: `N` take the time of `N` steps and the memory of `2 N` states, and the numbers
+    among the metrics are tensors.
 
     Returns:
         The next state, placed as the given one, and metrics over the global batch, the same on all
@@ -73,21 +89,39 @@ def step(
 
     Raises:
         UserError: no micro-batch, several without `row_counts`, `train.steps` not set, a state
-            placed otherwise than `mesh` says, ranks that the reduction does not fit, or different
-            numbers of micro-batches (off the CPU: an assertion of the device).
+            placed otherwise than `mesh` says or one that is differentiated, ranks that the
+            reduction does not fit, or different numbers of micro-batches (off the CPU: an assertion
+            of the device); donation or a mesh under `torch.func`.
     """
-    # Refuse what does not fit, before any work.
+    if is_transformed() and (donate or mesh is not None):
+        given = "donate=True" if donate else "a mesh"
+        raise UserError(f"step under torch.func.vmap: {given} cannot be had there; leave it out")
+
     batches = (batch,) if isinstance(batch, Batch) else tuple(batch)
+    update = partial(_step, config=config, mesh=mesh, donate=donate, recipe=recipe)
+    return entry_by_entry(update, _NO_DERIVATIVE)(state, batches, frozen, rate)
+
+
+def _step(
+    state: TrainState,
+    batches: tuple[Batch, ...],
+    frozen: Frozen,
+    rate: float | Tensor | None,
+    config: Config,
+    mesh: DeviceMesh | None,
+    donate: bool,
+    recipe: Recipe,
+) -> tuple[TrainState, Metrics]:
+    # Refuse what does not fit, before any work.
     world = 1 if mesh is None else mesh.size()
     reduction = config.train.reduce
     check_micro_batches(batches, config, world)
     check_ranks(world, reduction)
     check_placed(state, mesh)
-    if config.train.steps < 1:
-        raise UserError(
-            "train.steps = 0: the learning-rate schedule needs the number of updates; set "
-            "train.steps"
-        )
+    number = int(state.step)
+    if rate is None:
+        schedule = made_schedule(recipe.schedule, config.optimizer, config.train.steps)
+        rate = schedule(number)
 
     # This rank's gradients, then each rank's rows of all ranks' sum.
     params = full_params(state.params)
@@ -100,15 +134,27 @@ def step(
     # One norm of the whole gradient, the same on all ranks.
     rows = {name: len(leaf) for name, leaf in state.masters.items()}
     norm = global_norm(grads, rows, mesh, reduction)
+    metrics |= {"grad_norm": norm, "learning_rate": float(rate), "skipped": 0}
 
     # Drop an update that is not finite, where that is wanted.
-    before = take(state) if donate else state
+    before = take(state, mesh) if donate else state
     if config.train.on_nonfinite == "skip" and not _is_finite(metrics["loss"], norm):
-        dropped = {"grad_norm": norm, "learning_rate": 0.0, "skipped": 1}
+        dropped = {"learning_rate": 0.0, "skipped": 1}
         return before._replace(step=before.step + 1), metrics | dropped
 
-    after, info = _update(before, grads, norm, config, donate, recipe)
-    return after, metrics | info | {"skipped": 0}
+    # The optimizer's update of this rank's rows, and the parameters cast from the new masters.
+    parts = local(before)
+    grads = clip(grads, norm, config.optimizer.max_grad_norm, donate)
+    leaves = leaves_of(config, rows, mesh)
+    info = UpdateInfo(number, float(rate), leaves, donate)
+    optimizer = recipe.optimizer or named_optimizer(config.optimizer)
+    masters, opt = optimizer.update(grads, parts.opt, parts.masters, info)
+
+    params = {}
+    for name, master in masters.items():
+        old = parts.params[name]
+        params[name] = old.copy_(master) if donate else master.to(old.dtype)
+    return place(TrainState(params, masters, opt, parts.step + 1), before, mesh), metrics
 
 
 def _is_finite(loss: Tensor, norm: Tensor) -> bool:
@@ -186,25 +232,3 @@ def _check_counts(same: Tensor, own: int, mesh: DeviceMesh) -> None:
         torch._assert_async(same, message)  # pyright: ignore[reportPrivateImportUsage]
     elif not same:
         raise UserError(message)
-
-
-def _update(
-    state: TrainState,
-    grads: Params,
-    norm: Tensor,
-    config: Config,
-    donate: bool,
-    recipe: Recipe,
-) -> tuple[TrainState, dict[str, Any]]:
-    """The optimizer's update of this rank's rows, and the parameters cast from the new masters."""
-    parts = local(state)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, recipe.schedule)
-    masters, opt, info = optimizer.update(
-        grads, norm, parts.opt, parts.masters, step=int(state.step), donate=donate
-    )
-
-    params = {}
-    for name, master in masters.items():
-        old = parts.params[name]
-        params[name] = old.copy_(master) if donate else master.to(old.dtype)
-    return placed_like(TrainState(params, masters, opt, parts.step + 1), state), info

@@ -1,14 +1,168 @@
-"""AdamW's operations, which decide its bits on a card, and the schedule's values."""
+"""Every optimizer of the table under the same laws; AdamW and Muon beside torch's; schedules."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
-from eagle3fn.base.tree import tree_map
-from eagle3fn.train.optimizer import Moments, adamw, cosine_schedule
+from eagle3fn.base.tree import equal, named_leaves, tree_map
+from eagle3fn.base.types import Params, TrainState
+from eagle3fn.model.table import roles
+from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
+from eagle3fn.train.optimizer import (
+    OPTIMIZERS,
+    Leaf,
+    Optimizer,
+    UpdateInfo,
+    adamw,
+    cosine_schedule,
+    muon,
+)
+from eagle3fn.train.shard import empty_state
+from tests.factories import make_batch, make_config, make_frozen
+
+
+def settings(name: str, dtype: str = "bfloat16") -> e3.Config:
+    """A tiny draft under an optimizer, with weight decay."""
+    config = make_config(dtype)
+    choice = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1)
+    return replace(config, optimizer=choice)
+
+
+def updated(state: TrainState, config: e3.Config, count: int, donate: bool = False) -> TrainState:
+    """The state some updates later; each update has a batch of its own."""
+    fns = e3.bind(config, make_frozen(config))
+    for _ in range(count):
+        state, _ = fns.step(state, make_batch(int(state.step), (7, 5)), donate=donate)
+    return state
+
+
+def first_state(config: e3.Config) -> TrainState:
+    fns = e3.bind(config, make_frozen(config))
+    return fns.init_state(fns.init(0))
+
+
+def info_of(params: Params, step: int = 0, donate: bool = False) -> UpdateInfo:
+    """One rank's; a leaf with two axes is a matrix."""
+    leaves = {}
+    for name, leaf in params.items():
+        role = "matrix" if leaf.ndim == 2 else "norm"
+        leaves[name] = Leaf(role, lambda x: x, lambda x: x)
+    return UpdateInfo(step, 1e-2, leaves, donate)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_donated_state_gives_the_same_bits(name: str) -> None:
+    config = settings(name)
+    kept = updated(first_state(config), config, 3)
+    assert equal(updated(first_state(config), config, 3, donate=True), kept)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_init_and_update_leave_their_arguments_as_they_are(name: str) -> None:
+    config = settings(name)
+    optimizer = OPTIMIZERS[name](config.optimizer)
+    params = e3.init_params(config.draft, 0, torch.float32)
+    grads = e3.init_params(config.draft, 1, torch.float32)
+    state = optimizer.init(params, roles(config.draft))
+
+    given = (grads, state, params)
+    before = tree_map(torch.clone, given)
+    after, _ = optimizer.update(*given, info_of(params))
+    assert equal(given, before)
+    assert list(after) == list(params)
+    assert not any(torch.equal(after[name], params[name]) for name in params)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_is_what_its_specs_say(name: str) -> None:
+    config = settings(name)
+    specs: dict[str, Any] = named_leaves(e3.state_specs(config))
+    state = named_leaves(first_state(config))
+    assert specs.keys() == state.keys()
+    for leaf, spec in specs.items():
+        assert (spec.local_shape, spec.dtype) == (tuple(state[leaf].shape), state[leaf].dtype), leaf
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_read_from_a_checkpoint_goes_on_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    config = settings(name)
+    state = updated(first_state(config), config, 2)
+    path = save_checkpoint(tmp_path, state, config, {}, {}, keep=1)
+    found = load_checkpoint(path, empty_state(config, "cpu"), config, {}).state
+    assert equal(updated(found, config, 2), updated(state, config, 2))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_loss_falls(name: str) -> None:
+    config = settings(name, "float32")
+    fns = e3.bind(config, make_frozen(config))
+    state = fns.init_state(fns.init(0))
+    batch = make_batch(0, (9, 7))
+    losses = []
+    for _ in range(12):
+        state, metrics = fns.step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    config = settings("adamw")
+    path = save_checkpoint(tmp_path, first_state(config), config, {}, {}, keep=1)
+    other = settings("muon")
+    with pytest.raises(e3.UserError, match=r"optimizer\.name was 'adamw', is 'muon'"):
+        load_checkpoint(path, empty_state(other, "cpu"), other, {})
+
+
+# A user's own.
+
+
+def descent(config: OptimizerConfig) -> Optimizer:
+    """Gradient descent that counts its updates."""
+
+    def update(grads: Params, state: Any, params: Params, info: UpdateInfo) -> Any:
+        after = {name: params[name] - info.rate * grad for name, grad in grads.items()}
+        return after, state + 1
+
+    return Optimizer(lambda params, roles: torch.zeros((), dtype=torch.int64), update)
+
+
+def not_an_optimizer(config: OptimizerConfig) -> float:
+    return config.learning_rate
+
+
+def test_own_optimizer_is_taken_as_a_value_and_by_name() -> None:
+    config = settings(f"{__name__}:descent")
+    named = updated(first_state(config), config, 2)
+    assert named.opt == 2
+
+    fns = e3.bind(make_config("bfloat16"), make_frozen(config), optimizer=descent(config.optimizer))
+    state = fns.init_state(fns.init(0))
+    for step in range(2):
+        state, _ = fns.step(state, make_batch(step, (7, 5)))
+    assert equal(state, named)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adam", r"must be one of 'adamw', 'muon', or a function as 'module:function'"),
+        ("no_such_module:f", "cannot be imported"),
+        (f"{__name__}:not_an_optimizer", r"returned float; it must take an OptimizerConfig and"),
+    ],
+)
+def test_name_of_no_optimizer_is_refused(name: str, message: str) -> None:
+    config = settings(name)
+    with pytest.raises(e3.UserError, match=rf"optimizer\.name = '{name}': .*{message}"):
+        first_state(config)
+
+
+# Beside torch's.
 
 
 class ListOperations(TorchDispatchMode):
@@ -41,21 +195,60 @@ def test_adamw_calls_the_list_operations_of_torch_adamw(decay: float, donate: bo
     reference = torch.optim.AdamW([leaf.clone()], lr=1e-2, weight_decay=decay, foreach=True)
     (reference_leaf,) = reference.param_groups[0]["params"]
 
-    zero = {"a": torch.zeros(6, 4)}
-    state = Moments(zero, tree_map(torch.clone, zero))
+    optimizer = adamw(config)
     masters = {"a": leaf.clone()}
+    state = optimizer.init(masters, {})
 
     for step in range(3):
         grads = {"a": grad * (step + 1)}
         reference_leaf.grad = grads["a"].clone()
         with ListOperations() as expected:
             reference.step()
+        info = info_of(masters, step, donate)
         with ListOperations() as found:
-            masters, state = adamw(grads, state, masters, step, 1e-2, config, donate)
+            masters, state = optimizer.update(grads, state, masters, info)
 
         assert found.calls == expected.calls[1:]  # the first one counts torch's steps
         assert torch.equal(masters["a"], reference_leaf)
         assert torch.equal(state.nu["a"], reference.state[reference_leaf]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_muon_has_the_bits_of_torch_muon(shape: tuple[int, int], donate: bool) -> None:
+    """For a matrix; a vector's update is AdamW's."""
+    config = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.1)
+    source = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=source)
+    vector = torch.randn(6, generator=source)
+
+    reference = torch.optim.Muon([matrix.clone()], lr=1e-2, adjust_lr_fn="match_rms_adamw")
+    (reference_matrix,) = reference.param_groups[0]["params"]
+    rest = adamw(config)
+    rest_vector = {"b": vector}
+    rest_state = rest.init(rest_vector, {})
+
+    optimizer = muon(config)
+    params = {"a": matrix.clone(), "b": vector.clone()}
+    state = optimizer.init(params, {"a": "matrix", "b": "norm"})
+    for step in range(3):
+        grads = {"a": torch.randn(shape, generator=source), "b": torch.randn(6, generator=source)}
+        reference_matrix.grad = grads["a"].clone()
+        reference.step()
+        rest_grads = {"b": grads["b"].clone()}
+        rest_vector, rest_state = rest.update(
+            rest_grads, rest_state, rest_vector, info_of(rest_vector, step)
+        )
+
+        params, state = optimizer.update(grads, state, params, info_of(params, step, donate))
+        assert torch.equal(params["a"], reference_matrix)
+        assert torch.equal(
+            state.momentum["a"], reference.state[reference_matrix]["momentum_buffer"]
+        )
+        assert torch.equal(params["b"], rest_vector["b"])
+
+
+# Schedules.
 
 
 def test_cosine_schedule_rises_linearly_and_falls_to_zero():

@@ -1,0 +1,47 @@
+"""Settings that name a function: one of a table, or a user's own as "module:function"."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, TypeVar
+
+from eagle3fn.base.errors import UserError
+
+T = TypeVar("T")
+
+
+def find(name: str, table: Mapping[str, T], setting: str) -> T | Any:
+    """`table[name]`; or for "module:function" that function, its module imported.
+
+    Args:
+        name: the setting's value.
+        table: the functions of this package, by name.
+        setting: the setting's dotted name, for messages.
+
+    Raises:
+        UserError: neither; or the module cannot be imported, or has no function of that name.
+    """
+    if name in table:
+        return table[name]
+
+    given = f"{setting} = {name!r}"
+    module_name, colon, function_name = name.partition(":")
+    if not (module_name and colon and function_name):
+        known = ", ".join(map(repr, table))
+        raise UserError(f"{given}: must be one of {known}, or a function as 'module:function'")
+
+    # A user's module can fail in any way: its own message is part of ours.
+    try:
+        module = import_module(module_name)
+    except Exception as error:
+        raise UserError(
+            f"{given}: module {module_name!r} cannot be imported ({type(error).__name__}: {error});"
+            " mend it, or put its folder on PYTHONPATH"
+        ) from error
+
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(
+            f"{given}: {function_name!r} must be a function of module {module_name!r}; define it "
+            "there, or name another"
+        )
+    return function
