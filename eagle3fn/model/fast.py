@@ -25,7 +25,8 @@ from eagle3fn.model import layers, table
 from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention, has_flash_kernel
 from eagle3fn.model.fused_layers import fused_rms_norm, mlp, norm_linear
-from eagle3fn.model.head_loss import Labels, Scores, head_and_kl
+from eagle3fn.model.head_loss import Labels, Scores, head_and_loss
+from eagle3fn.model.losses import RowLoss
 from eagle3fn.model.rope import rope_table, rotate
 
 
@@ -68,7 +69,7 @@ class Weights(NamedTuple):
 
 
 def forward_fast(
-    params: Params, batch: Batch, config: Config, frozen: Frozen
+    params: Params, batch: Batch, config: Config, frozen: Frozen, loss: RowLoss
 ) -> tuple[Tensor, Aux]:
     """Loss and metrics as `forward_loss` documents them, to rounding.
 
@@ -97,8 +98,8 @@ def forward_fast(
         row=plan.row_of_label,
         weight=plan.scored * factor,
     )
-    scores = head_and_kl(
-        draft, params[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t
+    scores = head_and_loss(
+        draft, params[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t, loss
     )
     return scores.loss, _aux(scores, plan, row_counts)
 
@@ -283,7 +284,7 @@ def _aux(scores: Scores, plan: RowPlan, row_counts: Tensor) -> Aux:
     known = scores.known[plan.label_of_row] & (plan.trained > 0)
     counted = plan.scored & scores.known
     return Aux(
-        losses=(scores.kl * counted).sum(1) / row_counts,
+        losses=torch.where(counted, scores.row_loss, 0.0).sum(1) / row_counts,
         correct=(correct * plan.trained).sum(1),
         rows=plan.trained.sum(1),
         accept=(accept * known).sum(1),

@@ -4,6 +4,7 @@ This file is the plain unroll, operation by operation; `model.fast` computes the
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from eagle3fn.model import layers
 from eagle3fn.model.attention import block_mask, unrolled_attention
 from eagle3fn.model.checks import check_batch
 from eagle3fn.model.fast import forward_fast
-from eagle3fn.model.losses import KL, correct_rows, kl_loss, step_loss
+from eagle3fn.model.losses import RowLoss, acceptance, correct_rows, find_loss, step_loss
 from eagle3fn.model.rope import rope_table
 from eagle3fn.model.teacher import make_teacher
 
@@ -25,7 +26,13 @@ class ForwardLoss(Protocol):
     """A loss of one micro-batch and its metrics, as `forward_loss`."""
 
     def __call__(
-        self, params: Params, batch: Batch, *, config: Config, frozen: Frozen
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        config: Config,
+        frozen: Frozen,
+        loss: RowLoss | Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Aux]:
         """Scalar loss, and metrics without gradient."""
         ...
@@ -36,7 +43,8 @@ class Operations(NamedTuple):
     default.
     """
 
-    kl: KL = kl_loss
+    # (logits, p_draft, p_full, mask, count, objective) → scalar; None: `losses.step_loss`
+    step_loss: Callable[..., Tensor] | None = None
     # (attention mask (B, S), dtype) → the mask that `attention` reads, made once a batch
     mask: Callable[[Tensor, torch.dtype], Any] = block_mask
     # (key-value heads (B, J, S, E), N / J) → the heads that `attention` reads, made at every step
@@ -57,7 +65,12 @@ class _Step(NamedTuple):
 
 
 def forward_loss(
-    params: Params, batch: Batch, *, config: Config, frozen: Frozen
+    params: Params,
+    batch: Batch,
+    *,
+    config: Config,
+    frozen: Frozen,
+    loss: RowLoss | Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Aux]:
     """The training loss of one micro-batch, `Σ_i decay^i · L_i` over unroll steps `i`, and its
     metrics.
@@ -68,6 +81,7 @@ def forward_loss(
         config: `draft` and `objective` are read; `objective.numerics` chooses the plain unroll or
             the fast one.
         frozen: target embedding, head and vocabulary map.
+        loss: a loss of the user's own in place of `objective.loss`.
 
     Returns:
         Scalar loss (fp32, or fp64 for fp64 parameters), and `Aux` without gradient.
@@ -78,8 +92,8 @@ def forward_loss(
     """
     check_batch(params, batch, config, frozen)
     if config.objective.numerics == "fast":
-        return forward_fast(params, batch, config, frozen)
-    return forward_plain(params, batch, config=config, frozen=frozen)
+        return forward_fast(params, batch, config, frozen, find_loss(config.objective, loss))
+    return forward_plain(params, batch, config=config, frozen=frozen, loss=loss)
 
 
 def forward_plain(
@@ -88,6 +102,7 @@ def forward_plain(
     *,
     config: Config,
     frozen: Frozen,
+    loss: RowLoss | Callable[..., Tensor] | None = None,
     operations: Operations = Operations(),  # noqa: B008
 ) -> tuple[Tensor, Aux]:
     """`forward_loss` under the plain numerics, without its checks.
@@ -107,9 +122,13 @@ def forward_plain(
         if counts is None:
             counts = trained_row_counts([batch.row_mask], objective.ttt_length)
 
-    steps = list(_unroll(params, batch, teacher, counts, config, frozen, operations))
-    loss = sum((objective.decay**i * step.loss for i, step in enumerate(steps)), start=0)
-    return torch.as_tensor(loss), _aux(steps)
+    if operations.step_loss is None:
+        score = partial(step_loss, loss=find_loss(objective, loss))
+    else:
+        score = partial(operations.step_loss, objective=objective)
+    steps = list(_unroll(params, batch, teacher, counts, config, frozen, operations, score))
+    total = sum((objective.decay**i * step.loss for i, step in enumerate(steps)), start=0)
+    return torch.as_tensor(total), _aux(steps)
 
 
 def _unroll(
@@ -120,6 +139,7 @@ def _unroll(
     config: Config,
     frozen: Frozen,
     operations: Operations,
+    score: Callable[..., Tensor],
 ) -> Iterator[_Step]:
     """Run the draft `K` times on its own hidden states.
 
@@ -163,15 +183,15 @@ def _unroll(
         logits = layers.logits(params, draft, hidden)
 
         # Loss and metrics against the teacher's rows i … i + S - 1.
-        loss, accept = step_loss(
+        p_full = teacher.p_full[:, i : i + s]
+        loss = score(
             logits,
             teacher.p_draft[:, i : i + s],
-            teacher.p_full[:, i : i + s],
+            p_full,
             position_mask,
             None if counts is None else counts[i],
-            config.objective,
-            operations.kl,
         )
+        accept = acceptance(logits.detach(), p_full)
         yield _Step(
             loss=loss,
             correct=correct_rows(logits.detach(), teacher.token[:, i : i + s], frozen),

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from eagle3fn.base.config import Config
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
-from eagle3fn.model.checks import check_frozen
+from eagle3fn.model.checks import check_frozen, check_loss
+from eagle3fn.model.losses import RowLoss
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.step import Metrics, init_state, step
 
@@ -26,23 +27,31 @@ class Functions(NamedTuple):
 
 
 def bind(
-    config: Config, frozen: Frozen, mesh: DeviceMesh | None = None, recipe: Recipe = OURS
+    config: Config,
+    frozen: Frozen,
+    mesh: DeviceMesh | None = None,
+    recipe: Recipe = OURS,
+    loss: RowLoss | Callable[..., Tensor] | None = None,
 ) -> Functions:
     """Close configuration, frozen tensors, mesh and recipe over `init`, `forward_loss`,
     `init_state` and `step`.
 
     With a one-dimensional device mesh the state is sharded over its ranks, and each calls `step`
     with its own part of the batch. `init` and `forward_loss` take and return plain tensors always.
+    `loss` is a loss of the user's own in place of `objective.loss`, see `model.losses.find_loss`.
 
     Raises:
-        UserError: the frozen tensors don't fit the configuration, or `t2d` and `d2t` name different
+        UserError: no such loss, the frozen tensors don't fit the configuration, or `t2d` and `d2t` name different
             tokens.
     """
+    check_loss(config, recipe.batch_means, loss)
     check_frozen(frozen, config)
     if _has_values(frozen.t2d) and _has_values(frozen.d2t):
         vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
         check_map(vocab_map, config.draft.vocab_size, config.draft.draft_vocab_size, "frozen")
 
+    if loss is not None:
+        recipe = recipe._replace(loss=partial(recipe.loss, loss=loss))
     return Functions(
         init=partial(recipe.start, config, frozen),
         forward_loss=partial(recipe.loss, config=config, frozen=frozen),

@@ -80,7 +80,7 @@ def step(
     batches = (batch,) if isinstance(batch, Batch) else tuple(batch)
     world = 1 if mesh is None else mesh.size()
     reduction = config.train.reduce
-    check_micro_batches(batches, config, world)
+    check_micro_batches(batches, config, world, recipe.batch_means)
     check_ranks(world, reduction)
     check_placed(state, mesh)
     if config.train.steps < 1:
