@@ -282,10 +282,14 @@ def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> Any:
 
 
 def _config(options: Any, draft: Any, overrides: list[str], recipe: str | None = None) -> Any:
-    """The run's configuration; settings by the names of earlier versions are refused."""
+    """The run's configuration; settings by the names of earlier versions are refused, and losses
+    that are not there.
+    """
     from eagle3fn.base.config import load_config
+    from eagle3fn.base.errors import UserError
     from eagle3fn.base.toml import override, read_toml
-    from eagle3fn.specforge.recipes import SETTINGS, refuse_old_settings
+    from eagle3fn.model.checks import check_loss
+    from eagle3fn.specforge.recipes import RECIPE, SETTINGS, refuse_old_settings
 
     if options.config:
         refuse_old_settings(read_toml(options.config), options.config)
@@ -294,7 +298,15 @@ def _config(options: Any, draft: Any, overrides: list[str], recipe: str | None =
         override(given, text)
     refuse_old_settings(given, "--set")
 
-    return load_config(options.config, overrides, draft, SETTINGS if recipe else None)
+    config = load_config(options.config, overrides, draft, SETTINGS if recipe else None)
+    loss = config.objective.loss
+    if loss in RECIPE.batch_means and not recipe:
+        raise UserError(
+            f"objective.loss = {loss!r} is a mean over the whole batch: write nla or lk, which are "
+            "such losses by row, or add --recipe specforge"
+        )
+    check_loss(config, RECIPE.batch_means)
+    return config
 
 
 def _train(options: Any) -> None:

@@ -2,13 +2,16 @@
 frozen tensors.
 """
 
+from collections.abc import Callable, Collection
+
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import Config, require
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import check_whole
 from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.model.losses import RowLoss, find_loss
 from eagle3fn.model.table import check_params
 
 
@@ -117,32 +120,58 @@ def _shape(name: str, value: Tensor | None, *allowed: tuple[int, ...]) -> None:
         raise UserError(f"{name} has shape {tuple(value.shape)}; it must be {allowed[0]}")
 
 
-def check_micro_batches(batches: tuple[Batch, ...], config: Config, world: int = 1) -> None:
+def check_loss(
+    config: Config, batch_means: Collection[str] = (), own: RowLoss | Callable | None = None
+) -> None:
+    """Check that the loss is there, before any work.
+
+    Args:
+        config: `objective.loss` is read, and how `data` splits a batch.
+        batch_means: see `train.recipe.Recipe`.
+        own: a user's loss, in place of the named one.
+
+    Raises:
+        UserError: no such loss, or one with means over the whole batch where that is split.
+    """
+    name = config.objective.loss
+    if own is not None or name not in batch_means:
+        find_loss(config.objective, own)
+        return
+    data = config.data
+    require(
+        data.micro_batch == data.global_batch,
+        "data.micro_batch",
+        data.micro_batch,
+        f"{data.global_batch}, all of data.global_batch: objective.loss = {name!r} has means over "
+        "the whole batch",
+    )
+
+
+def check_micro_batches(
+    batches: tuple[Batch, ...], config: Config, world: int = 1, batch_means: Collection[str] = ()
+) -> None:
     """Check that micro-batches of one update can be summed, those of the other ranks included.
 
     Raises:
-        UserError: none at all, several under a loss with means over the whole batch, or several
-            without `row_counts`.
+        UserError: none at all, several under a loss with means over the whole batch (one of
+            `batch_means`), or several without `row_counts`.
     """
     if not batches:
         raise UserError("step: an empty tuple of micro-batches; give at least one Batch")
-    loss = config.objective.loss
     count = len(batches) * world
-    where = f"step: {count} micro-batches" + (f" on {world} ranks" if world > 1 else "")
+    if count == 1:
+        return
 
-    # The acceptance losses are means over the batch: those of parts don't add up.
-    if count > 1 and loss != "kl":
+    objective = config.objective
+    if objective.loss in batch_means:
+        ranks = f" on {world} ranks" if world > 1 else ""
         raise UserError(
-            f"{where} under objective.loss = {loss!r}, with means over the whole batch; "
-            "give one Batch on one rank, or set objective.loss='kl'"
+            f"step: {count} micro-batches{ranks} under objective.loss = {objective.loss!r}, with "
+            "means over the whole batch; give one Batch on one rank, or set objective.loss to a "
+            "loss by row, as 'lk'"
         )
-    if (
-        count > 1
-        and config.objective.normalization == "mask"
-        and any(b.row_counts is None for b in batches)
-    ):
+    if objective.normalization == "mask" and any(batch.row_counts is None for batch in batches):
         raise UserError(
             "batch.row_counts is missing: with several micro-batches and objective.normalization = "
-            "'mask' each must carry the "
-            "global row counts (data.collate.global_row_counts)"
+            "'mask' each must carry the global row counts (data.collate.global_row_counts)"
         )

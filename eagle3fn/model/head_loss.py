@@ -1,14 +1,16 @@
-"""Draft head and soft-label KL in one pass over chunks of labels; the forward makes the gradients.
+"""Draft head and loss in one pass over chunks of labels; the forward makes the gradients.
 
 A label is a place where the target's choice is learned. At each of `K` unroll steps one draft row
 is scored against it. For a pair of label and draft row, with l the row's draft logits, z the
 label's target logits, and D the draft vocabulary:
 
-    p  = softmax(z over D)                                 the teacher
-    KL = log Σ exp(l) − Σ p · l                            up to the teacher's entropy
-    ∂KL / ∂l = softmax(l) − p
+    p_draft = softmax(z over D)                            the teacher
+    p_full  = softmax(z) at D                              what a verifier compares with
+    L = row loss of l, p_draft, p_full                     `losses.RowLoss`
 
-    loss = Σ weight · KL                                   over pairs whose label's argmax is in D
+    loss = Σ weight · L                                    over pairs whose label's argmax is in D
+
+For the KL, L = log Σ exp(l) − Σ p_draft · l and ∂L / ∂l = softmax(l) − p_draft.
 
 Nothing of size `(rows, D)` or `(rows, V)` outlives a chunk of labels, and a label's teacher is made
 once for the `K` draft rows that are scored against it.
@@ -16,6 +18,7 @@ once for the `K` draft rows that are scored against it.
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.dtypes import at_least_fp32
+from eagle3fn.base.grad import value_and_grad
 from eagle3fn.model.autograd import differentiable_once, is_last_pull_back
+from eagle3fn.model.losses import RowLoss
 
 _CHUNK_BYTES = 32 << 20  # logits of a chunk, on the CPU
 _CUDA_CHUNK_BYTES = 256 << 20
 _GROUP_BYTES = 4 << 20  # fp32 logits of a group of labels: they fit in the processor's cache
+_CUDA_GROUP_BYTES = 64 << 20  # there a group is cut for memory's sake alone
 
 
 class Labels(NamedTuple):
@@ -38,23 +44,23 @@ class Labels(NamedTuple):
     weight: Tensor  # (K, P) fp32: the pair's factor in the loss, 0 if the pair does not count
 
 
-class Scores(NamedTuple):
-    """The loss and, without gradient, each pair's metrics."""
+class PairScores(NamedTuple):
+    """Each pair's loss and metrics, without gradient."""
 
-    loss: Tensor  # () fp32: Σ weight · KL over labels whose argmax is in the draft vocabulary
-    kl: Tensor  # (K, P) fp32
+    row_loss: Tensor  # (K, P) fp32: any value, not finite ones too, where the pair does not count
     correct: Tensor  # (K, P) bool: the draft's argmax is the target's
     accept: Tensor  # (K, P) fp32: Σ min of draft and target probabilities over the draft vocabulary
     known: Tensor  # (P,) bool: the target's argmax is in the draft vocabulary
 
 
-class PairScores(NamedTuple):
-    """Metrics of pairs, as in `Scores`."""
+class Scores(NamedTuple):
+    """The loss, and what it is a sum of; as `PairScores`."""
 
-    kl: Tensor  # (K, P) fp32
-    correct: Tensor  # (K, P) bool
-    accept: Tensor  # (K, P) fp32
-    known: Tensor  # (P,) bool
+    loss: Tensor  # () fp32: Σ weight · row_loss over labels whose argmax is in the draft vocabulary
+    row_loss: Tensor
+    correct: Tensor
+    accept: Tensor
+    known: Tensor
 
 
 class _Inputs(NamedTuple):
@@ -66,12 +72,13 @@ class _Inputs(NamedTuple):
     target_head: Tensor  # (V, Ht)
     t2d: Tensor  # (V,) bool
     d2t: Tensor  # (D,) int64
+    row_loss_of: RowLoss
     with_gradients: bool
 
 
 class _Outputs(NamedTuple):
     loss: Tensor
-    kl: Tensor
+    row_loss: Tensor
     correct: Tensor
     accept: Tensor
     known: Tensor
@@ -79,8 +86,14 @@ class _Outputs(NamedTuple):
     grad_head: Tensor
 
 
-def head_and_kl(
-    draft: Tensor, head: Tensor, labels: Labels, target_head: Tensor, t2d: Tensor, d2t: Tensor
+def head_and_loss(
+    draft: Tensor,
+    head: Tensor,
+    labels: Labels,
+    target_head: Tensor,
+    t2d: Tensor,
+    d2t: Tensor,
+    loss: RowLoss,
 ) -> Scores:
     """Score draft rows with the draft head against the labels' teacher.
 
@@ -94,22 +107,11 @@ def head_and_kl(
         target_head: the target's, `(V, Ht)`.
         t2d: `(V,)` bool, which target tokens are in the draft vocabulary.
         d2t: `(D,)` int64, offsets: draft id j is target id `j + d2t[j]`.
+        loss: as `find_loss` returns it.
     """
-    with_gradients = torch.is_grad_enabled()
-    out = _head_and_kl(
-        _Inputs(
-            draft=draft,
-            head=head,
-            target=labels.target,
-            row=labels.row,
-            weight=labels.weight,
-            target_head=target_head,
-            t2d=t2d,
-            d2t=d2t,
-            with_gradients=with_gradients,
-        )
-    )
-    return Scores(out.loss, out.kl, out.correct, out.accept, out.known)
+    wanted = torch.is_grad_enabled()
+    out = _head_and_loss(_Inputs(draft, head, *labels, target_head, t2d, d2t, loss, wanted))
+    return Scores(out.loss, out.row_loss, out.correct, out.accept, out.known)
 
 
 def _forward(inputs: _Inputs) -> _Outputs:
@@ -117,7 +119,8 @@ def _forward(inputs: _Inputs) -> _Outputs:
     head = inputs.head
     k, row_count, _ = draft.shape
     kept = torch.arange(len(head), device=head.device) + inputs.d2t  # (D,): target ids
-    score_pairs = score_on(head.device, head.dtype)
+    loss_of = inputs.row_loss_of
+    score_pairs = score_on(head.device, head.dtype, loss_of)
     max_bytes = _CHUNK_BYTES if head.device.type == "cpu" else _CUDA_CHUNK_BYTES
     size = _chunk_size(len(inputs.target), k, head, inputs.target_head, max_bytes)
 
@@ -139,10 +142,13 @@ def _forward(inputs: _Inputs) -> _Outputs:
         logits = F.linear(x, head)  # (K, p, D)
         scores = score_pairs(logits, F.linear(target, inputs.target_head), inputs.t2d, kept)
         if wanted:
-            # The logits are now ∂KL / ∂l. The pair's factor multiplies rows of size H, not D.
+            # The logits are now ∂L / ∂l. The pair's factor multiplies rows of size H, not D.
             # Products have no name here, so that each is freed when it has been added.
             grad_logits = logits.flatten(0, 1)
             factor = (weight * scores.known).flatten()[:, None]
+            if loss_of.closed is None:
+                # Of a pair that does not count it may be infinite: zero times it is not zero.
+                grad_logits.masked_fill_(factor == 0, 0.0)
             grad_flat.index_add_(0, place.flatten(), ((grad_logits @ head) * factor).to(flat.dtype))
             _add_product(grad_head, grad_logits, (x.flatten(0, 1) * factor).to(x.dtype), max_bytes)
         return scores
@@ -151,7 +157,8 @@ def _forward(inputs: _Inputs) -> _Outputs:
         place.split(size, 1), inputs.weight.split(size, 1), inputs.target.split(size), strict=True
     )
     scores = _joined([score_chunk(*chunk) for chunk in chunks])
-    loss = (inputs.weight * torch.where(scores.known, scores.kl, 0.0)).sum()
+    counts = scores.known & (inputs.weight != 0)
+    loss = (inputs.weight * torch.where(counts, scores.row_loss, 0.0)).sum()
     return _Outputs(loss, *scores, grad_flat.view(-1, *draft.shape[1:]), grad_head.to(head.dtype))
 
 
@@ -195,40 +202,44 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
     return {name: (x * grads.loss).to(x.dtype) for name, x in made.items()}
 
 
-_head_and_kl = differentiable_once(
+_head_and_loss = differentiable_once(
     _forward,
     _backward,
     inputs=_Inputs,
     outputs=_Outputs,
-    without_gradient=["kl", "correct", "accept", "known", "grad_draft", "grad_head"],
+    without_gradient=["row_loss", "correct", "accept", "known", "grad_draft", "grad_head"],
     # `draft` and `head` are not read either. They are kept because the gradients depend on them.
     unread_inputs=["target", "row", "weight", "target_head", "t2d", "d2t"],
-    unread_outputs=["loss", "kl", "correct", "accept", "known"],
+    unread_outputs=["loss", "row_loss", "correct", "accept", "known"],
 )
 
 
-def score_on(device: torch.device, dtype: torch.dtype) -> Callable[..., PairScores]:
-    """`score`, or on CUDA its kernel where Triton is installed; the two agree to rounding."""
-    if device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton"):
-        from eagle3fn.model.kernels import score as kernel
+def score_on(device: torch.device, dtype: torch.dtype, loss: RowLoss) -> Callable[..., PairScores]:
+    """`score` of a loss, or on CUDA its kernel if it has one and Triton is installed.
 
-        return kernel.score
-    return score
+    The two agree to rounding.
+    """
+    on_card = device.type == "cuda" and dtype != torch.float64
+    if loss.kernel and on_card and importlib.util.find_spec("triton"):
+        return importlib.import_module(f"eagle3fn.model.kernels.{loss.kernel}").score
+    return partial(score, loss=loss)
 
 
-def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> PairScores:
-    """Metrics of pairs from their logits; writes the KL's gradient `softmax(l) − p` over `logits`.
+def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor, loss: RowLoss) -> PairScores:
+    """Loss and metrics of pairs from their logits; writes the loss's gradient over `logits`.
 
-    Works on groups of labels, so that what is fp32 stays in the processor's cache.
+    Works on groups of labels, so that on the CPU what is fp32 stays in the processor's cache.
 
     Args:
         logits: the draft's, `(K, P, D)`.
         z: the target's, `(P, V)`.
         t2d: `(V,)` bool.
         kept: `(D,)` int64, the target ids of the draft vocabulary.
+        loss: as `find_loss` returns it.
     """
     wide = at_least_fp32(logits.dtype)
-    size = max(1, _GROUP_BYTES // (wide.itemsize * len(logits) * logits.shape[-1]))
+    max_bytes = _GROUP_BYTES if logits.device.type == "cpu" else _CUDA_GROUP_BYTES
+    size = max(1, max_bytes // (wide.itemsize * len(logits) * logits.shape[-1]))
     parts: list[PairScores] = []
     for start in range(0, len(z), size):
         part = slice(start, start + size)
@@ -237,22 +248,37 @@ def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> PairScores:
 
         # The teacher: its token, and probabilities under the whole vocabulary and the draft's.
         _, target_token = first_max(full)
-        p_full = torch.softmax(full, dim=-1)[:, kept]
-        p_draft = torch.softmax(full[:, kept], dim=-1)
+        p_full = torch.softmax(full, dim=-1)[:, kept].expand_as(wide_logits)
+        p_draft = torch.softmax(full[:, kept], dim=-1).expand_as(wide_logits)
 
-        # The draft. KL = max(l) − log max(softmax(l)) − Σ p · l: the first two are log Σ exp(l).
-        top, draft_token = first_max(wide_logits)
+        # The draft, its loss, and the loss's gradient by the logits.
+        _, draft_token = first_max(wide_logits)
         draft = torch.softmax(wide_logits, dim=-1)
-        kl = top - draft.amax(-1).log() - (wide_logits * p_draft).sum(-1)
+        if loss.closed is not None:
+            row_loss, gradient = loss.closed(wide_logits, draft, p_draft, p_full)
+        else:
+            row_loss, gradient = _value_and_gradient(loss, wide_logits, p_draft, p_full)
 
-        # The wide logits' memory is used twice more: for the acceptance, then for the gradient.
+        # The wide logits' memory is used once more, for the acceptance.
         accept = torch.minimum(draft, p_full, out=wide_logits).sum(-1)
-        torch.sub(draft, p_draft, out=wide_logits)
-        logits[:, part] = wide_logits
+        logits[:, part] = gradient
 
         correct = kept[draft_token] == target_token
-        parts.append(PairScores(kl, correct, accept, t2d[target_token]))
+        parts.append(PairScores(row_loss, correct, accept, t2d[target_token]))
     return _joined(parts)
+
+
+def _value_and_gradient(loss: RowLoss, logits: Tensor, *teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's loss and its gradient by the logits, that of the rows' sum: they don't depend on
+    each other.
+    """
+
+    def total(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = loss.value(x, *teacher)
+        return rows.sum(), rows
+
+    (_, rows), gradient = value_and_grad(total, has_aux=True)(logits)
+    return rows, gradient
 
 
 def _joined(parts: list[PairScores]) -> PairScores:

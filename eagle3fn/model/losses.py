@@ -1,16 +1,144 @@
-"""Per-step loss and metrics of the unroll."""
+"""Losses by row, and one unroll step's loss and metrics.
+
+With `s = softmax(logits)` over the draft vocabulary, `p` the teacher over it (`p_draft`), and
+`p_full` the probabilities of the same tokens under the whole vocabulary, a row's loss is:
+
+    kl    -Σ p · log s                           the KL divergence up to the teacher's entropy
+    rkl   Σ s · log(s / p)                       the reverse KL divergence
+    nla   -log a,  a = Σ min(p_full, s)          a is the row's acceptance rate
+    lk    w · kl + (1 - w) · (1 - a),  w = kl_scale · exp(-kl_decay · a), a constant
+
+`nla` and `lk` are the losses of arXiv 2602.23881 with each row's own acceptance rate. So a step's
+loss is a sum over rows, and micro-batches and ranks add up.
+"""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.dtypes import wide
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.named import find
 from eagle3fn.base.types import Frozen
 
-KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""As `kl_loss`: `(logits, p_draft, mask, count) → scalar`."""
+
+class RowLoss(NamedTuple):
+    """A loss as a function of one row's logits; rows do not depend on each other.
+
+    Its functions take the draft's logits `(…, D)` in at least fp32, and what they need besides:
+    `p_draft` and `p_full` of the same shape, or a number of `ObjectiveConfig`.
+    """
+
+    # (logits, *needs) → (…,), differentiable by the logits
+    value: Callable[..., Tensor]
+    # (logits, softmax(logits), *needs) → the values (…,), and each value's gradient by its logits
+    # (…, D) as a new tensor. It saves the fast numerics a graph; without it they use `value`'s vjp.
+    closed: Callable[..., tuple[Tensor, Tensor]] | None = None
+    # in order, what follows the logits
+    needs: tuple[str, ...] = ("p_draft", "p_full")
+    # module of `model.kernels` whose `score` computes this loss on CUDA
+    kernel: str | None = None
+
+
+def acceptance(logits: Tensor, p_full: Tensor) -> Tensor:
+    """Probability that a sampled draft token is accepted, `Σ_v min(p_full[v], softmax(logits)[v])`.
+
+    `(B, S)`, at least fp32, of `(B, S, D)` both.
+    """
+    draft = torch.softmax(wide(logits), dim=-1)
+    return torch.minimum(p_full, draft).sum(-1)
+
+
+def _log(p: Tensor) -> Tensor:
+    """Logarithm of probabilities; those that underflow count as the smallest normal number."""
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
+def _kl(logits: Tensor, p_draft: Tensor) -> Tensor:
+    return -(p_draft * torch.log_softmax(logits, dim=-1)).sum(-1)
+
+
+def _kl_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
+    # kl = log Σ exp(l) - Σ p · l, and log Σ exp(l) = max(l) - log max(s).
+    log_sum = logits.amax(-1) - draft.amax(-1).log()
+    return log_sum - (logits * p_draft).sum(-1), draft - p_draft
+
+
+def _rkl(logits: Tensor, p_draft: Tensor) -> Tensor:
+    log_draft = torch.log_softmax(logits, dim=-1)
+    return (log_draft.exp() * (log_draft - _log(p_draft))).sum(-1)
+
+
+def _rkl_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
+    # gradient = s · (log(s / p) - rkl)
+    ratio = torch.log_softmax(logits, dim=-1) - _log(p_draft)
+    values = (draft * ratio).sum(-1)
+    return values, draft * (ratio - values[..., None])
+
+
+def _nla(logits: Tensor, p_full: Tensor) -> Tensor:
+    # By logarithms: an acceptance rate that underflows still has its value and its gradient.
+    log_draft = torch.log_softmax(logits, dim=-1)
+    return -torch.minimum(_log(p_full), log_draft).logsumexp(-1)
+
+
+def _lk(logits: Tensor, p_draft: Tensor, p_full: Tensor, scale: float, decay: float) -> Tensor:
+    accept = acceptance(logits, p_full)
+    weight = scale * torch.exp(-decay * accept.detach())
+    return weight * _kl(logits, p_draft) + (1 - weight) * (1 - accept)
+
+
+LOSSES = {
+    "kl": RowLoss(_kl, _kl_closed, needs=("p_draft",), kernel="score"),
+    "rkl": RowLoss(_rkl, _rkl_closed, needs=("p_draft",)),
+    "nla": RowLoss(_nla, needs=("p_full",)),
+    "lk": RowLoss(_lk, needs=("p_draft", "p_full", "kl_scale", "kl_decay")),
+}
+"""What `objective.loss` names; a new loss is a line here, and covered by the tests of the table."""
+
+
+def find_loss(
+    objective: ObjectiveConfig, own: RowLoss | Callable[..., Tensor] | None = None
+) -> RowLoss:
+    """The loss that `objective.loss` names, or a user's `own`, with its settings filled in.
+
+    Args:
+        objective: `loss` is a name of `LOSSES`, or "module:function" for a function
+            `(logits, p_draft, p_full) → (…,)`, all three `(…, D)` in at least fp32.
+        own: a loss, or such a function, in place of the named one.
+
+    Returns:
+        A loss whose functions take `p_draft` and `p_full` after the logits (and their softmax).
+
+    Raises:
+        UserError: no such loss; or, when it is called, a user's function that does not return one
+            value a row.
+    """
+    loss = find(objective.loss, LOSSES, "objective.loss") if own is None else own
+    if not isinstance(loss, RowLoss):
+        loss = RowLoss(loss)
+
+    def needed(p_draft: Tensor, p_full: Tensor) -> list:
+        given = vars(objective) | {"p_draft": p_draft, "p_full": p_full}
+        return [given[name] for name in loss.needs]
+
+    def value(logits: Tensor, p_draft: Tensor, p_full: Tensor) -> Tensor:
+        rows = loss.value(logits, *needed(p_draft, p_full))
+        if rows.shape != logits.shape[:-1]:
+            raise UserError(
+                f"the loss returned shape {tuple(rows.shape)} for logits {tuple(logits.shape)}; "
+                f"it must be {tuple(logits.shape[:-1])}, one value a row"
+            )
+        return rows
+
+    def closed(logits: Tensor, draft: Tensor, *teacher: Tensor) -> tuple[Tensor, Tensor]:
+        assert loss.closed is not None
+        return loss.closed(logits, draft, *needed(*teacher))
+
+    return RowLoss(value, loss.closed and closed, kernel=loss.kernel)
 
 
 def step_loss(
@@ -19,86 +147,29 @@ def step_loss(
     p_full: Tensor,
     mask: Tensor,
     count: Tensor | None,
-    objective: ObjectiveConfig,
-    kl: KL,
-) -> tuple[Tensor, Tensor]:
-    """One unroll step's loss under `objective.loss`, and the rows' acceptance rate, detached.
+    loss: RowLoss,
+) -> Tensor:
+    """One unroll step's loss: the sum over rows with `mask`, divided by `count`.
+
+    A row without `mask` adds exactly nothing to the loss and to the gradient, whatever its value.
 
     Args:
-        logits: the draft's, `(B, S, D)`, compute dtype. Each term casts them up itself, so that in
-            bf16 the terms' gradients are added after their casts down.
+        logits: the draft's, `(B, S, D)`, compute dtype.
         p_draft: the teacher's softmax over the draft vocabulary, `(B, S, D)`.
         p_full: the same tokens' probabilities under the full vocabulary, `(B, S, D)`.
         mask: `position_mask`, `(B, S, 1)`.
-        count: see `kl_loss`.
-        objective: the loss and its weights.
-        kl: `kl_loss`, or another way to compute it.
+        count: how many rows the sum is divided by; None: all `B·S`.
+        loss: as `find_loss` returns it.
 
     Returns:
-        A scalar and `(B, S)`, both fp32 (fp64 in fp64).
+        Scalar, fp32 (fp64 in fp64).
     """
-    # Under KL the acceptance rate is a metric alone.
-    if objective.loss == "kl":
-        return kl(logits, p_draft, mask, count), acceptance(logits.detach(), p_full)
-
-    accept = acceptance(logits, p_full)
-    if objective.loss == "lk_alpha":
-        return lk_alpha(accept, mask), accept.detach()
-
-    divergence = kl(logits, p_draft, mask, count)
-    loss = lk_lambda(divergence, accept, mask, objective.kl_scale, objective.kl_decay)
-    return loss, accept.detach()
-
-
-def kl_loss(logits: Tensor, p_draft: Tensor, mask: Tensor, count: Tensor | None) -> Tensor:
-    """Soft-label cross-entropy: the KL of the draft from the teacher, plus the teacher's entropy,
-    which has no gradient; fp32 scalar.
-
-    `-Σ_rows Σ_v p_draft[v] · log_softmax(logits)[v] / count` over rows with `mask` `(B, S, 1)`;
-    without `count` the sum is divided by all `B·S` rows. `logits` and `p_draft` are `(B, S, D)`.
-    """
-    log_draft = torch.log_softmax(wide(logits), dim=-1)
-    row = -(p_draft * log_draft).sum(-1) * (mask[..., 0] != 0).to(log_draft.dtype)
-    return row.mean() if count is None else row.sum() / count
-
-
-def acceptance(logits: Tensor, p_full: Tensor) -> Tensor:
-    """Probability that a sampled draft token is accepted, `Σ_v min(p_full[v], softmax(logits)[v])`.
-
-    `(B, S)` fp32.
-    """
-    draft = torch.softmax(wide(logits), dim=-1)
-    return torch.minimum(p_full, draft).sum(-1)
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` `(B, S)` over rows with `mask` `(B, S, 1)`; zero if there is none."""
-    weight = mask[..., 0].to(x.dtype)
-    return (x * weight).sum() / weight.sum().clamp_min(1e-8)
-
-
-def lk_alpha(accept: Tensor, mask: Tensor) -> Tensor:
-    """`-mean(log acceptance)` (arXiv 2602.23881) of `(B, S)` over rows with `mask`; scalar.
-
-    A row whose acceptance underflows counts as zero, without gradient: its logarithm's gradient
-    would be infinite, and NaN where a draft probability of the row is zero as well.
-    """
-    holds = accept >= torch.finfo(accept.dtype).tiny
-    log = torch.where(holds, torch.log(torch.where(holds, accept, 1.0)), 0.0)
-    return -masked_mean(log, mask)
-
-
-def lk_lambda(kl: Tensor, accept: Tensor, mask: Tensor, scale: float, decay: float) -> Tensor:
-    """`w·kl + (1 - w)·(1 - mean acceptance)`, `w = scale·exp(-decay · mean acceptance)` a constant.
-
-    Scalar.
-
-    `kl` should be a mean over trained rows too: under `normalization = "rows"` padding moves the
-    loss.
-    """
-    mean = masked_mean(accept, mask)
-    weight = scale * torch.exp(-decay * mean.detach())
-    return weight * kl + (1 - weight) * (1 - mean)
+    # Logits of other rows are replaced, not only their values: a gradient there may be infinite,
+    # and zero times infinity is not zero.
+    counts = mask != 0
+    rows = loss.value(torch.where(counts, wide(logits), 0.0), p_draft, p_full)
+    rows = torch.where(counts[..., 0], rows, 0.0)  # (B, S)
+    return rows.mean() if count is None else rows.sum() / count
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.pipeline import epoch_order
 from eagle3fn.model.table import TABLE, weights
-from eagle3fn.specforge.arithmetic import forward_loss
+from eagle3fn.specforge.arithmetic import BATCH_MEANS, forward_loss
 from eagle3fn.train.optimizer import Schedule, schedule_span
 from eagle3fn.train.recipe import Recipe
 
@@ -200,6 +200,7 @@ RECIPE = Recipe(
     schedule=schedule,
     align_mask=align_mask,
     order=script_order,
+    batch_means=BATCH_MEANS,
 )
 DATAFLOW_RECIPE = RECIPE._replace(name="specforge-dataflow", order=stored_order)
 """As `RECIPE`, in the order of SpecForge's dataflow launcher."""

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from eagle3fn.base.config import Config
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
-from eagle3fn.model.checks import check_frozen
+from eagle3fn.model.checks import check_frozen, check_loss
+from eagle3fn.model.losses import RowLoss
 from eagle3fn.train.optimizer import Optimizer
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.step import Metrics, init_state, step
@@ -31,6 +32,7 @@ def bind(
     frozen: Frozen,
     mesh: DeviceMesh | None = None,
     recipe: Recipe = OURS,
+    loss: RowLoss | Callable[..., Tensor] | None = None,
     optimizer: Optimizer | None = None,
 ) -> Functions:
     """Close configuration, frozen tensors, mesh and recipe over `init`, `forward_loss`,
@@ -38,12 +40,14 @@ def bind(
 
     With a one-dimensional device mesh the state is sharded over its ranks, and each calls `step`
     with its own part of the batch. `init` and `forward_loss` take and return plain tensors always.
-    `optimizer` replaces the recipe's.
+    `loss` and `optimizer` are your own, in place of those that the settings name: see
+    `model.losses.find_loss` and `train.optimizer.Optimizer`.
 
     Raises:
-        UserError: the frozen tensors don't fit the configuration, or `t2d` and `d2t` name different
-            tokens.
+        UserError: no such loss, the frozen tensors don't fit the configuration, or `t2d` and `d2t`
+            name different tokens.
     """
+    check_loss(config, recipe.batch_means, loss)
     check_frozen(frozen, config)
     if _has_values(frozen.t2d) and _has_values(frozen.d2t):
         vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
@@ -51,6 +55,8 @@ def bind(
     if optimizer is not None:
         recipe = recipe._replace(optimizer=optimizer)
 
+    if loss is not None:
+        recipe = recipe._replace(loss=partial(recipe.loss, loss=loss))
     return Functions(
         init=partial(recipe.start, config, frozen),
         forward_loss=partial(recipe.loss, config=config, frozen=frozen),

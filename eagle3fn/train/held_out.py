@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Config
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Params
 from eagle3fn.data.pipeline import batches, shuffled
@@ -25,8 +24,8 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
     Returns:
         `loss` is the objective's `Σ decay^i · L_i` and `losses` its `L_i`, each a mean over the
         trained rows of all held-out samples (under `normalization = "rows"`: over all their rows);
-        the rates are those of `readable`. Under `lk_lambda`, which is no sum over rows, it is a
-        mean of the samples' own losses.
+        the rates are those of `readable`. A loss that is a mean over a batch is averaged over the
+        samples, by their known rows.
     """
     if not run.held_out:
         return {}
@@ -53,7 +52,7 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
         for (batch,) in samples:
             _, aux = run.fns.forward_loss(params, to_device(batch, run.device))
             aux = to_device(aux, "cpu")
-            count = _averaged_rows(aux, config, batch.attention_mask.numel())
+            count = _averaged_rows(aux, run, batch.attention_mask.numel())
             own.append((aux._replace(losses=aux.losses * count), count))
 
     # Over all ranks, in the samples' order.
@@ -65,10 +64,10 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
     return {"loss": loss} | readable(total._replace(losses=losses))
 
 
-def _averaged_rows(aux: Aux, config: Config, places: int) -> Tensor:
+def _averaged_rows(aux: Aux, run: Run, places: int) -> Tensor:
     """By how many rows each of a sample's step losses was divided: `(K,)`; 0 where it has none."""
-    if config.objective.loss != "kl":
+    if run.config.objective.loss in run.recipe.batch_means:
         return aux.accept_rows
-    if config.objective.normalization == "rows":
+    if run.config.objective.normalization == "rows":
         return torch.full_like(aux.losses, places)
     return aux.rows.to(aux.losses.dtype)

@@ -38,6 +38,8 @@ class Recipe(NamedTuple):
     """The exchangeable functions of a run; `bind`, `step` and `train` take one.
 
     A checkpoint keeps the name: a run is resumed under the recipe that it began with.
+    `batch_means` are names of losses that `loss` adds to the table, as means over the whole batch:
+    they cannot be split into micro-batches or ranks.
     """
 
     name: str = ""
@@ -47,6 +49,7 @@ class Recipe(NamedTuple):
     optimizer: Optimizer | None = None  # None: the one that `optimizer.name` names
     align_mask: AlignMask = align_mask
     order: Order = shuffled
+    batch_means: frozenset[str] = frozenset()
 
 
 OURS = Recipe()

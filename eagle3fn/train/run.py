@@ -21,6 +21,7 @@ from eagle3fn.data.collate import AlignMask
 from eagle3fn.data.features import FeatureSet, read_tokens
 from eagle3fn.data.pipeline import batches, split
 from eagle3fn.data.target import TargetTensors
+from eagle3fn.model.checks import check_loss
 from eagle3fn.train.bind import Functions, bind
 from eagle3fn.train.launch import World
 from eagle3fn.train.memory import check_fits, memory_of
@@ -73,6 +74,7 @@ def prepare(
             "recipe.name is empty: a run is resumed under the recipe that it began with, which is "
             "known by its name; give it one, as Recipe(name='mine', …)"
         )
+    check_loss(config, recipe.batch_means)
     check_world(config, world)
     device = check_device(world.device(config.train.device))
     tied = target.head is target.embed_tokens

@@ -115,7 +115,7 @@ def _step(
     # Refuse what does not fit, before any work.
     world = 1 if mesh is None else mesh.size()
     reduction = config.train.reduce
-    check_micro_batches(batches, config, world)
+    check_micro_batches(batches, config, world, recipe.batch_means)
     check_ranks(world, reduction)
     check_placed(state, mesh)
     number = int(state.step)
