@@ -33,9 +33,7 @@ def cut(sample: Sample, max_length: int) -> Sample:
     return Sample(*(field[:max_length] for field in sample))
 
 
-def collate(
-    samples: Sequence[Sample], config: Config, align_mask: AlignMask = align_mask
-) -> Batch:
+def collate(samples: Sequence[Sample], config: Config, align_mask: AlignMask = align_mask) -> Batch:
     """Samples as one batch: cut, padded on the right with zeros, and aligned for every unroll step.
 
     All that is shifted is shifted here (see `Batch`). Its `row_counts` are left to `micro_batches`,

@@ -12,7 +12,7 @@ from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model.autograd import differentiable_once, is_mapped
 from eagle3fn.model.checks import check_batch
 from eagle3fn.model.fast import FAST
-from eagle3fn.model.losses import RowLoss, find_loss
+from eagle3fn.model.losses import Loss, RowLoss, find_loss
 from eagle3fn.model.plain import PLAIN
 from eagle3fn.model.unroll import Ops, unroll
 
@@ -31,7 +31,12 @@ class ForwardLoss(Protocol):
 
 
 def forward_loss(
-    params: Params, batch: Batch, *, config: Config, frozen: Frozen, loss: RowLoss | Callable[..., Tensor] | None = None
+    params: Params,
+    batch: Batch,
+    *,
+    config: Config,
+    frozen: Frozen,
+    loss: Loss | None = None,
 ) -> tuple[Tensor, Aux]:
     """The training loss of one micro-batch, `Σ_i decay^i · L_i` over unroll steps `i`, and its
     metrics.

@@ -1,4 +1,4 @@
-"""Norm, rotation, projection and MLP of the fast numerics; their written-out backwards keep few tensors."""
+"""Parts of the fast operations whose written-out backwards keep few tensors: norm, rotation, MLP."""
 
 from typing import Any, NamedTuple
 

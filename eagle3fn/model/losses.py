@@ -43,6 +43,10 @@ class RowLoss(NamedTuple):
     kernel: str | None = None
 
 
+Loss = RowLoss | Callable[..., Tensor]
+"""A loss, or its `value` alone: a function of `(logits, p_draft, p_full)`."""
+
+
 def acceptance(logits: Tensor, p_full: Tensor) -> Tensor:
     """Probability that a sampled draft token is accepted, `Σ_v min(p_full[v], softmax(logits)[v])`.
 
@@ -100,9 +104,7 @@ LOSSES = {
 """What `objective.loss` names; a new loss is a line here, and covered by the tests of the table."""
 
 
-def find_loss(
-    objective: ObjectiveConfig, own: RowLoss | Callable[..., Tensor] | None = None
-) -> RowLoss:
+def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
     """The loss that `objective.loss` names, or a user's `own`, with its settings filled in.
 
     Args:

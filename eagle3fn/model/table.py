@@ -99,15 +99,6 @@ def roles(config: DraftConfig) -> dict[str, Role]:
     return {name: weight.role for name, weight in weights(config).items()}
 
 
-def roles(config: DraftConfig) -> dict[str, str]:
-    """Name to role: "matrix", "norm", "embedding" or "head"."""
-    special = {EMBED: "embedding", HEAD: "head"}
-    return {
-        name: special.get(name, "norm" if len(shape) == 1 else "matrix")
-        for name, shape in shapes(config).items()
-    }
-
-
 def init_params(
     config: DraftConfig, seed: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> Params:

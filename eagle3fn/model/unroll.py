@@ -16,7 +16,6 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import table
-from eagle3fn.model.losses import RowLoss
 from eagle3fn.model.rope import rope_table
 from eagle3fn.model.visibility import visible
 

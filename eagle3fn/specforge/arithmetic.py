@@ -5,7 +5,8 @@ the CPU, and in fp64, its KL is the plain expression. On CUDA SpecForge runs a T
 does this.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from eagle3fn.base.dtypes import wide
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import losses
 from eagle3fn.model.checks import check_batch
-from eagle3fn.model.forward import Operations, forward_plain
-from eagle3fn.model.losses import RowLoss, acceptance, find_loss
+from eagle3fn.model.forward import forward
+from eagle3fn.model.losses import Loss, RowLoss, acceptance, find_loss
+from eagle3fn.model.plain import PLAIN, EveryRow, score_steps
 
 KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """As `kl_loss`: `(logits, p_draft, mask, count) → scalar`."""
@@ -123,7 +125,7 @@ def forward_loss(
     *,
     config: Config,
     frozen: Frozen,
-    loss: RowLoss | Callable[..., Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> tuple[Tensor, Aux]:
     """`eagle3fn.forward_loss` by SpecForge's arithmetic; `objective.numerics` is not read.
 
@@ -133,7 +135,25 @@ def forward_loss(
         UserError: as `eagle3fn.forward_loss`.
     """
     check_batch(params, batch, config, frozen)
-    operations = Operations() if loss else Operations(step_loss=step_loss)
-    return forward_plain(
-        params, batch, config=config, frozen=frozen, loss=loss, operations=operations
-    )
+    if loss is not None:
+        return forward(params, batch, config, frozen, PLAIN, find_loss(config.objective, loss))
+    return forward(params, batch, config, frozen, SPECFORGE, None)
+
+
+def score(
+    params: Params,
+    states: Iterable[Tensor],
+    plan: EveryRow,
+    batch: Batch,
+    config: Config,
+    frozen: Frozen,
+    loss: RowLoss | None,
+    kl: KL | None = None,
+) -> tuple[Tensor, Aux]:
+    """`plain.score_steps` of SpecForge's losses; `loss` is not read, `kl` as for `step_loss`."""
+    own = partial(step_loss, objective=config.objective, kl=kl)
+    return score_steps(params, states, batch, config, frozen, own)
+
+
+SPECFORGE = PLAIN._replace(score=score)
+"""What SpecForge's `sdpa` backend computes: the plain operations and its own losses."""

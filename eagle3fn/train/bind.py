@@ -11,7 +11,7 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen, check_loss
-from eagle3fn.model.losses import RowLoss
+from eagle3fn.model.losses import Loss
 from eagle3fn.train.optimizer import Optimizer
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.step import Metrics, init_state, step
@@ -32,7 +32,7 @@ def bind(
     frozen: Frozen,
     mesh: DeviceMesh | None = None,
     recipe: Recipe = OURS,
-    loss: RowLoss | Callable[..., Tensor] | None = None,
+    loss: Loss | None = None,
     optimizer: Optimizer | None = None,
 ) -> Functions:
     """Close configuration, frozen tensors, mesh and recipe over `init`, `forward_loss`,
