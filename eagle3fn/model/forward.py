@@ -83,16 +83,26 @@ class _Call(NamedTuple):
     function: Callable[..., tuple[Tensor, Aux]]  # of the leaves
 
 
-_Scored = NamedTuple("_Scored", [("loss", Tensor), *((name, Tensor) for name in Aux._fields)])
+class _Scored(NamedTuple):
+    loss: Tensor
+    losses: Tensor  # from here on the fields of `Aux`
+    correct: Tensor
+    rows: Tensor
+    accept: Tensor
+    accept_rows: Tensor
+    greedy: Tensor
+    sampled: Tensor
 
 
 def _entry_by_entry(
     params: Params, batch: Batch, config: Config, frozen: Frozen, loss: RowLoss
 ) -> tuple[Tensor, Aux]:
-    leaves, treespec = optree.tree_flatten((params, batch, frozen))
+    tree: Any = (params, batch, frozen)
+    leaves, treespec = optree.tree_flatten(tree)
 
     def function(*leaves: Tensor) -> tuple[Tensor, Aux]:
-        params, batch, frozen = optree.tree_unflatten(treespec, leaves)
+        entry: Any = optree.tree_unflatten(treespec, leaves)
+        params, batch, frozen = entry
         return forward(params, batch, config, frozen, FAST, loss)
 
     loss_value, *aux = _mapped(_Call(tuple(leaves), function))
@@ -114,7 +124,7 @@ def _mapped_backward(call: _Call, outputs: _Scored, grads: _Scored) -> dict[str,
             leaves[place] = leaf
         return call.function(*leaves)[0]
 
-    _, pull_back = torch.func.vjp(loss_of, *(call.leaves[place] for place in places))
+    _, pull_back, *_ = torch.func.vjp(loss_of, *(call.leaves[place] for place in places))
     found: list[Tensor | None] = [None] * len(call.leaves)
     for place, grad in zip(places, pull_back(grads.loss), strict=True):
         found[place] = grad
