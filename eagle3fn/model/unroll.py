@@ -110,8 +110,8 @@ def unroll(
 
         # Queries, and one key and value more.
         query, key, value = ops.qkv(weights, draft, tokens, incoming, listed, step)
-        query = rotated(weights, table.Q, query, angles, ops)
-        key = rotated(weights, table.K, key, key_angles, ops)
+        query = rotated(weights, draft, table.Q, query, angles, ops)
+        key = rotated(weights, draft, table.K, key, key_angles, ops)
         keys.append(ops.shared(key, groups))
         values.append(ops.shared(value, groups))
 
@@ -132,7 +132,9 @@ def project(weights: Params, draft: DraftConfig, aux_hidden: Tensor, ops: Ops) -
     return F.linear(aux_hidden.to(matrix.dtype), matrix)
 
 
-def rotated(weights: Params, name: str, heads: Tensor, angles: Angles, ops: Ops) -> Tensor:
+def rotated(
+    weights: Params, draft: DraftConfig, name: str, heads: Tensor, angles: Angles, ops: Ops
+) -> Tensor:
     """Query or key heads, which the matrix `name` has made, rotated by their positions."""
     return ops.rotate(heads, *angles)
 

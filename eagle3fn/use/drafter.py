@@ -112,8 +112,8 @@ class Drafter:
 
         # Keys and values of all rows go into the cache.
         query, key, value = heads(self.params, self.config, embeds, hidden)
-        query = rotated(self.params, table.Q, query, angles, PLAIN)
-        self.keys[:, :, start:end] = rotated(self.params, table.K, key, angles, PLAIN)
+        query = rotated(self.params, self.config, table.Q, query, angles, PLAIN)
+        self.keys[:, :, start:end] = rotated(self.params, self.config, table.K, key, angles, PLAIN)
         self.values[:, :, start:end] = value
 
         # The last row attends to the rows that it sees, up to itself.
