@@ -78,7 +78,7 @@ def differentiable_once(
         def vmap(info: Any, in_dims: Any, *args: Any):  # pyright: ignore
             return _entry_by_entry(Backward, info, in_dims, args)
 
-    class Forward(torch.autograd.Function):
+    class Forward(_NoForwardMode):
         """The value; its backward calls `Backward`."""
 
         @staticmethod
@@ -89,6 +89,7 @@ def differentiable_once(
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             frame, *tensors = inputs
             made = outputs(*output)
+            ctx.alternative = alternative
             ctx.mark_non_differentiable(*(getattr(made, name) for name in without_gradient))
 
             # Else autograd makes zeros as gradients of these outputs, in their own size.
@@ -108,10 +109,6 @@ def differentiable_once(
             return None, *gradients  # None: the frame's
 
         @staticmethod
-        def jvp(ctx: Any, *_: Any):  # pyright: ignore
-            raise RuntimeError(f"no forward mode here; for it use {alternative}")
-
-        @staticmethod
         def vmap(info: Any, in_dims: Any, *args: Any):  # pyright: ignore
             return _entry_by_entry(Forward, info, in_dims, args)
 
@@ -120,6 +117,14 @@ def differentiable_once(
         return outputs(*Forward.apply(frame, *tensors))
 
     return function
+
+
+class _NoForwardMode(torch.autograd.Function):
+    """A function that refuses forward mode in one sentence."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any):  # pyright: ignore
+        raise RuntimeError(f"no forward mode here; for it use {ctx.alternative}")
 
 
 def is_last_pull_back(grad: Tensor) -> bool:
