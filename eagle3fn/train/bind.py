@@ -41,8 +41,8 @@ def bind(
     `loss` is a loss of the user's own in place of `objective.loss`, see `model.losses.find_loss`.
 
     Raises:
-        UserError: no such loss, the frozen tensors don't fit the configuration, or `t2d` and `d2t` name different
-            tokens.
+        UserError: no such loss, the frozen tensors don't fit the configuration, or `t2d` and `d2t`
+            name different tokens.
     """
     check_loss(config, recipe.batch_means, loss)
     check_frozen(frozen, config)
