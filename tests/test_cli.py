@@ -318,7 +318,7 @@ def test_features_that_are_missing_or_damaged_are_refused(work, tmp_path, capsys
         (settings("objective.ttt_length=0"), ["objective.ttt_length", "at least 1"]),
         (
             settings("objective.loss=kls"),
-            ["objective.loss = 'kls'", "'kl', 'rkl'", "'module:function'"],
+            ["objective.loss = 'kls'", "'kl', 'rkl'"],
         ),
         (settings("objective.lenght=3"), ["unknown key objective.lenght"]),
         (settings("data.held_out=10"), ["data.held_out"]),

@@ -24,7 +24,7 @@ from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences
 from eagle3fn.testing.strategies import cases, drawn
 from eagle3fn.train.optimizer import cosine_schedule
-from eagle3fn.train.recipe import OURS
+from eagle3fn.train.recipe import OURS, Recipe
 from tests.factories import GATE
 from tests.reference import Metrics, Trainer, mask_counts
 from tests.reference import model as reference_model
@@ -43,13 +43,16 @@ def named(loss: Tensor, metrics: Aux | Metrics, gradients: Params) -> Result:
     return {"loss": loss.detach(), **seen, **gradients}
 
 
-def ours(case: Case, device: str = "cpu") -> Result:
-    """By the plain numerics; means over the whole batch by SpecForge's arithmetic, which has them.
+def recipe_for(case: Case) -> Recipe:
+    """Our own for the KL; SpecForge's for its means over the whole batch.
 
-    Both at level 2: the plain expression is the KL on every device.
+    At level 2: the plain expression is the KL on every device.
     """
-    recipe = OURS if case.loss == "kl" else recipe_at(2)
-    functions = e3.bind(case.config(), on(device, tiny_frozen(case)), recipe=recipe)
+    return OURS if case.loss == "kl" else recipe_at(2)
+
+
+def ours(case: Case, device: str = "cpu") -> Result:
+    functions = e3.bind(case.config(), on(device, tiny_frozen(case)), recipe=recipe_for(case))
     compute = e3.value_and_grad(functions.forward_loss, has_aux=True)
     batch = on(device, tiny_batch(case))
     (loss, aux), gradients = compute(on(device, tiny_params(case)), batch)
@@ -217,7 +220,7 @@ def train_both(
     frozen = on(device, tiny_frozen(case))
     params = on(device, tiny_params(case))
     schedule = recursive_schedule if recursive else cosine_schedule
-    functions = e3.bind(config, frozen, recipe=OURS._replace(schedule=schedule))
+    functions = e3.bind(config, frozen, recipe=recipe_for(case)._replace(schedule=schedule))
     trainer = Trainer(config, reference_draft(case, device), frozen.target_head, recursive)
 
     state = functions.init_state(params)
@@ -256,7 +259,7 @@ def test_training_equals_the_reference(dtype: str, device: str, tally: Tally) ->
 
     @settings(max_examples=few)
     @given(
-        cases(dtype=dtype),
+        cases(dtype=dtype, loss=st.sampled_from(LOSSES)),
         optimizers(),
         st.sampled_from([8, 10, 17]),
         st.sampled_from([1, 2]),
