@@ -198,13 +198,16 @@ def test_the_side_without_specforge_names_what_to_install(monkeypatch, tmp_path:
 def test_specforge_cases_are_those_that_it_can_run(case: Case):
     assert case.target_hidden == case.hidden
     assert case.normalization == "rows"
+    assert case.loss in oracle_file.LK
     assert for_specforge(case) == case
 
 
 def test_adapted_cases_keep_all_other_fields():
     for case in drawn(20, 0):
         changed = for_specforge(case)
-        assert changed == replace(case, target_hidden=case.hidden, normalization="rows")
+        assert changed == replace(
+            case, target_hidden=case.hidden, normalization="rows", loss=changed.loss
+        )
 
 
 def in_process(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
