@@ -370,7 +370,7 @@ def _weight_sums(tally: Tally, size: Size, widths: _Widths) -> None:
 
 
 def chunks(size: Size) -> list[int]:
-    """Labels of each chunk of the head, as `head_loss.head_and_kl` cuts them on CUDA."""
+    """Labels of each chunk of the head, as `head_loss.head_and_loss` cuts them on CUDA."""
     draft = size.draft
     columns = size.k * draft.draft_vocab_size + draft.vocab_size
     most = max(1, head_loss._CUDA_CHUNK_BYTES // (C * columns))

@@ -36,8 +36,8 @@ from eagle3fn.base.types import Params
 from eagle3fn.model import layers, table
 from eagle3fn.model.fast import label_targets, plan_rows
 from eagle3fn.model.fused_layers import fused_rms_norm
-from eagle3fn.model.head_loss import Labels, head_and_kl
-from eagle3fn.model.losses import correct_rows, kl_loss, step_loss
+from eagle3fn.model.head_loss import Labels, head_and_loss
+from eagle3fn.model.losses import acceptance, correct_rows, find_loss, step_loss
 from eagle3fn.model.teacher import make_teacher
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.train.launch import World, ranks
@@ -92,7 +92,8 @@ def plain_call(
             p_full = teacher.p_full[:, i : i + s]
             correct_rows(logits.detach(), teacher.token[:, i : i + s], frozen)
             if oracle is None:
-                part, _ = step_loss(logits, p_draft, p_full, mask, None, objective, kl_loss)
+                part = step_loss(logits, p_draft, p_full, mask, None, find_loss(objective))
+                acceptance(logits.detach(), p_full)
             else:
                 part = _specforge_step(oracle, logits, p_draft, p_full, mask)
             total = total + objective.decay**i * part
@@ -146,10 +147,11 @@ def fast_call(problem: Problem, leaves: Params, hidden: Tensor, k: int) -> Gradi
 
     def loss(inner: Params) -> Tensor:
         normed = fused_rms_norm(inner[HIDDEN], inner[table.NORM], problem.draft.rms_norm_eps)
-        scores = head_and_kl(
-            normed, inner[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t
-        )
-        return scores.loss
+        head = inner[table.HEAD]
+        row_loss = find_loss(objective)
+        return head_and_loss(
+            normed, head, labels, frozen.target_head, frozen.t2d, frozen.d2t, row_loss
+        ).loss
 
     return partial(value_and_grad(loss), leaves | {HIDDEN: rows})
 

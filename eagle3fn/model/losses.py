@@ -86,7 +86,7 @@ def _rkl_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor,
 def _nla(logits: Tensor, p_full: Tensor) -> Tensor:
     # By logarithms: an acceptance rate that underflows still has its value and its gradient.
     log_draft = torch.log_softmax(logits, dim=-1)
-    return -torch.minimum(_log(p_full), log_draft).logsumexp(-1)
+    return -torch.minimum(p_full.log(), log_draft).logsumexp(-1)
 
 
 def _lk(logits: Tensor, p_draft: Tensor, p_full: Tensor, scale: float, decay: float) -> Tensor:

@@ -35,7 +35,7 @@ class Case:
     teacher: Literal["compact", "full"] = "full"
     chunk: int = 11
     normalization: Literal["mask", "rows"] = "rows"
-    loss: Literal["kl", "lk_alpha", "lk_lambda"] = "kl"
+    loss: str = "kl"
     kl_scale: float = 1.0
     kl_decay: float = 3.0
 

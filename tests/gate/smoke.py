@@ -32,10 +32,12 @@ from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Params, VocabMap
 from eagle3fn.data.extract import Encoded
 from eagle3fn.data.online import roll_out
-from eagle3fn.model import head_loss, losses
+from eagle3fn.model import head_loss
 from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
 from eagle3fn.model.kernels import score as score_kernel
+from eagle3fn.model.losses import find_loss
+from eagle3fn.specforge import arithmetic
 from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.testing.gate_part import (
     BEGAN,
@@ -215,7 +217,8 @@ def check_score(size: Size, dtype: torch.dtype) -> dict[str, float]:
     found = score_kernel.score(mine, z.to(size.device), t2d.to(size.device), kept.to(size.device))
     kl, correct, accept, known = found
     wide = logits.double()
-    expected = head_loss.score(wide, z.double(), t2d, kept)
+    kl_loss = find_loss(e3.ObjectiveConfig())
+    expected = head_loss.score(wide, z.double(), t2d, kept, kl_loss)
     expected_kl, expected_correct, expected_accept, expected_known = expected
 
     same_rows = torch.equal(correct.cpu(), expected_correct)
@@ -236,12 +239,12 @@ def check_kl(size: Size, dtype: torch.dtype) -> dict[str, float]:
     p = torch.randn(shape, generator=source).softmax(-1)
     mask = torch.tensor([1, 1, 0, 1, 0, 1]).view(1, 6, 1)
 
-    def run(kl: losses.KL, device: str, z: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    def run(kl: arithmetic.KL, device: str, z: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         z, p, mask_there = z.to(device), p.to(device), mask.to(device)
         return e3.value_and_grad(lambda x: kl(x, p, mask_there, None))(z)
 
     loss, gradient = run(mean_kl, size.device, logits, p)
-    expected_loss, expected_gradient = run(losses.kl_loss, "cpu", logits.double(), p.double())
+    expected_loss, expected_gradient = run(arithmetic.kl_loss, "cpu", logits.double(), p.double())
     return {
         "loss": error(loss, expected_loss) / KERNEL_BOUND[torch.float32],
         "gradient": error(gradient, expected_gradient) / KERNEL_BOUND[dtype],

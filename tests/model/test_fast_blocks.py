@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import eagle3fn as e3
 from eagle3fn import specforge
 from eagle3fn.base.rows import contributing_rows
 from eagle3fn.base.tree import named_leaves
@@ -18,6 +19,7 @@ from eagle3fn.base.types import Sample
 from eagle3fn.data.collate import align_mask, collate
 from eagle3fn.model import block_attention as attention
 from eagle3fn.model import fast, fused_layers, head_loss, table
+from eagle3fn.model.losses import LOSSES, find_loss
 from tests.model.blocks import (
     HEAD_SIZE,
     HEADS,
@@ -35,6 +37,8 @@ from tests.model.blocks import (
 
 # V, D: multiples of 64 and not, D = V.
 PAIRS = [(130, 64), (192, 128), (128, 128), (100, 100), (150, 70)]
+
+NAMES = list(LOSSES)
 
 # Largest error of a logit against fp64 on rounded inputs, as a part of the largest logit.
 LOGIT = {"float32": 1e-5, "bfloat16": 0.06}
@@ -76,7 +80,7 @@ def test_any_size_of_blocks_chunks_and_groups(data):
     }
     k = data.draw(st.integers(1, 7))
     with mock.patch.multiple(attention, **blocks), mock.patch.multiple(head_loss, **chunks):
-        assert_fast_is_plain(batch, pair, ttt_length=k)
+        assert_fast_is_plain(batch, pair, ttt_length=k, loss=data.draw(st.sampled_from(NAMES)))
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -146,12 +150,12 @@ def plain_mlp(x, weight, gate_up, down):
     return x + plain_swiglu(plain_norm(x, weight) @ gate_up.T) @ down.T
 
 
-def plain_kl(draft, head, labels, target_head, t2d):
+def plain_loss(draft, head, labels, target_head, t2d, loss):
     z = labels.target @ target_head.T
-    p = torch.softmax(z[:, t2d], -1)
     logits = (draft @ head.T)[torch.arange(len(draft))[:, None], labels.row]
-    kl = -(p * F.log_softmax(logits, -1)).sum(-1)
-    return (labels.weight * kl * t2d[z.argmax(-1)]).sum()
+    p_draft = torch.softmax(z[:, t2d], -1).expand_as(logits)
+    p_full = torch.softmax(z, -1)[:, t2d].expand_as(logits)
+    return (labels.weight * loss.value(logits, p_draft, p_full) * t2d[z.argmax(-1)]).sum()
 
 
 def part_of(name, generator):
@@ -204,14 +208,19 @@ def part_of(name, generator):
     row = torch.randint(0, t, (k, p), generator=generator)
     weight = draw(k, p).abs() * (torch.rand(k, p, generator=generator) < 0.7)
     labels = head_loss.Labels(draw(p, H), row, weight)
+    loss = find_loss(e3.ObjectiveConfig(loss=name))
+
+    def head_and_loss(x, head):
+        return head_loss.head_and_loss(x, head, labels, target_head, t2d, frozen.d2t, loss).loss
+
     return (
-        lambda x, head: head_loss.head_and_kl(x, head, labels, target_head, t2d, frozen.d2t).loss,
-        lambda x, head: plain_kl(x, head, labels, target_head, t2d),
+        head_and_loss,
+        lambda x, head: plain_loss(x, head, labels, target_head, t2d, loss),
         (draw(k, t, H), draw(d, H)),
     )
 
 
-PARTS = ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", "kl"]
+PARTS = ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", *NAMES]
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -297,13 +306,15 @@ def agreeing(batch, pair, dtype, k):
 
 @pytest.mark.parametrize("pair", [(128, 128), (150, 70)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_low_precision_is_as_near_to_fp64_as_plain(dtype, pair):
+@pytest.mark.parametrize("loss_name", NAMES)
+def test_low_precision_is_as_near_to_fp64_as_plain(loss_name, dtype, pair):
     """At most twice plain's error in each leaf; an argmax changes only where logits are near."""
     k = 3
     batch = agreeing(batch_of(4, (200, 170), pair[0]), pair, dtype, k)
-    (exact, exact_aux), truth = run(batch, pair, "plain", rounding=dtype, ttt_length=k)
-    (loss, aux), grads = run(batch, pair, "fast", dtype, dtype, ttt_length=k)
-    (want, _), plain = run(batch, pair, "plain", dtype, dtype, ttt_length=k)
+    options = {"ttt_length": k, "loss": loss_name}
+    (exact, exact_aux), truth = run(batch, pair, "plain", rounding=dtype, **options)
+    (loss, aux), grads = run(batch, pair, "fast", dtype, dtype, **options)
+    (want, _), plain = run(batch, pair, "plain", dtype, dtype, **options)
 
     # Loss and gradients.
     unit = torch.finfo(getattr(torch, dtype)).eps

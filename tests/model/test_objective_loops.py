@@ -11,7 +11,7 @@ import eagle3fn as e3
 from eagle3fn.base.types import Batch
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.strategies import cases
-from tests.reference.loops import objective_by_loops
+from tests.reference.loops import LOSSES, objective_by_loops
 
 
 def samples_of(batch: Batch, lengths: tuple[int, ...]) -> list[Batch]:
@@ -44,19 +44,24 @@ def check(case: Case, numerics: Any = "plain") -> None:
 
 
 @settings(max_examples=max(8, settings().max_examples // 8))  # loops over numbers are slow
-@given(cases(dtype="float64", switches=()), st.sampled_from(["drawn", "full", "one", "empty"]))
+@given(
+    cases(dtype="float64", switches=(), loss=st.sampled_from(list(LOSSES))),
+    st.sampled_from(["drawn", "full", "one", "empty"]),
+)
 def test_plain_numerics_equal_plain_loops(case: Case, mask: Any) -> None:
     """Any unroll length. No padded row is trained, as the loops have none."""
     lengths = tuple(min(length, 8) for length in case.lengths[:2])
     check(replace(case, mask=mask, lengths=lengths))
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("normalization", ["rows", "mask"])
-def test_fast_numerics_equal_plain_loops(normalization: Any, steps: int) -> None:
+def test_fast_numerics_equal_plain_loops(normalization: Any, steps: int, loss: str) -> None:
     case = Case(
         dtype="float64",
         steps=steps,
+        loss=loss,
         normalization=normalization,
         lengths=(7, 4),
         own_positions=True,

@@ -14,13 +14,13 @@ The row is trained if the row mask is 1 at `t + i`. Its label is the target's di
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import Config, ObjectiveConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.model import table
@@ -33,12 +33,47 @@ class Sums(NamedTuple):
     the loss.
     """
 
-    kl: list[float]  # -Σ_v p(v) log q(v), over known rows
+    loss: list[float]  # the row's loss, over known rows; 0 if `LOSSES` does not have it
+    kl: list[float]  # its KL
     log_accept: list[float]  # log acceptance rate, over known rows
     accept: list[float]  # acceptance rate, over known rows
     known: list[int]  # known rows
     rows: list[int]  # trained rows
     correct: list[int]  # trained rows whose most likely draft token is the target's
+
+
+def kl(p_draft: list[float], draft: list[float]) -> float:
+    """`-Σ_v p(v) log s(v)`."""
+    return -sum(p * math.log(s) for p, s in zip(p_draft, draft, strict=True))
+
+
+def reverse_kl(p_draft: list[float], draft: list[float]) -> float:
+    """`Σ_v s(v) log(s(v) / p(v))`."""
+    return sum(s * math.log(s / p) for p, s in zip(p_draft, draft, strict=True))
+
+
+def acceptance(p_full: list[float], draft: list[float]) -> float:
+    """`Σ_v min(p_full(v), s(v))`."""
+    return sum(min(p, s) for p, s in zip(p_full, draft, strict=True))
+
+
+def mixed(
+    p_draft: list[float], p_full: list[float], draft: list[float], objective: ObjectiveConfig
+) -> float:
+    """`w · kl + (1 - w) · (1 - a)`, `w = kl_scale · exp(-kl_decay · a)`, `a` the acceptance."""
+    accept = acceptance(p_full, draft)
+    weight = objective.kl_scale * math.exp(-objective.kl_decay * accept)
+    return weight * kl(p_draft, draft) + (1 - weight) * (1 - accept)
+
+
+LOSSES: dict[str, Callable[[list[float], list[float], list[float], ObjectiveConfig], float]] = {
+    "kl": lambda p_draft, p_full, draft, objective: kl(p_draft, draft),
+    "rkl": lambda p_draft, p_full, draft, objective: reverse_kl(p_draft, draft),
+    "nla": lambda p_draft, p_full, draft, objective: -math.log(acceptance(p_full, draft)),
+    "lk": mixed,
+}
+"""A row's loss from its teacher over the draft vocabulary, the same tokens' probabilities under the
+full one, the draft's probabilities, and the settings."""
 
 
 class Objective(NamedTuple):
@@ -56,7 +91,10 @@ def objective_by_loops(
 
     `L_i` is, over the rows of step `i`, by `objective.loss`:
 
-        kl         Σ kl / n,  n = trained rows, at least 1, or `places` under "rows"
+        one of `LOSSES`   Σ loss / n,  n = trained rows, at least 1, or `places` under "rows"
+
+    or a mean over known rows, as SpecForge has two:
+
         lk_alpha   mean of -log(acceptance rate)
         lk_lambda  w · kl + (1 - w) · (1 - a),  w = kl_scale · exp(-kl_decay · a),
                    a = mean acceptance rate
@@ -73,15 +111,15 @@ def objective_by_loops(
     sums = Sums(*([0] * steps for _ in Sums._fields))  # pyright: ignore[reportArgumentType]
     for sample in samples:
         logits = unroll(params, frozen, config.draft, sample, steps)
-        add_rows(sums, frozen, sample, logits)
+        add_rows(sums, frozen, sample, logits, objective)
 
     losses = []
     for i in range(steps):
         count = places if objective.normalization == "rows" else max(sums.rows[i], 1)
         kl = sums.kl[i] / count
         known = max(sums.known[i], 1e-8)
-        if objective.loss == "kl":
-            losses.append(kl)
+        if objective.loss in LOSSES:
+            losses.append(sums.loss[i] / count)
         elif objective.loss == "lk_alpha":
             losses.append(-sums.log_accept[i] / known)
         else:
@@ -151,7 +189,13 @@ def unroll(
     return logits
 
 
-def add_rows(sums: Sums, frozen: Frozen, sample: Batch, logits: list[list[Tensor]]) -> None:
+def add_rows(
+    sums: Sums,
+    frozen: Frozen,
+    sample: Batch,
+    logits: list[list[Tensor]],
+    objective: ObjectiveConfig,
+) -> None:
     """Add one sample's trained rows to the sums."""
     s = len(sample.input_ids)
     kept = frozen.t2d.nonzero()[:, 0].tolist()  # target ids of the draft vocabulary
@@ -177,11 +221,10 @@ def add_rows(sums: Sums, frozen: Frozen, sample: Batch, logits: list[list[Tensor
             p_draft = torch.softmax(target[kept], 0).tolist()
             p_full = torch.softmax(target, 0)[kept].tolist()
             draft = torch.softmax(logits[i][t], 0).tolist()
-            accept = 0.0
-            for target_p, draft_p in zip(p_full, draft, strict=True):
-                accept += min(target_p, draft_p)
-            for target_p, draft_p in zip(p_draft, draft, strict=True):
-                sums.kl[i] -= target_p * math.log(draft_p)
+            accept = acceptance(p_full, draft)
+            if objective.loss in LOSSES:
+                sums.loss[i] += LOSSES[objective.loss](p_draft, p_full, draft, objective)
+            sums.kl[i] += kl(p_draft, draft)
             sums.accept[i] += accept
             sums.log_accept[i] += math.log(accept)
             sums.known[i] += 1

@@ -7,6 +7,7 @@ it is the model's forward and `.backward()`.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from torch import Tensor
 
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model.forward import Operations, forward_plain
-from eagle3fn.model.losses import KL
-from eagle3fn.specforge.arithmetic import operations_on
+from eagle3fn.specforge.arithmetic import KL, step_loss
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.specforge.oracle import Oracle, run_oracle
@@ -65,8 +65,7 @@ def loss_with(
     """
 
     def forward(params: Params, batch: Batch, *, config: Any, frozen: Frozen) -> tuple[Tensor, Aux]:
-        hidden = batch.aux_hidden
-        operations = operations_on(hidden.device, hidden.dtype)._replace(kl=kl)
+        operations = Operations(step_loss=partial(step_loss, kl=kl))
         if attention == "flex_attention":
             operations = with_flex(operations)
         if change is not None:

@@ -4,10 +4,12 @@ Levels are those of `eagle3fn.specforge.oracle`.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
-import eagle3fn as e3
 from eagle3fn import specforge
+from eagle3fn.model.forward import Operations, forward_plain
+from eagle3fn.specforge.arithmetic import kl_loss, step_loss
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle, load_oracle, run_oracle
 from eagle3fn.testing.builders import Case
@@ -38,10 +40,16 @@ def level_on(device: str) -> Level:
 def loss_at(level: Level) -> ForwardLoss:
     """Our side's loss.
 
-    At level 1 it is SpecForge's arithmetic, which on a card has a Triton kernel. At level 2 it is
-    the plain unroll, whose loss is the plain expression on every device.
+    At level 1 its KL is SpecForge's, which on a card is a Triton kernel. At level 2 it is the plain
+    expression on every device.
     """
-    return specforge.forward_loss if level == 1 else e3.forward_loss
+    return specforge.forward_loss if level == 1 else eager_forward_loss
+
+
+def eager_forward_loss(params: Any, batch: Any, *, config: Any, frozen: Any) -> Any:
+    """SpecForge's arithmetic, with the plain expression as its KL."""
+    operations = Operations(step_loss=partial(step_loss, kl=kl_loss))
+    return forward_plain(params, batch, config=config, frozen=frozen, operations=operations)
 
 
 def recipe_at(level: Level) -> Recipe:

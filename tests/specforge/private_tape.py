@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.model.forward import Operations
-from eagle3fn.model.losses import KL
+from eagle3fn.specforge.arithmetic import KL
 from eagle3fn.specforge.oracle import Oracle
 
 

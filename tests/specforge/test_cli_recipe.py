@@ -120,6 +120,26 @@ def test_settings_win_over_the_recipes(data: Path, tmp_path: Path) -> None:
     assert 'numerics = "plain"' in text
 
 
+def test_means_over_the_batch_need_the_recipe(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Without it the refusal names the losses by row, and the recipe."""
+    setting = ("--set", "objective.loss=lk_alpha")
+    assert main(train(data, tmp_path, *setting)) == 2
+    line = capsys.readouterr().err
+    assert "objective.loss = 'lk_alpha'" in line
+    assert "write nla or lk" in line
+    assert "--recipe specforge" in line
+
+    # With it, one micro-batch an update.
+    split = ("--set", "data.global_batch=4", "--set", "data.micro_batch=2")
+    assert main(train(data, tmp_path, *setting, "--recipe", "specforge", *split)) == 2
+    assert "data.micro_batch = 2: must be 4" in capsys.readouterr().err
+    one = ("--set", "data.global_batch=2", "--set", "data.micro_batch=2")
+    more = ("--set", "train.steps=1", "--recipe", "specforge", *one)
+    assert main(train(data, tmp_path, *setting, *more)) == 0
+
+
 OLD = [
     ("objective.numerics=legacy", "write objective.numerics=plain"),
     ("optimizer.schedule=legacy", "write --recipe specforge"),

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.model.losses import KL, kl_loss
 from eagle3fn.specforge import kl_kernel
-from eagle3fn.specforge.arithmetic import kl_on, operations_on
+from eagle3fn.specforge.arithmetic import KL, kl_loss, kl_on
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.kl_kernel import LARGEST, launch_shape, mean_kl
 from eagle3fn.specforge.oracle import ENVIRONMENT, Oracle, run_oracle
@@ -234,7 +233,6 @@ def test_the_kernel_is_chosen_on_cuda_alone() -> None:
     assert kl_on(cuda, torch.float32) is mean_kl
     assert kl_on(cuda, torch.float64) is kl_loss
     assert kl_on(cpu, torch.bfloat16) is kl_loss
-    assert operations_on(cuda, torch.bfloat16).kl is mean_kl
 
 
 def test_without_triton_the_message_has_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

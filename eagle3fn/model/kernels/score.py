@@ -1,4 +1,4 @@
-"""`head_loss.score` of the KL as two Triton kernels: a program for each label, then one for each pair.
+"""`head_loss.score` of the KL as two Triton kernels: a program for each label, then for each pair.
 
 The label's kernel reduces the teacher's logits to two log-sum-exps and an argmax. The draft row's
 kernel then reads its logits twice in blocks of columns, with a running maximum and sum: first for
@@ -24,9 +24,9 @@ tl: Any = (
 
 
 def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> PairScores:
-    """`head_loss.score` of the KL, to rounding, of bf16, fp16 or fp32; on CUDA, or interpreted on the CPU.
+    """`head_loss.score` of the KL, to rounding; on CUDA, or interpreted on the CPU.
 
-    Overwrites `logits` with the KL's gradient by them.
+    Takes bf16, fp16 or fp32. Overwrites `logits` with the KL's gradient by them.
 
     Args:
         logits: the draft's, `(K, P, D)`, contiguous.
