@@ -106,14 +106,13 @@ def is_sharded(leaf: Any) -> bool:
     return hasattr(leaf, "placements")
 
 
-def own_rows(tree: Any, mesh: DeviceMesh | None) -> Any:
-    """Copies of this rank's rows of a plain tree that all ranks hold alike. No communication."""
-
-    def cut(leaf: Tensor) -> Tensor:
+def own_rows(params: Params, mesh: DeviceMesh | None) -> Params:
+    """Copies of this rank's rows of parameters that all ranks hold alike. No communication."""
+    own = {}
+    for name, leaf in params.items():
         rows = rows_of(len(leaf), *_ranks_of(mesh))
-        return leaf[rows.start : rows.stop].clone()
-
-    return tree_map(cut, tree)
+        own[name] = leaf[rows.start : rows.stop].clone()
+    return own
 
 
 def place(tree: Any, like: Any, mesh: DeviceMesh | None) -> Any:
@@ -230,10 +229,6 @@ def check_placed(state: TrainState, mesh: DeviceMesh | None) -> None:
             )
         if isinstance(leaf, Donated):
             raise UserError(_DONATED)
-        if leaf.requires_grad:
-            raise UserError(
-                f"state.{name} requires a gradient, which step does not have: detach it"
-            )
 
         placements = getattr(leaf, "placements", None)
         if placements and not placements[0].is_shard(0):

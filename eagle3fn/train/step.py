@@ -14,7 +14,7 @@ from eagle3fn.base.dtypes import wide
 from eagle3fn.base.entries import entry_by_entry, is_transformed
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.grad import value_and_grad
-from eagle3fn.base.tree import tree_map
+from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_micro_batches
 from eagle3fn.model.forward import ForwardLoss, forward_loss
@@ -36,7 +36,8 @@ Metrics = dict[str, Any]
 """What `step` reports of an update, by name."""
 
 _NO_DERIVATIVE = (
-    "differentiate forward_loss under objective.numerics = 'plain', with an update of your own"
+    "differentiate forward_loss under objective.numerics = 'plain' and an update of your own, or "
+    "detach the state"
 )
 
 
@@ -95,7 +96,14 @@ def step(
     """
     if is_transformed() and (donate or mesh is not None):
         given = "donate=True" if donate else "a mesh"
-        raise UserError(f"step under torch.func.vmap: {given} cannot be had there; leave it out")
+        raise UserError(f"step: {given} does not go under torch.func; leave it out")
+    if isinstance(rate, Tensor) and rate.ndim:
+        raise UserError(
+            f"step: rate has shape {tuple(rate.shape)}; it must be a number: map step over rates "
+            "by torch.func.vmap"
+        )
+    if any(getattr(leaf, "requires_grad", False) for leaf in named_leaves((state, rate)).values()):
+        raise UserError(f"step has no derivative; {_NO_DERIVATIVE}")
 
     batches = (batch,) if isinstance(batch, Batch) else tuple(batch)
     update = partial(_step, config=config, mesh=mesh, donate=donate, recipe=recipe)
@@ -120,8 +128,8 @@ def _step(
     check_placed(state, mesh)
     number = int(state.step)
     if rate is None:
-        schedule = made_schedule(recipe.schedule, config.optimizer, config.train.steps)
-        rate = schedule(number)
+        rate = made_schedule(recipe.schedule, config.optimizer, config.train.steps)(number)
+    rate = float(rate)
 
     # This rank's gradients, then each rank's rows of all ranks' sum.
     params = full_params(state.params)
@@ -134,7 +142,7 @@ def _step(
     # One norm of the whole gradient, the same on all ranks.
     rows = {name: len(leaf) for name, leaf in state.masters.items()}
     norm = global_norm(grads, rows, mesh, reduction)
-    metrics |= {"grad_norm": norm, "learning_rate": float(rate), "skipped": 0}
+    metrics |= {"grad_norm": norm, "learning_rate": rate, "skipped": 0}
 
     # Drop an update that is not finite, where that is wanted.
     before = take(state, mesh) if donate else state
@@ -146,7 +154,7 @@ def _step(
     parts = local(before)
     grads = clip(grads, norm, config.optimizer.max_grad_norm, donate)
     leaves = leaves_of(config, rows, mesh)
-    info = UpdateInfo(number, float(rate), leaves, donate)
+    info = UpdateInfo(number, rate, leaves, donate)
     optimizer = recipe.optimizer or named_optimizer(config.optimizer)
     masters, opt = optimizer.update(grads, parts.opt, parts.masters, info)
 
