@@ -18,8 +18,8 @@ from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_micro_batches
 from eagle3fn.model.forward import ForwardLoss, forward_loss
-from eagle3fn.train.optimizer import UpdateInfo, clip, made_schedule, named_optimizer
-from eagle3fn.train.recipe import OURS, Recipe
+from eagle3fn.train.optimizer import UpdateInfo, clip, made_schedule
+from eagle3fn.train.recipe import OURS, Recipe, optimizer_of
 from eagle3fn.train.reduce import check_ranks, global_norm, over_ranks, to_shards, total
 from eagle3fn.train.shard import (
     check_placed,
@@ -28,6 +28,7 @@ from eagle3fn.train.shard import (
     local,
     own_rows,
     place,
+    ranks_of,
     state_of,
     take,
 )
@@ -49,10 +50,9 @@ def init_state(
 
     Under a mesh every rank gives the same whole `params` and keeps its rows of each leaf.
     """
-    whole = {name: value.detach() for name, value in params.items()}
-    shapes = {name: value.to("meta") for name, value in whole.items()}
-    state = state_of(own_rows(whole, mesh), config, recipe.optimizer)
-    return place(state, state_of(shapes, config, recipe.optimizer), mesh)
+    own = own_rows(params, *ranks_of(mesh))
+    whole = {name: value.to("meta") for name, value in params.items()}
+    return place(state_of(own, config, recipe), state_of(whole, config, recipe), mesh)
 
 
 def step(
@@ -121,7 +121,7 @@ def _step(
     recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
     # Refuse what does not fit, before any work.
-    world = 1 if mesh is None else mesh.size()
+    world, _ = ranks_of(mesh)
     reduction = config.train.reduce
     check_micro_batches(batches, config, world, recipe.batch_means)
     check_ranks(world, reduction)
@@ -153,10 +153,8 @@ def _step(
     # The optimizer's update of this rank's rows, and the parameters cast from the new masters.
     parts = local(before)
     grads = clip(grads, norm, config.optimizer.max_grad_norm, donate)
-    leaves = leaves_of(config, rows, mesh)
-    info = UpdateInfo(number, rate, leaves, donate)
-    optimizer = recipe.optimizer or named_optimizer(config.optimizer)
-    masters, opt = optimizer.update(grads, parts.opt, parts.masters, info)
+    info = UpdateInfo(number, rate, leaves_of(config, rows, mesh), donate)
+    masters, opt = optimizer_of(config, recipe).update(grads, parts.opt, parts.masters, info)
 
     params = {}
     for name, master in masters.items():

@@ -55,7 +55,7 @@ def shards_of_any_size_gather_to_the_whole(mesh: DeviceMesh, world: World) -> No
         "two": torch.arange(10).view(2, 5),
         "one": torch.ones(1),
     }
-    own = own_rows(tree, mesh)
+    own = own_rows(tree, mesh.size(), world.rank)
     tree["none"] = own["none"] = torch.tensor(3)
     parts = place(own, tree, mesh)
     rows = rows_of(7, mesh.size(), world.rank)
