@@ -41,7 +41,7 @@ def micro_batches(step: int, size: int, mesh: DeviceMesh | None) -> tuple[Batch,
     world = 1 if mesh is None else mesh.size()
     rank = 0 if mesh is None else mesh.get_local_rank()
     block = len(parts) // world
-    counts = global_row_counts(parts, 4)
+    counts = global_row_counts(parts)
     mine = parts[rank * block : (rank + 1) * block]
     return tuple(part._replace(row_counts=counts) for part in mine)
 
