@@ -57,7 +57,15 @@ class Optimizer(NamedTuple):
     the clipped gradients. It returns the next parameters, and not an increment to add as in optax:
     the last multiplication and the addition are then one operation with one rounding (`addcdiv` on
     CUDA), as in `torch.optim`. Arguments stay as they are unless `info.donate`, under which the
-    bits must be the same.
+    bits must be the same. Gradient descent on the sign, as a function that `optimizer.name` may
+    name:
+
+        def sign_descent(config: OptimizerConfig) -> Optimizer:
+            def update(grads, state, params, info):
+                after = {name: params[name] - info.rate * g.sign() for name, g in grads.items()}
+                return after, state
+
+            return Optimizer(init=lambda params, roles: {}, update=update)
     """
 
     init: Callable[[Params, dict[str, Role]], Any]

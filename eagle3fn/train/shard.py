@@ -244,7 +244,7 @@ def _refuse(*args: Any, **kwargs: Any) -> Any:
 class Donated(Tensor):
     """What a leaf becomes when its buffer was donated: every operation on it raises."""
 
-    __torch_function__ = classmethod(_refuse)
+    __torch_function__ = classmethod(_refuse)  # pyright: ignore[reportAssignmentType]
 
 
 class _DonatedShard(Tensor):

@@ -105,6 +105,8 @@ def step(
     if any(getattr(leaf, "requires_grad", False) for leaf in named_leaves((state, rate)).values()):
         raise UserError(f"step has no derivative; {_NO_DERIVATIVE}")
 
+    # Detached: a module's parameters among them would make what vmap returns require a gradient.
+    frozen = tree_map(Tensor.detach, frozen)
     batches = (batch,) if isinstance(batch, Batch) else tuple(batch)
     update = partial(_step, config=config, mesh=mesh, donate=donate, recipe=recipe)
     return entry_by_entry(update, _NO_DERIVATIVE)(state, batches, frozen, rate)

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
+from eagle3fn.model.table import Role
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.launch import World, ranks
@@ -89,7 +90,7 @@ def every_optimizer_has_the_bits_of_one_process(mesh: DeviceMesh, world: World) 
 def own_optimizer_may_have_leaves_without_axes(mesh: DeviceMesh, world: World) -> None:
     """But none of another shape than a parameter's rows."""
 
-    def counting(init: Callable[[Params, dict[str, str]], Any]) -> Optimizer:
+    def counting(init: Callable[[Params, dict[str, Role]], Any]) -> Optimizer:
         return Optimizer(init, lambda grads, state, params, info: (params, state))
 
     config = uneven_config()

@@ -10,7 +10,7 @@ from torch.func import grad, jvp, vmap
 
 import eagle3fn as e3
 from eagle3fn.base.entries import entry_by_entry
-from eagle3fn.base.tree import equal, tree_map
+from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Batch, TrainState
 from eagle3fn.train.bind import Functions
 from eagle3fn.train.optimizer import OPTIMIZERS
@@ -104,7 +104,10 @@ def test_batches_may_be_the_mapped_axis() -> None:
     batches = [make_batch(seed, (7, 5)) for seed in range(2)]
     fields = [torch.stack(column) for column in zip(*(b[:5] for b in batches), strict=True)]
 
-    found, _ = vmap(lambda *fields: fns.step(state, Batch(*fields)))(*fields)
+    def update(*fields: torch.Tensor) -> Any:
+        return fns.step(state, Batch(*fields))  # pyright: ignore[reportCallIssue]
+
+    found, _ = vmap(update)(*fields)
     for i, batch in enumerate(batches):
         assert equal(entry(found, i), fns.step(state, batch)[0])
 
@@ -116,6 +119,18 @@ def test_arguments_stay_as_they_are() -> None:
     batch = make_batch(0, (7, 5))
     vmap(lambda state: fns.step(state, batch))(states)
     assert equal(states, before)
+
+
+def test_frozen_parameters_of_a_module_leave_results_without_a_gradient() -> None:
+    config = make_config()
+    frozen = make_frozen(config)
+    module = torch.nn.Parameter(frozen.target_head)
+    fns = e3.bind(config, frozen._replace(target_head=module))
+    state = fns.init_state(fns.init(0))
+    batch = make_batch(0, (7, 5))
+    after, metrics = vmap(lambda rate: fns.step(state, batch, rate=rate))(RATES)
+    assert not any(leaf.requires_grad for leaf in named_leaves((after, metrics)).values())
+    assert equal(entry(after, 1), fns.step(state, batch, rate=RATES[1])[0])
 
 
 def test_rate_replaces_the_schedules() -> None:
