@@ -7,6 +7,8 @@ import optree
 import torch
 from torch import Tensor
 
+from eagle3fn.base.errors import UserError
+
 
 def is_transformed() -> bool:
     """Whether this runs inside `torch.func.vmap`, `grad`, `vjp` or `jvp`."""
@@ -26,7 +28,7 @@ def entry_by_entry(function: Callable[..., Any], remedy: str) -> Callable[..., A
         remedy: what to do instead of differentiating it, for the error message.
 
     Returns:
-        The function, of positional arguments. Differentiating it raises `RuntimeError`.
+        The function, of positional arguments. Differentiating it raises `UserError`.
     """
 
     def wrapped(*args: Any) -> Any:
@@ -60,7 +62,7 @@ class _Call:
         return tuple(map(_as_tensor, flat))
 
     def refuse(self) -> None:
-        raise RuntimeError(f"this function has no derivative; {self.remedy}")
+        raise UserError(f"this function has no derivative; {self.remedy}")
 
 
 def _as_tensor(value: Any) -> Tensor:

@@ -52,11 +52,11 @@ def bind(
     if _has_values(frozen.t2d) and _has_values(frozen.d2t):
         vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
         check_map(vocab_map, config.draft.vocab_size, config.draft.draft_vocab_size, "frozen")
-    if optimizer is not None:
-        recipe = recipe._replace(optimizer=optimizer)
 
     if loss is not None:
         recipe = recipe._replace(loss=partial(recipe.loss, loss=loss))
+    if optimizer is not None:
+        recipe = recipe._replace(optimizer=optimizer)
     return Functions(
         init=partial(recipe.start, config, frozen),
         forward_loss=partial(recipe.loss, config=config, frozen=frozen),

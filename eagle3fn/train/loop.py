@@ -128,7 +128,7 @@ def _newest_checkpoint(run: Run) -> Path | None:
 
 
 def _resume(run: Run, path: Path) -> tuple[TrainState, LoopState]:
-    empty = empty_state(run.config, run.device, run.mesh, run.recipe.optimizer)
+    empty = empty_state(run.config, run.device, run.mesh, run.recipe)
     state, extra, rng = load_checkpoint(path, empty, run.config, run.data, run.world)
     torch.set_rng_state(rng)
     return state, LoopState(**extra)

@@ -12,7 +12,7 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import named_leaves
-from eagle3fn.train.optimizer import Optimizer
+from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.shard import LeafSpec, specs
 
 GIB = 2**30
@@ -36,11 +36,7 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(
-    config: Config,
-    ranks: int = 1,
-    tokens: int = 0,
-    tied: bool = False,
-    optimizer: Optimizer | None = None,
+    config: Config, ranks: int = 1, tokens: int = 0, tied: bool = False, recipe: Recipe = OURS
 ) -> MemoryPlan:
     """Count from shapes alone; nothing is allocated.
 
@@ -49,11 +45,11 @@ def plan_memory(
         ranks: processes that share the state; every leaf is cut along its rows.
         tokens: of all samples, for the size of their features.
         tied: the target's head and embedding are one tensor.
-        optimizer: a user's own, as for `bind`.
+        recipe: may have an optimizer of your own.
     """
     # The state: what rank 0 holds, and how many values there are in all.
     draft = config.draft
-    state = specs(config, ranks, rank=0, optimizer=optimizer)
+    state = specs(config, ranks, 0, recipe)
     params = _held_bytes(state.params)
     masters = _held_bytes(state.masters)
     whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _leaves(state))
@@ -130,12 +126,7 @@ def _readable(count: int) -> str:
 
 
 def check_fits(
-    config: Config,
-    ranks: int,
-    limit: float,
-    where: str,
-    tied: bool = False,
-    optimizer: Optimizer | None = None,
+    config: Config, ranks: int, limit: float, where: str, tied: bool = False, recipe: Recipe = OURS
 ) -> None:
     """Refuse a run whose ranks need more than `limit` bytes each, before anything is loaded.
 
@@ -143,14 +134,14 @@ def check_fits(
         UserError: names both sizes, the largest part, and the number of ranks that could do, if
             any.
     """
-    plan = plan_memory(config, ranks, 0, tied, optimizer)
+    plan = plan_memory(config, ranks, 0, tied, recipe)
     if plan.needed <= limit:
         return
 
     # The remedy: the smallest number of ranks that would do.
     remedy = "more ranks won't do: take a smaller draft vocabulary or target"
     for more in (2, 4, 8, 16, 32, 64):
-        if more > ranks and plan_memory(config, more, 0, tied, optimizer).needed <= limit:
+        if more > ranks and plan_memory(config, more, 0, tied, recipe).needed <= limit:
             remedy = f"start {more} ranks"
             break
 

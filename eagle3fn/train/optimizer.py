@@ -16,6 +16,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.named import find
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Params
+from eagle3fn.model.table import Role
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ _BLOCK_BYTES = 16 << 20  # of a leaf, updated at once
 class Leaf(NamedTuple):
     """What an update can ask about a leaf, of which a rank holds a block of rows."""
 
-    role: str  # "matrix", "norm", "embedding" or "head"
+    role: Role  # "matrix", "norm", "embedding" or "head"
     # A tensor with this rank's rows of the leaf → with the rows of all ranks, which all must call.
     whole: Callable[[Tensor], Tensor]
     own: Callable[[Tensor], Tensor]  # … and back: a tensor with all rows → with this rank's
@@ -56,10 +57,18 @@ class Optimizer(NamedTuple):
     the clipped gradients. It returns the next parameters, and not an increment to add as in optax:
     the last multiplication and the addition are then one operation with one rounding (`addcdiv` on
     CUDA), as in `torch.optim`. Arguments stay as they are unless `info.donate`, under which the
-    bits must be the same.
+    bits must be the same. Gradient descent on the sign, as a function that `optimizer.name` may
+    name:
+
+        def sign_descent(config: OptimizerConfig) -> Optimizer:
+            def update(grads, state, params, info):
+                after = {name: params[name] - info.rate * g.sign() for name, g in grads.items()}
+                return after, state
+
+            return Optimizer(init=lambda params, roles: {}, update=update)
     """
 
-    init: Callable[[Params, dict[str, str]], Any]
+    init: Callable[[Params, dict[str, Role]], Any]
     update: Callable[[Params, Any, Params, UpdateInfo], tuple[Params, Any]]
 
 
@@ -98,7 +107,7 @@ def adamw(config: OptimizerConfig) -> Optimizer:
     so the operations on lists are used, with one leaf each. On a CPU both are the same.
     """
 
-    def init(params: Params, roles: dict[str, str]) -> Moments:
+    def init(params: Params, roles: dict[str, Role]) -> Moments:
         return Moments(zeros(params), zeros(params))
 
     def update(grads: Params, state: Moments, params: Params, info: UpdateInfo) -> Any:
@@ -148,7 +157,7 @@ def muon(config: OptimizerConfig, momentum: float = 0.95) -> Optimizer:
     """
     others = adamw(config)
 
-    def init(params: Params, roles: dict[str, str]) -> MuonState:
+    def init(params: Params, roles: dict[str, Role]) -> MuonState:
         matrices = {name: leaf for name, leaf in params.items() if roles[name] == "matrix"}
         rest = {name: leaf for name, leaf in params.items() if name not in matrices}
         return MuonState(zeros(matrices), others.init(rest, roles))

@@ -14,7 +14,7 @@ from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.pipeline import Order, shuffled
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.model.table import init_params, start_from_target
-from eagle3fn.train.optimizer import MakeSchedule, Optimizer, cosine_schedule
+from eagle3fn.train.optimizer import MakeSchedule, Optimizer, cosine_schedule, named_optimizer
 
 Start = Callable[[Config, Frozen, int], Params]
 """As `start`: `(config, frozen, seed)` → the draft's first parameters."""
@@ -54,3 +54,8 @@ class Recipe(NamedTuple):
 
 OURS = Recipe()
 """This package's own."""
+
+
+def optimizer_of(config: Config, recipe: Recipe) -> Optimizer:
+    """The recipe's optimizer, or the one that `optimizer.name` names."""
+    return recipe.optimizer or named_optimizer(config.optimizer)

@@ -19,7 +19,7 @@ from eagle3fn.base.dtypes import wide
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import pack, tree_map, unpack
 from eagle3fn.base.types import Params
-from eagle3fn.train.shard import gather_rows, padded, rows_of
+from eagle3fn.train.shard import gather_rows, padded, ranks_of, rows_of
 
 # The name before torch 2.13 is `reduce_scatter_tensor`.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -64,10 +64,10 @@ def check_ranks(world: int, reduction: str) -> None:
 
 def over_ranks(tree: Any, mesh: DeviceMesh | None, reduction: str) -> Any:
     """Small tensors summed over the ranks, the same on all."""
-    if mesh is None or mesh.size() == 1:
+    world, _ = ranks_of(mesh)
+    if world == 1:
         return tree
-    world = mesh.size()
-    every = gather_rows(pack(tree)[None], world, mesh.get_group(), world)
+    every = gather_rows(pack(tree)[None], world, mesh)
     return total((unpack(row, tree) for row in every), world, reduction)
 
 
@@ -83,8 +83,8 @@ def _to_shard(grad: Tensor, mesh: DeviceMesh | None, reduction: str) -> Tensor:
     """This rank's rows of the sum of all ranks' `grad`."""
     if mesh is None or mesh.size() == 1:
         return grad
-    world = mesh.size()
-    rows = rows_of(len(grad), world, mesh.get_local_rank())
+    world, rank = ranks_of(mesh)
+    rows = rows_of(len(grad), world, rank)
     block = -(-len(grad) // world)
 
     # Collectives want blocks of one size.
@@ -123,7 +123,7 @@ def global_norm(
 
 
 def _norm_by_rows(grads: Params, lengths: dict[str, int], mesh: DeviceMesh | None) -> Tensor:
-    world = 1 if mesh is None else mesh.size()
+    world, _ = ranks_of(mesh)
 
     # A sum of squares for each row of this rank's shards, padded to blocks of one size.
     blocks = [-(-lengths[name] // world) for name in grads]
@@ -133,9 +133,7 @@ def _norm_by_rows(grads: Params, lengths: dict[str, int], mesh: DeviceMesh | Non
         parts.append(padded(row_sums, block))
 
     # All ranks' row sums: (ranks, Σ blocks).
-    every = torch.cat(parts)[None]
-    if mesh is not None and world > 1:
-        every = gather_rows(every, world, mesh.get_group(), world)
+    every = gather_rows(torch.cat(parts)[None], world, mesh)
 
     # Leaf by leaf the rows of all ranks, without the padding at the end.
     leaves = []

@@ -79,7 +79,7 @@ def prepare(
     device = check_device(world.device(config.train.device))
     tied = target.head is target.embed_tokens
     where = f"the memory of {device}"
-    check_fits(config, world.size, memory_of(device), where, tied, recipe.optimizer)
+    check_fits(config, world.size, memory_of(device), where, tied, recipe)
 
     # What is never differentiated; a draft of another width trains an embedding of its own.
     dtype = getattr(torch, config.train.dtype)

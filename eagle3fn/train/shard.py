@@ -7,7 +7,8 @@ fewer, or none.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.base.types import Params, TrainState
 from eagle3fn.model.table import roles, shapes
-from eagle3fn.train.optimizer import Leaf, Optimizer, named_optimizer
+from eagle3fn.train.optimizer import Leaf
+from eagle3fn.train.recipe import OURS, Recipe, optimizer_of
 
 # The name before torch 2.13 is `all_gather_into_tensor`.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,59 +40,57 @@ class LeafSpec:
 
 
 def state_specs(
-    config: Config, mesh: DeviceMesh | None = None, optimizer: Optimizer | None = None
+    config: Config, mesh: DeviceMesh | None = None, recipe: Recipe = OURS
 ) -> TrainState:
     """What every leaf of the state will be on this rank, in the state's structure.
 
-    Nothing is allocated. `optimizer` is a user's own, as for `bind`.
+    Nothing is allocated. `recipe` may have an optimizer of your own.
     """
-    return specs(config, *_ranks_of(mesh), optimizer)
+    return specs(config, *ranks_of(mesh), recipe)
 
 
-def specs(config: Config, world: int, rank: int, optimizer: Optimizer | None = None) -> TrainState:
+def specs(config: Config, world: int, rank: int, recipe: Recipe = OURS) -> TrainState:
     """The same for any number of ranks, without a mesh: a `TrainState` of `LeafSpec`."""
 
     def spec(whole: Tensor, own: Tensor) -> LeafSpec:
         placement = "Shard(0)" if whole.ndim else "Replicate()"
         return LeafSpec(tuple(whole.shape), whole.dtype, placement, tuple(own.shape))
 
-    whole = state_of(_empty_params(config, "meta"), config, optimizer)
-    own = state_of(_empty_params(config, "meta", world, rank), config, optimizer)
-    return tree_map(spec, whole, own)
+    whole = _meta_params(config)
+    own = own_rows(whole, world, rank)
+    return tree_map(spec, state_of(whole, config, recipe), state_of(own, config, recipe))
 
 
-def state_of(params: Params, config: Config, optimizer: Optimizer | None = None) -> TrainState:
+def state_of(params: Params, config: Config, recipe: Recipe = OURS) -> TrainState:
     """The first state of a rank that holds these rows of the parameters, as plain tensors."""
-    optimizer = optimizer or named_optimizer(config.optimizer)
     masters = {}
     for name, part in params.items():
         masters[name] = part.to(at_least_fp32(part.dtype), copy=True)
-    opt = optimizer.init(masters, roles(config.draft))
+    opt = optimizer_of(config, recipe).init(masters, roles(config.draft))
     return TrainState(params, masters, opt, torch.zeros((), dtype=torch.int64, device="cpu"))
 
 
-def _empty_params(config: Config, device: str, world: int = 1, rank: int = 0) -> Params:
-    """Uninitialized rows of a rank; on the device "meta" shapes and dtypes alone."""
-    dtype = getattr(torch, config.train.dtype)
-    params = {}
-    for name, shape in shapes(config.draft).items():
-        own = (len(rows_of(shape[0], world, rank)), *shape[1:])
-        params[name] = torch.empty(own, dtype=dtype, device=device)
-    return params
-
-
 def empty_state(
-    config: Config, device: str, mesh: DeviceMesh | None = None, optimizer: Optimizer | None = None
+    config: Config, device: str, mesh: DeviceMesh | None = None, recipe: Recipe = OURS
 ) -> TrainState:
     """A state of uninitialized leaves, placed as `init_state` places them: to read a checkpoint
     into.
     """
-    own = _empty_params(config, device, *_ranks_of(mesh))
-    whole = state_of(_empty_params(config, "meta"), config, optimizer)
-    return place(state_of(own, config, optimizer), whole, mesh)
+    whole = _meta_params(config)
+    own = {}
+    for name, part in own_rows(whole, *ranks_of(mesh)).items():
+        own[name] = torch.empty_like(part, device=device)
+    return place(state_of(own, config, recipe), state_of(whole, config, recipe), mesh)
 
 
-def _ranks_of(mesh: DeviceMesh | None) -> tuple[int, int]:
+def _meta_params(config: Config) -> Params:
+    """The parameters' shapes and dtype alone."""
+    dtype = getattr(torch, config.train.dtype)
+    table = shapes(config.draft).items()
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in table}
+
+
+def ranks_of(mesh: DeviceMesh | None) -> tuple[int, int]:
     """The number of ranks, and this one."""
     return (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
 
@@ -106,14 +106,13 @@ def is_sharded(leaf: Any) -> bool:
     return hasattr(leaf, "placements")
 
 
-def own_rows(tree: Any, mesh: DeviceMesh | None) -> Any:
-    """Copies of this rank's rows of a plain tree that all ranks hold alike. No communication."""
-
-    def cut(leaf: Tensor) -> Tensor:
-        rows = rows_of(len(leaf), *_ranks_of(mesh))
-        return leaf[rows.start : rows.stop].clone()
-
-    return tree_map(cut, tree)
+def own_rows(params: Params, world: int, rank: int) -> Params:
+    """Copies of a rank's rows of parameters that all ranks hold alike."""
+    own = {}
+    for name, leaf in params.items():
+        rows = rows_of(len(leaf), world, rank)
+        own[name] = leaf.detach()[rows.start : rows.stop].clone()
+    return own
 
 
 def place(tree: Any, like: Any, mesh: DeviceMesh | None) -> Any:
@@ -131,7 +130,7 @@ def place(tree: Any, like: Any, mesh: DeviceMesh | None) -> Any:
     def placed(part: Tensor, whole: Tensor) -> Tensor:
         if not part.ndim:
             return part
-        if len(part) != len(rows_of(len(whole), *_ranks_of(mesh))):
+        if len(part) != len(rows_of(len(whole), *ranks_of(mesh))):
             raise UserError(
                 f"optimizer: a tensor of its state has shape {tuple(part.shape)} on this rank, "
                 f"{tuple(whole.shape)} on one: it must have a parameter's rows, or be 0-d"
@@ -149,28 +148,17 @@ def local(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.to_local() if is_sharded(leaf) else leaf, tree)
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
 def leaves_of(config: Config, lengths: dict[str, int], mesh: DeviceMesh | None) -> dict[str, Leaf]:
     """For an optimizer's update: every leaf's role, and how its rows on all ranks are gathered.
 
     `lengths` are the leaves' global rows.
     """
-    if mesh is None or mesh.size() == 1:
-        return {name: Leaf(role, _same, _same) for name, role in roles(config.draft).items()}
-    group, world = mesh.get_group(), mesh.size()
-
-    def leaf(role: str, length: int) -> Leaf:
-        rows = rows_of(length, *_ranks_of(mesh))
-        return Leaf(
-            role,
-            whole=lambda x: gather_rows(x, length, group, world),
-            own=lambda x: x[rows.start : rows.stop],
-        )
-
-    return {name: leaf(role, lengths[name]) for name, role in roles(config.draft).items()}
+    leaves = {}
+    for name, role in roles(config.draft).items():
+        rows = rows_of(lengths[name], *ranks_of(mesh))
+        whole = partial(gather_rows, rows=lengths[name], mesh=mesh)
+        leaves[name] = Leaf(role, whole, own=itemgetter(slice(rows.start, rows.stop)))
+    return leaves
 
 
 def gather(tree: Any) -> Any:
@@ -178,27 +166,29 @@ def gather(tree: Any) -> Any:
 
     All ranks must call.
     """
-    return tree_map(lambda leaf: _full(leaf, copy=True) if is_sharded(leaf) else leaf, tree)
+    return tree_map(partial(_full, copy=True), tree)
 
 
-def full_params(params: dict[str, Tensor]) -> dict[str, Tensor]:
+def full_params(params: Params) -> Params:
     """Parameters as plain tensors in their own dtype; on one rank they share the leaves' memory."""
-    return {
-        name: _full(leaf, copy=False) if is_sharded(leaf) else leaf for name, leaf in params.items()
-    }
+    return tree_map(partial(_full, copy=False), params)
 
 
 def _full(leaf: Any, copy: bool) -> Tensor:
-    part, mesh = leaf.to_local(), leaf.device_mesh
-    if mesh.size() == 1:
-        return part.clone() if copy else part
-    return gather_rows(part, len(leaf), mesh.get_group(), mesh.size())
+    if not is_sharded(leaf):
+        return leaf
+    part = leaf.to_local()
+    whole = gather_rows(part, len(leaf), leaf.device_mesh)
+    return whole.clone() if copy and whole is part else whole
 
 
-def gather_rows(part: Tensor, rows: int, group: dist.ProcessGroup, world: int) -> Tensor:
-    """All `rows` rows from each rank's block of them."""
-    every = part.new_empty(world * -(-rows // world), *part.shape[1:])
-    _all_gather(every, padded(part, len(every) // world), group)
+def gather_rows(part: Tensor, rows: int, mesh: DeviceMesh | None) -> Tensor:
+    """All `rows` rows from each rank's block of them; on one rank `part` itself."""
+    if mesh is None or mesh.size() == 1:
+        return part
+    block = -(-rows // mesh.size())
+    every = part.new_empty(mesh.size() * block, *part.shape[1:])
+    _all_gather(every, padded(part, block), mesh.get_group())
     return every[:rows]
 
 
@@ -223,72 +213,56 @@ def check_placed(state: TrainState, mesh: DeviceMesh | None) -> None:
             "one-dimensional mesh"
         )
     for name, leaf in named_leaves(state._replace(step=())).items():
-        if is_sharded(leaf) and (mesh is None or leaf.device_mesh != mesh):  # pyright: ignore[reportAttributeAccessIssue]
-            raise UserError(
-                f"state.{name} is sharded over another mesh than step was given; give both the "
-                "same mesh"
-            )
-        if isinstance(leaf, Donated):
-            raise UserError(_DONATED)
-        if leaf.requires_grad:
-            raise UserError(
-                f"state.{name} requires a gradient, which step does not have: detach it"
-            )
+        wrong = _misplaced(leaf, mesh)
+        if wrong:
+            raise UserError(f"state.{name} {wrong}")
 
-        placements = getattr(leaf, "placements", None)
-        if placements and not placements[0].is_shard(0):
-            raise UserError(
-                f"state.{name} is placed as {placements[0]}; it must be Shard(0), as init_state "
-                "makes it"
-            )
-        if mesh is not None and leaf.ndim and not is_sharded(leaf):
-            raise UserError(
-                f"state.{name} is a plain tensor, step was given a mesh; use init_state(…, "
-                "mesh=mesh)"
-            )
+
+def _misplaced(leaf: Any, mesh: DeviceMesh | None) -> str:
+    """What is wrong about a leaf's place, and the remedy; "" if nothing is."""
+    if is_sharded(leaf) and leaf.device_mesh != mesh:
+        return "is sharded over another mesh than step was given; give both the same mesh"
+    if isinstance(leaf, Donated):
+        raise UserError(_DONATED)
+    if is_sharded(leaf) and not leaf.placements[0].is_shard(0):
+        return f"is placed as {leaf.placements[0]}; it must be Shard(0), as init_state makes it"
+    if mesh is not None and leaf.ndim and not is_sharded(leaf):
+        return "is a plain tensor, step was given a mesh; use init_state(…, mesh=mesh)"
+    return ""
 
 
 _DONATED = (
     "this state was given to step(…, donate=True), which reuses its buffers; go on with the state "
-    "that step returned, "
-    "or leave donate out"
+    "that step returned, or leave donate out"
 )
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    raise UserError(_DONATED)
 
 
 class Donated(Tensor):
     """What a leaf becomes when its buffer was donated: every operation on it raises."""
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse every operation."""
-        raise UserError(_DONATED)
+    __torch_function__ = classmethod(_refuse)  # pyright: ignore[reportAssignmentType]
 
 
 class _DonatedShard(Tensor):
     """What a donated DTensor then holds, where torch 2.11 looks under torch.func."""
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse every operation."""
-        raise UserError(_DONATED)
+    __torch_dispatch__ = classmethod(_refuse)
 
 
 @lru_cache(maxsize=1)
 def _donated_dtensor() -> type:
     from torch.distributed.tensor import DTensor
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise UserError(_DONATED)
-
-    body = {
+    refused = ("to_local", "full_tensor", "redistribute", "__repr__")
+    body = dict.fromkeys(refused, _refuse) | {
         "__slots__": (),
-        "placements": property(refuse),
-        "__torch_function__": Donated.__torch_function__,
-        "__torch_dispatch__": classmethod(refuse),  # torch.func calls no __torch_function__
-        "to_local": refuse,
-        "full_tensor": refuse,
-        "redistribute": refuse,
-        "__repr__": refuse,
+        "placements": property(_refuse),
+        "__torch_function__": classmethod(_refuse),
+        "__torch_dispatch__": classmethod(_refuse),  # torch.func calls no __torch_function__
     }
     return type("DonatedDTensor", (DTensor,), body)
 

@@ -14,12 +14,12 @@ from eagle3fn.base.dtypes import wide
 from eagle3fn.base.entries import entry_by_entry, is_transformed
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.grad import value_and_grad
-from eagle3fn.base.tree import tree_map
+from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_micro_batches
 from eagle3fn.model.forward import ForwardLoss, forward_loss
-from eagle3fn.train.optimizer import UpdateInfo, clip, made_schedule, named_optimizer
-from eagle3fn.train.recipe import OURS, Recipe
+from eagle3fn.train.optimizer import UpdateInfo, clip, made_schedule
+from eagle3fn.train.recipe import OURS, Recipe, optimizer_of
 from eagle3fn.train.reduce import check_ranks, global_norm, over_ranks, to_shards, total
 from eagle3fn.train.shard import (
     check_placed,
@@ -28,6 +28,7 @@ from eagle3fn.train.shard import (
     local,
     own_rows,
     place,
+    ranks_of,
     state_of,
     take,
 )
@@ -36,7 +37,8 @@ Metrics = dict[str, Any]
 """What `step` reports of an update, by name."""
 
 _NO_DERIVATIVE = (
-    "differentiate forward_loss under objective.numerics = 'plain', with an update of your own"
+    "differentiate forward_loss under objective.numerics = 'plain' and an update of your own, or "
+    "detach the state"
 )
 
 
@@ -48,10 +50,9 @@ def init_state(
 
     Under a mesh every rank gives the same whole `params` and keeps its rows of each leaf.
     """
-    whole = {name: value.detach() for name, value in params.items()}
-    shapes = {name: value.to("meta") for name, value in whole.items()}
-    state = state_of(own_rows(whole, mesh), config, recipe.optimizer)
-    return place(state, state_of(shapes, config, recipe.optimizer), mesh)
+    own = own_rows(params, *ranks_of(mesh))
+    whole = {name: value.to("meta") for name, value in params.items()}
+    return place(state_of(own, config, recipe), state_of(whole, config, recipe), mesh)
 
 
 def step(
@@ -95,8 +96,17 @@ def step(
     """
     if is_transformed() and (donate or mesh is not None):
         given = "donate=True" if donate else "a mesh"
-        raise UserError(f"step under torch.func.vmap: {given} cannot be had there; leave it out")
+        raise UserError(f"step: {given} does not go under torch.func; leave it out")
+    if isinstance(rate, Tensor) and rate.ndim:
+        raise UserError(
+            f"step: rate has shape {tuple(rate.shape)}; it must be a number: map step over rates "
+            "by torch.func.vmap"
+        )
+    if any(getattr(leaf, "requires_grad", False) for leaf in named_leaves((state, rate)).values()):
+        raise UserError(f"step has no derivative; {_NO_DERIVATIVE}")
 
+    # Detached: a module's parameters among them would make what vmap returns require a gradient.
+    frozen = tree_map(Tensor.detach, frozen)
     batches = (batch,) if isinstance(batch, Batch) else tuple(batch)
     update = partial(_step, config=config, mesh=mesh, donate=donate, recipe=recipe)
     return entry_by_entry(update, _NO_DERIVATIVE)(state, batches, frozen, rate)
@@ -113,15 +123,15 @@ def _step(
     recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
     # Refuse what does not fit, before any work.
-    world = 1 if mesh is None else mesh.size()
+    world, _ = ranks_of(mesh)
     reduction = config.train.reduce
     check_micro_batches(batches, config, world, recipe.batch_means)
     check_ranks(world, reduction)
     check_placed(state, mesh)
     number = int(state.step)
     if rate is None:
-        schedule = made_schedule(recipe.schedule, config.optimizer, config.train.steps)
-        rate = schedule(number)
+        rate = made_schedule(recipe.schedule, config.optimizer, config.train.steps)(number)
+    rate = float(rate)
 
     # This rank's gradients, then each rank's rows of all ranks' sum.
     params = full_params(state.params)
@@ -134,7 +144,7 @@ def _step(
     # One norm of the whole gradient, the same on all ranks.
     rows = {name: len(leaf) for name, leaf in state.masters.items()}
     norm = global_norm(grads, rows, mesh, reduction)
-    metrics |= {"grad_norm": norm, "learning_rate": float(rate), "skipped": 0}
+    metrics |= {"grad_norm": norm, "learning_rate": rate, "skipped": 0}
 
     # Drop an update that is not finite, where that is wanted.
     before = take(state, mesh) if donate else state
@@ -145,10 +155,8 @@ def _step(
     # The optimizer's update of this rank's rows, and the parameters cast from the new masters.
     parts = local(before)
     grads = clip(grads, norm, config.optimizer.max_grad_norm, donate)
-    leaves = leaves_of(config, rows, mesh)
-    info = UpdateInfo(number, float(rate), leaves, donate)
-    optimizer = recipe.optimizer or named_optimizer(config.optimizer)
-    masters, opt = optimizer.update(grads, parts.opt, parts.masters, info)
+    info = UpdateInfo(number, rate, leaves_of(config, rows, mesh), donate)
+    masters, opt = optimizer_of(config, recipe).update(grads, parts.opt, parts.masters, info)
 
     params = {}
     for name, master in masters.items():

@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from torch.distributed.device_mesh import DeviceMesh
 import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
-from eagle3fn.specforge import RECIPE
+from eagle3fn.model.table import Role
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.launch import World, ranks
+from eagle3fn.train.optimizer import OPTIMIZERS, Optimizer
 from eagle3fn.train.recipe import OURS
-from eagle3fn.train.shard import empty_state, is_sharded, local, rows_of, shard
+from eagle3fn.train.shard import empty_state, is_sharded, local, own_rows, place, rows_of
 from tests.factories import make_batch, make_frozen
 from tests.reference import Draft
 from tests.train.ranks_problem import (
@@ -53,9 +55,10 @@ def shards_of_any_size_gather_to_the_whole(mesh: DeviceMesh, world: World) -> No
         "seven": torch.arange(21.0).view(7, 3),
         "two": torch.arange(10).view(2, 5),
         "one": torch.ones(1),
-        "none": torch.tensor(3),
     }
-    parts = shard(tree, mesh)
+    own = own_rows(tree, mesh.size(), world.rank)
+    tree["none"] = own["none"] = torch.tensor(3)
+    parts = place(own, tree, mesh)
     rows = rows_of(7, mesh.size(), world.rank)
     assert parts["seven"].shape == (7, 3)
     assert torch.equal(parts["seven"].to_local(), tree["seven"][rows.start : rows.stop])
@@ -67,8 +70,48 @@ def shards_of_any_size_gather_to_the_whole(mesh: DeviceMesh, world: World) -> No
     assert not any(map(is_sharded, back.values()))
 
 
-def specs_are_those_of_the_state(mesh: DeviceMesh, world: World) -> None:
+def every_optimizer() -> list[e3.Config]:
+    """The uneven draft under each optimizer, its sums by the tree."""
+    configs = []
+    for name in OPTIMIZERS:
+        optimizer = e3.OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1)
+        configs.append(replace(uneven_config("tree"), optimizer=optimizer))
+    return configs
+
+
+def every_optimizer_has_the_bits_of_one_process(mesh: DeviceMesh, world: World) -> None:
+    for config in every_optimizer():
+        whole, _ = alone(config)
+        for donate in (False, True):
+            state, _ = train(config, mesh, donate=donate)
+            assert equal(state, whole), (config.optimizer.name, donate, gap(state, whole))
+
+
+def own_optimizer_may_have_leaves_without_axes(mesh: DeviceMesh, world: World) -> None:
+    """But none of another shape than a parameter's rows."""
+
+    def counting(init: Callable[[Params, dict[str, Role]], Any]) -> Optimizer:
+        return Optimizer(init, lambda grads, state, params, info: (params, state))
+
     config = uneven_config()
+    count = counting(lambda params, roles: {"count": torch.zeros(())})
+    fns = e3.bind(config, make_frozen(config), mesh, optimizer=count)
+    state = fns.init_state(fns.init(0))
+    after, _ = fns.step(state, micro_batches(0, 1, mesh), donate=True)
+    assert not is_sharded(after.opt["count"])
+    assert equal(e3.gather(after.masters), dict(fns.init(0)))
+
+    columns = counting(lambda params, roles: {"columns": torch.zeros(params["fc.weight"].shape[1])})
+    fns = e3.bind(config, make_frozen(config), mesh, optimizer=columns)
+    refused(lambda: fns.init_state(fns.init(0)), "it must have a parameter's rows")
+
+
+def specs_are_those_of_the_state(mesh: DeviceMesh, world: World) -> None:
+    for config in every_optimizer():
+        check_specs(config, mesh)
+
+
+def check_specs(config: e3.Config, mesh: DeviceMesh) -> None:
     fns = e3.bind(config, make_frozen(config), mesh)
     specs = named_leaves(e3.state_specs(config, mesh))
     state = fns.init_state(fns.init(0))
@@ -83,7 +126,11 @@ def specs_are_those_of_the_state(mesh: DeviceMesh, world: World) -> None:
 
 
 def empty_state_is_placed_as_the_state(mesh: DeviceMesh, world: World) -> None:
-    config = uneven_config()
+    for config in every_optimizer():
+        check_empty_state(config, mesh)
+
+
+def check_empty_state(config: e3.Config, mesh: DeviceMesh) -> None:
     fns = e3.bind(config, make_frozen(config), mesh)
     state = named_leaves(fns.init_state(fns.init(0)))
     empty = named_leaves(empty_state(config, "cpu", mesh))
@@ -242,9 +289,9 @@ def what_does_not_fit_is_refused(mesh: DeviceMesh, world: World) -> None:
     uncounted = own[0]._replace(row_counts=None)
     refused(lambda: fns.step(state, own[: 1 + world.rank]), "give every rank as many")
     refused(lambda: fns.step(state, uncounted), "batch.row_counts is missing")
-    lk = uneven_config(loss="lk_alpha", numerics="plain")
+    means = OURS._replace(batch_means=frozenset({"kl"}))
     refused(
-        lambda: e3.step(state, own[0], config=lk, frozen=frozen, mesh=mesh, recipe=RECIPE),
+        lambda: e3.step(state, own[0], config=config, frozen=frozen, mesh=mesh, recipe=means),
         f"on {mesh.size()} ranks under",
     )
 
@@ -328,6 +375,8 @@ CHECKS: list[tuple[Check, tuple[int, ...]]] = [
     (sum_reduction_is_near_one_process, (1, 2, 3, 4)),
     (any_split_is_near_another, (2,)),
     (tree_reduction_has_the_bits_of_one_process, (1, 2, 4)),
+    (every_optimizer_has_the_bits_of_one_process, (2, 4)),
+    (own_optimizer_may_have_leaves_without_axes, (2,)),
     (plain_numerics_have_the_bits_of_one_process, (1, 2)),
     (no_rank_waits_before_its_last_micro_batch, (3,)),
     (donating_keeps_the_bits, (2,)),

@@ -1,6 +1,7 @@
 """The plan's numbers are those of allocated tensors; a plan that cannot fit is refused."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from eagle3fn.base.toml import to_toml
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.cli import main
 from eagle3fn.train.memory import GIB, check_fits, plan_memory
+from eagle3fn.train.optimizer import OPTIMIZERS
 from tests.factories import make_config, make_frozen, random_sample, write_folder
 
 QWEN_7B: dict[str, Any] = {
@@ -45,8 +47,9 @@ def size(tree: Any) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_planned_bytes_of_one_rank_are_those_allocated(dtype):
-    config = make_config(dtype)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_planned_bytes_of_one_rank_are_those_allocated(optimizer, dtype):
+    config = replace(make_config(dtype), optimizer=e3.OptimizerConfig(name=optimizer))
     plan = plan_memory(config)
     frozen = make_frozen(config)
     fns = e3.bind(config, frozen)
@@ -54,8 +57,9 @@ def test_planned_bytes_of_one_rank_are_those_allocated(dtype):
 
     assert plan.held["parameters"] == size(state.params)
     assert plan.held["masters"] == size(state.masters)
-    assert plan.held["moments"] == size(state.opt)
+    assert plan.held["optimizer state"] == size(state.opt)
     assert plan.held["frozen tensors"] == size(frozen)
+    assert plan.disk["a checkpoint"] == size(state) + size(state.params)
     assert plan.held["gradients"] == size(state.params)
     assert plan.held["gathered parameters"] == sum(plan.moved.values()) == 0
     assert plan.params == sum(leaf.numel() for leaf in state.params.values())

@@ -11,7 +11,7 @@ import eagle3fn as e3
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.train.bind import Functions
-from tests.factories import make_batch, make_config, make_frozen, pad_batch
+from tests.factories import make_batch, make_config, make_frozen, make_unaligned, pad_batch
 
 
 class Problem(NamedTuple):
@@ -132,13 +132,15 @@ def test_empty_mask_gives_zero_loss_and_zero_gradients(numerics):
 def test_simulated_accepted_length_equals_plain_loops(numerics):
     """A draft with a zero head always proposes draft id 0."""
     _, frozen, fns, params = make_problem(numerics, "float64", ttt_length=3)
-    batch = make_batch(9, lengths=(40,))
+    unaligned = make_unaligned(9, lengths=(40,))
+    batch = unaligned.aligned(3)
     params = params | {"lm_head.weight": torch.zeros_like(params["lm_head.weight"])}
     aux = fns.forward_loss(params, batch)[1]
 
-    choices = (batch.last_hidden.double() @ frozen.target_head.double().T).argmax(-1)[0]  # (S,)
+    logits = unaligned.last_hidden.double() @ frozen.target_head.double().T
+    choices = logits.argmax(-1)[0]  # (S,)
     proposed = int(frozen.d2t[0])
-    mask = batch.row_mask[0].tolist()
+    mask = unaligned.row_mask[0].tolist()
     accepted = 0
     for row in range(40):
         for i in range(3):
@@ -152,11 +154,11 @@ def test_simulated_accepted_length_equals_plain_loops(numerics):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"row_mask": torch.ones(1, 4)}, r"batch\.row_mask has shape"),
+        ({"row_mask": torch.ones(1, 6)}, r"batch\.row_mask has shape"),
         ({"aux_hidden": torch.zeros(1, 6, 7)}, r"batch\.aux_hidden has shape"),
-        ({"last_hidden": torch.zeros(1, 6, 16, dtype=torch.int64)}, "floating point"),
-        ({"input_ids": torch.zeros(6, dtype=torch.int64)}, "must be"),
-        ({"input_ids": torch.zeros(1, 6)}, "dtype"),
+        ({"label_hidden": torch.zeros(1, 6, 16, dtype=torch.int64)}, "floating point"),
+        ({"next_ids": torch.zeros(9, dtype=torch.int64)}, "must be"),
+        ({"next_ids": torch.zeros(1, 9)}, "dtype"),
         ({"rows": torch.zeros(2)}, "dtype"),
         ({"row_counts": torch.ones(9)}, r"batch\.row_counts has shape"),
         ({"rows": torch.zeros(3, 2, dtype=torch.int64)}, r"batch\.rows has shape"),
