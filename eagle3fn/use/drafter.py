@@ -103,8 +103,9 @@ class Drafter:
     def _rows(self, hidden: Tensor, tokens: Tensor, start: int, step: int = 0) -> Tensor:
         """Store keys and values of the rows at positions `start` …; return the last row's output.
 
-        `hidden` is `(1, R, H)`, `tokens` `(1, R)`; a drafted row is number `step` >= 1. Earlier rows' outputs are not needed: they
-        attend to nothing that changes, and only the last row predicts.
+        `hidden` is `(1, R, H)`, `tokens` `(1, R)`; `step` >= 1 is a drafted row's number. Earlier
+        rows' outputs are not needed: they attend to nothing that changes, and only the last row
+        predicts.
         """
         end = start + tokens.shape[1]
         embeds = F.embedding(tokens, self.embed_tokens).to(hidden.dtype)  # (1, R, H)

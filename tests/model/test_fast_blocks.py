@@ -30,10 +30,10 @@ from tests.model.blocks import (
     assert_fast_is_plain,
     batch_of,
     case_of,
+    config_of,
     error,
     frozen_of,
     plain_attention,
-    config_of,
     run,
     vjp,
 )
