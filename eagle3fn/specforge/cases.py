@@ -16,8 +16,8 @@ _NEAREST_LOSS = {"nla": "lk_alpha", "lk": "lk_lambda"}
 def for_specforge(case: Case) -> Case:
     """The nearest case that SpecForge can run.
 
-    Its drafts are as wide as their target and have no switches, and its loss is divided by the number of all rows. In
-    place of the losses by row it has two with means over the whole batch.
+    Its drafts are as wide as their target and have no switches, and its loss is divided by the
+    number of all rows. In place of the losses by row it has two with means over the whole batch.
     """
     loss = case.loss
     if loss not in BATCH_MEANS:

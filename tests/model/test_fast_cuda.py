@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import eagle3fn as e3
-from eagle3fn.base.rows import both_rows, contributing_rows
+from eagle3fn.base.rows import over_steps, row_lists
 from eagle3fn.base.tree import named_leaves, tree_map
+from eagle3fn.data.collate import align
 from eagle3fn.model import fast, flash_attention, head_loss
 from eagle3fn.model.losses import find_loss
 from eagle3fn.specforge.oracle import ENVIRONMENT
@@ -195,7 +196,7 @@ def attention_inputs(later, head_size, dtype):
         return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
 
     mask = (torch.rand(2, s, generator=generator) < 0.6).long()
-    rows = contributing_rows(mask, 1, bucket=1)
+    rows = row_lists(mask[:, None], bucket=1).rows
     key = draw(2, s, KV_HEADS, head_size)
     value = draw(2, s, KV_HEADS, head_size)
     step_keys = draw(later, len(rows), KV_HEADS, head_size)
@@ -255,7 +256,7 @@ def test_objective_by_flash_is_plain(k):
     batch = batch_of(1, (90, 50), 130, mask)
 
     # The list of rows is filled up by repeating a sample's last row.
-    rows = contributing_rows(batch.row_mask, k)
+    rows = row_lists(over_steps(batch.row_mask, k)).rows
     assert len(rows.unique()) < len(rows)
     with by_flash:
         assert_fast_is_plain(batch, (130, 64), ttt_length=k)
@@ -323,9 +324,9 @@ def test_a_step_reads_nothing_on_the_host():
     """Reading a value raises here; PyTorch's shape and dtype rules check the calls, flash too."""
     ids = torch.ones(1, 24, dtype=torch.int64)
     features = torch.zeros(1, 24, 96, dtype=torch.bfloat16)
-    batch = e3.Batch(ids, ids, ids, features, features[..., :32])
     k = e3.ObjectiveConfig().ttt_length
-    step_without_values(batch._replace(**both_rows(ids, k)))
+    batch = align(ids, ids, ids, features, features[..., :32], k)
+    step_without_values(batch._replace(**row_lists(batch.row_mask)._asdict()))
 
     # Without its rows the batch's mask must be read.
     with pytest.raises((NotImplementedError, RuntimeError), match=r"[Mm]eta"):

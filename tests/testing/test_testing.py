@@ -20,7 +20,7 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.types import Batch
 from eagle3fn.testing import Case, Side, assert_case, assert_equivalent
-from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params, tiny_unaligned
 from eagle3fn.testing.results import (
     differences,
     nontrivial,
@@ -260,7 +260,7 @@ def test_every_field_has_values_and_its_default_among_them():
 
 @given(cases())
 def test_batches_are_what_the_case_says(case: Case):
-    batch = tiny_batch(case)
+    batch = tiny_unaligned(case)
     frozen = tiny_frozen(case)
     params = tiny_params(case)
 
@@ -295,7 +295,7 @@ def test_the_targets_choices_are_where_the_case_says(many):
     for case in many:
         if case.draft_vocab == case.vocab:
             continue
-        batch = tiny_batch(case)
+        batch = tiny_unaligned(case)
         frozen = tiny_frozen(case)
         logits = batch.last_hidden.double() @ frozen.target_head.double().T
         choice = logits.argmax(-1)[batch.attention_mask > 0]
@@ -352,7 +352,7 @@ def reordered(params, batch: Batch, *, config, frozen):
 def blind(params, batch: Batch, *, config, frozen):
     """An objective that forgets the last position."""
     mask = batch.row_mask.clone()
-    mask[:, -2:-1] = 0
+    mask[:, 0, -2:-1] = 0
     return e3.forward_loss(params, batch._replace(row_mask=mask), config=config, frozen=frozen)
 
 
@@ -396,7 +396,7 @@ def test_a_difference_is_named_and_its_snippet_repeats_it(function, name):
 def test_the_reported_case_is_simple_and_keeps_the_pins():
     def three_samples(params, batch, *, config, frozen):
         loss, aux = e3.forward_loss(params, batch, config=config, frozen=frozen)
-        return loss + (len(batch.input_ids) == 3), aux
+        return loss + (len(batch.aux_hidden) == 3), aux
 
     with pytest.raises(AssertionError) as failure:
         assert_equivalent(three_samples, cases=40, dtype="bfloat16")
