@@ -78,7 +78,7 @@ class Drafter:
         `hidden` `(1, 1, H)` is the row's before it, `token` `(1, 1)` the token which that row
         predicted. Returns the row's hidden state `(1, 1, H)`.
         """
-        return self._rows(hidden, token, self.committed + step - 1)
+        return self._rows(hidden, token, self.committed + step - 1, step)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits `(1, 1, D)` of a row's hidden state `(1, 1, H)`."""
@@ -100,11 +100,12 @@ class Drafter:
                 hidden = self.extend(hidden, drafted[-1], step)
         return torch.cat(drafted, dim=1)
 
-    def _rows(self, hidden: Tensor, tokens: Tensor, start: int) -> Tensor:
+    def _rows(self, hidden: Tensor, tokens: Tensor, start: int, step: int = 0) -> Tensor:
         """Store keys and values of the rows at positions `start` …; return the last row's output.
 
-        `hidden` is `(1, R, H)`, `tokens` `(1, R)`. Earlier rows' outputs are not needed: they
-        attend to nothing that changes, and only the last row predicts.
+        `hidden` is `(1, R, H)`, `tokens` `(1, R)`; `step` >= 1 is a drafted row's number. Earlier
+        rows' outputs are not needed: they attend to nothing that changes, and only the last row
+        predicts.
         """
         end = start + tokens.shape[1]
         embeds = F.embedding(tokens, self.embed_tokens).to(hidden.dtype)  # (1, R, H)
@@ -116,9 +117,11 @@ class Drafter:
         self.keys[:, :, start:end] = rotated(self.params, self.config, table.K, key, angles, PLAIN)
         self.values[:, :, start:end] = value
 
-        # The last row attends to the rows that it sees, up to itself.
-        first = visible(self.config, end - 1, step=0).first
-        seen = slice(0 if first is None else max(int(first), 0), end)
+        # The last row attends to the committed rows that it sees, and to all drafted ones up to
+        # itself: they are its own keys of the unroll's later steps.
+        place = end - 1 - step
+        first = visible(self.config, place, step).first
+        seen = slice(0 if first is None else min(max(int(first), 0), place + 1), end)
         attended = F.scaled_dot_product_attention(
             query[:, :, -1:], self.keys[:, :, seen], self.values[:, :, seen], enable_gqa=True
         )  # (1, N, 1, E)
