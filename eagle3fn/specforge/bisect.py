@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from eagle3fn.model import table
-from eagle3fn.model.forward import forward_loss
+from eagle3fn.specforge.arithmetic import forward_loss
 from eagle3fn.specforge.oracle import (
     Oracle,
     eager_loss,

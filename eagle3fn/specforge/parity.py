@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eagle3fn.model.forward import forward_loss
 from eagle3fn.specforge import bisect
+from eagle3fn.specforge.arithmetic import forward_loss
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import (
     ENVIRONMENT,
