@@ -135,7 +135,7 @@ def test_a_fault_in_a_gradient_alone_is_found_at_its_step(oracle: Oracle):
         bend = 1.5 if calls == 2 else 1.0
         return kl_loss(logits.detach() + (logits - logits.detach()) * bend, p_draft, mask, count)
 
-    def function(params, batch, *, config, frozen):
+    def function(params, batch, *, config, frozen, loss=None):
         nonlocal calls
         calls = 0
         run = loss_with(bent)
@@ -146,7 +146,7 @@ def test_a_fault_in_a_gradient_alone_is_found_at_its_step(oracle: Oracle):
 
 
 def test_a_metric_is_compared(oracle: Oracle):
-    def miscounted(params, batch, *, config, frozen):
+    def miscounted(params, batch, *, config, frozen, loss=None):
         loss, aux = forward_loss(params, batch, config=config, frozen=frozen)
         return loss, aux._replace(correct=aux.correct + 1)
 
@@ -163,7 +163,7 @@ def test_the_plain_kl_is_equivalent_to_specforge(oracle: Oracle):
 
 
 def test_a_difference_from_specforge_is_repeated_by_its_snippet(oracle: Oracle):
-    def doubled(params, batch, *, config, frozen):
+    def doubled(params, batch, *, config, frozen, loss=None):
         loss, aux = forward_loss(params, batch, config=config, frozen=frozen)
         return loss * 2, aux
 
