@@ -27,16 +27,13 @@ from bench import common
 from bench.launch import add_arguments
 from bench.problem import Problem, draft_of, make_problem
 from eagle3fn.base.provenance import provenance
-from eagle3fn.model.attention import block_mask, unrolled_attention
-from eagle3fn.model.fast import attention_on
+from eagle3fn.model.forward import NUMERICS
+from eagle3fn.model.visibility import visible
 from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
 WARM = 2  # rounds before the timed ones
 SETTINGS = ("shape", "batch", "masked", "k", "dtype", "device", "seed")
-
-Attend = Callable[[list[Tensor], list[Tensor], list[Tensor]], Tensor]
-"""`(queries, keys, values)` of all unroll steps → what each step attends, stacked."""
 
 
 def parse() -> argparse.Namespace:
@@ -61,25 +58,26 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
     """
     batch = problem.batch
     draft = problem.draft
-    b, s = batch.input_ids.shape
+    ops = NUMERICS[numerics]
+    b, s = batch.attention_mask.shape
     n = draft.num_attention_heads
     j = draft.num_key_value_heads
     e = draft.head_dim
-    assert batch.rows is not None
+    rows = ops.plan(batch).rows[0]
 
-    if numerics == "fast":
-        attend = _fast(problem)
-        query = (len(batch.rows), n, e)
+    # Shapes of a step's tensors: of every place with expanded heads, or of the listed rows.
+    place = torch.arange(s, device=batch.attention_mask.device).expand(b, s)
+    query = step0_key = later_key = (b, n, s, e)
+    if rows is not None:
+        place = place.flatten()[rows]
+        query = (len(rows), n, e)
         step0_key = (b, s, j, e)
-        later_key = (len(batch.rows), j, e)
-    else:
-        attend = _plain(problem)
-        query = step0_key = later_key = (b, n, s, e)
+        later_key = (len(rows), j, e)
 
-    source = torch.Generator(batch.input_ids.device).manual_seed(seed)
+    source = torch.Generator(place.device).manual_seed(seed)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
-        drawn = torch.randn(shape, generator=source, device=batch.input_ids.device)
+        drawn = torch.randn(shape, generator=source, device=place.device)
         return drawn.to(batch.aux_hidden.dtype)
 
     def draw_keys() -> list[Tensor]:
@@ -89,6 +87,14 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
     keys = draw_keys()
     values = draw_keys()
     weight = draw((k, *query))  # of the sum that is differentiated
+    sight = ops.sight(visible(draft, place, 0), rows, keys[0], batch.attention_mask)
+
+    def attend(queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """Every step over step 0's keys and the later ones so far, stacked."""
+        steps = []
+        for i, query in enumerate(queries):
+            steps.append(ops.attend(query, keys[: i + 1], values[: i + 1], sight))
+        return torch.stack(steps)
 
     def call() -> object:
         pull_back = torch.func.vjp(attend, queries, keys, values)[1]
@@ -96,39 +102,6 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
             return pull_back(weight)
 
     return call
-
-
-def _plain(problem: Problem) -> Attend:
-    """Every row over keys and values of all steps so far."""
-    mask = block_mask(problem.batch.attention_mask, problem.batch.aux_hidden.dtype)
-
-    def attend(queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        steps = []
-        for i, query in enumerate(queries):
-            steps.append(unrolled_attention(query, keys[: i + 1], values[: i + 1], mask))
-        return torch.stack(steps)
-
-    return attend
-
-
-def _fast(problem: Problem) -> Attend:
-    """Contributing rows over their sample's step-0 keys and their own later ones."""
-    batch = problem.batch
-    dtype = batch.aux_hidden.dtype
-    assert batch.rows is not None
-    attend_rows = attention_on(
-        batch.rows.device, dtype, problem.draft.head_dim, batch.rows, batch.input_ids.shape[1]
-    )
-
-    def attend(queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        steps = []
-        for i, query in enumerate(queries):
-            step_keys = keys[1 : i + 1]
-            step_values = values[1 : i + 1]
-            steps.append(attend_rows(query, keys[0], values[0], step_keys, step_values))
-        return torch.stack(steps)
-
-    return attend
 
 
 def measure(options: argparse.Namespace, seq: int, world: World) -> dict[str, Any]:
@@ -152,13 +125,13 @@ def measure(options: argparse.Namespace, seq: int, world: World) -> dict[str, An
     timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, WARM)
 
     mask = problem.batch.row_mask
-    needed = common.flops(problem.draft, mask, options.k).attention
+    needed = common.flops(problem.draft, mask).attention
     return {
         "seq": seq,
         "ratio": timing.ratio("plain", "fast"),
         "mfu": timing.share("fast", needed),
         "flops_needed": needed,
-        "shares": common.row_shares(mask, options.k),
+        "shares": common.row_shares(mask),
         **timing.summary(),
     }
 

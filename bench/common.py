@@ -228,51 +228,42 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def _labels(mask: Tensor, k: int) -> Tensor:
-    """`(K, B, S)` bool: row `t` has a loss term at step `i`, by an aligned mask `(B, S)`."""
-    s = mask.shape[1]
-    padded = torch.nn.functional.pad(mask > 0, (0, k))
-    return torch.stack([padded[:, i : i + s] for i in range(k)])
+def needed_rows(row_mask: Tensor) -> Tensor:
+    """`(K, B, S)` bool: row `t` reaches a loss term at step `i` or later, by `(B, K, S)`."""
+    trained = row_mask.transpose(0, 1) > 0
+    return trained.flip(0).cummax(0).values.flip(0)
 
 
-def needed_rows(mask: Tensor, k: int) -> Tensor:
-    """`(K, B, S)` bool: row `t` reaches a loss term at step `i` or later, by a mask `(B, S)`."""
-    return _labels(mask, k).flip(0).cummax(0).values.flip(0)
-
-
-def row_shares(mask: Tensor, k: int) -> dict[str, float]:
+def row_shares(row_mask: Tensor) -> dict[str, float]:
     """Of all rows: those with a masked loss, those needed at step 0, and the mean over steps."""
-    need = needed_rows(mask, k).float()
+    need = needed_rows(row_mask).float()
     return {
-        "masked": 1 - float((mask > 0).float().mean()),
+        "masked": 1 - float((row_mask[:, 0] > 0).float().mean()),
         "needed": float(need[0].mean()),
         "needed_over_steps": float(need.mean()),
     }
 
 
-def flops(draft: DraftConfig, mask: Tensor, k: int, dense: bool = False) -> Flops:
+def flops(draft: DraftConfig, row_mask: Tensor, dense: bool = False) -> Flops:
     """FLOPs of a step's forward and backward on the rows it needs.
 
     A row that is not needed gives its step-0 key and value alone.
 
     Args:
         draft: the draft's shape.
-        mask: the aligned mask, `(B, S)`.
-        k: unroll steps.
+        row_mask: `(B, K, S)`, as in a batch whose step 0 has every label.
         dense: all `B·S` rows at every step are counted, whatever the mask.
     """
-    mask = torch.ones_like(mask).cpu() if dense else mask.cpu()
-    need = needed_rows(mask, k)
-    trained = int(_labels(mask, k).sum())  # rows with a loss, over all steps
-    taught = int((mask > 0).sum())  # labels
-    if dense:
-        need = torch.ones_like(need)
-        trained = k * mask.numel()
+    row_mask = torch.ones_like(row_mask).cpu() if dense else row_mask.cpu()
+    b, k, s = row_mask.shape
+    every = b * s
+    need = needed_rows(row_mask)
+    trained = int((row_mask > 0).sum())  # rows with a loss, over all steps
+    taught = int((row_mask[:, 0] > 0).sum())  # labels
 
-    every = mask.numel()
     rows = int(need.sum())
     later = int(need[1:].sum())  # rows of the steps after the first, each with a key and value
-    seen = torch.arange(1, mask.shape[1] + 1) + torch.arange(k)[:, None, None]
+    seen = torch.arange(1, s + 1) + torch.arange(k)[:, None, None]
     pairs = int((seen * need).sum())
 
     h = draft.hidden_size

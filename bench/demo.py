@@ -115,9 +115,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     # What the timed updates trained on.
     timed = [batch for micro in updates[WARM:] for batch in micro]
     tokens = sum(int(batch.attention_mask.sum()) for batch in timed)
-    rows = sum(batch.row_mask.numel() for batch in timed)
-    k = one.config.objective.ttt_length
-    needed = sum(float(common.needed_rows(batch.row_mask, k)[0].sum()) for batch in timed)
+    rows = sum(batch.attention_mask.numel() for batch in timed)
+    needed = sum(float(common.needed_rows(batch.row_mask)[0].sum()) for batch in timed)
 
     lengths = {}
     if one.held_out:

@@ -17,6 +17,7 @@ from eagle3fn.train.optimizer import _BLOCK_BYTES
 
 F = 4  # bytes of fp32
 C = 2  # bytes of the compute dtype, bf16
+PLACE = 8  # bytes of a place, int64
 LOGSUMEXP = 7  # kernels that one call launches: its passes
 INDEX_PUT = 8  # kernels that one call launches: a sort, and the sum
 
@@ -123,13 +124,13 @@ class Tally(list[Kernels]):
 
 
 class _Widths(NamedTuple):
-    """Columns of the layer's tensors, and rows of those with `k` places beyond each sequence."""
+    """Columns of the layer's tensors, and rows of those of every token that a row reads."""
 
     h: int  # hidden state
     q: int  # queries
     kv: int  # keys, and values
     qkv: int  # queries, keys and values
-    places: int  # B·(S + K)
+    places: int  # B·(S + K - 1)
 
 
 def fast_step(size: Size) -> Tally:
@@ -142,7 +143,7 @@ def fast_step(size: Size) -> Tally:
     draft = size.draft
     q = draft.num_attention_heads * draft.head_dim
     kv = draft.num_key_value_heads * draft.head_dim
-    places = size.batch * (size.seq + size.k)
+    places = size.batch * (size.seq + size.k - 1)
     widths = _Widths(draft.hidden_size, q, kv, q + 2 * kv, places)
 
     _once(tally, size, widths)
@@ -167,7 +168,8 @@ def _once(tally: Tally, size: Size, widths: _Widths) -> None:
     t = size.rows
     m = size.places
     what = "plan, factors, metrics, tokens"
-    tally.passes("small", what, times(k * t * C, 100, 70), 110)
+    tally.passes("small", what, times(k * t * C, 100, 70), 105)
+    tally.passes("small", "places of the rows and their tokens", times(t * PLACE, 7, 6), 6, k)
 
     part = "weights side by side"
     joined = copied((qkv * 2 * h + 2 * i * h) * C)
@@ -225,9 +227,9 @@ def _unroll_products(tally: Tally, size: Size, widths: _Widths) -> None:
 
 
 def _rotary(tally: Tally, size: Size, widths: _Widths) -> None:
-    """Forward: two products, a rotated copy in two passes, a sum.
+    """Forward: a product, and one that adds to each half. Backward: the same.
 
-    Backward: the same, and slices copied into zeros.
+    Then slices of queries, keys and values, whose gradients are copied into zeros and added.
     """
     _, q, kv, qkv, _ = widths
     part = "rotary"
@@ -236,18 +238,17 @@ def _rotary(tally: Tally, size: Size, widths: _Widths) -> None:
     m = size.places
     e = size.draft.head_dim
     tally.passes(part, "tables, made on the CPU", Bytes(0, 2 * (m + k) * e * C), 2)
-    tally.passes(part, "places of tables", copied(2 * t * e * C), 4, k)
-    tally.passes(part, "places of tables", copied(2 * m * e * C), 2)
+    tally.passes(part, "places of tables", copied(2 * t * e * C), 3, k)
+    tally.passes(part, "places of tables", copied(2 * m * e * C), 3)
 
-    # Step-0 keys, queries of step 0, queries and keys of the later steps.
-    for values, repeats in ((m * kv, 1), (t * q, 1), (t * (q + kv), k - 1)):
-        tally.passes(part, "forward", times(values * C, 5.5, 4.5), 5, repeats)
-        tally.passes(part, "backward", times(values * C, 7.5, 7.5), 9, repeats)
+    # Step-0 keys, the rows' queries, keys of the later steps; each with its tables.
+    for rows, columns, repeats in ((m, kv, 1), (t, q, k), (t, kv, k - 1)):
+        moved = Bytes((3 * columns + 2 * e) * rows * C, 2 * columns * rows * C)
+        tally.passes(part, "forward and backward", moved, 3, 2 * repeats)
 
-    rotated = t * (q + kv)
-    read = t * qkv + 3 * rotated + 2 * t * qkv
-    written = t * qkv + 4 * rotated + 3 * t * qkv
-    tally.passes(part, "slices", times(C, read, written), 10, k - 1)
+    # Queries, keys and values of a later step have one tensor of gradients, with two sums.
+    moved = times(t * qkv * C, 1 + 2 * 2, 3 + 1 + 2)
+    tally.passes(part, "slices", moved, 3 * 2 + 2, k - 1)
     tally.passes(part, "slices", times(m * kv * C, 6, 8), 5)
     tally.passes(part, "own values kept", copied(t * kv * C), 1, k - 1)
 
@@ -392,8 +393,7 @@ def _head(tally: Tally, size: Size, widths: _Widths) -> None:
     head = "head and loss"
     tally.passes(head, "rows of all steps stacked", copied(k * size.rows * h * C), 1)
     tally.passes(head, "zeros", Bytes(0, k * size.rows * h * C + c * h * F), 2)
-    targets = times(size.labels * ht * C, 2, 2)
-    tally.passes("teacher", "hidden states of labels", targets, 3)
+    tally.passes("teacher", "hidden states of labels", copied(size.labels * ht * C), 1)
     for labels in chunks(size):
         rows = k * labels
         tally.passes(head, "rows of labels", copied(rows * h * C), 2)

@@ -25,7 +25,7 @@ from bench.floor_parts import C, F, Kernels, Size, fast_step
 from bench.problem import draft_of, turns
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import contributing_rows
+from eagle3fn.base.rows import over_steps, row_lists
 from eagle3fn.specforge import align_mask
 
 
@@ -121,7 +121,7 @@ class Counted(NamedTuple):
     """The bench's batch."""
 
     size: Size
-    mask: torch.Tensor  # aligned, (B, S)
+    row_mask: torch.Tensor  # (B, K, S)
 
 
 def size_of(
@@ -130,9 +130,10 @@ def size_of(
     """The bench's batch, its rows and labels counted."""
     source = torch.Generator().manual_seed(1000 * seed)
     mask = torch.stack([align_mask(turns(seq, masked, source)) for _ in range(batch)])
-    rows = len(contributing_rows(mask, k))
-    labels = len(contributing_rows(mask, 1))
-    return Counted(Size(draft, batch, seq, k, rows, labels), mask)
+    row_mask = over_steps(mask, k)
+    lists = row_lists(row_mask)
+    size = Size(draft, batch, seq, k, rows=len(lists.rows), labels=len(lists.labels))
+    return Counted(size, row_mask)
 
 
 def new_bytes(size: Size, side: str) -> int:
@@ -223,7 +224,7 @@ def result(options: argparse.Namespace) -> dict[str, Any]:
         )
 
     draft = draft_of(options.shape, None, options.seq)
-    size, mask = size_of(draft, options.batch, options.seq, options.masked, options.k)
+    size, row_mask = size_of(draft, options.batch, options.seq, options.masked, options.k)
     cards = [options.card] if options.card else list(CARDS)
     by_card = {}
     for card in cards:
@@ -236,8 +237,8 @@ def result(options: argparse.Namespace) -> dict[str, Any]:
         "rows": size.rows,
         "labels": size.labels,
         "weights": size.weights,
-        "needed_flops": common.flops(draft, mask, options.k)._asdict(),
-        "dense_flops": common.flops(draft, mask, options.k, dense=True)._asdict(),
+        "needed_flops": common.flops(draft, row_mask)._asdict(),
+        "dense_flops": common.flops(draft, row_mask, dense=True)._asdict(),
         "cards": by_card,
         "state_bytes": state,
         "step_bytes": {side: state + new_bytes(size, side) for side in ("fast", "SpecForge")},

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,15 +29,15 @@ import eagle3fn as e3
 from bench import common, sides
 from bench.launch import add_arguments
 from bench.problem import Drawer, Problem, draft_of, draw_params, make_problem
+from eagle3fn.base.config import Config
+from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.grad import value_and_grad
 from eagle3fn.base.provenance import provenance
-from eagle3fn.base.rows import shift
 from eagle3fn.base.types import Params
-from eagle3fn.model import layers, table
-from eagle3fn.model.fast import label_targets, plan_rows
-from eagle3fn.model.fused_layers import fused_rms_norm
-from eagle3fn.model.head_loss import Labels, head_and_loss
-from eagle3fn.model.losses import acceptance, correct_rows, find_loss, step_loss
+from eagle3fn.model import table
+from eagle3fn.model.forward import NUMERICS
+from eagle3fn.model.losses import correct_rows, find_loss
+from eagle3fn.model.plain import logits
 from eagle3fn.model.teacher import make_teacher
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.train.launch import World, ranks
@@ -63,45 +63,71 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plain_call(
-    problem: Problem, leaves: Params, hidden: Tensor, k: int, oracle: Oracle | None
+Numerics = Literal["plain", "fast"]
+
+
+def config_of(draft: DraftConfig, k: int, numerics: Numerics) -> Config:
+    """A loss that is a mean over all rows, with SpecForge's teacher under the plain numerics."""
+    objective = e3.ObjectiveConfig(
+        numerics=numerics, ttt_length=k, normalization="rows", teacher="full"
+    )
+    return Config(draft, objective)
+
+
+def our_call(
+    problem: Problem, leaves: Params, hidden: Tensor, k: int, numerics: Numerics
 ) -> Gradients:
-    """Teacher, head, loss and metrics step by step on all rows.
+    """What our numerics do after the last hidden state: teacher, head, loss and metrics.
+
+    "plain": step by step on all rows; "fast": on the rows that contribute.
 
     Args:
         problem: draft, frozen tensors, batch.
         leaves: head and norm.
         hidden: the last hidden states of all unroll steps, `(K, B, S, H)`.
         k: unroll steps.
-        oracle: SpecForge, whose loss kernel is then taken; None: the plain expression.
+        numerics: "plain" or "fast".
     """
-    batch = problem.batch
-    frozen = problem.frozen
-    s = batch.input_ids.shape[1]
-    objective = e3.ObjectiveConfig(
-        numerics="plain", ttt_length=k, normalization="rows", teacher="full"
-    )
+    ops = NUMERICS[numerics]
+    config = config_of(problem.draft, k, numerics)
+    row_loss = find_loss(config.objective)
+    plan = ops.plan(problem.batch)
+    rows = plan.rows[0]
+    if rows is not None:
+        hidden = hidden.flatten(1, 2)[:, rows]  # (K, T, H)
 
     def loss(inner: Params) -> Tensor:
-        teacher = make_teacher(shift(batch.last_hidden, 1), batch.row_mask, frozen, objective)
-        mask = teacher.position_mask
+        states = inner[HIDDEN].unbind()
+        parts = plan, problem.batch, config, problem.frozen, row_loss
+        return ops.score(inner, states, *parts)[0]
+
+    return partial(value_and_grad(loss), leaves | {HIDDEN: hidden})
+
+
+def specforge_call(
+    problem: Problem, leaves: Params, hidden: Tensor, k: int, oracle: Oracle
+) -> Gradients:
+    """As `our_call` under "plain", with SpecForge's Triton loss and acceptance rate."""
+    batch = problem.batch
+    frozen = problem.frozen
+    s = batch.attention_mask.shape[1]
+    objective = config_of(problem.draft, k, "plain").objective
+
+    def loss(inner: Params) -> Tensor:
+        teacher = make_teacher(batch.label_hidden, frozen, objective)
         total = torch.zeros((), device=hidden.device)
         for i in range(k):
-            logits = layers.logits(inner, problem.draft, inner[HIDDEN][i])
-            p_draft = teacher.p_draft[:, i : i + s]
-            p_full = teacher.p_full[:, i : i + s]
-            correct_rows(logits.detach(), teacher.token[:, i : i + s], frozen)
-            if oracle is None:
-                part = step_loss(logits, p_draft, p_full, mask, None, find_loss(objective))
-                acceptance(logits.detach(), p_full)
-            else:
-                part = _specforge_step(oracle, logits, p_draft, p_full, mask)
+            # Row t is scored against the label at t + i.
+            at = slice(i, i + s)
+            mask = (teacher.known[:, at] * batch.row_mask[:, i])[..., None]
+            draft_logits = logits(inner, problem.draft, inner[HIDDEN][i])
+            correct_rows(draft_logits.detach(), teacher.token[:, at], frozen)
+            probabilities = teacher.p_draft[:, at], teacher.p_full[:, at]
+            part = _specforge_step(oracle, draft_logits, *probabilities, mask)
             total = total + objective.decay**i * part
-            mask = shift(mask, 1)
         return total
 
-    take = value_and_grad(loss) if oracle is None else partial(_by_autograd, loss)
-    return partial(take, leaves | {HIDDEN: hidden})
+    return partial(_by_autograd, loss, leaves | {HIDDEN: hidden})
 
 
 def _by_autograd(loss: Callable[[Params], Tensor], leaves: Params) -> tuple[Tensor, Params]:
@@ -123,37 +149,6 @@ def _specforge_step(
             logits=logits, target_probs=p_full, position_mask=mask, reduce_fn=None
         )
     return loss
-
-
-def fast_call(problem: Problem, leaves: Params, hidden: Tensor, k: int) -> Gradients:
-    """What the fast numerics do after the last hidden state, on the rows that contribute.
-
-    Args:
-        problem: draft, frozen tensors, batch.
-        leaves: head and norm.
-        hidden: the last hidden states of all unroll steps, `(K, B, S, H)`.
-        k: unroll steps.
-    """
-    batch = problem.batch
-    frozen = problem.frozen
-    objective = e3.ObjectiveConfig()
-    plan = plan_rows(batch, k)
-    rows = hidden.flatten(1, 2)[:, plan.rows]  # (K, T, H)
-
-    # The weight of a step's term: decay^i over all rows.
-    weight = objective.decay ** torch.arange(k, device=hidden.device) / batch.input_ids.numel()
-    targets = label_targets(batch, plan.labels, frozen)
-    labels = Labels(targets, plan.row_of_label, plan.scored * weight[:, None])
-
-    def loss(inner: Params) -> Tensor:
-        normed = fused_rms_norm(inner[HIDDEN], inner[table.NORM], problem.draft.rms_norm_eps)
-        head = inner[table.HEAD]
-        row_loss = find_loss(objective)
-        return head_and_loss(
-            normed, head, labels, frozen.target_head, frozen.t2d, frozen.d2t, row_loss
-        ).loss
-
-    return partial(value_and_grad(loss), leaves | {HIDDEN: rows})
 
 
 def measure(
@@ -181,16 +176,16 @@ def measure(
     hidden = draw((k, options.batch, options.seq, draft.hidden_size), 1.0)
 
     calls = {
-        "plain": plain_call(problem, leaves, hidden, k, None),
-        "fast": fast_call(problem, leaves, hidden, k),
+        "plain": our_call(problem, leaves, hidden, k, "plain"),
+        "fast": our_call(problem, leaves, hidden, k, "fast"),
     }
     if oracle is not None and device != "cpu":
-        calls["specforge"] = plain_call(problem, leaves, hidden, k, oracle)
+        calls["specforge"] = specforge_call(problem, leaves, hidden, k, oracle)
     losses = {name: float(call()[0]) for name, call in calls.items()}
     common.check_losses(losses)
     timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, warm=0)
 
-    work = common.flops(draft, problem.batch.row_mask, k)
+    work = common.flops(draft, problem.batch.row_mask)
     needed = work.head + work.teacher
     return {
         "draft_vocab": draft.draft_vocab_size,
@@ -198,7 +193,7 @@ def measure(
         "mfu": timing.share("fast", needed),
         "flops_needed": needed,
         "first_loss": losses,
-        "shares": common.row_shares(problem.batch.row_mask, k),
+        "shares": common.row_shares(problem.batch.row_mask),
         **timing.summary(),
     }
 

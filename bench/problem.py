@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.draft_config import DraftConfig
-from eagle3fn.base.rows import both_rows
+from eagle3fn.base.rows import row_lists
 from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.data.collate import align
 from eagle3fn.model.table import weights
 from eagle3fn.specforge import align_mask
 
@@ -143,16 +144,15 @@ def make_problem(
     row_mask = torch.stack([align_mask(token_mask) for token_mask in token_masks])
 
     draw = Drawer(1000 * seed + rank, dtype, device)
-    rows = both_rows(row_mask, k)
-    made = Batch(
+    made = align(
         input_ids=ids.to(device),
         attention_mask=torch.ones_like(ids).to(device),
         row_mask=row_mask.to(device),
         aux_hidden=draw((batch, seq, 3 * draft.target_hidden_size), 1.0),
         last_hidden=draw((batch, seq, draft.target_hidden_size), 2.0),
-        rows=rows["rows"].to(device),
-        labels=rows["labels"].to(device),
+        k=k,
     )
+    made = made._replace(**row_lists(made.row_mask)._asdict())
     return Problem(draft, make_frozen(draft, seed, dtype, device), made)
 
 

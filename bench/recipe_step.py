@@ -23,6 +23,7 @@ from eagle3fn.base.draft_config import DraftConfig, draft_config_from_json
 from eagle3fn.base.files import write_json
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Frozen, TrainState
+from eagle3fn.data.collate import align
 from eagle3fn.specforge import RECIPE, script
 from eagle3fn.train.bind import bind
 
@@ -55,19 +56,20 @@ def random_frozen(draft: DraftConfig, generator: torch.Generator) -> Frozen:
     )
 
 
-def random_batch(draft: DraftConfig, length: int, generator: torch.Generator) -> Batch:
+def random_batch(draft: DraftConfig, length: int, k: int, generator: torch.Generator) -> Batch:
     """One sequence; the second half of its rows is trained, but for the last one."""
     ids = torch.randint(draft.draft_vocab_size, (1, length), generator=generator)
     places = torch.arange(length)
     trained = (places >= length // 2) & (places < length - 1)
     hidden = torch.randn(1, length, 4 * draft.hidden_size, generator=generator).bfloat16()
     aux, last = hidden.split([3 * draft.hidden_size, draft.hidden_size], dim=-1)
-    return Batch(
+    return align(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         row_mask=trained.long()[None],
         aux_hidden=aux.contiguous(),
         last_hidden=last.contiguous(),
+        k=k,
     )
 
 
@@ -79,7 +81,7 @@ def one_step(length: int) -> dict[str, Any]:
     frozen = random_frozen(draft, generator)
     fns = bind(config, frozen, recipe=RECIPE)
     state = fns.init_state(fns.init(config.train.seed))
-    batch = random_batch(draft, length, generator)
+    batch = random_batch(draft, length, config.objective.ttt_length, generator)
 
     begin = time.perf_counter()
     before = _sums(state)

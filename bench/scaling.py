@@ -118,8 +118,8 @@ def measure(name: str, points: list[argparse.Namespace], world: World) -> list[d
     rows = []
     for point, problem in zip(points, problems, strict=True):
         value = getattr(point, name)
-        tokens = problem.batch.input_ids.numel()
-        needed = common.flops(problem.draft, problem.batch.row_mask, point.k)
+        tokens = problem.batch.attention_mask.numel()
+        needed = common.flops(problem.draft, problem.batch.row_mask)
         took = times["seconds"][f"step {value}"]
         row = {key: getattr(point, key) for key in SWEPT}
         row |= {

@@ -191,13 +191,13 @@ def measure(
 
     # What the rows need, a mean over ranks, each of which has a batch of its own.
     mask = problem.batch.row_mask
-    needed = common.flops(problem.draft, mask, options.k)
-    dense = common.flops(problem.draft, mask, options.k, dense=True)
+    needed = common.flops(problem.draft, mask)
+    dense = common.flops(problem.draft, mask, dense=True)
     totals = world.every(needed.total)
-    shares = world.every(common.row_shares(mask, options.k))
+    shares = world.every(common.row_shares(mask))
 
     times = timing.summary()
-    tokens = world.size * mask.numel()
+    tokens = world.size * problem.batch.attention_mask.numel()
     return {
         "ratio": timing.ratio("specforge", "fast") if "specforge" in names else None,
         "ratio_plain": timing.ratio("plain", "fast"),

@@ -6,7 +6,11 @@ A recipe is a configuration and the functions that take the place of this packag
 >>> from eagle3fn import specforge
 >>> from eagle3fn.testing import Case, tiny_batch, tiny_frozen
 >>> case = Case()
->>> config, recipe = specforge.recipe(case.draft(), train={"steps": 3, "dtype": "float32"})
+>>> config, recipe = specforge.recipe(
+...     case.draft(),
+...     objective={"ttt_length": case.steps},
+...     train={"steps": 3, "dtype": "float32"},
+... )
 >>> functions = e3.bind(config, tiny_frozen(case), recipe=recipe)
 >>> state = functions.init_state(functions.init(config.train.seed))
 >>> for index in range(3):

@@ -15,7 +15,7 @@ import torch
 from bench import common, memory, problem, sides, table
 from bench.launch import RAISED, THRESHOLDS, environment
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import contributing_rows
+from eagle3fn.base.rows import over_steps, row_lists
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--shape", "tiny", "--seq", "96", "--rounds", "1", "--json")
@@ -164,17 +164,19 @@ def test_flops_equal_those_of_plain_loops() -> None:
                     want["attention"] += 6 * 2 * n * e * (t + 1 + step)
                 if t + step < len(row) and row[t + step]:
                     want["head"] += 6 * h * d
-    assert common.flops(draft, mask, k)._asdict() == want
-    full = common.flops(draft, torch.ones_like(mask), k, dense=True)
-    assert common.flops(draft, mask, k, dense=True) == full
+    row_mask = over_steps(mask, k)
+    assert common.flops(draft, row_mask)._asdict() == want
+    full = common.flops(draft, torch.ones_like(row_mask))
+    assert common.flops(draft, row_mask, dense=True) == full
     assert full.head == 6 * k * 20 * h * d
     assert full.teacher == 2 * 20 * h * v
 
 
 def test_needed_rows_at_step_0_are_the_contributing_ones() -> None:
     mask = (torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.1).long()
-    need = common.needed_rows(mask, 4)
-    assert torch.equal(need[0].flatten().nonzero()[:, 0], contributing_rows(mask, 4, bucket=1))
+    row_mask = over_steps(mask, 4)
+    need = common.needed_rows(row_mask)
+    assert torch.equal(need[0].flatten().nonzero()[:, 0], row_lists(row_mask, bucket=1).rows)
     assert torch.equal(need[3][:, :-3], mask[:, 3:] > 0)
 
 

@@ -15,7 +15,7 @@ from bench import common, floors, problem
 from bench.floor_dense import dense_step
 from bench.floor_parts import INDEX_PUT, LOGSUMEXP, Kernels, Size, chunks, fast_step
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import both_rows
+from eagle3fn.base.rows import row_lists
 from eagle3fn.model import fast, head_loss
 from eagle3fn.model.table import shapes
 
@@ -127,7 +127,7 @@ def counted_of(shape: str, seq: int, masked: float, k: int, batch: int = 1) -> f
     return floors.size_of(problem.draft_of(shape, None, seq), batch, seq, masked, k)
 
 
-def operations_of_a_step(mask: torch.Tensor, size: Size) -> Counter:
+def operations_of_a_step(row_mask: torch.Tensor, size: Size) -> Counter:
     """A fast step as CUDA runs it, on PyTorch's device without values.
 
     The scores' kernels, which are not PyTorch's, are left out.
@@ -149,16 +149,15 @@ def operations_of_a_step(mask: torch.Tensor, size: Size) -> Counter:
         known = make(p, dtype=torch.float32)
         return head_loss.PairScores(kl, kl > 0, accept, known > 0)
 
-    ids = make(b, s, dtype=torch.int64)
-    rows = both_rows(mask, size.k)
+    lists = row_lists(row_mask)
     batch = e3.Batch(
-        input_ids=ids,
-        attention_mask=ids,
-        row_mask=ids,
+        next_ids=make(b, s + size.k - 1, dtype=torch.int64),
+        attention_mask=make(b, s, dtype=torch.int64),
+        row_mask=row_mask.to("meta"),
         aux_hidden=make(b, s, 3 * ht),
-        last_hidden=make(b, s, ht),
-        rows=rows["rows"].to("meta"),
-        labels=rows["labels"].to("meta"),
+        label_hidden=make(b, s, ht),
+        rows=lists.rows.to("meta"),
+        labels=lists.labels.to("meta"),
     )
     frozen = e3.Frozen(
         embed_tokens=make(v, draft.hidden_size),
@@ -185,8 +184,8 @@ def operations_of_a_step(mask: torch.Tensor, size: Size) -> Counter:
 )
 def test_counts_equal_the_operations_of_a_step(shape: str, seq: int, k: int) -> None:
     """But for the scores' kernels, which are not PyTorch's."""
-    size, mask = counted_of(shape, seq, 0.5, k)
-    seen = operations_of_a_step(mask, size)
+    size, row_mask = counted_of(shape, seq, 0.5, k)
+    seen = operations_of_a_step(row_mask, size)
     counted = [one for one in fast_step(size) if one.what not in ("maximum and sums", "scores")]
     assert sum(one.flops for one in counted) == seen.flops
     assert sum(one.read + one.written for one in counted) == pytest.approx(seen.bytes, rel=0.005)
@@ -197,9 +196,9 @@ def test_counts_equal_the_operations_of_a_step(shape: str, seq: int, k: int) -> 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_flops_equal_those_of_the_dense_count(batch: int) -> None:
     """Where all rows are needed, the parts that both count have the same FLOPs."""
-    size, mask = counted_of("qwen2.5-7b", 512, 0.0, 7, batch)
-    size = size._replace(rows=mask.numel(), labels=mask.numel())  # every row at every step
-    want = common.flops(size.draft, mask, 7, dense=True)
+    size, row_mask = counted_of("qwen2.5-7b", 512, 0.0, 7, batch)
+    size = size._replace(rows=size.places, labels=size.places)  # every row at every step
+    want = common.flops(size.draft, row_mask, dense=True)
     names = {
         "projection": want.projection,
         "MLP": want.mlp,

@@ -9,6 +9,7 @@ kernels are interpreted and real widths are SmolLM2's.
 import argparse
 import copy
 import gc
+import importlib
 import os
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -32,12 +34,14 @@ from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Params, VocabMap
 from eagle3fn.data.extract import Encoded
 from eagle3fn.data.online import roll_out
-from eagle3fn.model import head_loss
+from eagle3fn.model import head_loss, unroll
 from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
-from eagle3fn.model.kernels import score as score_kernel
-from eagle3fn.model.losses import find_loss
-from eagle3fn.specforge import arithmetic
+from eagle3fn.model.fused_layers import fused_rotate
+from eagle3fn.model.losses import LOSSES, find_loss
+from eagle3fn.model.rope import rope_table, rotate
+from eagle3fn.model.visibility import Visible, visible
+from eagle3fn.specforge.arithmetic import KL, kl_loss
 from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.testing.gate_part import (
     BEGAN,
@@ -49,6 +53,7 @@ from eagle3fn.testing.gate_part import (
 )
 from eagle3fn.testing.triton_interpreter import mend_interpreter
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
+from eagle3fn.train.optimizer import OPTIMIZERS
 from eagle3fn.train.shard import empty_state
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
@@ -65,11 +70,13 @@ NORM_BOUND = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-9}
 KERNEL_BOUND = {torch.bfloat16: 0.02, torch.float32: 1e-5}
 FLASH_BOUND = 0.03
 FEATURE_BOUND = 1e-3  # of the target's hidden states in fp32
+UPDATE_BOUND = 0.1  # of an optimizer's updates, which it may compute in bf16
 
 REAL_MEMORY = 48 << 30  # free bytes of a card from which on real widths are Qwen2.5-7B's
 RESTARTS = 4  # of this process, after a check that left it without a usable card
 DEPTH = 6  # layers of the random target
 RATE = 1e-4
+WINDOW = 16  # tokens that a row sees, where the attention has a window
 
 LossAndGradients = tuple[tuple[Tensor, Aux], Params]
 
@@ -142,9 +149,15 @@ def checks(device: str) -> Iterator[Named]:
     for size in sizes(device):
         for dtype in (torch.float32, torch.bfloat16):
             about = f"kernel {short(dtype)}"
-            yield Named(f"{size.name} score {about}", partial(check_score, size, dtype))
+            for name, loss in LOSSES.items():
+                if loss.kernel:
+                    score = partial(check_score, size, name, dtype)
+                    yield Named(f"{size.name} {loss.kernel} {about} of {name}", score)
             yield Named(f"{size.name} KL {about}", partial(check_kl, size, dtype))
+            rotation = partial(check_rotate, size, dtype)
+            yield Named(f"{size.name} rotation {short(dtype)}", rotation)
         yield Named(f"{size.name} flash attention bf16", partial(check_flash, size))
+        yield from check_tables(size)
 
         for dtype in DTYPES:
             for numerics in NUMERICS:
@@ -162,6 +175,28 @@ def checks(device: str) -> Iterator[Named]:
                 yield Named(f"{size.name} decode", partial(check_decode, size))
                 if size.name == "tiny":
                     yield from check_surroundings(size)
+
+
+def check_tables(size: Size) -> Iterator[Named]:
+    """Every loss and every optimizer of the tables; at the tiny size what torch.func makes of a
+    loss, and a window of attention.
+    """
+    tiny = size.name == "tiny"
+    for name in LOSSES:
+        for dtype in (torch.float32, torch.bfloat16) if tiny else (torch.bfloat16,):
+            loss = partial(check_loss, size, name, dtype)
+            yield Named(f"{size.name} loss {name} {short(dtype)}", loss)
+    if not tiny:
+        return
+
+    for name in OPTIMIZERS:
+        for mesh in (False, True):
+            where = " mesh" if mesh else ""
+            optimizer = partial(check_optimizer, size, name, mesh)
+            yield Named(f"{size.name} optimizer {name}{where}", optimizer)
+    yield Named(f"{size.name} gradients by sample", partial(check_by_sample, size))
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Named(f"{size.name} window {short(dtype)}", partial(check_window, size, dtype))
 
 
 class Way(NamedTuple):
@@ -201,8 +236,10 @@ def short(dtype: torch.dtype) -> str:
 # The kernels, each against its expression in fp64 on the CPU.
 
 
-def check_score(size: Size, dtype: torch.dtype) -> dict[str, float]:
-    """KL, acceptance, the counts, and the gradient that is written over the logits."""
+def check_score(size: Size, name: str, dtype: torch.dtype) -> dict[str, float]:
+    """A loss, acceptance, the counts, and the gradient that is written over the logits."""
+    loss = find_loss(e3.ObjectiveConfig(loss=name))
+    kernel = importlib.import_module(f"eagle3fn.model.kernels.{loss.kernel}").score
     source = torch.Generator().manual_seed(1)
     d = size.draft.draft_vocab_size
     v = size.draft.vocab_size
@@ -214,19 +251,16 @@ def check_score(size: Size, dtype: torch.dtype) -> dict[str, float]:
 
     # The kernel on the device, the expression in fp64. Both overwrite the logits.
     mine = logits.to(size.device, copy=True)
-    found = score_kernel.score(mine, z.to(size.device), t2d.to(size.device), kept.to(size.device))
-    kl, correct, accept, known = found
+    found = kernel(mine, z.to(size.device), t2d.to(size.device), kept.to(size.device))
     wide = logits.double()
-    kl_loss = find_loss(e3.ObjectiveConfig())
-    expected = head_loss.score(wide, z.double(), t2d, kept, kl_loss)
-    expected_kl, expected_correct, expected_accept, expected_known = expected
+    expected = head_loss.score(wide, z.double(), t2d, kept, loss)
 
-    same_rows = torch.equal(correct.cpu(), expected_correct)
-    same_labels = torch.equal(known.cpu(), expected_known)
+    same_rows = torch.equal(found.correct.cpu(), expected.correct)
+    same_labels = torch.equal(found.known.cpu(), expected.known)
     assert same_rows and same_labels, "another largest logit than the expression's"
     return {
-        "kl": error(kl, expected_kl) / KERNEL_BOUND[torch.float32],
-        "acceptance": error(accept, expected_accept) / KERNEL_BOUND[torch.float32],
+        "loss": error(found.row_loss, expected.row_loss) / KERNEL_BOUND[torch.float32],
+        "acceptance": error(found.accept, expected.accept) / KERNEL_BOUND[torch.float32],
         "gradient": error(mine, wide) / KERNEL_BOUND[dtype],
     }
 
@@ -239,12 +273,12 @@ def check_kl(size: Size, dtype: torch.dtype) -> dict[str, float]:
     p = torch.randn(shape, generator=source).softmax(-1)
     mask = torch.tensor([1, 1, 0, 1, 0, 1]).view(1, 6, 1)
 
-    def run(kl: arithmetic.KL, device: str, z: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    def run(kl: KL, device: str, z: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         z, p, mask_there = z.to(device), p.to(device), mask.to(device)
         return e3.value_and_grad(lambda x: kl(x, p, mask_there, None))(z)
 
     loss, gradient = run(mean_kl, size.device, logits, p)
-    expected_loss, expected_gradient = run(arithmetic.kl_loss, "cpu", logits.double(), p.double())
+    expected_loss, expected_gradient = run(kl_loss, "cpu", logits.double(), p.double())
     return {
         "loss": error(loss, expected_loss) / KERNEL_BOUND[torch.float32],
         "gradient": error(gradient, expected_gradient) / KERNEL_BOUND[dtype],
@@ -273,13 +307,38 @@ def check_flash(size: Size) -> dict[str, float]:
 
     flash = partial(flash_attention, rows=rows.to(size.device))
     found = run(flash, [x.to(size.device) for x in inputs], grad.to(size.device))
-    plain = partial(block_attention, rows=rows, blocks=make_blocks(rows, size.seq))
+    seen = visible(size.draft, rows % size.seq, 0)
+    plain = partial(block_attention, blocks=make_blocks(rows, size.seq, seen))
     expected = run(plain, [x.double() for x in inputs], grad.double())
 
     errors = {}
     for name, a, b in zip(("out", *shapes), found, expected, strict=True):
         errors[name] = error(a, b) / FLASH_BOUND
     return errors
+
+
+def check_rotate(size: Size, dtype: torch.dtype) -> dict[str, float]:
+    """The rotation of some rows' heads, and its gradient."""
+    source = torch.Generator().manual_seed(6)
+    cpu = torch.device("cpu")
+    tables = rope_table(size.draft, 8, dtype, cpu)
+    cos, sin = (each[:, None] for each in tables)  # (T, 1, E)
+    shape = (8, size.draft.num_attention_heads, size.draft.head_dim)
+    x = torch.randn(shape, generator=source).to(dtype)
+    grad = torch.randn(shape, generator=source).to(dtype)
+
+    def run(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, grad, cos, sin = inputs
+        out, pullback = torch.func.vjp(lambda x: function(x, cos, sin), x)  # pyright: ignore
+        return out, pullback(grad)[0]
+
+    inputs = (x, grad, cos, sin)
+    out, gradient = run(fused_rotate, *(each.to(size.device) for each in inputs))
+    expected_out, expected_gradient = run(rotate, *(each.double() for each in inputs))
+    return {
+        "out": error(out, expected_out) / KERNEL_BOUND[dtype],
+        "gradient": error(gradient, expected_gradient) / KERNEL_BOUND[dtype],
+    }
 
 
 # The objective and the step.
@@ -374,6 +433,94 @@ def check_moved(state: e3.TrainState, params: Params, rate: float) -> None:
         change = master.double() - leaf.to(master.device).double()
         moved = max(moved, float(change.abs().max()))
     assert 0 < moved <= 1.01 * rate, f"weights moved by {moved}"
+
+
+# Losses, optimizers and what else is a value: the fast numerics as the plain ones.
+
+
+def of_loss(
+    size: Size, numerics: str, dtype: torch.dtype, name: str = "kl"
+) -> tuple[Tensor, Params]:
+    """The value of a named loss and its gradients, on the device."""
+    problem = problem_in(size, numerics, dtype, size.device)
+    objective = replace(problem.config.objective, loss=name)
+    fns = e3.bind(replace(problem.config, objective=objective), problem.frozen)
+    compute = e3.value_and_grad(fns.forward_loss, has_aux=True)
+    (loss, _), gradients = compute(problem.params, problem.batch)
+    return loss, gradients
+
+
+def check_loss(size: Size, name: str, dtype: torch.dtype) -> dict[str, float]:
+    """A loss by row under the fast numerics, against the plain ones in fp32."""
+    loss, gradients = of_loss(size, "fast", dtype, name)
+    expected_loss, expected = of_loss(size, "plain", torch.float32, name)
+    return {
+        "loss": apart(loss, float(expected_loss)) / LOSS_BOUND[dtype],
+        "gradients": error_of_all(gradients, expected) / GRADIENT_BOUND[dtype],
+    }
+
+
+def check_window(size: Size, dtype: torch.dtype) -> dict[str, float]:
+    """As `check_loss`, where a row sees the last `WINDOW` tokens up to its position alone."""
+
+    def windowed(config: e3.DraftConfig, place: Any, step: int) -> Visible:
+        return Visible(first=place + step + 1 - WINDOW, last=place)
+
+    with patch.object(unroll, "visible", windowed):
+        loss, gradients = of_loss(size, "fast", dtype)
+        expected_loss, expected = of_loss(size, "plain", torch.float32)
+    full, _ = of_loss(size, "plain", torch.float32)
+    assert float(full) != float(expected_loss), "the window changes nothing"
+    return {
+        "loss": apart(loss, float(expected_loss)) / LOSS_BOUND[dtype],
+        "gradients": error_of_all(gradients, expected) / GRADIENT_BOUND[dtype],
+    }
+
+
+def check_by_sample(size: Size) -> dict[str, float]:
+    """`vmap` of `grad` over the samples of a batch gives the gradients of each alone."""
+    problem = problem_in(size, "fast", torch.float32, size.device)
+    fns = e3.bind(problem.config, problem.frozen)
+    batch = problem.batch._replace(rows=None, labels=None)
+    fields = {name: x for name, x in batch._asdict().items() if x is not None}
+    samples = tree_map(lambda x: x[:, None], fields)  # (B, 1, …)
+
+    def loss_of(params: Params, sample: dict[str, Tensor]) -> Tensor:
+        return fns.forward_loss(params, e3.Batch(**sample))[0]
+
+    mapped = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0))
+    found = mapped(problem.params, samples)
+    errors = {}
+    for i in range(size.batch):
+        sample = tree_map(partial(torch.select, dim=0, index=i), samples)
+        _, alone = e3.value_and_grad(loss_of)(problem.params, sample)
+        one = {name: leaf[i] for name, leaf in found.items()}
+        errors[f"sample {i}"] = error_of_all(one, alone) / GRADIENT_BOUND[torch.float32]
+    return errors
+
+
+def check_optimizer(size: Size, name: str, mesh: bool) -> dict[str, float]:
+    """Two updates, the second donated, against the CPU's of the plain numerics.
+
+    Gradients are fp64, so that only the optimizer's own rounding differs.
+    """
+
+    def masters(numerics: str, device: str, mesh: Any) -> Params:
+        problem = problem_in(size, numerics, torch.float64, device)
+        optimizer = replace(problem.config.optimizer, name=name)
+        fns = e3.bind(replace(problem.config, optimizer=optimizer), problem.frozen, mesh)
+        state = fns.init_state(problem.params)
+        state, _ = fns.step(state, problem.batch)
+        state, _ = fns.step(state, problem.batch, donate=True)
+        return e3.gather(state).masters
+
+    before = {leaf: x.double() for leaf, x in size.drawn[1].items()}
+    found = masters("fast", size.device, one_rank_mesh(size.device) if mesh else None)
+    expected = masters("plain", size.truth_device, None)
+    moved = {leaf: expected[leaf] - x for leaf, x in before.items()}
+    assert all(bool(x.any()) for x in moved.values()), "a leaf that did not move"
+    mine = {leaf: found[leaf].to(x.device) - x for leaf, x in before.items()}
+    return {"updates": error_of_all(mine, moved) / UPDATE_BOUND}
 
 
 def under_specforge(problem: InDtype) -> e3.Config:

@@ -24,7 +24,9 @@ from bench.profile_step import (
     judge,
     summary,
 )
+from eagle3fn.model.losses import LOSSES
 from eagle3fn.testing.gate_part import Report
+from eagle3fn.train.optimizer import OPTIMIZERS
 from tests.gate import smoke as gate_smoke
 
 STEP_EVENT = Event(STEP, "user_annotation", 100, 200, "1 1")
@@ -261,7 +263,9 @@ def test_smoke_names_every_kernel_numerics_and_dtype() -> None:
     names = [one.name for one in gate_smoke.checks("cpu")]
     assert len(names) == len(set(names)) and names[0].startswith("tiny")
     for size in ("tiny", "real"):
-        for what in ("score kernel", "KL kernel", "flash attention", "extract", "decode"):
+        kernels = ("score kernel", "KL kernel", "flash attention", "rotation")
+        losses = [f"loss {name} " for name in LOSSES]
+        for what in (*kernels, *losses, "extract", "decode"):
             assert any(name.startswith(f"{size} {what}") for name in names)
         steps = [name for name in names if name.startswith(f"{size} ") and " step" in name]
         assert len(steps) == 3 * (2 * 4 + 1)  # each dtype: two numerics in four ways, SpecForge
@@ -269,3 +273,6 @@ def test_smoke_names_every_kernel_numerics_and_dtype() -> None:
         assert f"tiny {name} refuses autocast" in names
         assert f"tiny {name} under another default dtype" in names
     assert {"tiny start from the target", "tiny resume", "tiny resume mesh"} <= set(names)
+    assert {"tiny gradients by sample", "tiny window fp32", "tiny window bf16"} <= set(names)
+    for name in OPTIMIZERS:
+        assert {f"tiny optimizer {name}", f"tiny optimizer {name} mesh"} <= set(names)

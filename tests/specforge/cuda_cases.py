@@ -7,21 +7,20 @@ it is the model's forward and `.backward()`.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eagle3fn.base.types import Aux, Batch, Frozen, Params
-from eagle3fn.model.forward import Operations, forward_plain
-from eagle3fn.specforge.arithmetic import KL, step_loss
+from eagle3fn.model.unroll import Ops
+from eagle3fn.specforge.arithmetic import KL, SPECFORGE
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.specforge.oracle import Oracle, run_oracle
 from eagle3fn.testing.builders import Case, tiny_params
 from eagle3fn.testing.results import ForwardLoss, Result, differences, nontrivial, run_forward, ulps
 from eagle3fn.testing.strategies import drawn
+from tests.specforge.helpers import loss_with
 from tests.specforge.oracle_script import run_script, run_step
 from tests.specforge.private_tape import specforge_kl, with_flex
 
@@ -51,41 +50,23 @@ def case_at(index: int, seed: int, device: str) -> Case:
     return replace(case, **WIDE, draft_vocab=draft_vocab, lengths=(48, 40), steps=7)
 
 
-# Our side
+# The sides
 
-ChangeOperations = Callable[[Operations], Operations]
-
-
-def loss_with(
-    kl: KL, attention: str = "sdpa", change: ChangeOperations | None = None
-) -> ForwardLoss:
-    """SpecForge's arithmetic with this KL, and the attention of one of its backends.
-
-    `change` changes the operations once more.
-    """
-
-    def forward(params: Params, batch: Batch, *, config: Any, frozen: Frozen) -> tuple[Tensor, Aux]:
-        operations = Operations(step_loss=partial(step_loss, kl=kl))
-        if attention == "flex_attention":
-            operations = with_flex(operations)
-        if change is not None:
-            operations = change(operations)
-        return forward_plain(params, batch, config=config, frozen=frozen, operations=operations)
-
-    return forward
+ATTENTION = {"sdpa": SPECFORGE, "flex_attention": with_flex(SPECFORGE)}
+"""Our operations for each of SpecForge's backends."""
 
 
-def reordered(operations: Operations) -> Operations:
+def reordered(ops: Ops) -> Ops:
     """The control that must be detected: the same attention in another order of operations.
 
     Values are multiplied by three before they are averaged, and the average is divided by three.
     """
 
-    def attention(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Any) -> Tensor:
+    def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], sight: Any) -> Tensor:
         tripled = [value * 3 for value in values]
-        return operations.attention(query, keys, tripled, mask) / 3
+        return ops.attend(query, keys, tripled, sight) / 3
 
-    return operations._replace(attention=attention)
+    return ops._replace(attend=attend)
 
 
 def specforge_side(oracle: Oracle, case: Case, attention: str, device: str) -> Side:
@@ -106,9 +87,10 @@ def our_side(oracle: Oracle, loss: ForwardLoss, case: Case, device: str) -> Side
 
 def compare_case(oracle: Oracle, case: Case, attention: str, device: str) -> dict[str, Any]:
     """SpecForge against itself, against ours with each of the two kernels, and the control."""
-    with_their_kernel = loss_with(specforge_kl(oracle), attention)
-    with_own_kernel = loss_with(mean_kl, attention)
-    with_reordering = loss_with(mean_kl, attention, reordered)
+    ops = ATTENTION[attention]
+    with_their_kernel = loss_with(specforge_kl(oracle), ops)
+    with_own_kernel = loss_with(mean_kl, ops)
+    with_reordering = loss_with(mean_kl, reordered(ops))
     return _verdict(
         repr(case),
         specforge_side(oracle, case, attention, device),

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+from torch import Tensor
+
 from eagle3fn import specforge
-from eagle3fn.model.forward import Operations, forward_plain
-from eagle3fn.specforge.arithmetic import kl_loss, step_loss
+from eagle3fn.base.types import Aux, Batch, Frozen, Params
+from eagle3fn.model.forward import forward
+from eagle3fn.model.unroll import Ops
+from eagle3fn.specforge.arithmetic import KL, SPECFORGE, kl_loss, score
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle, load_oracle, run_oracle
 from eagle3fn.testing.builders import Case
@@ -27,6 +31,7 @@ __all__ = [
     "level_on",
     "load_oracle",
     "loss_at",
+    "loss_with",
     "recipe_at",
     "reference_result",
 ]
@@ -37,19 +42,26 @@ def level_on(device: str) -> Level:
     return 1 if device == "cuda" else 2
 
 
+def loss_with(kl: KL | None = None, ops: Ops = SPECFORGE) -> ForwardLoss:
+    """SpecForge's arithmetic with another KL than its device's, or with other operations."""
+
+    def function(
+        params: Params, batch: Batch, *, config: Any, frozen: Frozen, loss: Any = None
+    ) -> tuple[Tensor, Aux]:
+        assert loss is None, "SpecForge's arithmetic has SpecForge's losses"
+        changed = ops._replace(score=partial(score, kl=kl))
+        return forward(params, batch, config, frozen, changed, None)
+
+    return function
+
+
 def loss_at(level: Level) -> ForwardLoss:
-    """Our side's loss.
+    """Our side's loss: SpecForge's arithmetic.
 
-    At level 1 its KL is SpecForge's, which on a card is a Triton kernel. At level 2 it is the plain
-    expression on every device.
+    At level 1 its KL on a card is a Triton kernel. At level 2 it is the plain expression on every
+    device.
     """
-    return specforge.forward_loss if level == 1 else eager_forward_loss
-
-
-def eager_forward_loss(params: Any, batch: Any, *, config: Any, frozen: Any) -> Any:
-    """SpecForge's arithmetic, with the plain expression as its KL."""
-    operations = Operations(step_loss=partial(step_loss, kl=kl_loss))
-    return forward_plain(params, batch, config=config, frozen=frozen, operations=operations)
+    return specforge.forward_loss if level == 1 else loss_with(kl_loss)
 
 
 def recipe_at(level: Level) -> Recipe:

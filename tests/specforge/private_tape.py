@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle3fn.model.forward import Operations
+from eagle3fn.model.unroll import Ops
 from eagle3fn.specforge.arithmetic import KL
 from eagle3fn.specforge.oracle import Oracle
 
@@ -78,18 +78,20 @@ def specforge_kl(oracle: Oracle) -> KL:
     return kl
 
 
-def with_flex(operations: Operations) -> Operations:
+def with_flex(ops: Ops) -> Ops:
     """The same operations with the attention of SpecForge's `flex_attention` backend.
 
     It reads the attention mask `(B, S)` itself, and heads that are not repeated.
     """
-    return operations._replace(
-        mask=lambda mask, _: mask, heads=lambda x, _: x, attention=flex_over_unroll
+    return ops._replace(
+        sight=lambda seen, rows, key, attention_mask: attention_mask,
+        shared=lambda heads, groups: heads,
+        attend=flex_over_unroll,
     )
 
 
 def flex_over_unroll(q: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:
-    """`model.attention.unrolled_attention` by flex_attention.
+    """`model.plain.attend` by flex_attention.
 
     Unlike there, padded rows neither see nor are seen, in the later steps' keys too; and at unroll
     step `i` the last `i` real rows of a sample count as padding.

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from eagle3fn import specforge
 from eagle3fn.base.errors import UserError
-from eagle3fn.specforge import kl_kernel
-from eagle3fn.specforge.arithmetic import KL, kl_loss, kl_on
+from eagle3fn.specforge import arithmetic, kl_kernel
+from eagle3fn.specforge.arithmetic import KL, SPECFORGE, kl_loss, kl_on
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.kl_kernel import LARGEST, launch_shape, mean_kl
 from eagle3fn.specforge.oracle import ENVIRONMENT, Oracle, run_oracle
@@ -27,9 +28,9 @@ from tests.specforge.cuda_cases import (
     case_at,
     compare_case,
     compare_kernel,
-    loss_with,
     reordered,
 )
+from tests.specforge.helpers import loss_with
 from tests.specforge.private_tape import on_private_tape, specforge_kl
 
 pytest.importorskip(
@@ -109,7 +110,7 @@ def test_the_gates_control_differs_on_every_case() -> None:
     for index in range(30):
         case = case_at(index, 3, "cpu")
         plain = run_forward(loss_with(kl_loss), case)
-        changed = run_forward(loss_with(kl_loss, change=reordered), case)
+        changed = run_forward(loss_with(kl_loss, reordered(SPECFORGE)), case)
         assert differences(plain, changed) != [], case
 
 
@@ -233,6 +234,21 @@ def test_the_kernel_is_chosen_on_cuda_alone() -> None:
     assert kl_on(cuda, torch.float32) is mean_kl
     assert kl_on(cuda, torch.float64) is kl_loss
     assert kl_on(cpu, torch.bfloat16) is kl_loss
+
+
+@pytest.mark.parametrize("loss", ["kl", "lk_lambda"])
+def test_the_recipe_asks_for_the_kl_of_its_device_and_dtype(
+    monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    asked = []
+
+    def recorded(device: torch.device, dtype: torch.dtype) -> KL:
+        asked.append((device.type, dtype))
+        return kl_loss
+
+    monkeypatch.setattr(arithmetic, "kl_on", recorded)
+    run_forward(specforge.forward_loss, Case(dtype="bfloat16", loss=loss, steps=2))
+    assert asked == [("cpu", torch.bfloat16)] * 2
 
 
 def test_without_triton_the_message_has_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,22 @@ from eagle3fn import specforge
 from eagle3fn.base.types import Batch, Sample
 from eagle3fn.data.collate import AlignMask, align_mask, collate
 from eagle3fn.model.rope import rope_table
-from eagle3fn.specforge.arithmetic import step_loss
-from eagle3fn.specforge.oracle import Oracle, eager_loss, specforge_draft, specforge_forward
-from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
-from tests.factories import underflow
+from eagle3fn.specforge.arithmetic import kl_loss, step_loss
+from eagle3fn.specforge.oracle import (
+    Oracle,
+    eager_loss,
+    specforge_draft,
+    specforge_forward,
+    unaligned,
+)
+from eagle3fn.testing.builders import (
+    Case,
+    tiny_batch,
+    tiny_frozen,
+    tiny_params,
+    tiny_unaligned,
+)
+from tests.factories import pad_batch, underflow
 
 CPU = torch.device("cpu")
 
@@ -148,18 +160,6 @@ def test_specforge_ignores_the_rope_base_with_scaling(oracle: Oracle, name: str)
 # Losses
 
 
-def with_padding(batch: Batch, more: int) -> Batch:
-    """The batch with `more` padded places."""
-    pad = torch.nn.functional.pad
-    return batch._replace(
-        input_ids=pad(batch.input_ids, (0, more)),
-        attention_mask=pad(batch.attention_mask, (0, more)),
-        row_mask=pad(batch.row_mask, (0, more)),
-        aux_hidden=pad(batch.aux_hidden, (0, 0, 0, more)),
-        last_hidden=pad(batch.last_hidden, (0, 0, 0, more)),
-    )
-
-
 def test_padding_changes_specforges_lambda_loss(oracle: Oracle) -> None:
     """Its KL part is divided by all rows, its acceptance part by trained ones.
 
@@ -167,7 +167,7 @@ def test_padding_changes_specforges_lambda_loss(oracle: Oracle) -> None:
     """
     case = Case(loss="lk_lambda", lengths=(8,), steps=2)
     short = tiny_batch(case)
-    long = with_padding(short, 40)
+    long = pad_batch(short, 40)
     draft = draft_of(oracle, case)
     of_short = specforge_losses(oracle, draft, case, short)
     of_long = specforge_losses(oracle, draft, case, long)
@@ -202,7 +202,7 @@ def test_specforges_alpha_gradient_is_nan_in_a_masked_row(oracle: Oracle) -> Non
             kl_decay=3.0,
         )
     objective = e3.ObjectiveConfig(loss="lk_alpha", numerics="plain")
-    loss = step_loss(ours, p_draft, p_full, mask, None, objective)
+    loss = step_loss(ours, p_draft, p_full, mask, None, objective, kl_loss)
     expected.backward()
     loss.backward()
     assert torch.isfinite(expected)
@@ -225,19 +225,27 @@ SPOKEN = (3, 4, 5)  # the assistant's tokens, of nine
 
 
 def spoken_sample() -> Sample:
-    batch = tiny_batch(replace(CASE, lengths=(9,)))
+    made = tiny_unaligned(replace(CASE, lengths=(9,)))
     mask = torch.tensor([int(token in SPOKEN) for token in range(9)])
-    return Sample(batch.input_ids[0], mask, batch.aux_hidden[0], batch.last_hidden[0])
+    return Sample(made.input_ids[0], mask, made.aux_hidden[0], made.last_hidden[0])
 
 
-def learned_tokens(loss_of: Callable[[Batch], Tensor], batch: Batch) -> list[int]:
+def batch_of(sample: Sample, align: AlignMask, length: int = 64) -> Batch:
+    config = CASE.config()
+    data = replace(config.data, max_length=length)
+    return collate([sample], replace(config, data=data), align)
+
+
+def learned_tokens(loss_of: Callable[[Batch], Tensor], align: AlignMask) -> list[int]:
     """Tokens whose distribution the loss learns: it changes with the target's state before them."""
-    base = loss_of(batch)
+    sample = spoken_sample()
+    base = loss_of(batch_of(sample, align))
     found = []
     for token in range(1, 9):
-        other = batch.last_hidden.clone()
-        other[0, token - 1] += 1.0
-        if not torch.equal(loss_of(batch._replace(last_hidden=other)), base):
+        other = sample.last_hidden.clone()
+        other[token - 1] += 1.0
+        changed = batch_of(sample._replace(last_hidden=other), align)
+        if not torch.equal(loss_of(changed), base):
             found.append(token)
     return found
 
@@ -249,9 +257,11 @@ def test_specforges_mask_is_one_row_late(oracle: Oracle) -> None:
     SpecForge learns 5, and 6 and 7, past the turn's end.
     """
     draft = draft_of(oracle, CASE)
-    batch = collate([spoken_sample()], 64, specforge.align_mask)
-    learned = learned_tokens(lambda one: specforge_losses(oracle, draft, CASE, one), batch)
-    assert learned == [5, 6, 7]
+
+    def loss_of(batch: Batch) -> Tensor:
+        return specforge_losses(oracle, draft, CASE, batch)
+
+    assert learned_tokens(loss_of, specforge.align_mask) == [5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -260,14 +270,16 @@ def test_specforges_mask_is_one_row_late(oracle: Oracle) -> None:
     ids=["specforge", "ours"],
 )
 def test_our_mask_trains_what_a_server_drafts(align: AlignMask, expected: list[int]) -> None:
-    batch = collate([spoken_sample()], 64, align)
-    assert learned_tokens(lambda one: our_losses(CASE, one), batch) == expected
+    assert learned_tokens(lambda batch: our_losses(CASE, batch), align) == expected
 
 
 @pytest.mark.usefixtures("oracle")
 @pytest.mark.parametrize(("length", "trained"), [(64, 3), (9, 3), (5, 1)])
 def test_a_batch_under_the_recipe_is_specforges_readers(length: int, trained: int) -> None:
-    """Cut or not. SpecForge's offline reader writes into the mask that it is given."""
+    """Cut or not. SpecForge's offline reader writes into the mask that it is given.
+
+    Its script then shifts tokens and target, so that the first of each is read by nobody.
+    """
     name = "specforge.data.preprocessing"
     try:
         reader = importlib.import_module(name).OfflineEagle3Dataset
@@ -275,7 +287,7 @@ def test_a_batch_under_the_recipe_is_specforges_readers(length: int, trained: in
         pytest.skip(f"{name} cannot be imported ({error}); pip install datasets, too")
 
     sample = spoken_sample()
-    ours = collate([sample], length, specforge.align_mask)
+    batch = batch_of(sample, specforge.align_mask, length)
     stored = {
         "input_ids": sample.input_ids,
         "loss_mask": sample.token_mask.clone(),
@@ -283,9 +295,10 @@ def test_a_batch_under_the_recipe_is_specforges_readers(length: int, trained: in
         "hidden_state": sample.last_hidden[None],
     }
     theirs = reader.process_data(stored, length)
-    assert torch.equal(ours.input_ids, theirs["input_ids"])
-    assert torch.equal(ours.attention_mask, theirs["attention_mask"])
-    assert torch.equal(ours.row_mask, theirs["loss_mask"])
-    assert torch.equal(ours.aux_hidden, theirs["hidden_state"])
-    assert torch.equal(ours.last_hidden, theirs["target"])
-    assert int(ours.row_mask.sum()) == trained
+    ours = unaligned(batch)
+    assert torch.equal(ours.input_ids[:, 1:], theirs["input_ids"][:, 1:])
+    assert torch.equal(ours.loss_mask, theirs["loss_mask"])
+    assert torch.equal(ours.target[:, 1:], theirs["target"][:, 1:])
+    assert torch.equal(batch.attention_mask, theirs["attention_mask"])
+    assert torch.equal(batch.aux_hidden, theirs["hidden_state"])
+    assert int(ours.loss_mask.sum()) == trained

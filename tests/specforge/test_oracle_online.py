@@ -15,6 +15,7 @@ import torch
 
 import eagle3fn as e3
 from eagle3fn import specforge
+from eagle3fn.base.rows import over_steps
 from eagle3fn.base.types import Batch, Frozen
 from eagle3fn.data.collate import collate
 from eagle3fn.data.extract import Encoded
@@ -83,7 +84,7 @@ def online_case(case: Case) -> Case:
 
 def our_batch(case: Case, model: Any, rows: list[Encoded]) -> Batch:
     samples = list(roll_out(model, rows, LAYERS, batch=len(rows), group=len(rows)))
-    return collate(samples, max(case.lengths), specforge.align_mask)
+    return collate(samples, case.config(), specforge.align_mask)
 
 
 def our_result(case: Case, frozen: Frozen, batch: Batch) -> Result:
@@ -133,7 +134,8 @@ def test_specforges_online_mask_trains_the_last_row(collated: Oracle) -> None:
 
         # With the entry kept, ours is SpecForge's, but in a padded batch.
         masks = torch.nn.utils.rnn.pad_sequence([row.token_mask for row in rows], True)
-        kept = our_result(case, frozen, batch._replace(row_mask=masks))
+        rows_kept = over_steps(masks, case.steps)
+        kept = our_result(case, frozen, batch._replace(row_mask=rows_kept))
         padded = len(set(case.lengths)) > 1
         assert (differences(expected, kept) == []) != padded
         count["padded" if padded else "not padded"] += 1

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,19 @@ from hypothesis import given
 import eagle3fn as e3
 from eagle3fn.base.dtypes import wide
 from eagle3fn.cli import main
-from eagle3fn.model import layers, table
-from eagle3fn.model.attention import unrolled_attention
-from eagle3fn.model.forward import ForwardLoss, Operations, forward_plain
+from eagle3fn.model import plain, table
+from eagle3fn.model.forward import ForwardLoss
 from eagle3fn.specforge import bisect
 from eagle3fn.specforge import oracle as oracle_file
-from eagle3fn.specforge.arithmetic import forward_loss, kl_loss, step_loss
+from eagle3fn.specforge.arithmetic import SPECFORGE, forward_loss, kl_loss
 from eagle3fn.specforge.cases import for_specforge, specforge_cases
-from eagle3fn.specforge.oracle import ENVIRONMENT, Oracle, OracleMissingError, side
+from eagle3fn.specforge.oracle import ENVIRONMENT, LK, Oracle, OracleMissingError, side
 from eagle3fn.testing import Case, assert_equivalent
 from eagle3fn.testing.strategies import drawn
+from tests.specforge.helpers import loss_with
+
+SPECFORGES_LOSS = {"kl": "kl", "rkl": "kl", "nla": "lk_alpha", "lk": "lk_lambda"}
+"""Of each of our losses, the nearest that SpecForge has."""
 
 CASE = Case(steps=3, dtype="bfloat16", loss="lk_lambda", lengths=(8, 6))
 
@@ -69,7 +71,7 @@ def wrong_norm(x, weight, eps):
 
 
 def test_a_difference_is_counted_named_and_repeated(oracle: Oracle, capsys, monkeypatch):
-    monkeypatch.setattr(layers, "rms_norm", wrong_norm)
+    monkeypatch.setattr(plain, "rms_norm", wrong_norm)
     assert main(["parity", "--cases", "10", "--json", "--bisect"]) == 1
     out = capsys.readouterr().out
     found = last_line(out)
@@ -82,15 +84,6 @@ def test_a_difference_is_counted_named_and_repeated(oracle: Oracle, capsys, monk
         exec(compile(code, "snippet", "exec"), {})
     assert main(["parity", "--cases", "10", "--json"]) == 1
     assert last_line(capsys.readouterr().out)["first_difference"].keys() == {"case", "leaf", "ulps"}
-
-
-def plain_with(operations: Operations) -> ForwardLoss:
-    """The plain unroll with other operations."""
-
-    def function(params, batch, *, config, frozen):
-        return forward_plain(params, batch, config=config, frozen=frozen, operations=operations)
-
-    return function
 
 
 def place(
@@ -109,19 +102,18 @@ def test_equal_runs_have_no_first_difference(oracle: Oracle):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_fault_at_the_first_weight_is_found_there(oracle: Oracle, monkeypatch, tied):
     """With a tied head too, whose product with the target's states is no step of the draft."""
-    monkeypatch.setattr(layers, "rms_norm", wrong_norm)
+    monkeypatch.setattr(plain, "rms_norm", wrong_norm)
     expected = (0, "scaling by the root mean square", table.INPUT_NORM)
     assert place(oracle, case=replace(CASE, tied=tied)) == expected
 
 
 def test_a_fault_in_attention_is_found_at_its_step(oracle: Oracle):
     def late(query, keys, values, mask):
-        out = unrolled_attention(query, keys, values, mask)
+        out = plain.attend(query, keys, values, mask)
         return out * 1.01 if len(keys) == 2 else out
 
-    step, operation, leaf = place(
-        oracle, plain_with(Operations(attention=late, step_loss=step_loss))
-    )
+    function = loss_with(ops=SPECFORGE._replace(attend=late))
+    step, operation, leaf = place(oracle, function)
     assert (step, leaf) == (1, table.O)
     assert operation == "attention: rotated queries and keys, scores, softmax, values"
 
@@ -130,8 +122,7 @@ def test_a_fault_in_the_loss_is_found_at_its_step(oracle: Oracle):
     def biased(logits, p_draft, mask, count):
         return kl_loss(logits, p_draft, mask, count) * 1.001
 
-    function = plain_with(Operations(step_loss=partial(step_loss, kl=biased)))
-    assert place(oracle, function) == (0, "loss and metrics", "losses")
+    assert place(oracle, loss_with(biased)) == (0, "loss and metrics", "losses")
 
 
 def test_a_fault_in_a_gradient_alone_is_found_at_its_step(oracle: Oracle):
@@ -144,10 +135,10 @@ def test_a_fault_in_a_gradient_alone_is_found_at_its_step(oracle: Oracle):
         bend = 1.5 if calls == 2 else 1.0
         return kl_loss(logits.detach() + (logits - logits.detach()) * bend, p_draft, mask, count)
 
-    def function(params, batch, *, config, frozen):
+    def function(params, batch, *, config, frozen, loss=None):
         nonlocal calls
         calls = 0
-        run = plain_with(Operations(step_loss=partial(step_loss, kl=bent)))
+        run = loss_with(bent)
         return run(params, batch, config=config, frozen=frozen)
 
     case = replace(CASE, loss="kl", dtype="float32")
@@ -155,23 +146,24 @@ def test_a_fault_in_a_gradient_alone_is_found_at_its_step(oracle: Oracle):
 
 
 def test_a_metric_is_compared(oracle: Oracle):
-    def miscounted(params, batch, *, config, frozen):
+    def miscounted(params, batch, *, config, frozen, loss=None):
         loss, aux = forward_loss(params, batch, config=config, frozen=frozen)
         return loss, aux._replace(correct=aux.correct + 1)
 
     assert place(oracle, miscounted) == (0, "loss and metrics", "correct")
 
 
-def test_our_arithmetic_is_equivalent_to_specforge(oracle: Oracle):
+def test_our_objective_is_equivalent_to_specforge(oracle: Oracle):
     assert_equivalent(forward_loss, against=side(), cases=30, seed=1)
 
 
-def test_our_plain_numerics_are_equivalent_to_specforge_under_kl(oracle: Oracle):
-    assert_equivalent(e3.forward_loss, against=side(), cases=20, seed=1, loss="kl")
+def test_the_plain_kl_is_equivalent_to_specforge(oracle: Oracle):
+    """Its other losses are means over a batch, and SpecForge's alone."""
+    assert_equivalent(e3.forward_loss, against=side(), cases=30, seed=1, loss="kl")
 
 
 def test_a_difference_from_specforge_is_repeated_by_its_snippet(oracle: Oracle):
-    def doubled(params, batch, *, config, frozen):
+    def doubled(params, batch, *, config, frozen, loss=None):
         loss, aux = forward_loss(params, batch, config=config, frozen=frozen)
         return loss * 2, aux
 
@@ -205,8 +197,19 @@ def test_specforge_cases_are_those_that_it_can_run(case: Case):
 def test_adapted_cases_keep_all_other_fields():
     for case in drawn(20, 0):
         changed = for_specforge(case)
-        expected = replace(case, target_hidden=case.hidden, normalization="rows", switches=())
-        assert changed == replace(expected, loss=changed.loss)
+        expected = replace(
+            case,
+            target_hidden=case.hidden,
+            normalization="rows",
+            loss=SPECFORGES_LOSS[case.loss],
+            switches=(),
+        )
+        assert changed == expected
+
+
+def test_a_loss_that_is_specforges_stays():
+    for loss in LK:
+        assert for_specforge(Case(loss=loss)) == Case(loss=loss)
 
 
 def in_process(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

@@ -26,7 +26,14 @@ from eagle3fn.specforge.oracle import (
     specforge_draft,
     specforge_forward,
 )
-from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.builders import (
+    Case,
+    on,
+    tiny_batch,
+    tiny_frozen,
+    tiny_params,
+    tiny_unaligned,
+)
 from eagle3fn.testing.results import Result, differences, nontrivial, run_forward
 from tests.factories import GATE
 from tests.reference import Trainer, weighted_sum
@@ -247,10 +254,11 @@ def test_reference_accumulation_equals_specforges(commit: Oracle, dtype: Any, de
     optimizer = specforge_optimizer(commit, draft, 6, 0.3)
 
     for index in range(4):
-        batches = [on(device, tiny_batch(case, 2 * index + i)) for i in range(2)]
+        batches = [on(device, tiny_unaligned(case, 2 * index + i)) for i in range(2)]
         with eager_loss(commit):
             for batch in batches:
-                losses = specforge_forward(commit, draft, frozen, batch, objective).losses
+                aligned = batch.aligned(case.steps)
+                losses = specforge_forward(commit, draft, frozen, aligned, objective).losses
                 (weighted_sum(losses, 0.8) / 2).backward()
         norm = optimizer.step()
         assert torch.equal(trainer.step(batches)["grad_norm"], norm)
