@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import eagle3fn as e3
-from eagle3fn.base.tree import named_leaves
+from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.base.types import Batch, TrainState
 from eagle3fn.data.collate import global_row_counts
 from eagle3fn.train.shard import is_sharded
@@ -35,13 +35,13 @@ def micro_batches(step: int, size: int, mesh: DeviceMesh | None) -> tuple[Batch,
     whole = make_batch(step, LENGTHS)
     parts = []
     for i in range(0, SAMPLES, size):
-        part = Batch(*(field[i : i + size] for field in whole[:5]))  # pyright: ignore
+        part = tree_map(lambda field, i=i: field[i : i + size], whole)
         parts.append(part)
 
     world = 1 if mesh is None else mesh.size()
     rank = 0 if mesh is None else mesh.get_local_rank()
     block = len(parts) // world
-    counts = global_row_counts(parts, 4)
+    counts = global_row_counts(parts)
     mine = parts[rank * block : (rank + 1) * block]
     return tuple(part._replace(row_counts=counts) for part in mine)
 

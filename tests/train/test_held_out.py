@@ -7,10 +7,11 @@ import torch
 
 import eagle3fn as e3
 from eagle3fn.base.tree import tree_map
-from eagle3fn.base.types import Batch, Frozen
+from eagle3fn.base.types import Frozen
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import read_sample
 from eagle3fn.specforge import stored_order
+from eagle3fn.testing.builders import Unaligned
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.recipe import OURS
 from eagle3fn.train.run import Run, prepare
@@ -28,14 +29,14 @@ def by_loops(run: Run, params: dict[str, torch.Tensor]) -> Objective:
     samples = []
     for number in run.held_out:
         sample = read_sample(run.features, number)
-        batch = Batch(
+        unaligned = Unaligned(
             input_ids=sample.input_ids,
             attention_mask=torch.ones_like(sample.input_ids),
             row_mask=align_mask(sample.token_mask),
             aux_hidden=sample.aux_hidden.double(),
             last_hidden=sample.last_hidden.double(),
         )
-        samples.append(batch)
+        samples.append(unaligned)
 
     wide = tree_map(lambda leaf: leaf.double(), params)
     frozen = run.frozen
@@ -59,7 +60,7 @@ def check(row: dict, expected: Objective, rel: float) -> None:
         {"normalization": "mask", "numerics": "fast"},
         {"normalization": "rows", "numerics": "plain"},
         {"normalization": "rows", "numerics": "fast"},
-        {"loss": "lk_alpha", "numerics": "plain"},
+        {"loss": "nla", "numerics": "plain"},
     ],
     ids=lambda objective: "-".join(objective.values()),
 )
