@@ -8,7 +8,7 @@ import torch
 
 import eagle3fn as e3
 from eagle3fn.base.device import send
-from eagle3fn.base.rows import both_rows
+from eagle3fn.base.rows import row_lists
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.train.run import to_device
@@ -34,8 +34,8 @@ def two_steps(numerics: str, dtype: str, donate: bool) -> TwoSteps:
     config = replace(config, objective=replace(config.objective, numerics=numerics))
     batch = tiny_batch(case)
     row_counts = torch.arange(case.steps, 0, -1.0) + 4
-    rows = both_rows(batch.row_mask, case.steps)
-    batch = batch._replace(**rows, row_counts=row_counts)
+    lists = row_lists(batch.row_mask)
+    batch = batch._replace(**lists._asdict(), row_counts=row_counts)
     with stand_in() as waits:
         fns = e3.bind(config, on(NAME, tiny_frozen(case)))
         state = fns.init_state(on(NAME, tiny_params(case)))
