@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn.base.types import Batch, Frozen, Sample, VocabMap
 from eagle3fn.data.features import write_index, write_shard
 from eagle3fn.data.target import TargetTensors
-from eagle3fn.testing.builders import Case
+from eagle3fn.testing.builders import Case, Unaligned
 
 # Configurations and tensors of a tiny draft.
 
@@ -36,6 +37,9 @@ GATE = Case(
     dtype="bfloat16",
 )
 """The shapes of SpecForge's own equivalence tests."""
+
+UNROLL = 4
+"""Unroll steps of `make_config` and `make_batch`."""
 
 
 def make_draft(
@@ -67,7 +71,7 @@ def make_config(
     train: dict[str, Any] | None = None,
     **objective: Any,
 ) -> e3.Config:
-    """The fast numerics over 4 unroll steps, from random parameters.
+    """The fast numerics over `UNROLL` steps, from random parameters.
 
     Args:
         dtype: of the parameters.
@@ -78,7 +82,7 @@ def make_config(
     """
     return e3.Config(
         draft=draft or make_draft(),
-        objective=e3.ObjectiveConfig(**({"ttt_length": 4, "numerics": "fast"} | objective)),
+        objective=e3.ObjectiveConfig(**({"ttt_length": UNROLL, "numerics": "fast"} | objective)),
         optimizer=e3.OptimizerConfig(learning_rate=1e-2),
         train=e3.TrainConfig(
             **({"steps": steps, "dtype": dtype, "init": "random"} | (train or {}))
@@ -119,19 +123,20 @@ def normal(source: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=source, dtype=torch.float32)
 
 
-def make_batch(
+def make_unaligned(
     seed: int, lengths: Sequence[int], hidden_size: int = 16, vocab_size: int = 40
-) -> Batch:
+) -> Unaligned:
     """Random samples of `lengths` tokens, padded on the right; about four of five rows are trained.
 
-    `S` is the longest length, `B` their number; the features are fp32.
+    `S` is the longest length, `B` their number; the features are fp32. Change a mask, ids or hidden
+    states here, then call `aligned(k)`.
     """
     source = torch.Generator().manual_seed(seed)
     b = len(lengths)
     s = max(lengths)
     real = (torch.arange(s)[None] < torch.tensor(lengths)[:, None]).long()  # (B, S)
     chosen = torch.rand(b, s, generator=source, dtype=torch.float32) < 0.8  # (B, S)
-    return Batch(
+    return Unaligned(
         input_ids=torch.randint(0, vocab_size, (b, s), generator=source) * real,
         attention_mask=real,
         row_mask=chosen.long() * real,
@@ -140,19 +145,38 @@ def make_batch(
     )
 
 
+def make_batch(
+    seed: int,
+    lengths: Sequence[int],
+    hidden_size: int = 16,
+    vocab_size: int = 40,
+    k: int = UNROLL,
+) -> Batch:
+    """`make_unaligned`, aligned for the unroll of `make_config`, or of `k` steps."""
+    return make_unaligned(seed, lengths, hidden_size, vocab_size).aligned(k)
+
+
 def pad_batch(batch: Batch, places: int) -> Batch:
-    """The same samples with more padded places at the end of the sequence: `(B, S + places, …)`."""
+    """The same samples with more padded places at the end of the sequence: `(B, S + places, …)`.
+
+    Without lists of its rows.
+    """
+    assert batch.position_ids is None
 
     def pad(x: Tensor) -> Tensor:
-        widths = (0, 0, 0, places) if x.ndim == 3 else (0, places)
-        return torch.nn.functional.pad(x, widths)
+        return F.pad(x, (0, places))
 
-    return Batch(
-        input_ids=pad(batch.input_ids),
+    def pad_features(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, places))
+
+    return batch._replace(
+        next_ids=pad(batch.next_ids),
         attention_mask=pad(batch.attention_mask),
         row_mask=pad(batch.row_mask),
-        aux_hidden=pad(batch.aux_hidden),
-        last_hidden=pad(batch.last_hidden),
+        aux_hidden=pad_features(batch.aux_hidden),
+        label_hidden=pad_features(batch.label_hidden),
+        rows=None,
+        labels=None,
     )
 
 

@@ -34,8 +34,8 @@ def two_steps(numerics: str, dtype: str, donate: bool) -> TwoSteps:
     config = replace(config, objective=replace(config.objective, numerics=numerics))
     batch = tiny_batch(case)
     row_counts = torch.arange(case.steps, 0, -1.0) + 4
-    lists = row_lists(batch.row_mask)._asdict()
-    batch = batch._replace(**lists, row_counts=row_counts)
+    lists = row_lists(batch.row_mask)
+    batch = batch._replace(**lists._asdict(), row_counts=row_counts)
     with stand_in() as waits:
         fns = e3.bind(config, on(NAME, tiny_frozen(case)))
         state = fns.init_state(on(NAME, tiny_params(case)))

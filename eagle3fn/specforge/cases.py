@@ -3,20 +3,28 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from eagle3fn.specforge.arithmetic import BATCH_MEANS
 from eagle3fn.testing.builders import Case
 from eagle3fn.testing.strategies import cases
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
+_NEAREST_LOSS = {"nla": "lk_alpha", "lk": "lk_lambda"}
+
 
 def for_specforge(case: Case) -> Case:
     """The nearest case that SpecForge can run.
 
     Its drafts are as wide as their target and have no switches, and its loss is divided by the
-    number of all rows.
+    number of all rows. In place of the losses by row it has two with means over the whole batch.
     """
-    return replace(case, target_hidden=case.hidden, normalization="rows", switches=())
+    loss = case.loss
+    if loss not in BATCH_MEANS:
+        loss = _NEAREST_LOSS.get(loss, "kl")
+    return replace(
+        case, target_hidden=case.hidden, normalization="rows", loss=loss, switches=()
+    )
 
 
 def specforge_cases(**pins: Any) -> "SearchStrategy[Case]":

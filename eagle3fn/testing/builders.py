@@ -1,7 +1,7 @@
 """Tiny problems: a case is a few integers and names; its tensors are drawn from its seed."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Case:
     teacher: Literal["compact", "full"] = "full"
     chunk: int = 11
     normalization: Literal["mask", "rows"] = "rows"
-    loss: Literal["kl", "lk_alpha", "lk_lambda"] = "kl"
+    loss: str = "kl"
     kl_scale: float = 1.0
     kl_decay: float = 3.0
 
@@ -172,12 +172,35 @@ def tiny_frozen(case: Case) -> Frozen:
     return Frozen(head if case.tied else embed, head, t2d, d2t)
 
 
+class Unaligned(NamedTuple):
+    """Padded samples before they are aligned: each entry is at the token that it is of."""
+
+    input_ids: Tensor  # (B, S) int64
+    attention_mask: Tensor  # (B, S) int64
+    row_mask: Tensor  # (B, S) int64, of step 0
+    aux_hidden: Tensor  # (B, S, 3·Ht)
+    last_hidden: Tensor  # (B, S, Ht)
+    position_ids: Tensor | None = None  # (B, S) int64
+    row_counts: Tensor | None = None  # (K,) fp32, as in `Batch`
+
+    def aligned(self, k: int) -> Batch:
+        """The batch of `k` unroll steps."""
+        tensors = self._asdict()
+        row_counts = tensors.pop("row_counts")
+        return align(**tensors, k=k)._replace(row_counts=row_counts)
+
+
 def tiny_batch(case: Case, index: int = 0) -> Batch:
     """Right-padded samples `(B, S)`; another `index` is another batch of the same lengths.
 
     Only a trained padded row attends to padded keys. So only there can a wrong attention mask for
     padding be seen.
     """
+    return tiny_unaligned(case, index).aligned(case.steps)
+
+
+def tiny_unaligned(case: Case, index: int = 0) -> Unaligned:
+    """What `tiny_batch` is made from."""
     source = generator(case, 10 + index)
     samples = len(case.lengths)
     longest = max(case.lengths)
@@ -194,13 +217,12 @@ def tiny_batch(case: Case, index: int = 0) -> Batch:
     if case.own_positions:
         positions = torch.rand(samples, longest, generator=source).argsort(-1)
 
-    return align(
+    return Unaligned(
         input_ids=ids * real,
         attention_mask=real.long(),
         row_mask=_row_mask(case, real, chosen, source).long(),
         aux_hidden=aux * real[..., None],
         last_hidden=last * real[..., None],
-        k=case.steps,
         position_ids=positions,
     )
 

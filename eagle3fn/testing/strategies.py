@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base.draft_config import switches
+from eagle3fn.model.losses import LOSSES
 from eagle3fn.testing.builders import Case
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ VALUES: dict[str, Sequence[Any]] = {
     "teacher": ("full", "compact"),
     "chunk": _first(11, range(3, 61)),
     "normalization": ("rows", "mask"),
-    "loss": ("kl", "lk_alpha", "lk_lambda"),
+    "loss": tuple(LOSSES),
     "kl_scale": (1.0, 0.5, 0.0),
     "kl_decay": (3.0, 1.0, 0.0),
     # "one" and "empty" leave little to compare.

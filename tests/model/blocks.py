@@ -7,6 +7,7 @@ import torch
 import eagle3fn as e3
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.model import table
+from eagle3fn.testing.builders import Unaligned
 from tests.factories import make_draft, make_map
 
 H = 16
@@ -42,13 +43,16 @@ def frozen_of(v, d):
 
 
 def batch_of(seed, lengths, v, mask=None):
-    """Samples of these lengths, zeros after them; trained are about 0.7 of the rows, or `mask`."""
+    """Samples of these lengths, zeros after them; trained are about 0.7 of the rows, or `mask`.
+
+    Not aligned: `run` does that.
+    """
     generator = torch.Generator().manual_seed(seed)
     b = len(lengths)
     s = max(lengths)
     real = (torch.arange(s) < torch.tensor(lengths)[:, None]).long()
     drawn = (torch.rand(b, s, generator=generator) < 0.7).long()
-    return e3.Batch(
+    return Unaligned(
         input_ids=torch.randint(0, v, (b, s), generator=generator) * real,
         attention_mask=real,
         row_mask=(drawn if mask is None else mask) * real,
@@ -66,18 +70,24 @@ def rounded(tree, rounding, dtype) -> dict[str, Any]:
 
 
 def case_of(batch, pair, dtype, numerics, rounding, **objective):
-    """Configuration, frozen tensors, parameters and batch in `dtype`, of values in `rounding`."""
+    """Configuration, frozen tensors, parameters and batch in `dtype`, of values in `rounding`.
+
+    The batch is aligned for the objective, if it is not yet.
+    """
     kind = getattr(torch, dtype)
     rounding = getattr(torch, rounding)
     start = config_of("float32", numerics, *pair, **objective)
     params = rounded(e3.bind(start, frozen_of(*pair)).init(0), rounding, kind)
     frozen = e3.Frozen(**rounded(frozen_of(*pair)._asdict(), rounding, kind))
     params[table.HEAD] = frozen.target_head[frozen.t2d]
+    config = config_of(dtype, numerics, *pair, **objective)
+    if isinstance(batch, Unaligned):
+        batch = batch.aligned(config.objective.ttt_length)
     batch = batch._replace(
         aux_hidden=batch.aux_hidden.to(rounding).to(kind),
-        last_hidden=batch.last_hidden.to(rounding).to(kind),
+        label_hidden=batch.label_hidden.to(rounding).to(kind),
     )
-    return config_of(dtype, numerics, *pair, **objective), frozen, params, batch
+    return config, frozen, params, batch
 
 
 def run(batch, pair, numerics, dtype="float64", rounding="float32", **objective):

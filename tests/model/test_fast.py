@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eagle3fn as e3
-from eagle3fn.base.rows import contributing_rows
+from eagle3fn.base.rows import over_steps, row_lists
 from eagle3fn.base.tree import named_leaves
-from eagle3fn.testing.builders import on
-from tests.factories import make_batch, make_config, make_draft, make_frozen
+from eagle3fn.testing.builders import Unaligned, on
+from tests.factories import make_batch, make_config, make_draft, make_frozen, make_unaligned
 from tests.model.blocks import error, vjp
 
 # Relative gradient error against fp64, leaf by leaf: a few units of the dtype's rounding, as for
@@ -24,8 +24,15 @@ BOUND = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 0.15}
 
 class Problem(NamedTuple):
     batch: e3.Batch
+    row_mask: torch.Tensor  # (B, S), of step 0
     objective: dict[str, Any]
     head_dim: int = 6
+
+
+def problem(samples: Unaligned, head_dim: int = 6, **objective: Any) -> Problem:
+    """These samples, aligned for the objective."""
+    batch = samples.aligned(objective["ttt_length"])
+    return Problem(batch, samples.row_mask, objective, head_dim)
 
 
 @st.composite
@@ -33,20 +40,20 @@ def cases(draw):
     """A batch with a mask of some kind, the objective's settings, and a head size."""
     lengths = tuple(draw(st.lists(st.integers(1, 24), min_size=1, max_size=3)))
     s = max(lengths)
-    batch = make_batch(draw(st.integers(0, 10**6)), lengths)
+    samples = make_unaligned(draw(st.integers(0, 10**6)), lengths)
 
     kind = draw(st.sampled_from(["drawn", "full", "empty", "one", "block"]))
     row = draw(st.integers(0, s - 1))
-    mask = torch.zeros_like(batch.row_mask)
+    mask = torch.zeros_like(samples.row_mask)
     if kind == "drawn":
-        mask = batch.row_mask
+        mask = samples.row_mask
     elif kind == "full":
-        mask = batch.attention_mask
+        mask = samples.attention_mask
     elif kind == "one":
         mask[0, row] = 1
     elif kind == "block":
         mask[:, row : row + 7] = 1
-    mask = mask * batch.attention_mask
+    mask = mask * samples.attention_mask
 
     reversed_positions = torch.arange(s).flip(0).expand(len(lengths), -1)
     positions = draw(st.sampled_from([None, reversed_positions]))
@@ -55,8 +62,8 @@ def cases(draw):
         "normalization": draw(st.sampled_from(["mask", "rows"])),
     }
     head_dim = draw(st.sampled_from([6, 8]))  # the flash kernel takes multiples of 8
-    batch = batch._replace(row_mask=mask, position_ids=positions)
-    return Problem(batch, objective, head_dim)
+    samples = samples._replace(row_mask=mask, position_ids=positions)
+    return problem(samples, head_dim, **objective)
 
 
 def run(case, dtype, numerics, device="cpu"):
@@ -144,39 +151,43 @@ def test_training_by_fast_follows_plain(device):
 
 
 @given(cases())
-def test_contributing_rows_are_those_with_a_label_ahead(case):
+def test_listed_rows_are_those_with_a_label_ahead(case):
+    """And listed labels the places that the mask trains."""
     k = case.objective["ttt_length"]
-    mask = case.batch.row_mask
+    mask = case.row_mask
     b, s = mask.shape
-    wanted = [r * s + t for r in range(b) for t in range(s) if mask[r, t : t + k].any()]
+    places = [(sample, t) for sample in range(b) for t in range(s)]
+    ahead = [sample * s + t for sample, t in places if mask[sample, t : t + k].any()]
+    labels = [sample * s + t for sample, t in places if mask[sample, t]]
 
-    rows = contributing_rows(mask, k, bucket=1)
-    assert rows.tolist() == (wanted or [0])
+    lists = row_lists(over_steps(mask, k), bucket=1)
+    assert lists.rows.tolist() == (ahead or [0])
+    assert lists.labels.tolist() == (labels or [0])
 
     # Filled up to buckets, each sample's alone, in order.
-    filled = contributing_rows(mask, k, bucket=16)
-    assert torch.equal(filled.unique(), rows)
-    assert torch.equal(filled.sort().values, filled)
-    assert all(int((filled // s == r).sum()) % 16 == 0 for r in range(b))
+    for filled, wanted in zip(row_lists(over_steps(mask, k), bucket=16), lists, strict=True):
+        assert torch.equal(filled.unique(), wanted)
+        assert torch.equal(filled.sort().values, filled)
+        assert all(int((filled // s == sample).sum()) % 16 == 0 for sample in range(b))
 
 
 @pytest.mark.parametrize("seed", [3, 4, 5])
 def test_lists_of_the_batch_filled_up_by_repeats_change_nothing(seed):
-    objective = {"ttt_length": 3}
-    batch = make_batch(seed, (20, 9))
+    case = problem(make_unaligned(seed, (20, 9)), ttt_length=3)
+    batch = case.batch
     given_rows = batch._replace(
-        rows=contributing_rows(batch.row_mask, 3, bucket=1),
-        labels=contributing_rows(batch.row_mask, 1, bucket=7),
+        rows=row_lists(batch.row_mask, bucket=1).rows,
+        labels=row_lists(batch.row_mask, bucket=7).labels,
     )
-    (loss, _), grads = run(Problem(given_rows, objective), "float64", "fast")
-    (want, _), want_grads = run(Problem(batch, objective), "float64", "fast")
+    (loss, _), grads = run(case._replace(batch=given_rows), "float64", "fast")
+    (want, _), want_grads = run(case, "float64", "fast")
     assert torch.allclose(loss, want, rtol=1e-12)
     for name, grad in grads.items():
         assert error(grad, want_grads[name]) < 1e-12, name
 
 
 def test_small_chunks_change_nothing(monkeypatch):
-    case = Problem(make_batch(4, (20, 9)), {"ttt_length": 3})
+    case = problem(make_unaligned(4, (20, 9)), ttt_length=3)
     (want, want_aux), want_grads = run(case, "float64", "fast")
     monkeypatch.setattr("eagle3fn.model.head_loss._CHUNK_BYTES", 4 * 3 * 24 * 5)
     (loss, aux), grads = run(case, "float64", "fast")

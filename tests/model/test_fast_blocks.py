@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import eagle3fn as e3
 from eagle3fn import specforge
-from eagle3fn.base.rows import contributing_rows
+from eagle3fn.base.rows import over_steps, row_lists
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.base.types import Sample
 from eagle3fn.data.collate import align_mask, collate
 from eagle3fn.model import block_attention as attention
 from eagle3fn.model import fast, fused_layers, head_loss, table
+from eagle3fn.model.losses import LOSSES, find_loss
+from eagle3fn.model.unroll import unroll
+from eagle3fn.model.visibility import Visible
 from tests.model.blocks import (
     HEAD_SIZE,
     HEADS,
@@ -29,6 +33,7 @@ from tests.model.blocks import (
     error,
     frozen_of,
     plain_attention,
+    config_of,
     run,
     vjp,
 )
@@ -36,11 +41,18 @@ from tests.model.blocks import (
 # V, D: multiples of 64 and not, D = V.
 PAIRS = [(130, 64), (192, 128), (128, 128), (100, 100), (150, 70)]
 
+NAMES = list(LOSSES)
+
 # Largest error of a logit against fp64 on rounded inputs, as a part of the largest logit.
 LOGIT = {"float32": 1e-5, "bfloat16": 0.06}
 
 
 # Where the work is cut.
+
+
+def blocks_of(rows, s):
+    """Blocks of rows `b·S + t` that see every key up to their own place."""
+    return attention.make_blocks(rows, s, Visible(first=None, last=rows % s))
 
 
 def two_runs(rows_of_second):
@@ -56,8 +68,8 @@ def two_runs(rows_of_second):
 @pytest.mark.parametrize("second", [[], [100], [209]])
 def test_rows_of_several_blocks(k, second):
     batch = batch_of(1, (300, 210), 130, two_runs(second))
-    rows = contributing_rows(batch.row_mask, k)
-    assert len(attention.make_blocks(rows, 300)) == 2 + bool(second)
+    rows = row_lists(over_steps(batch.row_mask, k)).rows
+    assert len(blocks_of(rows, 300).cut) == 2 + bool(second)
     assert_fast_is_plain(batch, (130, 64), ttt_length=k)
 
 
@@ -76,7 +88,7 @@ def test_any_size_of_blocks_chunks_and_groups(data):
     }
     k = data.draw(st.integers(1, 7))
     with mock.patch.multiple(attention, **blocks), mock.patch.multiple(head_loss, **chunks):
-        assert_fast_is_plain(batch, pair, ttt_length=k)
+        assert_fast_is_plain(batch, pair, ttt_length=k, loss=data.draw(st.sampled_from(NAMES)))
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -84,7 +96,7 @@ def test_chunks_of_five_labels_in_groups_of_two(pair):
     v, d = pair
     k = 3
     batch = batch_of(2, (30, 17), v)
-    count = len(contributing_rows(batch.row_mask, 1))
+    count = len(row_lists(over_steps(batch.row_mask, k)).labels)
     sizes = {"_CHUNK_BYTES": 8 * (k * d + v) * 5, "_GROUP_BYTES": 8 * k * d * 2}
     with (
         mock.patch.multiple(head_loss, **sizes),
@@ -113,11 +125,12 @@ def test_first_max_picks_the_lowest_index_of_ties(seed, d):
 def test_the_plan_of_the_documented_example():
     """The tables in `RowPlan`'s docstring."""
     mask = torch.tensor([[0, 0, 1, 1, 0, 0, 1, 0]])
-    batch = batch_of(0, (8,), 40, mask)._replace(
-        rows=contributing_rows(mask, 3, bucket=1), labels=contributing_rows(mask, 1, bucket=1)
-    )
-    plan = fast.plan_rows(batch, 3)
-    assert plan.rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    batch = batch_of(0, (8,), 40, mask).aligned(3)
+    plan = fast.plan_rows(batch._replace(**row_lists(batch.row_mask, bucket=1)._asdict()))
+    rows, *later = plan.rows
+    assert rows is not None
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert later == [None, None]  # all of them
     assert plan.labels.tolist() == [2, 3, 6]
 
     label = torch.where(plan.trained > 0, plan.labels[plan.label_of_row], -1)
@@ -127,7 +140,7 @@ def test_the_plan_of_the_documented_example():
         [2, 3, -1, -1, 6, -1, -1],
     ]
     assert plan.scored.all()
-    assert plan.rows[plan.row_of_label].tolist() == [[2, 3, 6], [1, 2, 5], [0, 1, 4]]
+    assert rows[plan.row_of_label].tolist() == [[2, 3, 6], [1, 2, 5], [0, 1, 4]]
 
 
 # Each part alone.
@@ -146,12 +159,12 @@ def plain_mlp(x, weight, gate_up, down):
     return x + plain_swiglu(plain_norm(x, weight) @ gate_up.T) @ down.T
 
 
-def plain_kl(draft, head, labels, target_head, t2d):
+def plain_loss(draft, head, labels, target_head, t2d, loss):
     z = labels.target @ target_head.T
-    p = torch.softmax(z[:, t2d], -1)
     logits = (draft @ head.T)[torch.arange(len(draft))[:, None], labels.row]
-    kl = -(p * F.log_softmax(logits, -1)).sum(-1)
-    return (labels.weight * kl * t2d[z.argmax(-1)]).sum()
+    p_draft = torch.softmax(z[:, t2d], -1).expand_as(logits)
+    p_full = torch.softmax(z, -1)[:, t2d].expand_as(logits)
+    return (labels.weight * loss.value(logits, p_draft, p_full) * t2d[z.argmax(-1)]).sum()
 
 
 def part_of(name, generator):
@@ -164,16 +177,16 @@ def part_of(name, generator):
         later = int(name[-1])
         s = 40
         mask = (torch.rand(2, s, generator=generator) < 0.6).long()
-        rows = contributing_rows(mask, 1)
-        blocks = attention.make_blocks(rows, s)
-        assert len(blocks) >= 6
+        rows = row_lists(mask[:, None]).rows
+        blocks = blocks_of(rows, s)
+        assert len(blocks.cut) >= 6
         step_keys = draw(later, len(rows), KV_HEADS, HEAD_SIZE)
         step_values = draw(later, len(rows), KV_HEADS, HEAD_SIZE)
         q = draw(len(rows), HEADS, HEAD_SIZE)
         key = draw(2, s, KV_HEADS, HEAD_SIZE)
         value = draw(2, s, KV_HEADS, HEAD_SIZE)
         return (
-            lambda *x: attention.block_attention(*x, rows=rows, blocks=blocks),
+            lambda *x: attention.block_attention(*x, blocks=blocks),
             lambda *x: plain_attention(*x, rows=rows),
             (q, key, value, step_keys, step_values),
         )
@@ -204,14 +217,19 @@ def part_of(name, generator):
     row = torch.randint(0, t, (k, p), generator=generator)
     weight = draw(k, p).abs() * (torch.rand(k, p, generator=generator) < 0.7)
     labels = head_loss.Labels(draw(p, H), row, weight)
+    loss = find_loss(e3.ObjectiveConfig(loss=name))
+
+    def head_and_loss(x, head):
+        return head_loss.head_and_loss(x, head, labels, target_head, t2d, frozen.d2t, loss).loss
+
     return (
-        lambda x, head: head_loss.head_and_kl(x, head, labels, target_head, t2d, frozen.d2t).loss,
-        lambda x, head: plain_kl(x, head, labels, target_head, t2d),
+        head_and_loss,
+        lambda x, head: plain_loss(x, head, labels, target_head, t2d, loss),
         (draw(k, t, H), draw(d, H)),
     )
 
 
-PARTS = ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", "kl"]
+PARTS = ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", *NAMES]
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -257,11 +275,19 @@ def logits_of(batch, pair, dtype, rounding, k):
     """Draft logits of every row `(K, B·S, D)` and target logits of the labels `(P, V)`."""
     config, frozen, params, batch = case_of(batch, pair, dtype, "fast", rounding, ttt_length=k)
     eps = config.draft.rms_norm_eps
-    hidden = fast.unroll(params, batch, torch.arange(batch.row_mask.numel()), config, frozen)
+    hidden = states_of(config, frozen, params, batch)
     draft = fused_layers.fused_rms_norm(hidden, params[table.NORM], eps)
-    labels = batch.row_mask.flatten().nonzero()[:, 0]
-    z = F.linear(fast.label_targets(batch, labels, frozen), frozen.target_head)
+    labels = batch.row_mask[:, 0].flatten().nonzero()[:, 0]
+    z = F.linear(batch.label_hidden.flatten(0, 1)[labels], frozen.target_head)
     return F.linear(draft, params[table.HEAD]), z
+
+
+def states_of(config, frozen, params, batch):
+    """The fast hidden states of every row, `(K, B·S, H)`."""
+    _, k, _ = batch.row_mask.shape
+    every = torch.arange(batch.attention_mask.numel())
+    rows = [every, *[None] * (k - 1)]
+    return torch.stack([*unroll(params, batch, rows, config, frozen, fast.FAST)])
 
 
 def near_ties(batch, exact, low, unit, k):
@@ -289,21 +315,24 @@ def near_ties(batch, exact, low, unit, k):
 def agreeing(batch, pair, dtype, k):
     """The batch with a teacher that mostly agrees with the draft's first step."""
     config, frozen, params, wide = case_of(batch, pair, "float64", "fast", dtype, ttt_length=k)
-    hidden = fast.unroll(params, wide, torch.arange(batch.row_mask.numel()), config, frozen)[0]
+    hidden = states_of(config, frozen, params, wide)[0]
     draft = plain_norm(hidden, params[table.NORM], config.draft.rms_norm_eps)
-    near = draft.view_as(batch.last_hidden).roll(1, 1) + 0.2 * wide.last_hidden
+    noise = batch.last_hidden.to(getattr(torch, dtype)).double()
+    near = draft.view_as(noise).roll(1, 1) + 0.2 * noise
     return batch._replace(last_hidden=near.float() * batch.attention_mask[..., None])
 
 
 @pytest.mark.parametrize("pair", [(128, 128), (150, 70)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_low_precision_is_as_near_to_fp64_as_plain(dtype, pair):
+@pytest.mark.parametrize("loss_name", NAMES)
+def test_low_precision_is_as_near_to_fp64_as_plain(loss_name, dtype, pair):
     """At most twice plain's error in each leaf; an argmax changes only where logits are near."""
     k = 3
     batch = agreeing(batch_of(4, (200, 170), pair[0]), pair, dtype, k)
-    (exact, exact_aux), truth = run(batch, pair, "plain", rounding=dtype, ttt_length=k)
-    (loss, aux), grads = run(batch, pair, "fast", dtype, dtype, ttt_length=k)
-    (want, _), plain = run(batch, pair, "plain", dtype, dtype, ttt_length=k)
+    options = {"ttt_length": k, "loss": loss_name}
+    (exact, exact_aux), truth = run(batch, pair, "plain", rounding=dtype, **options)
+    (loss, aux), grads = run(batch, pair, "fast", dtype, dtype, **options)
+    (want, _), plain = run(batch, pair, "plain", dtype, dtype, **options)
 
     # Loss and gradients.
     unit = torch.finfo(getattr(torch, dtype)).eps
@@ -340,15 +369,19 @@ def test_padding_is_not_trained_and_does_not_matter(align):
         )
         for n in (40, 23, 3)
     ]
-    batch = collate(samples, 64, align)
+    config = config_of("float64", "fast", 130, 64, ttt_length=3)
+    batch = collate(samples, config, align)
     padding = batch.attention_mask == 0
     assert padding.any()
-    assert not batch.row_mask[padding].any()
+    assert not batch.row_mask.transpose(1, 2)[padding].any()
 
+    # Entry t of ids and label states is of token t + 1.
+    absent = F.pad(padding, (0, 3), value=True)[:, 1:]
+    s = padding.shape[1]
     other = batch._replace(
-        input_ids=torch.where(padding, 7, batch.input_ids),
+        next_ids=torch.where(absent, 7, batch.next_ids),
         aux_hidden=torch.where(padding[..., None], 7.0, batch.aux_hidden),
-        last_hidden=torch.where(padding[..., None], 7.0, batch.last_hidden),
+        label_hidden=torch.where(absent[:, :s, None], 7.0, batch.label_hidden),
     )
     (loss, aux), grads = run(batch, (130, 64), "fast", ttt_length=3)
     (other_loss, other_aux), other_grads = run(other, (130, 64), "fast", ttt_length=3)

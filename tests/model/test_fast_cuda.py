@@ -7,16 +7,20 @@ kernel; a whole step runs on tensors without values.
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 import eagle3fn as e3
-from eagle3fn.base.rows import both_rows, contributing_rows
+from eagle3fn.base.rows import over_steps, row_lists
 from eagle3fn.base.tree import named_leaves, tree_map
+from eagle3fn.data.collate import align
 from eagle3fn.model import fast, flash_attention, head_loss
+from eagle3fn.model.losses import find_loss
 from eagle3fn.specforge.oracle import ENVIRONMENT
 from eagle3fn.train.step import init_state, step
 from tests.factories import make_draft
@@ -38,7 +42,9 @@ needs_triton = pytest.mark.skipif(
     not head_loss.importlib.util.find_spec("triton"),
     reason="the kernels are written in Triton, which is not installed",
 )
-by_kernel = mock.patch.object(head_loss, "score_on", lambda device, dtype: kernel.score)
+KL = find_loss(e3.ObjectiveConfig())
+torch_score = partial(head_loss.score, loss=KL)
+by_kernel = mock.patch.object(head_loss, "score_on", lambda device, dtype, loss: kernel.score)
 by_flash = mock.patch.object(fast, "has_flash_kernel", lambda device, dtype, head_size: True)
 
 # Relative gradient error against fp64, as in tests/model/test_fast.py.
@@ -80,8 +86,8 @@ def scores_of(score, dtype, pair, device, k=2, p=2, width=8):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_equals_its_torch_expression(dtype, pair, device):
     scores, gradient = scores_of(kernel.score, dtype, pair, device)
-    wanted, wanted_gradient = scores_of(head_loss.score, dtype, pair, device)
-    torch.testing.assert_close(scores.kl, wanted.kl, rtol=2e-6, atol=2e-6)
+    wanted, wanted_gradient = scores_of(torch_score, dtype, pair, device)
+    torch.testing.assert_close(scores.row_loss, wanted.row_loss, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(scores.accept, wanted.accept, rtol=2e-6, atol=2e-6)
     assert torch.equal(scores.correct, wanted.correct)
     assert torch.equal(scores.known, wanted.known)
@@ -93,7 +99,7 @@ def test_kernel_equals_its_torch_expression(dtype, pair, device):
 def test_argmax_ties_pick_lowest_index(device):
     """The teacher is the first step's draft, and low outside its vocabulary: that step is right."""
     t2d, kept = vocabulary_of(150, 70)
-    for score in (kernel.score, head_loss.score):
+    for score in (kernel.score, torch_score):
         generator = torch.Generator().manual_seed(3)
         logits = torch.randint(-2, 2, (2, 6, 70), generator=generator).float()
         z = torch.full((6, 150), -3.0).index_copy_(1, kept, logits[0])
@@ -108,7 +114,7 @@ def test_argmax_ties_pick_lowest_index(device):
 def test_draft_vocabulary_far_below_the_targets_largest_logit(gap, device):
     t2d, kept = vocabulary_of(150, 70)
     found = []
-    for score in (kernel.score, head_loss.score):
+    for score in (kernel.score, torch_score):
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(2, 2, 70, generator=generator).to(device)
         z = torch.randn(2, 150, generator=generator)
@@ -124,7 +130,7 @@ def test_draft_vocabulary_far_below_the_targets_largest_logit(gap, device):
 def test_kernel_in_blocks_of_any_size(block, device, monkeypatch):
     monkeypatch.setattr(kernel, "_BLOCK", block)
     scores, gradient = scores_of(kernel.score, torch.float32, (150, 70), device)
-    wanted, wanted_gradient = scores_of(head_loss.score, torch.float32, (150, 70), device)
+    wanted, wanted_gradient = scores_of(torch_score, torch.float32, (150, 70), device)
     for a, b in zip((*scores, gradient), (*wanted, wanted_gradient), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
@@ -146,14 +152,17 @@ def test_objective_by_the_kernel_is_as_near_to_fp64_as_plain(dtype, pair):
 
 
 @needs_triton
-def test_kernel_is_chosen_on_cuda_alone():
+def test_kernel_is_chosen_on_cuda_for_kl_alone():
+    score_on: Any = head_loss.score_on
+    reverse_kl = find_loss(e3.ObjectiveConfig(loss="rkl"))
     cuda = torch.device("cuda")
     cpu = torch.device("cpu")
-    assert head_loss.score_on(cuda, torch.bfloat16) is kernel.score
-    assert head_loss.score_on(cuda, torch.float64) is head_loss.score
-    assert head_loss.score_on(cpu, torch.float32) is head_loss.score
+    assert score_on(cuda, torch.bfloat16, KL) is kernel.score
+    assert score_on(cuda, torch.float64, KL).func is head_loss.score
+    assert score_on(cpu, torch.float32, KL).func is head_loss.score
+    assert score_on(cuda, torch.bfloat16, reverse_kl).func is head_loss.score
     with mock.patch.object(head_loss.importlib.util, "find_spec", lambda name: None):
-        assert head_loss.score_on(cuda, torch.bfloat16) is head_loss.score
+        assert score_on(cuda, torch.bfloat16, KL).func is head_loss.score
 
 
 @needs_triton
@@ -187,7 +196,7 @@ def attention_inputs(later, head_size, dtype):
         return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
 
     mask = (torch.rand(2, s, generator=generator) < 0.6).long()
-    rows = contributing_rows(mask, 1, bucket=1)
+    rows = row_lists(mask[:, None], bucket=1).rows
     key = draw(2, s, KV_HEADS, head_size)
     value = draw(2, s, KV_HEADS, head_size)
     step_keys = draw(later, len(rows), KV_HEADS, head_size)
@@ -247,7 +256,7 @@ def test_objective_by_flash_is_plain(k):
     batch = batch_of(1, (90, 50), 130, mask)
 
     # The list of rows is filled up by repeating a sample's last row.
-    rows = contributing_rows(batch.row_mask, k)
+    rows = row_lists(over_steps(batch.row_mask, k)).rows
     assert len(rows.unique()) < len(rows)
     with by_flash:
         assert_fast_is_plain(batch, (130, 64), ttt_length=k)
@@ -315,9 +324,9 @@ def test_a_step_reads_nothing_on_the_host():
     """Reading a value raises here; PyTorch's shape and dtype rules check the calls, flash too."""
     ids = torch.ones(1, 24, dtype=torch.int64)
     features = torch.zeros(1, 24, 96, dtype=torch.bfloat16)
-    batch = e3.Batch(ids, ids, ids, features, features[..., :32])
     k = e3.ObjectiveConfig().ttt_length
-    step_without_values(batch._replace(**both_rows(ids, k)))
+    batch = align(ids, ids, ids, features, features[..., :32], k)
+    step_without_values(batch._replace(**row_lists(batch.row_mask)._asdict()))
 
     # Without its rows the batch's mask must be read.
     with pytest.raises((NotImplementedError, RuntimeError), match=r"[Mm]eta"):

@@ -38,7 +38,7 @@ def problem(d, dtype="float32"):
         aux_hidden=widen(batch.aux_hidden).to(kind),
         last_hidden=widen(batch.last_hidden).to(kind),
     )
-    return fns, fns.init(0), batch
+    return fns, fns.init(0), batch.aligned(2)
 
 
 @pytest.fixture

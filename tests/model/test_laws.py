@@ -34,13 +34,6 @@ FEW = settings(max_examples=max(10, settings().max_examples // 4))  # each costs
 BOTH = pytest.mark.parametrize("numerics", ["fast", "plain"])
 
 
-def drawn(numerics: str, **pins: Any) -> st.SearchStrategy[Case]:
-    """Cases that the numerics can compute: the fast ones have KL alone."""
-    if numerics == "fast":
-        pins["loss"] = "kl"
-    return cases(**pins)
-
-
 def config_of(case: Case, numerics: str, **objective: Any) -> e3.Config:
     config = case.config()
     return replace(config, objective=replace(config.objective, numerics=numerics, **objective))
@@ -91,7 +84,7 @@ def test_rows_after_the_last_trained_one_have_exactly_zero_gradient(
 ) -> None:
     """Masked and padded ones, and all rows of a sample without a trained row."""
     mask = data.draw(st.sampled_from(["drawn", "full", "one", "empty"]))
-    case = data.draw(drawn(numerics, mask=mask))
+    case = data.draw(cases(mask=mask))
     config = config_of(case, numerics)
     frozen, params, batch = make_problem(case, device)
 
@@ -115,7 +108,7 @@ def test_contents_of_padding_do_not_change_a_bit(
 ) -> None:
     """Tokens and features of padded places; loss, metrics and every gradient."""
     mask = data.draw(st.sampled_from(SERVED))
-    check_padding(data.draw(drawn(numerics, mask=mask)), numerics, device)
+    check_padding(data.draw(cases(mask=mask)), numerics, device)
 
 
 @BOTH
@@ -157,8 +150,7 @@ def test_causality_by_gradient_at_every_unroll_step(
     takes every other step out of the loss.
     """
     case = data.draw(
-        drawn(
-            numerics,
+        cases(
             mask="full",
             normalization="mask",
             tokens="inside",
@@ -166,7 +158,7 @@ def test_causality_by_gradient_at_every_unroll_step(
             hidden=16,
         )
     )
-    config = config_of(case, numerics, loss="kl")
+    config = config_of(case, numerics)
     frozen, params, batch = make_problem(case, device)
     assert frozen.embed_tokens is not None
 
@@ -222,7 +214,7 @@ def test_causality_by_gradient_at_every_unroll_step(
 @given(data=st.data())
 def test_micro_batches_add_up(numerics: str, dtype: str, device: str, data: st.DataObject) -> None:
     """Any split under "mask"; under "rows" one of equal parts. Counts are equal, sums near."""
-    case = data.draw(cases(loss="kl", dtype=dtype))
+    case = data.draw(cases(dtype=dtype))
     config = config_of(case, numerics)
     frozen, params, whole = make_problem(case, device)
 
@@ -278,7 +270,7 @@ def test_step_is_a_function_that_leaves_its_inputs_untouched(
     numerics: str, device: str, data: st.DataObject
 ) -> None:
     """Every tensor of state, batch and frozen has the same bits and was never written to."""
-    case = data.draw(drawn(numerics))
+    case = data.draw(cases())
     config = config_of(case, numerics)
     frozen, params, batch = make_problem(case, device)
     state = e3.init_state(params, config=config)

@@ -8,6 +8,7 @@ switches of the draft (`DraftConfig`'s last fields).
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,14 +19,25 @@ from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
-from eagle3fn.base.types import Aux, Batch, Params
+from eagle3fn.base.types import Aux, Batch, Frozen, Params
+from eagle3fn.model.forward import forward
+from eagle3fn.specforge.arithmetic import SPECFORGE, kl_loss, score
+from eagle3fn.specforge.recipes import RECIPE
 from eagle3fn.specforge.recipes import schedule as recursive_schedule
-from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.builders import (
+    Case,
+    Unaligned,
+    on,
+    tiny_batch,
+    tiny_frozen,
+    tiny_params,
+    tiny_unaligned,
+)
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences
 from eagle3fn.testing.strategies import cases, drawn
 from eagle3fn.train.optimizer import cosine_schedule
-from eagle3fn.train.recipe import OURS
+from eagle3fn.train.recipe import OURS, Recipe
 from tests.factories import GATE
 from tests.reference import Metrics, Trainer, mask_counts
 from tests.reference import model as reference_model
@@ -34,6 +46,7 @@ from tests.tally import Tally
 
 ROUNDED = "aux.sampled"
 UPDATES = 10
+LOSSES = ("kl", "lk_alpha", "lk_lambda")  # SpecForge's
 
 
 def named(loss: Tensor, metrics: Aux | Metrics, gradients: Params) -> Result:
@@ -42,8 +55,21 @@ def named(loss: Tensor, metrics: Aux | Metrics, gradients: Params) -> Result:
     return {"loss": loss.detach(), **seen, **gradients}
 
 
+def recipe_for(case: Case) -> Recipe:
+    """Our own for the KL; SpecForge's means over the whole batch come with its recipe."""
+    return OURS if case.loss == "kl" else RECIPE._replace(loss=eager_forward_loss)
+
+
+def eager_forward_loss(
+    params: Params, batch: Batch, *, config: e3.Config, frozen: Frozen, loss: None = None
+) -> tuple[Tensor, Aux]:
+    """SpecForge's losses with the plain expression as their KL, on every device."""
+    ops = SPECFORGE._replace(score=partial(score, kl=kl_loss))
+    return forward(params, batch, config, frozen, ops, loss)
+
+
 def ours(case: Case, device: str = "cpu") -> Result:
-    functions = e3.bind(case.config(), on(device, tiny_frozen(case)))
+    functions = e3.bind(case.config(), on(device, tiny_frozen(case)), recipe=recipe_for(case))
     compute = e3.value_and_grad(functions.forward_loss, has_aux=True)
     batch = on(device, tiny_batch(case))
     (loss, aux), gradients = compute(on(device, tiny_params(case)), batch)
@@ -87,7 +113,7 @@ def exact(side: Callable[[Case, str], Result], device: str) -> Callable[[Case], 
 def test_forward_and_gradients_equal_the_reference(dtype: str, device: str, tally: Tally) -> None:
     """Losses, metrics and every gradient leaf."""
 
-    @given(cases(dtype=dtype, switches=()))
+    @given(cases(dtype=dtype, switches=(), loss=st.sampled_from(LOSSES)))
     def check(case: Case) -> None:
         seen = hold(case, device)
         names = ["loss", *tiny_params(case)]
@@ -104,7 +130,7 @@ def test_fp64_equals_the_reference(teacher: Any, normalization: Any, device: str
     hold(case, device)
 
 
-@pytest.mark.parametrize("loss", ["kl", "lk_alpha", "lk_lambda"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shapes_of_specforges_own_tests_equal_the_reference(
     dtype: Any, loss: Any, device: str
@@ -128,7 +154,8 @@ def test_given_row_counts_divide_the_loss_under_mask_alone() -> None:
     """`Batch.row_counts` replaces the batch's own counts; under "rows" it is not read."""
     case = Case(normalization="mask")
     batch = tiny_batch(case)
-    doubled = batch._replace(row_counts=2 * mask_counts(batch.row_mask, case.steps))
+    counts = mask_counts(tiny_unaligned(case).row_mask, case.steps)
+    doubled = batch._replace(row_counts=2 * counts)
     params = tiny_params(case)
     frozen = tiny_frozen(case)
     for normalization, ratio in (("mask", 2), ("rows", 1)):
@@ -177,13 +204,13 @@ def optimizers(draw: st.DrawFn) -> OptimizerConfig:
     )
 
 
-def micro_batches(case: Case, step: int, count: int, device: str) -> tuple[Batch, ...]:
+def micro_batches(case: Case, step: int, count: int, device: str) -> list[Unaligned]:
     """Micro-batches of a step, with the whole batch's row counts where the loss needs them."""
-    batches = [tiny_batch(case, step * count + index) for index in range(count)]
+    batches = [tiny_unaligned(case, step * count + index) for index in range(count)]
     if case.normalization == "mask":
         counts = mask_counts(torch.cat([batch.row_mask for batch in batches]), case.steps)
         batches = [batch._replace(row_counts=counts) for batch in batches]
-    return tuple(on(device, batch) for batch in batches)
+    return [on(device, batch) for batch in batches]
 
 
 def train_both(
@@ -211,15 +238,16 @@ def train_both(
     frozen = on(device, tiny_frozen(case))
     params = on(device, tiny_params(case))
     schedule = recursive_schedule if recursive else cosine_schedule
-    functions = e3.bind(config, frozen, recipe=OURS._replace(schedule=schedule))
+    functions = e3.bind(config, frozen, recipe=recipe_for(case)._replace(schedule=schedule))
     trainer = Trainer(config, reference_draft(case, device), frozen.target_head, recursive)
 
     state = functions.init_state(params)
     for index in range(UPDATES):
-        batches = micro_batches(case, index, micro, device)
+        unaligned = micro_batches(case, index, micro, device)
+        batches = tuple(batch.aligned(case.steps) for batch in unaligned)
         before = state
         state, metrics = functions.step(before, batches)
-        expected = trainer.step(list(batches))
+        expected = trainer.step(unaligned)
         assert torch.equal(metrics["loss"], expected["loss"]), index
         assert torch.equal(metrics["grad_norm"], expected["grad_norm"]), index
         assert float(metrics["learning_rate"]) == expected["learning_rate"], index
@@ -250,7 +278,7 @@ def test_training_equals_the_reference(dtype: str, device: str, tally: Tally) ->
 
     @settings(max_examples=few)
     @given(
-        cases(dtype=dtype, switches=()),
+        cases(dtype=dtype, switches=(), loss=st.sampled_from(LOSSES)),
         optimizers(),
         st.sampled_from([8, 10, 17]),
         st.sampled_from([1, 2]),

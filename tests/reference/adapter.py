@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from eagle3fn.base.types import Params
-from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.builders import Case, on, tiny_frozen, tiny_params, tiny_unaligned
 from tests.reference.model import Draft
 from tests.reference.objective import Metrics, forward, weighted_sum
 
@@ -19,7 +19,7 @@ def run_reference(case: Case, device: str = "cpu") -> tuple[Tensor, Metrics, Par
     """Loss, metrics, and the gradients of the leaves that have one, by `.backward()`."""
     draft = reference_draft(case, device)
     head = on(device, tiny_frozen(case)).target_head
-    batch = on(device, tiny_batch(case))
+    batch = on(device, tiny_unaligned(case))
     objective = case.config().objective
 
     losses, metrics = forward(draft, head, batch, objective)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eagle3fn.base.config import ObjectiveConfig
-from eagle3fn.base.types import Batch
+from eagle3fn.testing.builders import Unaligned
 from tests.reference.model import Draft, at_least_fp32, bias_mask
 
 
@@ -202,14 +202,14 @@ def weighted_sum(losses: list[Tensor], decay: float) -> Tensor:
 
 
 def forward(
-    draft: Draft, head: Tensor, batch: Batch, config: ObjectiveConfig
+    draft: Draft, head: Tensor, batch: Unaligned, config: ObjectiveConfig
 ) -> tuple[list[Tensor], Metrics]:
     """The K losses before the decay, with their graph, and the metrics.
 
     Args:
         draft: with its parameters.
         head: the target's, `(V, Ht)`.
-        batch: see `Batch`.
+        batch: padded samples, each tensor at its own tokens.
         config: of the objective; `numerics` is not read.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from eagle3fn.base.config import Config
-from eagle3fn.base.types import Batch
+from eagle3fn.testing.builders import Unaligned
 from tests.reference.model import Draft, at_least_fp32
 from tests.reference.objective import Metrics, forward, weighted_sum
 
@@ -108,7 +108,7 @@ class Trainer:
         self.schedule = schedule(self.optimizer, choice.learning_rate, config.train.steps, warmup)
 
     def gradients(
-        self, micro_batches: list[Batch]
+        self, micro_batches: list[Unaligned]
     ) -> tuple[Tensor, list[Metrics], dict[str, Tensor]]:
         """Loss, metrics of each micro-batch, and gradients summed over them.
 
@@ -168,7 +168,7 @@ class Trainer:
                 leaf.copy_(self.masters[name])
         return norm, rate
 
-    def step(self, micro_batches: list[Batch]) -> dict[str, Any]:
+    def step(self, micro_batches: list[Unaligned]) -> dict[str, Any]:
         """One update: its loss, gradient norm, learning rate, and the micro-batches' metrics."""
         loss, seen, gradients = self.gradients(micro_batches)
         norm, rate = self.update(gradients)

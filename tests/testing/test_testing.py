@@ -20,7 +20,7 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.types import Batch
 from eagle3fn.testing import Case, Side, assert_case, assert_equivalent
-from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params, tiny_unaligned
 from eagle3fn.testing.results import (
     differences,
     nontrivial,
@@ -158,9 +158,9 @@ def test_the_strategy_is_spread_over_the_options():
 
 def test_the_strategys_cases_are_nontrivial(tally: Tally):
     @settings(max_examples=100)
-    @given(cases(loss="lk_alpha"))
+    @given(cases(loss="nla"))
     def look(case: Case) -> None:
-        assert case.loss == "lk_alpha"
+        assert case.loss == "nla"
         tally.add(case, nontrivial(run_forward(e3.forward_loss, case)))
 
     look()
@@ -260,7 +260,7 @@ def test_every_field_has_values_and_its_default_among_them():
 
 @given(cases())
 def test_batches_are_what_the_case_says(case: Case):
-    batch = tiny_batch(case)
+    batch = tiny_unaligned(case)
     frozen = tiny_frozen(case)
     params = tiny_params(case)
 
@@ -295,7 +295,7 @@ def test_the_targets_choices_are_where_the_case_says(many):
     for case in many:
         if case.draft_vocab == case.vocab:
             continue
-        batch = tiny_batch(case)
+        batch = tiny_unaligned(case)
         frozen = tiny_frozen(case)
         logits = batch.last_hidden.double() @ frozen.target_head.double().T
         choice = logits.argmax(-1)[batch.attention_mask > 0]
@@ -335,7 +335,7 @@ def test_simplest_keeps_what_a_failure_needs():
 
 
 def test_simplest_leaves_pinned_fields():
-    case = Case(lengths=(8, 8, 6), dtype="bfloat16", loss="lk_alpha")
+    case = Case(lengths=(8, 8, 6), dtype="bfloat16", loss="nla")
     found = simplest(case, lambda simpler: len(simpler.lengths) == 3, pinned=("dtype", "steps"))
     assert found == Case(lengths=(1, 1, 1), dtype="bfloat16")
 
@@ -352,7 +352,7 @@ def reordered(params, batch: Batch, *, config, frozen):
 def blind(params, batch: Batch, *, config, frozen):
     """An objective that forgets the last position."""
     mask = batch.row_mask.clone()
-    mask[:, -2:-1] = 0
+    mask[:, 0, -2:-1] = 0
     return e3.forward_loss(params, batch._replace(row_mask=mask), config=config, frozen=frozen)
 
 
@@ -377,8 +377,8 @@ def count_calls(counter: Counter):
 
 def test_number_of_cases_and_pinned_fields_are_used():
     seen = Counter()
-    assert_equivalent(count_calls(seen), cases=12, loss="lk_alpha", dtype="float32")
-    assert dict(seen) == {("lk_alpha", "torch.float32"): 12}
+    assert_equivalent(count_calls(seen), cases=12, loss="nla", dtype="float32")
+    assert dict(seen) == {("nla", "torch.float32"): 12}
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_a_difference_is_named_and_its_snippet_repeats_it(function, name):
 def test_the_reported_case_is_simple_and_keeps_the_pins():
     def three_samples(params, batch, *, config, frozen):
         loss, aux = e3.forward_loss(params, batch, config=config, frozen=frozen)
-        return loss + (len(batch.input_ids) == 3), aux
+        return loss + (len(batch.aux_hidden) == 3), aux
 
     with pytest.raises(AssertionError) as failure:
         assert_equivalent(three_samples, cases=40, dtype="bfloat16")
@@ -446,8 +446,8 @@ def test_an_exception_has_a_note_that_repeats_it():
 
 def test_a_case_that_cannot_be_run_is_not_a_simpler_failure():
     with pytest.raises(AssertionError, match="loss: ") as failure:
-        assert_case(fragile, Case(loss="lk_lambda", dtype="bfloat16"))
-    expected = Case(lengths=(1,), steps=1, dtype="bfloat16", loss="lk_alpha")
+        assert_case(fragile, Case(loss="lk", dtype="bfloat16"))
+    expected = Case(lengths=(1,), steps=1, dtype="bfloat16", loss="nla")
     assert repr(expected) in str(failure.value)
 
 
