@@ -316,7 +316,10 @@ def test_features_that_are_missing_or_damaged_are_refused(work, tmp_path, capsys
     ("arguments", "texts"),
     [
         (settings("objective.ttt_length=0"), ["objective.ttt_length", "at least 1"]),
-        (settings("objective.loss=lk"), ["objective.loss = 'lk'", "'kl' or 'lk_alpha'"]),
+        (
+            settings("objective.loss=kls"),
+            ["objective.loss = 'kls'", "'kl', 'rkl'"],
+        ),
         (settings("objective.lenght=3"), ["unknown key objective.lenght"]),
         (settings("data.held_out=10"), ["data.held_out"]),
         (settings("draft.max_position_embeddings=4"), ["max_position_embeddings = 4"]),

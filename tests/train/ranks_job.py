@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
+from eagle3fn.specforge import RECIPE
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.launch import World, ranks
@@ -243,7 +244,7 @@ def what_does_not_fit_is_refused(mesh: DeviceMesh, world: World) -> None:
     refused(lambda: fns.step(state, uncounted), "batch.row_counts is missing")
     lk = uneven_config(loss="lk_alpha", numerics="plain")
     refused(
-        lambda: e3.step(state, own[0], config=lk, frozen=frozen, mesh=mesh),
+        lambda: e3.step(state, own[0], config=lk, frozen=frozen, mesh=mesh, recipe=RECIPE),
         f"on {mesh.size()} ranks under",
     )
 

@@ -10,7 +10,9 @@ import eagle3fn as e3
 from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet, open_features
 from eagle3fn.data.target import TargetTensors
+from eagle3fn.specforge import RECIPE
 from eagle3fn.train.loop import train
+from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import Run, prepare
 from tests.factories import make_config, make_map, make_target, supervised_sample, write_folder
 
@@ -45,9 +47,9 @@ def make_problem(
     samples = [supervised_sample(length, i, VOCAB, HIDDEN) for i, length in enumerate(lengths)]
     write_folder(folder, samples, VOCAB, HIDDEN)
 
-    # The losses by acceptance need one micro-batch an update.
+    # Means over the whole batch need one micro-batch an update.
     config = make_config(dtype, steps, train=train, **objective)
-    micro_batch = 1 if config.objective.loss == "kl" else 2
+    micro_batch = 2 if config.objective.loss in RECIPE.batch_means else 1
     data = e3.DataConfig(global_batch=2, micro_batch=micro_batch, held_out=len(HELD_OUT_LENGTHS))
     vocab_map = make_map(VOCAB, DRAFT_VOCAB, torch.Generator().manual_seed(1))
     return Problem(
@@ -60,7 +62,7 @@ def train_in(out: Path, problem: Problem, **options: Any) -> TrainState:
     return train(*problem, out, **options)
 
 
-def held_out_run(folder: Path, **objective: Any) -> Run:
+def held_out_run(folder: Path, recipe: Recipe = OURS, **objective: Any) -> Run:
     """A run that was prepared and has not begun, for an evaluation; its samples are in `folder`."""
     problem = make_problem(folder / "features", **objective)
-    return prepare(*problem, folder / "run")
+    return prepare(*problem, folder / "run", recipe=recipe)
