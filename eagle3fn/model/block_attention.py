@@ -48,13 +48,11 @@ def make_blocks(rows: Tensor, s: int, seen: Visible) -> Blocks:
     """Cut ascending rows `b·S + t` into blocks of one sample each.
 
     `begin` and `end` are rounded to multiples of `_STRIDE`, so that few shapes occur. Reads rows
-    and bounds on the host, which waits for a device.
+    and bounds on the host, which waits for a device once.
     """
     last = torch.as_tensor(seen.last)
-    first = None if seen.first is None else torch.as_tensor(seen.first)
-    samples = (rows // s).tolist()
-    last_places = last.tolist()
-    first_places = [0] * len(samples) if first is None else first.tolist()
+    first = torch.zeros_like(last) if seen.first is None else torch.as_tensor(seen.first)
+    samples, first_places, last_places = torch.stack([rows // s, first, last]).tolist()
 
     blocks: list[Block] = []
     start = 0
@@ -70,7 +68,7 @@ def make_blocks(rows: Tensor, s: int, seen: Visible) -> Blocks:
         common = max(min(last_places[part]) + 1, begin)
         blocks.append(Block(start, stop, samples[start], begin, common, max(min(s, end), common)))
         start = stop
-    return Blocks(tuple(blocks), first, last)
+    return Blocks(tuple(blocks), None if seen.first is None else first, last)
 
 
 class _Inputs(NamedTuple):

@@ -20,7 +20,16 @@ from eagle3fn.base.tree import equal, named_leaves
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.data.collate import global_row_counts
 from eagle3fn.data.vocab import build_map
-from eagle3fn.testing.builders import Case, generator, on, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.builders import (
+    Case,
+    Unaligned,
+    generator,
+    on,
+    tiny_batch,
+    tiny_frozen,
+    tiny_params,
+    tiny_unaligned,
+)
 from eagle3fn.testing.strategies import cases
 from eagle3fn.train.step import accumulate
 
@@ -62,7 +71,7 @@ def make_problem(case: Case, device: str) -> Problem:
 
 def evaluate(case: Case, config: e3.Config, batch: Batch) -> dict[str, Tensor]:
     """Loss, metrics and gradients by name, on the batch's device."""
-    frozen, params, _ = make_problem(case, str(batch.input_ids.device))
+    frozen, params, _ = make_problem(case, str(batch.next_ids.device))
 
     def loss_of(params: Params) -> Any:
         return e3.forward_loss(params, batch, config=config, frozen=frozen)
@@ -93,7 +102,7 @@ def test_rows_after_the_last_trained_one_have_exactly_zero_gradient(
         return e3.forward_loss(params, changed, config=config, frozen=frozen)[0]
 
     slope = gradient(loss, batch.aux_hidden)
-    trained_from_here = batch.row_mask.flip(1).cumsum(1).flip(1)  # (B, S)
+    trained_from_here = batch.row_mask[:, 0].flip(1).cumsum(1).flip(1)  # (B, S)
     after = trained_from_here == 0
     assert (after | (batch.attention_mask > 0)).all()
     assert slope[after].abs().sum() == 0
@@ -123,8 +132,8 @@ def test_contents_of_padding_do_not_change_a_bit_after_a_sample_of_one_token(
 
 def check_padding(case: Case, numerics: str, device: str) -> None:
     config = config_of(case, numerics)
-    batch = on(device, tiny_batch(case, 0))
-    other = on(device, tiny_batch(case, 1))
+    batch = on(device, tiny_unaligned(case, 0))
+    other = on(device, tiny_unaligned(case, 1))
     real = batch.attention_mask > 0
     wide = real[..., None]
     noisy = batch._replace(
@@ -133,8 +142,8 @@ def check_padding(case: Case, numerics: str, device: str) -> None:
         last_hidden=torch.where(wide, batch.last_hidden, torch.full_like(other.last_hidden, -3.0)),
     )
 
-    plain = evaluate(case, config, batch)
-    changed = evaluate(case, config, noisy)
+    plain = evaluate(case, config, batch.aligned(case.steps))
+    changed = evaluate(case, config, noisy.aligned(case.steps))
     assert [name for name in plain if not torch.equal(plain[name], changed[name])] == []
 
 
@@ -159,7 +168,8 @@ def test_causality_by_gradient_at_every_unroll_step(
         )
     )
     config = config_of(case, numerics)
-    frozen, params, batch = make_problem(case, device)
+    frozen, params, _ = make_problem(case, device)
+    samples = on(device, tiny_unaligned(case))
     assert frozen.embed_tokens is not None
 
     # In the longest sample every place has a token of its own; none is the 0 that the end reads.
@@ -168,26 +178,27 @@ def test_causality_by_gradient_at_every_unroll_step(
     order = torch.randperm(case.vocab - 1, generator=generator(case, 50))[:s].to(device) + 1
     assume(len(order) == s)
     index = torch.tensor([sample], device=device)
-    batch = batch._replace(input_ids=batch.input_ids.index_copy(0, index, order[None]))
+    samples = samples._replace(input_ids=samples.input_ids.index_copy(0, index, order[None]))
 
     for step in range(min(case.steps, s)):
         row = data.draw(st.integers(0, s - 1 - step))
-        mask = torch.zeros_like(batch.row_mask)
+        mask = torch.zeros_like(samples.row_mask)
         mask[sample, row + step] = 1
         counts = torch.full((case.steps,), torch.inf, device=device)
         counts[step] = 1.0
-        trained = batch._replace(row_mask=mask, row_counts=counts)
+        trained = samples._replace(row_mask=mask, row_counts=counts)
 
-        def loss(inputs: dict[str, Tensor], trained: Batch = trained) -> Tensor:
+        def loss(inputs: dict[str, Tensor], trained: Unaligned = trained) -> Tensor:
             changed = trained._replace(
                 aux_hidden=inputs["aux_hidden"], last_hidden=inputs["last_hidden"]
             )
             own = frozen._replace(embed_tokens=inputs["embed"])
-            return e3.forward_loss(params, changed, config=config, frozen=own)[0]
+            batch = changed.aligned(case.steps)
+            return e3.forward_loss(params, batch, config=config, frozen=own)[0]
 
         inputs = {
-            "aux_hidden": batch.aux_hidden,
-            "last_hidden": batch.last_hidden,
+            "aux_hidden": samples.aux_hidden,
+            "last_hidden": samples.last_hidden,
             "embed": frozen.embed_tokens,
         }
         value, slopes = e3.value_and_grad(loss)(inputs)
@@ -229,7 +240,7 @@ def test_micro_batches_add_up(numerics: str, dtype: str, device: str, data: st.D
     for first, last in zip([0, *cuts], [*cuts, rows], strict=True):
         fields = (None if field is None else field[first:last] for field in whole)
         parts.append(Batch(*fields))  # pyright: ignore[reportArgumentType]
-    counts = global_row_counts(parts, case.steps)
+    counts = global_row_counts(parts)
     parts = tuple(part._replace(row_counts=counts) for part in parts)
 
     loss, aux, grads = accumulate(params, (whole,), config, frozen)
