@@ -1,6 +1,4 @@
-"""The draft's shape: read from a draft's `config.json`, written to one, or derived from the
-target's.
-"""
+"""The draft's shape: to and from a draft's `config.json`, or derived from the target's."""
 
 import math
 from collections.abc import Callable

@@ -86,7 +86,7 @@ def check_frozen(frozen: Frozen, config: Config) -> None:
     """
     draft = config.draft
     v, d = draft.vocab_size, draft.draft_vocab_size
-    own = draft.target_hidden_size != draft.hidden_size
+    own = draft.own_embedding
     if own != (frozen.embed_tokens is None):
         rule = (
             "must be None: the draft trains its own"

@@ -237,7 +237,7 @@ def _aux(scores: Scores, plan: RowPlan, row_counts: Tensor) -> Aux:
     known = scores.known[plan.label_of_row] & (plan.trained > 0)
     counted = plan.scored & scores.known
     return Aux(
-        losses=(scores.row_loss * counted).sum(1) / row_counts,
+        losses=torch.where(counted, scores.row_loss, 0.0).sum(1) / row_counts,
         correct=(correct * plan.trained).sum(1),
         rows=plan.trained.sum(1),
         accept=(accept * known).sum(1),

@@ -45,8 +45,12 @@ class Weight(NamedTuple):
     before: str = "input"
     """What is computed between the weight that is used before this one and its own use."""
 
-    needed: Callable[[DraftConfig], bool] = lambda config: True
-    """Whether a draft of this configuration has it."""
+    only_if: str = ""
+    """The property of `DraftConfig` on which it depends; empty: every draft has it."""
+
+    def needed(self, config: DraftConfig) -> bool:
+        """Whether a draft of this configuration has it."""
+        return not self.only_if or bool(getattr(config, self.only_if))
 
     def shape(self, config: DraftConfig) -> tuple[int, ...]:
         """The shape in numbers."""
@@ -68,7 +72,7 @@ def _row(name: str, axes: str, *columns: Any, **others: Any) -> str:
 _SCALING = "scaling by the root mean square"
 _ATTENTION = "attention: rotated queries and keys, scores, softmax, values"
 
-EMBED = _row("embed_tokens", "V H", "embedding", needed=lambda config: config.own_embedding)
+EMBED = _row("embed_tokens", "V H", "embedding", only_if="own_embedding")
 Q = _row("midlayer.self_attn.q_proj", "N·E 2·H")
 K = _row("midlayer.self_attn.k_proj", "J·E 2·H")
 V = _row("midlayer.self_attn.v_proj", "J·E 2·H")

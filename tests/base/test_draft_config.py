@@ -117,7 +117,8 @@ def test_values_of_another_type_are_refused(tmp_path, switched, values, message)
 
 
 def test_every_combination_of_switches_is_drawn(switched):
-    found = [dict(values) for values in switch_values(draft_config.switches())]
+    added = [field for field in draft_config.switches() if field.name in ON]
+    found = [dict(values) for values in switch_values(added)]
     assert found[0] == {}
     assert {"fc_norm": True, "window": 1} in found and {"window": 3} in found
     assert len(found) == 2 * 3

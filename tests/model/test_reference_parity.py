@@ -142,7 +142,7 @@ def test_failure_ends_with_lines_that_repeat_it(monkeypatch: pytest.MonkeyPatch)
     """The case is the simplest one that still fails: a sample of one token would train no row."""
     monkeypatch.setattr(reference_model.RMSNorm, "forward", lambda self, x: self.weight * x)
     with pytest.raises(AssertionError, match=r"lm_head\.weight: .* ulps") as failure:
-        hold(drawn(3, 0)[2])
+        hold(drawn(3, 0, switches=())[2])
 
     code = str(failure.value).split("to repeat it:\n")[1]
     assert code.endswith("hold(Case(lengths=(2,), steps=1))")
