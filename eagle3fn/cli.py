@@ -5,10 +5,14 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
 from eagle3fn.base.program import exit_code
+
+if TYPE_CHECKING:
+    from eagle3fn.base.config import Config
+    from eagle3fn.base.draft_config import DraftConfig
 
 Command = Callable[..., argparse.ArgumentParser]
 """`(name, function, what it does)` → the parser of a new sub-command."""
@@ -272,7 +276,7 @@ def _vocab(options: Any) -> None:
     )
 
 
-def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> Any:
+def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> "DraftConfig":
     """The draft's shape: from `--draft-config`, or derived from the target's configuration."""
     from eagle3fn.base.draft_config import draft_config_from_json, draft_config_from_target
 
@@ -281,15 +285,18 @@ def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> Any:
     return draft_config_from_target(tree, options.target, size)
 
 
-def _config(options: Any, draft: Any, overrides: list[str], recipe: str | None = None) -> Any:
+def _config(
+    options: Any, draft: "DraftConfig | None", overrides: list[str], recipe: str | None = None
+) -> "Config":
     """The run's configuration; settings by the names of earlier versions are refused, and losses
-    that are not there.
+    and optimizers that are not there.
     """
     from eagle3fn.base.config import load_config
     from eagle3fn.base.errors import UserError
     from eagle3fn.base.toml import override, read_toml
     from eagle3fn.model.checks import check_loss
     from eagle3fn.specforge.recipes import RECIPE, SETTINGS, refuse_old_settings
+    from eagle3fn.train.optimizer import named_optimizer
 
     if options.config:
         refuse_old_settings(read_toml(options.config), options.config)
@@ -306,6 +313,7 @@ def _config(options: Any, draft: Any, overrides: list[str], recipe: str | None =
             "such losses by row, or add --recipe specforge"
         )
     check_loss(config, RECIPE.batch_means)
+    named_optimizer(config.optimizer)
     return config
 
 

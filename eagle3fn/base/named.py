@@ -1,6 +1,7 @@
 """Settings that name a function: one of a table, or a user's own as "module:function"."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -9,16 +10,18 @@ from eagle3fn.base.errors import UserError
 T = TypeVar("T")
 
 
-def find(name: str, table: Mapping[str, T], setting: str) -> T | Any:
+def find(name: str, table: Mapping[str, T], setting: str, arguments: tuple[str, ...]) -> T | Any:
     """`table[name]`; or for "module:function" that function, its module imported.
 
     Args:
         name: the setting's value.
         table: the functions of this package, by name.
         setting: the setting's dotted name, for messages.
+        arguments: of a user's function, by place.
 
     Raises:
-        UserError: neither; or the module cannot be imported, or has no function of that name.
+        UserError: neither; or the module cannot be imported, or has no function of that name that
+            takes the arguments.
     """
     if name in table:
         return table[name]
@@ -44,4 +47,23 @@ def find(name: str, table: Mapping[str, T], setting: str) -> T | Any:
             f"{given}: {function_name!r} must be a function of module {module_name!r}; define it "
             "there, or name another"
         )
+    check_arguments(function, arguments, given)
     return function
+
+
+def check_arguments(function: Callable[..., Any], arguments: tuple[str, ...], given: str) -> None:
+    """Check that a user's function can be called with these arguments, by place.
+
+    Raises:
+        UserError: it cannot; the message begins with `given`.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C: it has none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise UserError(
+            f"{given}: must be a function of ({', '.join(arguments)}), not of {signature}"
+        ) from None

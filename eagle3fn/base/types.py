@@ -1,8 +1,8 @@
 """What the stages hand to each other, as NamedTuples of tensors.
 
 Shape letters, used in every docstring: `B` batch, `S` sequence, `K` unroll steps, `H` draft hidden,
-`Ht` target hidden, `N` heads, `J` key-value heads, `E` head size, `V` target vocabulary, `D` draft
-vocabulary.
+`Ht` target hidden, `I` inner size of the MLP, `N` heads, `J` key-value heads, `E` head size, `V`
+target vocabulary, `D` draft vocabulary, `T` listed rows, `P` listed labels.
 """
 
 from typing import Any, NamedTuple
@@ -47,10 +47,10 @@ class Batch(NamedTuple):
     position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S - 1
     # (K,) fp32: rows trained at each unroll step over the *global* batch; absent: over this batch.
     row_counts: Tensor | None = None
-    # (T,) and (P,) int64, `base.rows.row_lists(row_mask)`; absent: found from the mask. Lists that
-    # are given must be those of this mask: others give another loss.
-    rows: Tensor | None = None
-    labels: Tensor | None = None
+    # Lists of the rows and labels, `base.rows.row_lists(row_mask)`; absent: found from the mask.
+    # Lists that are given must be those of this mask: others give another loss.
+    rows: Tensor | None = None  # (T,) int64
+    labels: Tensor | None = None  # (P,) int64
 
 
 class VocabMap(NamedTuple):

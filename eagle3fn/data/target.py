@@ -14,9 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import refuse_vision
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
+from eagle3fn.base.types import Frozen, VocabMap
 from eagle3fn.data.hooks import layer_outputs
 from eagle3fn.data.weights import check_weights, find_key, read_tensor, weight_files
 
@@ -267,6 +269,30 @@ def read_target_tensors(path_or_id: str | Path, dtype: torch.dtype) -> TargetTen
         head_key = find_key(files, "lm_head.weight", folder)
         head = read_tensor(folder, files, head_key, dtype, (vocab, hidden))  # (V, Ht)
     return TargetTensors(embed, head, _norm_factor(norm, tree))
+
+
+def make_frozen(
+    target: TargetTensors, vocab_map: VocabMap, config: Config, device: str | None = None
+) -> Frozen:
+    """What training reads of the target and never differentiates, in the run's dtype.
+
+    Args:
+        target: as `read_target_tensors` returns it.
+        vocab_map: as `load_map` returns it.
+        config: `train.dtype` is read, `train.device`, and whether the draft trains an embedding of
+            its own: then the target's is left out.
+        device: in place of `train.device`.
+    """
+    dtype = getattr(torch, config.train.dtype)
+    device = device or config.train.device
+    embedding = None if config.draft.own_embedding else target.embed_tokens.to(device, dtype)
+    return Frozen(
+        embed_tokens=embedding,
+        target_head=target.head.to(device, dtype),
+        t2d=vocab_map.t2d.to(device),
+        d2t=vocab_map.d2t.to(device),
+        target_norm=target.norm.to(device, dtype),
+    )
 
 
 def _tensors_of_model(model: Any, tree: dict[str, Any]) -> TargetTensors:

@@ -156,8 +156,8 @@ def read_map(path: Path) -> StoredMap:
 
 def load_map(
     path: str | Path,
-    vocab_size: int,
-    draft_size: int,
+    vocab_size: int | None = None,
+    draft_size: int | None = None,
     target_hash: str | None = None,
     read: Callable[[Path], StoredMap] = read_map,
 ) -> VocabMap:
@@ -165,8 +165,8 @@ def load_map(
 
     Args:
         path: the map's file.
-        vocab_size: V, the target's.
-        draft_size: D.
+        vocab_size: V, the target's; absent: the file's.
+        draft_size: D; absent: the file's.
         target_hash: the target's `config_hash`, compared if the file holds one.
         read: reads the file; another function reads another format.
 
@@ -190,7 +190,9 @@ def load_map(
         )
 
     vocab_map = VocabMap(*tensors)
-    check_map(vocab_map, vocab_size, draft_size, str(path))
+    v = vocab_map.t2d.numel() if vocab_size is None else vocab_size
+    d = vocab_map.d2t.numel() if draft_size is None else draft_size
+    check_map(vocab_map, v, d, str(path))
     return vocab_map
 
 

@@ -1,4 +1,4 @@
-"""Parts of the fast operations whose written-out backwards keep few tensors: norm, rotation, MLP."""
+"""Parts of the fast operations whose written backwards keep few tensors: norm, rotation, MLP."""
 
 from typing import Any, NamedTuple
 

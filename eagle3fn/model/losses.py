@@ -21,7 +21,7 @@ from torch import Tensor
 from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.dtypes import wide
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.named import find
+from eagle3fn.base.named import check_arguments, find
 from eagle3fn.base.types import Frozen
 
 
@@ -116,11 +116,15 @@ def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
         A loss whose functions take `p_draft` and `p_full` after the logits (and their softmax).
 
     Raises:
-        UserError: no such loss; or, when it is called, a user's function that does not return one
-            value a row.
+        UserError: no such loss, or a user's function of other arguments; or, when it is called, one
+            that does not return one value a row.
     """
-    loss = find(objective.loss, LOSSES, "objective.loss") if own is None else own
+    arguments = ("logits", "p_draft", "p_full")
+    loss = own
+    if loss is None:
+        loss = find(objective.loss, LOSSES, "objective.loss", arguments)
     if not isinstance(loss, RowLoss):
+        check_arguments(loss, arguments, f"loss = {loss!r}")
         loss = RowLoss(loss)
 
     def needed(p_draft: Tensor, p_full: Tensor) -> list:
@@ -129,9 +133,11 @@ def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
 
     def value(logits: Tensor, p_draft: Tensor, p_full: Tensor) -> Tensor:
         rows = loss.value(logits, *needed(p_draft, p_full))
-        if rows.shape != logits.shape[:-1]:
+        if not isinstance(rows, Tensor) or rows.shape != logits.shape[:-1]:
+            is_tensor = isinstance(rows, Tensor)
+            found = f"shape {tuple(rows.shape)}" if is_tensor else type(rows).__name__
             raise UserError(
-                f"the loss returned shape {tuple(rows.shape)} for logits {tuple(logits.shape)}; "
+                f"the loss returned {found} for logits {tuple(logits.shape)}; "
                 f"it must be {tuple(logits.shape[:-1])}, one value a row"
             )
         return rows

@@ -211,7 +211,7 @@ def named_optimizer(config: OptimizerConfig) -> Optimizer:
     Raises:
         UserError: neither, or the function returns something else than an `Optimizer`.
     """
-    made = find(config.name, OPTIMIZERS, "optimizer.name")(config)
+    made = find(config.name, OPTIMIZERS, "optimizer.name", ("config",))(config)
     if not isinstance(made, Optimizer):
         raise UserError(
             f"optimizer.name = {config.name!r}: the function returned {type(made).__name__}; it "

@@ -20,7 +20,7 @@ from eagle3fn.base.types import Batch, Frozen, VocabMap
 from eagle3fn.data.collate import AlignMask
 from eagle3fn.data.features import FeatureSet, read_tokens
 from eagle3fn.data.pipeline import batches, split
-from eagle3fn.data.target import TargetTensors
+from eagle3fn.data.target import TargetTensors, make_frozen
 from eagle3fn.model.checks import check_loss
 from eagle3fn.train.bind import Functions, bind
 from eagle3fn.train.launch import World
@@ -81,16 +81,7 @@ def prepare(
     where = f"the memory of {device}"
     check_fits(config, world.size, memory_of(device), where, tied, recipe)
 
-    # What is never differentiated; a draft of another width trains an embedding of its own.
-    dtype = getattr(torch, config.train.dtype)
-    frozen = Frozen(
-        embed_tokens=None if config.draft.own_embedding else target.embed_tokens.to(device, dtype),
-        target_head=target.head.to(device, dtype),
-        t2d=vocab_map.t2d.to(device),
-        d2t=vocab_map.d2t.to(device),
-        target_norm=target.norm.to(device, dtype),
-    )
-
+    frozen = make_frozen(target, vocab_map, config, device)
     kept, held_out = split(len(features.samples), config.data.held_out)
     _check_lengths(config, features)
     _check_trained(config, features, kept, recipe.align_mask)

@@ -5,9 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn import specforge
-from eagle3fn.base.rows import shift, trained_row_counts
-from eagle3fn.data.collate import align_mask, collate, cut, global_row_counts
-from tests.factories import random_sample
+from eagle3fn.base.config import Config, DataConfig, ObjectiveConfig
+from eagle3fn.base.rows import row_lists, shift, trained_row_counts
+from eagle3fn.base.tree import equal
+from eagle3fn.base.types import Sample
+from eagle3fn.data.collate import align, align_mask, collate, cut, global_row_counts
+from tests.factories import make_draft, random_sample
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
 
@@ -32,45 +35,86 @@ def test_shift_moves_left():
     assert shift(torch.tensor([[1, 2, 3]])).tolist() == [[2, 3, 0]]
 
 
+def make_settings(k: int, max_length: int = 64) -> Config:
+    """A configuration of `k` unroll steps that keeps `max_length` tokens of a sample."""
+    objective = ObjectiveConfig(ttt_length=k)
+    return Config(make_draft(4, 50, 20), objective, data=DataConfig(max_length=max_length))
+
+
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.integers(3, 8),
+    st.integers(1, 5),
     st.sampled_from([align_mask, specforge.align_mask]),
 )
 @settings(max_examples=40, deadline=None)
-def test_collate_by_plain_loops(lengths, max_length, align):
+def test_collate_by_plain_loops(lengths, max_length, k, align):
     samples = [random_sample(length, seed) for seed, length in enumerate(lengths)]
-    batch = collate(samples, max_length, align)
+    batch = collate(samples, make_settings(k, max_length), align)
+
     width = max(min(length, max_length) for length in lengths)
+    zeros = {"aux_hidden": torch.zeros(12), "last_hidden": torch.zeros(4)}
+    trained = set()
+    labels = set()
     for row, sample in enumerate(samples):
         kept = cut(sample, max_length)
         n = len(kept.input_ids)
         assert n == min(len(sample.input_ids), max_length)
         assert batch.attention_mask[row].tolist() == [1] * n + [0] * (width - n)
-        assert batch.row_mask[row].tolist() == align(kept.token_mask).tolist() + [0] * (width - n)
-        for name in ("input_ids", "aux_hidden", "last_hidden"):
-            field = getattr(batch, name)[row]
-            assert torch.equal(field[:n], getattr(kept, name)) and not field[n:].any()
-    assert (
-        batch.row_counts is None
-        and batch.input_ids.dtype == torch.int64
-        and batch.aux_hidden.dtype == torch.bfloat16
-    )
+
+        def at(name: str, t: int, kept: Sample = kept, n: int = n):
+            """A field's value at token `t`; zeros past the end."""
+            return getattr(kept, name)[t] if t < n else zeros.get(name, 0)
+
+        # Row t reads entry t + i at step i: token t + i + 1.
+        next_ids = [int(at("input_ids", place + 1)) for place in range(width + k - 1)]
+        assert batch.next_ids[row].tolist() == next_ids
+
+        # Features are a token's own; a label's state is the next token's.
+        for t in range(width):
+            assert torch.equal(batch.aux_hidden[row, t].float(), at("aux_hidden", t).float())
+            assert torch.equal(batch.label_hidden[row, t].float(), at("last_hidden", t + 1).float())
+
+        # A row is trained at a step if the label that it is scored against is a label.
+        first_step = align(kept.token_mask).tolist()
+        for i in range(k):
+            mask = [first_step[t + i] if t + i < n else 0 for t in range(width)]
+            assert batch.row_mask[row, i].tolist() == mask
+            for t in range(width):
+                if mask[t]:
+                    trained.add(row * width + t)
+                    labels.add(row * width + t + i)
+
+    assert batch.rows is not None and batch.labels is not None
+    assert set(batch.rows.tolist()) == (trained or {0})
+    assert set(batch.labels.tolist()) == (labels or {0})
+    assert batch.row_counts is None
+    assert batch.next_ids.dtype == batch.rows.dtype == torch.int64
+    assert batch.aux_hidden.dtype == batch.label_hidden.dtype == torch.bfloat16
+
+
+def test_align_of_padded_tensors_is_what_collate_makes_but_for_its_lists():
+    samples = [random_sample(length, length) for length in (5, 5)]
+    fields = [torch.stack(field) for field in zip(*samples, strict=True)]
+    input_ids, token_mask, aux_hidden, last_hidden = fields
+    row_mask = torch.stack([align_mask(mask) for mask in token_mask])
+    ones = torch.ones_like(input_ids)
+    aligned = align(input_ids, ones, row_mask, aux_hidden, last_hidden, k=3)
+    assert aligned.rows is None and aligned.labels is None
+    lists = row_lists(aligned.row_mask)._asdict()
+    assert equal(aligned._replace(**lists), collate(samples, make_settings(3)))
 
 
 @given(st.lists(MASKS, min_size=1, max_size=4), st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_counts_are_the_same_for_every_split(masks, steps):
+def test_counts_are_the_same_for_every_split(masks, k):
     samples = [
         random_sample(len(mask), 0)._replace(token_mask=torch.tensor(mask)) for mask in masks
     ]
-    whole = collate(samples, 64, specforge.align_mask)
-    parts = [collate([sample], 64, specforge.align_mask) for sample in samples]
-    plain = [max(1, sum(sum(mask[:-1][step:]) for mask in masks)) for step in range(steps)]
-    assert trained_row_counts([whole.row_mask], steps).tolist() == plain
-    assert (
-        global_row_counts(parts, steps).tolist()
-        == plain
-        == global_row_counts([whole], steps).tolist()
-    )
-    assert global_row_counts(parts, steps).dtype == torch.float32
+    config = make_settings(k)
+    whole = collate(samples, config, specforge.align_mask)
+    parts = [collate([sample], config, specforge.align_mask) for sample in samples]
+    plain = [max(1, sum(sum(mask[:-1][step:]) for mask in masks)) for step in range(k)]
+    assert trained_row_counts([whole.row_mask]).tolist() == plain
+    assert global_row_counts(parts).tolist() == plain == global_row_counts([whole]).tolist()
+    assert global_row_counts(parts).dtype == torch.float32

@@ -13,7 +13,6 @@ import eagle3fn as e3
 from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
-from eagle3fn.base.types import Batch
 from eagle3fn.data.collate import align_mask, collate
 from eagle3fn.data.extract import Encoded, encode_all, extract, supervised
 from eagle3fn.data.features import open_features, read_sample
@@ -204,17 +203,16 @@ def test_last_entry_of_a_cut_mask_is_zeroed_online_as_in_files(tmp_path):
     features, rows = stored(model, tmp_path, batch=1)
     ending = [number for number, row in enumerate(rows) if row.token_mask[-1]]
     assert len(ending) > 2
-    _, fns = problem(model, rows, "float32")
+    config, fns = problem(model, rows, "float32")
     params = fns.init(0)
 
     samples = list(roll_out(model, [rows[number] for number in ending], LAYERS, batch=1))
-    online = collate(samples, CUT, all_but_last)
+    online = collate(samples, config, all_but_last)
     files = [read_sample(features, number) for number in ending]
-    offline = collate(files, CUT, all_but_last)
+    offline = collate(files, config, all_but_last)
     assert equal(fns.forward_loss(params, online), fns.forward_loss(params, offline))
 
-    masks = [sample.token_mask for sample in samples]
-    kept: Batch = online._replace(row_mask=torch.nn.utils.rnn.pad_sequence(masks, batch_first=True))
+    kept = collate(samples, config, lambda token_mask: token_mask)
     loss, aux = fns.forward_loss(params, online)
     other_loss, other_aux = fns.forward_loss(params, kept)
     assert int(other_aux.rows[0]) == int(aux.rows[0]) + len(ending)

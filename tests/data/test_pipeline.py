@@ -61,9 +61,9 @@ def in_stored_order(n, config, step):
 
 def test_batches_follow_the_order(folder):
     made = batches(folder, [1, 3, 4], config(2, 1), 0, 3, order=in_stored_order)
-    found = [batch.input_ids[0] for micro in made for batch in micro]
-    for place, ids in zip([1, 3, 4, 1, 3, 4], found, strict=True):
-        assert torch.equal(ids, read_sample(folder, place).input_ids[:6])
+    found = [batch.aux_hidden[0] for micro in made for batch in micro]
+    for place, aux_hidden in zip([1, 3, 4, 1, 3, 4], found, strict=True):
+        assert torch.equal(aux_hidden, read_sample(folder, place).aux_hidden[:6])
 
 
 @pytest.fixture
@@ -89,13 +89,12 @@ def test_micro_batches_hold_the_steps_samples_and_its_global_counts(folder):
     chosen = [[0, 2, 4, 5, 6][place] for place in sample_indices(5, 4, 3, 1)]
     (first, second), *_ = batches(folder, [0, 2, 4, 5, 6], config(), 1, 2)
     samples = [read_sample(folder, number) for number in chosen]
-    rows = [
-        *zip(first.input_ids, first.attention_mask, strict=True),
-        *zip(second.input_ids, second.attention_mask, strict=True),
-    ]
-    assert [ids[real == 1].tolist() for ids, real in rows] == [
-        s.input_ids[:6].tolist() for s in samples
-    ]
+    rows = []
+    for batch in (first, second):
+        rows += zip(batch.aux_hidden, batch.attention_mask, strict=True)
+    for sample, (aux_hidden, real) in zip(samples, rows, strict=True):
+        assert torch.equal(aux_hidden[real == 1], sample.aux_hidden[:6])
+
     masks = [align_mask(s.token_mask[:6]) for s in samples]
     wanted = [max(1, sum(int(mask[step:].sum()) for mask in masks)) for step in range(3)]
     assert first.row_counts is not None and second.row_counts is not None

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import eagle3fn as e3
-from eagle3fn.base.tree import named_leaves
+from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.base.types import Batch, TrainState
 from eagle3fn.data.collate import global_row_counts
 from eagle3fn.train.shard import is_sharded
@@ -35,7 +35,7 @@ def micro_batches(step: int, size: int, mesh: DeviceMesh | None) -> tuple[Batch,
     whole = make_batch(step, LENGTHS)
     parts = []
     for i in range(0, SAMPLES, size):
-        part = Batch(*(field[i : i + size] for field in whole[:5]))  # pyright: ignore
+        part = tree_map(lambda field, i=i: field[i : i + size], whole)
         parts.append(part)
 
     world = 1 if mesh is None else mesh.size()

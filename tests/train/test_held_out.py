@@ -60,6 +60,7 @@ def check(row: dict, expected: Objective, rel: float) -> None:
         {"normalization": "mask", "numerics": "fast"},
         {"normalization": "rows", "numerics": "plain"},
         {"normalization": "rows", "numerics": "fast"},
+        {"loss": "nla", "numerics": "plain"},
         {"loss": "lk", "numerics": "fast"},
         {"loss": "lk_alpha", "numerics": "plain"},
     ],

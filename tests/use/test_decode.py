@@ -15,10 +15,11 @@ from torch import Tensor
 from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.types import Batch, Frozen, VocabMap
+from eagle3fn.base.types import Frozen, VocabMap
+from eagle3fn.data.collate import align
 from eagle3fn.data.hooks import layer_outputs
 from eagle3fn.data.target import cache_name, hidden_states
-from eagle3fn.model import layers
+from eagle3fn.model import plain as plain_ops
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.train.bind import bind
@@ -305,35 +306,35 @@ def test_drafted_rows_are_those_of_the_training_unroll(monkeypatch, heads, devic
 
     # Training: the logits of every unroll step.
     trained: list[Tensor] = []
-    original = layers.logits
+    original = plain_ops.logits
 
     def recorded(*args: Any) -> Tensor:
         trained.append(original(*args))
         return trained[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "logits", recorded)
+        patch.setattr(plain_ops, "logits", recorded)
         forward_loss(params, batch, config=config, frozen=frozen)
 
     # Inference: for each row, commit up to it, then feed it the same tokens.
     assert frozen.embed_tokens is not None
     draft = Draft(config.draft, params, VocabMap(frozen.t2d, frozen.d2t), frozen.embed_tokens)
     aux = batch.aux_hidden
-    ids = batch.input_ids
+    next_ids = batch.next_ids  # (1, S + K - 1): of row t the token t + 1
     checked = 0
     for row in range(8):
         drafter = Drafter(draft, 20, frozen.embed_tokens)
         if row >= 2:  # committed in two pieces, as after verifications
-            drafter.commit(aux[:, :2], ids[:, 1:3])
-            hidden = drafter.commit(aux[:, 2 : row + 1], ids[:, 3 : row + 2])
+            drafter.commit(aux[:, :2], next_ids[:, :2])
+            hidden = drafter.commit(aux[:, 2 : row + 1], next_ids[:, 2 : row + 1])
         else:
-            hidden = drafter.commit(aux[:, : row + 1], ids[:, 1 : row + 2])
+            hidden = drafter.commit(aux[:, : row + 1], next_ids[:, : row + 1])
         for step in range(4):
-            place = row + step + 1
-            if place >= 9:
+            place = row + step
+            if place >= 8:
                 break
             if step:
-                hidden = drafter.extend(hidden, ids[:, place : place + 1], step)
+                hidden = drafter.extend(hidden, next_ids[:, place : place + 1], step)
             torch.testing.assert_close(
                 drafter.logits(hidden)[:, 0], trained[step][:, row], atol=1e-12, rtol=1e-10
             )
@@ -387,7 +388,7 @@ def trained_draft(device: str) -> tuple[Draft, Tensor, list[int]]:
     functions = bind(config, Frozen(embedding, head, *vocab))
     state = functions.init_state(on(device, functions.init(0)))
     for _ in range(60):
-        state, _ = functions.step(state, Batch(whole, ones, ones, aux, last))
+        state, _ = functions.step(state, align(whole, ones, ones, aux, last, k=4))
     return Draft(shape, state.params, vocab, None), ids, answer
 
 

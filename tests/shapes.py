@@ -1,0 +1,299 @@
+"""The shapes of public records and functions, checked on real values by jaxtyping.
+
+A shape is a text such as `(B, S + K, D) fp32`, by the letters that `base.types` lists; without a
+dtype it is any floating-point one. A record's shapes are read from the comments of its fields, so
+that a comment cannot go stale; those of functions are in `FUNCTIONS`. In one call a letter has one
+value: a draft's sizes come from its configuration, the others from the first tensor that has them.
+"""
+
+import ast
+import functools
+import inspect
+import io
+import re
+import textwrap
+import tokenize
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int32, Int64, Shaped, jaxtyped
+from torch import Tensor
+
+from eagle3fn.base import types
+from eagle3fn.base.rows import RowLists
+from eagle3fn.base.types import Aux, Batch, Frozen, Params, Sample, Teacher, TrainState, VocabMap
+from eagle3fn.data.target import TargetTensors
+from eagle3fn.model.head_loss import Labels, PairScores
+from eagle3fn.model.table import TABLE
+from eagle3fn.train.optimizer import Moments
+from eagle3fn.use.export import Draft
+
+RECORDS = (
+    *(Sample, Batch, VocabMap, Frozen, Teacher, Aux, TrainState, RowLists, TargetTensors, Labels),
+    *(PairScores, Moments, Draft),
+)
+"""Records whose comments are checked."""
+
+DTYPES: dict[str, Any] = {"": Float, "fp32": Float32, "int64": Int64, "int32": Int32, "bool": Bool}
+SHAPE = re.compile(r"\(([^)]*)\) ?(fp32|int64|int32|bool)?")
+
+
+class ShapeError(AssertionError):
+    """A value of another shape or dtype than is stated."""
+
+
+class Each(NamedTuple):
+    """A sequence of records, in each of which the letters have values of their own."""
+
+    record: Any
+
+
+class Function(NamedTuple):
+    """Shapes of a function's arguments, by name, and of its result.
+
+    A text is a tensor, or nothing if it ends in "?"; a record's class stands for its fields,
+    `Params` for the parameters; a tuple has an entry an item, a list one for all items, and a dict
+    those of its keys.
+    """
+
+    arguments: dict[str, Any]
+    result: Any
+
+
+FUNCTIONS: dict[str, Function] = {
+    # data
+    "align_mask": Function({"token_mask": "(S,) int64"}, "(S,) int64"),
+    "collate": Function({"samples": Each(Sample)}, Batch),
+    "align": Function(
+        {
+            "input_ids": "(B, S) int64",
+            "attention_mask": "(B, S) int64",
+            "row_mask": "(B, S) int64",
+            "aux_hidden": "(B, S, 3·Ht)",
+            "last_hidden": "(B, S, Ht)",
+            "position_ids": "(B, S) int64?",
+        },
+        Batch,
+    ),
+    "row_lists": Function({"row_mask": "(B, K, S) int64"}, RowLists),
+    "over_steps": Function({"row_mask": "(…, S) int64"}, "(…, K, S) int64"),
+    "global_row_counts": Function({"batches": Each(Batch)}, "(K,) fp32"),
+    "read_sample": Function({}, Sample),
+    "load_map": Function({}, VocabMap),
+    "read_target_tensors": Function({}, TargetTensors),
+    "make_frozen": Function({"target": TargetTensors, "vocab_map": VocabMap}, Frozen),
+    # model
+    "init_params": Function({}, Params),
+    "start_from_target": Function({"params": Params, "frozen": Frozen}, Params),
+    "forward_loss": Function({"params": Params, "batch": Batch, "frozen": Frozen}, ("()", Aux)),
+    "make_teacher": Function({"label_hidden": "(B, S, Ht)", "frozen": Frozen}, Teacher),
+    "heads": Function(
+        {"weights": Params, "embeds": "(B, S, H)", "hidden": "(B, S, H)"},
+        ("(B, N, S, E)", "(B, J, S, E)", "(B, J, S, E)"),
+    ),
+    "logits": Function({"params": Params, "hidden": "(B, S, H)"}, "(B, S, D)"),
+    "acceptance": Function({"logits": "(B, S, D)", "p_full": "(B, S, D)"}, "(B, S) fp32"),
+    "loss value": Function(
+        {"logits": "(…, D) fp32", "p_draft": "(…, D) fp32", "p_full": "(…, D) fp32"}, "(…) fp32"
+    ),
+    "loss closed": Function(
+        {"logits": "(…, D) fp32", "draft": "(…, D) fp32"}, ("(…) fp32", "(…, D) fp32")
+    ),
+    "block_attention": Function(
+        {
+            "q": "(T, N, E)",
+            "key": "(B, S, J, E)",
+            "value": "(B, S, J, E)",
+            "step_keys": ["(T, J, E)"],
+            "step_values": ["(T, J, E)"],
+        },
+        "(T, N, E)",
+    ),
+    "head_and_loss": Function(
+        {
+            "draft": "(K, T, H)",
+            "head": "(D, H)",
+            "labels": Labels,
+            "target_head": "(V, Ht)",
+            "t2d": "(V,) bool",
+            "d2t": "(D,) int64",
+        },
+        (
+            *("() fp32", "(K, P) fp32", "(K, P) bool", "(K, P) fp32", "(P,) bool"),
+        ),
+    ),
+    # train and use
+    "init_state": Function({"params": Params}, TrainState),
+    "step": Function(
+        {"state": TrainState, "batch": Each(Batch), "frozen": Frozen},
+        (
+            TrainState,
+            {"loss": "() fp32", "aux": Aux, "tokens": "() int64", "grad_norm": "() fp32"},
+        ),
+    ),
+    "export": Function({"params": Params, "frozen": Frozen}, None),
+    "load_draft": Function({}, Draft),
+}
+
+
+# Shapes as texts
+
+
+def legend() -> set[str]:
+    """The letters that `base.types` explains."""
+    text = inspect.getdoc(types) or ""
+    return set(re.findall(r"`([A-Z]t?)`", text))
+
+
+def letters(text: str) -> set[str]:
+    """The letters of a shape."""
+    found = SHAPE.match(text)
+    assert found, text
+    return set(re.findall(r"[A-Za-z]+", found[1]))
+
+
+def tensor_type(text: str) -> Any:
+    """A shape as a type of jaxtyping."""
+    found = SHAPE.match(text)
+    assert found, f"{text!r} is no shape"
+    inside = found[1].replace("·", "*").replace(" ", "").replace("…", "*rows")
+    axes = [axis for axis in inside.split(",") if axis]
+    return DTYPES[found[2] or ""][Tensor, " ".join(axes)]
+
+
+@functools.cache
+def fields_of(record: Any) -> dict[str, Any]:
+    """The shapes of a record's fields; a field that holds no tensor is left out."""
+    comments = _comments(record)
+    found = {}
+    for name, hint in get_type_hints(record).items():
+        if hint in (Tensor, Tensor | None):
+            text = comments.get(name, "")
+            match = SHAPE.match(text)
+            assert match, f"{record.__name__}.{name}: no shape in its comment: {text!r}"
+            found[name] = match[0].rstrip() + ("" if hint is Tensor else "?")
+        elif hint == Params:
+            found[name] = Params
+        elif hasattr(hint, "_fields"):
+            found[name] = hint
+    return found
+
+
+def _comments(record: Any) -> dict[str, str]:
+    """The comment of each field: after it, or else the lines above it."""
+    source = textwrap.dedent(inspect.getsource(record))
+    after: dict[int, str] = {}  # by line: a comment after code
+    alone: dict[int, str] = {}  # … and one on a line of its own
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            kind = alone if token.line.lstrip().startswith("#") else after
+            kind[token.start[0]] = token.string.removeprefix("#").strip()
+
+    found = {}
+    for node in ast.parse(source).body[0].body:  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        above = []
+        line = node.lineno - 1
+        while line in alone:
+            above.insert(0, alone[line])
+            line -= 1
+        found[ast.unparse(node.target)] = after.get(node.lineno, " ".join(above))
+    return found
+
+
+# Checks
+
+
+@contextmanager
+def scope(sizes: dict[str, int]) -> Iterator[None]:
+    """A scope in which these letters have their sizes, and others get one by the first use."""
+    with jaxtyped("context"):
+        for letter, size in sizes.items():
+            assert isinstance(torch.empty(size, device="meta"), Shaped[Tensor, letter])
+        yield
+
+
+class _Stated(NamedTuple):
+    path: str
+    value: Any
+    text: str
+
+
+class Checker:
+    """Checks values against the stated shapes, and counts the calls of checked functions."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        """`sizes` are those of the letters that are known from the start."""
+        self.sizes = sizes
+        self.calls: Counter[str] = Counter()
+
+    def check(self, value: Any, wanted: Any, path: str = "value") -> None:
+        """Check a value in a scope of its own."""
+        with scope(self.sizes):
+            self._check_here({path: (value, wanted)})
+
+    def checked(self, function: Callable[..., Any], name: str = "") -> Callable[..., Any]:
+        """The function, its arguments and result checked in one scope a call."""
+        name = name or function.__name__
+        stated = FUNCTIONS[name]
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            wanted = {}
+            for argument, shapes in stated.arguments.items():
+                wanted[f"{name}: {argument}"] = (given.get(argument), shapes)
+            with scope(self.sizes):
+                self._check_here(wanted)
+                result = function(*args, **kwargs)
+                self._check_here({f"{name}: result": (result, stated.result)})
+            self.calls[name] += 1
+            return result
+
+        return wrapper
+
+    def _check_here(self, wanted: dict[str, tuple[Any, Any]]) -> None:
+        stated: list[_Stated] = []
+        for path, (value, shapes) in wanted.items():
+            stated += self._leaves(value, shapes, path)
+
+        # Sums of letters come last: they need the letters' values.
+        for path, value, text in sorted(stated, key=lambda leaf: "+" in leaf.text):
+            if value is None and text.endswith("?"):
+                continue
+            if not isinstance(value, tensor_type(text)):
+                is_tensor = isinstance(value, Tensor)
+                found = f"{value.dtype} {tuple(value.shape)}" if is_tensor else repr(value)
+                raise ShapeError(f"{path} is {found}, must be {text}; sizes: {self.sizes}")
+
+    def _leaves(self, value: Any, wanted: Any, path: str) -> Iterator[_Stated]:
+        """Every tensor with its shape."""
+        if wanted is None:
+            return
+        if isinstance(wanted, str):
+            yield _Stated(path, value, wanted)
+        elif isinstance(wanted, Each):
+            items = [value] if hasattr(value, "_fields") else value
+            for i, item in enumerate(items):
+                self.check(item, wanted.record, f"{path}[{i}]")
+        elif wanted is Params:
+            axes = {weight.name: weight.axes.replace(" ", ", ") for weight in TABLE}
+            for name, leaf in value.items():
+                yield _Stated(f"{path}[{name}]", leaf, f"({axes[name]})")
+        elif isinstance(wanted, dict):
+            for key, shapes in wanted.items():
+                yield from self._leaves(value[key], shapes, f"{path}[{key}]")
+        elif isinstance(wanted, list):
+            for i, item in enumerate(value):
+                yield from self._leaves(item, wanted[0], f"{path}[{i}]")
+        elif isinstance(wanted, tuple):
+            assert len(value) == len(wanted), path
+            for i, (item, shapes) in enumerate(zip(value, wanted, strict=True)):
+                yield from self._leaves(item, shapes, f"{path}[{i}]")
+        else:
+            for name, shapes in fields_of(wanted).items():
+                yield from self._leaves(getattr(value, name), shapes, f"{path}.{name}")

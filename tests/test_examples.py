@@ -1,0 +1,191 @@
+"""The examples run, are short, and use public names alone; the command line takes their functions."""
+
+import ast
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eagle3fn as e3
+from eagle3fn.base.tree import equal
+from eagle3fn.cli import main
+from eagle3fn.train.checkpoint import read_leaves
+from tests.small_run import write_run
+from tests.train.run_files import rows, same_end
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+OWN = ["objective.loss=own_loss_and_optimizer:total_variation"]
+OWN += ["optimizer.name=own_loss_and_optimizer:momentum", "optimizer.learning_rate=0.1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("examples"))
+
+
+@pytest.fixture(autouse=True)
+def _examples_are_importable(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def train(run: Path, out: Path, *settings: str) -> int:
+    """`eagle3fn train` for 6 steps; its exit code."""
+    arguments = ["--target", run / "target", "--features", run / "features"]
+    arguments += ["--vocab", run / "vocab.safetensors", "--out", out]
+    short = ["train.steps=6", "train.checkpoint_every=3", "train.eval_every=3", "data.held_out=2"]
+    for setting in (*short, "data.global_batch=2", "objective.ttt_length=3", *settings):
+        arguments += ["--set", setting]
+    return main(["train", *map(str, arguments)])
+
+
+def code_lines(text: str) -> int:
+    """Lines of code: no blank lines, comments and docstrings."""
+    lines = text.splitlines()
+    skipped = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            skipped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    counted = 0
+    for number, line in enumerate(lines, 1):
+        counted += number not in skipped and bool(line.strip()) and line.strip()[0] != "#"
+    return counted
+
+
+def test_examples_import_the_public_names_alone():
+    for path in EXAMPLES.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("eagle3fn.") for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("eagle3fn"), path
+
+
+# The loop.
+
+
+def test_own_loop_is_at_most_fifteen_lines():
+    text = (EXAMPLES / "own_loop.py").read_text()
+    (function,) = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    source = ast.get_source_segment(text, function)
+    assert source is not None
+    assert code_lines(source) - 1 <= 15  # without the line of `def`
+
+
+def test_own_loop_exports_the_draft_that_the_command_line_trains(
+    run, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(run, tmp_path / "run")
+    arguments = ["own_loop.py", str(run / "target"), str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    capsys.readouterr()
+    runpy.run_path(str(EXAMPLES / "own_loop.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("held-out loss ")
+
+    # The same settings by `eagle3fn train`: the same draft, bit for bit.
+    arguments = ["--target", run / "target", "--features", run / "features"]
+    arguments += ["--vocab", run / "vocab.safetensors", "--out", tmp_path / "trained"]
+    arguments += ["--set", "data.held_out=2", "--set", "train.steps=20"]
+    assert main(["train", *map(str, arguments)]) == 0
+    mine = e3.load_draft(tmp_path / "run/own-draft", torch.bfloat16)
+    theirs = e3.load_draft(tmp_path / "trained/draft", torch.bfloat16)
+    assert equal(mine.params, theirs.params)
+    assert equal(mine.vocab, theirs.vocab)
+    untrained = e3.load_draft(tmp_path / "trained/untrained", torch.bfloat16)
+    assert not equal(mine.params, untrained.params)
+
+
+# The loss and the optimizer.
+
+
+def test_own_loss_and_optimizer_are_at_most_fifteen_lines():
+    assert code_lines((EXAMPLES / "own_loss_and_optimizer.py").read_text()) <= 15
+
+
+def problem(run: Path, **objective: Any) -> tuple[e3.Config, e3.Frozen, tuple[e3.Batch, ...]]:
+    """A configuration, frozen tensors and micro-batches of the tiny run."""
+    vocab_map = e3.load_map(run / "vocab.safetensors")
+    tree = e3.target_config(run / "target")
+    draft = e3.draft_config_from_target(tree, "target", len(vocab_map.d2t))
+    config = e3.Config(
+        draft,
+        objective=e3.ObjectiveConfig(ttt_length=3, **objective),
+        data=e3.DataConfig(global_batch=2),
+        train=e3.TrainConfig(steps=6, dtype="float32"),
+    )
+    target = e3.read_target_tensors(run / "target", torch.float32)
+    features = e3.open_features(run / "features")
+    batches = next(e3.batches(features, range(8), config, 0, 1))
+    return config, e3.make_frozen(target, vocab_map, config), batches
+
+
+@pytest.mark.parametrize("numerics", ["plain", "fast"])
+def test_bind_takes_own_loss_and_optimizer_by_value(run, numerics):
+    from own_loss_and_optimizer import (  # pyright: ignore[reportMissingImports]
+        momentum,
+        total_variation,
+    )
+
+    config, frozen, batches = problem(run, numerics=numerics)
+    own = momentum(config.optimizer)
+    fns = e3.bind(config, frozen, loss=total_variation, optimizer=own)
+    state = fns.init_state(fns.init(0))
+    after, metrics = fns.step(state, batches, rate=0.1)
+
+    # The first step: p - rate · clipped gradient, and the loss by hand through the plain unroll.
+    assert after.opt.keys() == state.params.keys()
+    scale = min(1.0, 0.5 / (float(metrics["grad_norm"]) + 1e-6))
+    for name, before in state.masters.items():
+        grads = after.opt[name]
+        torch.testing.assert_close(after.masters[name], before - 0.1 * grads)
+    norm = torch.stack([leaf.norm() for leaf in after.opt.values()]).norm()
+    torch.testing.assert_close(norm, metrics["grad_norm"] * scale, rtol=1e-4, atol=0)
+    assert 0 < float(metrics["aux"].losses[0]) < 1
+
+
+def test_command_line_takes_them_by_name_with_a_resumed_run(run, tmp_path, capsys):
+    assert train(run, tmp_path / "whole", *OWN) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/step-00000006")
+    assert train(run, tmp_path / "resumed", *OWN) == 0
+    assert same_end(tmp_path / "whole", tmp_path / "resumed", step=6)
+
+    # They are what was trained with: the loss is at most 1.
+    losses = [row["loss"] for row in rows(tmp_path / "whole/metrics.jsonl")]
+    assert all(0 < loss < 1 + 0.8 + 0.64 for loss in losses)
+    leaves = read_leaves(tmp_path / "whole/checkpoints/step-00000006")
+    assert "opt.fc.weight" in leaves and "opt.mu.fc.weight" not in leaves
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("objective.loss=kls", "objective.loss = 'kls': must be one of 'kl', 'rkl'"),
+        ("optimizer.name=sgd", "optimizer.name = 'sgd': must be one of 'adamw', 'muon'"),
+        ("objective.loss=no_such:f", "module 'no_such' cannot be imported"),
+        ("optimizer.name=no_such:f", "module 'no_such' cannot be imported"),
+        ("objective.loss=math:pi", "'pi' must be a function of module 'math'"),
+        ("optimizer.name=math:pi", "'pi' must be a function of module 'math'"),
+        (
+            "objective.loss=own_loss_and_optimizer:momentum",
+            "must be a function of (logits, p_draft, p_full), not of (config)",
+        ),
+        (
+            "optimizer.name=own_loss_and_optimizer:total_variation",
+            "must be a function of (config), not of (logits, p_draft, p_full)",
+        ),
+        ("optimizer.name=copy:copy", "the function returned OptimizerConfig"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_in_one_line_before_any_work(
+    run, tmp_path, capsys, setting, text
+):
+    capsys.readouterr()
+    assert train(run, tmp_path / "refused", setting) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert len(error.strip().splitlines()) == 1, error
+    assert not (tmp_path / "refused").exists()
