@@ -121,9 +121,7 @@ FUNCTIONS: dict[str, Function] = {
             "t2d": "(V,) bool",
             "d2t": "(D,) int64",
         },
-        (
-            *("() fp32", "(K, P) fp32", "(K, P) bool", "(K, P) fp32", "(P,) bool"),
-        ),
+        ("() fp32", "(K, P) fp32", "(K, P) bool", "(K, P) fp32", "(P,) bool"),
     ),
     # train and use
     "init_state": Function({"params": Params}, TrainState),

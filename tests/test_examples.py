@@ -1,4 +1,4 @@
-"""The examples run, are short, and use public names alone; the command line takes their functions."""
+"""The examples run, are short, and use public names alone; commands take their functions."""
 
 import ast
 import runpy

@@ -22,13 +22,15 @@ from eagle3fn.cli import parser
 from eagle3fn.specforge.recipes import SETTINGS
 from eagle3fn.train.recipe import Recipe
 from eagle3fn.use.evaluate import EvalSettings
+from tests.small_run import write_run
 from tests.specforge.certificate import NOT_SEEN, seen
 from tests.tree import tree
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-SPECFORGE = (ROOT / "docs/specforge.md").read_text(encoding="utf-8")
+DOCS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+SPECFORGE = DOCS["specforge"]
 SECTIONS: dict[str, Any] = {
     "draft": DraftConfig,
     "objective": ObjectiveConfig,
@@ -60,11 +62,32 @@ def commands() -> dict[str, list[argparse.Action]]:
     }
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/specforge.md"])
-def test_snippets_run(page: str) -> None:
+def snippets(page: str) -> list[str]:
+    """A page's pieces of Python that can be run; those marked as a fragment of a file cannot."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert blocks
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+WITH_SNIPPETS = [page for page in PAGES if snippets(page)]
+
+
+def test_pages_with_snippets() -> None:
+    assert {"README.md", "docs/own-parts.md", "docs/specforge.md"} <= set(WITH_SNIPPETS)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `run/` is as the pages' commands leave it, and `run/target` the target."""
+    folder = tmp_path_factory.mktemp("pages")
+    write_run(folder / "run")
+    return folder
+
+
+@pytest.mark.parametrize("page", WITH_SNIPPETS)
+def test_snippets_run(page: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = snippets(page)
+    monkeypatch.chdir(run)
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks, 1):
@@ -180,11 +203,10 @@ def test_the_tree_is_made_of_the_files() -> None:
             assert about, f"{name} has no first sentence"
 
 
-@pytest.mark.parametrize(
-    "text", [README, ARCHITECTURE, SPECFORGE], ids=["README", "ARCHITECTURE", "specforge"]
-)
-def test_named_files_and_functions_exist(text: str) -> None:
-    for path in re.findall(r"`((?:tests|scripts|bench|eagle3fn)/[\w./-]+\.\w+)`", text):
+@pytest.mark.parametrize("page", ["README", "ARCHITECTURE", *sorted(DOCS)])
+def test_named_files_and_functions_exist(page: str) -> None:
+    text = {"README": README, "ARCHITECTURE": ARCHITECTURE, **DOCS}[page]
+    for path in re.findall(r"`((?:tests|scripts|bench|examples|eagle3fn)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).is_file(), path
     for folder, name in re.findall(r"`(base|data|model|testing|train|use)\.([\w.]+)`", text):
         if name != "safetensors" and name not in getattr(

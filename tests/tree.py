@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "ARCHITECTURE.md"
-FOLDERS = ("eagle3fn", "scripts", "bench", "tests")
+FOLDERS = ("eagle3fn", "examples", "scripts", "bench", "tests")
 WIDTH = 120
 BLOCK = re.compile(r"(<!-- python -m tests\.tree -->\n\n```text\n)(.*?)(```)", re.S)
 
