@@ -1,7 +1,7 @@
 """`torch.func.vmap` of a function that has no batched form: a loop over the mapped axis."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import optree
 import torch
@@ -9,13 +9,15 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 
+T = TypeVar("T")
+
 
 def is_transformed() -> bool:
     """Whether this runs inside `torch.func.vmap`, `grad`, `vjp` or `jvp`."""
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def entry_by_entry(function: Callable[..., Any], remedy: str) -> Callable[..., Any]:
+def entry_by_entry(function: Callable[..., T], remedy: str) -> Callable[..., T]:
     """`function`, called once for each entry of a mapped axis, with the bits of those calls.
 
     Outside of `torch.func` it is called as it is. Under `vmap` the calls take the time of as many,
@@ -31,14 +33,14 @@ def entry_by_entry(function: Callable[..., Any], remedy: str) -> Callable[..., A
         The function, of positional arguments. Differentiating it raises `UserError`.
     """
 
-    def wrapped(*args: Any) -> Any:
+    def wrapped(*args: Any) -> T:
         if not is_transformed():
             return function(*args)
         leaves, treespec = optree.tree_flatten(args)  # pyright: ignore[reportArgumentType]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         call = _Call(function, leaves, treespec, remedy)
         results = _Entries.apply(call, *tensors)
-        return optree.tree_unflatten(call.result, results)
+        return cast(T, optree.tree_unflatten(call.result, results))
 
     return wrapped
 

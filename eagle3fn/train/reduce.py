@@ -8,7 +8,7 @@ and the ranks are the top.
 
 from collections.abc import Iterable, Iterator
 from functools import partial, reduce
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,10 @@ from eagle3fn.train.shard import gather_rows, padded, ranks_of, rows_of
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _add = partial(tree_map, torch.add)
 
+T = TypeVar("T")
 
-def total(parts: Iterable[Any], count: int, reduction: str) -> Any:
+
+def total(parts: Iterable[T], count: int, reduction: str) -> T:
     """The sum of `count` trees of tensors, read one by one.
 
     At most `log2(count)` partial sums are kept.
@@ -36,7 +38,7 @@ def total(parts: Iterable[Any], count: int, reduction: str) -> Any:
     return reduce(_add, parts)
 
 
-def _tree(parts: Iterator[Any], count: int) -> Any:
+def _tree(parts: Iterator[T], count: int) -> T:
     """The sum of the next `count` parts."""
     if count % 2:
         first = next(parts)
@@ -62,7 +64,7 @@ def check_ranks(world: int, reduction: str) -> None:
         )
 
 
-def over_ranks(tree: Any, mesh: DeviceMesh | None, reduction: str) -> Any:
+def over_ranks(tree: T, mesh: DeviceMesh | None, reduction: str) -> T:
     """Small tensors summed over the ranks, the same on all."""
     world, _ = ranks_of(mesh)
     if world == 1:
