@@ -26,40 +26,24 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     check_whole(params)
     check_params(params, draft)
 
-    if batch.aux_hidden.ndim != 3:
-        raise UserError(
-            f"batch.aux_hidden has shape {tuple(batch.aux_hidden.shape)}; it must be (B, S, 3·Ht)"
-        )
+    width = draft.target_hidden_size
+    _check("batch.aux_hidden", batch.aux_hidden, None, ("B", "S", 3 * width))
     b, s, _ = batch.aux_hidden.shape
     k = config.objective.ttt_length
-    width = draft.target_hidden_size
     if s > draft.max_position_embeddings:
         raise UserError(
             f"batch.aux_hidden: sequence length {s} is beyond max_position_embeddings = "
             f"{draft.max_position_embeddings}; lower data.max_length"
         )
 
-    # Each field's shapes and dtype; None: floating point, of any width.
-    fields = {
-        "next_ids": (torch.int64, (b, s + k - 1)),
-        "attention_mask": (torch.int64, (b, s)),
-        "row_mask": (torch.int64, (b, k, s)),
-        "aux_hidden": (None, (b, s, 3 * width)),
-        "label_hidden": (None, (b, s, width)),
-        "position_ids": (torch.int64, (b, s), (1, s)),
-        "row_counts": (None, (k,)),
-    }
-    for name, (dtype, *shapes) in fields.items():
-        value = getattr(batch, name)
-        _shape(f"batch.{name}", value, *shapes)
-        _kind(f"batch.{name}", value, dtype)
-    for name in ("rows", "labels"):
-        value = getattr(batch, name)
-        if value is not None and value.ndim != 1:
-            raise UserError(
-                f"batch.{name} has shape {tuple(value.shape)}; it must have one axis (base.rows)"
-            )
-        _kind(f"batch.{name}", value, torch.int64)
+    _check("batch.next_ids", batch.next_ids, torch.int64, (b, s + k - 1))
+    _check("batch.attention_mask", batch.attention_mask, torch.int64, (b, s))
+    _check("batch.row_mask", batch.row_mask, torch.int64, (b, k, s))
+    _check("batch.label_hidden", batch.label_hidden, None, (b, s, width))
+    _check("batch.position_ids", batch.position_ids, torch.int64, (b, s), (1, s))
+    _check("batch.row_counts", batch.row_counts, None, (k,))
+    _check("batch.rows", batch.rows, torch.int64, ("T of base.rows",))
+    _check("batch.labels", batch.labels, torch.int64, ("P of base.rows",))
     check_frozen(frozen, config)
 
 
@@ -73,8 +57,7 @@ def check_no_autocast(device: str) -> None:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         raise UserError(
             f"torch.autocast is on for {device!r}: the compute dtype is that of the parameters; "
-            "call outside of it, "
-            f"or inside torch.autocast({device!r}, enabled=False)"
+            f"call outside of it, or inside torch.autocast({device!r}, enabled=False)"
         )
 
 
@@ -86,38 +69,43 @@ def check_frozen(frozen: Frozen, config: Config) -> None:
     """
     draft = config.draft
     v, d = draft.vocab_size, draft.draft_vocab_size
-    own = draft.own_embedding
-    if own != (frozen.embed_tokens is None):
-        rule = (
-            "must be None: the draft trains its own"
-            if own
-            else "is None: give the target's embedding"
-        )
+    width = draft.target_hidden_size
+    if draft.own_embedding != (frozen.embed_tokens is None):
+        rule = "is None: give the target's embedding"
+        if draft.own_embedding:
+            rule = "must be None: the draft trains its own"
         raise UserError(f"frozen.embed_tokens {rule} (hidden_size {draft.hidden_size})")
     for name in ("target_head", "t2d", "d2t"):
         if getattr(frozen, name) is None:
             raise UserError(f"frozen.{name} is None: give the tensor")
-    _shape("frozen.embed_tokens", frozen.embed_tokens, (v, draft.hidden_size))
-    _shape("frozen.target_head", frozen.target_head, (v, draft.target_hidden_size))
-    _shape("frozen.target_norm", frozen.target_norm, (draft.target_hidden_size,))
-    _shape("frozen.t2d", frozen.t2d, (v,))
-    _shape("frozen.d2t", frozen.d2t, (d,))
-    _kind("frozen.t2d", frozen.t2d, torch.bool)
-    _kind("frozen.d2t", frozen.d2t, torch.int64)
+
+    _check("frozen.embed_tokens", frozen.embed_tokens, None, (v, draft.hidden_size))
+    _check("frozen.target_head", frozen.target_head, None, (v, width))
+    _check("frozen.target_norm", frozen.target_norm, None, (width,))
+    _check("frozen.t2d", frozen.t2d, torch.bool, (v,))
+    _check("frozen.d2t", frozen.d2t, torch.int64, (d,))
 
 
-def _kind(name: str, value: Tensor | None, dtype: torch.dtype | None) -> None:
+def _check(
+    name: str, value: Tensor | None, dtype: torch.dtype | None, *shapes: tuple[int | str, ...]
+) -> None:
+    """Check a tensor that is there: its dtype, None for any floating point, and its shape.
+
+    It must have one of `shapes`, in which a letter is any size.
+    """
     if value is None:
         return
-    if dtype is None and not value.is_floating_point():
-        raise UserError(f"{name} has dtype {value.dtype}; it must be floating point")
-    if dtype is not None and value.dtype != dtype:
-        raise UserError(f"{name} has dtype {value.dtype}; it must be {dtype}")
+    found = tuple(value.shape)
+    if not any(_fits(found, shape) for shape in shapes):
+        wanted = str(shapes[0]).replace("'", "")
+        raise UserError(f"{name} has shape {found}; it must be {wanted}")
+    if value.dtype != dtype and not (dtype is None and value.is_floating_point()):
+        raise UserError(f"{name} has dtype {value.dtype}; it must be {dtype or 'floating point'}")
 
 
-def _shape(name: str, value: Tensor | None, *allowed: tuple[int, ...]) -> None:
-    if value is not None and tuple(value.shape) not in allowed:
-        raise UserError(f"{name} has shape {tuple(value.shape)}; it must be {allowed[0]}")
+def _fits(found: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
+    sizes = zip(found, shape, strict=False)
+    return len(found) == len(shape) and all(isinstance(size, str) or size == n for n, size in sizes)
 
 
 def check_loss(
@@ -134,17 +122,16 @@ def check_loss(
         UserError: no such loss, or one with means over the whole batch where that is split.
     """
     name = config.objective.loss
-    if own is not None or name not in batch_means:
-        find_loss(config.objective, own)
-        return
     data = config.data
-    require(
-        data.micro_batch == data.global_batch,
-        "data.micro_batch",
-        data.micro_batch,
-        f"{data.global_batch}, all of data.global_batch: objective.loss = {name!r} has means over "
-        "the whole batch",
-    )
+    if own is None and name in batch_means:
+        whole = (
+            f"all of data.global_batch: objective.loss = {name!r} has means over the whole batch"
+        )
+        holds = data.micro_batch == data.global_batch
+        constraint = f"{data.global_batch}, {whole}"
+        require(holds, "data.micro_batch", data.micro_batch, constraint)
+    else:
+        find_loss(config.objective, own)
 
 
 def check_micro_batches(

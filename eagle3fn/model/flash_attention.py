@@ -19,25 +19,19 @@ from torch import Tensor
 from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.rows import first_of_repeats
 from eagle3fn.model.autograd import differentiable_once
-from eagle3fn.model.block_attention import (
-    StepTensors,
-    add_weighted_steps_,
-    dot_steps,
-    weighted_query_sums,
-)
+from eagle3fn.model.block_attention import StepTensors as Steps
+from eagle3fn.model.block_attention import add_weighted_steps_, dot_steps, weighted_query_sums
 
+_DROPOUT = 0.0
+_CAUSAL = True
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_SIZES = (*range(8, 193, 8), *range(232, 257, 8))  # some cards have no backward in the gap
 
 
 def has_flash_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     """Whether PyTorch has a flash kernel, forward and backward, for such heads on this device."""
-    return (
-        device.type == "cuda"
-        and dtype in _DTYPES
-        and head_size in _HEAD_SIZES
-        and _card_has_flash(device)
-    )
+    fits = dtype in _DTYPES and head_size in _HEAD_SIZES
+    return device.type == "cuda" and fits and _card_has_flash(device)
 
 
 def _card_has_flash(device: torch.device) -> bool:
@@ -60,12 +54,7 @@ class _Outputs(NamedTuple):
 
 
 def flash_attention(
-    q: Tensor,
-    key: Tensor,
-    value: Tensor,
-    step_keys: StepTensors,
-    step_values: StepTensors,
-    rows: Tensor,
+    q: Tensor, key: Tensor, value: Tensor, step_keys: Steps, step_values: Steps, rows: Tensor
 ) -> Tensor:
     """`block_attention` by the flash kernel, to rounding; differentiable once.
 
@@ -77,23 +66,21 @@ def flash_attention(
 
 def _forward(inputs: _Inputs) -> _Outputs:
     q, key, value, step_keys, step_values, rows = inputs
-    kv_heads = key.shape[2]
     scale = q.shape[-1] ** -0.5
 
     # The kernel on whole sequences, read at the rows.
-    causal, causal_log_sum = _flash(
-        _to_sequences(q, rows, key), _for_queries(key, q), _for_queries(value, q), scale
-    )
-    causal, causal_log_sum = (_at_rows(x, rows) for x in (causal, causal_log_sum))
+    whole_q = _to_sequences(q, rows, key)
+    whole = _flash(whole_q, _for_queries(key, q), _for_queries(value, q), scale)
+    causal, causal_log_sum = (_at_rows(x, rows) for x in whole)
 
     # One softmax with the rows' own keys of later steps.
-    step_scores = _step_scores(q.unflatten(1, (kv_heads, -1)), step_keys, scale)  # (T, N, I)
+    step_scores = _step_scores(_grouped(q, key), step_keys, scale)  # (T, N, I)
     log_sum = torch.logsumexp(torch.cat([causal_log_sum[..., None], step_scores], dim=-1), dim=-1)
     out = causal.to(log_sum.dtype) * torch.exp(causal_log_sum - log_sum)[..., None]
-    step_weights = torch.exp(step_scores - log_sum[..., None]).unflatten(1, (kv_heads, -1))
+    step_weights = torch.exp(step_scores - log_sum[..., None])
 
-    out = out.unflatten(1, (kv_heads, -1))  # (T, J, G, E)
-    add_weighted_steps_(out, step_weights, step_values)
+    out = _grouped(out, key)  # (T, J, G, E)
+    add_weighted_steps_(out, _grouped(step_weights, key), step_values)
     return _Outputs(out.flatten(1, 2).to(q.dtype), log_sum)
 
 
@@ -101,52 +88,41 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
     q, key, value, step_keys, step_values, rows = inputs
     out, log_sum = outputs
     grad = grads.attended
-    kv_heads = key.shape[2]
     scale = q.shape[-1] ** -0.5
 
     # The causal keys: the kernel with the merged result and log-sum-exp.
     whole_grad = _to_sequences(grad, rows, key, add=True)
-    whole_q = _to_sequences(q, rows, key)
-    whole_out = _to_sequences(out, rows, key)
-    whole_log_sum = _to_sequences(log_sum, rows, key)
+    whole_q, whole_out, whole_log_sum = (_to_sequences(x, rows, key) for x in (q, out, log_sum))
+    block = _for_queries(key, q), _for_queries(value, q)
     grad_q, *grad_block = _flash_backward(
-        whole_grad,
-        whole_q,
-        whole_out,
-        whole_log_sum,
-        _for_queries(key, q),
-        _for_queries(value, q),
-        scale,
+        whole_grad, whole_q, whole_out, whole_log_sum, *block, scale
     )
 
     # Of rows that repeat, the first gets the gradient that all were summed into.
     grad_q = torch.where(first_of_repeats(rows)[:, None, None], _at_rows(grad_q, rows), 0)
 
     # The query heads of one key-value head add up.
-    grad_key, grad_value = (
-        x.unflatten(1, (kv_heads, -1)).sum(2).transpose(1, 2) for x in grad_block
-    )
+    heads = key.shape[2]
+    grad_key, grad_value = (x.unflatten(1, (heads, -1)).sum(2).transpose(1, 2) for x in grad_block)
 
     # The rows' own keys, with p = exp(c − Z) and grad_p = grad · step_value:
     # grad_score = p · (grad_p − grad · out) · scale.
-    grouped_q = q.unflatten(1, (kv_heads, -1))  # (T, J, G, E)
-    grouped_grad = grad.unflatten(1, (kv_heads, -1))
+    grouped_q = _grouped(q, key)  # (T, J, G, E)
+    grouped_grad = _grouped(grad, key)
     weights = torch.exp(_step_scores(grouped_q, step_keys, scale) - log_sum[..., None])
     delta = (grad.to(log_sum.dtype) * out).sum(-1, keepdim=True)
     grad_weight = dot_steps(grouped_grad, step_values).flatten(1, 2)
     grad_score = (weights * (grad_weight - delta) * scale).to(q.dtype)
-    grad_score = grad_score.unflatten(1, (kv_heads, -1))  # (T, J, G, I)
+    grad_score = _grouped(grad_score, key)  # (T, J, G, I)
 
-    grad_q = grad_q.unflatten(1, (kv_heads, -1))
+    grad_q = _grouped(grad_q, key)
     add_weighted_steps_(grad_q, grad_score, step_keys)
     return {
         "q": grad_q.flatten(1, 2),
         "key": grad_key,
         "value": grad_value,
         "step_keys": weighted_query_sums(grouped_q, grad_score),
-        "step_values": weighted_query_sums(
-            grouped_grad, weights.to(q.dtype).unflatten(1, (kv_heads, -1))
-        ),
+        "step_values": weighted_query_sums(grouped_grad, _grouped(weights.to(q.dtype), key)),
     }
 
 
@@ -155,7 +131,12 @@ _attention = differentiable_once(
 )
 
 
-def _step_scores(q: Tensor, step_keys: StepTensors, scale: float) -> Tensor:
+def _grouped(x: Tensor, key: Tensor) -> Tensor:
+    """Query heads `(T, N, …)` by the key-value head that they read: `(T, J, G, …)`."""
+    return x.unflatten(1, (key.shape[2], -1))
+
+
+def _step_scores(q: Tensor, step_keys: Steps, scale: float) -> Tensor:
     """Scaled products of `q` `(T, J, G, E)` with the rows' own keys: `(T, N, I)`, fp32 or fp64."""
     scores = dot_steps(q, step_keys).flatten(1, 2)
     return scores.to(at_least_fp32(q.dtype)) * scale
@@ -183,46 +164,29 @@ def _for_queries(x: Tensor, q: Tensor) -> Tensor:
     return x[:, :, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3).transpose(1, 2)
 
 
+def _op(suffix: str, q: Tensor) -> Any:
+    """PyTorch's flash attention, or with "_backward" its gradient, for the device of `q`."""
+    name = "_scaled_dot_product_flash_attention"
+    device = "_for_cpu" if q.device.type == "cpu" else ""
+    return getattr(torch.ops.aten, name + device + suffix)
+
+
 def _flash(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of `(B, N, S, E)`, and its log-sum-exp `(B, N, S)`."""
-    ops: Any = torch.ops.aten
-    dropout = 0.0
-    causal = True
-    if q.device.type == "cpu":
-        return ops._scaled_dot_product_flash_attention_for_cpu(
-            q, key, value, dropout, causal, scale=scale
-        )
-    found = ops._scaled_dot_product_flash_attention(q, key, value, dropout, causal, scale=scale)
-    return found[:2]
+    attended, log_sum, *_ = _op("", q)(q, key, value, _DROPOUT, _CAUSAL, scale=scale)
+    return attended, log_sum
 
 
 def _flash_backward(
     grad: Tensor, q: Tensor, out: Tensor, log_sum: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by `q`, `key` and `value`, all `(B, N, S, E)`."""
-    ops: Any = torch.ops.aten
-    dropout = 0.0
-    causal = True
-    if q.device.type == "cpu":
-        return ops._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, key, value, out, log_sum, dropout, causal, scale=scale
-        )
-    s = q.shape[2]
-    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: it is not read
-    return ops._scaled_dot_product_flash_attention_backward(
-        grad,
-        q,
-        key,
-        value,
-        out,
-        log_sum.contiguous(),
-        None,  # all sequences have one length
-        None,
-        s,
-        s,
-        dropout,
-        causal,
-        seed,
-        seed,
-        scale=scale,
-    )
+    lengths = ()
+    seeds = ()
+    if q.device.type != "cpu":
+        s = q.shape[2]
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: it is not read
+        lengths = None, None, s, s  # all sequences have one length
+        seeds = seed, seed
+    made = grad, q, key, value, out, log_sum.contiguous()
+    return _op("_backward", q)(*made, *lengths, _DROPOUT, _CAUSAL, *seeds, scale=scale)

@@ -27,9 +27,7 @@ def rope_table(
     angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)  # (length, E/2)
 
     def table(half: Tensor) -> Tensor:
-        if scale != 1.0:
-            half = half * scale
-        half = send(half, device).to(dtype)
+        half = send(half * scale, device).to(dtype)
         return torch.cat([half, half], dim=-1)
 
     return table(angles.cos()), table(angles.sin())
@@ -46,25 +44,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _frequencies(config: DraftConfig, length: int) -> tuple[Tensor, float]:
     """Inverse frequencies `(E/2,)` fp32, and the factor on cosines and sines."""
-    scaling = config.rope_scaling or {}
-    factor = float(scaling.get("factor") or 1.0)
+    if config.rope_type == "yarn":
+        return _yarn(config, config.rope_scaling or {})
     base = config.rope_theta
     size = config.head_dim
-    match config.rope_type:
-        case "linear":
-            return _inverse(base, size) / factor, 1.0
-        case "dynamic":
-            # A sequence past the trained length raises the base.
-            limit = config.max_position_embeddings
-            if length > limit:
-                base *= (factor * length / limit - (factor - 1)) ** (size / (size - 2))
-            return _inverse(base, size), 1.0
-        case "llama3":
-            return _llama3(_inverse(base, size), factor, scaling), 1.0
-        case "yarn":
-            return _yarn(config, factor, scaling)
-        case _:
-            return _inverse(base, size), 1.0
+    scaling = config.rope_scaling or {}
+    factor = float(scaling.get("factor") or 1.0)
+
+    # A sequence past the trained length raises the dynamic variant's base.
+    limit = config.max_position_embeddings
+    if config.rope_type == "dynamic" and length > limit:
+        base *= (factor * length / limit - (factor - 1)) ** (size / (size - 2))
+
+    inverse = _inverse(base, size)
+    if config.rope_type == "linear":
+        inverse = inverse / factor
+    if config.rope_type == "llama3":
+        inverse = _llama3(inverse, factor, scaling)
+    return inverse, 1.0
 
 
 def _inverse(base: float, size: int) -> Tensor:
@@ -79,21 +76,15 @@ def _llama3(inverse: Tensor, factor: float, scaling: dict) -> Tensor:
     """
     low = float(scaling["low_freq_factor"])
     high = float(scaling["high_freq_factor"])
-    original = float(scaling["original_max_position_embeddings"])
     wavelength = 2 * math.pi / inverse
+    rotations = float(scaling["original_max_position_embeddings"]) / wavelength
 
-    # The ramp is 0 at the long end, 1 at the short end. With one boundary it is not used.
-    if high != low:
-        ramp = (original / wavelength - low) / (high - low)
-    else:
-        ramp = torch.zeros_like(inverse)
-    middle = (1 - ramp) * inverse / factor + ramp * inverse
-
-    scaled = torch.where(wavelength > original / low, inverse / factor, middle)
-    return torch.where(wavelength < original / high, inverse, scaled)
+    # The ramp is 0 at the long end, 1 at the short end; steep if there is one boundary.
+    ramp = ((rotations - low) / max(high - low, 1e-9)).clamp(0, 1)
+    return (1 - ramp) * inverse / factor + ramp * inverse
 
 
-def _yarn(config: DraftConfig, factor: float, scaling: dict) -> tuple[Tensor, float]:
+def _yarn(config: DraftConfig, scaling: dict) -> tuple[Tensor, float]:
     """YaRN (arXiv 2309.00071): slow dimensions are interpolated, fast ones kept, all scaled.
 
     A dimension is slow if it makes fewer than `beta_slow` rotations within the original length,
@@ -102,11 +93,16 @@ def _yarn(config: DraftConfig, factor: float, scaling: dict) -> tuple[Tensor, fl
     """
     size = config.head_dim
     base = config.rope_theta
+    factor = float(scaling.get("factor") or 1.0)
     original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
     def dimension(rotations: float) -> float:
         """Which dimension makes so many rotations within the original length."""
         return size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    def stretched(mscale: float) -> float:
+        """`0.1 · mscale · ln(factor) + 1`, for a factor above 1."""
+        return 0.1 * mscale * math.log(max(factor, 1.0)) + 1.0
 
     # The ramp: 0 up to the dimension `low`, 1 from `high` on.
     low = dimension(float(scaling.get("beta_fast") or 32))
@@ -121,16 +117,8 @@ def _yarn(config: DraftConfig, factor: float, scaling: dict) -> tuple[Tensor, fl
     # The factor on cosines and sines, unless the configuration has one.
     scale = scaling.get("attention_factor")
     if scale is None:
-        scale = _yarn_scale(factor, float(scaling.get("mscale") or 1.0))
-        if scaling.get("mscale_all_dim"):
-            scale /= _yarn_scale(factor, float(scaling["mscale_all_dim"]))
+        scale = stretched(float(scaling.get("mscale") or 1.0))
+        scale /= stretched(float(scaling.get("mscale_all_dim") or 0.0))
 
     inverse = _inverse(base, size)
     return inverse / factor * ramp + inverse * (1 - ramp), float(scale)
-
-
-def _yarn_scale(factor: float, mscale: float) -> float:
-    """`0.1 · mscale · ln(factor) + 1`, for a factor above 1."""
-    if factor <= 1:
-        return 1.0
-    return 0.1 * mscale * math.log(factor) + 1.0

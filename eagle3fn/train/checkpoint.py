@@ -7,28 +7,27 @@ temporary folder, which rank 0 renames when every file is on the disk.
 """
 
 import base64
-import hashlib
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from eagle3fn.base.config import Config, to_dict
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import publish_folder, sha256, write_json
+from eagle3fn.base.files import json_sha256, publish_folder, sha256, write_json
 from eagle3fn.base.tree import like, named_leaves
 from eagle3fn.base.types import TrainState
 from eagle3fn.train.launch import World
@@ -41,12 +40,10 @@ META = "meta.json"
 # Settings that do not touch the bits: a resumed run may change them.
 MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite", "data.prefetch"}
 # Settings of older checkpoints: what they are named now, and those that now always have this value.
-RENAMED = {"optimizer.horizon": "schedule_steps"}
+RENAMED = {"optimizer.horizon": "optimizer.schedule_steps"}
 GONE = {"data.mask_alignment": "serving", "data.order": "shuffled"}
 
-_NAME = re.compile(r"step-(\d{8})")
 _ELSEWHERE = "train into another folder"
-_OLDER = "delete {} to resume from an older one"
 
 
 class Resumed(NamedTuple):
@@ -75,34 +72,46 @@ def save_checkpoint(
         UserError: not written, such as for want of room; on every rank. The older checkpoints are
             as they were.
     """
-    path = Path(folder) / f"step-{int(state.step):08d}"
+    step = int(state.step)
+    path = Path(folder) / f"step-{step:08d}"
     temporary = path.with_name(f".{path.name}.tmp")
     remedy = f"the checkpoints before it are whole; make room or mend {folder}, then call again"
+    together = partial(_together, world, f"{path}: not written", remedy)
     try:
-        # One temporary folder, in which every rank writes its file of the state.
-        with _together(world, f"{path}: not written", remedy):
+        # One temporary folder, in which every rank writes its file of the state, and hashes it.
+        with together():
             if world.main:
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        with _distributed(f"{path}: not written", remedy):
-            state_dict_saver.save(
-                _tensors(state), storage_writer=FileSystemWriter(temporary), no_dist=world.size == 1
-            )
+            world.barrier()
+            writer = FileSystemWriter(temporary)
+            save(_tensors(state), storage_writer=writer, no_dist=world.size == 1)
+            own = {file.name: sha256(file) for file in temporary.glob(f"__{world.rank}_*")}
 
-        # All ranks gather the parameters, and hash what they wrote.
+        # All ranks gather the parameters; rank 0 writes the rest, and makes the folder a checkpoint
+        # by renaming it.
         params = full_params(state.params)
-        own = {file.name: sha256(file) for file in temporary.glob(f"__{world.rank}_*")}
-        hashes = world.every(own)
-
-        # Rank 0 writes the rest, and makes the folder a checkpoint by renaming it.
-        with _together(world, f"{path}: not written", remedy):
+        written = world.every(own)
+        with together():
             if world.main:
                 whole = {name: leaf.detach().cpu().contiguous() for name, leaf in params.items()}
                 save_file(whole, temporary / DRAFT)
                 files = {name: sha256(temporary / name) for name in (DRAFT, ".metadata")}
-                for part in hashes:
+                for part in written:
                     files |= part
-                meta = _meta(state, config, data, extra, files, world)
+                random = bytes(torch.get_rng_state().tolist())
+                samples = step * config.data.global_batch
+                meta = {
+                    "schema": SCHEMA,
+                    "cursor": {"step": step, "samples": samples, "seed": config.train.seed},
+                    "config": to_dict(config),
+                    "data": data,
+                    "extra": extra,
+                    "world": world.size,
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                    "rng": base64.b64encode(random).decode(),
+                    "files": files,
+                }
                 write_json(temporary / META, meta | {"digest": digest_of(meta)})
                 publish_folder(temporary, path)
                 for old in checkpoints(folder)[:-keep]:
@@ -117,70 +126,33 @@ def _tensors(state: TrainState) -> dict[str, Any]:
     return {name: leaf.detach() for name, leaf in named_leaves(state).items()}
 
 
-def _meta(
-    state: TrainState,
-    config: Config,
-    data: dict[str, str],
-    extra: Any,
-    files: dict[str, str],
-    world: World,
-) -> dict[str, Any]:
-    step = int(state.step)
-    return {
-        "schema": SCHEMA,
-        "cursor": {
-            "step": step,
-            "samples": step * config.data.global_batch,
-            "seed": config.train.seed,
-        },
-        "config": to_dict(config),
-        "data": data,
-        "extra": extra,
-        "world": world.size,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rng": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(),
-        "files": files,
-    }
-
-
 @contextmanager
 def _together(world: World, what: str, remedy: str) -> Iterator[None]:
     """All ranks leave this block together: a file error on one is raised on all, as a UserError."""
-    failed = None
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        failed = str(error)
-
-    for number, reason in enumerate(world.every(failed)):
-        if reason is not None:
-            raise UserError(f"{what} (rank {number}: {reason}); {remedy}")
-
-
-@contextmanager
-def _distributed(what: str, remedy: str) -> Iterator[None]:
-    """Turn the failure of any rank, which `torch.distributed.checkpoint` raises on all of them,
-    into a UserError.
-    """
+    reason = ""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
-    except CheckpointException as error:
-        number, (reason, _) = min(error.failures.items())
-        raise UserError(f"{what} (rank {number}: {reason}); {remedy}") from None
+    except CheckpointException as error:  # of any rank; raised on all of them
+        number, (found, _) = min(error.failures.items())
+        reason = f"rank {number}: {found}"
+    except (OSError, SafetensorError) as error:
+        reason = f"rank {world.rank}: {error}"
+
+    for found in world.every(reason):
+        if found:
+            raise UserError(f"{what} ({found}); {remedy}")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = (path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name))
-    return sorted(path for path in found if (path / META).exists())
+    return sorted(meta.parent for meta in Path(folder).glob(f"step-{'[0-9]' * 8}/{META}"))
 
 
 def remove_unfinished(folder: str | Path) -> None:
     """Delete what killed saves left; rank 0 alone."""
-    for left in [*Path(folder).glob(".step-*.tmp"), *Path(folder).glob(".step-*.old")]:
+    for left in Path(folder).glob(".step-*"):
         shutil.rmtree(left)
 
 
@@ -200,78 +172,44 @@ def load_checkpoint(
     """
     path = Path(path)
     meta = _read_meta(path)
+    threads = torch.get_num_threads()
 
     # Refuse what would not go on to the same bits.
-    _same_config(_renamed(meta["config"]), to_dict(config), path)
+    _same_config(meta["config"], config, path)
     for name in sorted(data.keys() | meta["data"].keys()):
-        if data.get(name) != meta["data"].get(name):
-            raise UserError(f"{path}: written for {_other(name, meta, data)}; {_ELSEWHERE}")
-    if config.train.reduce == "tree" and meta["threads"] != torch.get_num_threads():
+        was = meta["data"].get(name, "none")
+        now = data.get(name, "none")
+        if was != now:
+            # A recipe is known by its name; the other values are hashes.
+            other = f"another recipe ({was}, now {now})" if name == "recipe" else f"other {name}"
+            raise UserError(f"{path}: written for {other}; {_ELSEWHERE}")
+    if config.train.reduce == "tree" and meta["threads"] != threads:
         raise UserError(
-            f"{path}: written by ranks of {meta['threads']} threads, these have "
-            f"{torch.get_num_threads()}: under train.reduce = 'tree' the bits would differ; set "
+            f"{path}: written by ranks of {meta['threads']} threads, these have {threads}: under "
+            "train.reduce = 'tree' the bits would differ; set "
             f"OMP_NUM_THREADS={meta['threads']}, or {_ELSEWHERE}"
         )
-    _check_files(path, meta["files"], world)
+
+    # Compare hashes; each rank takes its share of the files.
+    with _together(world, f"{path}: damaged", _older(path)):
+        for name in sorted(meta["files"])[world.rank :: world.size]:
+            if sha256(path / name) != meta["files"][name]:
+                raise OSError(f"the bytes of {name} have changed")
 
     leaves = _tensors(into)
-    with _distributed(f"{path}: not readable", _OLDER.format(path)):
-        state_dict_loader.load(
-            leaves, storage_reader=FileSystemReader(path), no_dist=world.size == 1
-        )
+    with _together(world, f"{path}: not readable", _older(path)):
+        load(leaves, storage_reader=FileSystemReader(path), no_dist=world.size == 1)
     rng = torch.tensor(list(base64.b64decode(meta["rng"])), dtype=torch.uint8)
     return Resumed(like(into, leaves), meta["extra"], rng)
 
 
-def _other(name: str, meta: dict[str, Any], data: dict[str, str]) -> str:
-    """What differs: a recipe by its names, data by theirs alone, as their values are hashes."""
-    if name != "recipe":
-        return f"other {name}"
-    was, now = meta["data"].get(name, "none"), data.get(name, "none")
-    return f"another recipe ({was}, now {now})"
-
-
-def _renamed(config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's settings under today's names: without those that now always have the value
-    they had, with the defaults of newer ones.
-    """
-    renamed = {section: dict(values) for section, values in config.items()}
-    for name, now in RENAMED.items():
-        section, key = name.split(".")
-        if key in renamed.get(section, {}):
-            renamed[section][now] = renamed[section].pop(key)
-    for name, value in GONE.items():
-        section, key = name.split(".")
-        if renamed.get(section, {}).get(key) == value:
-            del renamed[section][key]
-
-    # What it does not name is younger than the checkpoint, which was made under its default.
-    for section, kind in get_type_hints(Config).items():
-        defaults = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
-        renamed[section] = defaults | renamed.get(section, {})
-    return renamed
-
-
-def read_leaves(path: str | Path) -> dict[str, torch.Tensor]:
-    """All leaves of a checkpoint under their names, whole, in this process alone.
-
-    Nothing is compared.
-    """
-    reader = FileSystemReader(path)
-    leaves: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    with _distributed(f"{path}: not readable", "name a checkpoint's folder"):
-        state_dict_loader.load(leaves, storage_reader=reader, no_dist=True)
-    return leaves
-
-
 def digest_of(meta: dict[str, Any]) -> str:
     """Hash of the contents of `meta.json`, without this hash itself."""
-    rest = {name: value for name, value in meta.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json_sha256({name: value for name, value in meta.items() if name != "digest"})
+
+
+def _older(path: Path) -> str:
+    return f"delete {path} to resume from an older one"
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -279,46 +217,43 @@ def _read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads((path / META).read_bytes())
         schema = meta["schema"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({META}: {error}); {_OLDER.format(path)}") from None
+        raise UserError(f"{path}: damaged ({META}: {error}); {_older(path)}") from None
     if schema != SCHEMA:
         raise UserError(
             f"{path}: a checkpoint of schema {schema!r}, this version reads {SCHEMA}; finish the "
-            "run with the version "
-            f"that began it, or {_ELSEWHERE}"
+            f"run with the version that began it, or {_ELSEWHERE}"
         )
     if meta.get("digest") != digest_of(meta):
-        raise UserError(
-            f"{path}: damaged (the bytes of {META} have changed); {_OLDER.format(path)}"
-        )
+        raise UserError(f"{path}: damaged (the bytes of {META} have changed); {_older(path)}")
     return meta
 
 
-def _check_files(path: Path, files: dict[str, str], world: World) -> None:
-    """Compare hashes; each rank takes its share of the files."""
-    with _together(world, f"{path}: damaged", _OLDER.format(path)):
-        for name in sorted(files)[world.rank :: world.size]:
-            if sha256(path / name) != files[name]:
-                raise OSError(f"the bytes of {name} have changed")
+def _same_config(written: dict[str, Any], config: Config, path: Path) -> None:
+    """Refuse a checkpoint of other settings, but for those that `MAY_CHANGE`."""
+    # Under today's names, without those that now always have the value they had.
+    old = {RENAMED.get(name, name): value for name, value in _settings(written).items()}
+    old = {name: value for name, value in old.items() if (name, value) not in GONE.items()}
+
+    # What it does not name is younger than the checkpoint, which was made under its default.
+    for section, kind in get_type_hints(Config).items():
+        for item in fields(kind):
+            if item.default is not MISSING:
+                old.setdefault(f"{section}.{item.name}", item.default)
+
+    now = _settings(to_dict(config))
+    for name in sorted(old.keys() | now.keys()):
+        if old.get(name) != now.get(name) and name not in MAY_CHANGE:
+            change = f"is {now.get(name)!r}; {_ELSEWHERE}, or set it back"
+            if name in GONE:
+                change = f"a setting that is gone; {_ELSEWHERE}"
+            was = f"{name} was {old.get(name)!r}, {change}"
+            raise UserError(f"{path}: a checkpoint of another configuration: {was}")
 
 
-def _same_config(old: dict, new: dict, path: Path, prefix: str = "") -> None:
-    for key in sorted(old.keys() | new.keys()):
-        was = old.get(key)
-        now = new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            _same_config(was, now, path, f"{prefix}{key}.")
-            continue
-
-        # JSON has lists for tuples.
-        if isinstance(now, tuple):
-            now = list(now)
-        if was != now and prefix + key in GONE:
-            raise UserError(
-                f"{path}: a checkpoint of another configuration: {prefix}{key} was {was!r}, a "
-                f"setting that is gone; {_ELSEWHERE}"
-            )
-        if was != now and prefix + key not in MAY_CHANGE:
-            raise UserError(
-                f"{path}: a checkpoint of another configuration: {prefix}{key} was {was!r}, is "
-                f"{now!r}; {_ELSEWHERE}, or set it back"
-            )
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted names, as JSON has them: lists for tuples."""
+    settings = {}
+    for section, values in json.loads(json.dumps(config)).items():
+        for name, value in values.items():
+            settings[f"{section}.{name}"] = value
+    return settings

@@ -32,19 +32,11 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
 
     # One sample a batch, each once, in the same order whatever the seed and the recipe: so a step
     # is a sample, and this rank's steps are its block of them.
-    config = replace(run.config, data=replace(run.config.data, global_batch=1, micro_batch=1))
-    config = replace(config, train=replace(config.train, seed=0))
+    data = replace(run.config.data, global_batch=1, micro_batch=1)
+    config = replace(run.config, data=data, train=replace(run.config.train, seed=0))
     mine = rows_of(len(run.held_out), run.world.size, run.world.rank)
-    recipe = run.recipe
-    samples = batches(
-        run.features,
-        run.held_out,
-        config,
-        mine.start,
-        mine.stop,
-        align_mask=recipe.align_mask,
-        order=shuffled,
-    )
+    read = partial(batches, align_mask=run.recipe.align_mask, order=shuffled)
+    samples = read(run.features, run.held_out, config, mine.start, mine.stop)
 
     # A sample's losses are means over its rows: back to sums, which add up.
     own: list[tuple[Aux, Tensor]] = []

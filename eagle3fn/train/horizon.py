@@ -42,12 +42,9 @@ def with_horizon(
             f"--minutes and train.steps = {settings.steps} both choose the number of steps; "
             "leave one out"
         )
+    chosen = "epochs" if minutes is None else "minutes"
     if settings.steps:
         chosen = "steps"
-    elif minutes is None:
-        chosen = "epochs"
-    else:
-        chosen = "minutes"
 
     # A resumed run keeps the number that it began with.
     begun = run.world.shared(_begun(run.out / _FILE) if run.world.main else None)
@@ -66,10 +63,12 @@ def with_horizon(
         steps = run.world.shared(max(1, int(minutes * 60 / seconds)))
     else:
         steps = max(1, settings.epochs * len(run.train) // run.config.data.global_batch)
+    return _with_steps(run, steps), chosen
 
+
+def _with_steps(run: Run, steps: int) -> Run:
     config = with_steps(run.config, steps)
-    fns = bind(config, run.frozen, run.mesh, run.recipe)
-    return run._replace(config=config, fns=fns), chosen
+    return run._replace(config=config, fns=bind(config, run.frozen, run.mesh, run.recipe))
 
 
 def write_horizon(run: Run, chosen: str) -> None:
@@ -89,11 +88,9 @@ def _begun(path: Path) -> _Begun | None:
     if not path.exists():
         return None
     found = read_json(path)
-    if not isinstance(found, dict) or type(found.get("steps")) is not int:
-        raise UserError(
-            f"{path}: no number of steps in it; delete it, or train into another folder"
-        )
-    return _Begun(found["steps"], found.get("chosen_by", ""))
+    if isinstance(found, dict) and type(found.get("steps")) is int:
+        return _Begun(found["steps"], found.get("chosen_by", ""))
+    raise UserError(f"{path}: no number of steps in it; delete it, or train into another folder")
 
 
 def seconds_per_step(run: Run, state: TrainState) -> float:
@@ -101,14 +98,14 @@ def seconds_per_step(run: Run, state: TrainState) -> float:
 
     The timed steps are dropped.
     """
-    config = with_steps(run.config, _TIMED_STEPS + 1)
-    fns = bind(config, run.frozen, run.mesh, run.recipe)
+    run = _with_steps(run, _TIMED_STEPS + 1)
+    data = run.config.data
 
     # Time the steps; the first one, which warms up, is left out.
     tokens = 0
     begin = time.perf_counter()
     for number, micro in enumerate(training_batches(run, 0, _TIMED_STEPS + 1)):
-        _, metrics = fns.step(state, micro)
+        _, metrics = run.fns.step(state, micro)
         if number == 0:
             _wait(run.device)
             begin = time.perf_counter()
@@ -120,14 +117,14 @@ def seconds_per_step(run: Run, state: TrainState) -> float:
     # A step of average length: the index has the lengths, files without an index don't.
     tokens_per_step = tokens / _TIMED_STEPS
     lengths = [run.features.samples[i].get("length") for i in run.train]
-    known = [min(length, config.data.max_length) for length in lengths if length]
+    known = [min(length, data.max_length) for length in lengths if length]
     if known:
-        tokens_per_step = sum(known) / len(known) * config.data.global_batch
+        tokens_per_step = sum(known) / len(known) * data.global_batch
 
     # An evaluation comes every `eval_every` steps.
     begin = time.perf_counter()
     evaluate_held_out(run, gather(state.params))
-    evaluation = (time.perf_counter() - begin) / config.train.eval_every
+    evaluation = (time.perf_counter() - begin) / run.config.train.eval_every
     return seconds_per_token * tokens_per_step + evaluation
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from eagle3fn.base.errors import UserError
@@ -40,8 +40,7 @@ class World(NamedTuple):
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.size > 1:
-            self.every(None)
+        self.every(None)
 
     def every(self, value: Any) -> list[Any]:
         """The small objects that the ranks give, in their order."""
@@ -67,8 +66,7 @@ class World(NamedTuple):
                 if other.get(name) != first:
                     raise UserError(
                         f"{name} is {first!r} on rank 0, {other.get(name)!r} on rank {rank}; start "
-                        "all ranks alike "
-                        "(OMP_NUM_THREADS sets the threads)"
+                        "all ranks alike (OMP_NUM_THREADS sets the threads)"
                     )
 
     def device(self, name: str) -> str:
@@ -117,7 +115,9 @@ def ranks() -> Iterator[World]:
     watch.start()
     try:
         yield world
-        _wait(world)
+        # A group that is destroyed while a peer still writes aborts that peer.
+        if dist.is_initialized():
+            world.barrier()
     except BaseException as error:
         ended.set()
         if not _register_failure(store):
@@ -149,29 +149,21 @@ def _join() -> tuple[Any, World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        found = next(rendezvous("env://"))
+        store: Any
+        store, rank, size = next(rendezvous("env://"))
     except ValueError as error:
-        raise UserError(
-            f"RANK is set, but {error}; start the ranks by torchrun, or unset RANK"
-        ) from None
+        message = f"RANK is set, but {error}; start the ranks by torchrun, or unset RANK"
+        raise UserError(message) from None
 
     # A worker thread of gloo frees the last collective's tensors; if the interpreter has ended by
     # then, it aborts.
     atexit.register(time.sleep, _SETTLE_S)
 
-    store: Any
-    store, rank, size = found
     dist.init_process_group(store=PrefixStore("ranks", store), rank=rank, world_size=size)
     return store.clone(), World(rank, size, joined=True)
 
 
-def _wait(world: World) -> None:
-    """Wait for all ranks: a group that is destroyed while a peer still writes aborts that peer."""
-    if dist.is_initialized():
-        world.barrier()
-
-
-def _register_failure(store: Store) -> bool:
+def _register_failure(store: Any) -> bool:
     """Write this rank's failure into the store; True if no other rank failed before."""
     try:
         return store.add(_FAILED, 1) == 1
@@ -184,14 +176,12 @@ def _is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and lost
 
 
-def _watch(store: Store, ended: threading.Event) -> None:
+def _watch(store: Any, ended: threading.Event) -> None:
+    """End this process where another rank has failed, unless it ends by itself."""
     while not ended.wait(_POLL_S):
-        if _has_failed(store) and not ended.wait(_GRACE_S):
+        try:
+            has_failed = store.check([_FAILED])
+        except RuntimeError:  # the rank that held the store is gone
+            has_failed = True
+        if has_failed and not ended.wait(_GRACE_S):
             os._exit(1)
-
-
-def _has_failed(store: Any) -> bool:
-    try:
-        return store.check([_FAILED])
-    except RuntimeError:  # the rank that held the store is gone
-        return True

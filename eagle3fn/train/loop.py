@@ -38,6 +38,8 @@ from eagle3fn.train.track import append_row, cut_rows, metrics_row, nonfinite
 
 ROWS = ("metrics.jsonl", "eval.jsonl")
 T = TypeVar("T")
+Stop = Callable[[], bool]
+"""Whether a stop was requested."""
 
 
 class Events(NamedTuple):
@@ -91,7 +93,7 @@ def train(
     lock = locked(run.out) if world.main else nullcontext()
     with lock, sigterm_noted() as stop_requested:
         # Where to go on; how many steps to make.
-        newest = _newest_checkpoint(run)
+        newest = run.world.shared(_newest_checkpoint(run) if world.main else None)
         run, chosen = with_horizon(run, lambda: _first_state(run), minutes)
 
         # The state: read, or made.
@@ -119,12 +121,8 @@ def _first_state(run: Run) -> TrainState:
 def _newest_checkpoint(run: Run) -> Path | None:
     """The newest checkpoint, if there is one; what killed saves left is removed."""
     folder = run.out / "checkpoints"
-    newest = None
-    if run.world.main:
-        remove_unfinished(folder)
-        found = checkpoints(folder)
-        newest = found[-1] if found else None
-    return run.world.shared(newest)
+    remove_unfinished(folder)
+    return max(checkpoints(folder), default=None)
 
 
 def _resume(run: Run, path: Path) -> tuple[TrainState, LoopState]:
@@ -135,16 +133,12 @@ def _resume(run: Run, path: Path) -> tuple[TrainState, LoopState]:
 
 
 def _steps(
-    run: Run,
-    state: TrainState,
-    loop_state: LoopState,
-    events: Events,
-    stop_requested: Callable[[], bool],
+    run: Run, state: TrainState, loop_state: LoopState, events: Events, stop_requested: Stop
 ) -> TrainState:
     """Train until the last step, or until a stop is requested on any rank."""
     settings = run.config.train
-    start = int(state.step)
     total = settings.steps
+    start = int(state.step)
     if start == 0:
         loop_state = _evaluate(run, state, loop_state, events)
 
@@ -230,15 +224,10 @@ def _save(run: Run, state: TrainState, loop_state: LoopState) -> None:
     if run.world.main:
         for name in ROWS:
             fsync_path(run.out / name)
-    save_checkpoint(
-        run.out / "checkpoints",
-        state,
-        run.config,
-        run.data,
-        loop_state._asdict(),
-        run.config.train.keep_last,
-        run.world,
-    )
+    folder = run.out / "checkpoints"
+    extra = loop_state._asdict()
+    keep = run.config.train.keep_last
+    save_checkpoint(folder, state, run.config, run.data, extra, keep, run.world)
 
 
 def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events) -> LoopState:
@@ -252,11 +241,7 @@ def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events
 
     # Without held-out samples the newest draft is the best: 1 + step grows. An untrained one never
     # is, though it is reported.
-    if step == 0:
-        value = 0.0
-    else:
-        value = row.get("accepted_length", 1.0 + step)
-
+    value = row.get("accepted_length", 1.0 + step) if step else 0.0
     if run.world.main:
         append_row(run.out / "eval.jsonl", row)
         events.on_eval(row)
@@ -269,10 +254,7 @@ def _nonfinite_message(run: Run, step: int) -> str:
     chosen = run.recipe.order(len(run.train), run.config, step)
     names = [str(run.features.samples[run.train[i]]["id"]) for i in chosen]
     found = checkpoints(run.out / "checkpoints")
-    if found:
-        last = f"last good checkpoint: {found[-1]}"
-    else:
-        last = "no checkpoint was written yet"
+    last = f"last good checkpoint: {found[-1]}" if found else "no checkpoint was written yet"
     return (
         f"step {step + 1}: the loss or its gradient is not finite; samples {', '.join(names)}; "
         f"{last}; check these samples, lower optimizer.learning_rate, or leave such updates out "
@@ -281,7 +263,7 @@ def _nonfinite_message(run: Run, step: int) -> str:
 
 
 @contextmanager
-def sigterm_noted() -> Iterator[Callable[[], bool]]:
+def sigterm_noted() -> Iterator[Stop]:
     """A function that returns whether SIGTERM has come since the block began.
 
     Outside the main thread it never does.

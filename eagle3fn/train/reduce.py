@@ -6,8 +6,9 @@ rank holds a contiguous block of `M / ranks` parts, so for a power of two its bl
 and the ranks are the top.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial, reduce
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -29,23 +30,15 @@ T = TypeVar("T")
 
 
 def total(parts: Iterable[T], count: int, reduction: str) -> T:
-    """The sum of `count` trees of tensors, read one by one.
+    """The sum of the next `count` trees of tensors, read one by one.
 
     At most `log2(count)` partial sums are kept.
     """
-    if reduction == "tree":
-        return _tree(iter(parts), count)
-    return reduce(_add, parts)
-
-
-def _tree(parts: Iterator[T], count: int) -> T:
-    """The sum of the next `count` parts."""
-    if count % 2:
-        first = next(parts)
-        rest = (next(parts) for _ in range(count - 1))
-        return reduce(_add, rest, first)
-    left = _tree(parts, count // 2)
-    right = _tree(parts, count // 2)
+    parts = iter(parts)
+    if reduction != "tree" or count % 2:
+        return reduce(_add, islice(parts, count))
+    left = total(parts, count // 2, reduction)
+    right = total(parts, count // 2, reduction)
     return _add(left, right)
 
 
@@ -55,12 +48,10 @@ def check_ranks(world: int, reduction: str) -> None:
     Raises:
         UserError: `train.reduce = "tree"` on a number of ranks that is no power of two.
     """
-    is_power_of_two = world & (world - 1) == 0
-    if reduction == "tree" and not is_power_of_two:
+    if reduction == "tree" and world.bit_count() != 1:
         raise UserError(
             f"train.reduce = 'tree' on {world} ranks: its sums are the same only for powers of "
-            "two; "
-            "start 1, 2, 4, … ranks, or set train.reduce='sum'"
+            "two; start 1, 2, 4, … ranks, or set train.reduce='sum'"
         )
 
 

@@ -37,18 +37,12 @@ def metrics_row(
     On a device the seconds include what the next batch took to read. `skipped` counts the updates
     dropped so far; this step's own, if it is one, has neither loss nor rates.
     """
-    if metrics["skipped"]:
-        values: dict[str, Any] = {"loss": None, "grad_norm": None, "learning_rate": 0.0}
-    else:
-        values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
-        values |= readable(metrics["aux"])
-    return {
-        "step": step,
-        **values,
-        "tokens": int(metrics["tokens"]),
-        "skipped": skipped,
-        "seconds": round(seconds, 4),
-    }
+    row: dict[str, Any] = {"step": step, "loss": None, "grad_norm": None, "learning_rate": 0.0}
+    if not metrics["skipped"]:
+        row |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
+        row |= readable(metrics["aux"])
+    tokens = int(metrics["tokens"])
+    return row | {"tokens": tokens, "skipped": skipped, "seconds": round(seconds, 4)}
 
 
 def nonfinite(metrics: dict[str, Any]) -> bool:
@@ -67,7 +61,7 @@ def cut_rows(path: Path, step: int) -> None:
     if not path.exists():
         return
 
-    kept = []
+    kept = ""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
@@ -75,6 +69,5 @@ def cut_rows(path: Path, step: int) -> None:
             break
         if not isinstance(row, dict) or row.get("step", step + 1) > step:
             break
-        kept.append(line + "\n")
-
-    write_text(path, "".join(kept))
+        kept += line + "\n"
+    write_text(path, kept)

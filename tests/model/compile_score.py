@@ -8,8 +8,8 @@ from triton.compiler import ASTSource, compile
 
 from eagle3fn.model.kernels.score import _kernels
 
-NUMBERS = ("steps", "labels", "target_size", "draft_size")
-TOKEN_IDS = ("kept", "target_token", "draft_token")
+NUMBERS = ("K", "P", "V", "D")
+TOKEN_IDS = ("kept", "target_token", "token")
 LOGITS = ("logits", "z")
 
 

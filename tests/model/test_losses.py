@@ -69,8 +69,9 @@ def test_value_is_its_formula_in_plain_numbers(name: str, rows: Rows, settings: 
     objective = e3.ObjectiveConfig(loss=name, **settings)
     draft = torch.softmax(rows.logits, -1)
     expected = []
-    for row in zip(*(x.flatten(0, 1).tolist() for x in (*rows[1:], draft)), strict=True):
-        expected.append(loops.LOSSES[name](*row, objective))
+    columns = [x.flatten(0, 1).tolist() for x in (rows.p_draft, rows.p_full, draft)]
+    for p_draft, p_full, s in zip(*columns, strict=True):
+        expected.append(loops.LOSSES[name](p_draft, p_full, s, objective))
     found = find_loss(objective).value(*rows).flatten().tolist()
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
@@ -227,7 +228,7 @@ def test_a_users_function_is_taken_where_a_name_is(numerics: Any, dtype: str) ->
     kind = getattr(torch, dtype)
     batch = make_batch(3, (9, 6))
     batch = batch._replace(
-        aux_hidden=batch.aux_hidden.to(kind), last_hidden=batch.last_hidden.to(kind)
+        aux_hidden=batch.aux_hidden.to(kind), label_hidden=batch.label_hidden.to(kind)
     )
     results = []
     for fns in choices:
@@ -264,8 +265,8 @@ def test_what_is_no_loss_is_refused() -> None:
 
 
 def naive(logits: Tensor, p_draft: Tensor, p_full: Tensor) -> Tensor:
-    """Infinite, with a gradient that is NaN, where nothing is accepted."""
-    return -acceptance(logits, p_full).log()
+    """Neither its value nor its gradient is finite where the teacher chooses other tokens alone."""
+    return own(logits, p_draft, p_full) / p_full.sum(-1)
 
 
 def test_pairs_that_do_not_count_cannot_poison_the_fast_numerics(monkeypatch) -> None:

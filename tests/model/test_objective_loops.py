@@ -8,18 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eagle3fn as e3
-from eagle3fn.base.types import Batch
-from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.builders import (
+    Case,
+    Unaligned,
+    tiny_batch,
+    tiny_frozen,
+    tiny_params,
+    tiny_unaligned,
+)
 from eagle3fn.testing.strategies import cases
 from tests.reference.loops import LOSSES, objective_by_loops
 
 
-def samples_of(batch: Batch, lengths: tuple[int, ...]) -> list[Batch]:
+def samples_of(batch: Unaligned, lengths: tuple[int, ...]) -> list[Unaligned]:
     """The samples of a batch, without padding and without the batch axis."""
     samples = []
     for b, length in enumerate(lengths):
         fields = (None if field is None else field[b, :length] for field in batch)
-        samples.append(Batch(*fields))  # pyright: ignore[reportArgumentType]
+        samples.append(Unaligned(*fields))  # pyright: ignore[reportArgumentType]
     return samples
 
 
@@ -29,11 +35,11 @@ def check(case: Case, numerics: Any = "plain") -> None:
     config = replace(config, objective=replace(config.objective, numerics=numerics))
     params = tiny_params(case)
     frozen = tiny_frozen(case)
-    batch = tiny_batch(case)
+    unaligned = tiny_unaligned(case)
 
-    samples = samples_of(batch, case.lengths)
-    expected = objective_by_loops(params, frozen, config, samples, batch.input_ids.numel())
-    loss, aux = e3.forward_loss(params, batch, config=config, frozen=frozen)
+    samples = samples_of(unaligned, case.lengths)
+    expected = objective_by_loops(params, frozen, config, samples, unaligned.input_ids.numel())
+    loss, aux = e3.forward_loss(params, tiny_batch(case), config=config, frozen=frozen)
 
     assert float(loss) == pytest.approx(expected.loss, rel=1e-9, abs=1e-12)
     assert aux.losses.tolist() == pytest.approx(expected.losses, rel=1e-9, abs=1e-12)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from eagle3fn.base.config import Config, ObjectiveConfig
 from eagle3fn.base.draft_config import DraftConfig
-from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.base.types import Frozen, Params
 from eagle3fn.model import table
+from eagle3fn.testing.builders import Unaligned
 
 
 class Sums(NamedTuple):
@@ -85,7 +86,7 @@ class Objective(NamedTuple):
 
 
 def objective_by_loops(
-    params: Params, frozen: Frozen, config: Config, samples: Sequence[Batch], places: int
+    params: Params, frozen: Frozen, config: Config, samples: Sequence[Unaligned], places: int
 ) -> Objective:
     """`Σ_i decay^i · L_i` over all samples' rows together.
 
@@ -134,7 +135,7 @@ def objective_by_loops(
 
 
 def unroll(
-    params: Params, frozen: Frozen, draft: DraftConfig, sample: Batch, steps: int
+    params: Params, frozen: Frozen, draft: DraftConfig, sample: Unaligned, steps: int
 ) -> list[list[Tensor]]:
     """Logits `(D,)` of one sample, by unroll step and row."""
     s = len(sample.input_ids)
@@ -192,7 +193,7 @@ def unroll(
 def add_rows(
     sums: Sums,
     frozen: Frozen,
-    sample: Batch,
+    sample: Unaligned,
     logits: list[list[Tensor]],
     objective: ObjectiveConfig,
 ) -> None:

@@ -1,12 +1,14 @@
 """What two finished runs have written, compared."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from eagle3fn.train.checkpoint import read_leaves
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 ROWS = ("metrics.jsonl", "eval.jsonl")
 
@@ -19,6 +21,20 @@ def rows(path: Path) -> list[dict[str, Any]]:
         row.pop("seconds", None)
         found.append(row)
     return found
+
+
+def read_leaves(path: Path) -> dict[str, torch.Tensor]:
+    """All leaves of a checkpoint under their names, whole, in this process alone."""
+    reader = FileSystemReader(path)
+    leaves: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(leaves, storage_reader=reader, no_dist=True)
+    return leaves
 
 
 def same_leaves(one: Path, other: Path) -> bool:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from eagle3fn.train.checkpoint import read_leaves
 from tests.train.faults_job import LAST, STEPS
-from tests.train.run_files import rows, same_end
+from tests.train.run_files import read_leaves, rows, same_end
 from tests.train.start_ranks import ROOT
 
 

@@ -151,7 +151,7 @@ def test_own_optimizer_is_taken_as_a_value_and_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adam", r"must be one of 'adamw', 'muon', or a function as 'module:function'"),
+        ("adam", r"must be one of 'adamw', .*or a function as 'module:function'"),
         ("no_such_module:f", "cannot be imported"),
         (f"{__name__}:not_an_optimizer", r"returned float; it must take an OptimizerConfig and"),
     ],

@@ -112,6 +112,22 @@ def test_batches_may_be_the_mapped_axis() -> None:
         assert equal(entry(found, i), fns.step(state, batch)[0])
 
 
+def test_an_update_that_is_not_finite_is_dropped_alone() -> None:
+    config = make_config(train={"on_nonfinite": "skip"})
+    fns = e3.bind(config, make_frozen(config))
+    state = fns.init_state(fns.init(0))
+    batch = make_batch(0, (7, 5))
+    scales = torch.tensor([1.0, torch.inf])
+
+    def update(scale: torch.Tensor) -> Any:
+        return fns.step(state, batch._replace(aux_hidden=batch.aux_hidden * scale))
+
+    found, metrics = vmap(update)(scales)
+    assert metrics["skipped"].tolist() == [0, 1]
+    assert equal(entry(found, 0), fns.step(state, batch)[0])
+    assert equal(entry(found, 1), state._replace(step=state.step + 1))
+
+
 def test_arguments_stay_as_they_are() -> None:
     fns = bound()
     states = stacked(states_of(fns))

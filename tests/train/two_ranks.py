@@ -23,8 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from eagle3fn.base.files import sha256, write_json
 from eagle3fn.base.provenance import provenance
-from eagle3fn.train.checkpoint import checkpoints, read_leaves
-from tests.train.run_files import rows, same_leaves, same_rows
+from eagle3fn.train.checkpoint import checkpoints
+from tests.train.run_files import read_leaves, rows, same_leaves, same_rows
 
 _PATIENCE_S = 3600.0
 

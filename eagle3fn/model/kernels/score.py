@@ -1,12 +1,15 @@
-"""`head_loss.score` of the KL as two Triton kernels: a program for each label, then for each pair.
+"""`head_loss.score` of the KL as two Triton kernels: a program a label, then one a pair.
 
 The label's kernel reduces the teacher's logits to two log-sum-exps and an argmax. The draft row's
-kernel then reads its logits twice in blocks of columns, with a running maximum and sum: first for
-log-sum-exp, KL and argmax, then for the acceptance and the gradient, which it writes over the
-logits. Nothing else as wide as a row is written.
+kernel reads its logits twice in blocks of columns: first for log-sum-exp and argmax, then for KL,
+acceptance and the gradient, which it writes over the logits. Nothing else as wide as a row is
+written.
 
 Triton is imported at the first call.
 """
+
+# pyright: reportInvalidTypeForm=false
+# `tl.constexpr` is a type that pyright cannot see.
 
 import functools
 from typing import Any
@@ -18,127 +21,92 @@ from eagle3fn.model.head_loss import PairScores
 
 _BLOCK = 4096  # columns that a program reads at once
 _WARPS = 8
-tl: Any = (
-    None  # triton.language, set by `_kernels`: Triton looks a kernel's names up in this module
-)
+# triton.language. `_kernels` sets it, and `reduce_row`: Triton looks a kernel's names up in this
+# module.
+tl: Any = None
 
 
 def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> PairScores:
-    """`head_loss.score` of the KL, to rounding; on CUDA, or interpreted on the CPU.
+    """`head_loss.score` of the KL, to rounding: on CUDA, or interpreted on the CPU.
 
-    Takes bf16, fp16 or fp32. Overwrites `logits` with the KL's gradient by them.
+    Overwrites `logits` with the KL's gradient by them.
 
     Args:
-        logits: the draft's, `(K, P, D)`, contiguous.
+        logits: the draft's, `(K, P, D)`, contiguous; bf16, fp16 or fp32.
         z: the target's, `(P, V)`, contiguous.
         t2d: `(V,)` bool.
         kept: `(D,)` int64, the target ids of the draft vocabulary.
     """
-    k, labels, draft_size = logits.shape
-    target_size = z.shape[1]
+    k, p, d = logits.shape
+    v = z.shape[1]
     score_teacher, score_draft = _kernels()
 
     # The teacher's sums and token of each label; then what each draft row adds.
-    full_sum = logits.new_empty(labels, dtype=torch.float32)
-    draft_sum = logits.new_empty(labels, dtype=torch.float32)
-    kl = logits.new_empty(k * labels, dtype=torch.float32)
-    accept = logits.new_empty(k * labels, dtype=torch.float32)
-    target_token = logits.new_empty(labels, dtype=torch.int64)
-    draft_token = logits.new_empty(k * labels, dtype=torch.int64)
+    full_sum, draft_sum = logits.new_empty(2, p, dtype=torch.float32)
+    target_token = logits.new_empty(p, dtype=torch.int64)
+    kl, accept = logits.new_empty(2, k, p, dtype=torch.float32)
+    token = logits.new_empty(k, p, dtype=torch.int64)
 
-    block = min(_BLOCK, 1 << (target_size - 1).bit_length())
-    launch = {"BLOCK": block, "num_warps": _WARPS}
+    launch = {"BLOCK": min(_BLOCK, 1 << (v - 1).bit_length()), "num_warps": _WARPS}
+    teacher = z, kept, full_sum, draft_sum
     with torch.cuda.device_of(logits):  # Triton launches on the current device
-        score_teacher[(labels,)](
-            z, kept, full_sum, draft_sum, target_token, target_size, draft_size, **launch
-        )
-        score_draft[(labels * k,)](
-            logits,
-            z,
-            kept,
-            full_sum,
-            draft_sum,
-            kl,
-            draft_token,
-            accept,
-            k,
-            labels,
-            target_size,
-            draft_size,
-            **launch,
-        )
-
-    kl, draft_token, accept = (x.view(k, labels) for x in (kl, draft_token, accept))
-    correct = kept[draft_token] == target_token
-    return PairScores(kl, correct, accept, t2d[target_token])
+        score_teacher[(p,)](*teacher, target_token, v, d, **launch)
+        score_draft[(p * k,)](logits, *teacher, kl, token, accept, k, p, v, d, **launch)
+    return PairScores(kl, kept[token] == target_token, accept, t2d[target_token])
 
 
 @functools.cache
 def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
-    global tl  # noqa: PLW0603
+    """The kernels. Sizes are in letters: `V`, `D`, `P` labels, `K` draft rows a label."""
+    global tl, reduce_row  # noqa: PLW0603
     import triton
     import triton.language as tl
 
     @triton.jit
-    def score_teacher(  # pyright: ignore
-        z,
-        kept,
-        full_sum,
-        draft_sum,
-        target_token,
-        target_size,
-        draft_size,
-        BLOCK: tl.constexpr,  # pyright: ignore
-    ):
-        """A label's log-sum-exp over all its logits and over the draft's, and its argmax."""
-        label = tl.program_id(0).to(tl.int64)
-        z += label * target_size
+    def reduce_row(logits, kept, size, GATHERS: tl.constexpr, BLOCK: tl.constexpr):
+        """Log-sum-exp of `size` logits, and the lowest index of the largest, block by block.
 
-        # All logits: log-sum-exp and the lowest index of the largest, block by block.
+        The logits are those at `kept` if `GATHERS`, else the first ones.
+        """
         top = float("-inf")
         total = 0.0
         token = 0
-        for start in range(0, target_size, BLOCK):
+        for start in range(0, size, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            x = tl.load(z + column, mask=column < target_size, other=float("-inf")).to(tl.float32)
+            inside = column < size
+            place = column
+            if GATHERS:
+                place = tl.load(kept + column, mask=inside, other=0)
+            x = tl.load(logits + place, mask=inside, other=float("-inf")).to(tl.float32)
+
+            # A block wins only with a higher maximum: of equal ones the first is kept.
             best = tl.max(x, axis=0)
-            is_higher = best > top
-            lowest = tl.min(tl.where(x == best, column, target_size - 1), axis=0)
-            token = tl.where(is_higher, lowest, token)
+            lowest = tl.min(tl.where(x == best, column, size - 1), axis=0)
+            token = tl.where(best > top, lowest, token)
+
+            # The sum of exponentials so far, by the maximum so far.
             higher = tl.maximum(top, best)
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
             top = higher
-        tl.store(full_sum + label, top + tl.log(total))
-        tl.store(target_token + label, token)
-
-        # The draft vocabulary's logits have a maximum of their own: it may be far below the other.
-        top = float("-inf")
-        total = 0.0
-        for start in range(0, draft_size, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = column < draft_size
-            token_id = tl.load(kept + column, mask=inside, other=0)
-            x = tl.load(z + token_id, mask=inside, other=float("-inf")).to(tl.float32)
-            higher = tl.maximum(top, tl.max(x, axis=0))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
-            top = higher
-        tl.store(draft_sum + label, top + tl.log(total))
+        return top + tl.log(total), token
 
     @triton.jit
-    def score_draft(  # pyright: ignore
-        logits,
-        z,
-        kept,
-        full_sum,
-        draft_sum,
-        kl,
-        draft_token,
-        accept,
-        steps,
-        labels,
-        target_size,
-        draft_size,
-        BLOCK: tl.constexpr,  # pyright: ignore
+    def score_teacher(z, kept, full_sum, draft_sum, target_token, V, D, BLOCK: tl.constexpr):
+        """A label's log-sum-exp over all its logits and over the draft's, and its argmax.
+
+        The draft vocabulary's logits have a maximum of their own: it may be far below the other.
+        """
+        label = tl.program_id(0).to(tl.int64)
+        z += label * V
+        log_sum, token = reduce_row(z, kept, V, False, BLOCK)
+        draft_log_sum, _ = reduce_row(z, kept, D, True, BLOCK)
+        tl.store(full_sum + label, log_sum)
+        tl.store(draft_sum + label, draft_log_sum)
+        tl.store(target_token + label, token)
+
+    @triton.jit
+    def score_draft(
+        logits, z, kept, full_sum, draft_sum, kl, token, accept, K, P, V, D, BLOCK: tl.constexpr
     ):
         """A draft row against its label: KL, argmax, acceptance; the gradient over the logits.
 
@@ -146,49 +114,31 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
         the cache.
         """
         pair = tl.program_id(0).to(tl.int64)
-        label = pair // steps
-        row = pair % steps * labels + label
-        logits += row * draft_size
-        z += label * target_size
+        label = pair // K
+        row = pair % K * P + label
+        logits += row * D
+        z += label * V
         label_full_sum = tl.load(full_sum + label)
         label_draft_sum = tl.load(draft_sum + label)
+        log_sum, draft_token = reduce_row(logits, kept, D, False, BLOCK)
 
-        # First pass: log-sum-exp, argmax, and the dot product of teacher and logits.
-        top = float("-inf")
-        total = 0.0
+        # Once more: Σ p_draft · l, the acceptance, and the gradient written over the logits.
         dot = 0.0
-        token = 0
-        for start in range(0, draft_size, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = column < draft_size
-            x = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
-            token_id = tl.load(kept + column, mask=inside, other=0)
-            target = tl.load(z + token_id, mask=inside, other=float("-inf")).to(tl.float32)
-            p_draft = tl.exp(target - label_draft_sum)
-            dot += tl.sum(p_draft * tl.where(inside, x, 0.0), axis=0)
-            best = tl.max(x, axis=0)
-            is_higher = best > top
-            lowest = tl.min(tl.where(x == best, column, draft_size - 1), axis=0)
-            token = tl.where(is_higher, lowest, token)
-            higher = tl.maximum(top, best)
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
-            top = higher
-        log_sum = top + tl.log(total)
-
-        # Second pass: acceptance, and the gradient written over the logits.
         accepted = 0.0
-        for start in range(0, draft_size, BLOCK):
+        for start in range(0, D, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            inside = column < draft_size
+            inside = column < D
             x = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
             token_id = tl.load(kept + column, mask=inside, other=0)
             target = tl.load(z + token_id, mask=inside, other=float("-inf")).to(tl.float32)
             draft = tl.exp(x - log_sum)
+            p_draft = tl.exp(target - label_draft_sum)
+            dot += tl.sum(p_draft * tl.where(inside, x, 0.0), axis=0)
             accepted += tl.sum(tl.minimum(draft, tl.exp(target - label_full_sum)), axis=0)
-            tl.store(logits + column, draft - tl.exp(target - label_draft_sum), mask=inside)
+            tl.store(logits + column, draft - p_draft, mask=inside)
 
         tl.store(kl + row, log_sum - dot)
-        tl.store(draft_token + row, token)
+        tl.store(token + row, draft_token)
         tl.store(accept + row, accepted)
 
     return score_teacher, score_draft
