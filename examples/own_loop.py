@@ -31,7 +31,7 @@ def main(target: str, run: Path) -> float:
     fns = e3.bind(config, frozen)
     state = fns.init_state(fns.init(config.train.seed))
     for micro_batches in e3.batches(features, kept, config, start=0, stop=config.train.steps):
-        state, metrics = fns.step(state, micro_batches, donate=True)
+        state, _ = fns.step(state, micro_batches, donate=True)
 
     # The draft as serving engines read it, and the held-out loss.
     e3.export(state.params, frozen, draft, run / "own-draft", tree["num_hidden_layers"], DTYPE)

@@ -211,7 +211,8 @@ def scope(sizes: dict[str, int]) -> Iterator[None]:
     """A scope in which these letters have their sizes, and others get one by the first use."""
     with jaxtyped("context"):
         for letter, size in sizes.items():
-            assert isinstance(torch.empty(size, device="meta"), Shaped[Tensor, letter])
+            kind: Any = Shaped[Tensor, letter]
+            assert isinstance(torch.empty(size, device="meta"), kind)
         yield
 
 
@@ -270,28 +271,27 @@ class Checker:
 
     def _leaves(self, value: Any, wanted: Any, path: str) -> Iterator[_Stated]:
         """Every tensor with its shape."""
-        if wanted is None:
-            return
         if isinstance(wanted, str):
             yield _Stated(path, value, wanted)
         elif isinstance(wanted, Each):
             items = [value] if hasattr(value, "_fields") else value
             for i, item in enumerate(items):
                 self.check(item, wanted.record, f"{path}[{i}]")
-        elif wanted is Params:
-            axes = {weight.name: weight.axes.replace(" ", ", ") for weight in TABLE}
-            for name, leaf in value.items():
-                yield _Stated(f"{path}[{name}]", leaf, f"({axes[name]})")
-        elif isinstance(wanted, dict):
-            for key, shapes in wanted.items():
-                yield from self._leaves(value[key], shapes, f"{path}[{key}]")
-        elif isinstance(wanted, list):
-            for i, item in enumerate(value):
-                yield from self._leaves(item, wanted[0], f"{path}[{i}]")
-        elif isinstance(wanted, tuple):
-            assert len(value) == len(wanted), path
-            for i, (item, shapes) in enumerate(zip(value, wanted, strict=True)):
-                yield from self._leaves(item, shapes, f"{path}[{i}]")
-        else:
-            for name, shapes in fields_of(wanted).items():
-                yield from self._leaves(getattr(value, name), shapes, f"{path}.{name}")
+        elif wanted is not None:
+            for name, item, shapes in _parts(value, wanted):
+                yield from self._leaves(item, shapes, path + name)
+
+
+def _parts(value: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
+    """The parts of a tree: each one's name, value and shapes."""
+    if wanted is Params:
+        axes = {weight.name: weight.axes.replace(" ", ", ") for weight in TABLE}
+        return [(f"[{name}]", leaf, f"({axes[name]})") for name, leaf in value.items()]
+    if isinstance(wanted, dict):
+        return [(f"[{key}]", value[key], shapes) for key, shapes in wanted.items()]
+    if isinstance(wanted, list):
+        wanted = tuple(wanted * len(value))
+    if isinstance(wanted, tuple):
+        pairs = zip(value, wanted, strict=True)
+        return [(f"[{i}]", item, shapes) for i, (item, shapes) in enumerate(pairs)]
+    return [(f".{name}", getattr(value, name), part) for name, part in fields_of(wanted).items()]

@@ -13,9 +13,8 @@ import torch
 import eagle3fn as e3
 from eagle3fn.base.tree import equal
 from eagle3fn.cli import main
-from eagle3fn.train.checkpoint import read_leaves
 from tests.small_run import write_run
-from tests.train.run_files import rows, same_end
+from tests.train.run_files import read_leaves, rows, same_end
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 OWN = ["objective.loss=own_loss_and_optimizer:total_variation"]

@@ -19,7 +19,9 @@ from eagle3fn.base.config import (
 )
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.cli import parser
+from eagle3fn.model.losses import LOSSES
 from eagle3fn.specforge.recipes import SETTINGS
+from eagle3fn.train.optimizer import OPTIMIZERS
 from eagle3fn.train.recipe import Recipe
 from eagle3fn.use.evaluate import EvalSettings
 from tests.small_run import write_run
@@ -117,6 +119,12 @@ def test_defaults_are_the_codes() -> None:
     assert {name: repr(value) for name, value in values.items()} == {
         name: repr(value) for name, value in known.items()
     }
+
+
+def test_every_loss_and_optimizer_is_named() -> None:
+    for setting, names in (("objective.loss", LOSSES), ("optimizer.name", OPTIMIZERS)):
+        (cells,) = [cells for cells in rows("Every default") if cells[0] == f"`{setting}`"]
+        assert set(names) | {"module:function"} <= set(re.findall(r'`"([\w:]+)"`', " ".join(cells)))
 
 
 def test_options_are_the_parsers() -> None:

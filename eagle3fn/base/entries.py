@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import optree
 import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
+
+T = TypeVar("T")
 
 
 def is_transformed() -> bool:
@@ -31,8 +33,8 @@ def is_mapped(tree: Any) -> bool:
 
 
 def entry_by_entry(
-    function: Callable[..., Any], refusal: str, once: bool = False
-) -> Callable[..., Any]:
+    function: Callable[..., T], refusal: str, once: bool = False
+) -> Callable[..., T]:
     """`function`, called once for each entry of a mapped axis, with the bits of those calls.
 
     Outside of `torch.func` it is called as it is. Under `vmap` the calls take the time of as many,
@@ -50,14 +52,14 @@ def entry_by_entry(
         `UserError`.
     """
 
-    def wrapped(*args: Any) -> Any:
+    def wrapped(*args: Any) -> T:
         if not is_transformed():
             return function(*args)
         leaves, treespec = optree.tree_flatten(args)  # pyright: ignore[reportArgumentType]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         call = _Call(function, leaves, treespec, refusal, once)
         results = _Entries.apply(call, *tensors)
-        return optree.tree_unflatten(call.result, results)
+        return cast(T, optree.tree_unflatten(call.result, results))
 
     return wrapped
 

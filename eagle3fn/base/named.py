@@ -10,7 +10,9 @@ from eagle3fn.base.errors import UserError
 T = TypeVar("T")
 
 
-def find(name: str, table: Mapping[str, T], setting: str, arguments: tuple[str, ...]) -> T | Any:
+def find(
+    name: str, table: Mapping[str, T], setting: str, arguments: tuple[str, ...]
+) -> T | Callable[..., Any]:
     """`table[name]`; or for "module:function" that function, its module imported.
 
     Args:

@@ -1,13 +1,15 @@
 """Pytrees: named leaves and maps, by optree, whose order (sorted keys) is used everywhere."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import optree
 import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
+
+T = TypeVar("T")
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -39,14 +41,15 @@ def _entry(entry: Any) -> str:
     return str(entry.field) if isinstance(entry, optree.NamedTupleEntry) else str(entry.entry)
 
 
-def like(tree: Any, leaves: dict[str, Tensor]) -> Any:
+def like(tree: T, leaves: dict[str, Tensor]) -> T:
     """A tree of `tree`'s structure holding `leaves`, found by name.
 
     Raises:
         KeyError: a leaf of the structure is not among `leaves`.
     """
-    _, treespec = optree.tree_flatten(tree)
-    return optree.tree_unflatten(treespec, [leaves[name] for name in named_leaves(tree)])
+    _, treespec = optree.tree_flatten(tree)  # pyright: ignore[reportArgumentType]
+    named = [leaves[name] for name in named_leaves(tree)]
+    return cast(T, optree.tree_unflatten(treespec, named))
 
 
 def equal(left: Any, right: Any) -> bool:
@@ -68,11 +71,11 @@ def pack(tree: Any) -> Tensor:
     return torch.cat([leaf.detach().reshape(-1).double() for leaf in optree.tree_leaves(tree)])
 
 
-def unpack(vector: Tensor, like: Any) -> Any:
+def unpack(vector: Tensor, like: T) -> T:
     """The tree of `like`'s structure, shapes and dtypes that `pack` made `vector` of."""
-    leaves, treespec = optree.tree_flatten(like)
+    leaves, treespec = optree.tree_flatten(like)  # pyright: ignore[reportArgumentType]
     parts = vector.split([leaf.numel() for leaf in leaves])
     restored = [
         part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)
     ]
-    return optree.tree_unflatten(treespec, restored)
+    return cast(T, optree.tree_unflatten(treespec, restored))

@@ -9,7 +9,7 @@ and the ranks are the top.
 from collections.abc import Iterable
 from functools import partial, reduce
 from itertools import islice
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,10 @@ from eagle3fn.train.shard import gather_rows, padded, ranks_of, rows_of
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _add = partial(tree_map, torch.add)
 
+T = TypeVar("T")
 
-def total(parts: Iterable[Any], count: int, reduction: str) -> Any:
+
+def total(parts: Iterable[T], count: int, reduction: str) -> T:
     """The sum of the next `count` trees of tensors, read one by one.
 
     At most `log2(count)` partial sums are kept.
@@ -53,7 +55,7 @@ def check_ranks(world: int, reduction: str) -> None:
         )
 
 
-def over_ranks(tree: Any, mesh: DeviceMesh | None, reduction: str) -> Any:
+def over_ranks(tree: T, mesh: DeviceMesh | None, reduction: str) -> T:
     """Small tensors summed over the ranks, the same on all."""
     world, _ = ranks_of(mesh)
     if world == 1:

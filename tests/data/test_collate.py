@@ -1,5 +1,7 @@
 """Laws of cutting, alignment, padding and counting."""
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,7 +64,7 @@ def test_collate_by_plain_loops(lengths, max_length, k, align):
         assert n == min(len(sample.input_ids), max_length)
         assert batch.attention_mask[row].tolist() == [1] * n + [0] * (width - n)
 
-        def at(name: str, t: int, kept: Sample = kept, n: int = n):
+        def at(name: str, t: int, kept: Sample = kept, n: int = n) -> Any:
             """A field's value at token `t`; zeros past the end."""
             return getattr(kept, name)[t] if t < n else zeros.get(name, 0)
 
