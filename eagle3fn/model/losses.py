@@ -101,7 +101,8 @@ LOSSES = {
     "nla": RowLoss(_nla, needs=("p_full",)),
     "lk": RowLoss(_lk, needs=("p_draft", "p_full", "kl_scale", "kl_decay")),
 }
-"""What `objective.loss` names; a new loss is a line here, and covered by the tests of the table."""
+"""What `objective.loss` names. A new loss is a line at the end of this table, and covered by its
+tests; the first one is what drawn test cases shrink to."""
 
 
 def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
