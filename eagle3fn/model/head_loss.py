@@ -254,13 +254,11 @@ def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor, loss: RowLoss) -
         # The draft, its loss, and the loss's gradient by the logits.
         _, draft_token = first_max(wide_logits)
         draft = torch.softmax(wide_logits, dim=-1)
+        accept = torch.minimum(draft, p_full).sum(-1)
         if loss.closed is not None:
             row_loss, gradient = loss.closed(wide_logits, draft, p_draft, p_full)
         else:
             row_loss, gradient = _value_and_gradient(loss, wide_logits, p_draft, p_full)
-
-        # The wide logits' memory is used once more, for the acceptance.
-        accept = torch.minimum(draft, p_full, out=wide_logits).sum(-1)
         logits[:, part] = gradient
 
         correct = kept[draft_token] == target_token

@@ -35,7 +35,8 @@ class RowLoss(NamedTuple):
     # (logits, *needs) → (…,), differentiable by the logits
     value: Callable[..., Tensor]
     # (logits, softmax(logits), *needs) → the values (…,), and each value's gradient by its logits
-    # (…, D) as a new tensor. It saves the fast numerics a graph; without it they use `value`'s vjp.
+    # (…, D), for which the softmax may be written over. It saves the fast numerics a graph; without
+    # it they use the vjp of `value`.
     closed: Callable[..., tuple[Tensor, Tensor]] | None = None
     # in order, what follows the logits
     needs: tuple[str, ...] = ("p_draft", "p_full")
@@ -68,7 +69,7 @@ def _kl(logits: Tensor, p_draft: Tensor) -> Tensor:
 def _kl_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
     # kl = log Σ exp(l) - Σ p · l, and log Σ exp(l) = max(l) - log max(s).
     log_sum = logits.amax(-1) - draft.amax(-1).log()
-    return log_sum - (logits * p_draft).sum(-1), draft - p_draft
+    return log_sum - (logits * p_draft).sum(-1), draft.sub_(p_draft)
 
 
 def _rkl(logits: Tensor, p_draft: Tensor) -> Tensor:
@@ -101,7 +102,8 @@ LOSSES = {
     "nla": RowLoss(_nla, needs=("p_full",)),
     "lk": RowLoss(_lk, needs=("p_draft", "p_full", "kl_scale", "kl_decay")),
 }
-"""What `objective.loss` names; a new loss is a line here, and covered by the tests of the table."""
+"""What `objective.loss` names. A new loss is a line at the end of this table, and covered by its
+tests; the first one is what drawn test cases shrink to."""
 
 
 def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
