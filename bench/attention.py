@@ -26,10 +26,10 @@ from torch import Tensor
 from bench import common
 from bench.launch import add_arguments
 from bench.problem import Problem, draft_of, make_problem
+from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.provenance import provenance
 from eagle3fn.model.forward import NUMERICS
 from eagle3fn.model.visibility import visible
-from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
 WARM = 2  # rounds before the timed ones

@@ -15,9 +15,9 @@ from bench.problem import SHAPES
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
+from eagle3fn.base.launch import World
 from eagle3fn.base.program import exit_code
 from eagle3fn.specforge.oracle import OracleMissingError
-from eagle3fn.train.launch import World
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -28,6 +28,7 @@ from bench import common
 from bench.launch import add_arguments
 from eagle3fn.base.config import load_config, require, to_dict, with_steps
 from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.launch import World
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Params
 from eagle3fn.data.features import open_features
@@ -36,7 +37,6 @@ from eagle3fn.data.target import config_hash, read_target_tensors, target_config
 from eagle3fn.data.vocab import load_map, map_size
 from eagle3fn.model.table import HEAD, init_params, start_from_target
 from eagle3fn.train.held_out import evaluate_held_out
-from eagle3fn.train.launch import World
 from eagle3fn.train.run import Run, prepare, to_device
 
 SETTINGS = common.ROOT / "scripts" / "demo.toml"

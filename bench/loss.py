@@ -32,6 +32,7 @@ from bench.problem import Drawer, Problem, draft_of, draw_params, make_problem
 from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.grad import value_and_grad
+from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Params
 from eagle3fn.model import table
@@ -40,7 +41,6 @@ from eagle3fn.model.losses import correct_rows, find_loss
 from eagle3fn.model.plain import logits
 from eagle3fn.model.teacher import make_teacher
 from eagle3fn.specforge.oracle import Oracle
-from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
 SETTINGS = ("shape", "seq", "batch", "masked", "k", "dtype", "device", "seed", "allocator")

@@ -33,9 +33,9 @@ from bench.attention import attention_call
 from bench.launch import add_arguments
 from bench.problem import draft_of
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.provenance import provenance
 from eagle3fn.model.table import shapes
-from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 3
 WARM = 1  # rounds before the timed ones

@@ -44,9 +44,9 @@ from bench.launch import add_arguments
 from bench.problem import Problem, draft_of, draw_params, make_problem
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
+from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.provenance import provenance
 from eagle3fn.specforge.oracle import Oracle
-from eagle3fn.train.launch import World, ranks
 
 ROUNDS = 5
 MEMORY_STEPS = 2

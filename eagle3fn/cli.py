@@ -321,12 +321,12 @@ def _train(options: Any) -> None:
     import torch
 
     from eagle3fn.base.draft_config import aux_layers
+    from eagle3fn.base.launch import ranks
     from eagle3fn.data.features import check_made_for, open_features
     from eagle3fn.data.target import config_hash, read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
-    from eagle3fn.train.launch import ranks
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
     from eagle3fn.use.publish import check_published, run_events

@@ -35,6 +35,7 @@ from eagle3fn.base.draft_config import (
     draft_config_from_target,
 )
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.program import exit_code
 from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet, check_made_for, open_features
@@ -43,7 +44,6 @@ from eagle3fn.data.vocab import build_map, count_tokens, load_map, save_map
 from eagle3fn.specforge.feature_files import READER, read_map
 from eagle3fn.specforge.recipes import RECIPE, recipe
 from eagle3fn.train.checkpoint import checkpoints
-from eagle3fn.train.launch import World, ranks
 from eagle3fn.train.loop import train
 from eagle3fn.use.publish import run_events
 

@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from eagle3fn.base.config import Config, to_dict
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, publish_folder, sha256, write_json
+from eagle3fn.base.launch import World
 from eagle3fn.base.tree import like, named_leaves
 from eagle3fn.base.types import TrainState
-from eagle3fn.train.launch import World
 from eagle3fn.train.shard import full_params
 
 SCHEMA = 2

@@ -17,6 +17,7 @@ import torch
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import fsync_path, locked
+from eagle3fn.base.launch import World
 from eagle3fn.base.types import Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.pipeline import prefetch
@@ -29,7 +30,6 @@ from eagle3fn.train.checkpoint import (
 )
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import with_horizon, write_horizon
-from eagle3fn.train.launch import World
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import empty_state, gather

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from eagle3fn.base.config import Config, to_dict
 from eagle3fn.base.device import send
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.launch import World
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Batch, Frozen, VocabMap
 from eagle3fn.data.collate import AlignMask
@@ -23,7 +24,6 @@ from eagle3fn.data.pipeline import batches, split
 from eagle3fn.data.target import TargetTensors, make_frozen
 from eagle3fn.model.checks import check_loss
 from eagle3fn.train.bind import Functions, bind
-from eagle3fn.train.launch import World
 from eagle3fn.train.memory import check_fits, memory_of
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.reduce import check_ranks

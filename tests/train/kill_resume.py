@@ -29,11 +29,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import eagle3fn as e3
+from eagle3fn.base.launch import ranks as joined
 from eagle3fn.data.features import open_features
 from eagle3fn.train import bind, loop
 from eagle3fn.train import step as step_file
 from eagle3fn.train.checkpoint import checkpoints
-from eagle3fn.train.launch import ranks as joined
 from tests.factories import make_draft, make_map, make_target, supervised_sample, write_folder
 from tests.train.forked import Ranks
 from tests.train.run_files import rows, same_end

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 import eagle3fn as e3
+from eagle3fn.base.launch import World, leave, ranks
 from eagle3fn.train.checkpoint import save_checkpoint
-from eagle3fn.train.launch import World, leave, ranks
 from eagle3fn.train.run import check_world
 from tests.factories import make_frozen
 from tests.train.ranks_problem import micro_batches, uneven_config

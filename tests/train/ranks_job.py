@@ -23,12 +23,12 @@ from torch.distributed import all_gather_object
 from torch.distributed.device_mesh import DeviceMesh
 
 import eagle3fn as e3
+from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model.table import Role
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
 from eagle3fn.train.held_out import evaluate_held_out
-from eagle3fn.train.launch import World, ranks
 from eagle3fn.train.optimizer import OPTIMIZERS, Optimizer
 from eagle3fn.train.recipe import OURS
 from eagle3fn.train.shard import empty_state, is_sharded, local, own_rows, place, rows_of
