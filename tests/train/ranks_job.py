@@ -353,8 +353,8 @@ def checkpoint_of_all_ranks_is_read_by_one_and_by_all(mesh: DeviceMesh, world: W
 def held_out_row_is_that_of_one_process(mesh: DeviceMesh, world: World) -> None:
     """Five held-out samples: the last of four ranks has none."""
     folder = world.shared(tempfile.mkdtemp() if world.main else None)
-    for objective in ({"normalization": "mask"}, {"normalization": "rows"}):
-        alone = held_out_run(Path(folder) / str(world.rank), **objective)
+    for normalization in ("mask", "rows"):
+        alone = held_out_run(Path(folder) / str(world.rank), normalization=normalization)
         params = alone.fns.init(3)
         expected = evaluate_held_out(alone, params)
         assert expected.keys() >= {"loss", "losses", "rows", "accepted_length"}
