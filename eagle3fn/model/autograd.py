@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import optree
 import torch
 from torch import Tensor
 
@@ -137,20 +136,6 @@ def is_last_pull_back(grad: Tensor) -> bool:
     is_batched = torch._C._functorch.is_batchedtensor(grad)  # pyright: ignore
     in_entry = getattr(_mapped, "depth", 0) > 0
     return not (graph_stays or is_batched or in_entry)
-
-
-def is_mapped(tree: Any) -> bool:
-    """Whether a tensor of the tree is batched by a `vmap` around this call."""
-    functorch: Any = torch._C._functorch  # pyright: ignore
-
-    def batched(x: Tensor) -> bool:
-        while functorch.is_functorch_wrapped_tensor(x):
-            if functorch.is_batchedtensor(x):
-                return True
-            x = functorch.get_unwrapped(x)
-        return False
-
-    return any(batched(leaf) for leaf in optree.tree_leaves(tree))
 
 
 # Records and their tensors.

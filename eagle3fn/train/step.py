@@ -37,8 +37,8 @@ Metrics = dict[str, Any]
 """What `step` reports of an update, by name."""
 
 _NO_DERIVATIVE = (
-    "differentiate forward_loss under objective.numerics = 'plain' and an update of your own, or "
-    "detach the state"
+    "step has no derivative; differentiate forward_loss under objective.numerics = 'plain' and an "
+    "update of your own, or detach the state"
 )
 
 
@@ -103,7 +103,7 @@ def step(
             "by torch.func.vmap"
         )
     if any(getattr(leaf, "requires_grad", False) for leaf in named_leaves((state, rate)).values()):
-        raise UserError(f"step has no derivative; {_NO_DERIVATIVE}")
+        raise UserError(_NO_DERIVATIVE)
 
     # Detached: a module's parameters among them would make what vmap returns require a gradient.
     frozen = tree_map(Tensor.detach, frozen)
