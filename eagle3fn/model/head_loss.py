@@ -262,6 +262,7 @@ def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor, loss: RowLoss) -
         # The wide logits' memory is used once more, for the acceptance.
         accept = torch.minimum(draft, p_full, out=wide_logits).sum(-1)
         logits[:, part] = gradient
+        del gradient  # else the next group's is made next to it
 
         correct = kept[draft_token] == target_token
         parts.append(PairScores(row_loss, correct, accept, t2d[target_token]))
