@@ -260,6 +260,7 @@ def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor, loss: RowLoss) -
         else:
             row_loss, gradient = _value_and_gradient(loss, wide_logits, p_draft, p_full)
         logits[:, part] = gradient
+        del gradient  # else the next group's is made next to it
 
         correct = kept[draft_token] == target_token
         parts.append(PairScores(row_loss, correct, accept, t2d[target_token]))

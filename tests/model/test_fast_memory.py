@@ -7,6 +7,7 @@ import torch
 
 import eagle3fn as e3
 from eagle3fn.model import head_loss, table
+from eagle3fn.model.losses import LOSSES, find_loss
 from eagle3fn.train import optimizer
 from tests.model.blocks import H, batch_of, config_of, frozen_of, vjp
 from tests.peak import Peak
@@ -66,6 +67,26 @@ def test_memory_beyond_the_gradients_is_flat_in_the_draft_vocabulary(part, small
 
     small, large = DRAFT_VOCABULARIES
     assert beyond[1] - beyond[0] < (large - small) * WIDTH * 4 / 2
+
+
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_a_group_of_labels_leaves_nothing_to_the_next(loss_name, monkeypatch):
+    """The scores of three groups take the memory of one, and their own metrics."""
+    k, p, v, d = 2, 8, 600, 512
+    group = 4 * k * p * d
+    monkeypatch.setattr(head_loss, "_GROUP_BYTES", group)
+    loss = find_loss(e3.ObjectiveConfig(loss=loss_name))
+    t2d = torch.arange(v) < d
+
+    most = []
+    for groups in (1, 3):
+        logits = torch.zeros(k, groups * p, d, dtype=torch.bfloat16)
+        z = torch.zeros(groups * p, v, dtype=torch.bfloat16)
+        with Peak() as peak:
+            head_loss.score(logits, z, t2d, torch.arange(d), loss)
+        most.append(peak.most)
+    assert group < most[0]
+    assert most[1] - most[0] < group / 2
 
 
 def test_a_pull_back_scales_and_repeats_bit_for_bit():
