@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -49,8 +50,7 @@ class Problem(NamedTuple):
 
 def make_problem(case: Case, numerics: Any) -> Problem:
     config = case.config()
-    objective = e3.ObjectiveConfig(**(vars(config.objective) | {"numerics": numerics}))
-    config = e3.Config(config.draft, objective, config.optimizer, train=config.train)
+    config = replace(config, objective=replace(config.objective, numerics=numerics))
     return Problem(config, tiny_frozen(case), tiny_params(case), tuple(tiny_batch(case)[:5]))
 
 
@@ -63,7 +63,7 @@ def same(numerics: str, found: Tensor, wanted: Tensor) -> bool:
 
 def seeds(case: Case, count: int) -> Params:
     """Parameters of several seeds, stacked along a first axis."""
-    drawn = [tiny_params(Case(**(vars(case) | {"seed": seed}))) for seed in range(count)]
+    drawn = [tiny_params(replace(case, seed=seed)) for seed in range(count)]
     return {name: torch.stack([params[name] for params in drawn]) for name in drawn[0]}
 
 
@@ -94,7 +94,7 @@ def test_per_sample_gradients_are_those_of_single_samples(
 @BOTH
 def test_per_sample_gradients_add_up_to_that_of_the_batch(numerics: str) -> None:
     """Under "rows" a sample's loss is a mean over its own rows."""
-    case = Case(**(vars(SMALL) | {"normalization": "rows"}))
+    case = replace(SMALL, normalization="rows")
     problem = make_problem(case, numerics)
     in_dims = (None, *[0] * 5)
     gradients = vmap(grad(problem.loss), in_dims=in_dims)(problem.params, *problem.fields)
@@ -205,14 +205,18 @@ def of_parameters(numerics: str) -> tuple[Callable[[Params], Tensor], Params]:
 
 @pytest.mark.parametrize("loss", ["kl", "rkl", "nla", "lk"])
 def test_forward_mode_of_plain_is_the_slope(loss: str) -> None:
-    constant_weight = {"loss": loss, "kl_scale": 0.5, "kl_decay": 0.0}  # differences see no other
-    problem = make_problem(Case(**(vars(SMALL) | constant_weight)), "plain")
+    constant_weight: Any = {
+        "loss": loss,
+        "kl_scale": 0.5,
+        "kl_decay": 0.0,
+    }  # differences see no other
+    problem = make_problem(replace(SMALL, **constant_weight), "plain")
 
     def loss_of(params: Params) -> Tensor:
         return problem.loss_of_batch(params, *problem.fields)
 
     along = direction(problem.params)
-    value, slope = jvp(loss_of, (problem.params,), (along,))
+    value, slope, *_ = jvp(loss_of, (problem.params,), (along,))
     assert torch.equal(value, loss_of(problem.params))
     assert error(slope, dot(grad(loss_of)(problem.params), along)) < 1e-10
 
@@ -227,7 +231,7 @@ def test_hessian_vector_products_of_plain() -> None:
     """Forward over reverse, reverse over reverse, and differences of gradients."""
     loss, params = of_parameters("plain")
     along = direction(params)
-    _, forward_over_reverse = jvp(grad(loss), (params,), (along,))
+    _, forward_over_reverse, *_ = jvp(grad(loss), (params,), (along,))
     reverse_over_reverse = grad(lambda p: dot(grad(loss)(p), along))(params)
 
     step = 1e-6
