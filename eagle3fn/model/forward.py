@@ -1,6 +1,6 @@
 """`forward_loss(params, batch) → (loss, aux)`: the EAGLE-3 objective as one pure function."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class ForwardLoss(Protocol):
     """A loss of one micro-batch and its metrics, as `forward_loss`."""
 
     def __call__(
-        self, params: Params, batch: Batch, *, config: Config, frozen: Frozen, loss: Any = None
+        self, params: Params, batch: Batch, *, config: Config, frozen: Frozen
     ) -> tuple[Tensor, Aux]:
         """Scalar loss, and metrics without gradient."""
         ...

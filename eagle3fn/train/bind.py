@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -54,7 +54,8 @@ def bind(
         check_map(vocab_map, config.draft.vocab_size, config.draft.draft_vocab_size, "frozen")
 
     if loss is not None:
-        recipe = recipe._replace(loss=partial(recipe.loss, loss=loss))
+        with_loss: Any = recipe.loss  # takes a loss by row, where a recipe's own must not
+        recipe = recipe._replace(loss=partial(with_loss, loss=loss))
     if optimizer is not None:
         recipe = recipe._replace(optimizer=optimizer)
     return Functions(

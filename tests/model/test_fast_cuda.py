@@ -99,7 +99,8 @@ def test_kernel_equals_its_torch_expression(dtype, pair, device):
 def test_argmax_ties_pick_lowest_index(device):
     """The teacher is the first step's draft, and low outside its vocabulary: that step is right."""
     t2d, kept = vocabulary_of(150, 70)
-    for score in (kernel.score, torch_score):
+    scores_of: list[Any] = [kernel.score, torch_score]
+    for score in scores_of:
         generator = torch.Generator().manual_seed(3)
         logits = torch.randint(-2, 2, (2, 6, 70), generator=generator).float()
         z = torch.full((6, 150), -3.0).index_copy_(1, kept, logits[0])
@@ -114,7 +115,8 @@ def test_argmax_ties_pick_lowest_index(device):
 def test_draft_vocabulary_far_below_the_targets_largest_logit(gap, device):
     t2d, kept = vocabulary_of(150, 70)
     found = []
-    for score in (kernel.score, torch_score):
+    scores_of: list[Any] = [kernel.score, torch_score]
+    for score in scores_of:
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(2, 2, 70, generator=generator).to(device)
         z = torch.randn(2, 150, generator=generator)

@@ -75,7 +75,8 @@ def brackets(count: int, reduce: str) -> str:
         leaf.text = text  # pyright: ignore[reportAttributeAccessIssue]
         return leaf
 
-    return total((record(str(i)) for i in range(count)), count, reduce).text
+    summed: Any = total((record(str(i)) for i in range(count)), count, reduce)
+    return summed.text
 
 
 def test_tree_reduction_is_fixed_and_a_ranks_block_is_a_subtree():
