@@ -22,6 +22,7 @@ from eagle3fn.data.target import cache_name, hidden_states
 from eagle3fn.model import plain as plain_ops
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.strategies import VALUES
 from eagle3fn.train.bind import bind
 from eagle3fn.use import decode
 from eagle3fn.use.decode import Decoded, speculate
@@ -295,10 +296,11 @@ def test_layer_outputs_are_those_of_the_latest_call():
     assert torch.equal(outputs[0], prompt(1, 3)[..., None].float() + 2)
 
 
+@pytest.mark.parametrize("switches", VALUES["switches"], ids=str)
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)])
-def test_drafted_rows_are_those_of_the_training_unroll(monkeypatch, heads, device):
+def test_drafted_rows_are_those_of_the_training_unroll(monkeypatch, heads, switches, device):
     """Logits of unroll step i at row t: the drafted row i after committed rows 0 … t. In fp64."""
-    case = Case(heads=heads, steps=4, lengths=(9,), dtype="float64", seed=5)
+    case = Case(heads=heads, steps=4, lengths=(9,), dtype="float64", switches=switches, seed=5)
     params, frozen, batch = (
         on(device, x) for x in (tiny_params(case), tiny_frozen(case), tiny_batch(case))
     )
