@@ -227,7 +227,9 @@ def _unroll_products(tally: Tally, size: Size, widths: _Widths) -> None:
 
 
 def _rotary(tally: Tally, size: Size, widths: _Widths) -> None:
-    """Forward: a product, and one that adds to each half. Backward: the same.
+    """Forward: two products, a rotated copy in two passes, a sum.
+
+    Backward: the same, and slices copied into zeros.
 
     Then slices of queries, keys and values, whose gradients are copied into zeros and added.
     """
@@ -241,10 +243,10 @@ def _rotary(tally: Tally, size: Size, widths: _Widths) -> None:
     tally.passes(part, "places of tables", copied(2 * t * e * C), 3, k)
     tally.passes(part, "places of tables", copied(2 * m * e * C), 3)
 
-    # Step-0 keys, the rows' queries, keys of the later steps; each with its tables.
-    for rows, columns, repeats in ((m, kv, 1), (t, q, k), (t, kv, k - 1)):
-        moved = Bytes((3 * columns + 2 * e) * rows * C, 2 * columns * rows * C)
-        tally.passes(part, "forward and backward", moved, 3, 2 * repeats)
+    # Step-0 keys, the rows' queries, keys of the later steps.
+    for values, repeats in ((m * kv, 1), (t * q, k), (t * kv, k - 1)):
+        tally.passes(part, "forward", times(values * C, 5.5, 4.5), 5, repeats)
+        tally.passes(part, "backward", times(values * C, 7.5, 7.5), 9, repeats)
 
     # Queries, keys and values of a later step have one tensor of gradients, with two sums.
     moved = times(t * qkv * C, 1 + 2 * 2, 3 + 1 + 2)

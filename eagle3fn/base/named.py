@@ -37,9 +37,9 @@ def find(
     # A user's module can fail in any way: its own message is part of ours.
     try:
         module = import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
-            f"{given}: module {module_name!r} cannot be imported ({type(error).__name__}: {error});"
+            f"{given}: module {module_name!r} cannot be imported ({in_one_line(error)});"
             " mend it, or put its folder on PYTHONPATH"
         ) from error
 
@@ -51,6 +51,11 @@ def find(
         )
     check_arguments(function, arguments, given)
     return function
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's kind and message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_arguments(function: Callable[..., Any], arguments: tuple[str, ...], given: str) -> None:

@@ -32,8 +32,9 @@ class Batch(NamedTuple):
     embedding of token `t + i + 1`, and is scored against the target's distribution for token
     `t + i + 2`: the label at place `t + i`. Samples are right-padded with zeros.
 
-    `row_mask` must be 0 on padding; that is not checked, as it would read values. With a trained
-    row on padding the two numerics differ: plain hides padded keys from it, fast does not.
+    `row_mask` must be 0 on padding, and where the label `t + i` is past the end; that is not
+    checked, as it would read values. There the two numerics differ: plain hides padded keys from a
+    padded row, fast does not, and counts no row without a label.
     """
 
     # (B, S + K - 1) int64: row t reads entry t + i, which is token t + i + 1; 0 past the end

@@ -24,7 +24,7 @@ from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import table
 from eagle3fn.model.block_attention import Blocks, block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention, has_flash_kernel
-from eagle3fn.model.fused_layers import fused_rms_norm, fused_rotate, mlp, norm_linear
+from eagle3fn.model.fused_layers import fused_rms_norm, mlp, norm_linear
 from eagle3fn.model.head_loss import Labels, Scores, head_and_loss
 from eagle3fn.model.losses import RowLoss
 from eagle3fn.model.unroll import Ops, Rows
@@ -74,10 +74,11 @@ def plan_rows(batch: Batch) -> RowPlan:
     row_of_label, has_row = _find(rows, labels - steps)
 
     # A pair counts once, and if the mask trains its row at the step.
-    trained = mask[:, rows] * (has_label & first_of_repeats(rows))
+    label_in_sample = rows % s + steps < s
+    trained = mask[:, rows] * (has_label & label_in_sample & first_of_repeats(rows))
     is_trained = mask.gather(1, (labels - steps).clamp(min=0)) > 0
-    in_sample = labels % s >= steps
-    scored = has_row & in_sample & first_of_repeats(labels) & is_trained
+    row_in_sample = labels % s >= steps
+    scored = has_row & row_in_sample & first_of_repeats(labels) & is_trained
     return RowPlan(
         rows=[rows, *[None] * (k - 1)],
         labels=labels,
@@ -254,7 +255,6 @@ FAST = Ops(
     norm=fused_rms_norm,
     qkv=_qkv,
     head_axis=-2,
-    rotate=fused_rotate,
     shared=lambda heads, groups: heads,
     sight=_sight,
     attend=_attend,

@@ -1,4 +1,4 @@
-"""Parts of the fast operations whose written backwards keep few tensors: norm, rotation, MLP."""
+"""Parts of the fast operations whose written backwards keep few tensors: norm, projection, MLP."""
 
 from typing import Any, NamedTuple
 
@@ -73,52 +73,6 @@ _fused_rms_norm = differentiable_once(
     outputs=_Normed,
     without_gradient=["scale"],
     unread_outputs=["normed"],
-)
-
-
-# Rotation by position: y = x · cos + (−x₂, x₁) · sin, of the halves x₁ and x₂ of the last axis.
-
-
-class _RotateInputs(NamedTuple):
-    x: Tensor  # (…, E)
-    cos: Tensor  # these two broadcast to x
-    sin: Tensor
-
-
-class _Rotated(NamedTuple):
-    rotated: Tensor  # (…, E)
-
-
-def fused_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope.rotate` of `x` `(…, E)`; it keeps the tables alone."""
-    return _fused_rotate(_RotateInputs(x, cos, sin)).rotated
-
-
-def _rotate_forward(inputs: _RotateInputs) -> _Rotated:
-    return _Rotated(_rotate(inputs.x, inputs.cos, inputs.sin, sign=1))
-
-
-def _rotate_backward(inputs: _RotateInputs, outputs: _Rotated, grads: _Rotated) -> dict[str, Any]:
-    return {"x": _rotate(grads.rotated, inputs.cos, inputs.sin, sign=-1)}
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    out = x * cos
-    first, second = out.chunk(2, dim=-1)
-    x_first, x_second = x.chunk(2, dim=-1)
-    sin_first, sin_second = sin.chunk(2, dim=-1)
-    first.addcmul_(x_second, sin_first, value=-sign)
-    second.addcmul_(x_first, sin_second, value=sign)
-    return out
-
-
-_fused_rotate = differentiable_once(
-    _rotate_forward,
-    _rotate_backward,
-    inputs=_RotateInputs,
-    outputs=_Rotated,
-    unread_inputs=["x"],
-    unread_outputs=["rotated"],
 )
 
 

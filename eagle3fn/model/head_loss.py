@@ -146,8 +146,9 @@ def _forward(inputs: _Inputs) -> _Outputs:
             # Products have no name here, so that each is freed when it has been added.
             grad_logits = logits.flatten(0, 1)
             factor = (weight * scores.known).flatten()[:, None]
-            if loss_of.closed is None:
-                # Of a pair that does not count it may be infinite: zero times it is not zero.
+            if loss_of.kernel is None:
+                # Of a pair that does not count it may be infinite: zero times it is not zero. The
+                # KL's, which has a kernel, is finite.
                 grad_logits.masked_fill_(factor == 0, 0.0)
             grad_flat.index_add_(0, place.flatten(), ((grad_logits @ head) * factor).to(flat.dtype))
             _add_product(grad_head, grad_logits, (x.flatten(0, 1) * factor).to(x.dtype), max_bytes)

@@ -13,7 +13,7 @@ loss is a sum over rows, and micro-batches and ranks add up.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ class RowLoss(NamedTuple):
     """A loss as a function of one row's logits; rows do not depend on each other.
 
     Its functions take the draft's logits `(…, D)` in at least fp32, and what they need besides:
-    `p_draft` and `p_full` of the same shape, or a number of `ObjectiveConfig`.
+    `p_draft` and `p_full` of the same shape, or a number of `ObjectiveConfig`. They depend on
+    nothing else, and write into no argument: by a parameter that they close over the fast numerics
+    have no gradient.
     """
 
     # (logits, *needs) → (…,), differentiable by the logits
@@ -125,6 +127,11 @@ def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
     loss = own
     if loss is None:
         loss = find(objective.loss, LOSSES, "objective.loss", arguments)
+    for name in loss.needs if isinstance(loss, RowLoss) else ():
+        if name not in {"p_draft", "p_full"} | vars(objective).keys():
+            raise UserError(
+                f"the loss needs {name!r}; it must be p_draft, p_full or a setting of [objective]"
+            )
     if not isinstance(loss, RowLoss):
         check_arguments(loss, arguments, f"loss = {loss!r}")
         loss = RowLoss(loss)
@@ -134,21 +141,39 @@ def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
         return [given[name] for name in loss.needs]
 
     def value(logits: Tensor, p_draft: Tensor, p_full: Tensor) -> Tensor:
+        before = _versions(p_draft, p_full)
         rows = loss.value(logits, *needed(p_draft, p_full))
-        if not isinstance(rows, Tensor) or rows.shape != logits.shape[:-1]:
-            is_tensor = isinstance(rows, Tensor)
-            found = f"shape {tuple(rows.shape)}" if is_tensor else type(rows).__name__
-            raise UserError(
-                f"the loss returned {found} for logits {tuple(logits.shape)}; "
-                f"it must be {tuple(logits.shape[:-1])}, one value a row"
-            )
+        _check_rows(rows, logits.shape[:-1], "one value a row")
+        if _versions(p_draft, p_full) != before:
+            raise UserError("the loss wrote into p_draft or p_full, which others read; copy them")
         return rows
 
     def closed(logits: Tensor, draft: Tensor, *teacher: Tensor) -> tuple[Tensor, Tensor]:
         assert loss.closed is not None
-        return loss.closed(logits, draft, *needed(*teacher))
+        pair = loss.closed(logits, draft, *needed(*teacher))
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise UserError(
+                f"the loss's closed form returned {type(pair).__name__}; it must be a pair"
+            )
+        _check_rows(pair[0], logits.shape[:-1], "one value a row")
+        _check_rows(pair[1], logits.shape, "the gradient by the logits")
+        return pair
 
     return RowLoss(value, loss.closed and closed, kernel=loss.kernel)
+
+
+def _check_rows(found: Any, shape: tuple[int, ...], what: str) -> None:
+    """Refuse what a loss returned if it is no floating-point tensor of this shape."""
+    if isinstance(found, Tensor) and found.shape == shape and found.is_floating_point():
+        return
+    is_tensor = isinstance(found, Tensor)
+    kind = f"shape {tuple(found.shape)}, {found.dtype}" if is_tensor else type(found).__name__
+    raise UserError(f"the loss returned {kind}; it must be floating point {tuple(shape)}, {what}")
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    """How often each was written into; inference tensors don't count it."""
+    return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def step_loss(

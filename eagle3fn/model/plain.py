@@ -19,7 +19,6 @@ from eagle3fn.base.rows import trained_row_counts
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import table
 from eagle3fn.model.losses import RowLoss, acceptance, correct_rows, step_loss
-from eagle3fn.model.rope import rotate
 from eagle3fn.model.teacher import make_teacher
 from eagle3fn.model.unroll import Ops, Rows
 from eagle3fn.model.visibility import Visible
@@ -264,7 +263,6 @@ PLAIN = Ops(
     norm=rms_norm,
     qkv=_qkv,
     head_axis=1,
-    rotate=rotate,
     shared=repeat_heads,
     sight=_sight,
     attend=attend,

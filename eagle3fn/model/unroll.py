@@ -16,7 +16,7 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import table
-from eagle3fn.model.rope import rope_table
+from eagle3fn.model.rope import rope_table, rotate
 from eagle3fn.model.visibility import visible
 
 Rows = Sequence[Tensor | None]
@@ -45,8 +45,6 @@ class Ops(NamedTuple):
     # values of all of `hidden`, as heads before the rotation
     qkv: Callable[..., tuple[Tensor, Tensor, Tensor]]
     head_axis: int  # of those heads' tensors
-    # (x, cos, sin) → x, rotated by its position
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     # (key or value heads, N / J) → as `attend` reads them
     shared: Callable[[Tensor, int], Tensor]
     # (what rows see, their places b·S + t or None, step 0's keys, attention mask) → as `attend`
@@ -136,7 +134,7 @@ def rotated(
     weights: Params, draft: DraftConfig, name: str, heads: Tensor, angles: Angles, ops: Ops
 ) -> Tensor:
     """Query or key heads, which the matrix `name` has made, rotated by their positions."""
-    return ops.rotate(heads, *angles)
+    return rotate(heads, *angles)
 
 
 def _angles(tables: Angles, position: Tensor, ops: Ops) -> Angles:

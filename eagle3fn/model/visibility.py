@@ -15,8 +15,9 @@ class Visible(NamedTuple):
     Besides, a row always sees its own keys of the unroll steps up to the present one.
     """
 
-    first: Tensor | int | None  # below 0 is as 0; None: from the beginning, at every step
-    last: Tensor | int
+    # Below 0 is as 0. None: from the beginning, and `last` is the row's own place, at every step
+    first: Tensor | int | None
+    last: Tensor | int  # at step 0 not below `first`
 
 
 def visible(config: DraftConfig, place: Place, step: int) -> Visible:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.config import Config
+from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen, check_loss
@@ -47,6 +48,16 @@ def bind(
         UserError: no such loss, the frozen tensors don't fit the configuration, or `t2d` and `d2t`
             name different tokens.
     """
+    for name, given in (("loss", loss), ("optimizer", optimizer)):
+        if isinstance(given, str):
+            raise UserError(
+                f"bind: {name} = {given!r} is a name; give it as a setting, or a function"
+            )
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise UserError(
+            f"bind: optimizer is {type(optimizer).__name__}; it must be an Optimizer(init, update),"
+            " such as OPTIMIZERS[name](config.optimizer)"
+        )
     check_loss(config, recipe.batch_means, loss)
     check_frozen(frozen, config)
     if _has_values(frozen.t2d) and _has_values(frozen.d2t):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.named import find
+from eagle3fn.base.named import find, in_one_line
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Params
 from eagle3fn.model.table import Role
@@ -211,7 +211,14 @@ def named_optimizer(config: OptimizerConfig) -> Optimizer:
     Raises:
         UserError: neither, or the function returns something else than an `Optimizer`.
     """
-    made = find(config.name, OPTIMIZERS, "optimizer.name", ("config",))(config)
+    make = find(config.name, OPTIMIZERS, "optimizer.name", ("config",))
+    try:
+        made = make(config)
+    except Exception as error:
+        raise UserError(
+            f"optimizer.name = {config.name!r}: the function raised {in_one_line(error)}; it must "
+            "take an OptimizerConfig and return an Optimizer(init, update)"
+        ) from error
     if not isinstance(made, Optimizer):
         raise UserError(
             f"optimizer.name = {config.name!r}: the function returned {type(made).__name__}; it "

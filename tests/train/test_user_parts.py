@@ -1,0 +1,141 @@
+"""What a user's own loss or optimizer returns is checked where it would go wrong silently."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import eagle3fn as e3
+from eagle3fn.base.named import find
+from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
+
+CASE = Case(lengths=(9, 6), steps=3, mask="full", normalization="mask")
+NUMERICS = pytest.mark.parametrize("numerics", ["plain", "fast"])
+
+
+def config_of(numerics: Any) -> e3.Config:
+    config = CASE.config()
+    return replace(config, objective=replace(config.objective, numerics=numerics))
+
+
+def loss_and_gradient(numerics: str, loss: Any, scale: float = 1.0) -> tuple[Any, Any]:
+    batch = tiny_batch(CASE)
+    batch = batch._replace(label_hidden=batch.label_hidden * scale)
+    fns = e3.bind(config_of(numerics), tiny_frozen(CASE), loss=loss)
+    return e3.value_and_grad(fns.forward_loss, has_aux=True)(tiny_params(CASE), batch)
+
+
+UPDATES: dict[str, Callable[[Any], Any]] = {
+    "shape": lambda params: ({name: leaf[:1] for name, leaf in params.items()}, ()),
+    "dtype": lambda params: ({name: leaf.half() for name, leaf in params.items()}, ()),
+    "is missing": lambda params: ({}, ()),
+    "is no parameter": lambda params: (params | {"more": torch.zeros(1)}, ()),
+    "must be": lambda params: None,
+}
+
+
+@pytest.mark.parametrize("message", UPDATES)
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_optimizer_returns_the_parameters_as_they_were(message: str, donate: bool) -> None:
+    optimizer = e3.Optimizer(
+        init=lambda params, roles: (),
+        update=lambda grads, state, params, info: UPDATES[message](params),
+    )
+    fns = e3.bind(config_of("fast"), tiny_frozen(CASE), optimizer=optimizer)
+    state = fns.init_state(tiny_params(CASE))
+    with pytest.raises(e3.UserError, match=f"optimizer.*{message}"):
+        fns.step(state, tiny_batch(CASE), donate=donate)
+
+
+def nla_of_division(logits: torch.Tensor, draft: torch.Tensor, p_full: torch.Tensor) -> Any:
+    """Not finite where no token is accepted, as in rows that do not count."""
+    accept = torch.minimum(p_full, draft).sum(-1)
+    below = (draft < p_full) * draft
+    gradient = -(below - draft * below.sum(-1, keepdim=True)) / accept[..., None]
+    return -accept.log(), gradient
+
+
+def test_a_closed_form_that_is_not_finite_where_no_pair_counts() -> None:
+    """Rows whose label is outside the draft vocabulary have no part in the gradient."""
+    nla = e3.LOSSES["nla"]
+    _, wanted = loss_and_gradient("fast", nla, scale=300)
+    _, found = loss_and_gradient("fast", nla._replace(closed=nla_of_division), scale=300)
+    for name, grad in found.items():
+        assert torch.isfinite(grad).all(), name
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_closed_form_is_a_pair_of_the_right_shapes() -> None:
+    def loss(closed: Callable[..., Any]) -> e3.RowLoss:
+        return e3.LOSSES["kl"]._replace(closed=closed, kernel=None)
+
+    kl = e3.LOSSES["kl"].closed
+    assert kl is not None
+    for closed in (
+        lambda *inputs: kl(*inputs)[0],
+        lambda *inputs: (kl(*inputs)[0], kl(*inputs)[1][..., :1]),
+        lambda *inputs: (kl(*inputs)[0].sum(), kl(*inputs)[1]),
+    ):
+        with pytest.raises(e3.UserError, match="must be"):
+            loss_and_gradient("fast", loss(closed))
+
+
+def test_a_loss_does_not_write_into_the_teacher() -> None:
+    def writes(logits: torch.Tensor, p_draft: torch.Tensor, p_full: torch.Tensor) -> torch.Tensor:
+        return (p_full.mul_(0.5) - logits.softmax(-1)).abs().sum(-1)
+
+    with pytest.raises(e3.UserError, match="wrote into p_draft or p_full"):
+        loss_and_gradient("plain", writes)
+
+
+@NUMERICS
+def test_a_loss_is_floating_point(numerics: str) -> None:
+    with pytest.raises(e3.UserError, match="floating point"):
+        loss_and_gradient(numerics, lambda logits, p_draft, p_full: logits.argmax(-1))
+
+
+def test_names_are_settings_and_needs_are_known() -> None:
+    frozen = tiny_frozen(CASE)
+    with pytest.raises(e3.UserError, match="loss = 'kl' is a name"):
+        e3.bind(config_of("fast"), frozen, loss="kl")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(e3.UserError, match="optimizer is function; it must be"):
+        e3.bind(config_of("fast"), frozen, optimizer=e3.OPTIMIZERS["muon"])  # pyright: ignore
+    with pytest.raises(e3.UserError, match="needs 'temperature'"):
+        e3.bind(config_of("fast"), frozen, loss=e3.RowLoss(torch.sum, needs=("temperature",)))
+
+
+@pytest.mark.parametrize("body", ["import sys; sys.exit(3)", "raise ValueError('one\\ntwo')"])
+def test_a_module_that_ends_or_fails_is_one_line(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    name = f"fails_{len(body)}"
+    (tmp_path / f"{name}.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(e3.UserError, match="cannot be imported") as refused:
+        find(f"{name}:f", {}, "objective.loss", ())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_factory_that_raises_is_one_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad_factory.py").write_text("def make(config):\n    raise KeyError('lr')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of("fast")
+    config = replace(config, optimizer=replace(config.optimizer, name="bad_factory:make"))
+    with pytest.raises(e3.UserError, match="the function raised KeyError"):
+        e3.bind(config, tiny_frozen(CASE)).init_state(tiny_params(CASE))
+
+
+def test_a_label_past_the_end_belongs_to_no_other_sample() -> None:
+    """A row mask that trains one, which `collate` never makes, does not reach the next sample."""
+    batch = tiny_batch(CASE)
+    mask = torch.zeros_like(batch.row_mask)
+    mask[0, 2, 8] = 1
+    mask[1, 0, 1] = 1
+    params, frozen = tiny_params(CASE), tiny_frozen(CASE)
+    found = [
+        e3.forward_loss(params, batch._replace(row_mask=mask), config=config_of(n), frozen=frozen)
+        for n in ("plain", "fast")
+    ]
+    torch.testing.assert_close(found[0][1].accept, found[1][1].accept)
