@@ -63,7 +63,8 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
     n = draft.num_attention_heads
     j = draft.num_key_value_heads
     e = draft.head_dim
-    rows = ops.plan(batch).rows[0]
+    plan = ops.plan(batch)
+    rows = None if plan is None else plan.rows
 
     # Shapes of a step's tensors: of every place with expanded heads, or of the listed rows.
     place = torch.arange(s, device=batch.attention_mask.device).expand(b, s)

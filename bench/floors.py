@@ -25,7 +25,7 @@ from bench.floor_parts import C, F, Kernels, Size, fast_step
 from bench.problem import draft_of, turns
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import over_steps, row_lists
+from eagle3fn.base.rows import over_steps, plan_rows
 from eagle3fn.specforge import align_mask
 
 
@@ -131,8 +131,8 @@ def size_of(
     source = torch.Generator().manual_seed(1000 * seed)
     mask = torch.stack([align_mask(turns(seq, masked, source)) for _ in range(batch)])
     row_mask = over_steps(mask, k)
-    lists = row_lists(row_mask)
-    size = Size(draft, batch, seq, k, rows=len(lists.rows), labels=len(lists.labels))
+    plan = plan_rows(row_mask)
+    size = Size(draft, batch, seq, k, rows=len(plan.rows), labels=len(plan.labels))
     return Counted(size, row_mask)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.draft_config import DraftConfig
-from eagle3fn.base.rows import row_lists
+from eagle3fn.base.rows import plan_rows
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.data.collate import align
 from eagle3fn.model.table import weights
@@ -152,7 +152,7 @@ def make_problem(
         last_hidden=draw((batch, seq, draft.target_hidden_size), 2.0),
         k=k,
     )
-    made = made._replace(**row_lists(made.row_mask)._asdict())
+    made = made._replace(plan=plan_rows(made.row_mask))
     return Problem(draft, make_frozen(draft, seed, dtype, device), made)
 
 

@@ -21,6 +21,9 @@ class ObjectiveConfig:
     Attributes:
         ttt_length: unroll steps `K` (training-time test).
         decay: weight of unroll step `i` is `decay ** i`.
+        survival: chance that a row goes on to the next unroll step. Of step `i` a share of
+            `survival ** i` is computed, and weighs as much more: loss and gradient are right in
+            expectation. 1: every row, at every step.
         normalization: "mask" divides a step's loss by its trained rows in the global batch, "rows"
             by all `B·S` rows.
         loss: a name of `model.losses.LOSSES`, or a function of one's own as "module:function", of
@@ -37,6 +40,7 @@ class ObjectiveConfig:
 
     ttt_length: int = 7
     decay: float = 0.8
+    survival: float = 1.0
     normalization: Literal["mask", "rows"] = "mask"
     loss: str = "kl"
     kl_scale: float = 1.0
@@ -50,6 +54,7 @@ class ObjectiveConfig:
         _check_choices(self, "objective")
         require(self.ttt_length >= 1, "objective.ttt_length", self.ttt_length, "at least 1")
         require(0 < self.decay <= 1, "objective.decay", self.decay, "in (0, 1]")
+        require(0 < self.survival <= 1, "objective.survival", self.survival, "in (0, 1]")
         require(
             self.teacher_chunk >= 1, "objective.teacher_chunk", self.teacher_chunk, "at least 1"
         )

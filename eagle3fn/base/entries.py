@@ -29,7 +29,7 @@ def is_mapped(tree: Any) -> bool:
             x = functorch.get_unwrapped(x)
         return False
 
-    return any(batched(leaf) for leaf in optree.tree_leaves(tree))
+    return any(batched(leaf) for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def entry_by_entry(

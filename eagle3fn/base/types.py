@@ -2,12 +2,14 @@
 
 Shape letters, used in every docstring: `B` batch, `S` sequence, `K` unroll steps, `H` draft hidden,
 `Ht` target hidden, `I` inner size of the MLP, `N` heads, `J` key-value heads, `E` head size, `V`
-target vocabulary, `D` draft vocabulary, `T` listed rows, `P` listed labels.
+target vocabulary, `D` draft vocabulary, `T` computed rows, `P` scored labels, `X` pairs of both.
 """
 
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from eagle3fn.base.rows import RowPlan
 
 Params = dict[str, Tensor]
 """The trainable tensors under their exported names, in `model.table` order."""
@@ -48,10 +50,12 @@ class Batch(NamedTuple):
     position_ids: Tensor | None = None  # (B, S) int64 in [0, S); absent: 0 … S - 1
     # (K,) fp32: rows trained at each unroll step over the *global* batch; absent: over this batch.
     row_counts: Tensor | None = None
-    # Lists of the rows and labels, `base.rows.row_lists(row_mask)`; absent: found from the mask.
-    # Lists that are given must be those of this mask: others give another loss.
-    rows: Tensor | None = None  # (T,) int64
-    labels: Tensor | None = None  # (P,) int64
+    # (B, S) int64: at how many steps each row takes part, drawn by the data pipeline
+    # (`objective.survival`); absent: at all K
+    survives: Tensor | None = None
+    # `base.rows.plan_rows(row_mask, survives)`; absent: made from them. A given one must be theirs:
+    # another gives another loss. It has no form under `vmap`.
+    plan: RowPlan | None = None
 
 
 class VocabMap(NamedTuple):

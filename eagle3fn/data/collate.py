@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle3fn.base.config import Config
-from eagle3fn.base.rows import over_steps, row_lists, shift, trained_row_counts
+from eagle3fn.base.rows import over_steps, plan_rows, shift, trained_row_counts
 from eagle3fn.base.types import Batch, Sample
 
 AlignMask = Callable[[Tensor], Tensor]
@@ -33,7 +33,12 @@ def cut(sample: Sample, max_length: int) -> Sample:
     return Sample(*(field[:max_length] for field in sample))
 
 
-def collate(samples: Sequence[Sample], config: Config, align_mask: AlignMask = align_mask) -> Batch:
+def collate(
+    samples: Sequence[Sample],
+    config: Config,
+    align_mask: AlignMask = align_mask,
+    survives: Sequence[Tensor] | None = None,
+) -> Batch:
     """Samples as one batch: cut, padded on the right with zeros, and aligned for every unroll step.
 
     All that is shifted is shifted here (see `Batch`). Its `row_counts` are left to `micro_batches`,
@@ -43,6 +48,8 @@ def collate(samples: Sequence[Sample], config: Config, align_mask: AlignMask = a
         samples: `B` of them, at least one.
         config: `data.max_length` and `objective.ttt_length` are read.
         align_mask: a sample's token mask → its rows that are trained at step 0.
+        survives: for each sample at how many unroll steps its rows take part, `(S,)` int64, as
+            `data.pipeline.draw_survival` draws them; None: at all.
     """
     short = [cut(sample, config.data.max_length) for sample in samples]
     batch = align(
@@ -53,7 +60,10 @@ def collate(samples: Sequence[Sample], config: Config, align_mask: AlignMask = a
         last_hidden=_pad([sample.last_hidden for sample in short]),
         k=config.objective.ttt_length,
     )
-    return batch._replace(**row_lists(batch.row_mask)._asdict())
+    if survives is not None:
+        short_lists = [steps[: config.data.max_length] for steps in survives]
+        batch = batch._replace(survives=_pad(short_lists))
+    return batch._replace(plan=plan_rows(batch.row_mask, batch.survives))
 
 
 def align(

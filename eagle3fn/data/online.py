@@ -15,7 +15,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Sample
 from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.extract import Encoded, check_extraction, run_target
-from eagle3fn.data.pipeline import Order, micro_batches, shuffled
+from eagle3fn.data.pipeline import Order, draw_survival, micro_batches, shuffled
 from eagle3fn.data.validate import hidden_fault, token_fault
 
 
@@ -106,7 +106,9 @@ def online_batches(
             "online_batches: no rows to train on; give conversations with a supervised token"
         )
     for step in range(start, stop):
-        chosen = [rows[index] for index in order(len(rows), config, step)]
+        numbers = order(len(rows), config, step)
+        chosen = [rows[number] for number in numbers]
         # One group a step: the target runs on this step's rows alone.
         samples = list(roll_out(model, chosen, layers, batch, group=len(chosen)))
-        yield micro_batches(samples, config, align_mask=align_mask)
+        survives = draw_survival(samples, numbers, config, step)
+        yield micro_batches(samples, config, align_mask=align_mask, survives=survives)

@@ -1,5 +1,6 @@
 """Generators: which samples a step trains on, their batches, and reading ahead in a thread."""
 
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -93,7 +94,8 @@ def batches(
         # The counts are global: the other ranks' masks are read too.
         samples = [read_sample(features, number) for number in own]
         masks = [_row_mask(features, number, config, align_mask) for number in others]
-        yield micro_batches(samples, config, masks, align_mask)
+        survives = draw_survival(samples, own, config, step)
+        yield micro_batches(samples, config, masks, align_mask, survives)
 
 
 def micro_batches(
@@ -101,16 +103,45 @@ def micro_batches(
     config: Config,
     others: Sequence[Tensor] = (),
     align_mask: AlignMask = align_mask,
+    survives: Sequence[Tensor] | None = None,
 ) -> tuple[Batch, ...]:
     """Samples as micro-batches, which carry the counts of the global batch.
 
-    `others` are the row masks `(1, K, S)` of the global batch's samples that other ranks hold.
+    `others` are the row masks `(1, K, S)` of the global batch's samples that other ranks hold, and
+    `survives` is what `draw_survival` returns for these samples.
     """
     size = config.data.micro_batch
-    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
-    micro = [collate(part, config, align_mask) for part in parts]
+    micro = []
+    for start in range(0, len(samples), size):
+        part = slice(start, start + size)
+        lives = None if survives is None else survives[part]
+        micro.append(collate(samples[part], config, align_mask, lives))
     counts = trained_row_counts([*(batch.row_mask for batch in micro), *others])
     return tuple(batch._replace(row_counts=counts) for batch in micro)
+
+
+def draw_survival(
+    samples: Sequence[Sample], numbers: Sequence[int], config: Config, step: int
+) -> list[Tensor] | None:
+    """At how many unroll steps each row of the samples takes part: `(S,)` int64 each, 1 … K.
+
+    A row goes on to the next step with the chance `objective.survival`. Drawn from the seed, the
+    training step, the sample's number and the row alone: the same on every rank, in every
+    micro-batch, and in a resumed run. None if every row survives.
+    """
+    rate = config.objective.survival
+    if rate == 1:
+        return None
+
+    drawn = []
+    for sample, number in zip(samples, numbers, strict=True):
+        key = f"survival {config.train.seed} {step} {number}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
+        generator = torch.Generator().manual_seed(seed)
+        shape = len(sample.input_ids), config.objective.ttt_length - 1
+        goes_on = torch.rand(shape, dtype=torch.float64, generator=generator) < rate
+        drawn.append(1 + goes_on.long().cumprod(1).sum(1))
+    return drawn
 
 
 def _row_mask(features: FeatureSet, number: int, config: Config, align_mask: AlignMask) -> Tensor:

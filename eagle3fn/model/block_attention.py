@@ -23,7 +23,7 @@ StepTensors = Sequence[Tensor] | Tensor
 
 
 class Block(NamedTuple):
-    """Rows `start … stop - 1` of the list, all of one sample. They see keys `begin … end - 1` only.
+    """Rows `start … stop - 1` by place, all of one sample. They see keys `begin … end - 1` only.
 
     Keys below `common` are hidden from none of them by its last key.
     """
@@ -40,19 +40,22 @@ class Blocks(NamedTuple):
     """A list of rows cut into blocks, and which of step 0's keys each row sees."""
 
     cut: tuple[Block, ...]
+    order: Tensor  # (T,) int64: the rows by place
     first: Tensor | None  # (T,) int64: the first place that the row sees; None: from the beginning
     last: Tensor  # (T,) int64
 
 
 def make_blocks(rows: Tensor, s: int, seen: Visible) -> Blocks:
-    """Cut ascending rows `b·S + t` into blocks of one sample each.
+    """Cut rows `b·S + t` into blocks of one sample each, neighbours together.
 
     `begin` and `end` are rounded to multiples of `_STRIDE`, so that few shapes occur. Reads rows
     and bounds on the host, which waits for a device once.
     """
+    order = rows.argsort()
     last = torch.as_tensor(seen.last)
     first = torch.zeros_like(last) if seen.first is None else torch.as_tensor(seen.first)
-    samples, first_places, last_places = torch.stack([rows // s, first, last]).tolist()
+    by_place = torch.stack([rows // s, first, last])[:, order]
+    samples, first_places, last_places = by_place.tolist()
 
     blocks: list[Block] = []
     start = 0
@@ -68,7 +71,7 @@ def make_blocks(rows: Tensor, s: int, seen: Visible) -> Blocks:
         common = max(min(last_places[part]) + 1, begin)
         blocks.append(Block(start, stop, samples[start], begin, common, max(min(s, end), common)))
         start = stop
-    return Blocks(tuple(blocks), None if seen.first is None else first, last)
+    return Blocks(tuple(blocks), order, None if seen.first is None else first, last)
 
 
 class _Inputs(NamedTuple):
@@ -77,6 +80,7 @@ class _Inputs(NamedTuple):
     value: Tensor  # (B, S, J, E)
     step_keys: tuple[Tensor, ...]  # I times (T, J, E)
     step_values: tuple[Tensor, ...]  # I times (T, J, E)
+    order: Tensor  # (T,)
     first: Tensor | None  # (T,)
     last: Tensor  # (T,)
     blocks: tuple[Block, ...]
@@ -112,7 +116,8 @@ def block_attention(
         `(T, N, E)`.
     """
     later = tuple(step_keys), tuple(step_values)
-    inputs = _Inputs(q, key, value, *later, blocks.first, blocks.last, blocks.cut)
+    seen = blocks.order, blocks.first, blocks.last, blocks.cut
+    inputs = _Inputs(q, key, value, *later, *seen)
     return _attention(inputs).attended
 
 
@@ -127,7 +132,7 @@ def _forward(inputs: _Inputs) -> _Outputs:
     keys = _keys_last(key)
     values = _keys_first(inputs.value)
     for block in inputs.blocks:
-        part = slice(block.start, block.stop)
+        part = inputs.order[block.start : block.stop]
         sees = slice(block.begin, block.end)
         width = block.end - block.begin
         b = block.sample
@@ -174,7 +179,7 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
     grad_key = torch.zeros_like(keys, dtype=wide)  # (B, J, S, E)
     grad_value = torch.zeros_like(values, dtype=wide)
     for block in inputs.blocks:
-        part = slice(block.start, block.stop)
+        part = inputs.order[block.start : block.stop]
         sees = slice(block.begin, block.end)
         width = block.end - block.begin
         b = block.sample
@@ -229,7 +234,7 @@ def _probabilities(
     Returns:
         `(J, G·r, X + I)`.
     """
-    part = slice(block.start, block.stop)
+    part = inputs.order[block.start : block.stop]
     scores = torch.bmm(q, keys)
     by_row = scores.unflatten(1, (-1, block.stop - block.start))  # (J, G, r, X), a view
 

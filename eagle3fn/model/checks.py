@@ -42,8 +42,7 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     _check("batch.label_hidden", batch.label_hidden, None, (b, s, width))
     _check("batch.position_ids", batch.position_ids, torch.int64, (b, s), (1, s))
     _check("batch.row_counts", batch.row_counts, None, (k,))
-    _check("batch.rows", batch.rows, torch.int64, ("T of base.rows",))
-    _check("batch.labels", batch.labels, torch.int64, ("P of base.rows",))
+    _check("batch.survives", batch.survives, torch.int64, (b, s))
     check_frozen(frozen, config)
 
 

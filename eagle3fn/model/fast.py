@@ -1,11 +1,12 @@
 """The fast operations: the same mathematics on the rows that reach a loss term.
 
 A place of the batch is written `b·S + t`. Unroll step `i` scores row `t` against the label at
-`t + i`. So only rows that the mask trains at some step contribute: the `T` rows of the whole batch,
-as one list.
+`t + i`. So a row matters up to the last step at which the mask trains it, and if the row survives
+to it (`Batch.survives`). The rows of the whole batch are one list, those of most steps first: each
+step works on the first of them.
 
 Every place gives its key and value of step 0. Queries, MLP, keys of later steps, head and loss are
-made for the listed rows only. What depends on a token alone is made once for the batch, not at each
+made for a step's rows only. What depends on a token alone is made once for the batch, not at each
 step.
 """
 
@@ -19,80 +20,25 @@ from torch import Tensor
 from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.dtypes import at_least_fp32
-from eagle3fn.base.rows import first_of_repeats, row_lists, trained_row_counts
+from eagle3fn.base.rows import RowPlan, plan_rows, surviving, trained_row_counts
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import table
 from eagle3fn.model.block_attention import Blocks, block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention, has_flash_kernel
 from eagle3fn.model.fused_layers import fused_rms_norm, mlp, norm_linear
-from eagle3fn.model.head_loss import Labels, Scores, head_and_loss
-from eagle3fn.model.losses import RowLoss
-from eagle3fn.model.unroll import Ops, Rows
+from eagle3fn.model.head_loss import Pairs, Scores, head_and_loss
+from eagle3fn.model.losses import RowLoss, survival_rate
+from eagle3fn.model.unroll import Ops
 from eagle3fn.model.visibility import Visible
 
 # Rows
 
 
-class RowPlan(NamedTuple):
-    """Which rows take part, and how rows and labels find each other.
-
-    For example one sample of S = 8 with K = 3, whose labels at places 2, 3 and 6 are trained:
-
-        rows      0  1  2  3  4  5  6            labels    2  3  6
-
-        trained against the label at t + i       scored by the row at u - i
-        i = 0     ·  ·  2  3  ·  ·  6            i = 0     2  3  6
-        i = 1     ·  2  3  ·  ·  6  ·            i = 1     1  2  5
-        i = 2     2  3  ·  ·  6  ·  ·            i = 2     0  1  4
-
-    The left table is `trained` (where it has a number) and `label_of_row`, the right one `scored`
-    and `row_of_label`. The tables show places; the fields hold indices into `labels` and `listed`.
-    """
-
-    rows: Rows  # as the unroll reads them: the list, then all of it at every step
-    labels: Tensor  # (P,) int64: places whose label is trained, ascending
-    trained: Tensor  # (K, T) int64: 1 where the row is trained at the step
-    label_of_row: Tensor  # (K, T) int64: index into `labels`; any value where `trained` is 0
-    scored: Tensor  # (K, P) bool: the label is scored at the step
-    row_of_label: Tensor  # (K, P) int64: index into the list; any value where `scored` is False
-
-
-def plan_rows(batch: Batch) -> RowPlan:
-    """The batch's rows and labels, or else those of its mask, and their pairs at each step.
-
-    A list may repeat a place to fill up its length; the first of them counts.
-    """
-    _, k, s = batch.row_mask.shape
-    rows, labels = batch.rows, batch.labels
-    if rows is None or labels is None:
-        rows, labels = row_lists(batch.row_mask)
-    mask = batch.row_mask.transpose(0, 1).flatten(1)  # (K, B·S)
-
-    # Look each partner up in the other list: the label at t + i, the row at u - i.
-    steps = torch.arange(k, device=rows.device)[:, None]
-    label_of_row, has_label = _find(labels, rows + steps)
-    row_of_label, has_row = _find(rows, labels - steps)
-
-    # A pair counts once, and if the mask trains its row at the step.
-    label_in_sample = rows % s + steps < s
-    trained = mask[:, rows] * (has_label & label_in_sample & first_of_repeats(rows))
-    is_trained = mask.gather(1, (labels - steps).clamp(min=0)) > 0
-    row_in_sample = labels % s >= steps
-    scored = has_row & row_in_sample & first_of_repeats(labels) & is_trained
-    return RowPlan(
-        rows=[rows, *[None] * (k - 1)],
-        labels=labels,
-        trained=trained,
-        label_of_row=label_of_row,
-        scored=scored,
-        row_of_label=row_of_label,
-    )
-
-
-def _find(places: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of `wanted` `(K, X)` in ascending `places` `(T,)`, and whether they are there."""
-    found = torch.searchsorted(places, wanted).clamp(max=len(places) - 1)
-    return found, places[found] == wanted
+def _plan(batch: Batch) -> RowPlan:
+    """The batch's plan, or else the one of its masks, which waits for a device."""
+    if batch.plan is not None:
+        return batch.plan
+    return plan_rows(batch.row_mask, batch.survives)
 
 
 # The layer
@@ -199,59 +145,83 @@ def _score(
     frozen: Frozen,
     loss: RowLoss,
 ) -> tuple[Tensor, Aux]:
-    """`Σ_i decay^i / n_i · Σ loss` of step i's pairs, with n_i the rows of the normalization."""
+    """`Σ_i decay^i / (n_i · chance_i) · Σ loss` of step i's pairs.
+
+    n_i are the rows of the normalization, of which a row is scored with `chance_i = survival^i`.
+    """
     objective = config.objective
     norm = params[table.NORM]
     eps = config.draft.rms_norm_eps
-    draft = torch.stack([fused_rms_norm(hidden, norm, eps) for hidden in states])  # (K, T, H)
+
+    # The states of all steps' rows, one step after another.
+    draft = torch.cat([fused_rms_norm(hidden, norm, eps) for hidden in states])  # (R, H)
 
     # Each step's denominator.
     if objective.normalization == "rows":
         every = float(batch.attention_mask.numel())
-        row_counts = torch.full((len(draft),), every, dtype=torch.float32, device=draft.device)
+        row_counts = batch.row_mask.new_full((objective.ttt_length,), every, dtype=torch.float32)
     elif batch.row_counts is None:
         row_counts = trained_row_counts([batch.row_mask])
     else:
         row_counts = batch.row_counts
 
-    # Head and loss, with each step's factor in the pairs' weights.
-    steps = torch.arange(len(draft), dtype=torch.float64, device=draft.device)
-    factor = (objective.decay**steps / row_counts)[:, None]
-    factor = factor.to(at_least_fp32(draft.dtype))  # (K, 1)
+    # Each step's factor, in the weights of its pairs; 0 where the mask does not train the row.
+    steps = torch.arange(objective.ttt_length, dtype=torch.float64, device=draft.device)
+    chance = survival_rate(objective, batch) ** steps
+    factor = (objective.decay**steps / (row_counts * chance)).to(at_least_fp32(draft.dtype))
+    weight = _is_trained(batch, plan) * factor[plan.step]
+
+    # Head and loss.
     target = batch.label_hidden.flatten(0, 1)[plan.labels].to(frozen.target_head.dtype)
-    labels = Labels(target, row=plan.row_of_label, weight=plan.scored * factor)
+    pairs = Pairs(target, plan.label, plan.state, weight, plan.first)
     scores = head_and_loss(
-        draft, params[table.HEAD], labels, frozen.target_head, frozen.t2d, frozen.d2t, loss
+        draft, params[table.HEAD], pairs, frozen.target_head, frozen.t2d, frozen.d2t, loss
     )
-    return scores.loss, _aux(scores, plan, row_counts)
+    return scores.loss, _aux(scores, plan, weight > 0, row_counts, chance)
+
+
+def _is_trained(batch: Batch, plan: RowPlan) -> Tensor:
+    """Whether the mask trains each pair's row at its step: `(X,)` int64."""
+    mask = surviving(batch.row_mask, batch.survives)
+    place = plan.rows[plan.row]
+    s = mask.shape[-1]
+    return mask[place // s, plan.step, place % s]
 
 
 @torch.no_grad()
-def _aux(scores: Scores, plan: RowPlan, row_counts: Tensor) -> Aux:
-    """Metrics by step from those of pairs."""
-    # By row, for what is accepted in a run: all steps of a row up to the first that fails.
-    alive = plan.trained.cumprod(0)  # (K, T)
-    correct = scores.correct.gather(1, plan.label_of_row)
-    accept = scores.accept.gather(1, plan.label_of_row)
+def _aux(scores: Scores, plan: RowPlan, trained: Tensor, row_counts: Tensor, chance: Tensor) -> Aux:
+    """Metrics by step from those of pairs; see `Aux`."""
 
-    # Rows whose label's token is in the draft vocabulary, and the same pairs by label.
-    known = scores.known[plan.label_of_row] & (plan.trained > 0)
-    counted = plan.scored & scores.known
+    def by_step(values: Tensor) -> Tensor:
+        """Values of pairs `(X,)` by step and row, `(K, T)`; 0 where no pair is trained."""
+        values = torch.where(trained, values, values.new_zeros(()))
+        table = values.new_zeros(len(chance), len(plan.rows))
+        return table.index_put_((plan.step, plan.row), values)
+
+    # Rows whose label's token is in the draft vocabulary.
+    known = by_step(scores.known)
+    losses = by_step(torch.where(scores.known, scores.row_loss, 0.0))
+
+    # What is accepted in a run: all steps of a row up to the first that fails or is not trained.
+    # A row that survived to a step stands for those that did not.
+    correct = by_step(scores.correct)
+    accept = by_step(scores.accept)
+    weight = (1 / chance)[:, None]
     return Aux(
-        losses=torch.where(counted, scores.row_loss, 0.0).sum(1) / row_counts,
-        correct=(correct * plan.trained).sum(1),
-        rows=plan.trained.sum(1),
+        losses=losses.sum(1) / (row_counts * chance).to(row_counts.dtype),
+        correct=correct.sum(1),
+        rows=by_step(trained.long()).sum(1),
         accept=(accept * known).sum(1),
         accept_rows=known.sum(1).to(accept.dtype),
-        greedy=(alive * correct.long().cumprod(0)).sum().float(),
-        sampled=(alive * accept.cumprod(0)).sum().float(),
+        greedy=(weight * correct.long().cumprod(0)).sum().float(),
+        sampled=(weight * accept.cumprod(0)).sum().float(),
     )
 
 
 FAST = Ops(
     weights=_stacked,
     tokens=_tokens,
-    plan=plan_rows,
+    plan=_plan,
     norm=fused_rms_norm,
     qkv=_qkv,
     head_axis=-2,

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.dtypes import at_least_fp32
-from eagle3fn.base.rows import first_of_repeats
 from eagle3fn.model.autograd import differentiable_once
 from eagle3fn.model.block_attention import StepTensors as Steps
 from eagle3fn.model.block_attention import add_weighted_steps_, dot_steps, weighted_query_sums
@@ -56,10 +55,7 @@ class _Outputs(NamedTuple):
 def flash_attention(
     q: Tensor, key: Tensor, value: Tensor, step_keys: Steps, step_values: Steps, rows: Tensor
 ) -> Tensor:
-    """`block_attention` by the flash kernel, to rounding; differentiable once.
-
-    Rows that repeat must be equal in all inputs; the first query of them gets the gradient of all.
-    """
+    """`block_attention` by the flash kernel, to rounding; differentiable once."""
     inputs = _Inputs(q, key, value, tuple(step_keys), tuple(step_values), rows)
     return _attention(inputs).attended
 
@@ -91,15 +87,14 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
     scale = q.shape[-1] ** -0.5
 
     # The causal keys: the kernel with the merged result and log-sum-exp.
-    whole_grad = _to_sequences(grad, rows, key, add=True)
-    whole_q, whole_out, whole_log_sum = (_to_sequences(x, rows, key) for x in (q, out, log_sum))
+    whole = (_to_sequences(x, rows, key) for x in (grad, q, out, log_sum))
+    whole_grad, whole_q, whole_out, whole_log_sum = whole
     block = _for_queries(key, q), _for_queries(value, q)
     grad_q, *grad_block = _flash_backward(
         whole_grad, whole_q, whole_out, whole_log_sum, *block, scale
     )
 
-    # Of rows that repeat, the first gets the gradient that all were summed into.
-    grad_q = torch.where(first_of_repeats(rows)[:, None, None], _at_rows(grad_q, rows), 0)
+    grad_q = _at_rows(grad_q, rows)
 
     # The query heads of one key-value head add up.
     heads = key.shape[2]
@@ -142,15 +137,11 @@ def _step_scores(q: Tensor, step_keys: Steps, scale: float) -> Tensor:
     return scores.to(at_least_fp32(q.dtype)) * scale
 
 
-def _to_sequences(x: Tensor, rows: Tensor, key: Tensor, add: bool = False) -> Tensor:
-    """Rows `(T, N, …)` laid into zeros `(B, N, S, …)`.
-
-    Of rows that repeat, one is laid there, or with `add` their sum.
-    """
+def _to_sequences(x: Tensor, rows: Tensor, key: Tensor) -> Tensor:
+    """Rows `(T, N, …)` laid into zeros `(B, N, S, …)`."""
     b, s = key.shape[:2]
     flat = x.new_zeros(b * s, *x.shape[1:])
-    flat = flat.index_add_(0, rows, x) if add else flat.index_copy_(0, rows, x)
-    return flat.unflatten(0, (b, s)).transpose(1, 2)
+    return flat.index_copy_(0, rows, x).unflatten(0, (b, s)).transpose(1, 2)
 
 
 def _at_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from eagle3fn.model.checks import check_batch
 from eagle3fn.model.fast import FAST
 from eagle3fn.model.losses import Loss, RowLoss, find_loss
 from eagle3fn.model.plain import PLAIN
-from eagle3fn.model.unroll import Ops, unroll
+from eagle3fn.model.unroll import Ops, Rows, unroll
 
 NUMERICS = {"plain": PLAIN, "fast": FAST}
 """The operations that `objective.numerics` names."""
@@ -75,5 +75,6 @@ def forward(
 ) -> tuple[Tensor, Aux]:
     """`forward_loss` by given operations, without its checks."""
     plan = ops.plan(batch)
-    states = unroll(params, batch, plan.rows, config, frozen, ops)
+    rows = None if plan is None else Rows(plan.rows, plan.sizes)
+    states = unroll(params, batch, rows, config, frozen, ops)
     return ops.score(params, states, plan, batch, config, frozen, loss)

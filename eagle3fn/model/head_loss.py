@@ -1,8 +1,8 @@
 """Draft head and loss in one pass over chunks of labels; the forward makes the gradients.
 
-A label is a place where the target's choice is learned. At each of `K` unroll steps one draft row
-is scored against it. For a pair of label and draft row, with l the row's draft logits, z the
-label's target logits, and D the draft vocabulary:
+A label is a place where the target's choice is learned. At an unroll step one draft row is scored
+against it, or none. For a pair of label and draft row, with l the row's draft logits, z the label's
+target logits, and D the draft vocabulary:
 
     p_draft = softmax(z over D)                            the teacher
     p_full  = softmax(z) at D                              what a verifier compares with
@@ -13,7 +13,7 @@ label's target logits, and D the draft vocabulary:
 For the KL, L = log Σ exp(l) − Σ p_draft · l and ∂L / ∂l = softmax(l) − p_draft.
 
 Nothing of size `(rows, D)` or `(rows, V)` outlives a chunk of labels, and a label's teacher is made
-once for the `K` draft rows that are scored against it.
+once for all draft rows that are scored against it.
 """
 
 import importlib.util
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,21 +37,25 @@ _GROUP_BYTES = 4 << 20  # fp32 logits of a group of labels: they fit in the proc
 _CUDA_GROUP_BYTES = 64 << 20  # there a group is cut for memory's sake alone
 
 
-class Labels(NamedTuple):
-    """What the draft is scored against: `P` labels, each with a draft row at each of `K` steps."""
+class Pairs(NamedTuple):
+    """What is scored: `P` labels, and `X` pairs of a label and a draft row, by label."""
 
     target: Tensor  # (P, Ht): the target's last hidden state that predicts the label
-    row: Tensor  # (K, P) int64: which draft row is scored; any value where `weight` is 0
-    weight: Tensor  # (K, P) fp32: the pair's factor in the loss, 0 if the pair does not count
+    label: Tensor  # (X,) int64: index into `target`, ascending
+    row: Tensor  # (X,) int64: which draft row is scored; no row twice
+    weight: Tensor  # (X,) fp32: the pair's factor in the loss, 0 if the pair does not count
+    first: (
+        np.ndarray
+    )  # (P + 1,) int64, on the host: number of each label's first pair; X at the end
 
 
 class PairScores(NamedTuple):
     """Each pair's loss and metrics, without gradient."""
 
-    row_loss: Tensor  # (K, P) fp32: any value, not finite ones too, where the pair does not count
-    correct: Tensor  # (K, P) bool: the draft's argmax is the target's
-    accept: Tensor  # (K, P) fp32: Σ min of draft and target probabilities over the draft vocabulary
-    known: Tensor  # (P,) bool: the target's argmax is in the draft vocabulary
+    row_loss: Tensor  # (X,) fp32: any value, not finite ones too, where the pair does not count
+    correct: Tensor  # (X,) bool: the draft's argmax is the target's
+    accept: Tensor  # (X,) fp32: Σ min of draft and target probabilities over the draft vocabulary
+    known: Tensor  # (X,) bool: the target's argmax is in the draft vocabulary
 
 
 class Scores(NamedTuple):
@@ -64,11 +69,13 @@ class Scores(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    draft: Tensor  # (K, T, H)
+    draft: Tensor  # (R, H)
     head: Tensor  # (D, H)
     target: Tensor  # (P, Ht)
-    row: Tensor  # (K, P) int64
-    weight: Tensor  # (K, P) fp32
+    label: Tensor  # (X,) int64
+    row: Tensor  # (X,) int64
+    weight: Tensor  # (X,) fp32
+    first: np.ndarray  # (P + 1,)
     target_head: Tensor  # (V, Ht)
     t2d: Tensor  # (V,) bool
     d2t: Tensor  # (D,) int64
@@ -89,7 +96,7 @@ class _Outputs(NamedTuple):
 def head_and_loss(
     draft: Tensor,
     head: Tensor,
-    labels: Labels,
+    pairs: Pairs,
     target_head: Tensor,
     t2d: Tensor,
     d2t: Tensor,
@@ -101,79 +108,76 @@ def head_and_loss(
     `vmap`.
 
     Args:
-        draft: normed hidden states `(K, T, H)` of `T` rows after each step.
+        draft: normed hidden states `(R, H)` of draft rows.
         head: the draft's, `(D, H)`.
-        labels: what is scored.
+        pairs: what is scored.
         target_head: the target's, `(V, Ht)`.
         t2d: `(V,)` bool, which target tokens are in the draft vocabulary.
         d2t: `(D,)` int64, offsets: draft id j is target id `j + d2t[j]`.
         loss: as `find_loss` returns it.
     """
     wanted = torch.is_grad_enabled()
-    out = _head_and_loss(_Inputs(draft, head, *labels, target_head, t2d, d2t, loss, wanted))
+    out = _head_and_loss(_Inputs(draft, head, *pairs, target_head, t2d, d2t, loss, wanted))
     return Scores(out.loss, out.row_loss, out.correct, out.accept, out.known)
 
 
 def _forward(inputs: _Inputs) -> _Outputs:
     draft = inputs.draft
     head = inputs.head
-    k, row_count, _ = draft.shape
     kept = torch.arange(len(head), device=head.device) + inputs.d2t  # (D,): target ids
     loss_of = inputs.row_loss_of
     score_pairs = score_on(head.device, head.dtype, loss_of)
     max_bytes = _CHUNK_BYTES if head.device.type == "cpu" else _CUDA_CHUNK_BYTES
-    size = _chunk_size(len(inputs.target), k, head, inputs.target_head, max_bytes)
-
-    # All steps' rows in one list, and each pair's place in it.
-    flat = draft.flatten(0, 1)  # (K·T, H)
-    place = inputs.row + row_count * torch.arange(k, device=inputs.row.device)[:, None]  # (K, P)
 
     # Gradients are summed over chunks: the head's in at least fp32.
     wanted = inputs.with_gradients
-    grad_flat = torch.zeros_like(flat if wanted else flat[:0])
+    grad_draft = torch.zeros_like(draft if wanted else draft[:0])
     grad_head = torch.zeros_like(head if wanted else head[:0], dtype=at_least_fp32(head.dtype))
 
-    def score_chunk(place: Tensor, weight: Tensor, target: Tensor) -> PairScores:
-        """Scores of a chunk of `p` labels, whose gradients are added to the sums.
-
-        `place` and `weight` are `(K, p)`, `target` is `(p, Ht)`.
-        """
-        x = flat[place]  # (K, p, H)
-        logits = F.linear(x, head)  # (K, p, D)
-        scores = score_pairs(logits, F.linear(target, inputs.target_head), inputs.t2d, kept)
+    def score_chunk(begin: int, end: int) -> PairScores:
+        """Scores of the labels `begin … end - 1`, whose gradients are added to the sums."""
+        first = inputs.first[begin : end + 1]
+        part = slice(int(first[0]), int(first[-1]))  # x pairs of p labels
+        row = inputs.row[part]
+        x = draft[row]  # (x, H)
+        logits = F.linear(x, head)  # (x, D)
+        z = F.linear(inputs.target[begin:end], inputs.target_head)  # (p, V)
+        label = inputs.label[part] - begin
+        scores = score_pairs(logits, z, label, first - first[0], inputs.t2d, kept)
         if wanted:
             # The logits are now ∂L / ∂l. The pair's factor multiplies rows of size H, not D.
             # Products have no name here, so that each is freed when it has been added.
-            grad_logits = logits.flatten(0, 1)
-            factor = (weight * scores.known).flatten()[:, None]
+            factor = (inputs.weight[part] * scores.known)[:, None]
             if loss_of.kernel is None:
                 # Of a pair that does not count it may be infinite: zero times it is not zero. The
                 # KL's, which has a kernel, is finite.
-                grad_logits.masked_fill_(factor == 0, 0.0)
-            grad_flat.index_add_(0, place.flatten(), ((grad_logits @ head) * factor).to(flat.dtype))
-            _add_product(grad_head, grad_logits, (x.flatten(0, 1) * factor).to(x.dtype), max_bytes)
+                logits.masked_fill_(factor == 0, 0.0)
+            grad_draft[row] = ((logits @ head) * factor).to(draft.dtype)
+            _add_product(grad_head, logits, (x * factor).to(x.dtype), max_bytes)
         return scores
 
-    chunks = zip(
-        place.split(size, 1), inputs.weight.split(size, 1), inputs.target.split(size), strict=True
-    )
+    chunks = _chunks(inputs.first, head, inputs.target_head, max_bytes)
     scores = _joined([score_chunk(*chunk) for chunk in chunks])
     counts = scores.known & (inputs.weight != 0)
     loss = (inputs.weight * torch.where(counts, scores.row_loss, 0.0)).sum()
-    return _Outputs(loss, *scores, grad_flat.view(-1, *draft.shape[1:]), grad_head.to(head.dtype))
+    return _Outputs(loss, *scores, grad_draft, grad_head.to(head.dtype))
 
 
-def _chunk_size(count: int, k: int, head: Tensor, target_head: Tensor, max_bytes: int) -> int:
-    """Labels of a chunk: as many as have logits of `max_bytes` bytes, and about as many in every
-    chunk.
+def _chunks(
+    first: np.ndarray, head: Tensor, target_head: Tensor, max_bytes: int
+) -> list[tuple[int, int]]:
+    """Labels `(begin, end)` of each chunk, whose logits take about `max_bytes` bytes.
 
-    Chunks are equal because a last one of few labels would cost as many passes over the heads as
-    the others.
+    Chunks are about equal because a last one of few labels would cost as many passes over the heads
+    as the others.
     """
-    label_bytes = head.itemsize * (k * len(head) + len(target_head))
-    most = max(1, max_bytes // label_bytes)
-    chunks = max(1, -(-count // most))
-    return max(1, -(-count // chunks))
+    # Bytes of the logits of the first n labels, draft's and target's.
+    labels = np.arange(len(first))
+    so_far = head.itemsize * (first * len(head) + labels * len(target_head))
+    count = max(1, -(-int(so_far[-1]) // max_bytes))
+    cuts = np.searchsorted(so_far, so_far[-1] * np.arange(1, count) / count, side="right") - 1
+    ends = np.unique([*np.maximum(cuts, 1), labels[-1]]).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, max_bytes: int) -> None:
@@ -210,7 +214,7 @@ _head_and_loss = differentiable_once(
     outputs=_Outputs,
     without_gradient=["row_loss", "correct", "accept", "known", "grad_draft", "grad_head"],
     # `draft` and `head` are not read either. They are kept because the gradients depend on them.
-    unread_inputs=["target", "row", "weight", "target_head", "t2d", "d2t"],
+    unread_inputs=["target", "label", "row", "weight", "target_head", "t2d", "d2t"],
     unread_outputs=["loss", "row_loss", "correct", "accept", "known"],
 )
 
@@ -226,31 +230,46 @@ def score_on(device: torch.device, dtype: torch.dtype, loss: RowLoss) -> Callabl
     return partial(score, loss=loss)
 
 
-def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor, loss: RowLoss) -> PairScores:
+def score(
+    logits: Tensor,
+    z: Tensor,
+    label: Tensor,
+    first: np.ndarray,
+    t2d: Tensor,
+    kept: Tensor,
+    loss: RowLoss,
+) -> PairScores:
     """Loss and metrics of pairs from their logits; writes the loss's gradient over `logits`.
 
     Works on groups of labels, so that on the CPU what is fp32 stays in the processor's cache.
 
     Args:
-        logits: the draft's, `(K, P, D)`.
+        logits: the draft's, `(X, D)`, by label.
         z: the target's, `(P, V)`.
+        label: `(X,)` int64, index into `z`, ascending.
+        first: `(P + 1,)` int64, number of each label's first pair, and `X`.
         t2d: `(V,)` bool.
         kept: `(D,)` int64, the target ids of the draft vocabulary.
         loss: as `find_loss` returns it.
     """
     wide = at_least_fp32(logits.dtype)
     max_bytes = _GROUP_BYTES if logits.device.type == "cpu" else _CUDA_GROUP_BYTES
-    size = max(1, max_bytes // (wide.itemsize * len(logits) * logits.shape[-1]))
+    size = max(1, max_bytes // (wide.itemsize * logits.shape[-1]))  # pairs of a group, at most
     parts: list[PairScores] = []
-    for start in range(0, len(z), size):
-        part = slice(start, start + size)
-        full = z[part].to(wide)  # (p, V)
-        wide_logits = logits[:, part].to(wide)  # (K, p, D)
+    begin = 0
+    while begin < len(z):
+        # As many labels as have so many pairs, one at least.
+        end = int(np.searchsorted(first, first[begin] + size, side="right")) - 1
+        end = max(end, begin + 1)
+        part = slice(int(first[begin]), int(first[end]))
+        full = z[begin:end].to(wide)  # (p, V)
+        wide_logits = logits[part].to(wide)  # (x, D)
+        own = label[part] - begin
 
         # The teacher: its token, and probabilities under the whole vocabulary and the draft's.
         _, target_token = first_max(full)
-        p_full = torch.softmax(full, dim=-1)[:, kept].expand_as(wide_logits)
-        p_draft = torch.softmax(full[:, kept], dim=-1).expand_as(wide_logits)
+        p_full = torch.softmax(full, dim=-1)[:, kept][own]  # (x, D)
+        p_draft = torch.softmax(full[:, kept], dim=-1)[own]
 
         # The draft, its loss, and the loss's gradient by the logits.
         _, draft_token = first_max(wide_logits)
@@ -260,11 +279,12 @@ def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor, loss: RowLoss) -
             row_loss, gradient = loss.closed(wide_logits, draft, p_draft, p_full)
         else:
             row_loss, gradient = _value_and_gradient(loss, wide_logits, p_draft, p_full)
-        logits[:, part] = gradient
+        logits[part] = gradient
         del gradient  # else the next group's is made next to it
 
-        correct = kept[draft_token] == target_token
-        parts.append(PairScores(row_loss, correct, accept, t2d[target_token]))
+        correct = kept[draft_token] == target_token[own]
+        parts.append(PairScores(row_loss, correct, accept, t2d[target_token][own]))
+        begin = end
     return _joined(parts)
 
 
@@ -282,8 +302,8 @@ def _value_and_gradient(loss: RowLoss, logits: Tensor, *teacher: Tensor) -> tupl
 
 
 def _joined(parts: list[PairScores]) -> PairScores:
-    """Scores of consecutive labels as one."""
-    return PairScores(*(torch.cat(part, dim=-1) for part in zip(*parts, strict=True)))
+    """Scores of consecutive pairs as one."""
+    return PairScores(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def first_max(x: Tensor, width: int = 64) -> tuple[Tensor, Tensor]:

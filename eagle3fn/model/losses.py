@@ -22,7 +22,7 @@ from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.dtypes import wide
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.named import check_arguments, find
-from eagle3fn.base.types import Frozen
+from eagle3fn.base.types import Batch, Frozen
 
 
 class RowLoss(NamedTuple):
@@ -48,6 +48,11 @@ class RowLoss(NamedTuple):
 
 Loss = RowLoss | Callable[..., Tensor]
 """A loss, or its `value` alone: a function of `(logits, p_draft, p_full)`."""
+
+
+def survival_rate(objective: ObjectiveConfig, batch: Batch) -> float:
+    """With which chance a row of this batch goes on to the next unroll step."""
+    return 1.0 if batch.survives is None else objective.survival
 
 
 def acceptance(logits: Tensor, p_full: Tensor) -> Tensor:

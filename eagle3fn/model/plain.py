@@ -15,12 +15,12 @@ from torch import Tensor
 from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.dtypes import at_least_fp32, wide
-from eagle3fn.base.rows import trained_row_counts
+from eagle3fn.base.rows import surviving, trained_row_counts
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import table
-from eagle3fn.model.losses import RowLoss, acceptance, correct_rows, step_loss
+from eagle3fn.model.losses import RowLoss, acceptance, correct_rows, step_loss, survival_rate
 from eagle3fn.model.teacher import make_teacher
-from eagle3fn.model.unroll import Ops, Rows
+from eagle3fn.model.unroll import Ops
 from eagle3fn.model.visibility import Visible
 
 # The layer
@@ -153,16 +153,6 @@ def _qkv(
     return heads(weights, draft, tokens(step), hidden)
 
 
-class EveryRow(NamedTuple):
-    """The plain operations' plan."""
-
-    rows: Rows
-
-
-def _plan(batch: Batch) -> EveryRow:
-    return EveryRow([None] * batch.row_mask.shape[1])
-
-
 # Head, loss and metrics
 
 StepLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -172,7 +162,7 @@ StepLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 class _Step(NamedTuple):
     """One unroll step's loss and its detached metrics by row."""
 
-    loss: Tensor  # ()
+    loss: Tensor  # (): by survivors alone it stands for all rows
     correct: Tensor  # (B, S) bool
     accept: Tensor  # (B, S) fp32
     mask: Tensor  # (B, S): trained rows whose label is in the draft vocabulary
@@ -189,9 +179,13 @@ def score_steps(
 ) -> tuple[Tensor, Aux]:
     """`Σ_i decay^i · L_i` over unroll steps, and the metrics.
 
-    Each step's loss is taken before the next of the `states` `(B, S, H)` is made.
+    Where rows survive by chance, `L_i` is the survivors' sum over `survival^i`, whose expectation
+    is the sum of all rows. Each step's loss is taken before the next of the `states` `(B, S, H)` is
+    made.
     """
     objective = config.objective
+    every = surviving(batch.row_mask, batch.survives)  # (B, K, S)
+    rate = survival_rate(objective, batch)
     s = batch.aux_hidden.shape[1]
     teacher = make_teacher(batch.label_hidden, frozen, objective)
 
@@ -205,25 +199,27 @@ def score_steps(
     for i, hidden in enumerate(states):
         # Row t is scored against the label at t + i.
         at = slice(i, i + s)
-        row_mask = batch.row_mask[:, i]
+        row_mask = every[:, i]
         mask = (teacher.known[:, at] * row_mask)[..., None]  # (B, S, 1)
         p_full = teacher.p_full[:, at]
 
         draft_logits = logits(params, config.draft, hidden)
         loss = step_loss(draft_logits, teacher.p_draft[:, at], p_full, mask, counts[i])
+        if batch.survives is not None:
+            loss = loss / rate**i
         detached = draft_logits.detach()
         correct = correct_rows(detached, teacher.token[:, at], frozen)
         accept = acceptance(detached, p_full)
         steps.append(_Step(loss, correct, accept, mask[..., 0], row_mask))
 
     total = sum((objective.decay**i * step.loss for i, step in enumerate(steps)), start=0)
-    return torch.as_tensor(total), _aux(steps)
+    return torch.as_tensor(total), _aux(steps, rate)
 
 
 def _score(
     params: Params,
     states: Iterable[Tensor],
-    plan: EveryRow,
+    plan: None,
     batch: Batch,
     config: Config,
     frozen: Frozen,
@@ -233,7 +229,7 @@ def _score(
 
 
 @torch.no_grad()
-def _aux(steps: list[_Step]) -> Aux:
+def _aux(steps: list[_Step], rate: float) -> Aux:
     """Sums and counts over rows; see `Aux`."""
     correct = torch.stack([step.correct for step in steps])  # (K, B, S)
     accept = torch.stack([step.accept for step in steps])
@@ -243,8 +239,10 @@ def _aux(steps: list[_Step]) -> Aux:
     weights = [step.mask.to(step.accept.dtype) for step in steps]
     accepted = [(step.accept * weight).sum() for step, weight in zip(steps, weights, strict=True)]
 
-    # A chain of drafted tokens ends at its first wrong one, and where the row's labels end.
-    alive = row_mask.cumprod(0)
+    # A chain of drafted tokens ends at its first wrong one, and where the row's labels end. A row
+    # that survived to a step stands for those that did not.
+    step = torch.arange(len(steps), dtype=torch.float64, device=accept.device)
+    alive = row_mask.cumprod(0) / (rate**step)[:, None, None]
     return Aux(
         losses=torch.stack([step.loss.detach() for step in steps]),
         correct=torch.stack([(step.correct * step.row_mask).sum() for step in steps]),
@@ -259,7 +257,7 @@ def _aux(steps: list[_Step]) -> Aux:
 PLAIN = Ops(
     weights=lambda params: params,
     tokens=_tokens,
-    plan=_plan,
+    plan=lambda batch: None,
     norm=rms_norm,
     qkv=_qkv,
     head_axis=1,

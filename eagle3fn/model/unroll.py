@@ -14,14 +14,19 @@ from torch import Tensor
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.rows import RowPlan
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import table
 from eagle3fn.model.rope import rope_table, rotate
 from eagle3fn.model.visibility import visible
 
-Rows = Sequence[Tensor | None]
-"""At step 0 the places `b·S + t` whose queries are made, `(T,)` int64; at a later step the indices
-into the rows before of those that go on. None: all."""
+
+class Rows(NamedTuple):
+    """Whose queries are made: at step `i` those of the first `sizes[i]` places."""
+
+    places: Tensor  # (T,) int64: b·S + t, in any order; no place twice
+    sizes: Sequence[int]  # of each step, falling, from T on; the unroll ends with them
+
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines."""
@@ -36,8 +41,8 @@ class Ops(NamedTuple):
     weights: Callable[[Params], Params]
     # (weights, batch, draft, frozen) → what `qkv` reads of the tokens
     tokens: Callable[[Params, Batch, DraftConfig, Frozen], Any]
-    # batch → the plan of its rows, whose field `rows` the unroll reads
-    plan: Callable[[Batch], Any]
+    # batch → the plan of its rows; None: every place, at every step
+    plan: Callable[[Batch], RowPlan | None]
 
     # (x, weight, eps) → x
     norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -62,9 +67,11 @@ class Ops(NamedTuple):
 
 
 def unroll(
-    params: Params, batch: Batch, rows: Rows, config: Config, frozen: Frozen, ops: Ops
+    params: Params, batch: Batch, rows: Rows | None, config: Config, frozen: Frozen, ops: Ops
 ) -> Iterator[Tensor]:
     """Yield the rows' hidden states `(…, H)` after each of `K` steps, before the final norm.
+
+    Of every place `(B, S, H)` if `rows` is None, else of the first `sizes[i]` places `(T_i, H)`.
 
     Row `t` at step `i` takes the embedding of token `t + i + 1` and its hidden state of step
     `i - 1` (at step 0 the projected taps), is rotated by position `t + i`, and attends to the
@@ -91,16 +98,23 @@ def unroll(
     sight = None
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    for step in range(k):
-        # Step 0's keys and values are of every place, later ones of the rows that go on.
-        kept = rows[step]
+    for step in range(k if rows is None else len(rows.sizes)):
+        # The rows of this step: chosen at step 0, later the first of those before.
         incoming = hidden
-        angles = key_angles = _angles(tables, position + step, ops)
-        if kept is not None:
-            place, position, hidden = (_at(x, kept, step) for x in (place, position, hidden))
-            listed = kept if listed is None else listed[kept]
-            keys[1:] = [x[kept] for x in keys[1:]]
-            values[1:] = [x[kept] for x in values[1:]]
+        key_angles = _angles(tables, position + step, ops)
+        size = None if rows is None else int(rows.sizes[step])
+        fewer = size is not None and (listed is None or size < len(listed))
+        if rows is not None and listed is None:
+            listed = rows.places
+            place, position, hidden = (x.flatten(0, 1)[listed] for x in (place, position, hidden))
+        elif listed is not None and fewer:
+            listed, place, position, hidden = (x[:size] for x in (listed, place, position, hidden))
+            keys[1:] = [x[:size] for x in keys[1:]]
+            values[1:] = [x[:size] for x in values[1:]]
+
+        # Step 0's keys and values are of every place, later ones of the step's rows.
+        angles = key_angles
+        if fewer:
             angles = _angles(tables, position + step, ops)
         if step > 0:
             incoming = hidden
@@ -115,7 +129,7 @@ def unroll(
 
         # Attention, to what each row sees. Without a first key that is the same at every step.
         seen = visible(draft, place, step)
-        if sight is None or kept is not None or seen.first is not None:
+        if sight is None or fewer or seen.first is not None:
             sight = ops.sight(seen, listed, keys[0], batch.attention_mask)
         attended = ops.attend(query, keys, values, sight)
 
@@ -141,8 +155,3 @@ def _angles(tables: Angles, position: Tensor, ops: Ops) -> Angles:
     """Cosines and sines of positions, with an axis for the heads."""
     cos, sin = (each[position].unsqueeze(ops.head_axis) for each in tables)
     return cos, sin
-
-
-def _at(x: Tensor, kept: Tensor, step: int) -> Tensor:
-    """The rows `kept` of a tensor: of all places `(B, S, …)` at step 0, then of a list."""
-    return (x.flatten(0, 1) if step == 0 else x)[kept]

@@ -18,7 +18,7 @@ from eagle3fn.model import losses
 from eagle3fn.model.checks import check_batch
 from eagle3fn.model.forward import forward
 from eagle3fn.model.losses import Loss, RowLoss, acceptance, find_loss
-from eagle3fn.model.plain import PLAIN, EveryRow, score_steps
+from eagle3fn.model.plain import PLAIN, score_steps
 
 KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """As `kl_loss`: `(logits, p_draft, mask, count) → scalar`."""
@@ -143,7 +143,7 @@ def forward_loss(
 def score(
     params: Params,
     states: Iterable[Tensor],
-    plan: EveryRow,
+    plan: None,
     batch: Batch,
     config: Config,
     frozen: Frozen,

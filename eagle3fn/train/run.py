@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.config import Config, to_dict
@@ -224,8 +225,12 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
 
 
 def to_device(values: T, device: str) -> T:
-    """The tree of tensors, such as a batch, with every tensor on `device`.
+    """The tree, such as a batch, with every tensor on `device`; arrays stay on the host.
 
     On the way there the host does not wait.
     """
-    return tree_map(lambda value: send(value, device), values)
+
+    def sent(leaf: Any) -> Any:
+        return send(leaf, device) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(sent, values)

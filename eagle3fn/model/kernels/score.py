@@ -14,6 +14,7 @@ Triton is imported at the first call.
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,38 +27,43 @@ _WARPS = 8
 tl: Any = None
 
 
-def score(logits: Tensor, z: Tensor, t2d: Tensor, kept: Tensor) -> PairScores:
+def score(
+    logits: Tensor, z: Tensor, label: Tensor, first: np.ndarray, t2d: Tensor, kept: Tensor
+) -> PairScores:
     """`head_loss.score` of the KL, to rounding: on CUDA, or interpreted on the CPU.
 
     Overwrites `logits` with the KL's gradient by them.
 
     Args:
-        logits: the draft's, `(K, P, D)`, contiguous; bf16, fp16 or fp32.
+        logits: the draft's, `(X, D)`, contiguous, by label; bf16, fp16 or fp32.
         z: the target's, `(P, V)`, contiguous.
+        label: `(X,)` int64, index into `z`, ascending.
+        first: not read.
         t2d: `(V,)` bool.
         kept: `(D,)` int64, the target ids of the draft vocabulary.
     """
-    k, p, d = logits.shape
-    v = z.shape[1]
+    x, d = logits.shape
+    p, v = z.shape
     score_teacher, score_draft = _kernels()
 
     # The teacher's sums and token of each label; then what each draft row adds.
     full_sum, draft_sum = logits.new_empty(2, p, dtype=torch.float32)
     target_token = logits.new_empty(p, dtype=torch.int64)
-    kl, accept = logits.new_empty(2, k, p, dtype=torch.float32)
-    token = logits.new_empty(k, p, dtype=torch.int64)
+    kl, accept = logits.new_empty(2, x, dtype=torch.float32)
+    token = logits.new_empty(x, dtype=torch.int64)
 
     launch = {"BLOCK": min(_BLOCK, 1 << (v - 1).bit_length()), "num_warps": _WARPS}
     teacher = z, kept, full_sum, draft_sum
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         score_teacher[(p,)](*teacher, target_token, v, d, **launch)
-        score_draft[(p * k,)](logits, *teacher, kl, token, accept, k, p, v, d, **launch)
-    return PairScores(kl, kept[token] == target_token, accept, t2d[target_token])
+        score_draft[(x,)](logits, label, *teacher, kl, token, accept, v, d, **launch)
+    correct = kept[token] == target_token[label]
+    return PairScores(kl, correct, accept, t2d[target_token][label])
 
 
 @functools.cache
 def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
-    """The kernels. Sizes are in letters: `V`, `D`, `P` labels, `K` draft rows a label."""
+    """The kernels, with the sizes `V` and `D`."""
     global tl, reduce_row  # noqa: PLW0603
     import triton
     import triton.language as tl
@@ -106,20 +112,19 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
 
     @triton.jit
     def score_draft(
-        logits, z, kept, full_sum, draft_sum, kl, token, accept, K, P, V, D, BLOCK: tl.constexpr
+        logits, label, z, kept, full_sum, draft_sum, kl, token, accept, V, D, BLOCK: tl.constexpr
     ):
         """A draft row against its label: KL, argmax, acceptance; the gradient over the logits.
 
-        Steps run fastest: the rows of one label read the same teacher one after another, from
-        the cache.
+        Pairs are ordered by label: its rows read the same teacher one after another, from the
+        cache.
         """
         pair = tl.program_id(0).to(tl.int64)
-        label = pair // K
-        row = pair % K * P + label
-        logits += row * D
-        z += label * V
-        label_full_sum = tl.load(full_sum + label)
-        label_draft_sum = tl.load(draft_sum + label)
+        own = tl.load(label + pair)
+        logits += pair * D
+        z += own * V
+        label_full_sum = tl.load(full_sum + own)
+        label_draft_sum = tl.load(draft_sum + own)
         log_sum, draft_token = reduce_row(logits, kept, D, False, BLOCK)
 
         # Once more: Σ p_draft · l, the acceptance, and the gradient written over the logits.
@@ -137,8 +142,8 @@ def _kernels() -> tuple[Any, Any]:  # noqa: PLR0915
             accepted += tl.sum(tl.minimum(draft, tl.exp(target - label_full_sum)), axis=0)
             tl.store(logits + column, draft - p_draft, mask=inside)
 
-        tl.store(kl + row, log_sum - dot)
-        tl.store(token + row, draft_token)
-        tl.store(accept + row, accepted)
+        tl.store(kl + pair, log_sum - dot)
+        tl.store(token + pair, draft_token)
+        tl.store(accept + pair, accepted)
 
     return score_teacher, score_draft
