@@ -42,7 +42,12 @@ SETTINGS = settings(
     "objective.ttt_length=2",
     "data.global_batch=2",
 )
-TREE = settings("data.global_batch=4", "train.reduce=tree", f"train.steps={STEPS}")
+TREE = settings(
+    "data.global_batch=4",
+    "objective.survival=0.7",
+    "train.reduce=tree",
+    f"train.steps={STEPS}",
+)
 DIVERGING = settings("optimizer.learning_rate=1e30", "optimizer.warmup_ratio=0.0")
 
 

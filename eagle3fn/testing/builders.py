@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.data.collate import align
 from eagle3fn.model.table import weights
@@ -121,12 +122,9 @@ def normal(
     return (torch.randn(shape, generator=source, dtype=torch.float64) * scale).to(dtype)
 
 
-def on(device: str, tensors: Any) -> Any:
+def on(device: str, tree: Any) -> Any:
     """A dict or named tuple with its tensors on `device`."""
-    if isinstance(tensors, dict):
-        return {name: x.to(device) for name, x in tensors.items()}
-    moved = [None if x is None else x.to(device) for x in tensors]
-    return type(tensors)(*moved)
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
 
 
 def tiny_params(case: Case) -> Params:

@@ -33,7 +33,9 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
     # One sample a batch, each once, in the same order whatever the seed and the recipe: so a step
     # is a sample, and this rank's steps are its block of them.
     data = replace(run.config.data, global_batch=1, micro_batch=1)
-    config = replace(run.config, data=data, train=replace(run.config.train, seed=0))
+    every_row = replace(run.config.objective, survival=1.0)
+    train = replace(run.config.train, seed=0)
+    config = replace(run.config, objective=every_row, data=data, train=train)
     mine = rows_of(len(run.held_out), run.world.size, run.world.rank)
     read = partial(batches, align_mask=run.recipe.align_mask, order=shuffled)
     samples = read(run.features, run.held_out, config, mine.start, mine.stop)

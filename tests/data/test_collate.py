@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from eagle3fn import specforge
 from eagle3fn.base.config import Config, DataConfig, ObjectiveConfig
-from eagle3fn.base.rows import row_lists, shift, trained_row_counts
+from eagle3fn.base.rows import plan_rows, shift, trained_row_counts
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Sample
 from eagle3fn.data.collate import align, align_mask, collate, cut, global_row_counts
@@ -87,24 +87,27 @@ def test_collate_by_plain_loops(lengths, max_length, k, align):
                     trained.add(row * width + t)
                     labels.add(row * width + t + i)
 
-    assert batch.rows is not None and batch.labels is not None
-    assert set(batch.rows.tolist()) == (trained or {0})
-    assert set(batch.labels.tolist()) == (labels or {0})
+    assert batch.plan is not None
+    assert set(batch.plan.rows.tolist()) == (trained or {0})
+    assert set(batch.plan.labels.tolist()) == (labels or {0})
     assert batch.row_counts is None
-    assert batch.next_ids.dtype == batch.rows.dtype == torch.int64
+    assert batch.next_ids.dtype == batch.plan.rows.dtype == torch.int64
     assert batch.aux_hidden.dtype == batch.label_hidden.dtype == torch.bfloat16
 
 
-def test_align_of_padded_tensors_is_what_collate_makes_but_for_its_lists():
+def test_align_of_padded_tensors_is_what_collate_makes_but_for_its_plan():
     samples = [random_sample(length, length) for length in (5, 5)]
     fields = [torch.stack(field) for field in zip(*samples, strict=True)]
     input_ids, token_mask, aux_hidden, last_hidden = fields
     row_mask = torch.stack([align_mask(mask) for mask in token_mask])
     ones = torch.ones_like(input_ids)
     aligned = align(input_ids, ones, row_mask, aux_hidden, last_hidden, k=3)
-    assert aligned.rows is None and aligned.labels is None
-    lists = row_lists(aligned.row_mask)._asdict()
-    assert equal(aligned._replace(**lists), collate(samples, make_settings(3)))
+    assert aligned.plan is None
+    collated = collate(samples, make_settings(3))
+    assert equal(aligned, collated._replace(plan=None))
+    assert collated.plan is not None
+    for found, wanted in zip(collated.plan, plan_rows(aligned.row_mask), strict=True):
+        assert found.tolist() == wanted.tolist()
 
 
 @given(st.lists(MASKS, min_size=1, max_size=4), st.integers(1, 5))

@@ -3,6 +3,7 @@
 import threading
 import time
 
+import optree
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,9 +21,10 @@ DRAFT = make_draft(
 )
 
 
-def config(global_batch=4, micro_batch=2, seed=3):
+def config(global_batch=4, micro_batch=2, seed=3, survival=1.0):
     data = DataConfig(max_length=6, global_batch=global_batch, micro_batch=micro_batch)
-    return Config(DRAFT, ObjectiveConfig(ttt_length=3), data=data, train=TrainConfig(seed=seed))
+    objective = ObjectiveConfig(ttt_length=3, survival=survival)
+    return Config(DRAFT, objective, data=data, train=TrainConfig(seed=seed))
 
 
 def order(n, seed, epoch):
@@ -71,18 +73,38 @@ def folder(tmp_path):
     return open_features(write_folder(tmp_path / "f", [random_sample(5 + i, i) for i in range(7)]))
 
 
-def test_a_resumed_generator_gives_the_same_suffix(folder):
+def assert_same(left, right):
+    """Two batches, their plans and what was drawn for them."""
+    names = [".".join(map(str, path)) for path in optree.tree_paths(left)]
+    pairs = zip(optree.tree_leaves(left), optree.tree_leaves(right), strict=True)
+    for name, (a, b) in zip(names, pairs, strict=True):
+        assert a.tolist() == b.tolist(), name
+
+
+@pytest.mark.parametrize("survival", [1.0, 0.5])
+def test_a_resumed_generator_gives_the_same_suffix(folder, survival):
     train, _ = split(7, 2)
-    whole = list(batches(folder, train, config(), 0, 5))
-    resumed = list(batches(folder, train, config(), 2, 5))
+    chosen = config(survival=survival)
+    whole = list(batches(folder, train, chosen, 0, 5))
+    resumed = list(batches(folder, train, chosen, 2, 5))
     assert len(whole) == 5 and len(resumed) == 3
     for left, right in zip(whole[2:], resumed, strict=True):
         for a, b in zip(left, right, strict=True):
-            assert all(
-                torch.equal(x, y)
-                for x, y in zip(a, b, strict=True)
-                if x is not None and y is not None
-            )
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("survival", [1.0, 0.5])
+def test_ranks_share_the_micro_batches_of_one_rank(folder, survival):
+    """What a row survives to does not depend on the rank that its sample is on."""
+    train, _ = split(7, 2)
+    chosen = config(survival=survival)
+    for step in range(4):
+        (alone,) = batches(folder, train, chosen, step, step + 1)
+        shared = [*batches(folder, train, chosen, step, step + 1, rank=0, world=2)]
+        shared += batches(folder, train, chosen, step, step + 1, rank=1, world=2)
+        for one, (same,) in zip(alone, shared, strict=True):
+            assert (one.survives is None) == (survival == 1.0)
+            assert_same(one, same)
 
 
 def test_micro_batches_hold_the_steps_samples_and_its_global_counts(folder):

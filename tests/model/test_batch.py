@@ -73,15 +73,16 @@ def check_by_loops(batch: Batch, samples: list[Sample], max_length: int, k: int,
             if any(is_trained):
                 rows.append(b * s + t)
 
-    assert batch.rows is not None
-    assert batch.labels is not None
-    assert batch.rows.unique().tolist() == (rows or [0])
-    assert batch.labels.unique().tolist() == (labels or [0])
+    assert batch.plan is not None
+    assert batch.plan.rows.sort().values.tolist() == (rows or [0])
+    assert batch.plan.labels.tolist() == (labels or [0])
+    assert batch.survives is None
     assert batch.row_counts is None
     assert batch.position_ids is None
     assert batch.next_ids.shape == (len(samples), s + k - 1)
     assert batch.row_mask.shape == (len(samples), k, s)
-    whole = (batch.next_ids, batch.attention_mask, batch.row_mask, batch.rows, batch.labels)
+    of_plan = [field for field in batch.plan if isinstance(field, torch.Tensor)]
+    whole = (batch.next_ids, batch.attention_mask, batch.row_mask, *of_plan)
     assert all(field.dtype == torch.int64 for field in whole)
     assert batch.aux_hidden.dtype == batch.label_hidden.dtype == torch.bfloat16
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eagle3fn as e3
-from eagle3fn.base.rows import over_steps, row_lists
+from eagle3fn.base.rows import over_steps, plan_rows
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.testing.builders import Unaligned, on
 from tests.factories import make_batch, make_config, make_draft, make_frozen, make_unaligned
@@ -151,39 +151,52 @@ def test_training_by_fast_follows_plain(device):
 
 
 @given(cases())
-def test_listed_rows_are_those_with_a_label_ahead(case):
-    """And listed labels the places that the mask trains."""
+def test_planned_rows_and_pairs_are_those_that_the_mask_trains(case):
+    """By loops: a row is computed up to its last trained step, each trained one is a pair."""
     k = case.objective["ttt_length"]
-    mask = case.row_mask
-    b, s = mask.shape
-    places = [(sample, t) for sample in range(b) for t in range(s)]
-    ahead = [sample * s + t for sample, t in places if mask[sample, t : t + k].any()]
-    labels = [sample * s + t for sample, t in places if mask[sample, t]]
+    mask = over_steps(case.row_mask, k)
+    b, _, s = mask.shape
+    rows = {}  # place: its steps
+    wanted = set()  # (step, place of the row, place of the label)
+    for sample in range(b):
+        for step in range(k):
+            for t in range(s):
+                if mask[sample, step, t]:
+                    rows[sample * s + t] = step + 1
+                    wanted.add((step, sample * s + t, sample * s + t + step))
+    if not wanted:
+        rows = {0: 1}
+        wanted = {(0, 0, 0)}
 
-    lists = row_lists(over_steps(mask, k), bucket=1)
-    assert lists.rows.tolist() == (ahead or [0])
-    assert lists.labels.tolist() == (labels or [0])
+    plan = plan_rows(mask)
+    places = plan.rows.tolist()
+    assert places == sorted(rows, key=lambda place: (-rows[place], place))
+    sizes = [sum(steps > step for steps in rows.values()) for step in range(k)]
+    assert plan.sizes.tolist() == [size for size in sizes if size]
+    assert plan.labels.tolist() == sorted({label for _, _, label in wanted})
 
-    # Filled up to buckets, each sample's alone, in order.
-    for filled, wanted in zip(row_lists(over_steps(mask, k), bucket=16), lists, strict=True):
-        assert torch.equal(filled.unique(), wanted)
-        assert torch.equal(filled.sort().values, filled)
-        assert all(int((filled // s == sample).sum()) % 16 == 0 for sample in range(b))
+    # Pairs, by label and step.
+    of_steps = [place for size in plan.sizes for place in places[:size]]
+    found = []
+    for label, row, step, state in zip(plan.label, plan.row, plan.step, plan.state, strict=True):
+        found.append((int(step), places[row], int(plan.labels[label])))
+        assert of_steps[state] == places[row]
+    assert set(found) == wanted and len(found) == len(wanted)
+    assert found == sorted(found, key=lambda pair: (pair[2], pair[0]))
+    counts = plan.label.bincount(minlength=len(plan.labels))
+    assert plan.first.tolist() == [0, *counts.cumsum(0).tolist()]
 
 
-@pytest.mark.parametrize("seed", [3, 4, 5])
-def test_lists_of_the_batch_filled_up_by_repeats_change_nothing(seed):
-    case = problem(make_unaligned(seed, (20, 9)), ttt_length=3)
+def test_a_plan_of_other_steps_is_not_scored_where_the_mask_trains_nothing():
+    """The mask decides: a pair that it does not train weighs nothing."""
+    case = problem(make_unaligned(3, (20, 9)), ttt_length=3)
     batch = case.batch
-    given_rows = batch._replace(
-        rows=row_lists(batch.row_mask, bucket=1).rows,
-        labels=row_lists(batch.row_mask, bucket=7).labels,
-    )
-    (loss, _), grads = run(case._replace(batch=given_rows), "float64", "fast")
-    (want, _), want_grads = run(case, "float64", "fast")
+    every = torch.ones_like(batch.row_mask)
+    (want, want_aux), _ = run(case, "float64", "fast")
+    more = case._replace(batch=batch._replace(plan=plan_rows(every)))
+    (loss, aux), _ = run(more, "float64", "fast")
     assert torch.allclose(loss, want, rtol=1e-12)
-    for name, grad in grads.items():
-        assert error(grad, want_grads[name]) < 1e-12, name
+    assert torch.equal(aux.rows, want_aux.rows)
 
 
 def test_small_chunks_change_nothing(monkeypatch):

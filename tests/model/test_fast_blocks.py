@@ -5,6 +5,7 @@ Also each part alone against its plain expression, and rows, labels and padding.
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,14 +14,14 @@ from hypothesis import strategies as st
 
 import eagle3fn as e3
 from eagle3fn import specforge
-from eagle3fn.base.rows import over_steps, row_lists
+from eagle3fn.base.rows import over_steps, plan_rows
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.base.types import Sample
 from eagle3fn.data.collate import align_mask, collate
 from eagle3fn.model import block_attention as attention
 from eagle3fn.model import fast, fused_layers, head_loss, table
 from eagle3fn.model.losses import LOSSES, find_loss
-from eagle3fn.model.unroll import unroll
+from eagle3fn.model.unroll import Rows, unroll
 from eagle3fn.model.visibility import Visible
 from tests.model.blocks import (
     HEAD_SIZE,
@@ -69,7 +70,7 @@ def two_runs(rows_of_second):
 @pytest.mark.parametrize("second", [[], [100], [209]])
 def test_rows_of_several_blocks(k, second):
     batch = batch_of(1, (300, 210), 130, two_runs(second))
-    rows = row_lists(over_steps(batch.row_mask, k)).rows
+    rows = plan_rows(over_steps(batch.row_mask, k)).rows
     assert len(blocks_of(rows, 300).cut) == 2 + bool(second)
     assert_fast_is_plain(batch, (130, 64), ttt_length=k)
 
@@ -93,21 +94,43 @@ def test_any_size_of_blocks_chunks_and_groups(data):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_chunks_of_five_labels_in_groups_of_two(pair):
+def test_chunks_hold_as_many_logits_and_groups_as_many_pairs(pair):
     v, d = pair
     k = 3
     batch = batch_of(2, (30, 17), v)
-    count = len(row_lists(over_steps(batch.row_mask, k)).labels)
-    sizes = {"_CHUNK_BYTES": 8 * (k * d + v) * 5, "_GROUP_BYTES": 8 * k * d * 2}
+    plan = plan_rows(over_steps(batch.row_mask, k))
+    every = 8 * (len(plan.label) * d + len(plan.labels) * v)  # bytes of all logits
+    sizes = {"_CHUNK_BYTES": every // 5, "_GROUP_BYTES": 8 * d * 7}
     with (
         mock.patch.multiple(head_loss, **sizes),
         mock.patch.object(head_loss, "score", wraps=head_loss.score) as score,
         mock.patch.object(head_loss, "first_max", wraps=head_loss.first_max) as maximum,
     ):
         run(batch, pair, "fast", ttt_length=k)
-        assert score.call_count == -(-count // 5)
-        assert maximum.call_count >= 2 * 3 * (count // 5)
+        assert 5 <= score.call_count <= 7
+        for call in score.call_args_list:
+            logits, z = call.args[:2]
+            assert 8 * (logits.numel() + z.numel()) <= 2 * every // 5
+        # Of each group the teacher's argmax and the draft's.
+        assert maximum.call_count >= 2 * len(plan.label) / 7
+        assert all(len(call.args[0]) <= 7 for call in maximum.call_args_list)
         assert_fast_is_plain(batch, pair, ttt_length=k)
+
+
+@given(st.data())
+def test_chunks_are_all_labels_once_and_about_equal(data):
+    pairs = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=30))
+    first = np.cumsum([0, *pairs])
+    head = torch.empty(data.draw(st.integers(1, 40)), 1)
+    target_head = torch.empty(data.draw(st.integers(1, 90)), 1)
+    most = data.draw(st.integers(1, 20_000))
+    chunks = head_loss._chunks(first, head, target_head, most)
+    assert [label for begin, end in chunks for label in range(begin, end)] == [*range(len(pairs))]
+    label_bytes = 4 * (7 * len(head) + len(target_head))  # at most
+    for begin, end in chunks:
+        held = 4 * ((first[end] - first[begin]) * len(head) + (end - begin) * len(target_head))
+        assert begin < end
+        assert held <= most + label_bytes
 
 
 @given(st.integers(0, 10**6), st.sampled_from([64, 128, 192, 60, 1]))
@@ -124,24 +147,21 @@ def test_first_max_picks_the_lowest_index_of_ties(seed, d):
 
 
 def test_the_plan_of_the_documented_example():
-    """The tables in `RowPlan`'s docstring."""
+    """The table in `RowPlan`'s docstring."""
     mask = torch.tensor([[0, 0, 1, 1, 0, 0, 1, 0]])
-    batch = batch_of(0, (8,), 40, mask).aligned(3)
-    plan = fast.plan_rows(batch._replace(**row_lists(batch.row_mask, bucket=1)._asdict()))
-    rows, *later = plan.rows
-    assert rows is not None
-    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert later == [None, None]  # all of them
+    plan = plan_rows(over_steps(mask, 3))
+    assert plan.rows.tolist() == [0, 1, 4, 2, 5, 3, 6]
+    assert plan.sizes.tolist() == [7, 5, 3]
     assert plan.labels.tolist() == [2, 3, 6]
 
-    label = torch.where(plan.trained > 0, plan.labels[plan.label_of_row], -1)
-    assert label.tolist() == [
-        [-1, -1, 2, 3, -1, -1, 6],
-        [-1, 2, 3, -1, -1, 6, -1],
-        [2, 3, -1, -1, 6, -1, -1],
-    ]
-    assert plan.scored.all()
-    assert rows[plan.row_of_label].tolist() == [[2, 3, 6], [1, 2, 5], [0, 1, 4]]
+    rows = plan.rows[plan.row].tolist()
+    labels = plan.labels[plan.label].tolist()
+    pairs = {*zip(plan.step.tolist(), rows, labels, strict=True)}
+    assert pairs == {
+        *((0, 2, 2), (0, 3, 3), (0, 6, 6)),
+        *((1, 1, 2), (1, 2, 3), (1, 5, 6)),
+        *((2, 0, 2), (2, 1, 3), (2, 4, 6)),
+    }
 
 
 # Each part alone.
@@ -160,12 +180,12 @@ def plain_mlp(x, weight, gate_up, down):
     return x + plain_swiglu(plain_norm(x, weight) @ gate_up.T) @ down.T
 
 
-def plain_loss(draft, head, labels, target_head, t2d, loss):
-    z = labels.target @ target_head.T
-    logits = (draft @ head.T)[torch.arange(len(draft))[:, None], labels.row]
-    p_draft = torch.softmax(z[:, t2d], -1).expand_as(logits)
-    p_full = torch.softmax(z, -1)[:, t2d].expand_as(logits)
-    return (labels.weight * loss.value(logits, p_draft, p_full) * t2d[z.argmax(-1)]).sum()
+def plain_loss(draft, head, pairs, target_head, t2d, loss):
+    z = (pairs.target @ target_head.T)[pairs.label]
+    logits = (draft @ head.T)[pairs.row]
+    p_draft = torch.softmax(z[:, t2d], -1)
+    p_full = torch.softmax(z, -1)[:, t2d]
+    return (pairs.weight * loss.value(logits, p_draft, p_full) * t2d[z.argmax(-1)]).sum()
 
 
 def part_of(name, generator):
@@ -178,7 +198,8 @@ def part_of(name, generator):
         later = int(name[-1])
         s = 40
         mask = (torch.rand(2, s, generator=generator) < 0.6).long()
-        rows = row_lists(mask[:, None]).rows
+        rows = mask.flatten().nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
         blocks = blocks_of(rows, s)
         assert len(blocks.cut) >= 6
         step_keys = draw(later, len(rows), KV_HEADS, HEAD_SIZE)
@@ -211,22 +232,26 @@ def part_of(name, generator):
             (draw(7, H), draw(H), draw(2 * 9, H), draw(H, 9)),
         )
 
-    v, d, k, t, p = 130, 64, 3, 11, 17
+    v, d, p = 130, 64, 17
     frozen = frozen_of(v, d)
     t2d = frozen.t2d
     target_head = frozen.target_head.double()
-    row = torch.randint(0, t, (k, p), generator=generator)
-    weight = draw(k, p).abs() * (torch.rand(k, p, generator=generator) < 0.7)
-    labels = head_loss.Labels(draw(p, H), row, weight)
+    count = torch.randint(1, 4, (p,), generator=generator)  # pairs of each label
+    x = int(count.sum())
+    label = torch.arange(p).repeat_interleave(count)
+    row = torch.randperm(x + 3, generator=generator)[:x]  # three rows are not scored
+    weight = draw(x).abs() * (torch.rand(x, generator=generator) < 0.7)
+    first = np.cumsum([0, *count.tolist()])
+    pairs = head_loss.Pairs(draw(p, H), label, row, weight, first)
     loss = find_loss(e3.ObjectiveConfig(loss=name))
 
     def head_and_loss(x, head):
-        return head_loss.head_and_loss(x, head, labels, target_head, t2d, frozen.d2t, loss).loss
+        return head_loss.head_and_loss(x, head, pairs, target_head, t2d, frozen.d2t, loss).loss
 
     return (
         head_and_loss,
-        lambda x, head: plain_loss(x, head, labels, target_head, t2d, loss),
-        (draw(k, t, H), draw(d, H)),
+        lambda x, head: plain_loss(x, head, pairs, target_head, t2d, loss),
+        (draw(x + 3, H), draw(d, H)),
     )
 
 
@@ -287,7 +312,7 @@ def states_of(config, frozen, params, batch):
     """The fast hidden states of every row, `(K, B·S, H)`."""
     _, k, _ = batch.row_mask.shape
     every = torch.arange(batch.attention_mask.numel())
-    rows = [every, *[None] * (k - 1)]
+    rows = Rows(every, [len(every)] * k)
     return torch.stack([*unroll(params, batch, rows, config, frozen, fast.FAST)])
 
 

@@ -1,7 +1,5 @@
 """One unroll under two records of operations: the same hidden states, on any list of rows."""
 
-from typing import NamedTuple
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,35 +18,18 @@ ROUNDING = 1e-12
 AUX = "aux_hidden"
 
 
-class Chosen(NamedTuple):
-    """Rows of a batch that go through the unroll."""
-
-    rows: Rows  # as `unroll` takes them
-    places: list[Tensor]  # of each step, the places `b·S + t` of the rows that are left
-
-
-def some_of(data: st.DataObject, count: int) -> Tensor:
-    """At least one of `count` indices, ascending."""
-    chosen = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
-    return torch.tensor(sorted(chosen))
-
-
-def choose_rows(data: st.DataObject, case: Case, drop: bool) -> Chosen:
-    """Some real rows; with `drop` some of them end before a later step."""
-    real = tiny_batch(case).attention_mask.flatten().nonzero()[:, 0]
-    places = [real[some_of(data, len(real))]]
-    rows: list[Tensor | None] = [places[0]]
+def choose_rows(data: st.DataObject, case: Case, drop: bool) -> Rows:
+    """Some real rows in any order; with `drop` the last of them end before a later step."""
+    real = tiny_batch(case).attention_mask.flatten().nonzero()[:, 0].tolist()
+    chosen = data.draw(st.lists(st.sampled_from(real), min_size=1, unique=True))
+    sizes = [len(chosen)]
     for _ in range(case.steps - 1):
-        kept = None
-        if drop and data.draw(st.booleans()):
-            kept = some_of(data, len(places[-1]))
-        rows.append(kept)
-        places.append(places[-1] if kept is None else places[-1][kept])
-    return Chosen(rows, places)
+        sizes.append(data.draw(st.integers(1, sizes[-1])) if drop else sizes[-1])
+    return Rows(torch.tensor(chosen), sizes)
 
 
 def states_and_gradients(
-    case: Case, chosen: Chosen, ops: Ops, rows: Rows
+    case: Case, chosen: Rows, ops: Ops, rows: Rows | None
 ) -> tuple[list[Tensor], Params]:
     """The chosen places' states `(T, H)` of every step, and the gradients of a weighted sum of
     them, by the parameters and by the features.
@@ -66,8 +47,9 @@ def states_and_gradients(
         states = []
         terms = []
         steps = unroll(params, given_batch, rows, config, frozen, ops)
-        for state, places, weight in zip(steps, chosen.places, weights, strict=True):
-            at_places = state if rows[0] is not None else state.flatten(0, 1)[places]
+        for state, size, weight in zip(steps, chosen.sizes, weights, strict=True):
+            places = chosen.places[:size]
+            at_places = state if rows is not None else state.flatten(0, 1)[places]
             states.append(at_places)
             terms.append((at_places * weight[places]).sum())
         return torch.stack(terms).sum(), states
@@ -77,11 +59,10 @@ def states_and_gradients(
     return states, gradients
 
 
-def check_fast_is_plain(case: Case, chosen: Chosen) -> None:
+def check_fast_is_plain(case: Case, chosen: Rows) -> None:
     """States, and gradients that flow back through all steps."""
-    every: Rows = [None] * case.steps
-    wanted, wanted_gradients = states_and_gradients(case, chosen, PLAIN, every)
-    found, found_gradients = states_and_gradients(case, chosen, FAST, chosen.rows)
+    wanted, wanted_gradients = states_and_gradients(case, chosen, PLAIN, None)
+    found, found_gradients = states_and_gradients(case, chosen, FAST, chosen)
     for step, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert a.shape == b.shape
         assert error(a, b) < ROUNDING, step
@@ -103,13 +84,16 @@ def test_rows_that_end_early_leave_the_others_as_they_are(data: st.DataObject) -
 
 
 def test_rows_may_end_at_several_steps() -> None:
-    """A fixed case of `rows`: all go on to step 1, two of three to step 2, one to step 3."""
+    """A fixed case: all go on to step 1, two of three to step 2, one to step 3."""
     case = Case(dtype="float64", lengths=(7, 5), steps=4, mask="full")
-    first = torch.tensor([1, 4, 8])
-    kept = torch.tensor([0, 2])
-    last = torch.tensor([1])
-    places = [first, first, first[kept], first[kept][last]]
-    check_fast_is_plain(case, Chosen([first, None, kept, last], places))
+    check_fast_is_plain(case, Rows(torch.tensor([8, 1, 4]), [3, 3, 2, 1]))
+
+
+def test_the_unroll_ends_with_the_last_step_that_has_rows() -> None:
+    case = Case(dtype="float64", lengths=(7,), steps=4)
+    parts = tiny_params(case), tiny_batch(case), Rows(torch.tensor([2, 0]), [2, 1])
+    states = [*unroll(*parts, case.config(), tiny_frozen(case), FAST)]
+    assert [len(state) for state in states] == [2, 1]
 
 
 def test_a_step_is_made_when_it_is_asked_for() -> None:
@@ -123,7 +107,7 @@ def test_a_step_is_made_when_it_is_asked_for() -> None:
 
     ops = PLAIN._replace(mlp=mlp)
     states = unroll(
-        tiny_params(case), tiny_batch(case), [None] * 3, case.config(), tiny_frozen(case), ops
+        tiny_params(case), tiny_batch(case), None, case.config(), tiny_frozen(case), ops
     )
     assert made == []
     for count in range(1, 4):

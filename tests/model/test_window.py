@@ -22,7 +22,7 @@ from eagle3fn.model.fast import FAST
 from eagle3fn.model.forward import forward
 from eagle3fn.model.losses import find_loss
 from eagle3fn.model.plain import PLAIN, logits
-from eagle3fn.model.unroll import Ops, unroll
+from eagle3fn.model.unroll import Ops, Rows, unroll
 from eagle3fn.model.visibility import Place, Visible
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import Result, named
@@ -179,9 +179,9 @@ def test_features_outside_the_window_have_exactly_zero_gradient(
     place = sample * max(case.lengths) + row
 
     def state(aux_hidden: Tensor) -> Tensor:
-        rows: list[Tensor | None] = [None] * case.steps
+        rows = None
         if numerics == "fast":
-            rows[0] = torch.tensor([place])
+            rows = Rows(torch.tensor([place]), [1] * case.steps)
         states = unroll(
             tiny_params(case),
             batch._replace(aux_hidden=aux_hidden),
@@ -217,7 +217,7 @@ def test_drafted_rows_are_those_of_the_unroll_with_a_window(
     batch = tiny_batch(case)
     config = case.config()
     set_window(monkeypatch, window)
-    states = unroll(params, batch, [None] * case.steps, config, frozen, PLAIN)
+    states = unroll(params, batch, None, config, frozen, PLAIN)
     trained = [logits(params, config.draft, hidden) for hidden in states]
 
     assert frozen.embed_tokens is not None

@@ -103,7 +103,7 @@ def make_config() -> e3.Config:
     train = e3.TrainConfig(steps=STEPS, reduce="tree", eval_every=5, checkpoint_every=2)
     return e3.Config(
         draft=draft,
-        objective=e3.ObjectiveConfig(ttt_length=3),
+        objective=e3.ObjectiveConfig(ttt_length=3, survival=0.7),
         optimizer=e3.OptimizerConfig(learning_rate=1e-3),
         data=e3.DataConfig(global_batch=8, held_out=2),
         train=train,

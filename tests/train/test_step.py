@@ -159,9 +159,9 @@ def test_simulated_accepted_length_equals_plain_loops(numerics):
         ({"label_hidden": torch.zeros(1, 6, 16, dtype=torch.int64)}, "floating point"),
         ({"next_ids": torch.zeros(9, dtype=torch.int64)}, "must be"),
         ({"next_ids": torch.zeros(1, 9)}, "dtype"),
-        ({"rows": torch.zeros(2)}, "dtype"),
+        ({"survives": torch.zeros(1, 6)}, "dtype"),
         ({"row_counts": torch.ones(9)}, r"batch\.row_counts has shape"),
-        ({"rows": torch.zeros(3, 2, dtype=torch.int64)}, r"batch\.rows has shape"),
+        ({"survives": torch.ones(6, dtype=torch.int64)}, r"batch\.survives has shape"),
     ],
 )
 def test_batch_that_does_not_fit_is_refused(numerics, change: dict[str, Tensor], message):
