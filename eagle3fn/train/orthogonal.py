@@ -70,16 +70,17 @@ def _lower_gram(x: Tensor) -> Tensor:
     return gram
 
 
-def newton_schulz(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About `U Vᵀ` of a matrix `U S Vᵀ` `(A, B)`, computed in bf16 and returned in its dtype.
+def newton_schulz(
+    matrix: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """About `U Vᵀ` of a matrix `U S Vᵀ` `(A, B)`, computed in `dtype`, returned in its own.
 
     By the quintic Newton-Schulz iteration `X ← a X + (b X Xᵀ + c (X Xᵀ)²) X` with the coefficients
     of `torch.optim.Muon`, whose bits it has.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16()
-    x = x.T if is_tall else x
+    x = (matrix.T if is_tall else matrix).to(dtype)  # (m, n), m ≤ n
 
     # Singular values of at most 1.
     x = x / x.norm().clamp(min=1e-7)

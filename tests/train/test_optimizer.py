@@ -121,6 +121,36 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path, empty_state(other, "cpu"), other, {})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"matrix_factor": 3.0},
+            r"matrix_factor = 3\.0: optimizer\.name = 'adamw' does not read it",
+        ),
+        ({"momentum": 0.9}, r"momentum = 0\.9: optimizer\.name = 'adamw' does not read it; leave"),
+        ({"name": "muon", "momentum": 1.0}, r"momentum = 1\.0: must be in \[0, 1\)"),
+        ({"name": "muon", "matrix_factor": 0.0}, r"matrix_factor = 0\.0: must be above 0"),
+        ({"name": "muon", "matrix_factor": torch.inf}, r"matrix_factor = inf: must be .*finite"),
+    ],
+)
+def test_settings_of_muon_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(e3.UserError, match=rf"optimizer\.{message}"):
+        OptimizerConfig(**settings)
+
+
+def test_every_setting_of_muon_is_read() -> None:
+    """And by a user's own optimizer any may be."""
+    OptimizerConfig(name="module:function", momentum=0.5, matrix_factor=2.0)
+    states = []
+    for own in ({}, {"momentum": 0.9}, {"matrix_factor": 3.0}, {"beta1": 0.5}, {"eps": 0.1}):
+        config = settings("muon")
+        config = replace(config, optimizer=replace(config.optimizer, **own))
+        states.append(updated(first_state(config), config, 2).masters)
+    for number, state in enumerate(states):
+        assert not any(equal(state, other) for other in states[:number])
+
+
 # A user's own.
 
 
