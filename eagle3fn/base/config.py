@@ -72,10 +72,16 @@ class OptimizerConfig:
     """An optimizer on fp32 masters, its gradients clipped by their global norm.
 
     Attributes:
-        name: "adamw"; "muon", which has AdamW's settings and a momentum of 0.95; or
-            "module:function", a user's function of this configuration that returns an
-            `Optimizer` (`train.optimizer`).
+        name: "adamw"; "muon", for matrices, with AdamW for the other leaves; or "module:function",
+            a user's function of this configuration that returns an `Optimizer` (`train.optimizer`).
         learning_rate: the highest rate, reached at the end of the warm-up.
+        beta1: AdamW's, of the gradient's running mean.
+        beta2: AdamW's, of the squared gradient's.
+        eps: AdamW's, added to the root of that.
+        weight_decay: a parameter loses `rate · weight_decay` of itself in an update.
+        momentum: Muon's `μ`, of the gradient's running mean `m ← m + (1 - μ)(g - m)`.
+        matrix_factor: Muon's `c`: a matrix `(A, B)` moves by
+            `0.2 · √max(A, B) · rate · c · orthogonal(g + μ (m - g))`.
         warmup_ratio: share of the schedule's steps in which the rate rises linearly.
         schedule: "cosine", to 0 at the last step.
         schedule_steps: updates that the schedule spans, where a run makes another number; 0:
@@ -92,6 +98,8 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    momentum: float = 0.95
+    matrix_factor: float = 6.0
     schedule: Literal["cosine"] = "cosine"
     accumulation: Literal["fp32", "params"] = "fp32"
     schedule_steps: int = 0
@@ -99,16 +107,25 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         _check_choices(self, "optimizer")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "matrix_factor"):
             require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0")
-        for name in ("learning_rate", "max_grad_norm", "eps", "weight_decay"):
+        for name in ("learning_rate", "max_grad_norm", "eps", "weight_decay", "matrix_factor"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"optimizer.{name}", value, "at least 0 and finite")
-        for name in ("warmup_ratio", "beta1", "beta2"):
+        for name in ("warmup_ratio", "beta1", "beta2", "momentum"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
         span = self.schedule_steps
         require(span >= 0, "optimizer.schedule_steps", span, "at least 0 (0: train.steps)")
+
+        # A setting that would change nothing is refused; a user's own optimizer may read any.
+        for setting in ("momentum", "matrix_factor") if self.name == "adamw" else ():
+            value, default = getattr(self, setting), getattr(OptimizerConfig, setting)
+            if value != default:
+                raise UserError(
+                    f"optimizer.{setting} = {value!r}: optimizer.name = 'adamw' does not read it; "
+                    "leave it out, or set optimizer.name='muon'"
+                )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@
 | `objective.numerics` | `"plain"` | as `Recipe.loss` |
 | `objective.normalization` | `"rows"` | padding and the micro-batches' split change the loss |
 | `objective.teacher` | `"full"` | much memory for the same values to rounding |
+| `optimizer.name` | `"adamw"` | Muon learns more from a sample |
 | `optimizer.accumulation` | `"params"` | sums in bf16 lose small gradients |
 | `train.init` | `"random"` | as `Recipe.start` |
 """
@@ -33,10 +34,12 @@ from eagle3fn.train.recipe import Recipe
 NAME = "specforge"
 SETTINGS: dict[str, dict[str, Any]] = {
     "objective": {"numerics": "plain", "normalization": "rows", "teacher": "full"},
-    "optimizer": {"accumulation": "params"},
+    "optimizer": {"name": "adamw", "accumulation": "params"},
     "train": {"init": "random"},
 }
-"""Settings in which SpecForge differs from our defaults, by section; defaults of `load_config`."""
+"""Settings in which SpecForge differs from our defaults, or would from later ones, by section;
+defaults of `load_config`.
+"""
 
 
 class SpecForge(NamedTuple):

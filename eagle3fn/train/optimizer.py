@@ -17,6 +17,7 @@ from eagle3fn.base.named import find, in_one_line
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Params
 from eagle3fn.model.table import Role
+from eagle3fn.train.orthogonal import orthogonal
 
 T = TypeVar("T")
 
@@ -30,20 +31,25 @@ _BLOCK_BYTES = 16 << 20  # of a leaf, updated at once
 
 
 class Leaf(NamedTuple):
-    """What an update can ask about a leaf, of which a rank holds a block of rows."""
+    """What an update can ask about a leaf."""
 
     role: Role  # "matrix", "norm", "embedding" or "head"
-    # A tensor with this rank's rows of the leaf → with the rows of all ranks, which all must call.
-    whole: Callable[[Tensor], Tensor]
-    own: Callable[[Tensor], Tensor]  # … and back: a tensor with all rows → with this rank's
+    shape: tuple[int, ...]  # of all ranks' rows
 
 
 class UpdateInfo(NamedTuple):
-    """What an update reads besides tensors."""
+    """What an update reads besides tensors.
+
+    `on_whole(function, parts)` is for an update that needs whole leaves: `parts` are this rank's
+    rows of some leaves, all ranks of the same ones; what is returned are its rows of
+    `function(whole)`, which has the whole leaf's shape and dtype. One rank computes each of them,
+    so that the ranks share the work.
+    """
 
     step: int  # updates before this one
     rate: float  # the learning rate
     leaves: dict[str, Leaf]
+    on_whole: Callable[[Callable[[Tensor], Tensor], Params], Params]
     donate: bool  # whether gradients, state and parameters may be written into
 
 
@@ -145,15 +151,19 @@ def _blocks(*leaves: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(leaf.split(rows) for leaf in leaves), strict=True)
 
 
-def muon(config: OptimizerConfig, momentum: float = 0.95) -> Optimizer:
+def muon(config: OptimizerConfig, orthogonal: Callable[[Tensor], Tensor] = orthogonal) -> Optimizer:
     """Muon (Jordan et al., 2024; arXiv 2502.16982) for matrices `(A, B)`, AdamW for other leaves:
 
         m ← m + (1 - μ)(g - m)
-        p ← p · (1 - rate · decay) - 0.2 · √max(A, B) · rate · orthogonal(g + μ (m - g))
+        p ← p · (1 - rate · decay) - 0.2 · √max(A, B) · rate · c · orthogonal(g + μ (m - g))
 
-    The factor gives a matrix's update the size of AdamW's, so that both have one rate. The bits of
-    `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`. On several ranks each computes the
-    orthogonal update of every whole matrix, and keeps its own rows of it.
+    `μ` is `momentum` and `c` is `matrix_factor`; at 1, an update of which all singular values are 1
+    has the size of AdamW's. On several ranks each matrix is made orthogonal by one of them.
+
+    Args:
+        config: its settings.
+        orthogonal: a matrix to about `U Vᵀ`, of its shape and dtype; with `newton_schulz` the
+            update has the bits of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` at `c = 1`.
     """
     others = adamw(config)
 
@@ -168,36 +178,23 @@ def muon(config: OptimizerConfig, momentum: float = 0.95) -> Optimizer:
         means = writable(state.momentum, info)
         matrices = writable({name: params[name] for name in means}, info)
 
+        # The running means, and from them and the gradients the directions, whole by whole.
+        directions = {}
         for name, mean in means.items():
-            mean.lerp_(grads[name], 1 - momentum)
-            direction = orthogonal(info.leaves[name].whole(grads[name].lerp(mean, momentum)))
-            size = 0.2 * math.sqrt(max(direction.shape)) * info.rate
-            matrices[name].mul_(1 - info.rate * config.weight_decay)
-            matrices[name].add_(info.leaves[name].own(direction), alpha=-size)
+            mean.lerp_(grads[name], 1 - config.momentum)
+            directions[name] = grads[name].lerp(mean, config.momentum)
+        directions = info.on_whole(orthogonal, directions)
+
+        for name, matrix in matrices.items():
+            longest = max(info.leaves[name].shape)
+            size = 0.2 * math.sqrt(longest) * info.rate * config.matrix_factor
+            matrix.mul_(1 - info.rate * config.weight_decay)
+            matrix.add_(directions[name], alpha=-size)
 
         after |= matrices
         return {name: after[name] for name in params}, MuonState(means, moments)
 
     return Optimizer(init, update)
-
-
-def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About `U Vᵀ` of a matrix `U S Vᵀ`, in bf16: singular values come near 1.
-
-    By the quintic Newton-Schulz iteration `X ← a X + (b X Xᵀ + c (X Xᵀ)²) X` with the coefficients
-    of `torch.optim.Muon`.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16()
-    x = x.T if is_tall else x
-
-    # Singular values of at most 1.
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
 
 
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig], Optimizer]] = {"adamw": adamw, "muon": muon}

@@ -6,9 +6,10 @@ Rows are cut as `torch.chunk` cuts them: `ceil(rows / ranks)` a rank, so the las
 fewer, or none.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -148,17 +149,82 @@ def local(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.to_local() if is_sharded(leaf) else leaf, tree)
 
 
-def leaves_of(config: Config, lengths: dict[str, int], mesh: DeviceMesh | None) -> dict[str, Leaf]:
-    """For an optimizer's update: every leaf's role, and how its rows on all ranks are gathered.
+def leaves_of(config: Config) -> dict[str, Leaf]:
+    """For an optimizer's update: every leaf's role, and its shape on all ranks together."""
+    draft_roles = roles(config.draft)
+    return {name: Leaf(draft_roles[name], shape) for name, shape in shapes(config.draft).items()}
 
-    `lengths` are the leaves' global rows.
+
+def on_whole(
+    function: Callable[[Tensor], Tensor],
+    parts: Params,
+    leaves: dict[str, Leaf],
+    mesh: DeviceMesh | None,
+) -> Params:
+    """This rank's rows of `function` of whole leaves, each computed by one rank: its bits.
+
+    All ranks must call, with rows of the same leaves.
+
+    Args:
+        function: a whole leaf to a tensor of its shape and dtype.
+        parts: this rank's rows of some of the leaves.
+        leaves: all leaves, for their shapes.
+        mesh: of the ranks.
     """
-    leaves = {}
-    for name, role in roles(config.draft).items():
-        rows = rows_of(lengths[name], *ranks_of(mesh))
-        whole = partial(gather_rows, rows=lengths[name], mesh=mesh)
-        leaves[name] = Leaf(role, whole, own=itemgetter(slice(rows.start, rows.stop)))
-    return leaves
+    world, rank = ranks_of(mesh)
+    owners = owners_of({name: leaves[name].shape for name in parts}, world)
+
+    # Gather all, and keep what this rank computes. To compute one before the next is gathered would
+    # let the other ranks wait.
+    own = {}
+    for name, part in parts.items():
+        whole = gather_rows(part, leaves[name].shape[0], mesh)
+        if owners[name] == rank:
+            own[name] = whole
+
+    results = {name: function(whole) for name, whole in own.items()}
+
+    # Give every rank its rows.
+    rows = {}
+    for name, part in parts.items():
+        rows[name] = _scatter_rows(
+            results.pop(name, None), part, leaves[name].shape[0], owners[name], mesh
+        )
+    return rows
+
+
+def owners_of(shapes: dict[str, tuple[int, ...]], world: int) -> dict[str, int]:
+    """The rank that computes each leaf: the largest first, each by the rank that has least.
+
+    A matrix `(A, B)` counts `A · B · min(A, B)`, as its products do.
+    """
+    costs = {name: math.prod(shape) * min(shape) for name, shape in shapes.items()}
+    loads = [0] * world
+    owners = {}
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += costs[name]
+    return owners
+
+
+def _scatter_rows(
+    whole: Tensor | None, part: Tensor, rows: int, owner: int, mesh: DeviceMesh | None
+) -> Tensor:
+    """This rank's rows of all `rows`, which `owner` alone has; the reverse of `gather_rows`.
+
+    `part` has their shape and dtype.
+    """
+    if mesh is None or mesh.size() == 1:
+        assert whole is not None
+        return whole
+
+    block = -(-rows // mesh.size())
+    blocks = None
+    if whole is not None:
+        blocks = list(padded(whole, mesh.size() * block).split(block))
+    received = part.new_empty(block, *part.shape[1:])
+    dist.scatter(received, blocks, group=mesh.get_group(), group_src=owner)
+    return received[: len(part)]
 
 
 def gather(tree: Any) -> Any:

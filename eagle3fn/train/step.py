@@ -26,6 +26,7 @@ from eagle3fn.train.shard import (
     full_params,
     leaves_of,
     local,
+    on_whole,
     own_rows,
     place,
     ranks_of,
@@ -155,7 +156,8 @@ def _step(
     # The optimizer's update of this rank's rows, and the parameters cast from the new masters.
     parts = local(before)
     grads = clip(grads, norm, config.optimizer.max_grad_norm, donate)
-    info = UpdateInfo(number, rate, leaves_of(config, rows, mesh), donate)
+    leaves = leaves_of(config)
+    info = UpdateInfo(number, rate, leaves, partial(on_whole, leaves=leaves, mesh=mesh), donate)
     kinds = {name: (leaf.shape, leaf.dtype) for name, leaf in parts.masters.items()}
     updated = optimizer_of(config, recipe).update(grads, parts.opt, parts.masters, info)
     masters, opt = _checked(updated, kinds)

@@ -49,6 +49,13 @@ def test_recipe_takes_settings_over_its_own() -> None:
         specforge.recipe(Case().draft(), train={"stepz": 7})
 
 
+def test_recipe_names_its_optimizer_whatever_our_default_is() -> None:
+    assert recipes.SETTINGS["optimizer"]["name"] == "adamw"
+    assert specforge.recipe(Case().draft()).config.optimizer.name == "adamw"
+    own = specforge.recipe(Case().draft(), optimizer={"name": "muon"})
+    assert own.config.optimizer.name == "muon"
+
+
 def test_recipes_are_named() -> None:
     assert list(specforge.RECIPES) == ["specforge", "specforge-dataflow"]
     assert all(recipe.name == name for name, recipe in specforge.RECIPES.items())

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,17 @@ from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model.table import Role
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
 from eagle3fn.train.held_out import evaluate_held_out
-from eagle3fn.train.optimizer import OPTIMIZERS, Optimizer
+from eagle3fn.train.optimizer import OPTIMIZERS, Leaf, Optimizer
 from eagle3fn.train.recipe import OURS
-from eagle3fn.train.shard import empty_state, is_sharded, local, own_rows, place, rows_of
+from eagle3fn.train.shard import (
+    empty_state,
+    is_sharded,
+    local,
+    on_whole,
+    own_rows,
+    place,
+    rows_of,
+)
 from tests.factories import make_frozen
 from tests.reference import Draft
 from tests.train.ranks_problem import (
@@ -84,6 +93,32 @@ def every_optimizer_has_the_bits_of_one_process(mesh: DeviceMesh, world: World) 
         for donate in (False, True):
             state, _ = train(config, mesh, donate=donate)
             assert equal(state, whole), (config.optimizer.name, donate, gap(state, whole))
+
+
+def each_whole_leaf_is_computed_by_one_rank(mesh: DeviceMesh, world: World) -> None:
+    source = torch.Generator().manual_seed(0)
+    whole = {}
+    for name, rows, columns in (("a", 7, 3), ("b", 2, 5), ("c", 8, 8), ("d", 1, 4), ("e", 9, 2)):
+        whole[name] = torch.randn(rows, columns, generator=source)
+    leaves = {name: Leaf("matrix", tuple(leaf.shape)) for name, leaf in whole.items()}
+    calls = []
+
+    def function(leaf: Tensor) -> Tensor:
+        calls.append(tuple(leaf.shape))
+        return leaf.cumsum(0)
+
+    own = own_rows(whole, mesh.size(), world.rank)
+    before = tree_map(torch.clone, own)
+    found = on_whole(function, own, leaves, mesh)
+    expected = own_rows(tree_map(partial(torch.cumsum, dim=0), whole), mesh.size(), world.rank)
+    assert equal(found, expected)
+    assert equal(own, before)
+
+    # The largest is a rank's only one, where there are ranks enough.
+    every = gathered(calls, mesh)
+    computed = [shape for shapes in every for shape in shapes]
+    assert sorted(computed) == sorted(leaf.shape for leaf in leaves.values())
+    assert [(8, 8)] in every or mesh.size() == 1
 
 
 def own_optimizer_may_have_leaves_without_axes(mesh: DeviceMesh, world: World) -> None:
@@ -375,7 +410,8 @@ CHECKS: list[tuple[Check, tuple[int, ...]]] = [
     (sum_reduction_is_near_one_process, (1, 2, 3, 4)),
     (any_split_is_near_another, (2,)),
     (tree_reduction_has_the_bits_of_one_process, (1, 2, 4)),
-    (every_optimizer_has_the_bits_of_one_process, (2, 4)),
+    (every_optimizer_has_the_bits_of_one_process, (1, 2, 4)),
+    (each_whole_leaf_is_computed_by_one_rank, (1, 2, 3, 4)),
     (own_optimizer_may_have_leaves_without_axes, (2,)),
     (plain_numerics_have_the_bits_of_one_process, (1, 2)),
     (no_rank_waits_before_its_last_micro_batch, (3,)),

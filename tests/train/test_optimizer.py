@@ -1,6 +1,7 @@
 """Every optimizer of the table under the same laws; AdamW and Muon beside torch's; schedules."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from eagle3fn.train.optimizer import (
     cosine_schedule,
     muon,
 )
-from eagle3fn.train.shard import empty_state
+from eagle3fn.train.orthogonal import newton_schulz
+from eagle3fn.train.shard import empty_state, on_whole
 from tests.factories import make_batch, make_config, make_frozen
 
 
@@ -52,8 +54,8 @@ def info_of(params: Params, step: int = 0, donate: bool = False) -> UpdateInfo:
     leaves = {}
     for name, leaf in params.items():
         role = "matrix" if leaf.ndim == 2 else "norm"
-        leaves[name] = Leaf(role, lambda x: x, lambda x: x)
-    return UpdateInfo(step, 1e-2, leaves, donate)
+        leaves[name] = Leaf(role, tuple(leaf.shape))
+    return UpdateInfo(step, 1e-2, leaves, partial(on_whole, leaves=leaves, mesh=None), donate)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -117,6 +119,36 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     other = settings("muon")
     with pytest.raises(e3.UserError, match=r"optimizer\.name was 'adamw', is 'muon'"):
         load_checkpoint(path, empty_state(other, "cpu"), other, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"matrix_factor": 3.0},
+            r"matrix_factor = 3\.0: optimizer\.name = 'adamw' does not read it",
+        ),
+        ({"momentum": 0.9}, r"momentum = 0\.9: optimizer\.name = 'adamw' does not read it; leave"),
+        ({"name": "muon", "momentum": 1.0}, r"momentum = 1\.0: must be in \[0, 1\)"),
+        ({"name": "muon", "matrix_factor": 0.0}, r"matrix_factor = 0\.0: must be above 0"),
+        ({"name": "muon", "matrix_factor": torch.inf}, r"matrix_factor = inf: must be .*finite"),
+    ],
+)
+def test_settings_of_muon_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(e3.UserError, match=rf"optimizer\.{message}"):
+        OptimizerConfig(**settings)
+
+
+def test_every_setting_of_muon_is_read() -> None:
+    """And by a user's own optimizer any may be."""
+    OptimizerConfig(name="module:function", momentum=0.5, matrix_factor=2.0)
+    states = []
+    for own in ({}, {"momentum": 0.9}, {"matrix_factor": 3.0}, {"beta1": 0.5}, {"eps": 0.1}):
+        config = settings("muon")
+        config = replace(config, optimizer=replace(config.optimizer, **own))
+        states.append(updated(first_state(config), config, 2).masters)
+    for number, state in enumerate(states):
+        assert not any(equal(state, other) for other in states[:number])
 
 
 # A user's own.
@@ -217,18 +249,22 @@ def test_adamw_calls_the_list_operations_of_torch_adamw(decay: float, donate: bo
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
 def test_muon_has_the_bits_of_torch_muon(shape: tuple[int, int], donate: bool) -> None:
     """For a matrix; a vector's update is AdamW's."""
-    config = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.1)
+    config = OptimizerConfig(
+        name="muon", learning_rate=1e-2, weight_decay=0.1, momentum=0.9, matrix_factor=1.0
+    )
     source = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=source)
     vector = torch.randn(6, generator=source)
 
-    reference = torch.optim.Muon([matrix.clone()], lr=1e-2, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(
+        [matrix.clone()], lr=1e-2, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
     (reference_matrix,) = reference.param_groups[0]["params"]
     rest = adamw(config)
     rest_vector = {"b": vector}
     rest_state = rest.init(rest_vector, {})
 
-    optimizer = muon(config)
+    optimizer = muon(config, newton_schulz)
     params = {"a": matrix.clone(), "b": vector.clone()}
     state = optimizer.init(params, {"a": "matrix", "b": "norm"})
     for step in range(3):
