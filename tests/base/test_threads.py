@@ -106,7 +106,7 @@ def test_burst_of_other_work_does_not_decide(timed) -> None:
 
     def taken(count: int) -> float:
         calls.append(count)
-        slow = len(calls) in (4, 5, 6)  # in the first round
+        slow = len(calls) in (6, 7)  # both calls of the first round with 4 threads
         return (5.0 if slow else 1.0) / count
 
     timed(taken)
@@ -279,7 +279,7 @@ def test_measured_products_have_the_sizes_of_the_work() -> None:
 
     for dtype in (torch.float32, torch.bfloat16):
         large = products_of(threads.large_products(8, 200, dtype))
-        assert ((256, 8), (8, 200)) in large and ((200, 256), (256, 8)) in large
+        assert {((256, 8), (8, 200)), ((256, 200), (200, 8)), ((200, 256), (256, 8))} <= large
         thin = products_of(threads.thin_products(Sizes(8, 24, 3, 50), [1, 9], dtype))
         assert {rows for (rows, _), _ in thin} == {1, 9}
         assert {weight for _, weight in thin} >= {(8, 8), (8, 24), (24, 8)}
