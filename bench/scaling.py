@@ -1,16 +1,22 @@
-"""How the fast step's cost grows with sequence length, draft vocabulary, batch and unroll steps.
+"""How the fast step's cost changes with sequence length, draft vocabulary, batch, unroll steps,
+threads and ranks.
 
     python -m bench.scaling --rounds 2
 
 A picture goes next to the result. Sequence lengths share a fixed number of tokens. The points of a
 sweep are timed in turns in one process; memory, over draft vocabularies, comes from one child
-process a point. The last line is JSON:
+process a point. Ranks are started by torchrun, each with a batch of its own; they and threads are
+left out where this runs on several ranks itself. The last line is JSON:
 
 - `seq_growth`: the time a token at the longest sequence over that at the shortest, both without
   attention's own time
 - `memory_growth`: the bytes beyond weights, gradients, masters and moments at the largest draft
   vocabulary over those at the smallest; null on several ranks
+- `thread_choice`: for the work of each command (`bench.threads`) the number of threads that the
+  short measurement of its start chooses, the best one, and the time at the one over the other
 - `sweeps`: every point
+
+What was not swept (`--sweeps`) is null.
 """
 
 import sys
@@ -23,18 +29,22 @@ if __name__ == "__main__":
     settle()
 
 import argparse
+import json
+import subprocess
 from math import prod
 from typing import Any
 
 import torch
 
-from bench import common, step
+from bench import common, step, threads
 from bench.attention import attention_call
 from bench.launch import add_arguments
 from bench.problem import draft_of
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.provenance import provenance
+from eagle3fn.base.threads import candidates, own_cores
 from eagle3fn.model.table import shapes
 
 ROUNDS = 3
@@ -48,7 +58,10 @@ LABELS = {
     "draft_vocab": "draft vocabulary D",
     "batch": "batch B",
     "k": "unroll steps K",
+    "threads": "threads",
+    "ranks": "ranks",
 }
+ONE_PROCESS = ("threads", "ranks")  # swept by a process that is no rank itself
 
 
 def parse() -> argparse.Namespace:
@@ -65,21 +78,20 @@ def parse() -> argparse.Namespace:
     add_list("--vocabs", [8192, 16384, 32768, 49152], "draft vocabularies")
     add_list("--batches", [1, 2, 4], "samples of a step")
     add_list("--ks", [1, 3, 5, 7], "unroll steps")
+    about = "numbers of threads (default: 1, 2, 4, … up to all cores)"
+    add_list("--thread-counts", candidates(own_cores()), about)
+    add_list("--ranks", [1, 2], "numbers of ranks, each with --threads threads")
+    about = "layers of the target that threads are measured with (default 30)"
+    parser.add_argument("--layers", type=int, default=30, help=about)
+    about = "which sweeps are made (default all)"
+    parser.add_argument("--sweeps", nargs="+", choices=LABELS, default=list(LABELS), help=about)
     add_arguments(parser)
     return parser.parse_args()
 
 
 def sweeps(options: argparse.Namespace) -> dict[str, list[argparse.Namespace]]:
-    """The points of each sweep, as `bench.step`'s options.
-
-    What is not swept has its list's first value, K its last.
-    """
-    base = {
-        "seq": options.seqs[0],
-        "batch": 1,
-        "draft_vocab": options.vocabs[0],
-        "k": options.ks[-1],
-    }
+    """The points of each sweep in this process, as `bench.step`'s options."""
+    base = base_of(options)
     tokens = max(options.seqs)
     changes = {
         "seq": [{"seq": seq, "batch": tokens // seq} for seq in options.seqs],
@@ -90,8 +102,60 @@ def sweeps(options: argparse.Namespace) -> dict[str, list[argparse.Namespace]]:
 
     points = {}
     for name, rows in changes.items():
-        points[name] = [argparse.Namespace(**(vars(options) | base | row)) for row in rows]
+        if name in options.sweeps:
+            points[name] = [argparse.Namespace(**(vars(options) | base | row)) for row in rows]
     return points
+
+
+def base_of(options: argparse.Namespace) -> dict[str, int]:
+    """The values of what is not swept: its list's first, K's last, one sample."""
+    return {
+        "seq": options.seqs[0],
+        "batch": 1,
+        "draft_vocab": options.vocabs[0],
+        "k": options.ks[-1],
+    }
+
+
+def over_threads(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for each number of threads, and how good the short measurement's choices are."""
+    base = base_of(options)
+    point = argparse.Namespace(**(vars(options) | base))
+    counts = sorted({1, *options.thread_counts})
+    rows, choice = threads.measure(point, counts, options.rounds or ROUNDS)
+    return [base | row for row in rows], choice
+
+
+def over_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each number of ranks, from as many processes; tokens are those of all ranks.
+
+    Raises:
+        UserError: the processes failed.
+    """
+    base = base_of(options)
+    words: list[object] = ["--sweeps", "batch", "--batches", 1, "--json", "--out", "-"]
+    words += ["--seqs", base["seq"], "--vocabs", base["draft_vocab"], "--ks", base["k"]]
+    words += ["--rounds", options.rounds or ROUNDS, "--threads", options.threads]
+    for name in SETTINGS:
+        words += [f"--{name}", getattr(options, name)]
+
+    rows = []
+    for count in options.ranks:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+        call = [sys.executable, *launcher, "bench/scaling.py", *words]
+        done = subprocess.run(
+            list(map(str, call)), cwd=common.ROOT, stdout=subprocess.PIPE, text=True, check=False
+        )
+        if done.returncode:
+            raise UserError(
+                f"{count} ranks: their processes ended with exit code {done.returncode}; "
+                "--sweeps leaves ranks out"
+            )
+        (row,) = json.loads(done.stdout.splitlines()[-1])["sweeps"]["batch"]
+        tokens = count * row["tokens"]
+        per_token = 1e6 * row["seconds"] / tokens
+        rows.append({"ranks": count, **row, "tokens": tokens, "us_per_token": per_token})
+    return rows
 
 
 def measure(name: str, points: list[argparse.Namespace], world: World) -> list[dict[str, Any]]:
@@ -173,13 +237,21 @@ def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
     found = {name: measure(name, rows, world) for name, rows in points.items()}
 
     memory_growth = None
-    if world.size == 1:
+    if world.size == 1 and "draft_vocab" in found:
         for row, point in zip(found["draft_vocab"], points["draft_vocab"], strict=True):
             row.update(memory_of(point))
         memory_growth = growth([row["memory_beyond_state"] for row in found["draft_vocab"]])
+
+    choice = None
+    if world.size == 1:
+        if "threads" in options.sweeps:
+            found["threads"], choice = over_threads(options)
+        if "ranks" in options.sweeps:
+            found["ranks"] = over_ranks(options)
     return {
-        "seq_growth": growth([own_time(row) for row in found["seq"]]),
+        "seq_growth": growth([own_time(row) for row in found["seq"]]) if "seq" in found else None,
         "memory_growth": memory_growth,
+        "thread_choice": choice,
         "settings": common.settings_of(options, SETTINGS, ROUNDS, world),
         "sweeps": found,
         **provenance(),
@@ -197,14 +269,22 @@ def growth(values: list[float]) -> float:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Four panels: time a token over S, D, B and K; memory over D on a second axis."""
+    """A panel a sweep: time a token; over D also memory, over threads also the other work."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for panel, (name, rows) in zip(panels.flat, result["sweeps"].items(), strict=True):
+    count = -(-len(result["sweeps"]) // 2)
+    figure, panels = plt.subplots(
+        count, 2, figsize=(10, 3.5 * count), layout="constrained", squeeze=False
+    )
+    for panel in panels.flat[len(result["sweeps"]) :]:
+        panel.set_visible(False)
+    for panel, (name, rows) in zip(panels.flat, result["sweeps"].items(), strict=False):
+        if name == "threads":
+            draw_threads(panel, rows)
+            continue
         places = [row[name] for row in rows]
         panel.plot(places, [row["us_per_token"] for row in rows], marker="o", label="step")
         if name == "seq":
@@ -229,6 +309,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_threads(panel: Any, rows: list[dict[str, Any]]) -> None:
+    """Each command's work: its time over that with one thread."""
+    counts = [row["threads"] for row in rows]
+    for name, alone in rows[0]["all_work_seconds"].items():
+        ratios = [row["all_work_seconds"][name] / alone for row in rows]
+        panel.plot(counts, ratios, marker="o", label=name)
+    panel.set(xlabel=LABELS["threads"], ylabel="time / with one thread", ylim=(0, None))
+    panel.legend(loc="lower left")
+
+
 def main() -> None:
     options = parse()
     with ranks() as world:
@@ -240,7 +330,13 @@ def main() -> None:
             for row in rows:
                 cost = f"{row['us_per_token']:.0f} µs a token, mfu {row['mfu']:.1%}"
                 common.show(options, f"{name} {row[name]}: {cost}")
-        name = f"scaling-{options.shape}-{options.device}-{options.allocator}"
+        for name, choice in (result["thread_choice"] or {}).items():
+            text = f"{choice['chosen']} threads chosen in {choice['measurement_seconds']:.1f} s"
+            text += f", best {choice['best']}: {choice['time_over_best']:.2f} times its time"
+            common.show(options, f"{name}: {text}")
+
+        about = "scaling" if "seq" in result["sweeps"] else "-".join(result["sweeps"])
+        name = f"{about}-{options.shape}-{options.device}-{options.allocator}"
         if options.out != "-":
             path = Path(options.out or common.RESULTS / f"{name}.json")
             draw(result, path.with_suffix(".png"))

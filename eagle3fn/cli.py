@@ -55,6 +55,12 @@ def _add_target(sub: argparse.ArgumentParser, runs: bool) -> None:
         sub.add_argument("--device", default="cpu", help="torch device of the target (default cpu)")
 
 
+def _add_threads(sub: argparse.ArgumentParser) -> None:
+    """The option `--threads`."""
+    about = "CPU threads (default: OMP_NUM_THREADS, or the fastest by a short measurement)"
+    sub.add_argument("--threads", type=_positive, help=about)
+
+
 def _add_settings(sub: argparse.ArgumentParser) -> None:
     """The options that make a configuration."""
     sub.add_argument("--config", help="TOML file")
@@ -85,6 +91,7 @@ def _add_data_commands(command: Command) -> None:
     sub.add_argument(
         "--exclude", help="JSONL whose texts must not come back: 13 words in a row are too many"
     )
+    _add_threads(sub)
 
     sub = command(
         "extract", _extract, "run the target over conversations and write its features; resumable"
@@ -101,6 +108,7 @@ def _add_data_commands(command: Command) -> None:
     sub.add_argument("--limit", type=_positive, help="use only the first conversations")
     sub.add_argument("--batch", type=_positive, default=8)
     sub.add_argument("--draft-config", help="JSON whose eagle_config names the tapped layers")
+    _add_threads(sub)
 
     sub = command("vocab", _vocab, "count the supervised tokens and write the draft vocabulary map")
     _add_target(sub, runs=False)
@@ -132,6 +140,7 @@ def _add_training_commands(command: Command) -> None:
     sub.add_argument(
         "--minutes", type=_above_zero, help="choose the number of steps to fill this time"
     )
+    _add_threads(sub)
 
     sub = command(
         "plan", _plan, "bytes that a run holds, moves and writes; exit code 2 if it cannot fit"
@@ -165,6 +174,7 @@ def _add_checking_commands(command: Command) -> None:
         "--plain", help="JSON file that keeps the target's own answers for the next draft"
     )
     sub.add_argument("--untrained", help="an exported untrained draft, to compare with")
+    _add_threads(sub)
 
     sub = command(
         "report", _report, "gather a run's results in one table, a JSON file and a picture"
@@ -211,11 +221,27 @@ _above_zero = _number(float, 0.01, 1e6)
 # The commands: imports are inside, so that `--help` is quick
 
 
+def _say(line: str) -> None:
+    """Print a line, before the first progress bar."""
+    if line:
+        print(line, flush=True)
+
+
 def _synthesize(options: Any) -> None:
-    from eagle3fn.data.synthesize import synthesize
+    from eagle3fn.base.threads import sizes_of, take_threads, thin_products
+    from eagle3fn.data.synthesize import begun_threads, synthesize
     from eagle3fn.data.target import load_target
 
     model, tokenizer = load_target(options.target, device=options.device)
+    sizes = sizes_of(model.config.to_dict())
+    _say(
+        take_threads(
+            lambda: thin_products(sizes, [options.batch], model.dtype),
+            options.device,
+            options.threads,
+            begun_threads(model, tokenizer, options.out, options.seed, options.batch),
+        )
+    )
     count = synthesize(
         model,
         tokenizer,
@@ -231,12 +257,22 @@ def _synthesize(options: Any) -> None:
 
 def _extract(options: Any) -> None:
     from eagle3fn.base.draft_config import aux_layers
-    from eagle3fn.data.extract import extract
+    from eagle3fn.base.threads import large_products, sizes_of, take_threads
+    from eagle3fn.data.extract import begun_threads, extract
     from eagle3fn.data.target import load_target, target_config
 
     tree = target_config(options.target)
     layers = aux_layers(_draft(options, tree), tree["num_hidden_layers"])
     model, tokenizer = load_target(options.target, device=options.device)
+    sizes = sizes_of(tree)
+    _say(
+        take_threads(
+            lambda: large_products(sizes.hidden, sizes.intermediate, model.dtype),
+            options.device,
+            options.threads,
+            begun_threads(options.out),
+        )
+    )
     index = extract(
         model,
         tokenizer,
@@ -322,11 +358,13 @@ def _train(options: Any) -> None:
 
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.base.launch import ranks
+    from eagle3fn.base.threads import large_products, take_threads
     from eagle3fn.data.features import check_made_for, open_features
     from eagle3fn.data.target import config_hash, read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
+    from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
     from eagle3fn.use.publish import check_published, run_events
@@ -342,6 +380,18 @@ def _train(options: Any) -> None:
         target_hash = config_hash(tree)
         draft = _draft(options, tree, map_size(options.vocab, read_map))
         config = _config(options, draft, overrides, options.recipe)
+        dtype = getattr(torch, config.train.dtype)
+        shape = config.draft
+        line = take_threads(
+            lambda: large_products(shape.hidden_size, shape.draft_vocab_size, dtype),
+            config.train.device,
+            options.threads,
+            world.shared(begun_threads(options.out) if world.main else None),
+            world,
+            bits_depend=config.train.reduce == "tree",
+        )
+        if world.main:
+            _say(line)
 
         # Features, map and target, which must belong together.
         features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
@@ -352,7 +402,7 @@ def _train(options: Any) -> None:
             target_hash,
             read_map,
         )
-        tensors = read_target_tensors(options.target, getattr(torch, config.train.dtype))
+        tensors = read_target_tensors(options.target, dtype)
         layers = tree["num_hidden_layers"]
         check_made_for(features, target_hash, aux_layers(config.draft, layers), options.target)
 
@@ -388,9 +438,20 @@ def _plan(options: Any) -> None:
 
 
 def _evaluate(options: Any) -> None:
+    import torch
+
     from eagle3fn.base.files import write_json
+    from eagle3fn.base.threads import sizes_of, take_threads, thin_products
+    from eagle3fn.data.target import target_config
     from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
 
+    sizes = sizes_of(target_config(options.target))
+    rows = [1, 1 + EvalSettings.draft_length]  # a token, and a block that is verified
+    _say(
+        take_threads(
+            lambda: thin_products(sizes, rows, torch.float32), options.device, options.threads
+        )
+    )
     settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, device=options.device)
     report = evaluate(
         options.target,
@@ -402,7 +463,7 @@ def _evaluate(options: Any) -> None:
         on_progress=progress.bars(" prompt"),
         prompts_name=Path(options.prompts).name,
     )
-    write_json(options.out, report)
+    write_json(options.out, report | {"threads": torch.get_num_threads()})
     print(
         f"{options.out}: lossless {report['lossless']}, "
         f"accepted length {report['accepted_length']:.3f}"

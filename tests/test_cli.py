@@ -17,6 +17,7 @@ from eagle3fn.base.config import TrainConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import locked
 from eagle3fn.cli import main
+from eagle3fn.data.synthesize import begun_threads, synthesize
 from eagle3fn.data.vocab import save_map
 from tests import devices
 from tests.factories import make_map, tiny_model, tiny_tokenizer, write_talks
@@ -203,6 +204,52 @@ def test_minutes_choose_the_number_of_steps_once(work, tmp_path):
 
     assert train(work, out, "--minutes", 5, steps=0) == 0
     assert json.loads((out / "horizon.json").read_text())["steps"] == steps
+
+
+# Threads.
+
+
+def test_run_keeps_the_number_of_threads_that_it_began_with(work, tmp_path, capsys, monkeypatch):
+    out = copy_run(work, tmp_path / "run")
+    horizon = json.loads((out / "horizon.json").read_text())
+    assert horizon["threads"] == torch.get_num_threads() == 1
+    tree = settings("train.reduce=tree")
+    expect_refusal(capsys, train(work, out, *tree, "--threads", 3), "begun with 1 thread, now")
+
+    # Without a number told, from its file; of a run of earlier versions from the checkpoint.
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert train(work, out) == 0
+    assert capsys.readouterr().out.startswith(f"1 thread: as it began ({out}/horizon.json)")
+    del horizon["threads"]
+    (out / "horizon.json").write_text(json.dumps(horizon))
+    assert train(work, out) == 0
+    place = out / "checkpoints/step-00000008/meta.json"
+    assert capsys.readouterr().out.startswith(f"1 thread: as it began ({place})")
+
+
+def test_extraction_keeps_the_number_of_threads_that_it_began_with(work, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    features = work / "features"
+    options = ["--conversations", work / "talks.jsonl", "--out", features, "--max-length", 128]
+    assert call(work, "extract", *options) == 0
+    begun = f"1 thread: as it began ({features}/shard-00000.json)"
+    assert capsys.readouterr().out.startswith(begun)
+
+
+def test_cut_off_synthesis_keeps_the_number_of_threads_that_it_began_with(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    out = tmp_path / "talks.jsonl"
+    asked = (model, tokenizer, out, 0, 2)
+    assert begun_threads(*asked) is None
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(model, tokenizer, out, 50, seed=0, batch=2, on_progress=stop)
+    kept = begun_threads(*asked)
+    assert kept is not None and kept.count == torch.get_num_threads()
+    assert begun_threads(model, tokenizer, out, 1, 2) is None
 
 
 # Ranks.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_json, read_numbered_jsonl, sha256
+from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
 from eagle3fn.data.chat import describe_mask, encode, messages_of
 from eagle3fn.data.features import shard_name, write_index, write_shard
@@ -106,7 +107,11 @@ def extract(
             (out / "index.json").unlink(missing_ok=True)
             samples = run_target(model, group, layers, batch)
             keys = [entry["key"] for entry in entries]
-            sidecar = {"fingerprint": fingerprint, "samples": entries}
+            sidecar = {
+                "fingerprint": fingerprint,
+                "threads": torch.get_num_threads(),
+                "samples": entries,
+            }
             sidecar = write_shard(out, number, dict(zip(keys, samples, strict=True)), sidecar)
         sidecars.append(sidecar)
         on_progress(start + len(group), len(kept))
@@ -120,6 +125,16 @@ def extract(
         "dropped": len(rows) - len(kept),
     }
     return write_index(out, index, sidecars)
+
+
+def begun_threads(out: str | Path) -> Kept | None:
+    """The number of threads that the folder's first shard was made with, if it has one.
+
+    The last bits of the features may depend on it, so an extraction that goes on should keep it.
+    """
+    for path in sorted(Path(out).glob("shard-*.json")):
+        return read_kept(path)
+    return None
 
 
 def _existing(path: str | Path) -> Path:

@@ -1,8 +1,8 @@
 """The target writes its own conversations: it completes a user turn, then answers it.
 
-Batch `b` is a pure function of (target, seed, settings, `b`): a run that was cut off goes on where
-it stopped. An evaluation's texts are kept out by their 13-grams (as in arXiv 2005.14165, appendix
-C).
+Batch `b` is a pure function of (target, seed, settings, threads, `b`): a run that was cut off goes
+on where it stopped, with the number of threads that it began with. An evaluation's texts
+are kept out by their 13-grams (as in arXiv 2005.14165, appendix C).
 """
 
 import re
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_jsonl, write_jsonl
+from eagle3fn.base.threads import Kept, keep_threads, read_kept
 from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.target import cache_name, weights_digest
 
@@ -82,15 +83,14 @@ def synthesize(
         UserError: the tokenizer has no chat template, or less than 5% of the turns asked for are
             usable.
     """
-    digest = json_sha256(
-        [weights_digest(model), tokenizer.chat_template, USER_TURN, ANSWER, seed, batch]
-    )[:12]
-    parts = Path(f"{out}.parts")
+    stem = _parts(model, tokenizer, out, seed, batch)
+    parts = stem.parent
+    keep_threads(_threads_file(stem))
     forbidden = grams_of_file(exclude) if exclude else set()
 
     rows: list[dict] = []
     users: set[str] = set()
-    for tried, written in enumerate(_batches(model, tokenizer, parts / digest, seed, batch), 1):
+    for tried, written in enumerate(_batches(model, tokenizer, stem, seed, batch), 1):
         for row in without(written, forbidden):
             user = row["conversations"][0]["content"]
             if user not in users:
@@ -108,11 +108,28 @@ def synthesize(
 
     # The conversations are on the disk: the parts, and what a kill left of one, can go.
     write_jsonl(out, rows)
-    for part in parts.glob(f"*{digest}-*"):
+    for part in parts.glob(f"*{stem.name}-*"):
         part.unlink()
     if not any(parts.iterdir()):
         parts.rmdir()
     return len(rows)
+
+
+def begun_threads(
+    model: Any, tokenizer: Any, out: str | Path, seed: int, batch: int
+) -> Kept | None:
+    """The number of threads that a call with these arguments began with, if it was cut off."""
+    return read_kept(_threads_file(_parts(model, tokenizer, out, seed, batch)))
+
+
+def _parts(model: Any, tokenizer: Any, out: str | Path, seed: int, batch: int) -> Path:
+    """How the paths of the finished batches begin: a folder, and a hash of what they depend on."""
+    settings = [weights_digest(model), tokenizer.chat_template, USER_TURN, ANSWER, seed, batch]
+    return Path(f"{out}.parts") / json_sha256(settings)[:12]
+
+
+def _threads_file(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}-threads.json")
 
 
 def _batches(model: Any, tokenizer: Any, stem: Path, seed: int, batch: int) -> Iterator[list[dict]]:

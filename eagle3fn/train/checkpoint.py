@@ -187,7 +187,7 @@ def load_checkpoint(
         raise UserError(
             f"{path}: written by ranks of {meta['threads']} threads, these have {threads}: under "
             "train.reduce = 'tree' the bits would differ; set "
-            f"OMP_NUM_THREADS={meta['threads']}, or {_ELSEWHERE}"
+            f"OMP_NUM_THREADS={meta['threads']} (or --threads), or {_ELSEWHERE}"
         )
 
     # Compare hashes; each rank takes its share of the files.

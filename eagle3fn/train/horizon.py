@@ -12,9 +12,11 @@ import torch
 from eagle3fn.base.config import to_dict, with_steps
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, write_json, write_text
+from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState
 from eagle3fn.train.bind import bind
+from eagle3fn.train.checkpoint import META, checkpoints
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.run import Run, training_batches
 from eagle3fn.train.shard import gather
@@ -72,9 +74,27 @@ def _with_steps(run: Run, steps: int) -> Run:
 
 
 def write_horizon(run: Run, chosen: str) -> None:
-    """Keep the choice, and the resolved configuration, in the run's folder."""
-    write_json(run.out / _FILE, {"steps": run.config.train.steps, "chosen_by": chosen})
+    """Keep the choice, the number of threads and the resolved configuration in the run's folder."""
+    kept = {
+        "steps": run.config.train.steps,
+        "chosen_by": chosen,
+        "threads": torch.get_num_threads(),
+    }
+    write_json(run.out / _FILE, kept)
     write_text(run.out / "config.toml", to_toml(to_dict(run.config)))
+
+
+def begun_threads(out: str | Path) -> Kept | None:
+    """The number of threads that a run's folder was trained with, if one began there.
+
+    Runs of earlier versions keep it with their checkpoints alone.
+    """
+    out = Path(out)
+    kept = read_kept(out / _FILE)
+    newest = max(checkpoints(out / "checkpoints"), default=None)
+    if kept is None and newest is not None:
+        kept = read_kept(newest / META)
+    return kept
 
 
 class _Begun(NamedTuple):

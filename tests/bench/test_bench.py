@@ -83,11 +83,19 @@ def test_step_on_ranks_and_without_specforge(tmp_path: Path, ranks: int) -> None
 
 def test_scaling_measures_every_point_and_draws_a_picture(tmp_path: Path) -> None:
     small = ("--seqs", 64, 128, "--vocabs", 64, 128, "--batches", 1, 2, "--ks", 1, 2)
-    shape = ("--shape", "tiny", "--rounds", "1", "--json")
+    shape = ("--shape", "tiny", "--rounds", "1", "--json", "--dtype", "float32")
+    small += ("--thread-counts", 1, 2, "--ranks", 2, "--layers", 2)
     result = last_line(call("bench/scaling.py", *shape, *small, "--out", tmp_path / "scaling.json"))
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     points = {name: [row[name] for row in rows] for name, rows in result["sweeps"].items()}
-    assert points == {"seq": [64, 128], "draft_vocab": [64, 128], "batch": [1, 2], "k": [1, 2]}
+    assert points == {
+        "seq": [64, 128],
+        "draft_vocab": [64, 128],
+        "batch": [1, 2],
+        "k": [1, 2],
+        "threads": [1, 2],
+        "ranks": [2],
+    }
     assert {row["tokens"] for row in result["sweeps"]["seq"]} == {128}
     own = []
     for row in result["sweeps"]["seq"]:
@@ -95,6 +103,30 @@ def test_scaling_measures_every_point_and_draws_a_picture(tmp_path: Path) -> Non
     assert result["seq_growth"] == pytest.approx(own[1] / own[0])
     beyond = [row["memory_beyond_state"] for row in result["sweeps"]["draft_vocab"]]
     assert result["memory_growth"] == pytest.approx(beyond[1] / beyond[0])
+
+    # Threads: the same tokens a step, and a choice for the work of every command.
+    rows = result["sweeps"]["threads"]
+    assert [row["tokens"] for row in rows] == [64, 64]
+    assert result["thread_choice"].keys() == {"train", "extract", "evaluate", "synthesize"}
+    for name, choice in result["thread_choice"].items():
+        seconds = {row["threads"]: row["all_work_seconds"][name] for row in rows}
+        assert seconds[choice["best"]] == min(seconds.values())
+        ratio = seconds[choice["chosen"]] / min(seconds.values())
+        assert choice["time_over_best"] == pytest.approx(ratio)
+
+    # Ranks: each has its own tokens.
+    (row,) = result["sweeps"]["ranks"]
+    assert row["tokens"] == 128
+    assert row["us_per_token"] == pytest.approx(1e6 * row["seconds"] / 128)
+
+
+def test_sweeps_that_are_not_asked_for_are_left_out(tmp_path: Path) -> None:
+    words = ("--shape", "tiny", "--rounds", "1", "--json", "--dtype", "float32")
+    words += ("--seqs", 64, "--vocabs", 64, "--ks", 2)
+    chosen = ("--sweeps", "batch", "--batches", 1, "--out", tmp_path / "scaling.json")
+    result = last_line(call("bench/scaling.py", *words, *chosen))
+    assert list(result["sweeps"]) == ["batch"]
+    assert result["seq_growth"] is None and result["thread_choice"] is None
 
 
 def test_cuda_gate_refuses_without_cuda_and_rehearses_on_cpu(tmp_path: Path, oracle) -> None:
