@@ -2,9 +2,9 @@
 
     python -m bench.attention --seqs 512 1024
 
-Queries, keys and values are random; the fast side has the rows that `--masked` leaves. The last
-line is JSON: `ratio` is plain over fast time at each length, `mfu` the fast side's share of the
-matmul rate.
+Queries, keys and values are random; the fast side has each step's rows, which `--masked` leaves.
+The last line is JSON: `ratio` is plain over fast time at each length, `mfu` the fast side's share
+of the matmul rate.
 """
 
 import sys
@@ -53,7 +53,7 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
     Args:
         problem: draft and batch.
         k: unroll steps.
-        numerics: "plain": every row, heads expanded; "fast": the rows that contribute.
+        numerics: "plain": every row, heads expanded; "fast": the plan's rows of each step.
         seed: of queries, keys and values.
     """
     batch = problem.batch
@@ -64,16 +64,15 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
     j = draft.num_key_value_heads
     e = draft.head_dim
     plan = ops.plan(batch)
-    rows = None if plan is None else plan.rows
-
-    # Shapes of a step's tensors: of every place with expanded heads, or of the listed rows.
     place = torch.arange(s, device=batch.attention_mask.device).expand(b, s)
-    query = step0_key = later_key = (b, n, s, e)
-    if rows is not None:
-        place = place.flatten()[rows]
-        query = (len(rows), n, e)
-        step0_key = (b, s, j, e)
-        later_key = (len(rows), j, e)
+
+    # Shapes of the steps' tensors: of every place with expanded heads, or of each step's rows.
+    if plan is None:
+        query_shapes = key_shapes = [(b, n, s, e)] * k
+    else:
+        sizes = plan.sizes.tolist()
+        query_shapes = [(size, n, e) for size in sizes]
+        key_shapes = [(b, s, j, e), *((size, j, e) for size in sizes[1:])]
 
     source = torch.Generator(place.device).manual_seed(seed)
 
@@ -81,26 +80,32 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
         drawn = torch.randn(shape, generator=source, device=place.device)
         return drawn.to(batch.aux_hidden.dtype)
 
-    def draw_keys() -> list[Tensor]:
-        return [draw(step0_key), *(draw(later_key) for _ in range(k - 1))]
+    queries = [draw(shape) for shape in query_shapes]
+    keys = [draw(shape) for shape in key_shapes]
+    values = [draw(shape) for shape in key_shapes]
+    weights = [draw(shape) for shape in query_shapes]  # of the sum that is differentiated
 
-    queries = [draw(query) for _ in range(k)]
-    keys = draw_keys()
-    values = draw_keys()
-    weight = draw((k, *query))  # of the sum that is differentiated
-    sight = ops.sight(visible(draft, place, 0), rows, keys[0], batch.attention_mask)
+    # What each step's rows see, cut beforehand.
+    sights = []
+    for query in queries:
+        rows = None if plan is None else plan.rows[: len(query)]
+        at = place if rows is None else place.flatten()[rows]
+        sights.append(ops.sight(visible(draft, at, 0), rows, keys[0], batch.attention_mask))
 
-    def attend(queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Every step over step 0's keys and the later ones so far, stacked."""
+    def attend(queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        """Every step over step 0's keys and its rows' own later ones so far."""
         steps = []
-        for i, query in enumerate(queries):
-            steps.append(ops.attend(query, keys[: i + 1], values[: i + 1], sight))
-        return torch.stack(steps)
+        for i, (query, sight) in enumerate(zip(queries, sights, strict=True)):
+            step_keys, step_values = (
+                [x[0], *(own[: len(query)] for own in x[1 : i + 1])] for x in (keys, values)
+            )
+            steps.append(ops.attend(query, step_keys, step_values, sight))
+        return steps
 
     def call() -> object:
         pull_back = torch.func.vjp(attend, queries, keys, values)[1]
         with torch.no_grad():
-            return pull_back(weight)
+            return pull_back(weights)
 
     return call
 
@@ -125,14 +130,13 @@ def measure(options: argparse.Namespace, seq: int, world: World) -> dict[str, An
     }
     timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, WARM)
 
-    mask = problem.batch.row_mask
-    needed = common.flops(problem.draft, mask).attention
+    needed = common.flops(problem.draft, problem.scored).attention
     return {
         "seq": seq,
         "ratio": timing.ratio("plain", "fast"),
         "mfu": timing.share("fast", needed),
         "flops_needed": needed,
-        "shares": common.row_shares(mask),
+        "shares": common.row_shares(problem.scored),
         **timing.summary(),
     }
 

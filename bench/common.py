@@ -228,43 +228,44 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def needed_rows(row_mask: Tensor) -> Tensor:
+def needed_rows(scored: Tensor) -> Tensor:
     """`(K, B, S)` bool: row `t` reaches a loss term at step `i` or later, by `(B, K, S)`."""
-    trained = row_mask.transpose(0, 1) > 0
+    trained = scored.transpose(0, 1) > 0
     return trained.flip(0).cummax(0).values.flip(0)
 
 
-def row_shares(row_mask: Tensor) -> dict[str, float]:
+def row_shares(scored: Tensor) -> dict[str, float]:
     """Of all rows: those with a masked loss, those needed at step 0, and the mean over steps."""
-    need = needed_rows(row_mask).float()
+    need = needed_rows(scored).float()
     return {
-        "masked": 1 - float((row_mask[:, 0] > 0).float().mean()),
+        "masked": 1 - float((scored[:, 0] > 0).float().mean()),
         "needed": float(need[0].mean()),
         "needed_over_steps": float(need.mean()),
     }
 
 
-def flops(draft: DraftConfig, row_mask: Tensor, dense: bool = False) -> Flops:
+def flops(draft: DraftConfig, scored: Tensor, dense: bool = False) -> Flops:
     """FLOPs of a step's forward and backward on the rows it needs.
 
-    A row that is not needed gives its step-0 key and value alone.
+    A row that is not needed gives its step-0 key and value alone. Where rows survive by chance, a
+    step needs those that are scored at it or later: what `base.rows.plan_rows` plans.
 
     Args:
         draft: the draft's shape.
-        row_mask: `(B, K, S)`, as in a batch whose step 0 has every label.
+        scored: `(B, K, S)`, the row mask of the surviving rows. Every label is scored at step 0.
         dense: all `B·S` rows at every step are counted, whatever the mask.
     """
-    row_mask = torch.ones_like(row_mask).cpu() if dense else row_mask.cpu()
-    b, k, s = row_mask.shape
+    scored = torch.ones_like(scored).cpu() if dense else scored.cpu()
+    b, k, s = scored.shape
     every = b * s
-    need = needed_rows(row_mask)
-    trained = int((row_mask > 0).sum())  # rows with a loss, over all steps
-    taught = int((row_mask[:, 0] > 0).sum())  # labels
+    need = needed_rows(scored)
+    pairs = int((scored > 0).sum())  # of a row and its label
+    labels = int((scored[:, 0] > 0).sum())
 
     rows = int(need.sum())
     later = int(need[1:].sum())  # rows of the steps after the first, each with a key and value
     seen = torch.arange(1, s + 1) + torch.arange(k)[:, None, None]
-    pairs = int((seen * need).sum())
+    keys_seen = int((seen * need).sum())
 
     h = draft.hidden_size
     queries = draft.num_attention_heads * draft.head_dim
@@ -273,10 +274,10 @@ def flops(draft: DraftConfig, row_mask: Tensor, dense: bool = False) -> Flops:
         projection=4 * every * 3 * draft.target_hidden_size * h,
         keys_values=6 * (every + later) * 2 * 2 * h * keys,
         queries_output=6 * rows * (2 * h * queries + queries * h),
-        attention=6 * pairs * 2 * queries,
+        attention=6 * keys_seen * 2 * queries,
         mlp=6 * rows * 3 * h * draft.intermediate_size,
-        head=6 * trained * h * draft.draft_vocab_size,
-        teacher=2 * taught * draft.target_hidden_size * draft.vocab_size,
+        head=6 * pairs * h * draft.draft_vocab_size,
+        teacher=2 * labels * draft.target_hidden_size * draft.vocab_size,
     )
 
 

@@ -2,15 +2,21 @@
 
 Counted are FLOPs of matrix products, bytes and launches. A kernel reads each input once and writes
 each output once, in whole elements; a gather reads what it takes, `index_add_` also what it adds
-to, and a product with an addend copies that first. What a kernel moves inside itself is left out:
+to, and a product with an addend copies that first. A gradient of the first rows is copied into
+zeros. What a kernel moves inside itself is left out:
 the flash backward's fp32 sums, and sectors of 32 bytes of which a gather needs two.
 `tests/bench/test_floors.py` compares the counts with the operations of a real step.
 """
 
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
+import torch
+
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.rows import RowPlan
 from eagle3fn.model import head_loss
 from eagle3fn.model.table import shapes
 from eagle3fn.train.optimizer import _BLOCK_BYTES
@@ -39,6 +45,11 @@ def times(count: float, read: float, written: float) -> Bytes:
     return Bytes(count * read, count * written)
 
 
+def first_rows(count: int, of: int, columns: int) -> Bytes:
+    """The gradient of the first `count` rows of a tensor, copied into zeros of all rows."""
+    return Bytes(count * columns * C, (of + count) * columns * C)
+
+
 class Kernels(NamedTuple):
     """Kernels of one kind in one part of the step."""
 
@@ -57,8 +68,8 @@ class Size(NamedTuple):
     batch: int
     seq: int
     k: int
-    rows: int  # contributing rows T of the batch, filled up to buckets
-    labels: int  # trained labels P, likewise
+    sizes: tuple[int, ...]  # rows of each unroll step, as in a `RowPlan`
+    first: np.ndarray  # (P + 1,): number of the first pair of each label; X at the end
 
     @property
     def places(self) -> int:
@@ -66,9 +77,40 @@ class Size(NamedTuple):
         return self.batch * self.seq
 
     @property
+    def rows(self) -> int:
+        """T, the rows of step 0."""
+        return self.sizes[0]
+
+    @property
+    def states(self) -> int:
+        """R, the rows of all steps."""
+        return sum(self.sizes)
+
+    @property
+    def labels(self) -> int:
+        """P."""
+        return len(self.first) - 1
+
+    @property
+    def pairs(self) -> int:
+        """X, of a row and its label."""
+        return int(self.first[-1])
+
+    @property
     def weights(self) -> int:
         """Trained values."""
         return sum(prod(shape) for shape in shapes(self.draft).values())
+
+
+def planned(draft: DraftConfig, batch: int, seq: int, k: int, plan: RowPlan) -> Size:
+    """The size of a step by its plan."""
+    return Size(draft, batch, seq, k, tuple(plan.sizes.tolist()), plan.first)
+
+
+def unmasked(draft: DraftConfig, batch: int, seq: int, k: int) -> Size:
+    """The size of a step that computes and scores every row at every unroll step."""
+    places = batch * seq
+    return Size(draft, batch, seq, k, (places,) * k, k * np.arange(places + 1))
 
 
 class Tally(list[Kernels]):
@@ -164,12 +206,11 @@ def _once(tally: Tally, size: Size, widths: _Widths) -> None:
     h, _, kv, qkv, places = widths
     draft = size.draft
     i = draft.intermediate_size
-    k = size.k
-    t = size.rows
     m = size.places
-    what = "plan, factors, metrics, tokens"
-    tally.passes("small", what, times(k * t * C, 100, 70), 105)
-    tally.passes("small", "places of the rows and their tokens", times(t * PLACE, 7, 6), 6, k)
+    steps = len(size.sizes)
+    tally.passes("small", "factors, metrics, tokens", times(size.pairs * F, 60, 40), 105)
+    rows = size.states * PLACE
+    tally.passes("small", "places of the rows' tokens", times(rows, 6, 5), 5 * steps)
 
     part = "weights side by side"
     joined = copied((qkv * 2 * h + 2 * i * h) * C)
@@ -207,23 +248,22 @@ def _step0(tally: Tally, size: Size, widths: _Widths) -> None:
     tally.passes(part, "gradient of the left half", times(C, read, written), 5)
     tally.passes(part, "sums of hidden gradients", times(m * h * C, 4, 2), 2)
     what = "sums of key and value gradients"
-    tally.passes(part, what, times(2 * m * kv * C, 2, 1), 2, size.k - 1)
+    tally.passes(part, what, times(2 * m * kv * C, 2, 1), 2, len(size.sizes) - 1)
 
 
 def _unroll_products(tally: Tally, size: Size, widths: _Widths) -> None:
     h, q, _, qkv, places = widths
-    k = size.k
-    t = size.rows
     part = "queries and output"
-    tally.linear(part, "q of step 0", t, h, q, addends=2)
-    tally.linear(part, "q, k, v of later steps", t, h, qkv, k - 1, addends=1)
-    tally.passes(part, "rows of the left half", copied(t * qkv * C), 1, k - 1)
-    tally.linear(part, "o", t, q, h, k, addends=2)
-
-    part = "embedding"
-    moved = Bytes(2 * t * qkv * C, (places + t) * qkv * C)
-    tally.passes(part, "gradient of the left half", moved, 2, k - 1)
-    tally.passes(part, "its sums", times(places * qkv * C, 2, 1), 1, k - 2)
+    tally.linear(part, "q of step 0", size.rows, h, q, addends=2)
+    for t in size.sizes:
+        tally.linear(part, "o", t, q, h, addends=2)
+    for t in size.sizes[1:]:
+        tally.linear(part, "q, k, v of later steps", t, h, qkv, addends=1)
+        tally.passes(part, "rows of the left half", copied(t * qkv * C), 1)
+        moved = Bytes(2 * t * qkv * C, (places + t) * qkv * C)
+        tally.passes("embedding", "gradient of the left half", moved, 2)
+    sums = times(places * qkv * C, 2, 1)
+    tally.passes("embedding", "its sums", sums, 1, max(0, len(size.sizes) - 2))
 
 
 def _rotary(tally: Tally, size: Size, widths: _Widths) -> None:
@@ -235,24 +275,30 @@ def _rotary(tally: Tally, size: Size, widths: _Widths) -> None:
     """
     _, q, kv, qkv, _ = widths
     part = "rotary"
-    k = size.k
-    t = size.rows
     m = size.places
     e = size.draft.head_dim
-    tally.passes(part, "tables, made on the CPU", Bytes(0, 2 * (m + k) * e * C), 2)
-    tally.passes(part, "places of tables", copied(2 * t * e * C), 3, k)
-    tally.passes(part, "places of tables", copied(2 * m * e * C), 3)
+    steps = len(size.sizes)
+    later = size.states - size.rows
+    tally.passes(part, "tables, made on the CPU", Bytes(0, 2 * (m + size.k) * e * C), 2)
+
+    # Positions of the rows before a step; where fewer go on, also of these.
+    before = m
+    for t in size.sizes:
+        tally.passes(part, "places of tables", copied(2 * before * e * C), 3)
+        if t < before:
+            tally.passes(part, "places of tables", copied(2 * t * e * C), 3)
+        before = t
 
     # Step-0 keys, the rows' queries, keys of the later steps.
-    for values, repeats in ((m * kv, 1), (t * q, k), (t * kv, k - 1)):
-        tally.passes(part, "forward", times(values * C, 5.5, 4.5), 5, repeats)
-        tally.passes(part, "backward", times(values * C, 7.5, 7.5), 9, repeats)
+    for values, count in ((m * kv, 1), (size.states * q, steps), (later * kv, steps - 1)):
+        tally.passes(part, "forward", times(values * C, 5.5, 4.5), 5 * count)
+        tally.passes(part, "backward", times(values * C, 7.5, 7.5), 9 * count)
 
     # Queries, keys and values of a later step have one tensor of gradients, with two sums.
-    moved = times(t * qkv * C, 1 + 2 * 2, 3 + 1 + 2)
-    tally.passes(part, "slices", moved, 3 * 2 + 2, k - 1)
+    moved = times(later * qkv * C, 1 + 2 * 2, 3 + 1 + 2)
+    tally.passes(part, "slices", moved, (3 * 2 + 2) * (steps - 1))
     tally.passes(part, "slices", times(m * kv * C, 6, 8), 5)
-    tally.passes(part, "own values kept", copied(t * kv * C), 1, k - 1)
+    tally.passes(part, "own values kept", copied(later * kv * C), steps - 1)
 
 
 def _attention(tally: Tally, size: Size, widths: _Widths) -> None:
@@ -263,11 +309,11 @@ def _attention(tally: Tally, size: Size, widths: _Widths) -> None:
 
 def _flash(tally: Tally, size: Size, widths: _Widths) -> None:
     part = "attention, flash"
-    k = size.k
+    steps = len(size.sizes)
     m = size.places
     n = size.draft.num_attention_heads
-    row = size.rows * widths.q * C  # of the rows' queries
-    sums = size.rows * n * F  # log-sum-exp of the rows
+    row = size.states * widths.q * C  # of all steps' queries
+    sums = size.states * n * F  # log-sum-exp of the rows
     laid = m * widths.q * C  # of queries at all places
     grouped = 2 * m * widths.kv * C  # keys and values before heads are expanded
     all_sums = m * n * F
@@ -275,37 +321,39 @@ def _flash(tally: Tally, size: Size, widths: _Widths) -> None:
         size.batch * size.seq * size.seq // 2
     )  # half of the square, as flash kernels are counted
 
-    moved = Bytes(row + grouped, laid + row + 2 * laid)
-    tally.passes(part, "queries laid out, heads expanded", moved, 4, k)
-    forward = k * 4 * pairs * widths.q
-    tally.append(Kernels(part, "forward", k, forward, k * 3 * laid, k * (laid + all_sums)))
-    tally.passes(part, "rows taken", copied(row + sums), 2, k)
+    moved = Bytes(row + steps * grouped, row + steps * 3 * laid)
+    tally.passes(part, "queries laid out, heads expanded", moved, 4 * steps)
+    forward = steps * 4 * pairs * widths.q
+    read = steps * 3 * laid
+    tally.append(Kernels(part, "forward", steps, forward, read, steps * (laid + all_sums)))
+    tally.passes(part, "rows taken", copied(row + sums), 2 * steps)
 
-    read = 4 * row + sums + grouped + all_sums
-    written = 5 * laid + 3 * row + 2 * all_sums + sums
-    tally.passes(part, "all laid out, heads expanded", Bytes(read, written), 11, k)
-    backward = k * 10 * pairs * widths.q
-    read = k * (5 * laid + all_sums)
-    tally.append(Kernels(part, "backward", 3 * k, backward, read, k * 3 * laid))
-    moved = Bytes(2 * row + 2 * laid, 2 * row + grouped)
-    tally.passes(part, "rows and groups", moved, 8, k)
+    read = 3 * row + sums + steps * (grouped + all_sums)
+    written = 3 * row + sums + steps * (5 * laid + 2 * all_sums)
+    tally.passes(part, "all laid out, heads expanded", Bytes(read, written), 11 * steps)
+    backward = steps * 10 * pairs * widths.q
+    read = steps * (5 * laid + all_sums)
+    tally.append(Kernels(part, "backward", 3 * steps, backward, read, steps * 3 * laid))
+    moved = Bytes(row + steps * 2 * laid, row + steps * grouped)
+    tally.passes(part, "rows and groups", moved, 3 * steps)
 
 
 def _own_keys(tally: Tally, size: Size, widths: _Widths) -> None:
     """Each row's keys and values of later steps, and the merge with flash by log-sum-exp."""
     part = "attention, own keys"
-    k = size.k
     wide = F // C
-    row = size.rows * widths.q * C
-    own = size.rows * widths.kv * C
-    sums = size.rows * size.draft.num_attention_heads * F
-    moved = Bytes((1 + 2 * wide) * row + 8 * sums, (1 + 2 * wide) * row + 6 * sums)
-    tally.passes(part, "merge", moved, 6 + LOGSUMEXP, k)
-    moved = Bytes((2 + 2 * wide) * row, 2 * wide * row + sums)
-    tally.passes(part, "gradient by own scores", moved, 3, k)
+    for i, t in enumerate(size.sizes):
+        row = t * widths.q * C
+        own = t * widths.kv * C
+        sums = t * size.draft.num_attention_heads * F
+        moved = Bytes((1 + 2 * wide) * row + 8 * sums, (1 + 2 * wide) * row + 6 * sums)
+        tally.passes(part, "merge", moved, 6 + LOGSUMEXP)
+        moved = Bytes((2 + 2 * wide) * row, 2 * wide * row + sums)
+        tally.passes(part, "gradient by own scores", moved, 3)
+        if i == 0:
+            continue
 
-    # Step i has i own keys.
-    for i in range(1, k):
+        # Step i has i own keys.
         scores = i * sums
         moved = Bytes(i * (2 * row + own) + 4 * scores, i * row + 4 * scores)
         tally.passes(part, "own scores", moved, 2 * i + 5)
@@ -315,90 +363,115 @@ def _own_keys(tally: Tally, size: Size, widths: _Widths) -> None:
         tally.passes(part, "own scores, gradients", moved, 4 * i + 11)
         moved = Bytes(i * (5 * row + own) + 2 * scores, i * (3 * row + 2 * own))
         tally.passes(part, "own keys, gradients", moved, 5 * i)
-    tally.passes(part, "sums of own gradients", times(own, 2, 1), 1, (k - 1) * (k - 2))
+        if i < len(size.sizes) - 1:
+            tally.passes(part, "sums of own gradients", times(own, 2, 1), 1, 2 * i)
+
+        # Those of earlier steps are cut to the rows that go on.
+        before = size.sizes[i - 1]
+        if t < before:
+            moved = first_rows(t, before, widths.kv)
+            tally.passes(part, "gradients of the first rows", moved, 2, 2 * (i - 1))
 
 
 def _mlp(tally: Tally, size: Size, widths: _Widths) -> None:
-    k = size.k
-    t = size.rows
     i = size.draft.intermediate_size
-    tally.linear("MLP", "gate and up", t, widths.h, 2 * i, k)
-    tally.linear("MLP", "down", t, i, widths.h, k, addends=2)
-    tally.passes("MLP activation", "SwiGLU", times(t * i * C, 3, 2), 2, k)
-    tally.passes("MLP activation", "SwiGLU again, its gradient", times(t * i * C, 11, 7), 7, k)
+    for t in size.sizes:
+        tally.linear("MLP", "gate and up", t, widths.h, 2 * i)
+        tally.linear("MLP", "down", t, i, widths.h, addends=2)
+        tally.passes("MLP activation", "SwiGLU", times(t * i * C, 3, 2), 2)
+        tally.passes("MLP activation", "SwiGLU again, its gradient", times(t * i * C, 11, 7), 7)
 
 
 class _Norm(NamedTuple):
     what: str
-    rows: int
-    forward: int  # times
-    backward: int
+    rows: int  # of all calls together
+    calls: int
+    again: bool  # it is made again in the backward
 
 
 def _norms(tally: Tally, size: Size, widths: _Widths) -> None:
     """Each norm in fp32, a pass an operation: eight forward, eleven backward.
 
-    Two kinds are made again in the backward.
+    Then the gradients of the hidden states, which have several readers.
     """
-    k = size.k
-    t = size.rows
     h = widths.h
+    sizes = size.sizes
+    steps = len(sizes)
+    states = size.states
+    later = states - size.rows
     norms = (
-        _Norm("input", widths.places, 1, 1),
-        _Norm("hidden, step 0", size.places, 1, 1),
-        _Norm("hidden, later steps", t, 2 * (k - 1), k - 1),
-        _Norm("after attention", t, 2 * k, k),
-        _Norm("final", t, k, k),
+        _Norm("input", widths.places, 1, again=False),
+        _Norm("hidden, step 0", size.places, 1, again=False),
+        _Norm("hidden, later steps", later, steps - 1, again=True),
+        _Norm("after attention", states, steps, again=True),
+        _Norm("final", states, steps, again=False),
     )
     for norm in norms:
         forward = times(norm.rows * h, C + 5 * F, C + 4 * F)
         backward = times(norm.rows * h, 2 * C + 11 * F, C + 7 * F)
-        tally.passes("norms", norm.what, forward, 8, norm.forward)
-        tally.passes("norms", norm.what + ", gradient", backward, 11, norm.backward)
-    sums = times(t * h * C, 2, 1)
-    tally.passes("norms", "sums of hidden gradients", sums, 1, k + 2 * (k - 1))
+        tally.passes("norms", norm.what, forward, 8 * norm.calls, 1 + norm.again)
+        tally.passes("norms", norm.what + ", gradient", backward, 11 * norm.calls)
+
+    # Past the MLP, past a later step's layer, and from the head of every step but the last.
+    summed = states + later + (states - sizes[-1])
+    sums = times(summed * h * C, 2, 1)
+    tally.passes("norms", "sums of hidden gradients", sums, steps + 2 * (steps - 1))
+    for before, t in pairwise(sizes):
+        if t < before:
+            moved = first_rows(t, before, h)
+            tally.passes("norms", "hidden gradients of the first rows", moved, 2)
 
 
 def _weight_sums(tally: Tally, size: Size, widths: _Widths) -> None:
     """Autograd adds the steps' gradients of a weight in passes of their own."""
     part = "sums of weight gradients"
-    k = size.k
+    steps = len(size.sizes)
     h = widths.h
     layer = 3 * size.draft.intermediate_size * h + h * widths.q
     right = widths.qkv * h
-    tally.passes(part, "gate, up, down, o", times(layer * C, 2, 1), 3, k - 1)
-    tally.passes(part, "right half", times(right * C, 2, 1), 1, k)
+    tally.passes(part, "gate, up, down, o", times(layer * C, 2, 1), 3, steps - 1)
+    tally.passes(part, "right half", times(right * C, 2, 1), 1, steps)
     tally.passes(part, "slices", Bytes(right * C, (2 * right + right) * C), 4)
-    tally.passes(part, "norms", times(h * C, 2, 1), 1, 3 * (k - 1) + 1)
+    tally.passes(part, "norms", times(h * C, 2, 1), 1, 3 * (steps - 1) + 1)
 
 
-def chunks(size: Size) -> list[int]:
-    """Labels of each chunk of the head, as `head_loss.head_and_loss` cuts them on CUDA."""
+class Chunk(NamedTuple):
+    """Of the head's work."""
+
+    labels: int
+    pairs: int
+
+
+def chunks(size: Size) -> list[Chunk]:
+    """The head's chunks, as `head_loss.head_and_loss` cuts them on CUDA."""
     draft = size.draft
-    columns = size.k * draft.draft_vocab_size + draft.vocab_size
-    most = max(1, head_loss._CUDA_CHUNK_BYTES // (C * columns))
-    count = -(-size.labels // most)
-    equal = -(-size.labels // count)
-    return [min(equal, size.labels - start) for start in range(0, size.labels, equal)]
+    heads = (
+        torch.empty(tokens, 0, dtype=torch.bfloat16, device="meta")
+        for tokens in (draft.draft_vocab_size, draft.vocab_size)
+    )
+    found = []
+    for begin, end in head_loss._chunks(size.first, *heads, head_loss._CUDA_CHUNK_BYTES):
+        found.append(Chunk(end - begin, int(size.first[end] - size.first[begin])))
+    return found
 
 
 def _head(tally: Tally, size: Size, widths: _Widths) -> None:
-    """Head, teacher and loss in chunks of labels; a label has a row at each of K steps."""
+    """Head, teacher and loss in chunks of labels, each with the rows that are scored against it."""
     h = widths.h
     draft = size.draft
-    k = size.k
+    states = size.states * h * C
     ht = draft.target_hidden_size
     v = draft.vocab_size
     c = draft.draft_vocab_size
     pieces = -(-c // max(1, head_loss._CUDA_CHUNK_BYTES // (C * h)))  # of the head's gradient
 
     head = "head and loss"
-    tally.passes(head, "rows of all steps stacked", copied(k * size.rows * h * C), 1)
-    tally.passes(head, "zeros", Bytes(0, k * size.rows * h * C + c * h * F), 2)
+    tally.passes(head, "rows of all steps joined", copied(states), 1)
+    tally.passes(head, "zeros", Bytes(0, states + c * h * F), 2)
     tally.passes("teacher", "hidden states of labels", copied(size.labels * ht * C), 1)
-    for labels in chunks(size):
-        rows = k * labels
-        tally.passes(head, "rows of labels", copied(rows * h * C), 2)
+    for labels, rows in chunks(size):
+        tally.passes(head, "rows of labels", copied(rows * h * C), 1)
+        tally.passes(head, "their labels and factors", times(rows * F, 4, 3), 2)
         tally.product(head, "logits", rows, h, c)
         tally.product("teacher", "logits", labels, ht, v)
         moved = Bytes(labels * (v + c) * C, labels * 4 * F)
@@ -407,16 +480,16 @@ def _head(tally: Tally, size: Size, widths: _Widths) -> None:
         # Twice the draft's row and the draft's columns of the teacher's row; the gradient replaces
         # the logits.
         moved = Bytes(4 * rows * c * C, rows * c * C + rows * 4 * F)
-        tally.passes(head, "scores", moved, 3)
+        tally.passes(head, "scores", moved, 6)
 
         tally.product(head, "gradient by rows", rows, c, h)
         tally.passes(head, "rows times factors", times(rows * h, 2 * (C + F), 2 * (C + F)), 4)
-        tally.passes(head, "rows added", times(rows * h * C, 2, 1), 1)
+        tally.passes(head, "rows written", copied(rows * h * C), 1)
         tally.product(head, "gradient by head", c, rows, h)
         moved = Bytes(c * h * (F + C), c * h * F)
         tally.passes(head, "head gradient summed in fp32", moved, pieces)
     tally.passes(head, "head gradient rounded", Bytes(c * h * F, c * h * C), 1)
-    moved = copied((k * size.rows + c) * h * C)
+    moved = copied(states + c * h * C)
     tally.passes(head, "gradients times the loss's own", moved, 2)
 
 

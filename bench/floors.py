@@ -21,11 +21,11 @@ import torch
 
 from bench import common
 from bench.floor_dense import dense_step
-from bench.floor_parts import C, F, Kernels, Size, fast_step
-from bench.problem import draft_of, turns
+from bench.floor_parts import C, F, Kernels, Size, fast_step, planned, unmasked
+from bench.problem import draft_of, draw_survival, turns
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import over_steps, plan_rows
+from eagle3fn.base.rows import RowPlan, over_steps, plan_rows, surviving
 from eagle3fn.specforge import align_mask
 
 
@@ -58,7 +58,7 @@ JUDGED = {
     "embedding": OnCards(0.7, 0.7),
     # 1,024 columns fill the card once.
     "step-0 keys and values": OnCards(0.6, 0.6),
-    # 1,072 rows, 3,584 columns: 126 tiles for 132 processors.
+    # 1,065 rows, 3,584 columns: 126 tiles for 132 processors.
     "queries and output": OnCards(0.6, 0.6),
     "queries, keys, values, output": OnCards(0.7, 0.7),
     # The second-generation kernel: 300 to 350 TFLOP/s, causal.
@@ -66,7 +66,7 @@ JUDGED = {
     "attention": OnCards(0.35, 0.35),
     # Sums over 128 and over 4 to 7 elements.
     "attention, own keys": OnCards(0.6, 0.55),
-    # 1,072 rows are 8.4 tiles of 128.
+    # 1,065 rows are 8.3 tiles of 128.
     "MLP": OnCards(0.78, 0.78),
     # The scores' gathers read whole sectors, for each step anew.
     "head and loss": OnCards(0.7, 0.65),
@@ -122,18 +122,33 @@ class Counted(NamedTuple):
 
     size: Size
     row_mask: torch.Tensor  # (B, K, S)
+    survives: torch.Tensor | None  # (B, S)
+    plan: RowPlan
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """`(B, K, S)`: the row mask of the surviving rows."""
+        return surviving(self.row_mask, self.survives)
 
 
 def size_of(
-    draft: DraftConfig, batch: int, seq: int, masked: float, k: int, seed: int = 0
+    draft: DraftConfig,
+    batch: int,
+    seq: int,
+    masked: float,
+    k: int,
+    survival: float = 1.0,
+    seed: int = 0,
 ) -> Counted:
-    """The bench's batch, its rows and labels counted."""
+    """The bench's batch, its rows and pairs counted."""
     source = torch.Generator().manual_seed(1000 * seed)
     mask = torch.stack([align_mask(turns(seq, masked, source)) for _ in range(batch)])
     row_mask = over_steps(mask, k)
-    plan = plan_rows(row_mask)
-    size = Size(draft, batch, seq, k, rows=len(plan.rows), labels=len(plan.labels))
-    return Counted(size, row_mask)
+    survives = None
+    if survival < 1:
+        survives = draw_survival((batch, seq), k, survival, 1000 * seed)
+    plan = plan_rows(row_mask, survives)
+    return Counted(planned(draft, batch, seq, k, plan), row_mask, survives, plan)
 
 
 def new_bytes(size: Size, side: str) -> int:
@@ -153,20 +168,19 @@ def _fast_bytes(size: Size) -> int:
     added, and their sum). Or all gradients in fp32, if that is more.
     """
     draft = size.draft
-    k = size.k
     m = size.places
-    t = size.rows
+    states = size.states
     h = draft.hidden_size
     i = draft.intermediate_size
     c = draft.draft_vocab_size
     q = draft.num_attention_heads * draft.head_dim
     qkv = (draft.num_attention_heads + 2 * draft.num_key_value_heads) * draft.head_dim
 
-    rows = k * t * C * (2 * i + 6 * h + 3 * q)
+    rows = states * C * (2 * i + 6 * h + 3 * q)
     joined = (2 * i * h + 2 * qkv * h) * C  # weights side by side
     kept = rows + joined + 4 * m * C * (h + q)
-    head = 2 * k * t * h * C + CHUNK_LOGITS + c * h * (F + C)
-    backward = (k * t * h + c * h + 3 * 2 * i * h + 2 * i * h + 6 * t * i) * C
+    head = 2 * states * h * C + CHUNK_LOGITS + c * h * (F + C)
+    backward = (states * h + c * h + 3 * 2 * i * h + 2 * i * h + 6 * size.rows * i) * C
     gradients = size.weights * (C + F)
     return max(kept + head, kept + backward, gradients)
 
@@ -201,7 +215,7 @@ def bytes_needed(draft: DraftConfig, batch: int, seq: int, k: int) -> int:
     step that needs most, on all rows, comes on top. An estimate, rather too high: 15% and 3 GiB are
     added to the count.
     """
-    size = Size(draft, batch, seq, k, batch * seq, batch * seq)
+    size = unmasked(draft, batch, seq, k)
     state = 3 * size.weights * (C + 3 * F)
     frozen = draft.vocab_size * (draft.hidden_size + draft.target_hidden_size) * C
     features = size.places * 4 * draft.target_hidden_size * C
@@ -223,22 +237,28 @@ def result(options: argparse.Namespace) -> dict[str, Any]:
             f"--seq {options.seq} --batch {options.batch} --k {options.k}: all must be at least 1"
         )
 
+    if not 0 < options.survival <= 1:
+        raise UserError(f"--survival {options.survival}: the chance must be in (0, 1]; give 0.8")
+
     draft = draft_of(options.shape, None, options.seq)
-    size, row_mask = size_of(draft, options.batch, options.seq, options.masked, options.k)
+    settings = (options.batch, options.seq, options.masked, options.k, options.survival)
+    counted = size_of(draft, *settings)
+    size = counted.size
     cards = [options.card] if options.card else list(CARDS)
     by_card = {}
     for card in cards:
         by_card[card] = {side: parts(side, size, card) for side in SIDES}
 
-    settings = ("shape", "seq", "batch", "masked", "k")
+    named = ("shape", "seq", "batch", "masked", "k", "survival")
     state = size.weights * (C + 3 * F)
     return {
-        "settings": {name: getattr(options, name) for name in settings},
-        "rows": size.rows,
+        "settings": {name: getattr(options, name) for name in named},
+        "rows": size.sizes,
         "labels": size.labels,
+        "pairs": size.pairs,
         "weights": size.weights,
-        "needed_flops": common.flops(draft, row_mask)._asdict(),
-        "dense_flops": common.flops(draft, row_mask, dense=True)._asdict(),
+        "needed_flops": common.flops(draft, counted.scored)._asdict(),
+        "dense_flops": common.flops(draft, counted.scored, dense=True)._asdict(),
         "cards": by_card,
         "state_bytes": state,
         "step_bytes": {side: state + new_bytes(size, side) for side in ("fast", "SpecForge")},
@@ -248,7 +268,11 @@ def result(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The result for people."""
-    lines = [f"{found['rows']} rows, {found['labels']} labels, {found['weights']:,} trained values"]
+    rows = " ".join(map(str, found["rows"]))
+    lines = [
+        f"{rows} rows, {found['labels']} labels, {found['pairs']} pairs, "
+        f"{found['weights']:,} trained values"
+    ]
     for card, each in found["cards"].items():
         for side, rows in each.items():
             lines.append(f"\n{card}, {side:<21} TFLOP      GB launches floor ms  expected  share")
@@ -291,6 +315,8 @@ def main() -> None:
     add("--seq", type=int, default=2048, help="tokens of a sample (default 2048)")
     add("--batch", type=int, default=1, help="samples of a step (default 1)")
     add("--k", type=int, default=7, help="unroll steps (default 7)")
+    about = "chance that a row goes on to the next unroll step (default 1)"
+    add("--survival", type=float, default=1.0, help=about)
     add("--card", choices=CARDS, help="one card (default: all)")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args()

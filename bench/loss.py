@@ -3,9 +3,9 @@
     python -m bench.loss --vocabs 8192 16384
 
 The hidden states of all unroll steps are random; gradients are by them, the head and the norm. The
-fast side has the rows that `--masked` leaves. On CUDA SpecForge's Triton loss, where it is at hand,
-is a third side. The last line is JSON: `ratio` is plain over fast time at each draft vocabulary,
-`mfu` the fast side's share of the matmul rate.
+fast side has each step's rows, which `--masked` leaves. On CUDA SpecForge's Triton loss, where it
+is at hand, is a third side. The last line is JSON: `ratio` is plain over fast time at each draft
+vocabulary, `mfu` the fast side's share of the matmul rate.
 """
 
 import sys
@@ -79,7 +79,7 @@ def our_call(
 ) -> Gradients:
     """What our numerics do after the last hidden state: teacher, head, loss and metrics.
 
-    "plain": step by step on all rows; "fast": on the rows that contribute.
+    "plain": step by step on all rows; "fast": on the plan's rows of each step.
 
     Args:
         problem: draft, frozen tensors, batch.
@@ -92,12 +92,15 @@ def our_call(
     config = config_of(problem.draft, k, numerics)
     row_loss = find_loss(config.objective)
     plan = ops.plan(problem.batch)
-    rows = plan.rows[0]
-    if rows is not None:
-        hidden = hidden.flatten(1, 2)[:, rows]  # (K, T, H)
+
+    if plan is not None:
+        # The rows of all steps, one step after another.
+        steps = zip(hidden.flatten(1, 2), plan.sizes, strict=False)
+        hidden = torch.cat([places[plan.rows[:size]] for places, size in steps])  # (R, H)
 
     def loss(inner: Params) -> Tensor:
-        states = inner[HIDDEN].unbind()
+        states = inner[HIDDEN]
+        states = states.unbind() if plan is None else states.split(plan.sizes.tolist())
         parts = plan, problem.batch, config, problem.frozen, row_loss
         return ops.score(inner, states, *parts)[0]
 
@@ -185,7 +188,7 @@ def measure(
     common.check_losses(losses)
     timing = common.in_turns(calls, options.rounds or ROUNDS, dtype, device, world, warm=0)
 
-    work = common.flops(draft, problem.batch.row_mask)
+    work = common.flops(draft, problem.scored)
     needed = work.head + work.teacher
     return {
         "draft_vocab": draft.draft_vocab_size,
@@ -193,7 +196,7 @@ def measure(
         "mfu": timing.share("fast", needed),
         "flops_needed": needed,
         "first_loss": losses,
-        "shares": common.row_shares(problem.batch.row_mask),
+        "shares": common.row_shares(problem.scored),
         **timing.summary(),
     }
 

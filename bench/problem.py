@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.draft_config import DraftConfig
-from eagle3fn.base.rows import plan_rows
+from eagle3fn.base.rows import plan_rows, surviving
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.data.collate import align
 from eagle3fn.model.table import weights
@@ -42,6 +42,11 @@ class Problem(NamedTuple):
     draft: DraftConfig
     frozen: Frozen
     batch: Batch
+
+    @property
+    def scored(self) -> Tensor:
+        """`(B, K, S)`: 1 where a row is scored at a step, which it survives to."""
+        return surviving(self.batch.row_mask, self.batch.survives)
 
 
 def draft_of(shape: str, draft_vocab: int | None, seq: int) -> DraftConfig:
@@ -124,6 +129,7 @@ def make_problem(
     dtype: torch.dtype,
     device: str,
     rank: int = 0,
+    survival: float = 1.0,
 ) -> Problem:
     """Frozen tensors, the same on all ranks, and a rank's own batch with mask and rows.
 
@@ -137,6 +143,7 @@ def make_problem(
         dtype: of embeddings, head and features.
         device: where the tensors are made.
         rank: chooses the batch.
+        survival: chance that a row goes on to the next unroll step.
     """
     source = torch.Generator().manual_seed(1000 * seed + rank)
     token_masks = [turns(seq, masked, source) for _ in range(batch)]
@@ -152,8 +159,18 @@ def make_problem(
         last_hidden=draw((batch, seq, draft.target_hidden_size), 2.0),
         k=k,
     )
-    made = made._replace(plan=plan_rows(made.row_mask))
+    if survival < 1:
+        survives = draw_survival((batch, seq), k, survival, 1000 * seed + rank)
+        made = made._replace(survives=survives.to(device))
+    made = made._replace(plan=plan_rows(made.row_mask, made.survives))
     return Problem(draft, make_frozen(draft, seed, dtype, device), made)
+
+
+def draw_survival(shape: tuple[int, int], k: int, survival: float, seed: int) -> Tensor:
+    """At how many unroll steps each row takes part: `(B, S)` int64, 1 … `k`."""
+    source = torch.Generator().manual_seed(seed + 500)
+    goes_on = torch.rand(*shape, k - 1, generator=source) < survival
+    return 1 + goes_on.long().cumprod(-1).sum(-1)
 
 
 def make_frozen(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) -> Frozen:

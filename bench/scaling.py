@@ -183,7 +183,7 @@ def measure(name: str, points: list[argparse.Namespace], world: World) -> list[d
     for point, problem in zip(points, problems, strict=True):
         value = getattr(point, name)
         tokens = problem.batch.attention_mask.numel()
-        needed = common.flops(problem.draft, problem.batch.row_mask)
+        needed = common.flops(problem.draft, problem.scored)
         took = times["seconds"][f"step {value}"]
         row = {key: getattr(point, key) for key in SWEPT}
         row |= {

@@ -190,7 +190,7 @@ def measure(
         )
 
     # What the rows need, a mean over ranks, each of which has a batch of its own.
-    mask = problem.batch.row_mask
+    mask = problem.scored
     needed = common.flops(problem.draft, mask)
     dense = common.flops(problem.draft, mask, dense=True)
     totals = world.every(needed.total)

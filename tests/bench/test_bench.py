@@ -15,7 +15,7 @@ import torch
 from bench import common, memory, problem, sides, table
 from bench.launch import RAISED, THRESHOLDS, environment
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import over_steps, row_lists
+from eagle3fn.base.rows import over_steps, plan_rows, surviving
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--shape", "tiny", "--seq", "96", "--rounds", "1", "--json")
@@ -204,12 +204,50 @@ def test_flops_equal_those_of_plain_loops() -> None:
     assert full.teacher == 2 * 20 * h * v
 
 
-def test_needed_rows_at_step_0_are_the_contributing_ones() -> None:
+@pytest.mark.parametrize("survival", [1.0, 0.6])
+def test_needed_rows_and_flops_are_those_of_the_plan(survival: float) -> None:
+    k = 4
     mask = (torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.1).long()
-    row_mask = over_steps(mask, 4)
-    need = common.needed_rows(row_mask)
-    assert torch.equal(need[0].flatten().nonzero()[:, 0], row_lists(row_mask, bucket=1).rows)
-    assert torch.equal(need[3][:, :-3], mask[:, 3:] > 0)
+    row_mask = over_steps(mask, k)
+    survives = problem.draw_survival((3, 40), k, survival, 1)
+    scored = surviving(row_mask, survives)
+    plan = plan_rows(row_mask, survives)
+    need = common.needed_rows(scored)
+    for step, size in enumerate(plan.sizes):
+        rows = plan.rows[:size].sort().values
+        assert torch.equal(need[step].flatten().nonzero()[:, 0], rows)
+    if survival == 1:
+        assert torch.equal(need[3][:, :-3], mask[:, 3:] > 0)
+    else:
+        assert plan.sizes[-1] < 0.5 * plan.sizes[0]
+
+    draft = problem.draft_of("tiny", None, 40)
+    count = common.flops(draft, scored)
+    assert count.head == 6 * len(plan.row) * draft.hidden_size * draft.draft_vocab_size
+    assert count.teacher == 2 * len(plan.labels) * draft.target_hidden_size * draft.vocab_size
+    weights = 3 * draft.hidden_size * draft.intermediate_size
+    assert count.mlp == 6 * int(plan.sizes.sum()) * weights
+
+
+def test_problem_with_survival_has_its_plan() -> None:
+    """Each row lives 1 … K steps; without survival the same batch, and every row lives on."""
+    draft = problem.draft_of("tiny", None, 300)
+    kind = {"batch": 2, "seq": 300, "masked": 0.5, "k": 4, "seed": 0, "device": "cpu"}
+    every, some = (
+        problem.make_problem(draft, **kind, dtype=torch.float32, survival=survival)
+        for survival in (1.0, 0.5)
+    )
+    assert torch.equal(every.batch.next_ids, some.batch.next_ids)
+    assert torch.equal(every.batch.aux_hidden, some.batch.aux_hidden)
+    assert every.batch.survives is None
+    assert torch.equal(every.scored, every.batch.row_mask)
+
+    survives = some.batch.survives
+    plan = some.batch.plan
+    assert survives is not None and plan is not None
+    shares = survives.flatten().bincount() / 600
+    assert shares.tolist() == pytest.approx([0, 0.5, 0.25, 0.125, 0.125], abs=0.06)
+    assert torch.equal(some.scored.sum((0, 2)), plan.step.bincount())
 
 
 def test_ratios_are_medians_of_rounds() -> None:

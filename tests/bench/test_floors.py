@@ -3,6 +3,7 @@
 import json
 import math
 import weakref
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 import eagle3fn as e3
 from bench import common, floors, problem
 from bench.floor_dense import dense_step
-from bench.floor_parts import INDEX_PUT, LOGSUMEXP, Kernels, Size, chunks, fast_step
+from bench.floor_parts import INDEX_PUT, LOGSUMEXP, Kernels, chunks, fast_step, unmasked
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.rows import row_lists
+from eagle3fn.base.tree import tree_map
 from eagle3fn.model import fast, head_loss
 from eagle3fn.model.table import shapes
 
@@ -50,6 +51,8 @@ def kernels_of(
             return 2, read + bytes_of(given[:1]), 2 * written
         case "index" | "embedding" | "index_select" | "gather":
             return 1, written, written
+        case "index_put_":  # no row twice
+            return 1, bytes_of(given[-1:]), bytes_of(given[-1:])
         case "index_add_":
             return 1, 2 * bytes_of(given[2:]), bytes_of(given[2:])
         case "index_copy_":
@@ -95,7 +98,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[1]
-        given = tensors_of((args, kwargs or {}))
+        read = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+        given = tensors_of((args, read))
         made = tensors_of(out)
         self._watch(given, made)
         if name.startswith("_foreach_") and not made:
@@ -122,16 +126,20 @@ class Counter(TorchDispatchMode):
         self.now -= size
 
 
-def counted_of(shape: str, seq: int, masked: float, k: int, batch: int = 1) -> floors.Counted:
+def counted_of(
+    shape: str, seq: int, masked: float, k: int, survival: float = 1.0, batch: int = 1
+) -> floors.Counted:
     """The bench's problem, counted."""
-    return floors.size_of(problem.draft_of(shape, None, seq), batch, seq, masked, k)
+    draft = problem.draft_of(shape, None, seq)
+    return floors.size_of(draft, batch, seq, masked, k, survival)
 
 
-def operations_of_a_step(row_mask: torch.Tensor, size: Size) -> Counter:
+def operations_of_a_step(counted: floors.Counted, counter: type[Counter] = Counter) -> Counter:
     """A fast step as CUDA runs it, on PyTorch's device without values.
 
     The scores' kernels, which are not PyTorch's, are left out.
     """
+    size = counted.size
     draft = size.draft
     b = size.batch
     s = size.seq
@@ -142,22 +150,22 @@ def operations_of_a_step(row_mask: torch.Tensor, size: Size) -> Counter:
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def score(logits, z, t2d, kept):
-        k, p, _ = logits.shape
-        kl = make(k, p, dtype=torch.float32)
-        accept = make(k, p, dtype=torch.float32)
-        known = make(p, dtype=torch.float32)
-        return head_loss.PairScores(kl, kl > 0, accept, known > 0)
+    def score(logits, z, label, first, t2d, kept):
+        kl, accept = make(2, len(logits), dtype=torch.float32)
+        correct, known = make(2, len(logits), dtype=torch.bool)
+        return head_loss.PairScores(kl, correct, accept, known)
 
-    lists = row_lists(row_mask)
+    def without_values(leaf: Any) -> Any:
+        return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
+
     batch = e3.Batch(
         next_ids=make(b, s + size.k - 1, dtype=torch.int64),
         attention_mask=make(b, s, dtype=torch.int64),
-        row_mask=row_mask.to("meta"),
+        row_mask=counted.row_mask.to("meta"),
         aux_hidden=make(b, s, 3 * ht),
         label_hidden=make(b, s, ht),
-        rows=lists.rows.to("meta"),
-        labels=lists.labels.to("meta"),
+        survives=without_values(counted.survives),
+        plan=tree_map(without_values, counted.plan),
     )
     frozen = e3.Frozen(
         embed_tokens=make(v, draft.hidden_size),
@@ -173,32 +181,40 @@ def operations_of_a_step(row_mask: torch.Tensor, size: Size) -> Counter:
     state = e3.init_state(params, config=config)
     by_flash = mock.patch.object(fast, "has_flash_kernel", lambda *_: True)
     by_score = mock.patch.object(head_loss, "score_on", lambda *_: score)
-    with by_flash, by_score, Counter() as counter:
+    with by_flash, by_score, counter() as seen:
         e3.step(state, batch, config=config, frozen=frozen, donate=True)
-    return counter
+    return seen
 
 
 @pytest.mark.parametrize(
-    ("shape", "seq", "k"),
-    [("qwen2.5-7b", 2048, 7), ("llama-3-8b", 2048, 7), ("qwen2.5-7b", 640, 3)],
+    ("shape", "seq", "k", "survival", "batch"),
+    [
+        ("qwen2.5-7b", 2048, 7, 1.0, 1),
+        ("qwen2.5-7b", 2048, 7, 0.7, 1),
+        ("llama-3-8b", 1024, 5, 0.5, 2),
+        ("qwen2.5-7b", 640, 3, 1.0, 1),
+    ],
 )
-def test_counts_equal_the_operations_of_a_step(shape: str, seq: int, k: int) -> None:
+def test_counts_equal_the_operations_of_a_step(
+    shape: str, seq: int, k: int, survival: float, batch: int
+) -> None:
     """But for the scores' kernels, which are not PyTorch's."""
-    size, row_mask = counted_of(shape, seq, 0.5, k)
-    seen = operations_of_a_step(row_mask, size)
-    counted = [one for one in fast_step(size) if one.what not in ("maximum and sums", "scores")]
-    assert sum(one.flops for one in counted) == seen.flops
-    assert sum(one.read + one.written for one in counted) == pytest.approx(seen.bytes, rel=0.005)
-    assert sum(one.count for one in counted) == pytest.approx(seen.count, rel=0.02)
+    counted = counted_of(shape, seq, 0.5, k, survival, batch)
+    size = counted.size
+    seen = operations_of_a_step(counted)
+    kernels = [one for one in fast_step(size) if one.what not in ("maximum and sums", "scores")]
+    assert sum(one.flops for one in kernels) == seen.flops
+    assert sum(one.read + one.written for one in kernels) == pytest.approx(seen.bytes, rel=0.001)
+    assert sum(one.count for one in kernels) == pytest.approx(seen.count, rel=0.005)
     assert seen.most < floors.new_bytes(size, "fast") < 1.35 * seen.most
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_flops_equal_those_of_the_dense_count(batch: int) -> None:
     """Where all rows are needed, the parts that both count have the same FLOPs."""
-    size, row_mask = counted_of("qwen2.5-7b", 512, 0.0, 7, batch)
-    size = size._replace(rows=size.places, labels=size.places)  # every row at every step
-    want = common.flops(size.draft, row_mask, dense=True)
+    counted = counted_of("qwen2.5-7b", 512, 0.0, 7, batch=batch)
+    size = unmasked(counted.size.draft, batch, 512, 7)
+    want = common.flops(size.draft, counted.scored, dense=True)
     names = {
         "projection": want.projection,
         "MLP": want.mlp,
@@ -216,22 +232,38 @@ def test_flops_equal_those_of_the_dense_count(batch: int) -> None:
     assert dense == want.keys_values + want.queries_output
 
 
-def test_counts_of_a_tiny_head_equal_plain_loops() -> None:
+@pytest.mark.parametrize("survival", [1.0, 0.6])
+def test_flops_equal_those_of_the_needed_rows(survival: float) -> None:
+    """A fast step makes the products that are needed, and no more but for attention's."""
+    counted = counted_of("qwen2.5-7b", 512, 0.5, 7, survival, batch=2)
+    want = common.flops(counted.size.draft, counted.scored)
+    got: dict[str, int] = {}
+    for kernels in fast_step(counted.size):
+        got[kernels.part] = got.get(kernels.part, 0) + kernels.flops
+    assert got["projection"] == want.projection
+    assert got["MLP"] == want.mlp
+    assert got["head and loss"] == want.head
+    assert got["teacher"] == want.teacher
+
+
+@pytest.mark.parametrize("survival", [1.0, 0.6])
+def test_counts_of_a_tiny_head_equal_plain_loops(survival: float) -> None:
     """What the logits, their gradients and the teacher's logits read and write, chunk by chunk."""
     k = 3
-    size, _ = counted_of("tiny", 96, 0.5, k)
+    size = counted_of("tiny", 96, 0.5, k, survival).size
     h = size.draft.hidden_size
     d = size.draft.draft_vocab_size
     v = size.draft.vocab_size
     with mock.patch.object(head_loss, "_CUDA_CHUNK_BYTES", 20 * 2 * (k * d + v)):
         steps = fast_step(size)
         parts = chunks(size)
-    assert sum(parts) == size.labels
-    assert max(parts) <= 20 and max(parts) - min(parts) <= len(parts)
+    assert sum(part.labels for part in parts) == size.labels == 47
+    assert sum(part.pairs for part in parts) == size.pairs
+    assert len(parts) == (3 if survival == 1 else 2)
 
     read = written = flops = taught = 0
-    for labels in parts:
-        for rows, inner, columns in ((k * labels, h, d), (k * labels, d, h), (d, k * labels, h)):
+    for labels, pairs in parts:
+        for rows, inner, columns in ((pairs, h, d), (pairs, d, h), (d, pairs, h)):
             read += 2 * (rows * inner + inner * columns)
             written += 2 * rows * columns
             flops += 2 * rows * inner * columns
@@ -253,7 +285,7 @@ def test_floor_is_the_larger_of_two_times_and_total_the_sum() -> None:
     assert floors.floor(Kernels("", "", 1, 500, 20, 10), card) == 5.0
     assert floors.floor(Kernels("", "", 1, 200, 20, 10), card) == 3.0
 
-    size, _ = counted_of("llama-3-8b", 1024, 0.5, 7)
+    size = counted_of("llama-3-8b", 1024, 0.5, 7).size
     for side, step in floors.SIDES.items():
         slow = floors.parts(side, size, "h100")
         quick = floors.parts(side, size, "h200")
@@ -267,7 +299,7 @@ def test_floor_is_the_larger_of_two_times_and_total_the_sum() -> None:
 
 def test_bytes_needed_hold_all_sides_and_grow_with_the_problem() -> None:
     draft = problem.draft_of("qwen2.5-7b", None, 2048)
-    size, _ = counted_of("qwen2.5-7b", 2048, 0.5, 7)
+    size = counted_of("qwen2.5-7b", 2048, 0.5, 7).size
     whole = floors.bytes_needed(draft, 1, 2048, 7)
     assert isinstance(whole, int)
     states = 3 * 14 * size.weights
@@ -292,7 +324,15 @@ def test_command_prints_a_table_or_json(capsys, monkeypatch) -> None:
     floors.main()
     out = capsys.readouterr().out
     assert "h200, SpecForge" in out and "h100" not in out and "tokens/s" in out
-    for wrong in (["--masked", "1"], ["--seq", "0"]):
+
+    # Of rows that survive by chance a step computes fewer.
+    monkeypatch.setattr("sys.argv", [*call, "--json", "--survival", "0.6"])
+    floors.main()
+    fewer = json.loads(capsys.readouterr().out)
+    assert fewer["pairs"] < 0.5 * found["pairs"] and fewer["labels"] == found["labels"]
+    times = [each["cards"]["h200"]["fast"]["total"]["floor"] for each in (fewer, found)]
+    assert times[0] < 0.9 * times[1]
+    for wrong in (["--masked", "1"], ["--seq", "0"], ["--survival", "0"]):
         monkeypatch.setattr("sys.argv", [*call, *wrong])
         with pytest.raises(UserError, match=wrong[0]):
             floors.main()
