@@ -111,7 +111,11 @@ class Peer:
         line = stdout.readline()
         if not line:
             raise self._ended()
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            said = line.decode(errors="replace").strip()
+            raise PeerError(self.name, f"its process answered {said!r}") from None
 
     def _ended(self) -> PeerError:
         code = self.process.wait()

@@ -5,10 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eagle3fn.base.config import Config, ObjectiveConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.rows import plan_rows
-from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.base.types import Batch, Frozen, Params, Sample
 from eagle3fn.data.collate import align
+from eagle3fn.data.pipeline import draw_survival
 from eagle3fn.model.table import weights
 from eagle3fn.specforge import align_mask
 
@@ -154,6 +156,25 @@ def make_problem(
     )
     made = made._replace(plan=plan_rows(made.row_mask))
     return Problem(draft, make_frozen(draft, seed, dtype, device), made)
+
+
+def with_survival(problem: Problem, survival: float, k: int) -> Problem:
+    """A problem whose rows go on to each further unroll step by this chance.
+
+    They are drawn as the data pipeline draws those of training step 0.
+    """
+    objective = ObjectiveConfig(ttt_length=k, survival=survival)
+    config = Config(draft=problem.draft, objective=objective)
+    batch = problem.batch
+    ids = batch.next_ids[:, : batch.attention_mask.shape[1]].cpu()
+    samples = [Sample(row, row, row, row) for row in ids]  # only their lengths are read
+    drawn = draw_survival(samples, range(len(samples)), config, step=0)
+    if drawn is None:
+        return problem
+
+    survives = torch.stack(drawn).to(batch.row_mask.device)
+    plan = plan_rows(batch.row_mask, survives)
+    return problem._replace(batch=batch._replace(survives=survives, plan=plan))
 
 
 def make_frozen(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) -> Frozen:

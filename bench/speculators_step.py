@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import contextlib
+import importlib
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -127,9 +128,9 @@ def make_inputs(problem: Problem) -> Inputs:
 
 def make_model(problem: Problem, inputs: Inputs) -> Any:
     """Its draft model with the problem's weights, in fp32."""
-    from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
     from transformers import LlamaConfig
 
+    eagle3: Any = importlib.import_module("speculators.models.eagle3")
     draft = problem.draft
     layer = LlamaConfig(
         vocab_size=draft["vocab_size"],
@@ -148,14 +149,14 @@ def make_model(problem: Problem, inputs: Inputs) -> Any:
     layer.num_attention_heads = draft["num_attention_heads"]
     layer.num_key_value_heads = draft["num_key_value_heads"]
     layer._attn_implementation = "eager"
-    config = Eagle3SpeculatorConfig(
+    config = eagle3.Eagle3SpeculatorConfig(
         transformer_layer_config=layer,
         draft_vocab_size=draft["draft_vocab_size"],
         norm_before_residual=False,
         norm_before_fc=False,
         norm_output=False,
     )
-    model = Eagle3DraftModel(config)
+    model = eagle3.Eagle3DraftModel(config)
     model.load_vocab_mappings(inputs.t2d, inputs.d2t)
 
     # The problem's weights instead of its own draw.
@@ -180,14 +181,14 @@ def forward(model: Any, problem: Problem, batch: dict[str, Tensor], loss: Any) -
 
 def make_update(problem: Problem, inputs: Inputs) -> Callable[[], Tensor]:
     """A step of its own, as a call."""
-    from speculators.losses import resolve_loss_config
-    from speculators.train.optimizers import build_optimizers
     from transformers import get_linear_schedule_with_warmup
 
+    losses: Any = importlib.import_module("speculators.losses")
+    optimizers: Any = importlib.import_module("speculators.train.optimizers")
     model = make_model(problem, inputs).train()
-    loss_config = resolve_loss_config("kl_div", "eager")
+    loss_config = losses.resolve_loss_config("kl_div", "eager")
     plan = SimpleNamespace(optimizer="adamw", lr=1e-4, weight_decay=0.01)
-    (optimizer,) = build_optimizers(model, plan)
+    (optimizer,) = optimizers.build_optimizers(model, plan)
     schedule = get_linear_schedule_with_warmup(optimizer, STEPS // 100, STEPS)
 
     def update() -> Tensor:

@@ -12,6 +12,8 @@ is JSON:
 - `ratio_speculators`, `ratio_specforge_main`, and memory alike (`--peers`): the same against other
   projects' steps (`bench.peers`); null where one is left out, `peers` then says why
 - `quartiles`: of the rounds' ratios, by the name of the ratio
+- `survivors` (`--survival` below 1, or `objective.survival`'s default where that is): all of these
+  and `mfu` with the side of that name in the fast side's place; the fast one computes every row
 - `mfu`: the fast side's share of the matmul rate measured in the same rounds, counting what the
   needed rows must compute
 - `mesh_overhead` (`--mesh`): what a mesh of one rank costs the fast side
@@ -40,7 +42,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -49,25 +50,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from bench import common, memory, peers, sides
 from bench.answers import open_answers, serve
 from bench.launch import add_arguments
-from bench.paired import ratios
-from bench.problem import Problem, draft_of, draw_params, make_problem
+from bench.problem import Problem, draft_of, draw_params, make_problem, with_survival
+from bench.step_result import ROUNDS, compare, file_name, needs, result_of, show
+from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
 from eagle3fn.base.launch import World, ranks
-from eagle3fn.base.provenance import provenance
+from eagle3fn.base.rows import surviving
 from eagle3fn.specforge.oracle import Oracle, load_oracle
 
-ROUNDS = 5
 MEMORY_STEPS = 2
 WARM_ON_CUDA = 3  # rounds before the timed ones
 SMALLEST = {"shape": "tiny", "seq": 64, "batch": 1, "draft_vocab": None}
-SETTINGS = ("shape", "seq", "batch", "masked", "k", "dtype", "device", "seed", "allocator")
-RATIOS = {  # each ratio's name, and whose time and memory the fast side's is held against
-    "ratio": "specforge",
-    "ratio_plain": "plain",
-    "ratio_specforge_main": "specforge_main",
-    "ratio_speculators": "speculators",
-}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -77,6 +71,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seq", type=int, default=1024, help="tokens of a sample (default 1024)")
     add("--batch", type=int, default=1, help="samples of a step, on each rank (default 1)")
     add("--draft-vocab", type=int, help="draft vocabulary (default: the shape's)")
+    about = "chance that a row goes on to the next unroll step (default: the configuration's)"
+    add("--survival", type=float, default=ObjectiveConfig().survival, metavar="RHO", help=about)
     add("--mesh", action="store_true", help="also the fast side on a mesh of one rank")
     add("--no-memory", action="store_true", help="leave memory out")
     about = "measure memory in this process, without a child for each side"
@@ -92,6 +88,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.peers == []:
         options.peers = list(peers.NAMES)
+    ObjectiveConfig(survival=options.survival)  # refuses what is out of range
     return options
 
 
@@ -117,7 +114,8 @@ def side_of(
     mesh: DeviceMesh | None = None,
 ) -> sides.Update:
     params = draw_params(problem.draft, options.seed, getattr(torch, options.dtype), options.device)
-    return sides.make_side(name, problem, params, oracle, options.k, mesh)
+    survival = options.survival if name == "survivors" else 1.0
+    return sides.make_side(name, problem, params, oracle, options.k, mesh, survival)
 
 
 def tiny_of(options: argparse.Namespace) -> argparse.Namespace:
@@ -248,19 +246,6 @@ def time_sides(
             others.drop(error)
 
 
-def compare(timing: common.Timing) -> dict[str, Any]:
-    """Every side's time over the fast side's: medians of the rounds' ratios, and quartiles."""
-    found: dict[str, Any] = {}
-    quartiles = {}
-    for name, side in RATIOS.items():
-        found[name] = None
-        if side in timing.seconds:
-            of_rounds = ratios(timing.seconds[side], timing.seconds["fast"])
-            found[name] = of_rounds["median"]
-            quartiles[name] = [of_rounds["first_quartile"], of_rounds["third_quartile"]]
-    return found | {"quartiles": quartiles}
-
-
 def measure(
     options: argparse.Namespace,
     names: list[str],
@@ -276,35 +261,34 @@ def measure(
         made = make_sides(options, names, problem, oracle, mesh)
         for name, peer in others.running.items():
             made.losses[name] = peer.ready["first_loss"]
-        common.check_losses(made.losses)
+        # The survivors' loss is right in expectation alone.
+        common.check_losses({k: loss for k, loss in made.losses.items() if k != "survivors"})
         timing = time_sides(options, made.calls, others, world)
-
-    # What the rows need, a mean over ranks, each of which has a batch of its own.
-    mask = problem.batch.row_mask
-    needed = common.flops(problem.draft, mask)
-    dense = common.flops(problem.draft, mask, dense=True)
-    totals = world.every(needed.total)
-    shares = world.every(common.row_shares(mask))
 
     times = timing.summary()
     tokens = world.size * problem.batch.attention_mask.numel()
-    return {
-        **compare(timing),
+    found = {
+        **compare(timing, "fast"),
         "mesh_overhead": timing.ratio("mesh", "fast") - 1 if "mesh" in names else None,
-        "mfu": timing.share("fast", mean(totals)),
-        "mfu_dense": {
-            name: timing.share(name, dense.total)
-            for name in names
-            if name in ("plain", "specforge")
-        },
+        "mfu_dense": {},
         "tokens_per_s": {name: tokens / took for name, took in times["seconds"].items()},
         **times,
         "memory_here": made.used,
         "first_loss": made.losses,
-        "flops_needed": needed._asdict() | {"total": needed.total},
-        "flops_dense": dense.total,
-        "shares": {name: mean(rank[name] for rank in shares) for name in shares[0]},
+        **needs(timing, "fast", problem, problem.batch.row_mask, world),
+        "survivors": None,
     }
+    for name in ("plain", "specforge"):
+        if name in names:
+            found["mfu_dense"][name] = timing.share(name, found["flops_dense"])
+    if "survivors" in names:
+        batch = with_survival(problem, options.survival, options.k).batch
+        mask = surviving(batch.row_mask, batch.survives)
+        found["survivors"] = {
+            **compare(timing, "survivors"),
+            **needs(timing, "survivors", problem, mask, world),
+        }
+    return found
 
 
 def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
@@ -313,9 +297,12 @@ def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
     reason: str | None = sides.ONE_RANK
     if world.size == 1:
         oracle, reason = sides.find_oracle(options.device)
-    with_mesh = ["mesh"] if options.mesh else []
-    ours = [*sides.OURS, *with_mesh]
-    names = [*sides.OURS, "specforge", *with_mesh] if oracle else ours
+    ours = ["plain", "fast"]
+    if options.survival < 1:
+        ours.append("survivors")
+    if options.mesh:
+        ours.append("mesh")
+    names = [*ours, "specforge"] if oracle else ours
 
     # Memory from child processes, before anything large is in this one.
     used = {}
@@ -343,90 +330,6 @@ def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
         measured = measure(options, names, oracle, world, mesh, others)
         about = sides.describe(oracle, reason, options.device)
         return result_of(options, world, measured, used, others, about)
-
-
-def result_of(
-    options: argparse.Namespace,
-    world: World,
-    measured: dict[str, Any],
-    used: dict[str, Any],
-    others: peers.Peers,
-    specforge: dict[str, Any],
-) -> dict[str, Any]:
-    """The result: the main numbers, then settings and the rest.
-
-    Args:
-        options: as parsed.
-        world: the ranks.
-        measured: what `measure` returned.
-        used: memory by side from child processes.
-        others: the peers.
-        specforge: what `sides.describe` returned.
-    """
-    used = used | measured.pop("memory_here")
-    memory_ratios: dict[str, float | None] = {}
-    for name, side in RATIOS.items():
-        known = side in used
-        memory_ratios[f"memory_{name}"] = (
-            used["fast"]["step"] / used[side]["step"] if known else None
-        )
-    draft = draft_of(options.shape, options.draft_vocab, options.seq)
-    settings = common.settings_of(options, SETTINGS, ROUNDS, world)
-    return {
-        **{name: measured.pop(name) for name in RATIOS},
-        **memory_ratios,
-        "mfu": measured.pop("mfu"),
-        "settings": settings | {"draft_vocab": draft.draft_vocab_size},
-        **measured,
-        "memory": used,
-        "memory_meaning": memory.MEANING if used else None,
-        "peers": others.describe(),
-        **specforge,
-        **provenance(),
-    }
-
-
-def show(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """The result for people."""
-    specforge = result["specforge"]
-    if specforge:
-        lines = [f"SpecForge: {specforge['kind']} {specforge['digest'][:16]}"]
-    else:
-        lines = [f"SpecForge: {result['specforge_missing']}"]
-    lines += [f"  {note}" for note in result.get("notes", ())]
-    for name, about in result["peers"].items():
-        lines += [f"{name}: {peers.said(about)}"]
-        lines += [f"  {note}" for note in about.get("notes", ())]
-
-    shares = result["shares"]
-    lines.append(
-        f"seed {options.seed}: {shares['masked']:.1%} of the rows masked, "
-        f"{shares['needed']:.1%} needed at step 0, {shares['needed_over_steps']:.1%} over all steps"
-    )
-    for name, took in result["seconds"].items():
-        rate = result["tokens_per_s"][name]
-        line = f"{name:14} {took * 1000:9.1f} ms, {rate:9.1f} tokens/s"
-        if name in result["memory"]:
-            line += f", {result['memory'][name]['step'] / 2**20:8.0f} MiB"
-        line += f", first loss {result['first_loss'][name]:.4f}"
-        lines.append(line)
-    lines.append(
-        f"matmul {result['matmul_gflops']:.0f} GFLOP/s; "
-        f"fast: {result['mfu']:.1%} of it on the needed rows"
-    )
-    common.show(options, "\n".join(lines))
-
-
-def file_name(options: argparse.Namespace, result: dict[str, Any]) -> str:
-    """The result's file, named by its settings."""
-    settings = result["settings"]
-    words = [
-        f"step-{options.shape}-s{options.seq}-b{options.batch}-d{settings['draft_vocab']}",
-        f"m{options.masked:g}-{options.dtype}-{options.device}-{options.allocator}",
-    ]
-    if settings["ranks"] > 1:
-        words.append(f"{settings['ranks']}ranks")
-    return "-".join(words)
 
 
 def main() -> None:
