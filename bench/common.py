@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.problem import SHAPES
+from eagle3fn.base.device import multiplies_bf16
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
@@ -27,11 +28,20 @@ CUDA_SIZES = ((8192, 8192, 8192), (4096, 4096, 16384))
 MATMUL_CALLS = 4  # of each size, of which the fastest counts
 
 
-def parser_of(about: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that chooses the dtype by the device where none was named."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As `ArgumentParser.parse_args`."""
+        options = super().parse_args(args, namespace)
+        if getattr(options, "dtype", "") is None:
+            options.dtype = "bfloat16" if multiplies_bf16(options.device) else "float32"
+        return options
+
+
+def parser_of(about: str | None) -> Parser:
     """A parser whose help is a file's docstring as it is written."""
-    return argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +67,8 @@ def add_masked(parser: argparse.ArgumentParser) -> None:
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """The option `--dtype`."""
     dtypes = ("bfloat16", "float32")
-    about = "compute dtype (default bfloat16)"
-    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help=about)
+    about = "compute dtype (default: bfloat16 where the device multiplies it, else float32)"
+    parser.add_argument("--dtype", choices=dtypes, help=about)
 
 
 def settings_of(

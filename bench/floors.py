@@ -22,7 +22,7 @@ import torch
 from bench import common
 from bench.floor_dense import dense_step
 from bench.floor_parts import C, F, Kernels, Size, fast_step, planned, unmasked
-from bench.problem import draft_of, draw_survival, turns
+from bench.problem import draft_of, survives_of, turns
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.rows import RowPlan, over_steps, plan_rows, surviving
@@ -146,7 +146,7 @@ def size_of(
     row_mask = over_steps(mask, k)
     survives = None
     if survival < 1:
-        survives = draw_survival((batch, seq), k, survival, 1000 * seed)
+        survives = survives_of(batch, seq, k, survival)
     plan = plan_rows(row_mask, survives)
     return Counted(planned(draft, batch, seq, k, plan), row_mask, survives, plan)
 

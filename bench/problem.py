@@ -5,10 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eagle3fn.base.config import Config, ObjectiveConfig
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.rows import plan_rows, surviving
-from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.base.types import Batch, Frozen, Params, Sample
 from eagle3fn.data.collate import align
+from eagle3fn.data.pipeline import draw_survival
 from eagle3fn.model.table import weights
 from eagle3fn.specforge import align_mask
 
@@ -159,18 +161,30 @@ def make_problem(
         last_hidden=draw((batch, seq, draft.target_hidden_size), 2.0),
         k=k,
     )
-    if survival < 1:
-        survives = draw_survival((batch, seq), k, survival, 1000 * seed + rank)
-        made = made._replace(survives=survives.to(device))
-    made = made._replace(plan=plan_rows(made.row_mask, made.survives))
-    return Problem(draft, make_frozen(draft, seed, dtype, device), made)
+    problem = Problem(draft, make_frozen(draft, seed, dtype, device), made)
+    return with_survival(problem, survival, k)
 
 
-def draw_survival(shape: tuple[int, int], k: int, survival: float, seed: int) -> Tensor:
-    """At how many unroll steps each row takes part: `(B, S)` int64, 1 … `k`."""
-    source = torch.Generator().manual_seed(seed + 500)
-    goes_on = torch.rand(*shape, k - 1, generator=source) < survival
-    return 1 + goes_on.long().cumprod(-1).sum(-1)
+def with_survival(problem: Problem, survival: float, k: int) -> Problem:
+    """A problem whose rows go on to each further unroll step by this chance, and the plan of it."""
+    batch = problem.batch
+    survives = survives_of(*batch.attention_mask.shape, k, survival)
+    if survives is not None:
+        batch = batch._replace(survives=survives.to(batch.row_mask.device))
+    plan = plan_rows(batch.row_mask, batch.survives)
+    return problem._replace(batch=batch._replace(plan=plan))
+
+
+def survives_of(batch: int, seq: int, k: int, survival: float) -> Tensor | None:
+    """At how many unroll steps each row takes part, `(B, S)` int64, as the data pipeline draws it
+    for training step 0; None: every row at all.
+    """
+    objective = ObjectiveConfig(ttt_length=k, survival=survival)
+    config = Config(draft_of("tiny", None, seq), objective)
+    row = torch.empty(seq)
+    samples = [Sample(row, row, row, row)] * batch  # only their lengths are read
+    drawn = draw_survival(samples, range(batch), config, step=0)
+    return None if drawn is None else torch.stack(drawn)
 
 
 def make_frozen(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) -> Frozen:

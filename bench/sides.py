@@ -4,11 +4,12 @@
 |---|---|
 | `plain` | our step under the plain numerics; on CUDA with our copy of SpecForge's Triton loss |
 | `fast` | our step under the fast numerics |
+| `survivors` | as `fast`, but a row goes on to the next unroll step by chance |
 | `mesh` | as `fast`, on a device mesh of this process alone |
 | `specforge` | SpecForge's model, target head, backward and optimizer |
 
 All take SpecForge's schedule, its sums of gradients and its teacher, so that they compute the same
-loss.
+loss, the survivors in expectation. Other projects' sides are in `bench.peers`.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import eagle3fn as e3
-from bench.problem import Problem
+from bench.problem import Problem, with_survival
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.specforge import RECIPE, recipe
 from eagle3fn.specforge.oracle import (
@@ -36,7 +37,7 @@ from eagle3fn.specforge.oracle import (
 
 DECAY = 0.8  # SpecForge's, of the losses over unroll steps
 STEPS = 1000  # of the schedule, which spans more updates than are made here
-OURS = ("plain", "fast")
+OURS = ("plain", "fast", "survivors")
 MEASURED = (*OURS, "specforge")  # the sides whose memory is measured
 ONE_RANK = "SpecForge is measured on one rank only"
 ON_CPU = (
@@ -79,20 +80,24 @@ def make_side(
     oracle: Oracle | None,
     k: int,
     mesh: DeviceMesh | None = None,
+    survival: float = 1.0,
 ) -> Update:
     """The side of this name.
 
     Args:
-        name: "plain", "fast", "mesh" or "specforge".
+        name: "plain", "fast", "survivors", "mesh" or "specforge".
         problem: draft, frozen tensors and the batch of every update.
         params: the first parameters.
         oracle: SpecForge; only its own side needs it.
         k: unroll steps.
-        mesh: what "plain" and "fast" shard their state over.
+        mesh: what our sides but "mesh" shard their state over.
+        survival: the chance that a row of "survivors" goes on to the next unroll step.
     """
     if name == "mesh":
         own_mesh = one_rank_mesh(problem.batch.next_ids.device.type)
         return our_side(problem, params, "fast", k, own_mesh)
+    if name == "survivors":
+        return our_side(problem, params, "fast", k, mesh, survival)
     if name in OURS:
         return our_side(problem, params, name, k, mesh)
 
@@ -101,13 +106,18 @@ def make_side(
 
 
 def our_side(
-    problem: Problem, params: Params, numerics: str, k: int, mesh: DeviceMesh | None
+    problem: Problem,
+    params: Params,
+    numerics: str,
+    k: int,
+    mesh: DeviceMesh | None,
+    survival: float = 1.0,
 ) -> Update:
     """Our `step` under these numerics; its state is donated, as SpecForge updates in place."""
     leaf = next(iter(params.values()))
     config, _ = recipe(
         problem.draft,
-        objective={"ttt_length": k, "numerics": numerics},
+        objective={"ttt_length": k, "numerics": numerics, "survival": survival},
         train={
             "steps": STEPS,
             "dtype": str(leaf.dtype).removeprefix("torch."),
@@ -117,10 +127,11 @@ def our_side(
     own = RECIPE if numerics == "plain" else RECIPE._replace(loss=e3.forward_loss)
     fns = e3.bind(config, problem.frozen, mesh=mesh, recipe=own)
     state = fns.init_state(params)
+    batch = with_survival(problem, survival, k).batch
 
     def update() -> Tensor:
         nonlocal state
-        state, metrics = fns.step(state, problem.batch, donate=True)
+        state, metrics = fns.step(state, batch, donate=True)
         return metrics["loss"]
 
     return update

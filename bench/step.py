@@ -2,22 +2,30 @@
 
     SPECFORGE_SRC=CHECKOUT python -m bench.step --seq 1024 --masked 0.5
 
-A step is teacher, forward, backward, clip and AdamW on one batch. All sides share a process; in
-each round every side makes one step. Medians are printed, the last line is JSON:
+A step is teacher, forward, backward, clip and AdamW on one batch. In each round every side makes
+one step, one after the other; all but the peers share a process. Medians are printed, the last line
+is JSON:
 
 - `ratio`: SpecForge's time over the fast side's (median of the rounds' ratios), `memory_ratio`: the
   fast side's peak memory of a step over SpecForge's; both null where SpecForge is not at hand
 - `ratio_plain`, `memory_ratio_plain`: the same against our own plain numerics
+- `ratio_speculators`, `ratio_specforge_main`, and memory alike (`--peers`): the same against other
+  projects' steps (`bench.peers`); null where one is left out, `peers` then says why
+- `quartiles`: of the rounds' ratios, by the name of the ratio
+- `survivors` (`--survival` below 1, or `objective.survival`'s default where that is): all of these
+  and `mfu` with the side of that name in the fast side's place; the fast one computes every row
 - `mfu`: the fast side's share of the matmul rate measured in the same rounds, counting what the
   needed rows must compute
 - `mesh_overhead` (`--mesh`): what a mesh of one rank costs the fast side
+
+    SPECFORGE_MAIN_SRC=CHECKOUT python -m bench.step --peers     # all peers; or name some
 
 Memory is measured in a child process for each side; with `--memory-here` in this process, before
 the rounds: as exact on CUDA, where allocated bytes are counted, and rough on the CPU. `--partial
 FILE` gets the result without SpecForge before its side is made.
 
-Under torchrun each rank has its own batch of one sharded state; SpecForge and memory are then left
-out.
+Under torchrun each rank has its own batch of one sharded state; SpecForge, peers and memory are
+then left out.
 """
 
 import sys
@@ -30,28 +38,29 @@ if __name__ == "__main__":
     settle()
 
 import argparse
-import json
-import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from statistics import mean
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from bench import common, memory, sides
+from bench import common, memory, peers, sides
+from bench.answers import open_answers, serve
 from bench.launch import add_arguments
-from bench.problem import Problem, draft_of, draw_params, make_problem
+from bench.problem import Problem, draft_of, draw_params, make_problem, with_survival
+from bench.step_result import ROUNDS, compare, file_name, needs, result_of, show
+from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
 from eagle3fn.base.launch import World, ranks
-from eagle3fn.base.provenance import provenance
-from eagle3fn.specforge.oracle import Oracle
+from eagle3fn.specforge.oracle import Oracle, load_oracle
 
-ROUNDS = 5
 MEMORY_STEPS = 2
 WARM_ON_CUDA = 3  # rounds before the timed ones
-SETTINGS = ("shape", "seq", "batch", "masked", "k", "dtype", "device", "seed", "allocator")
+SMALLEST = {"shape": "tiny", "seq": 64, "batch": 1, "draft_vocab": None}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,14 +70,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seq", type=int, default=1024, help="tokens of a sample (default 1024)")
     add("--batch", type=int, default=1, help="samples of a step, on each rank (default 1)")
     add("--draft-vocab", type=int, help="draft vocabulary (default: the shape's)")
+    about = "chance that a row goes on to the next unroll step (default: the configuration's)"
+    add("--survival", type=float, default=ObjectiveConfig().survival, metavar="RHO", help=about)
     add("--mesh", action="store_true", help="also the fast side on a mesh of one rank")
     add("--no-memory", action="store_true", help="leave memory out")
     about = "measure memory in this process, without a child for each side"
     add("--memory-here", action="store_true", help=about)
     add("--partial", help="a file that gets our own sides' result first")
-    add("--memory-of", choices=sides.MEASURED, help="measure the memory of this side alone")
+    about = "other projects' steps as well (none named: all)"
+    add("--peers", nargs="*", choices=peers.NAMES, metavar="NAME", help=about)
+    about = "the peers' environments (default .venv-peers), made where missing"
+    add("--peers-folder", type=Path, default=peers.FOLDER, help=about)
+    about = "make this side alone and answer lines on stdin (see bench.answers)"
+    add("--serve", choices=sides.MEASURED, help=about)
     add_arguments(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.peers == []:
+        options.peers = list(peers.NAMES)
+    ObjectiveConfig(survival=options.survival)  # refuses what is out of range
+    return options
 
 
 def problem_of(options: argparse.Namespace, rank: int = 0) -> Problem:
@@ -93,40 +113,75 @@ def side_of(
     mesh: DeviceMesh | None = None,
 ) -> sides.Update:
     params = draw_params(problem.draft, options.seed, getattr(torch, options.dtype), options.device)
-    return sides.make_side(name, problem, params, oracle, options.k, mesh)
+    survival = options.survival if name == "survivors" else 1.0
+    return sides.make_side(name, problem, params, oracle, options.k, mesh, survival)
 
 
-def memory_of(options: argparse.Namespace) -> dict[str, int]:
-    """Peak memory of one side in this process; bytes, by `memory.MEANING`'s names.
+def tiny_of(options: argparse.Namespace) -> argparse.Namespace:
+    """The same on a tiny problem, whose step loads a side's libraries."""
+    return argparse.Namespace(**(vars(options) | SMALLEST))
 
-    A step of a tiny problem has loaded the side's libraries beforehand.
+
+def serve_side(options: argparse.Namespace) -> None:
+    """Be one side's process: memory and the first loss, then a step for each line on stdin.
+
+    Raises:
+        OracleMissingError: SpecForge's side was asked for and is not at hand.
     """
-    name = options.memory_of
-    oracle = sides.find_oracle(options.device)[0] if name == "specforge" else None
-    smallest = {"shape": "tiny", "seq": 64, "batch": 1, "draft_vocab": None}
-    tiny = argparse.Namespace(**(vars(options) | smallest))
+    answers = open_answers()
+    name = options.serve
+    oracle = None
+    if name == "specforge":
+        oracle = load_oracle(native=options.device != "cpu")
+
     with sides.specforge_loss(oracle, options.device):
+        tiny = tiny_of(options)
         side_of(name, tiny, problem_of(tiny), oracle)()
 
         problem = problem_of(options)
         make = partial(side_of, name, options, problem, oracle)
-        return memory.measure(make, MEMORY_STEPS, options.device).used
+        measured = memory.measure(make, MEMORY_STEPS, options.device)
+        ready = {"memory": measured.used, "first_loss": float(measured.first)}
+        if oracle is not None:
+            ready |= sides.describe(oracle, None, options.device)
+        serve(answers, ready, measured.update)
 
 
 def memory_in_child(name: str, *arguments: str) -> dict[str, int]:
-    """A side's memory under these arguments, from a process of its own.
+    """A side's memory under these arguments, from a process of its own; bytes, by
+    `memory.MEANING`'s names.
 
     Raises:
         UserError: the process failed.
     """
-    call = [sys.executable, "-m", "bench.step", *arguments, "--memory-of", name, "--json"]
-    done = subprocess.run(call, cwd=common.ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"memory of {name}: its process ended with exit code {done.returncode}; "
-            "--no-memory leaves it out"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "bench.step", *arguments, "--serve", name]
+    try:
+        child = peers.Peer(name, command, {})
+    except peers.PeerError as error:
+        raise UserError(f"memory of {error}; --no-memory leaves it out") from None
+    child.close()
+    return child.ready["memory"]
+
+
+def case_of(options: argparse.Namespace) -> peers.Case:
+    """The problem and the first parameters, for a side that gets them as a file."""
+    problem = problem_of(options)
+    params = draw_params(problem.draft, options.seed, getattr(torch, options.dtype), options.device)
+    return peers.Case(problem, params, options.k, sides.DECAY)
+
+
+def start_peers(options: argparse.Namespace, world: World, stack: ExitStack) -> peers.Peers:
+    """The peers that were asked for, until the stack is closed."""
+    names = options.peers or []
+    why = sides.ONE_RANK if world.size > 1 else None
+    if options.device != "cpu":
+        why = peers.ON_CPU
+    if not names or why:
+        return peers.Peers({}, dict.fromkeys(names, why or ""))
+    started = peers.started(
+        names, case_of(options), case_of(tiny_of(options)), sys.argv[1:], options.peers_folder
+    )
+    return stack.enter_context(started)
 
 
 class Sides(NamedTuple):
@@ -167,55 +222,71 @@ def make_sides(
     return found
 
 
+def time_sides(
+    options: argparse.Namespace,
+    calls: dict[str, sides.Update],
+    others: peers.Peers,
+    world: World,
+) -> common.Timing:
+    """All rounds; from the start again without a peer whose process ended."""
+    while True:
+        every: dict[str, Callable[[], object]] = {**calls}
+        every |= {name: peer.step for name, peer in others.running.items()}
+        try:
+            return common.in_turns(
+                every,
+                options.rounds or ROUNDS,
+                getattr(torch, options.dtype),
+                options.device,
+                world,
+                warm=0 if options.device == "cpu" else WARM_ON_CUDA,
+            )
+        except peers.PeerError as error:
+            others.drop(error)
+
+
 def measure(
     options: argparse.Namespace,
     names: list[str],
     oracle: Oracle | None,
     world: World,
     mesh: DeviceMesh | None,
+    others: peers.Peers,
 ) -> dict[str, Any]:
     """Times of every side, FLOPs, and shares of the matmul rate, over all ranks."""
     device = options.device
     problem = problem_of(options, world.rank)
     with sides.specforge_loss(oracle, device):
         made = make_sides(options, names, problem, oracle, mesh)
-        common.check_losses(made.losses)
-        timing = common.in_turns(
-            made.calls,
-            options.rounds or ROUNDS,
-            getattr(torch, options.dtype),
-            device,
-            world,
-            warm=0 if device == "cpu" else WARM_ON_CUDA,
-        )
-
-    # What the rows need, a mean over ranks, each of which has a batch of its own.
-    mask = problem.scored
-    needed = common.flops(problem.draft, mask)
-    dense = common.flops(problem.draft, mask, dense=True)
-    totals = world.every(needed.total)
-    shares = world.every(common.row_shares(mask))
+        for name, peer in others.running.items():
+            made.losses[name] = peer.ready["first_loss"]
+        # The survivors' loss is right in expectation alone.
+        common.check_losses({k: loss for k, loss in made.losses.items() if k != "survivors"})
+        timing = time_sides(options, made.calls, others, world)
 
     times = timing.summary()
     tokens = world.size * problem.batch.attention_mask.numel()
-    return {
-        "ratio": timing.ratio("specforge", "fast") if "specforge" in names else None,
-        "ratio_plain": timing.ratio("plain", "fast"),
+    found = {
+        **compare(timing, "fast"),
         "mesh_overhead": timing.ratio("mesh", "fast") - 1 if "mesh" in names else None,
-        "mfu": timing.share("fast", mean(totals)),
-        "mfu_dense": {
-            name: timing.share(name, dense.total)
-            for name in names
-            if name in ("plain", "specforge")
-        },
+        "mfu_dense": {},
         "tokens_per_s": {name: tokens / took for name, took in times["seconds"].items()},
         **times,
         "memory_here": made.used,
         "first_loss": made.losses,
-        "flops_needed": needed._asdict() | {"total": needed.total},
-        "flops_dense": dense.total,
-        "shares": {name: mean(rank[name] for rank in shares) for name in shares[0]},
+        **needs(timing, "fast", problem, problem.batch.row_mask, world),
+        "survivors": None,
     }
+    for name in ("plain", "specforge"):
+        if name in names:
+            found["mfu_dense"][name] = timing.share(name, found["flops_dense"])
+    if "survivors" in names:
+        scored = with_survival(problem, options.survival, options.k).scored
+        found["survivors"] = {
+            **compare(timing, "survivors"),
+            **needs(timing, "survivors", problem, scored, world),
+        }
+    return found
 
 
 def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
@@ -224,107 +295,45 @@ def run(options: argparse.Namespace, world: World) -> dict[str, Any]:
     reason: str | None = sides.ONE_RANK
     if world.size == 1:
         oracle, reason = sides.find_oracle(options.device)
-    with_mesh = ["mesh"] if options.mesh else []
-    ours = [*sides.OURS, *with_mesh]
-    names = [*sides.OURS, "specforge", *with_mesh] if oracle else ours
+    ours = ["plain", "fast"]
+    if options.survival < 1:
+        ours.append("survivors")
+    if options.mesh:
+        ours.append("mesh")
+    names = [*ours, "specforge"] if oracle else ours
 
     # Memory from child processes, before anything large is in this one.
     used = {}
-    if world.size == 1 and not options.no_memory and not options.memory_here:
+    with_memory = world.size == 1 and not options.no_memory
+    if with_memory and not options.memory_here:
         for name in names:
             if name in sides.MEASURED:
                 used[name] = memory_in_child(name, *sys.argv[1:])
 
-    options.device = world.device(options.device)
-    mesh = world.mesh(options.device)
-    if options.partial and oracle:
-        measured = measure(options, ours, None, world, mesh)
-        why = sides.describe(None, "its side was not measured yet", options.device)
-        write_json(options.partial, result_of(options, world, measured, used, why))
+    with ExitStack() as stack:
+        others = start_peers(options, world, stack)
+        for name, why in others.missing.items():
+            common.show(options, f"{name} is left out: {why}")
+        if with_memory:
+            used |= {name: peer.ready["memory"] for name, peer in others.running.items()}
 
-    measured = measure(options, names, oracle, world, mesh)
-    about = sides.describe(oracle, reason, options.device)
-    return result_of(options, world, measured, used, about)
+        options.device = world.device(options.device)
+        mesh = world.mesh(options.device)
+        if options.partial and oracle:
+            none = peers.Peers({}, {})
+            measured = measure(options, ours, None, world, mesh, none)
+            why = sides.describe(None, "its side was not measured yet", options.device)
+            write_json(options.partial, result_of(options, world, measured, used, none, why))
 
-
-def result_of(
-    options: argparse.Namespace,
-    world: World,
-    measured: dict[str, Any],
-    used: dict[str, Any],
-    specforge: dict[str, Any],
-) -> dict[str, Any]:
-    """The result: the main numbers, then settings and the rest.
-
-    Args:
-        options: as parsed.
-        world: the ranks.
-        measured: what `measure` returned.
-        used: memory by side from child processes.
-        specforge: what `sides.describe` returned.
-    """
-    used = used | measured.pop("memory_here")
-    step = {name: value["step"] for name, value in used.items()}
-    draft = draft_of(options.shape, options.draft_vocab, options.seq)
-    settings = common.settings_of(options, SETTINGS, ROUNDS, world)
-    return {
-        "ratio": measured.pop("ratio"),
-        "memory_ratio": step["fast"] / step["specforge"] if "specforge" in step else None,
-        "mfu": measured.pop("mfu"),
-        "ratio_plain": measured.pop("ratio_plain"),
-        "memory_ratio_plain": step["fast"] / step["plain"] if step else None,
-        "settings": settings | {"draft_vocab": draft.draft_vocab_size},
-        **measured,
-        "memory": used,
-        "memory_meaning": memory.MEANING if used else None,
-        **specforge,
-        **provenance(),
-    }
-
-
-def show(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """The result for people."""
-    specforge = result["specforge"]
-    if specforge:
-        lines = [f"SpecForge: {specforge['kind']} {specforge['digest'][:16]}"]
-    else:
-        lines = [f"SpecForge: {result['specforge_missing']}"]
-    lines += [f"  {note}" for note in result.get("notes", ())]
-
-    shares = result["shares"]
-    lines.append(
-        f"seed {options.seed}: {shares['masked']:.1%} of the rows masked, "
-        f"{shares['needed']:.1%} needed at step 0, {shares['needed_over_steps']:.1%} over all steps"
-    )
-    for name, took in result["seconds"].items():
-        rate = result["tokens_per_s"][name]
-        line = f"{name:9} {took * 1000:9.1f} ms, {rate:9.1f} tokens/s"
-        if name in result["memory"]:
-            line += f", {result['memory'][name]['step'] / 2**20:8.0f} MiB"
-        lines.append(line)
-    lines.append(
-        f"matmul {result['matmul_gflops']:.0f} GFLOP/s; "
-        f"fast: {result['mfu']:.1%} of it on the needed rows"
-    )
-    common.show(options, "\n".join(lines))
-
-
-def file_name(options: argparse.Namespace, result: dict[str, Any]) -> str:
-    """The result's file, named by its settings."""
-    settings = result["settings"]
-    words = [
-        f"step-{options.shape}-s{options.seq}-b{options.batch}-d{settings['draft_vocab']}",
-        f"m{options.masked:g}-{options.dtype}-{options.device}-{options.allocator}",
-    ]
-    if settings["ranks"] > 1:
-        words.append(f"{settings['ranks']}ranks")
-    return "-".join(words)
+        measured = measure(options, names, oracle, world, mesh, others)
+        about = sides.describe(oracle, reason, options.device)
+        return result_of(options, world, measured, used, others, about)
 
 
 def main() -> None:
     options = parse()
-    if options.memory_of:
-        print(json.dumps(memory_of(options)))
+    if options.serve:
+        serve_side(options)
         return
 
     with ranks() as world:

@@ -12,19 +12,20 @@ from eagle3fn.base.files import read_json, write_text
 
 BEGIN = "<!-- python -m bench.table -->\n\n"
 END = "\n<!-- end -->\n"
-SIDES = ("specforge", "plain", "fast")
+OURS = ("specforge", "plain", "fast")
+PEERS = ("specforge_main", "speculators")
+AGAINST = ("ratio", "ratio_specforge_main", "ratio_speculators")
+NONE = "-"  # a cell of what was not measured
 # Options of a command that do not make the case.
-HIDDEN = ("--out", "--json", "--rounds", "--mesh", "--allocator", "--no-memory")
-HEADER = (
-    "`python -m bench.step …`",
-    "allocator, processor, load",
-    "rows needed",
-    "SpecForge, plain, fast: ms",
-    "SpecForge / fast",
-    "plain / fast",
-    "memory of a step: SpecForge, fast, MiB",
-    "fast / SpecForge",
-    "fast, of the matmul rate",
+HIDDEN = (
+    "--out",
+    "--json",
+    "--rounds",
+    "--mesh",
+    "--allocator",
+    "--no-memory",
+    "--peers",
+    "--peers-folder",
 )
 
 
@@ -56,43 +57,67 @@ def _order(result: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def step_table(results: list[dict[str, Any]]) -> str:
-    """One row a case."""
-    lines = [_row(HEADER), "|---" * len(HEADER) + "|"]
-    lines += [metrics_row(result) for result in results]
+    """One row a case; a column that no case has a value for is left out."""
+    rows = [cells(result) for result in results]
+    header = [name for name in rows[0] if any(row[name] != NONE for row in rows)]
+    lines = [_row(header), "|---" * len(header) + "|"]
+    for row in rows:
+        lines.append(_row([row[name] for name in header]))
     return "\n".join(lines) + "\n"
 
 
-def metrics_row(result: dict[str, Any]) -> str:
-    """A case's row; "-": not measured."""
+def cells(result: dict[str, Any]) -> dict[str, str]:
+    """A case's cells by the names of their columns."""
     settings = result["settings"]
-    times = [number(1000 * result["seconds"][name]) for name in SIDES]
-    memory = memory_ratio = "-"
-    if result["memory"]:
-        used = {name: value["step"] / 2**20 for name, value in result["memory"].items()}
-        memory = f"{number(used['specforge'])}, {number(used['fast'])}"
-        memory_ratio = f"{result['memory_ratio']:.2f}"
     processor = result["hardware"]["instructions"]
-    return _row(
-        (
-            f"`{arguments(result['command'])}`",
-            f"{settings['allocator']}, {processor}, {result['load_average']:.1f}",
-            f"{result['shares']['needed']:.0%}",
-            ", ".join(times),
-            f"{result['ratio']:.2f}",
-            f"{result['ratio_plain']:.2f}",
-            memory,
-            memory_ratio,
-            f"{result['mfu']:.0%} of {number(result['matmul_gflops'])} GFLOP/s",
-        )
-    )
+    survivors = result.get("survivors") or {}
+    memory = {name: value["step"] / 2**20 for name, value in result["memory"].items()}
+    times = {name: 1000 * took for name, took in result["seconds"].items()}
+    return {
+        "`python -m bench.step …`": f"`{arguments(result['command'], settings['dtype'])}`",
+        "allocator, processor, load": (
+            f"{settings['allocator']}, {processor}, {result['load_average']:.1f}"
+        ),
+        "rows needed": f"{result['shares']['needed']:.0%}",
+        "SpecForge, plain, fast: ms": _each(times, OURS, ",.0f"),
+        "SpecForge / fast": _one(result, "ratio"),
+        "plain / fast": _one(result, "ratio_plain"),
+        "memory of a step: SpecForge, fast, MiB": _each(memory, ("specforge", "fast"), ",.0f"),
+        "fast / SpecForge": _one(result, "memory_ratio"),
+        "fast, of the matmul rate": (
+            f"{result['mfu']:.0%} of {number(result['matmul_gflops'])} GFLOP/s"
+        ),
+        "SpecForge main, speculators: ms": _each(times, PEERS, ",.0f"),
+        "SpecForge main / fast": _one(result, "ratio_specforge_main"),
+        "speculators / fast": _one(result, "ratio_speculators"),
+        "their memory, MiB": _each(memory, PEERS, ",.0f"),
+        "survivors: ms": _each(times, ("survivors",), ",.0f"),
+        "SpecForge, main, speculators / survivors": _each(survivors, AGAINST, ".2f"),
+        "survivors, of the matmul rate": _one(survivors, "mfu", ".0%"),
+    }
 
 
-def _row(cells: tuple[str, ...]) -> str:
+def _one(values: dict[str, Any], name: str, pattern: str = ".2f") -> str:
+    """One number of a result."""
+    value = values.get(name)
+    return NONE if value is None else f"{value:{pattern}}"
+
+
+def _each(values: dict[str, Any], names: tuple[str, ...], pattern: str) -> str:
+    """Several numbers in one cell."""
+    found = [_one(values, name, pattern) for name in names]
+    return NONE if set(found) == {NONE} else ", ".join(found)
+
+
+def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def arguments(command: str) -> str:
-    """The options that make the case, of a command `python -m bench.step …`."""
+def arguments(command: str, dtype: str) -> str:
+    """The options that make the case, of a command `python -m bench.step …`.
+
+    A dtype that was chosen by the device is named where it is not bfloat16.
+    """
     kept = []
     hidden = False
     for word in command.split()[3:]:
@@ -100,6 +125,8 @@ def arguments(command: str) -> str:
             hidden = word in HIDDEN
         if not hidden:
             kept.append(word)
+    if "--dtype" not in kept and dtype != "bfloat16":
+        kept += ["--dtype", dtype]
     return " ".join(kept)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import common, memory, problem, sides, table
+from bench import common, memory, peers, problem, sides, table
 from bench.launch import RAISED, THRESHOLDS, environment
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.rows import over_steps, plan_rows, surviving
@@ -40,18 +40,29 @@ def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_step_measures_time_and_memory_of_every_side(tmp_path: Path, oracle) -> None:
-    done = call("bench/step.py", *TINY, "--mesh", "--out", tmp_path / "step.json")
+    peer = {peers.SOURCE: os.environ.get("SPECFORGE_SRC", "")}
+    others = ("--mesh", "--peers", "specforge_main", "--out", tmp_path / "step.json")
+    done = call("bench/step.py", *TINY, *others, **peer)
     result = last_line(done)
     assert result == json.loads((tmp_path / "step.json").read_text())
     assert done.stdout.count("\n") == 1
     times = result["all_seconds"]
+    used = result["memory"]
+    about = result["peers"]["specforge_main"]
+    if "missing" in about:
+        assert oracle.kind == "wheel" and peers.SOURCE in about["missing"]
+    else:
+        # SpecForge once more, in a process of its own.
+        assert about["specforge"]["hashes"] == oracle.hashes
+        assert times.pop("specforge_main")[0] > 0 and used.pop("specforge_main")["step"] > 0
+        assert result["first_loss"]["specforge_main"] == result["first_loss"]["specforge"]
+        assert result["memory_ratio_specforge_main"] > 0
     assert times.keys() == {"plain", "fast", "specforge", "mesh"}
     assert result["ratio"] == pytest.approx(times["specforge"][0] / times["fast"][0])
     assert result["ratio_plain"] == pytest.approx(times["plain"][0] / times["fast"][0])
     assert result["mesh_overhead"] == pytest.approx(times["mesh"][0] / times["fast"][0] - 1)
     rate = result["matmul_gflops"] * 1e9
     assert result["mfu"] == pytest.approx(result["flops_needed"]["total"] / times["fast"][0] / rate)
-    used = result["memory"]
     assert used.keys() == {"plain", "fast", "specforge"}
     assert result["memory_ratio"] == pytest.approx(used["fast"]["step"] / used["specforge"]["step"])
     assert all(value["step"] == value["peak"] - value["inputs"] > 0 for value in used.values())
