@@ -144,9 +144,7 @@ def size_of(
     source = torch.Generator().manual_seed(1000 * seed)
     mask = torch.stack([align_mask(turns(seq, masked, source)) for _ in range(batch)])
     row_mask = over_steps(mask, k)
-    survives = None
-    if survival < 1:
-        survives = survives_of(batch, seq, k, survival)
+    survives = survives_of(batch, seq, k, survival)
     plan = plan_rows(row_mask, survives)
     return Counted(planned(draft, batch, seq, k, plan), row_mask, survives, plan)
 

@@ -75,14 +75,28 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_data_commands(command: Command) -> None:
-    sub = command("synthesize", _synthesize, "let the target write its own conversations")
+    sub = command(
+        "synthesize", _synthesize, "let the target answer given prompts, or write its own turns too"
+    )
     _add_target(sub, runs=True)
     sub.add_argument("--out", required=True, help="JSONL file; .xz and .gz compress")
     sub.add_argument(
+        "--prompts",
+        help="JSONL of prompts or conversations, whose assistant turns it answers anew; "
+        "without: it writes the user turns too",
+    )
+    sub.add_argument(
         "--count",
         type=_positive,
-        default=1000,
-        help="conversations to write at least (default 1000)",
+        help="conversations to write at least (default 1000); of --prompts, the first so many",
+    )
+    sub.add_argument(
+        "--temperature", type=_at_least_zero, help="of the answers (default 0.5; 0: greedy)"
+    )
+    sub.add_argument(
+        "--max-new",
+        type=_positive,
+        help="tokens of an answer at most (default 224; with --prompts 512)",
     )
     sub.add_argument("--seed", type=_count, default=0)
     sub.add_argument(
@@ -216,6 +230,7 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
 _positive = _number(int, 1, 2**40)
 _count = _number(int, 0, 2**40)
 _above_zero = _number(float, 0.01, 1e6)
+_at_least_zero = _number(float, 0, 100)
 
 
 # The commands: imports are inside, so that `--help` is quick
@@ -229,8 +244,14 @@ def _say(line: str) -> None:
 
 def _synthesize(options: Any) -> None:
     from eagle3fn.base.threads import sizes_of, take_threads, thin_products
-    from eagle3fn.data.synthesize import begun_threads, synthesize
+    from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
+    from eagle3fn.data.synthesize import ANSWER, begun_threads, synthesize
     from eagle3fn.data.target import load_target
+
+    given = {"temperature": options.temperature, "max_new": options.max_new}
+    given = {name: value for name, value in given.items() if value is not None}
+    shared = {"seed": options.seed, "batch": options.batch, "exclude": options.exclude}
+    shared["on_progress"] = progress.bar("conversation")
 
     model, tokenizer = load_target(options.target, device=options.device)
     sizes = sizes_of(model.config.to_dict())
@@ -239,26 +260,31 @@ def _synthesize(options: Any) -> None:
             lambda: thin_products(sizes, [options.batch], model.dtype),
             options.device,
             options.threads,
-            begun_threads(model, tokenizer, options.out, options.seed, options.batch),
+            begun_threads(options.out),
         )
     )
-    count = synthesize(
-        model,
-        tokenizer,
-        options.out,
-        options.count,
-        seed=options.seed,
-        batch=options.batch,
-        exclude=options.exclude,
-        on_progress=progress.bar("conversation"),
+    if not options.prompts:
+        answer = ANSWER._replace(**given)
+        count = options.count or 1000
+        written = synthesize(model, tokenizer, options.out, count, answer=answer, **shared)
+        print(f"{options.out}: {written} conversations")
+        return
+
+    sampling = GIVEN_ANSWER._replace(**given)
+    names = (options.prompts, options.out, options.count)
+    done = answer_prompts(model, tokenizer, *names, sampling=sampling, **shared)
+    print(
+        f"{options.out}: {done.conversations} conversations, {done.answers} answers, {done.cut} of "
+        f"them cut at {sampling.max_new} tokens and kept; {done.excluded} conversations excluded"
     )
-    print(f"{options.out}: {count} conversations")
 
 
 def _extract(options: Any) -> None:
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.base.threads import large_products, sizes_of, take_threads
     from eagle3fn.data.extract import begun_threads, extract
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.own import foreign_note, measure_agreement
     from eagle3fn.data.target import load_target, target_config
 
     tree = target_config(options.target)
@@ -290,6 +316,15 @@ def _extract(options: Any) -> None:
         f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
         f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB"
     )
+    head = model.get_output_embeddings().weight
+    found = measure_agreement(open_features(options.out), head)
+    _say(foreign_note(found, options.target, options.conversations))
+
+
+def _say(text: str | None) -> None:
+    """Print a text, if there is one."""
+    if text:
+        print(text, flush=True)
 
 
 def _vocab(options: Any) -> None:
@@ -321,27 +356,39 @@ def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> "Draf
     return draft_config_from_target(tree, options.target, size)
 
 
-def _config(
-    options: Any, draft: "DraftConfig | None", overrides: list[str], recipe: str | None = None
-) -> "Config":
-    """The run's configuration; settings by the names of earlier versions are refused, and losses
-    and optimizers that are not there.
-    """
-    from eagle3fn.base.config import load_config
-    from eagle3fn.base.errors import UserError
-    from eagle3fn.base.toml import override, read_toml
-    from eagle3fn.model.checks import check_loss
-    from eagle3fn.specforge.recipes import RECIPE, SETTINGS, refuse_old_settings
-    from eagle3fn.train.optimizer import named_optimizer
+def _named(options: Any, overrides: list[str]) -> dict[str, Any]:
+    """The settings that a TOML file and overrides name, by section.
 
-    if options.config:
-        refuse_old_settings(read_toml(options.config), options.config)
+    Those by the names of earlier versions are refused.
+    """
+    from eagle3fn.base.toml import override, read_toml
+    from eagle3fn.specforge.recipes import refuse_old_settings
+
+    named = read_toml(options.config) if options.config else {}
+    refuse_old_settings(named, options.config)
     given: dict[str, Any] = {}
     for text in overrides:
         override(given, text)
+        override(named, text)
     refuse_old_settings(given, "--set")
+    return named
 
-    config = load_config(options.config, overrides, draft, SETTINGS if recipe else None)
+
+def _config(
+    options: Any,
+    draft: "DraftConfig | None",
+    overrides: list[str],
+    recipe: str | None = None,
+    defaults: dict[str, dict[str, Any]] | None = None,
+) -> "Config":
+    """The run's configuration; losses and optimizers that are not there are refused."""
+    from eagle3fn.base.config import load_config
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.model.checks import check_loss
+    from eagle3fn.specforge.recipes import RECIPE
+    from eagle3fn.train.optimizer import named_optimizer
+
+    config = load_config(options.config, overrides, draft, defaults)
     loss = config.objective.loss
     if loss in RECIPE.batch_means and not recipe:
         raise UserError(
@@ -360,10 +407,12 @@ def _train(options: Any) -> None:
     from eagle3fn.base.launch import ranks
     from eagle3fn.base.threads import large_products, take_threads
     from eagle3fn.data.features import check_made_for, open_features
+    from eagle3fn.data.own import foreign_note, measure_agreement
     from eagle3fn.data.target import config_hash, read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
-    from eagle3fn.specforge.recipes import RECIPES
+    from eagle3fn.specforge.recipes import RECIPES, SETTINGS
+    from eagle3fn.train.defaults import by_section, chosen_defaults, describe, taken
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
@@ -375,11 +424,17 @@ def _train(options: Any) -> None:
         overrides.append(f"train.on_nonfinite={options.on_nonfinite}")
 
     with ranks() as world:
-        # The configuration: the draft from the target, its vocabulary's size from the map.
+        # The configuration: the draft from the target, its vocabulary's size from the map, and what
+        # nobody names by the size of both, or as the recipe has it.
+        named = _named(options, overrides)
         tree = target_config(options.target)
         target_hash = config_hash(tree)
         draft = _draft(options, tree, map_size(options.vocab, read_map))
-        config = _config(options, draft, overrides, options.recipe)
+        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
+        chosen = chosen_defaults(draft, len(features.samples))
+        chosen = [] if options.recipe else taken(chosen, named, options.out)
+        defaults = SETTINGS if options.recipe else by_section(chosen)
+        config = _config(options, draft, overrides, options.recipe, defaults)
         dtype = getattr(torch, config.train.dtype)
         shape = config.draft
         line = take_threads(
@@ -394,7 +449,6 @@ def _train(options: Any) -> None:
             _say(line)
 
         # Features, map and target, which must belong together.
-        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
         vocab_map = load_map(
             options.vocab,
             config.draft.vocab_size,
@@ -405,6 +459,10 @@ def _train(options: Any) -> None:
         tensors = read_target_tensors(options.target, dtype)
         layers = tree["num_hidden_layers"]
         check_made_for(features, target_hash, aux_layers(config.draft, layers), options.target)
+        if world.main:
+            _say(describe(chosen))
+            found = measure_agreement(features, tensors.head)
+            _say(foreign_note(found, options.target, "CONVERSATIONS.jsonl"))
 
         state = train(
             config,
@@ -430,6 +488,7 @@ def _plan(options: Any) -> None:
     draft = None
     if options.target or options.draft_config:
         draft = _draft(options, tree)
+    _named(options, options.set)
     config = _config(options, draft, options.set)
 
     tied = bool(tree.get("tie_word_embeddings"))

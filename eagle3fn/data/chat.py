@@ -82,14 +82,11 @@ def encode(tokenizer: Any, messages: list[dict[str, str]], where: str) -> tuple[
         UserError: no chat template, a template that refuses the turns or does not render them one
             after the other, a tokenizer without offsets.
     """
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target"
-        )
+    check_template(tokenizer)
 
     # The template's own marks: transformers makes the mask.
     if _GENERATION.search(tokenizer.get_chat_template()):
-        coded = _apply(
+        coded = apply_template(
             tokenizer,
             messages,
             where,
@@ -100,7 +97,7 @@ def encode(tokenizer: Any, messages: list[dict[str, str]], where: str) -> tuple[
         return _tensor(coded["input_ids"]), _tensor(coded["assistant_masks"])
 
     # Else find the answers in the rendered text, and the tokens that begin inside them.
-    text = _apply(tokenizer, messages, where, tokenize=False)
+    text = apply_template(tokenizer, messages, where, tokenize=False)
     spans = assistant_spans(tokenizer, messages, text, where)
     if not tokenizer.is_fast:
         raise UserError(
@@ -112,6 +109,18 @@ def encode(tokenizer: Any, messages: list[dict[str, str]], where: str) -> tuple[
     return _tensor(coded["input_ids"]), _tensor(mask)
 
 
+def check_template(tokenizer: Any) -> None:
+    """Refuse a tokenizer that has no chat template.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target"
+        )
+
+
 def _inside(place: int, spans: list[tuple[int, int]]) -> bool:
     return any(begin <= place < end for begin, end in spans)
 
@@ -120,8 +129,14 @@ def _tensor(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int64).flatten()
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]], where: str, **options: Any) -> Any:
-    """The chat template on `messages`; its own refusals become a UserError."""
+def apply_template(
+    tokenizer: Any, messages: list[dict[str, str]], where: str, **options: Any
+) -> Any:
+    """The chat template on `messages`.
+
+    Raises:
+        UserError: the template refuses them; `where` names the row.
+    """
     from jinja2 import TemplateError
 
     try:
@@ -150,7 +165,7 @@ def assistant_spans(
             continue
 
         # Begin: `text` must start as the turns before this one do.
-        prompt = _apply(
+        prompt = apply_template(
             tokenizer, messages[:index], where, tokenize=False, add_generation_prompt=True
         )
         if not text.startswith(prompt):
@@ -160,7 +175,7 @@ def assistant_spans(
         # End: the last mark of the turns up to this one. Some templates write the last answer of a
         # conversation differently from earlier ones; `text` then has another turn here, and the
         # first mark after the beginning is taken.
-        upto = _apply(tokenizer, messages[: index + 1], where, tokenize=False)
+        upto = apply_template(tokenizer, messages[: index + 1], where, tokenize=False)
         if text.startswith(upto):
             end = _last_end(text, begin, len(upto), marks)
         else:
@@ -210,7 +225,7 @@ def end_marks(tokenizer: Any) -> list[str]:
         {"role": "user", "content": "b"},
         {"role": "assistant", "content": _ANSWERS[1]},
     ]
-    text = _apply(tokenizer, turns, "chat template", tokenize=False)
+    text = apply_template(tokenizer, turns, "chat template", tokenize=False)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
     marks = set()

@@ -330,6 +330,22 @@ def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def read_last_hidden(features: FeatureSet, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`input_ids` and `token_mask` `(S,)` and `last_hidden` `(S, Ht)` of sample `number`.
+
+    Its other features are not read, nor is the shard's hash compared here.
+    """
+    entry = features.samples[number]
+    path = features.folder / entry["shard"]
+    if features.reader:
+        sample = features.reader.sample(path)
+        ids, mask, last = sample.input_ids, sample.token_mask, sample.last_hidden
+    else:
+        ids, mask, last = _tensors(path, entry, ("input_ids", "token_mask", "last_hidden"))
+    _check_tokens(features, number, ids, mask)
+    return ids, mask, last
+
+
 def _verify_once(features: FeatureSet, file: str) -> None:
     if file in features.verified:
         return

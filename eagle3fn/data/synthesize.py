@@ -5,8 +5,10 @@ on where it stopped, with the number of threads that it began with. An evaluatio
 are kept out by their 13-grams (as in arXiv 2005.14165, appendix C).
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_jsonl, write_jsonl
 from eagle3fn.base.threads import Kept, keep_threads, read_kept
+from eagle3fn.data.chat import check_template
 from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.target import cache_name, weights_digest
 
@@ -28,6 +31,7 @@ _SHORTEST_USER = 12  # characters
 _SHORTEST_ANSWER = 16  # tokens
 _LIKELIEST = 256  # tokens that a draw chooses from
 _COMPACT_EVERY = 8  # tokens
+_THREADS = "threads.json"
 _PLACEHOLDER = "\x02user turn\x02"  # found again in a rendered template
 
 
@@ -58,6 +62,7 @@ def synthesize(
     seed: int = 0,
     batch: int = 64,
     exclude: str | Path | None = None,
+    answer: Sampling | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Write `count` or more conversations to `out` (JSONL, `.xz` and `.gz` compress).
@@ -74,6 +79,7 @@ def synthesize(
         batch: conversations written together.
         exclude: a JSONL file whose texts must be kept out. Conversations that share 13 words in a
             row with it are dropped.
+        answer: how the answers are drawn; `ANSWER` if absent.
         on_progress: called with the conversations so far and `count`.
 
     Returns:
@@ -83,14 +89,16 @@ def synthesize(
         UserError: the tokenizer has no chat template, or less than 5% of the turns asked for are
             usable.
     """
-    stem = _parts(model, tokenizer, out, seed, batch)
-    parts = stem.parent
-    keep_threads(_threads_file(stem))
+    answer = answer or ANSWER
+    digest = json_sha256(
+        [weights_digest(model), tokenizer.chat_template, USER_TURN, answer, seed, batch]
+    )[:12]
+    parts = Parts(out, digest)
     forbidden = grams_of_file(exclude) if exclude else set()
 
     rows: list[dict] = []
     users: set[str] = set()
-    for tried, written in enumerate(_batches(model, tokenizer, stem, seed, batch), 1):
+    for tried, written in enumerate(_batches(model, tokenizer, parts, answer, seed, batch), 1):
         for row in without(written, forbidden):
             user = row["conversations"][0]["content"]
             if user not in users:
@@ -106,46 +114,63 @@ def synthesize(
                 "take an instruction-tuned target, or exclude less"
             )
 
-    # The conversations are on the disk: the parts, and what a kill left of one, can go.
-    write_jsonl(out, rows)
-    for part in parts.glob(f"*{stem.name}-*"):
-        part.unlink()
-    if not any(parts.iterdir()):
-        parts.rmdir()
+    parts.finish(rows)
     return len(rows)
 
 
-def begun_threads(
-    model: Any, tokenizer: Any, out: str | Path, seed: int, batch: int
-) -> Kept | None:
-    """The number of threads that a call with these arguments began with, if it was cut off."""
-    return read_kept(_threads_file(_parts(model, tokenizer, out, seed, batch)))
+class Parts(NamedTuple):
+    """The finished batches of a file that is being written, kept in `<out>.parts/`."""
 
+    out: str | Path
+    digest: str  # of all that the batches are made from; those of another one are not read
 
-def _parts(model: Any, tokenizer: Any, out: str | Path, seed: int, batch: int) -> Path:
-    """How the paths of the finished batches begin: a folder, and a hash of what they depend on."""
-    settings = [weights_digest(model), tokenizer.chat_template, USER_TURN, ANSWER, seed, batch]
-    return Path(f"{out}.parts") / json_sha256(settings)[:12]
+    @property
+    def folder(self) -> Path:
+        """Where they are kept."""
+        return Path(f"{self.out}.parts")
 
-
-def _threads_file(stem: Path) -> Path:
-    return stem.with_name(f"{stem.name}-threads.json")
-
-
-def _batches(model: Any, tokenizer: Any, stem: Path, seed: int, batch: int) -> Iterator[list[dict]]:
-    """Endless batches of conversations, each read from its part if it was written before."""
-    index = 0
-    while True:
-        part = stem.with_name(f"{stem.name}-{index:05d}.jsonl")
+    def batch(self, index: int, write: Callable[[], list[dict]]) -> list[dict]:
+        """The rows of batch `index`: read if they were written before, else `write()`."""
+        part = self.folder / f"{self.digest}-{index:05d}.jsonl"
         if not part.exists():
-            write_jsonl(part, _write_batch(model, tokenizer, seed, index, batch))
-        yield read_jsonl(part)
-        index += 1
+            keep_threads(self.folder / _THREADS)
+            write_jsonl(part, write())
+        return read_jsonl(part)
+
+    def finish(self, rows: list[dict]) -> None:
+        """Write `out`; then the parts, and what a kill left of one, are deleted."""
+        write_jsonl(self.out, rows)
+        for part in self.folder.glob(f"*{self.digest}-*"):
+            part.unlink()
+        if self.folder.exists() and not any(self.folder.glob("*.jsonl")):
+            (self.folder / _THREADS).unlink(missing_ok=True)
+            self.folder.rmdir()
 
 
-def _write_batch(model: Any, tokenizer: Any, seed: int, index: int, batch: int) -> list[dict]:
+def begun_threads(out: str | Path) -> Kept | None:
+    """The number of threads that a call that writes `out` began with, if it was cut off."""
+    return read_kept(Parts(out, "").folder / _THREADS)
+
+
+def batch_generator(seed: int, index: int) -> torch.Generator:
+    """What the tokens of batch `index` are drawn by."""
+    return torch.Generator().manual_seed(seed * _SEEDS_APART + index)
+
+
+def _batches(
+    model: Any, tokenizer: Any, parts: Parts, answer: Sampling, seed: int, batch: int
+) -> Iterator[list[dict]]:
+    """Endless batches of conversations."""
+    for index in itertools.count():
+        write = partial(_write_batch, model, tokenizer, answer, seed, index, batch)
+        yield parts.batch(index, write)
+
+
+def _write_batch(
+    model: Any, tokenizer: Any, answer: Sampling, seed: int, index: int, batch: int
+) -> list[dict]:
     """The usable conversations of batch `index`, at most `batch`."""
-    generator = torch.Generator().manual_seed(seed * _SEEDS_APART + index)
+    generator = batch_generator(seed, index)
 
     # User turns: the target completes an opening after the template's beginning of such a turn.
     head, _ = user_frame(tokenizer)
@@ -166,11 +191,11 @@ def _write_batch(model: Any, tokenizer: Any, seed: int, index: int, batch: int) 
 
     # Answers, of any ending; short ones are dropped.
     prompts = [chat_prompt(tokenizer, text) for text in users.values()]
-    answers = generate(model, tokenizer, prompts, ANSWER, generator)
+    answers = generate(model, tokenizer, prompts, answer, generator)
     rows = []
-    for (name, user), answer in zip(users.items(), answers, strict=True):
-        if len(answer.ids) >= _SHORTEST_ANSWER:
-            text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+    for (name, user), written in zip(users.items(), answers, strict=True):
+        if len(written.ids) >= _SHORTEST_ANSWER:
+            text = tokenizer.decode(written.ids, skip_special_tokens=True).strip()
             turns = [{"role": "user", "content": user}, {"role": "assistant", "content": text}]
             rows.append({"id": f"{seed}-{name}", "conversations": turns})
     return rows
@@ -185,10 +210,7 @@ def user_frame(tokenizer: Any) -> tuple[str, str]:
     Raises:
         UserError: no chat template.
     """
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target"
-        )
+    check_template(tokenizer)
     turns = [{"role": "user", "content": _PLACEHOLDER}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     head, _, tail = text.partition(_PLACEHOLDER)

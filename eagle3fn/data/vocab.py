@@ -16,6 +16,7 @@ from eagle3fn.base.types import VocabMap
 from eagle3fn.data.features import FeatureSet, read_tokens
 
 REMEDY = "build the map again"
+_MOST_HELD_OUT = 24
 
 
 # Counting and building
@@ -80,6 +81,11 @@ def count_map(
     vocab_map = build_map(counts, min(draft_size, vocab_size))
     covered = counts[vocab_map.t2d].sum() / counts.sum().clamp(min=1)
     return vocab_map, float(covered)
+
+
+def held_out_of(samples: int) -> int:
+    """How many of `samples` are held out where nobody names a number: a tenth, at most 24."""
+    return min(samples // 10, _MOST_HELD_OUT)
 
 
 def check_map(

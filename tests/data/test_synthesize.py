@@ -113,7 +113,7 @@ def fake_batches(monkeypatch, usable=lambda index: True, user: Callable[[int], s
     """
     written = []
 
-    def write(model, tokenizer, seed, index, batch):
+    def write(model, tokenizer, answer, seed, index, batch):
         written.append(index)
         row = {"id": f"{seed}-{index}", "conversations": talk(user(index), "b")}
         return [row] if usable(index) else []

@@ -1,0 +1,107 @@
+"""Settings that a run takes by the size of target and data, where its user names none.
+
+Measured at SmolLM2-135M's size (hidden size 576) with 60 to 600 conversations; SpecForge's rate is
+at hidden size 3,584 to 4,096. Nothing between or beyond was measured.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.toml import read_toml
+from eagle3fn.data.vocab import held_out_of
+
+_KNOWN_WIDTH = 576  # of the draft that the highest rate was measured on
+_HIGHEST_RATE = 1e-3
+_LOWEST_RATE = 1e-4
+_MOST_STEPS_APART = 500  # between two evaluations
+_FEWEST_STEPS_APART = 50
+
+
+class Choice(NamedTuple):
+    """A setting, the value chosen for it, and why."""
+
+    setting: str  # as --set has it, "section.key"
+    value: Any
+    reason: str
+
+
+def chosen_defaults(draft: DraftConfig, samples: int) -> list[Choice]:
+    """The settings of a draft trained on `samples` conversations, held-out ones among them."""
+    held_out = held_out_of(samples)
+    apart = min(max(samples - held_out, _FEWEST_STEPS_APART), _MOST_STEPS_APART)
+    width = draft.hidden_size
+    return [
+        Choice("objective.ttt_length", 4, "fewer steps teach more a minute"),
+        Choice("optimizer.learning_rate", rate_of(width), f"by hidden size {width}"),
+        Choice("optimizer.warmup_ratio", 0.03, "of the demo"),
+        Choice("data.held_out", held_out, f"a tenth of {samples} samples, at most 24"),
+        Choice("train.eval_every", apart, "about an epoch, 50 to 500 steps"),
+    ]
+
+
+def rate_of(width: int) -> float:
+    """The peak learning rate for a hidden size: `1e-3 · (576 / width)^1.25`, in [1e-4, 1e-3].
+
+    Two points meet it: 1e-3 at 576, measured on SmolLM2-135M, and SpecForge's 1e-4 at 3,584 and
+    4,096. It is rounded to two digits.
+
+    >>> rate_of(576), rate_of(1536), rate_of(3584), rate_of(8192)
+    (0.001, 0.00029, 0.0001, 0.0001)
+    """
+    rate = _HIGHEST_RATE * (_KNOWN_WIDTH / width) ** 1.25
+    return float(f"{min(max(rate, _LOWEST_RATE), _HIGHEST_RATE):.1e}")
+
+
+# Which of them a run takes
+
+
+def taken(choices: Iterable[Choice], named: Mapping[str, Any], out: str | Path) -> list[Choice]:
+    """The choices for a run in `out` whose user names the settings `named`, by section.
+
+    A setting that is named is not chosen. A run that has begun keeps what its `config.toml` holds:
+    it must not choose anew from other data, or by the rules of a later version.
+    """
+    left = [choice for choice in choices if not _holds(named, choice.setting)]
+    path = Path(out) / "config.toml"
+    if not path.is_file():
+        return left
+
+    begun = read_toml(path)
+    kept = []
+    for choice in left:
+        if _holds(begun, choice.setting):
+            value = _value(begun, choice.setting)
+            kept.append(Choice(choice.setting, value, "as the run began"))
+    return kept
+
+
+def _holds(tree: Mapping[str, Any], setting: str) -> bool:
+    section, key = setting.split(".")
+    values = tree.get(section)
+    return isinstance(values, dict) and key in values
+
+
+def _value(tree: Mapping[str, Any], setting: str) -> Any:
+    section, key = setting.split(".")
+    return tree[section][key]
+
+
+def by_section(choices: Iterable[Choice]) -> dict[str, dict[str, Any]]:
+    """The choices as defaults of `load_config`."""
+    tree: dict[str, dict[str, Any]] = {}
+    for choice in choices:
+        section, key = choice.setting.split(".")
+        tree.setdefault(section, {})[key] = choice.value
+    return tree
+
+
+def describe(choices: Iterable[Choice]) -> str:
+    """What was chosen and why, in at most three lines."""
+    lines: dict[str, list[str]] = {}
+    for choice in choices:
+        section = choice.setting.split(".")[0]
+        line = section if section in ("objective", "optimizer") else "data"
+        lines.setdefault(line, []).append(f"{choice.setting}={choice.value} ({choice.reason})")
+    return "\n".join("chosen: " + ", ".join(parts) for parts in lines.values())

@@ -1,0 +1,245 @@
+"""Given prompts answered by the target: order, turns, resuming, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import read_jsonl, write_jsonl
+from eagle3fn.data import answers as module
+from eagle3fn.data.answers import Answered, answer_prompts
+from eagle3fn.data.chat import messages_of
+from eagle3fn.data.synthesize import Sampling
+from tests.factories import CHATML, talk, tiny_model, tiny_tokenizer
+
+GREEDY = Sampling(0, 1, 6)
+DRAWN = Sampling(1.0, 0.95, 6)
+END = 1
+SYSTEM = {"role": "system", "content": "be brief"}
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "first"},
+    {"id": "b", "conversations": talk("one", "theirs", "two", "theirs too")},
+    {"messages": [SYSTEM, *talk("three")]},
+    {"id": "d", "prompt": "not read", "conversations": talk("four", "theirs", "five")},
+    {"id": "e", "conversations": [{"from": "human", "value": "six"}]},
+]
+
+
+def target():
+    """A random target whose answers are of bytes alone, and end by themselves or by the limit."""
+    model = tiny_model(eos_token_id=END, vocab_size=258)
+    model.generation_config.eos_token_id = END
+    model.lm_head.weight[0] = 0  # the special token that begins a turn
+    return model
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    write_jsonl(path, rows)
+    return path
+
+
+def answer(prompts: Path, out: Path, sampling=GREEDY, model=None, **options: Any) -> Answered:
+    return answer_prompts(
+        model or target(), tiny_tokenizer(), prompts, out, sampling=sampling, **options
+    )
+
+
+def plain_greedy(model, text: str, limit: int) -> str:
+    """The target's greedy answer, one run over all tokens for each new one."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    new: list[int] = []
+    while len(new) < limit:
+        token = int(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax())
+        if token == END:
+            break
+        new.append(token)
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_rows_keep_their_order_turns_and_ids(tmp_path):
+    done = answer(write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl", batch=2)
+    assert done.conversations == 5 and done.answers == 7 and done.excluded == 0
+
+    found = read_jsonl(tmp_path / "c.jsonl")
+    assert [row["id"] for row in found] == ["1", "b", "3", "d", "e"]
+    users = []
+    for row in found:
+        turns = messages_of(row, "c.jsonl")
+        roles = [turn["role"] for turn in turns if turn["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        users.append([turn["content"] for turn in turns if turn["role"] == "user"])
+        assert "theirs" not in json.dumps(turns)
+    assert users == [["first"], ["one", "two"], ["three"], ["four", "five"], ["six"]]
+    assert found[2]["conversations"][0] == SYSTEM
+
+
+def test_greedy_answers_are_those_of_a_plain_decode_of_each_prompt_alone(tmp_path):
+    """In fp64. The second answer is given after the target's own first one."""
+    model = target().double()
+    answer(write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl", model=model)
+    answers = []
+    for row in read_jsonl(tmp_path / "c.jsonl"):
+        prompt = ""
+        for turn in row["conversations"]:
+            if turn["role"] == "assistant":
+                expected = plain_greedy(model, prompt + "<|im_start|>assistant\n", GREEDY.max_new)
+                assert turn["content"] == expected
+                answers.append(expected)
+            prompt += f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n"
+    assert len(answers) == 7
+    assert len(set(answers)) > 2
+
+
+def test_an_answer_before_any_other_turn_stays(tmp_path):
+    greeting = {"role": "assistant", "content": "hello there"}
+    rows = [{"conversations": [greeting, *talk("one", "theirs")]}]
+    assert answer(write(tmp_path / "p.jsonl", rows), tmp_path / "c.jsonl").answers == 1
+    (row,) = read_jsonl(tmp_path / "c.jsonl")
+    assert row["conversations"][0] == greeting
+    assert row["conversations"][2]["content"] != "theirs"
+
+
+def test_answers_cut_by_the_limit_are_kept_and_counted(tmp_path):
+    prompts = write(tmp_path / "p.jsonl")
+    done = answer(prompts, tmp_path / "c.jsonl")
+    assert done.cut == sum(row["cut"] for row in read_jsonl(tmp_path / "c.jsonl")) > 0
+
+    ending = target()
+    ending.lm_head.weight[:] = 0  # equal logits: the lowest token that is not zero wins a draw
+    ending.generation_config.eos_token_id = 0
+    assert answer(prompts, tmp_path / "d.jsonl", model=ending).cut == 0
+
+
+def test_drawn_answers_depend_on_the_seed_alone(tmp_path):
+    prompts = write(tmp_path / "p.jsonl")
+    texts = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        answer(prompts, tmp_path / name, DRAWN, seed=seed)
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_only_the_first_rows_are_answered_with_a_count(tmp_path):
+    done = answer(write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl", count=2)
+    assert done.conversations == 2
+    assert [row["id"] for row in read_jsonl(tmp_path / "c.jsonl")] == ["1", "b"]
+
+
+def test_conversations_that_share_words_with_an_excluded_file_are_left_out(tmp_path):
+    long = " ".join(f"w{i}" for i in range(13))
+    rows = [{"prompt": f"say {long}"}, {"prompt": "free"}]
+    write_jsonl(tmp_path / "test.jsonl", [{"question": long}])
+    prompts = write(tmp_path / "p.jsonl", rows)
+    done = answer(prompts, tmp_path / "c.jsonl", exclude=tmp_path / "test.jsonl")
+    assert (done.conversations, done.excluded) == (1, 1)
+    assert [row["id"] for row in read_jsonl(tmp_path / "c.jsonl")] == ["2"]
+
+
+# Resuming
+
+
+def test_killed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    prompts = write(tmp_path / "p.jsonl")
+    whole, again = tmp_path / "whole.jsonl", tmp_path / "again.jsonl"
+    answer(prompts, whole, DRAWN, batch=2)
+
+    def stop(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(prompts, again, DRAWN, batch=2, on_progress=stop)
+    assert not again.exists()
+    parts = Path(f"{again}.parts")
+    assert len(list(parts.iterdir())) == 2
+    assert not list(parts.glob(".*"))
+
+    # Batches that are there are not written again.
+    written = []
+    real = module._answer_batch
+
+    def counted(model, tokenizer, rows, *rest):
+        written.append([row.id for row in rows])
+        return real(model, tokenizer, rows, *rest)
+
+    monkeypatch.setattr(module, "_answer_batch", counted)
+    answer(prompts, again, DRAWN, batch=2)
+    assert written == [["e"]]
+    assert again.read_bytes() == whole.read_bytes()
+    assert not parts.exists()
+
+
+@pytest.mark.parametrize("change", ["prompts", "sampling", "seed", "batch", "template", "target"])
+def test_batches_of_other_settings_are_not_taken_up(tmp_path, monkeypatch, change):
+    prompts = write(tmp_path / "p.jsonl")
+    out = tmp_path / "c.jsonl"
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(prompts, out, on_progress=stop)
+
+    written = []
+    real = module._answer_batch
+    monkeypatch.setattr(module, "_answer_batch", lambda *given: written.append(1) or real(*given))
+    options: dict[str, Any] = {"seed": 1, "batch": 4}
+    options = {name: value for name, value in options.items() if name == change}
+    tokenizer = tiny_tokenizer()
+    model = target()
+    if change == "prompts":
+        write(prompts, [*ROWS, {"prompt": "more"}])
+    if change == "template":
+        tokenizer.chat_template = CHATML + " "
+    if change == "target":
+        model.model.norm.weight += 1
+    options["sampling"] = GREEDY._replace(max_new=5) if change == "sampling" else GREEDY
+    answer_prompts(model, tokenizer, prompts, out, **options)
+    assert written
+
+
+def test_other_answers_in_the_file_change_nothing(tmp_path):
+    """They are replaced, so a run takes up the batches of the same prompts."""
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    answer(write(tmp_path / "p.jsonl", [{"messages": talk("q", "x")}]), first, DRAWN)
+    answer(write(tmp_path / "q.jsonl", [{"messages": talk("q", "y")}]), second, DRAWN)
+    assert first.read_bytes() == second.read_bytes()
+
+
+# Refusals, before the target runs.
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": " "}, r"p.jsonl:2: turn 1 is empty; mend"),
+        ({"prompt": 3}, r"p.jsonl:2: turn 1: content 3: must be a string"),
+        ({"messages": talk("a", "b", "")}, r"p.jsonl:2: turn 3 is empty"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, r"p.jsonl:2: nothing to answer"),
+        ({"messages": []}, r"p.jsonl:2: no list of turns"),
+        ([1], r"p.jsonl:2: no list of turns"),
+        ({"prompt": "x" * 235}, r"p.jsonl:2: 2\d\d tokens and 1 answers of up to 6 exceed .* 256"),
+        ({"messages": talk(*"abc" * 20)}, r"p.jsonl:2: .* 30 answers .* exceed"),
+    ],
+)
+def test_malformed_empty_and_long_rows_are_refused_by_file_and_line(
+    tmp_path, monkeypatch, row, text
+):
+    monkeypatch.setattr(module, "generate", lambda *given: pytest.fail("the target was run"))
+    prompts = write(tmp_path / "p.jsonl", [ROWS[0], row])
+    with pytest.raises(UserError, match=text):
+        answer(prompts, tmp_path / "c.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_a_file_without_rows_and_a_target_without_a_template_are_refused(tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"p.jsonl: no rows"):
+        answer(tmp_path / "p.jsonl", tmp_path / "c.jsonl")
+    with pytest.raises(UserError, match="no chat template"):
+        answer_prompts(target(), tiny_tokenizer(None), tmp_path / "p.jsonl", tmp_path / "c.jsonl")

@@ -1,0 +1,77 @@
+"""What a run takes where its user names nothing."""
+
+import pytest
+
+from eagle3fn.base.config import Config, load_config, to_dict
+from eagle3fn.base.toml import to_toml
+from eagle3fn.data.vocab import held_out_of
+from eagle3fn.train.defaults import (
+    Choice,
+    by_section,
+    chosen_defaults,
+    describe,
+    rate_of,
+    taken,
+)
+from tests.factories import make_draft
+
+CHOICES = [
+    Choice("objective.ttt_length", 3, "because"),
+    Choice("optimizer.learning_rate", 0.5, "x"),
+]
+
+
+def config_of(choices: list[Choice], *overrides: str) -> Config:
+    return load_config(None, list(overrides), make_draft(), by_section(choices))
+
+
+@pytest.mark.parametrize("samples", [1, 9, 60, 1748, 10**6])
+@pytest.mark.parametrize("width", [16, 576, 3584, 8192])
+def test_every_choice_is_a_setting_of_its_range(samples, width):
+    choices = chosen_defaults(make_draft(hidden_size=width), samples)
+    tree = to_dict(config_of(choices))
+    for choice in choices:
+        section, key = choice.setting.split(".")
+        assert tree[section][key] == choice.value
+        assert choice.reason
+    assert tree["data"]["held_out"] < samples
+
+
+def test_rate_meets_its_two_points_and_falls_between_them():
+    assert rate_of(576) == 1e-3
+    assert rate_of(3584) == rate_of(4096) == 1e-4
+    rates = [rate_of(width) for width in (16, 576, 1024, 1536, 2048, 3072, 3584, 16384)]
+    assert rates == sorted(rates, reverse=True)
+    assert set(rates[2:-2]) == {0.00049, 0.00029, 0.0002, 0.00012}
+
+
+def test_a_tenth_is_held_out_at_most_24():
+    assert [held_out_of(n) for n in (1, 9, 10, 60, 240, 10**6)] == [0, 0, 1, 6, 24, 24]
+
+
+def test_settings_that_are_named_are_not_chosen(tmp_path):
+    named = {"objective": {"ttt_length": 7}, "data": "wrong"}
+    assert taken(CHOICES, named, tmp_path) == CHOICES[1:]
+    assert config_of(CHOICES, "objective.ttt_length=7").objective.ttt_length == 7
+
+
+def test_a_run_that_has_begun_keeps_what_it_began_with(tmp_path):
+    began = config_of(CHOICES, "optimizer.learning_rate=0.25")
+    text = to_toml(to_dict(began)).replace("ttt_length = 3\n", "")
+    (tmp_path / "config.toml").write_text(text)
+
+    # A setting that its file does not have is younger than the run: it keeps the plain default.
+    kept = taken(CHOICES, {}, tmp_path)
+    assert kept == [Choice("optimizer.learning_rate", 0.25, "as the run began")]
+    assert config_of(kept).objective.ttt_length == 7
+    assert taken(CHOICES, {"optimizer": {"learning_rate": 1}}, tmp_path) == []
+
+
+def test_the_lines_printed_name_values_and_reasons_and_are_three_at_most():
+    lines = describe(chosen_defaults(make_draft(hidden_size=576), 60)).splitlines()
+    assert 1 <= len(lines) <= 3
+    assert all(len(line) <= 200 for line in lines)
+    text = "\n".join(lines)
+    for part in ("learning_rate=0.001 (by hidden size 576", "held_out=6 (a tenth of 60 samples"):
+        assert part in text
+    assert describe([]) == ""
