@@ -1,0 +1,49 @@
+"""What a device multiplies fast, from the flags of processors and cards that are not here."""
+
+import platform
+
+import pytest
+import torch
+
+from eagle3fn.base.device import multiplies_bf16
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512_bf16", "amx", "onednn", "expected"),
+    [
+        ("x86_64", False, False, False, False),  # AVX2
+        ("x86_64", False, False, True, False),  # AVX512 without bf16: oneDNN converts
+        ("x86_64", True, False, True, True),
+        ("AMD64", False, True, True, True),
+        ("aarch64", False, False, True, True),
+        ("arm64", False, False, False, False),
+    ],
+)
+def test_processor_multiplies_bf16_by_instructions_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    avx512_bf16: bool,
+    amx: bool,
+    onednn: bool,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    assert multiplies_bf16("cpu") is expected
+    assert multiplies_bf16(torch.device("cpu", 0)) is expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True)])
+def test_card_multiplies_bf16_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert multiplies_bf16("cuda:1") is expected
+
+
+def test_other_devices_do_not() -> None:
+    assert not multiplies_bf16("meta")
