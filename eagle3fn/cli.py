@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 # The grammar
 
+_DTYPES = ("float32", "bfloat16", "float16")
+_FASTEST = "default: bfloat16 where the device multiplies it, else float32"
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
@@ -120,7 +123,17 @@ def _add_data_commands(command: Command) -> None:
         help="tokens kept of a conversation (default 2048)",
     )
     sub.add_argument("--limit", type=_positive, help="use only the first conversations")
-    sub.add_argument("--batch", type=_positive, default=8)
+    sub.add_argument(
+        "--minutes",
+        type=_above_zero,
+        help="end with the last whole shard within this time; a later call goes on",
+    )
+    sub.add_argument("--dtype", choices=_DTYPES, help=f"what the target computes in ({_FASTEST})")
+    sub.add_argument(
+        "--batch",
+        type=_positive,
+        help="conversations in one run of the target (default 4 on CPUs, else 8)",
+    )
     sub.add_argument("--draft-config", help="JSON whose eagle_config names the tapped layers")
     _add_threads(sub)
 
@@ -189,6 +202,7 @@ def _add_checking_commands(command: Command) -> None:
     )
     sub.add_argument("--untrained", help="an exported untrained draft, to compare with")
     _add_threads(sub)
+    sub.add_argument("--dtype", choices=_DTYPES, help=f"that speed is measured in ({_FASTEST})")
 
     sub = command(
         "report", _report, "gather a run's results in one table, a JSON file and a picture"
@@ -236,8 +250,8 @@ _at_least_zero = _number(float, 0, 100)
 # The commands: imports are inside, so that `--help` is quick
 
 
-def _say(line: str) -> None:
-    """Print a line, before the first progress bar."""
+def _say(line: str | None) -> None:
+    """Print a line, if there is one, before the first progress bar."""
     if line:
         print(line, flush=True)
 
@@ -280,6 +294,9 @@ def _synthesize(options: Any) -> None:
 
 
 def _extract(options: Any) -> None:
+    import torch
+
+    from eagle3fn.base.device import fast_dtype
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.base.threads import large_products, sizes_of, take_threads
     from eagle3fn.data.extract import begun_threads, extract
@@ -289,7 +306,8 @@ def _extract(options: Any) -> None:
 
     tree = target_config(options.target)
     layers = aux_layers(_draft(options, tree), tree["num_hidden_layers"])
-    model, tokenizer = load_target(options.target, device=options.device)
+    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
+    model, tokenizer = load_target(options.target, dtype, options.device)
     sizes = sizes_of(tree)
     _say(
         take_threads(
@@ -299,6 +317,10 @@ def _extract(options: Any) -> None:
             begun_threads(options.out),
         )
     )
+    _say(
+        f"the target computes in {model.dtype}, ".replace("torch.", "")
+        + "its features are stored in bfloat16"
+    )
     index = extract(
         model,
         tokenizer,
@@ -306,25 +328,23 @@ def _extract(options: Any) -> None:
         options.out,
         layers,
         max_length=options.max_length,
-        batch=options.batch,
+        batch=options.batch or (4 if options.device == "cpu" else 8),
         limit=options.limit,
+        minutes=options.minutes,
+        stored=torch.bfloat16,
         name=options.target,
-        on_progress=progress.bar("sample"),
+        on_progress=progress.bar("conversation"),
     )
+    progress.close()
     totals = index["totals"]
+    rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
     print(
-        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
-        f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB"
+        f"{options.out}: {totals['samples']} conversations, {totals['tokens']} tokens, "
+        f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB{rest}"
     )
     head = model.get_output_embeddings().weight
     found = measure_agreement(open_features(options.out), head)
     _say(foreign_note(found, options.target, options.conversations))
-
-
-def _say(text: str | None) -> None:
-    """Print a text, if there is one."""
-    if text:
-        print(text, flush=True)
 
 
 def _vocab(options: Any) -> None:
@@ -511,7 +531,12 @@ def _evaluate(options: Any) -> None:
             lambda: thin_products(sizes, rows, torch.float32), options.device, options.threads
         )
     )
-    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, device=options.device)
+    settings = EvalSettings(
+        tasks=options.tasks,
+        max_new=options.max_new,
+        device=options.device,
+        speed_dtype=options.dtype,
+    )
     report = evaluate(
         options.target,
         options.draft,
@@ -522,10 +547,12 @@ def _evaluate(options: Any) -> None:
         on_progress=progress.bars(" prompt"),
         prompts_name=Path(options.prompts).name,
     )
+    progress.close()
     write_json(options.out, report | {"threads": torch.get_num_threads()})
     print(
         f"{options.out}: lossless {report['lossless']}, "
-        f"accepted length {report['accepted_length']:.3f}"
+        f"accepted length {report['accepted_length']:.3f}, "
+        f"{report['speedup']:.2f} times as fast in {report['speed_dtype']}"
     )
 
 

@@ -6,6 +6,9 @@ written below the output folder. Finished stages are reused.
 """
 
 import argparse
+import math
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -25,12 +28,20 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DRAFT_VOCAB = 8192
 HELD_OUT = 24
 
+# The libraries' warnings are about their own versions and files; errors are printed.
+QUIET = {
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
 
 def main() -> None:
     """Run the stages that are not finished."""
     options = parse()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    os.environ |= QUIET
 
     settings = {
         "minutes": options.minutes,
@@ -40,6 +51,7 @@ def main() -> None:
     if options.synthesize:
         settings["count"] = options.count
     check_settings(out, settings)
+    print(f"eagle3fn demo: {options.minutes:g} minutes, into {out} (commands: {out}/commands.txt)")
     target, prompts = fetch(options.cache)
 
     # Conversations: the shipped ones, or new ones by the target.
@@ -58,17 +70,20 @@ def main() -> None:
             },
         )
 
-    # Features of the target, as many as the time allows to train on.
+    # Features of the target, of as many conversations as there is time for.
     features = out / "features"
-    extraction = {
-        "--target": target,
-        "--conversations": conversations,
-        "--out": features,
-        "--max-length": 1024,
-    }
-    if options.minutes < 60:
-        extraction["--limit"] = limit_for(options.minutes)
-    stage(out, "extract", features / "index.json", extraction)
+    stage(
+        out,
+        "extract",
+        features / "index.json",
+        {
+            "--target": target,
+            "--conversations": conversations,
+            "--out": features,
+            "--max-length": 1024,
+            "--minutes": extraction_minutes(options.minutes, options.tasks),
+        },
+    )
 
     vocab = out / "vocab.safetensors"
     stage(
@@ -84,7 +99,7 @@ def main() -> None:
         },
     )
 
-    # Training gets the time that is left, with 15% of it kept for what a run does besides steps.
+    # Training gets the time that is left, and half of all at least.
     spent = sum(seconds_of(out).values()) / 60
     left = options.minutes - spent - evaluation_minutes(options.tasks)
     run = out / "train"
@@ -99,7 +114,7 @@ def main() -> None:
             "--out": run,
             "--config": SETTINGS,
             "--set": f"data.held_out={HELD_OUT}",
-            "--minutes": max(left * 0.85, 0.5),
+            "--minutes": round(max(left, options.minutes / 2) * STEPS_SHARE, 2),
         },
     )
 
@@ -114,10 +129,15 @@ def main() -> None:
             "--out": out / "evaluation.json",
             "--tasks": options.tasks,
             "--plain": options.cache / "plain.json",
-            "--untrained": run / "untrained",
         },
     )
+    print(flush=True)
     subprocess.run([sys.executable, "-m", "eagle3fn.cli", "report", "--run", out], check=True)
+    print(f"\n{NEXT.format(program=Path(sys.executable).with_name('eagle3fn'))}")
+
+
+NEXT = """next: a draft of your own model, from conversations in JSONL; README has the other stages
+  {program} extract --target MODEL --conversations CHATS.jsonl --out run/features"""
 
 
 def parse() -> argparse.Namespace:
@@ -144,23 +164,38 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="target and prompts")
 
     options = parser.parse_args()
-    if options.minutes < 6:
-        parser.error("--minutes: at least 6, evaluation alone takes more than 3")
     if not options.tasks:
         options.tasks = 40 if options.minutes >= 60 else 10
+    least = math.ceil(2 * (evaluation_minutes(options.tasks) + OTHER_MINUTES + LEAST_EXTRACTION))
+    if options.minutes < least:
+        parser.error(
+            f"--minutes {options.minutes:g}: at least {least} for {options.tasks} tasks, "
+            "as half of them go to training; give more, or fewer --tasks"
+        )
     if not options.out:
         options.out = "runs/demo" if options.minutes == 10 else f"runs/demo-{options.minutes:g}"
     return options
 
 
-def limit_for(minutes: float) -> int:
-    """Conversations for which there is time to extract them and to train about an epoch."""
-    return int(36 * minutes)
+# How the minutes are shared
+
+OTHER_MINUTES = 0.5  # the vocabulary map, the report, and loading
+LEAST_EXTRACTION = 0.5
+STEPS_SHARE = 0.85  # of the training stage; the rest is for what it does besides steps
 
 
 def evaluation_minutes(tasks: int) -> float:
-    """Minutes kept for the last stages."""
-    return 1.5 + 0.3 * tasks
+    """Minutes kept for the evaluation."""
+    return 0.6 + 0.14 * tasks
+
+
+def extraction_minutes(minutes: float, tasks: int) -> float:
+    """Minutes that extraction may take: what the others leave of the half that is not training's.
+
+    A quarter at most.
+    """
+    rest = minutes / 2 - evaluation_minutes(tasks) - OTHER_MINUTES
+    return round(min(rest, minutes / 4), 2)
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -207,7 +242,7 @@ def convert(folder: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    print("converting the target to safetensors", flush=True)
+    print("target     converted to safetensors", flush=True)
     dequantize = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, quantization_config=dequantize, dtype=torch.bfloat16
@@ -224,25 +259,39 @@ def seconds_of(out: Path) -> dict[str, float]:
 
 
 def stage(out: Path, command: str, product: Path, options: Mapping[str, object]) -> None:
-    """Call `eagle3fn COMMAND` unless its product exists; its seconds go to `stages.json`."""
+    """Call `eagle3fn COMMAND` unless its product exists; its seconds go to `stages.json`.
+
+    Its bar and its errors are shown, of its other lines the last; all go to `log.txt`.
+    """
     if product.exists():
-        print(f"{command}: {product} exists", flush=True)
+        print(f"{command:11}there: {product}", flush=True)
         return
 
     arguments = []
     for name, value in options.items():
         arguments += [name, str(value)]
-    print(f"\n== eagle3fn {command} {' '.join(arguments)}", flush=True)
+    with (out / "commands.txt").open("a") as file:
+        print(shlex.join(["eagle3fn", command, *arguments]), file=file)
+
     begin = time.monotonic()
     called = subprocess.run(
-        [sys.executable, "-m", "eagle3fn.cli", command, *arguments], check=False
+        [sys.executable, "-m", "eagle3fn.cli", command, *arguments],
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    seconds = time.monotonic() - begin
+    with (out / "log.txt").open("a") as file:
+        file.write(called.stdout)
     if called.returncode:
         sys.exit(called.returncode)
 
+    last = called.stdout.strip().splitlines()[-1:]
+    print(f"{command:11}{seconds // 60:2.0f}:{seconds % 60:02.0f}  {''.join(last)}", flush=True)
+
     # An interrupted stage that went on in a later call counts that call's seconds only.
     stages = seconds_of(out)
-    stages[command] = round(stages.get(command, 0) + time.monotonic() - begin, 1)
+    stages[command] = round(stages.get(command, 0) + seconds, 1)
     write_json(out / "stages.json", stages)
 
     # Training has no file that marks its end.

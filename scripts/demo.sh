@@ -7,5 +7,5 @@ source scripts/venv.sh
 make_venv .venv-demo demo
 # Large temporaries stay in the heap; otherwise page faults cost a quarter of a step and more (bench/LOG.md).
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+export TOKENIZERS_PARALLELISM=false
 exec .venv-demo/bin/python scripts/demo.py "$@"

@@ -39,3 +39,8 @@ def multiplies_bf16(device: torch.device | str) -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """What to compute in where the choice is free: bf16 where it is multiplied, else fp32."""
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float32

@@ -1,12 +1,15 @@
 """Progress bars of the command line.
 
-A bar is drawn at its first update, so that bad input prints its one line alone.
+A bar is drawn at its first update, so that bad input prints its one line alone. It is one line, and
+is erased when all is done.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 _drawn: list[Any] = []  # what `close` closes when a command ends early
+_FILE_SECONDS = 30.0  # between two states where stderr is a file, which keeps them all
 
 
 def bar(unit: str) -> Callable[[int, int], None]:
@@ -18,7 +21,10 @@ def bar(unit: str) -> Callable[[int, int], None]:
         if drawn is None:
             from tqdm import tqdm
 
-            drawn = tqdm(unit=unit, dynamic_ncols=True, total=total)
+            seconds = 0.1 if sys.stderr.isatty() else _FILE_SECONDS
+            drawn = tqdm(
+                unit=unit, dynamic_ncols=True, total=total, leave=False, mininterval=seconds
+            )
             _drawn.append(drawn)
         drawn.update(done - drawn.n)
         if done >= total:
@@ -37,6 +43,13 @@ def bars(unit: str) -> Callable[[str, int, int], None]:
         updates[stage](done, total)
 
     return update
+
+
+def say(line: str) -> None:
+    """Print a line on stdout, above the bar."""
+    for drawn in _drawn:
+        drawn.clear()
+    print(line, flush=True)
 
 
 def close() -> None:

@@ -1,8 +1,9 @@
 """Conversations through the target into a feature folder.
 
-An extraction that was cut off goes on at its next shard.
+An extraction that was cut off, or ended with its time, goes on at its next shard.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,16 +39,20 @@ def extract(
     batch: int = 8,
     samples_per_shard: int = 64,
     limit: int | None = None,
+    minutes: float | None = None,
+    stored: torch.dtype | None = None,
     name: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write the features of the first `limit` conversations (all, if None) to the folder `out`.
 
     Samples without a supervised token are dropped and counted. Finished shards of the same target,
-    conversations and settings are kept.
+    conversations and settings are kept. With `minutes` no shard is begun that would probably end
+    later; the first one always is. The folder is complete with the shards that it has, and a later
+    call makes the `remaining` samples of its index.
 
     Args:
-        model: the target (`data.target.load_target`), on any device.
+        model: the target (`data.target.load_target`), on any device; it computes in its own dtype.
         tokenizer: the target's.
         conversations: a JSONL file, plain, .gz or .xz.
         out: the feature folder; made, or gone on with.
@@ -56,6 +61,8 @@ def extract(
         batch: conversations in one run of the target.
         samples_per_shard: samples in one file.
         limit: conversations read.
+        minutes: the time for new shards; None, as long as all take.
+        stored: the dtype of the stored features; None, the target's.
         name: the target's name in the index.
         on_progress: called with the samples done and their number.
 
@@ -79,6 +86,9 @@ def extract(
         "aux_layers": list(layers),
         "config_hash": config_hash(config.to_dict()),
     }
+    computed = str(model.dtype).removeprefix("torch.")
+    stored = stored or model.dtype
+    stored_name = str(stored).removeprefix("torch.")
     settings = {
         "conversations": sha256(_existing(conversations)),
         "config": target["config_hash"],
@@ -86,7 +96,7 @@ def extract(
         "template": tokenizer.chat_template,
         "layers": list(layers),
         "max_length": max_length,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": computed if stored == model.dtype else f"{computed}, stored in {stored_name}",
         "samples_per_shard": samples_per_shard,
     }
     fingerprint = json_sha256(settings)
@@ -98,14 +108,17 @@ def extract(
 
     # One shard after the other. The index goes before the first new shard and comes after the
     # last, so that a folder with an index is complete.
+    clock = _Clock(minutes)
     sidecars = []
     for number, start in enumerate(range(0, len(kept), samples_per_shard)):
         group = kept[start : start + samples_per_shard]
         entries = [_entry(key, row) for key, row in enumerate(group, start)]
         sidecar = _finished(out, number, entries)
         if sidecar is None:
+            if sidecars and clock.is_up():
+                break
             (out / "index.json").unlink(missing_ok=True)
-            samples = run_target(model, group, layers, batch)
+            samples = run_target(model, group, layers, batch, stored)
             keys = [entry["key"] for entry in entries]
             sidecar = {
                 "fingerprint": fingerprint,
@@ -113,16 +126,20 @@ def extract(
                 "samples": entries,
             }
             sidecar = write_shard(out, number, dict(zip(keys, samples, strict=True)), sidecar)
+            clock.shard_ended()
         sidecars.append(sidecar)
         on_progress(start + len(group), len(kept))
 
+    made = sum(len(sidecar["samples"]) for sidecar in sidecars)
     index = {
         "fingerprint": fingerprint,
         "data_hash": settings["conversations"],
         "target": target,
-        "dtype": settings["dtype"],
+        "dtype": stored_name,
+        "computed_in": computed,
         "max_length": max_length,
         "dropped": len(rows) - len(kept),
+        "remaining": len(kept) - made,
     }
     return write_index(out, index, sidecars)
 
@@ -135,6 +152,24 @@ def begun_threads(out: str | Path) -> Kept | None:
     for path in sorted(Path(out).glob("shard-*.json")):
         return read_kept(path)
     return None
+
+
+class _Clock:
+    """Whether there is time for one more shard that takes as long as the longest before."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.before = time.monotonic()
+        self.longest = 0.0
+
+    def shard_ended(self) -> None:
+        now = time.monotonic()
+        self.longest = max(self.longest, now - self.before)
+        self.before = now
+
+    def is_up(self) -> bool:
+        self.before = time.monotonic()
+        return self.end is not None and self.before + self.longest >= self.end
 
 
 def _existing(path: str | Path) -> Path:
@@ -258,9 +293,13 @@ def _finished(out: Path, number: int, entries: list[dict[str, Any]]) -> dict[str
 
 
 def run_target(
-    model: Any, group: Sequence[Encoded], layers: Sequence[int], batch: int
+    model: Any,
+    group: Sequence[Encoded],
+    layers: Sequence[int],
+    batch: int,
+    stored: torch.dtype | None = None,
 ) -> list[Sample]:
-    """The samples of a group, in its order, on the CPU and in the target's dtype.
+    """The samples of a group, in its order, on the CPU, in the dtype `stored` or the target's.
 
     The target runs on `batch` rows at a time, of like length, padded on the right.
     """
@@ -281,13 +320,13 @@ def run_target(
         # (B, S, 3·Ht) and (B, S, Ht)
         aux, last = hidden_states(model, ids.to(model.device), mask.to(model.device), layers)
 
-        # Clones: a sample must not hold the whole batch in memory.
+        # Copies: a sample must not hold the whole batch in memory.
         for row, number in enumerate(chosen):
             length = len(group[number].input_ids)
             samples[number] = Sample(
                 input_ids=group[number].input_ids.clone(),
                 token_mask=group[number].token_mask.clone(),
-                aux_hidden=aux[row, :length].cpu().clone(),
-                last_hidden=last[row, :length].cpu().clone(),
+                aux_hidden=aux[row, :length].to("cpu", stored, copy=True),
+                last_hidden=last[row, :length].to("cpu", stored, copy=True),
             )
     return [samples[number] for number in range(len(group))]

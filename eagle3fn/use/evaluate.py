@@ -9,69 +9,62 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.config import require
+from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl
 from eagle3fn.data.synthesize import chat_prompt, end_tokens
-from eagle3fn.data.target import load_target
+from eagle3fn.data.target import load_target, weights_digest
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
 from eagle3fn.use.decode import Decoded, check_pair, check_request, speculate
 from eagle3fn.use.export import Draft, load_draft
-from eagle3fn.use.target_answers import greedy_answer, greedy_answers
+from eagle3fn.use.packed import pack_draft, pack_target
+from eagle3fn.use.target_answers import greedy_answers, greedy_together
 
 NGRAM = 8
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How much is decoded.
+    """How much is decoded, and in what.
 
-    The first `tasks` prompts are decoded at `draft_length`, and the first `speed_tasks` of them are
-    timed. The first `few` serve the bf16 and untrained parts; 0 leaves these parts out.
+    The first `tasks` prompts are decoded in fp32 at `draft_length`. The first `speed_tasks` of them
+    are timed in `speed_dtype` (None: what the device multiplies fast), and the first `few` serve
+    the untrained draft.
     """
 
     tasks: int = 10
     max_new: int = 128
     draft_length: int = 7
     speed_tasks: int = 4
+    speed_dtype: str | None = None
     few: int = 2
-    repeats: int = 8
+    repeats: int = 4
     device: str = "cpu"
     attn: str = "sdpa"
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        for name in ("tasks", "draft_length", "speed_tasks", "repeats"):
+        for name in ("tasks", "draft_length", "speed_tasks", "few", "repeats"):
             value = getattr(self, name)
             require(value >= 1, f"evaluate.{name}", value, "at least 1")
         require(self.max_new >= 2, "evaluate.max_new", self.max_new, "at least 2")
-        require(self.few >= 0, "evaluate.few", self.few, "at least 0")
 
 
 class _Pair(NamedTuple):
-    """Target and draft in one dtype, and the prompts as token ids `(1, P)`."""
+    """Target and draft in one dtype, both packed, and the prompts as token ids `(1, P)`."""
 
     model: Any
     draft: Draft
     prompts: list[Tensor]
     end_tokens: set[int]
+    target_digest: str  # of the weights
 
 
 class _Comparison(NamedTuple):
-    """The same prompts decoded plainly and speculatively, in turn."""
+    """The same prompts decoded plainly and speculatively, in turn and by the same loop."""
 
-    plain: list[list[int]]
-    plain_seconds: float
+    plain: list[Decoded]
     speculative: list[Decoded]
-
-    @property
-    def plain_rate(self) -> float:
-        """Tokens a second of plain decoding, prefills included."""
-        return sum(map(len, self.plain)) / self.plain_seconds
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second of speculative decoding, prefills included."""
-        return tokens_per_second(self.speculative)
 
 
 Progress = Callable[[str, int, int], None]
@@ -89,6 +82,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Decode the first prompts plainly and speculatively, and compare.
 
+    In fp32, where a block and a single row round alike closely enough to require equal tokens: the
+    target's own answers by transformers' `generate`, and the draft's at the full draft length. Then
+    the speed in the dtype that the device multiplies fast.
+
     Args:
         target_folder: the target, or its id.
         draft_folder: an exported draft.
@@ -101,10 +98,12 @@ def evaluate(
 
     Returns:
         The report, plain numbers and lists. All rates are tokens a second with prefills included.
-        `speedup` is the rate at `speed_draft_length` over that of plain decoding; the two decode
-        prompt by prompt in turn. `speed_draft_length` is the cheapest draft length by the
-        acceptance and costs measured here. `break_even_accepted_length` is the cost of a round at
-        that length over the cost of a plain step.
+        `speedup` is the rate at `speed_draft_length` over that of plain decoding by the same loop;
+        the two decode prompt by prompt in turn, in `speed_dtype` on `threads` threads.
+        `speed_draft_length` is the cheapest draft length by the acceptance and costs measured here.
+        `break_even_accepted_length` is the cost of a round at that length over the cost of a plain
+        step. `lossless` speaks of fp32; `differing_tokens` counts, of the `timed_tokens` that were
+        decoded plainly for the speed, those that came out otherwise with the draft.
 
     Raises:
         UserError: no prompts, one beyond the position limit, or a draft of another target.
@@ -114,28 +113,50 @@ def evaluate(
             f"prompts: {len(prompts)} given, and none may be empty; "
             "name a file of rows with a prompt"
         )
+    used = prompts[: settings.tasks]
 
-    # fp32: a block and a single row round alike closely enough to require equal tokens.
-    pair = _load(target_folder, draft_folder, prompts[: settings.tasks], torch.float32, settings)
-    store = Path(plain_store) if plain_store else None
-    report = {"prompts": prompts_name, **_full_precision(pair, settings, store, on_progress)}
+    # Tokens in fp32.
+    exact = _load(target_folder, draft_folder, used, torch.float32, settings)
+    answers = greedy_answers(
+        exact.model,
+        exact.target_digest,
+        exact.prompts,
+        settings.max_new,
+        exact.end_tokens,
+        Path(plain_store) if plain_store else None,
+        lambda done: on_progress("plain", done, len(used)),
+    )
+    decoded = _speculate_all(
+        exact, settings, settings.draft_length, lambda done: on_progress("draft", done, len(used))
+    )
+    acceptance = acceptance_by_position(decoded)
+    report: dict[str, Any] = {
+        "prompts": prompts_name,
+        "tasks": len(used),
+        "max_new": settings.max_new,
+        "draft_length": settings.draft_length,
+        "lossless": _same_tokens(exact, answers, decoded, settings.max_new),
+        "accepted_length": accepted_length(decoded),
+        "acceptance_by_position": acceptance,
+        "repeated_8gram_share": repeated_share(answers),
+    }
 
-    # The untrained draft with the same target.
-    if untrained_folder is not None and settings.few:
-        untrained = load_draft(untrained_folder, torch.float32, settings.device)
-        text = pair.model.config.get_text_config()
-        check_pair(untrained, text, str(untrained_folder), str(target_folder))
-        few = pair._replace(draft=untrained, prompts=pair.prompts[: settings.few])
-        answers = _speculate_all(few, settings, settings.draft_length)
-        report["untrained_accepted_length"] = accepted_length(answers)
+    if untrained_folder is not None:
+        found = _decode_untrained(exact, untrained_folder, str(target_folder), settings)
+        report["untrained_accepted_length"] = accepted_length(found)
 
-    # bf16, after the fp32 models have been freed.
-    del pair
-    if settings.few:
-        count = min(settings.few, settings.tasks)
-        few = _load(target_folder, draft_folder, prompts[:count], torch.bfloat16, settings)
-        report["bf16"] = _half_precision(few, settings, report["speed_draft_length"], on_progress)
-    return report
+    # Speed; another dtype's models come after the fp32 ones have been freed.
+    dtype = fast_dtype(settings.device)
+    if settings.speed_dtype is not None:
+        dtype = getattr(torch, settings.speed_dtype)
+    timed = exact._replace(prompts=exact.prompts[: settings.speed_tasks])
+    if dtype != torch.float32:
+        del exact, timed
+        timed = _load(target_folder, draft_folder, used[: settings.speed_tasks], dtype, settings)
+    speed = _speed(timed, settings, acceptance, answers[0], on_progress)
+    if dtype == torch.float32:
+        report["lossless"] &= speed["differing_tokens"] == 0
+    return {**report, **speed}
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -173,7 +194,11 @@ def _load(
             check_request(model, draft, ids, settings.draft_length, settings.max_new)
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from None
-    return _Pair(model, draft, encoded, end_tokens(model))
+
+    # Packed last: the digest is that of the weights as they were loaded.
+    digest = weights_digest(model)
+    pack_target(model)
+    return _Pair(model, pack_draft(draft), encoded, end_tokens(model), digest)
 
 
 def _encode(tokenizer: Any, text: str) -> Tensor:
@@ -182,57 +207,71 @@ def _encode(tokenizer: Any, text: str) -> Tensor:
     return tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
 
 
-def _full_precision(
-    pair: _Pair, settings: EvalSettings, store: Path | None, on_progress: Progress
+def _decode_untrained(
+    pair: _Pair, folder: str | Path, target: str, settings: EvalSettings
+) -> list[Decoded]:
+    """The first few prompts with another draft of the same target."""
+    draft = load_draft(folder, torch.float32, settings.device)
+    check_pair(draft, pair.model.config.get_text_config(), str(folder), target)
+    few = pair._replace(draft=pack_draft(draft), prompts=pair.prompts[: settings.few])
+    return _speculate_all(few, settings, settings.draft_length)
+
+
+def _same_tokens(
+    pair: _Pair, answers: list[list[int]], decoded: list[Decoded], max_new: int
+) -> bool:
+    """Whether every answer is the target's own.
+
+    Answers decoded together may round otherwise than one alone, so one that differs is compared
+    once more with the target's answer to that prompt alone.
+    """
+    for prompt, answer, found in zip(pair.prompts, answers, decoded, strict=True):
+        if found.tokens == answer:
+            continue
+        (alone,) = greedy_together(pair.model, [prompt], max_new, pair.end_tokens)
+        if found.tokens != alone:
+            return False
+    return True
+
+
+def _speed(
+    pair: _Pair,
+    settings: EvalSettings,
+    acceptance: list[float],
+    answer: list[int],
+    on_progress: Progress,
 ) -> dict[str, Any]:
-    count = len(pair.prompts)
-
-    # Answers both ways, at the full draft length.
-    answers = greedy_answers(
-        pair.model,
-        pair.prompts,
-        settings.max_new,
-        pair.end_tokens,
-        store,
-        lambda done: on_progress("plain", done, count),
-    )
-    decoded = _speculate_all(
-        pair, settings, settings.draft_length, lambda done: on_progress("fp32", done, count)
-    )
-    acceptance = acceptance_by_position(decoded)
-
-    # Costs, after the first prompt and about half of an answer.
-    first_prompt = pair.prompts[0]
-    first_answer = torch.tensor([answers[0]], device=settings.device)
-    context = torch.cat([first_prompt, first_answer], dim=1)
-    context = context[:, : first_prompt.shape[1] + settings.max_new // 2]
+    """Costs and rates of a pair; `answer` is that to its first prompt."""
+    # Costs, after the first prompt and about half of its answer.
+    prompt = pair.prompts[0]
+    context = torch.cat([prompt, torch.tensor([answer], device=settings.device)], dim=1)
+    context = context[:, : prompt.shape[1] + settings.max_new // 2]
     costs = measure_costs(pair.model, pair.draft, context, settings.draft_length, settings.repeats)
 
-    # Speed, at the draft length that these costs and rates make cheapest.
+    # Rates, at the draft length that these costs and the acceptance make cheapest.
     chosen = best_length(costs, acceptance)
-    timed = pair._replace(prompts=pair.prompts[: settings.speed_tasks])
-    speed = _compare(
-        timed, settings, chosen, lambda done: on_progress("speed", done, len(timed.prompts))
-    )
+    count = len(pair.prompts)
+    found = _compare(pair, settings, chosen, lambda done: on_progress("speed", done, count))
+    differing = 0
+    for plain, speculative in zip(found.plain, found.speculative, strict=True):
+        differing += differing_tokens(plain.tokens, speculative.tokens)
 
-    same_answers = answers == [one.tokens for one in decoded]
-    same_timed = speed.plain == [one.tokens for one in speed.speculative]
+    plain_rate = tokens_per_second(found.plain)
+    rate = tokens_per_second(found.speculative)
     return {
-        "tasks": count,
-        "max_new": settings.max_new,
-        "draft_length": settings.draft_length,
-        "lossless": same_answers and same_timed,
-        "accepted_length": accepted_length(decoded),
-        "acceptance_by_position": acceptance,
+        "speed_dtype": str(pair.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "device": settings.device,
         "speed_draft_length": chosen,
-        "speed_tasks": len(timed.prompts),
-        "speed_accepted_length": accepted_length(speed.speculative),
-        "plain_tokens_per_s": speed.plain_rate,
-        "tokens_per_s": speed.rate,
-        "speedup": speed.rate / speed.plain_rate,
+        "speed_tasks": count,
+        "speed_accepted_length": accepted_length(found.speculative),
+        "plain_tokens_per_s": plain_rate,
+        "tokens_per_s": rate,
+        "speedup": rate / plain_rate,
+        "timed_tokens": sum(len(one.tokens) for one in found.plain),
+        "differing_tokens": differing,
         "break_even_accepted_length": costs.round(chosen) / costs.verify[0],
         "costs": _costs_report(costs, acceptance, context.shape[1]),
-        "repeated_8gram_share": repeated_share(answers),
     }
 
 
@@ -248,29 +287,6 @@ def _costs_report(costs: Costs, acceptance: list[float], context: int) -> dict[s
     }
 
 
-def _half_precision(
-    pair: _Pair, settings: EvalSettings, draft_length: int, on_progress: Progress
-) -> dict[str, Any]:
-    """Speed in bf16, and how many tokens differ.
-
-    In bf16 a block and a single row round differently, so equal tokens are not required.
-    """
-    count = len(pair.prompts)
-    speed = _compare(pair, settings, draft_length, lambda done: on_progress("bf16", done, count))
-    differing = 0
-    for plain, decoded in zip(speed.plain, speed.speculative, strict=True):
-        differing += differing_tokens(plain, decoded.tokens)
-    return {
-        "tasks": count,
-        "draft_length": draft_length,
-        "plain_tokens_per_s": speed.plain_rate,
-        "tokens_per_s": speed.rate,
-        "accepted_length": accepted_length(speed.speculative),
-        "tokens": sum(map(len, speed.plain)),
-        "differing_tokens": differing,
-    }
-
-
 def _compare(
     pair: _Pair, settings: EvalSettings, draft_length: int, on_done: Callable[[int], None]
 ) -> _Comparison:
@@ -278,20 +294,20 @@ def _compare(
 
     So a change of the machine's load affects both alike. Two tokens both ways warm up.
     """
-    model, draft, prompts, ends = pair
-    greedy_answer(model, prompts[0], 2, ends)
-    speculate(model, draft, prompts[0], draft_length, 2, ends)
+    plain: list[Decoded] = []
+    speculative: list[Decoded] = []
 
-    answers = []
-    total = 0.0
-    decoded = []
-    for number, prompt in enumerate(prompts, 1):
-        tokens, seconds = greedy_answer(model, prompt, settings.max_new, ends)
-        answers.append(tokens)
-        total += seconds
-        decoded.append(speculate(model, draft, prompt, draft_length, settings.max_new, ends))
+    def decode(prompt: Tensor, length: int, max_new: int) -> Decoded:
+        draft = pair.draft if length else None
+        return speculate(pair.model, draft, prompt, length, max_new, pair.end_tokens)
+
+    for length in (0, draft_length):
+        decode(pair.prompts[0], length, 2)
+    for number, prompt in enumerate(pair.prompts, 1):
+        plain.append(decode(prompt, 0, settings.max_new))
+        speculative.append(decode(prompt, draft_length, settings.max_new))
         on_done(number)
-    return _Comparison(answers, total, decoded)
+    return _Comparison(plain, speculative)
 
 
 def _speculate_all(
@@ -300,9 +316,9 @@ def _speculate_all(
     draft_length: int,
     on_done: Callable[[int], None] = lambda number: None,
 ) -> list[Decoded]:
-    model, draft, prompts, ends = pair
+    model, draft, ends = pair.model, pair.draft, pair.end_tokens
     decoded = []
-    for number, prompt in enumerate(prompts, 1):
+    for number, prompt in enumerate(pair.prompts, 1):
         decoded.append(speculate(model, draft, prompt, draft_length, settings.max_new, ends))
         on_done(number)
     return decoded

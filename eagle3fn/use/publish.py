@@ -63,8 +63,8 @@ def run_events(out: str | Path, config: Config, target_layers: int) -> Events:
     def on_eval(row: dict[str, Any]) -> None:
         # A run that holds no samples out has no accepted length.
         if "accepted_length" in row:
-            print(
-                f"\nstep {row['step']}: held-out accepted length {row['accepted_length']:.3f}, "
+            progress.say(
+                f"step {row['step']}: held-out accepted length {row['accepted_length']:.3f}, "
                 f"first-step accuracy {row['accuracy'][0]:.3f}"
             )
 

@@ -2,37 +2,15 @@
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, read_jsonl, whole_file, write_json
 from eagle3fn.base.provenance import processor, versions
 
-
-class _Line(NamedTuple):
-    """A line of the table: label, key of the report, format of its value."""
-
-    label: str
-    key: str
-    style: str
-
-
-_TABLE = (
-    _Line("lossless in fp32", "lossless", "{}"),
-    _Line("accepted length (draft length {draft_length})", "accepted_length", "{:.3f}"),
-    _Line("untrained draft's", "untrained_accepted_length", "{:.3f}"),
-    _Line("held-out, simulated", "held_out_accepted_length", "{:.3f}"),
-    _Line("tokens/s, plain", "plain_tokens_per_s", "{:.1f}"),
-    _Line("tokens/s, speculative", "tokens_per_s", "{:.1f}"),
-    _Line("  at draft length", "speed_draft_length", "{}"),
-    _Line("break-even accepted length there", "break_even_accepted_length", "{:.2f}"),
-    _Line("share of tokens in repeated 8-grams", "repeated_8gram_share", "{:.1%}"),
-    _Line("training tokens/s", "train_tokens_per_s", "{:.0f}"),
-    _Line("optimizer steps", "steps", "{}"),
-    _Line("supervised tokens in the data", "supervised_tokens", "{}"),
-    _Line("wall seconds, all stages", "wall_s", "{:.0f}"),
-)
+_LABEL = 22  # columns
 
 
 def write_report(folder: Path) -> str:
@@ -74,17 +52,73 @@ def write_report(folder: Path) -> str:
     write_json(folder / "report.json", report)
     with whole_file(folder / "curves.png") as temporary:
         _draw(steps, held_out, report, temporary)
-    return f"{_table(report)}\n\n{folder}/report.json, {folder}/curves.png"
+    return f"{_table(report)}\n\ncurves  {folder}/curves.png\nnumbers {folder}/report.json"
 
 
 def _table(report: dict[str, Any]) -> str:
-    """The lines whose values the report has."""
+    """What a user wants to know first, then what explains it; lines whose values are there."""
     lines = []
-    for label, key, style in _TABLE:
-        value = report.get(key)
-        if value is not None:
-            lines.append(f"{label.format_map(report):38}{style.format(value)}")
+    for label, text in [*_answer_lines(report), *_run_lines(report)]:
+        lines.append(f"{label:{_LABEL}}{text}")
     return "\n".join(lines)
+
+
+def _answer_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Is it faster, is the text the same, and why."""
+    dtype = report.get("speed_dtype", "float32")
+    if "speedup" in report:
+        threads = _counted(report["threads"], "thread") if "threads" in report else "CPU"
+        if report.get("device", "cpu") != "cpu":
+            threads = report["device"]
+        faster = "yes" if report["speedup"] > 1 else "no"
+        yield (
+            "faster",
+            f"{faster}: {report['speedup']:.2f} times as fast, {report['tokens_per_s']:.1f} "
+            f"tokens/s against {report['plain_tokens_per_s']:.1f} without the draft "
+            f"({dtype}, {threads}, {_counted(report['speed_tasks'], 'prompt')})",
+        )
+    if "lossless" in report:
+        same = "yes, token for token" if report["lossless"] else "NO"
+        text = f"{same} (float32, {_counted(report['tasks'], 'prompt')})"
+        if dtype != "float32" and "differing_tokens" in report:
+            text += (
+                f"; in {dtype}, where a block rounds otherwise, "
+                f"{report['differing_tokens']} of {report['timed_tokens']} differ"
+            )
+        yield "same text", text
+
+    yield (
+        "accepted length",
+        f"{report['accepted_length']:.3f} at draft length {report['draft_length']}",
+    )
+    if "break_even_accepted_length" in report:
+        yield (
+            "  when timed",
+            f"{report['speed_accepted_length']:.3f} at draft length "
+            f"{report['speed_draft_length']}, the fastest; "
+            f"faster than plain from {report['break_even_accepted_length']:.2f} on",
+        )
+    if "untrained_accepted_length" in report:
+        yield "  untrained draft's", f"{report['untrained_accepted_length']:.3f}"
+    if report["held_out_accepted_length"] is not None:
+        yield "  held-out, simulated", f"{report['held_out_accepted_length']:.3f}"
+
+
+def _run_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The training, its data and the time."""
+    yield (
+        "training",
+        f"{report['steps']} steps, {report['train_tokens_per_s']:.0f} tokens/s, "
+        f"on {report['supervised_tokens']} supervised tokens",
+    )
+    if "repeated_8gram_share" in report:
+        yield "repeated 8-grams", f"{report['repeated_8gram_share']:.1%} of the answers' tokens"
+    if "wall_s" in report:
+        yield "wall seconds", f"{report['wall_s']:.0f}, all stages"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -3,38 +3,46 @@
 import hashlib
 from collections.abc import Callable, Collection
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, write_json
-from eagle3fn.data.target import weights_digest
+from eagle3fn.use.decode import until_end
+
+_TOGETHER = 10  # prompts decoded together
 
 
-def greedy_answer(
-    model: Any, prompt: Tensor, max_new: int, end_tokens: Collection[int]
-) -> tuple[list[int], float]:
-    """Greedy tokens after `prompt` `(1, P)`, and the seconds taken.
+def greedy_together(
+    model: Any, prompts: list[Tensor], max_new: int, end_tokens: Collection[int]
+) -> list[list[int]]:
+    """Greedy answers to prompts, each `(1, P)`, decoded together, padded on the left.
 
     The model's own generation config has no effect, and is as before afterwards.
     """
-    begin = perf_counter()
-    greedy = _greedy_config(max_new, end_tokens)
+    # (B, P) of the longest prompt's P
+    longest = max(prompt.shape[1] for prompt in prompts)
+    padded = []
+    for prompt in prompts:
+        padded.append(F.pad(prompt, (longest - prompt.shape[1], 0), value=min(end_tokens)))
+    lengths = torch.tensor([[prompt.shape[1]] for prompt in prompts])
+    mask = (torch.arange(longest) >= longest - lengths).long().to(model.device)
 
     # `generate` fills values missing in its argument from the model's config, so that one is
     # replaced too.
+    greedy = _greedy_config(max_new, end_tokens)
     own = model.generation_config
     model.generation_config = greedy
     try:
-        out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy
-        )
+        out = model.generate(torch.cat(padded), attention_mask=mask, generation_config=greedy)
     finally:
         model.generation_config = own
-    return out[0, prompt.shape[1] :].tolist(), perf_counter() - begin
+
+    # After its end token a row is padded.
+    return [until_end(row, end_tokens) for row in out[:, longest:].tolist()]
 
 
 def _greedy_config(max_new: int, end_tokens: Collection[int]) -> Any:
@@ -51,6 +59,7 @@ def _greedy_config(max_new: int, end_tokens: Collection[int]) -> Any:
 
 def greedy_answers(
     model: Any,
+    target: str,
     prompts: list[Tensor],
     max_new: int,
     end_tokens: Collection[int],
@@ -59,8 +68,8 @@ def greedy_answers(
 ) -> list[list[int]]:
     """Greedy answers to all prompts, each `(1, P)`; `on_done` gets the number of prompts answered.
 
-    `store`, a JSON file, keeps the answers for the next draft of the same target. It is written
-    after every new answer.
+    `store`, a JSON file, keeps the answers for the next draft of the target of digest `target`. It
+    is written after every few new answers.
 
     Raises:
         UserError: `store` holds something else.
@@ -68,20 +77,24 @@ def greedy_answers(
     stored: dict[str, list[int]] = {}
     if store is not None and store.exists():
         stored = _read_store(store)
-    target = weights_digest(model)
 
-    answers = []
-    for number, prompt in enumerate(prompts, 1):
-        # An answer belongs to the target's weights, its dtype, the limits and the prompt.
+    # An answer belongs to the target's weights, its dtype, the limits and the prompt.
+    keys = []
+    for prompt in prompts:
         request = (target, str(model.dtype), max_new, sorted(end_tokens), prompt.tolist())
-        key = hashlib.sha256(repr(request).encode()).hexdigest()
-        if key not in stored:
-            stored[key], _ = greedy_answer(model, prompt, max_new, end_tokens)
-            if store is not None:
-                write_json(store, stored)
-        answers.append(stored[key])
-        on_done(number)
-    return answers
+        keys.append(hashlib.sha256(repr(request).encode()).hexdigest())
+
+    # New ones, a few together: a step reads the weights once for all of them.
+    new = [number for number, key in enumerate(keys) if key not in stored]
+    for start in range(0, len(new), _TOGETHER):
+        chosen = new[start : start + _TOGETHER]
+        asked = [prompts[number] for number in chosen]
+        found = greedy_together(model, asked, max_new, end_tokens)
+        stored |= {keys[number]: answer for number, answer in zip(chosen, found, strict=True)}
+        if store is not None:
+            write_json(store, stored)
+        on_done(len(prompts) - len(new) + start + len(chosen))
+    return [stored[key] for key in keys]
 
 
 def _read_store(store: Path) -> dict[str, list[int]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.data import extract as module
 from eagle3fn.data.chat import encode
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import check_shards, open_features, read_sample
@@ -114,6 +115,49 @@ def test_folder_has_no_index_while_a_higher_limit_goes_on(tmp_path):
     with before_each_run(stop), pytest.raises(KeyboardInterrupt):
         run(talks, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == ["shard-00000.json", "shard-00000.safetensors"]
+
+
+def test_time_ends_an_extraction_that_a_later_call_completes(tmp_path, monkeypatch):
+    """Each run takes a second of a clock of its own; the first shard's time is the next one's."""
+    talks = write_talks(tmp_path / "c.jsonl", 8)
+    out = tmp_path / "out"
+    seconds = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: seconds[0])
+
+    def run_a_second():
+        seconds[0] += 1
+
+    whole = run(talks, tmp_path / "whole")
+    assert whole["remaining"] == 0
+    with before_each_run(run_a_second):
+        # Shards of two runs each: the third would end after 5.9 seconds.
+        index = run(talks, out, minutes=5.9 / 60)
+        assert (index["totals"]["samples"], index["remaining"], seconds[0]) == (6, 2, 4)
+        open_features(out, 300, 16)
+
+        # No time at all is enough for the first shard, and for what is there.
+        assert run(talks, out, minutes=0)["totals"]["samples"] == 6
+        assert run(talks, tmp_path / "first", minutes=0)["totals"]["samples"] == 3
+    run(talks, out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_features_are_stored_in_the_dtype_asked_for(tmp_path):
+    talks = write_talks(tmp_path / "c.jsonl", 4)
+    run(talks, tmp_path / "wide")
+    index = run(talks, tmp_path / "out", stored=torch.bfloat16)
+    assert (index["dtype"], index["computed_in"]) == ("bfloat16", "float32")
+    wide = open_features(tmp_path / "wide")
+    narrow = open_features(tmp_path / "out")
+    for number in range(4):
+        expected = read_sample(wide, number)
+        found = read_sample(narrow, number)
+        assert torch.equal(found.aux_hidden, expected.aux_hidden.bfloat16())
+        assert torch.equal(found.last_hidden, expected.last_hidden.bfloat16())
+
+    # Computed otherwise, they are other features.
+    with pytest.raises(UserError, match="made from other"):
+        run(talks, tmp_path / "out")
 
 
 def test_shard_whose_bytes_changed_is_made_again(tmp_path):

@@ -79,17 +79,20 @@ def test_a_killed_demo_leaves_no_truncated_file(demo, tmp_path, monkeypatch):
     assert not (tmp_path / "HumanEval.jsonl.gz").exists()
 
 
-def test_a_stage_is_called_by_its_command(demo, tmp_path, monkeypatch):
+def test_a_stage_is_called_by_its_command_and_shows_one_line(demo, tmp_path, monkeypatch, capsys):
     calls = []
 
     def run(command: list[str], **_: Any) -> Any:
         calls.append(command)
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=0, stdout="a line\nmap: 8 tokens\n")
 
     monkeypatch.setattr(demo.subprocess, "run", run)
     demo.stage(tmp_path, "vocab", tmp_path / "vocab", {"--out": tmp_path / "vocab", "--size": 8})
     expected = ["-m", "eagle3fn.cli", "vocab", "--out", str(tmp_path / "vocab"), "--size", "8"]
     assert calls == [[sys.executable, *expected]]
+    assert capsys.readouterr().out == "vocab       0:00  map: 8 tokens\n"
+    assert (tmp_path / "log.txt").read_text() == "a line\nmap: 8 tokens\n"
+    assert (tmp_path / "commands.txt").read_text().startswith("eagle3fn vocab --out ")
 
     # With its product there, it is not called again.
     (tmp_path / "vocab").touch()
@@ -98,7 +101,7 @@ def test_a_stage_is_called_by_its_command(demo, tmp_path, monkeypatch):
 
 
 def test_a_failed_stage_ends_the_demo_with_its_code(demo, tmp_path, monkeypatch):
-    failed = SimpleNamespace(returncode=2)
+    failed = SimpleNamespace(returncode=2, stdout="")
     monkeypatch.setattr(demo.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(SystemExit) as caught:
         demo.stage(tmp_path, "vocab", tmp_path / "vocab", {})
@@ -123,6 +126,20 @@ def test_count_is_a_setting_where_conversations_are_written(
     with pytest.raises(SystemExit):
         demo.main()
     assert seen == [{"minutes": 10, "synthesize": bool(count), "tasks": 10, **count}]
+
+
+@pytest.mark.parametrize(("minutes", "tasks"), [(6, 10), (10, 10), (90, 40), (60, 164)])
+def test_training_has_half_of_the_minutes(demo, minutes, tasks):
+    others = demo.evaluation_minutes(tasks) + demo.extraction_minutes(minutes, tasks)
+    assert demo.extraction_minutes(minutes, tasks) > 0
+    assert others + demo.OTHER_MINUTES <= minutes / 2 + 0.01
+
+
+def test_tasks_that_leave_no_half_for_training_are_refused(demo, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--tasks", "164"])
+    with pytest.raises(SystemExit):
+        demo.parse()
+    assert "--minutes 10: at least 50 for 164 tasks" in capsys.readouterr().err
 
 
 def test_another_count_is_refused(demo, tmp_path):

@@ -17,7 +17,7 @@ from eagle3fn.data.target import load_target
 from eagle3fn.use import evaluate as module
 from eagle3fn.use import target_answers
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
-from eagle3fn.use.decode import Decoded
+from eagle3fn.use.decode import Decoded, speculate, until_end
 from eagle3fn.use.evaluate import (
     EvalSettings,
     acceptance_by_position,
@@ -31,7 +31,15 @@ from eagle3fn.use.evaluate import (
 from eagle3fn.use.export import export
 from tests.use.tiny_target import LAYERS, VOCAB, draft_config, prompt, random_draft, target
 
-SMALL = EvalSettings(tasks=3, max_new=12, draft_length=3, few=1, repeats=2)
+SMALL = EvalSettings(
+    tasks=3,
+    max_new=12,
+    draft_length=3,
+    speed_tasks=2,
+    speed_dtype="float32",
+    few=1,
+    repeats=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,30 +95,68 @@ def test_report(folders: tuple[Path, Path]):
     assert report["untrained_accepted_length"] >= 1
     assert report["speedup"] == report["tokens_per_s"] / report["plain_tokens_per_s"] > 0
     assert report["break_even_accepted_length"] > 0
-    assert report["bf16"]["tasks"] == 1
-    assert report["bf16"]["tokens"] == 12
-    assert [at for at in seen if at[0] == "fp32"] == [("fp32", i, 3) for i in (1, 2, 3)]
+    assert report["speed_tasks"] == 2
+    assert report["timed_tokens"] == 24
+    assert report["differing_tokens"] == 0
+    assert report["speed_dtype"] == "float32"
+    assert report["threads"] == torch.get_num_threads()
+    assert [at for at in seen if at[0] == "draft"] == [("draft", i, 3) for i in (1, 2, 3)]
+    assert [at for at in seen if at[0] == "speed"] == [("speed", i, 2) for i in (1, 2)]
     json.dumps(report)
 
 
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_speed_is_measured_in_what_the_device_multiplies(
+    folders: tuple[Path, Path], monkeypatch, fast, dtype
+):
+    monkeypatch.setattr("eagle3fn.base.device.multiplies_bf16", lambda device: fast)
+    report = evaluate(*folders, ["one"], replace(SMALL, speed_dtype=None))
+    assert report["speed_dtype"] == dtype
+    assert report["lossless"] is True
+    assert report["timed_tokens"] == 12
+
+
 def test_stored_answers_are_reused(folders: tuple[Path, Path], tmp_path: Path, monkeypatch):
-    store, quick = tmp_path / "plain.json", replace(SMALL, few=0, tasks=2)
+    store, quick = tmp_path / "plain.json", replace(SMALL, tasks=2)
     first = evaluate(*folders, ["one", "two"], quick, plain_store=store)
+    assert first["lossless"] is True
     kept = json.loads(store.read_text())
     assert len(kept) == 2
     calls = []
-    monkeypatch.setattr(
-        target_answers, "greedy_answer", lambda *args: calls.append(args) or ([7], 0.0)
-    )
+    original = target_answers.greedy_together
+
+    def counted(model: Any, prompts: Any, *args: Any) -> list[list[int]]:
+        calls.append(len(prompts))
+        return original(model, prompts, *args)
+
+    monkeypatch.setattr(target_answers, "greedy_together", counted)
+    monkeypatch.setattr(module, "greedy_together", counted)
     again = evaluate(*folders, ["one", "two"], quick, plain_store=store)
-    assert not calls
-    assert again["lossless"] is first["lossless"] is True
+    assert calls == []
+    assert again["lossless"] is True
+
+    # One that differs is compared with the target's answer to its prompt alone.
     store.write_text(
         json.dumps({key: [*tokens[:-1], tokens[-1] ^ 1] for key, tokens in kept.items()})
     )
-    assert evaluate(*folders, ["one", "two"], quick, plain_store=store)["lossless"] is False
-    evaluate(*folders, ["three"], replace(quick, tasks=1), plain_store=store)
-    assert len(calls) == 1
+    assert evaluate(*folders, ["one", "two"], quick, plain_store=store)["lossless"] is True
+    assert calls == [1, 1]
+    evaluate(*folders, ["three", "four"], quick, plain_store=store)
+    assert calls == [1, 1, 2]
+
+
+def test_answers_together_are_those_alone():
+    """Prompts of different lengths, an end token within one answer, and a tail of its own group."""
+    model = target()
+    prompts = [prompt(seed, size) for seed, size in ((0, 3), (1, 11), (2, 7))]
+    alone = [target_answers.greedy_together(model, [one], 8, {2})[0] for one in prompts]
+    assert [len(answer) for answer in alone] == [8, 8, 8]
+    assert target_answers.greedy_together(model, prompts, 8, {2}) == alone
+    end = alone[1][3]
+    ended = target_answers.greedy_together(model, prompts, 8, {2, end})
+    assert ended[1] == until_end(alone[1], {end})
+    for one, tokens in zip(prompts, alone, strict=True):
+        assert speculate(model, None, one, 0, 8, ()).tokens == tokens
 
 
 def test_one_wrong_token_is_not_lossless(folders: tuple[Path, Path], monkeypatch):
@@ -121,7 +167,7 @@ def test_one_wrong_token_is_not_lossless(folders: tuple[Path, Path], monkeypatch
         return found._replace(tokens=[*found.tokens[:-1], found.tokens[-1] ^ 1])
 
     monkeypatch.setattr(module, "speculate", wrong)
-    assert evaluate(*folders, ["one"], replace(SMALL, few=0))["lossless"] is False
+    assert evaluate(*folders, ["one"], SMALL)["lossless"] is False
 
 
 @pytest.mark.parametrize(
@@ -143,7 +189,7 @@ def test_generation_config_changes_no_answer(folders: tuple[Path, Path], changes
     asked = end_of_second_token(folders[0]) if "min_new_tokens" in changes else {}
     file.write_text(json.dumps(json.loads(before) | changes | asked))
     try:
-        assert evaluate(*folders, ["one"], replace(SMALL, few=0))["lossless"] is True
+        assert evaluate(*folders, ["one"], SMALL)["lossless"] is True
     finally:
         file.write_text(before)
 
@@ -152,18 +198,18 @@ def end_of_second_token(folder: Path) -> dict[str, int]:
     """An end token that plain greedy decoding reaches at its second token."""
     model, tokenizer = load_target(folder, torch.float32)
     ids = tokenizer("<one>", return_tensors="pt", add_special_tokens=False).input_ids
-    return {"eos_token_id": target_answers.greedy_answer(model, ids, 2, {2})[0][1]}
+    return {"eos_token_id": target_answers.greedy_together(model, [ids], 2, {2})[0][1]}
 
 
 def test_generation_config_is_restored(monkeypatch):
     model = target()
     own = GenerationConfig(eos_token_id=2, num_beams=2, suppress_tokens=[5])
     monkeypatch.setattr(model, "generation_config", own)
-    target_answers.greedy_answer(model, prompt(0, 4), 3, {2})
+    target_answers.greedy_together(model, [prompt(0, 4)], 3, {2})
     assert model.generation_config is own
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        target_answers.greedy_answer(model, prompt(0, 4), 3, {2})
+        target_answers.greedy_together(model, [prompt(0, 4)], 3, {2})
     assert model.generation_config is own
 
 
@@ -172,7 +218,7 @@ def test_a_damaged_store_is_named(tmp_path, text):
     store = tmp_path / "plain.json"
     store.mkdir() if text is None else store.write_text(text)
     with pytest.raises(UserError, match=r"plain\.json"):
-        target_answers.greedy_answers(target(), [prompt(0, 4)], 3, {2}, store)
+        target_answers.greedy_answers(target(), "digest", [prompt(0, 4)], 3, {2}, store)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +255,7 @@ def test_a_draft_of_another_target_is_refused(
         evaluate(*folders, ["one"], SMALL, untrained_folder=folder)
 
 
-@pytest.mark.parametrize("name", ["tasks", "draft_length", "repeats"])
+@pytest.mark.parametrize("name", ["tasks", "draft_length", "few", "repeats"])
 def test_settings_out_of_range_are_refused(name):
     with pytest.raises(UserError, match=rf"evaluate\.{name} = 0: must be at least 1"):
         replace(SMALL, **{name: 0})

@@ -46,16 +46,64 @@ def test_report_needs_no_stages_and_names_the_draft_length(tmp_path):
     report = read_report(tmp_path)
     assert not {"wall_s", "stage_seconds"} & report.keys()
     assert "wall seconds" not in table
-    assert "accepted length (draft length 5)      1.500\n" in table
-    assert table.endswith(f"\n\n{tmp_path}/report.json, {tmp_path}/curves.png")
+    assert table.startswith("accepted length       1.500 at draft length 5\n")
+    assert table.endswith(f"\n\ncurves  {tmp_path}/curves.png\nnumbers {tmp_path}/report.json")
     assert (report["train_tokens_per_s"], report["held_out_accepted_length"]) == (60.0, 1.25)
 
 
 def test_wall_time_is_the_sum_of_the_stages(tmp_path):
     write_run(tmp_path, {"stages.json": {"train": 1.5, "evaluate": 2.0}})
-    assert "wall seconds, all stages              4\n" in write_report(tmp_path)
+    assert "wall seconds          4, all stages\n" in write_report(tmp_path)
     report = read_report(tmp_path)
     assert (report["wall_s"], report["stage_seconds"]) == (3.5, {"train": 1.5, "evaluate": 2.0})
+
+
+SPEED = {
+    "tasks": 10,
+    "lossless": True,
+    "speed_dtype": "float32",
+    "threads": 2,
+    "device": "cpu",
+    "speed_tasks": 4,
+    "speed_draft_length": 2,
+    "speed_accepted_length": 1.4,
+    "plain_tokens_per_s": 20.0,
+    "tokens_per_s": 25.0,
+    "speedup": 1.25,
+    "timed_tokens": 512,
+    "differing_tokens": 0,
+    "break_even_accepted_length": 1.2,
+}
+
+
+def test_table_first_says_whether_it_is_faster_and_the_text_the_same(tmp_path):
+    write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | SPEED})
+    assert write_report(tmp_path).splitlines()[:4] == [
+        "faster                yes: 1.25 times as fast, 25.0 tokens/s against 20.0 without the "
+        "draft (float32, 2 threads, 4 prompts)",
+        "same text             yes, token for token (float32, 10 prompts)",
+        "accepted length       1.500 at draft length 5",
+        "  when timed          1.400 at draft length 2, the fastest; "
+        "faster than plain from 1.20 on",
+    ]
+
+
+def test_table_says_no_where_it_is_slower_or_not_the_same(tmp_path):
+    changes = {
+        "speedup": 0.8,
+        "tokens_per_s": 16.0,
+        "lossless": False,
+        "speed_dtype": "bfloat16",
+        "threads": 1,
+        "differing_tokens": 3,
+    }
+    write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | SPEED | changes})
+    assert write_report(tmp_path).splitlines()[:2] == [
+        "faster                no: 0.80 times as fast, 16.0 tokens/s against 20.0 without the "
+        "draft (bfloat16, 1 thread, 4 prompts)",
+        "same text             NO (float32, 10 prompts); in bfloat16, where a block rounds "
+        "otherwise, 3 of 512 differ",
+    ]
 
 
 @pytest.mark.parametrize("extra", [{}, {"loss": 3.5}], ids=["without loss", "with loss"])
