@@ -79,6 +79,8 @@ class OptimizerConfig:
         beta2: AdamW's, of the squared gradient's.
         eps: AdamW's, added to the root of that.
         weight_decay: a parameter loses `rate · weight_decay` of itself in an update.
+        matrices: whose update is Muon's: "attention"'s four, from which nearly all of its gain
+            comes, or "all", MLP and projection too; head, norms and embedding have AdamW's.
         momentum: Muon's `μ`, of the gradient's running mean `m ← m + (1 - μ)(g - m)`.
         matrix_factor: Muon's `c`: a matrix `(A, B)` moves by
             `0.2 · √max(A, B) · rate · c · orthogonal(g + μ (m - g))`.
@@ -98,6 +100,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    matrices: Literal["attention", "all"] = "attention"
     momentum: float = 0.95
     matrix_factor: float = 6.0
     schedule: Literal["cosine"] = "cosine"
@@ -119,7 +122,7 @@ class OptimizerConfig:
         require(span >= 0, "optimizer.schedule_steps", span, "at least 0 (0: train.steps)")
 
         # A setting that would change nothing is refused; a user's own optimizer may read any.
-        for setting in ("momentum", "matrix_factor") if self.name == "adamw" else ():
+        for setting in ("matrices", "momentum", "matrix_factor") if self.name == "adamw" else ():
             value, default = getattr(self, setting), getattr(OptimizerConfig, setting)
             if value != default:
                 raise UserError(

@@ -15,7 +15,9 @@ from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen, Params
 
-Role = Literal["matrix", "norm", "embedding", "head"]
+Role = Literal["attention", "matrix", "norm", "embedding", "head"]
+"""What an optimizer may treat apart; "attention": its four matrices, "matrix": the others."""
+
 Initializer = Callable[[tuple[int, ...], float, torch.Generator], Tensor]
 """From shape and standard deviation, fp32 on the CPU."""
 
@@ -73,10 +75,10 @@ _SCALING = "scaling by the root mean square"
 _ATTENTION = "attention: rotated queries and keys, scores, softmax, values"
 
 EMBED = _row("embed_tokens", "V H", "embedding", only_if="own_embedding")
-Q = _row("midlayer.self_attn.q_proj", "N·E 2·H")
-K = _row("midlayer.self_attn.k_proj", "J·E 2·H")
-V = _row("midlayer.self_attn.v_proj", "J·E 2·H")
-O = _row("midlayer.self_attn.o_proj", "H N·E", before=_ATTENTION)  # noqa: E741
+Q = _row("midlayer.self_attn.q_proj", "N·E 2·H", "attention")
+K = _row("midlayer.self_attn.k_proj", "J·E 2·H", "attention")
+V = _row("midlayer.self_attn.v_proj", "J·E 2·H", "attention")
+O = _row("midlayer.self_attn.o_proj", "H N·E", "attention", before=_ATTENTION)  # noqa: E741
 GATE = _row("midlayer.mlp.gate_proj", "I H")
 UP = _row("midlayer.mlp.up_proj", "I H")
 DOWN = _row("midlayer.mlp.down_proj", "H I", before="silu(gate) · up")

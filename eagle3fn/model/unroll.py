@@ -8,6 +8,7 @@ computed; an `Ops` record says how: `plain.PLAIN` is readable and the reference 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +26,8 @@ class Rows(NamedTuple):
     """Whose queries are made: at step `i` those of the first `sizes[i]` places."""
 
     places: Tensor  # (T,) int64: b·S + t, in any order; no place twice
-    sizes: Sequence[int]  # of each step, falling, from T on; the unroll ends with them
+    # of each step, falling, from T on; the unroll ends with them
+    sizes: Sequence[int] | np.ndarray
 
 
 Angles = tuple[Tensor, Tensor]

@@ -34,6 +34,8 @@ def chosen_defaults(draft: DraftConfig, samples: int) -> list[Choice]:
     width = draft.hidden_size
     return [
         Choice("objective.ttt_length", 4, "fewer steps teach more a minute"),
+        Choice("objective.survival", 0.65, "fewer products a sample, more samples a minute"),
+        Choice("optimizer.name", "muon", "learns more from a sample"),
         Choice("optimizer.learning_rate", rate_of(width), f"by hidden size {width}"),
         Choice("optimizer.warmup_ratio", 0.03, "of the demo"),
         Choice("data.held_out", held_out, f"a tenth of {samples} samples, at most 24"),

@@ -33,7 +33,7 @@ _BLOCK_BYTES = 16 << 20  # of a leaf, updated at once
 class Leaf(NamedTuple):
     """What an update can ask about a leaf."""
 
-    role: Role  # "matrix", "norm", "embedding" or "head"
+    role: Role  # of `model.table`
     shape: tuple[int, ...]  # of all ranks' rows
 
 
@@ -157,8 +157,9 @@ def muon(config: OptimizerConfig, orthogonal: Callable[[Tensor], Tensor] = ortho
         m ← m + (1 - μ)(g - m)
         p ← p · (1 - rate · decay) - 0.2 · √max(A, B) · rate · c · orthogonal(g + μ (m - g))
 
-    `μ` is `momentum` and `c` is `matrix_factor`; at 1, an update of which all singular values are 1
-    has the size of AdamW's. On several ranks each matrix is made orthogonal by one of them.
+    Matrices are those that `matrices` names, `μ` is `momentum` and `c` is `matrix_factor`; at 1, an
+    update of which all singular values are 1 has the size of AdamW's. On several ranks each matrix
+    is made orthogonal by one of them.
 
     Args:
         config: its settings.
@@ -166,9 +167,10 @@ def muon(config: OptimizerConfig, orthogonal: Callable[[Tensor], Tensor] = ortho
             update has the bits of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` at `c = 1`.
     """
     others = adamw(config)
+    chosen = ("attention",) if config.matrices == "attention" else ("attention", "matrix")
 
     def init(params: Params, roles: dict[str, Role]) -> MuonState:
-        matrices = {name: leaf for name, leaf in params.items() if roles[name] == "matrix"}
+        matrices = {name: leaf for name, leaf in params.items() if roles[name] in chosen}
         rest = {name: leaf for name, leaf in params.items() if name not in matrices}
         return MuonState(zeros(matrices), others.init(rest, roles))
 

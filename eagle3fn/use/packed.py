@@ -32,7 +32,7 @@ class PackedWeight(Tensor):
     def __new__(cls, packed: Tensor) -> "PackedWeight":
         """A tensor of the packed one's shape, without memory of its own."""
         return Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls, packed.shape, dtype=packed.dtype, device="cpu"
+            cls, packed.shape, dtype=packed.dtype, device=torch.device("cpu")
         )
 
     def __init__(self, packed: Tensor) -> None:

@@ -64,7 +64,8 @@ def test_roles():
     assert found["norm"] == {name for name in ORDER if "norm" in name}
     assert found["embedding"] == {"embed_tokens.weight"}
     assert found["head"] == {"lm_head.weight"}
-    assert set(found) == {"matrix", "norm", "embedding", "head"}
+    assert found["attention"] == {name for name in ORDER if "self_attn" in name}
+    assert set(found) == {"attention", "matrix", "norm", "embedding", "head"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)

@@ -125,6 +125,10 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         (
+            {"matrices": "all"},
+            r"matrices = 'all': optimizer\.name = 'adamw' does not read it",
+        ),
+        (
             {"matrix_factor": 3.0},
             r"matrix_factor = 3\.0: optimizer\.name = 'adamw' does not read it",
         ),
@@ -266,7 +270,7 @@ def test_muon_has_the_bits_of_torch_muon(shape: tuple[int, int], donate: bool) -
 
     optimizer = muon(config, newton_schulz)
     params = {"a": matrix.clone(), "b": vector.clone()}
-    state = optimizer.init(params, {"a": "matrix", "b": "norm"})
+    state = optimizer.init(params, {"a": "attention", "b": "norm"})
     for step in range(3):
         grads = {"a": torch.randn(shape, generator=source), "b": torch.randn(6, generator=source)}
         reference_matrix.grad = grads["a"].clone()
@@ -301,3 +305,26 @@ def test_schedule_steps_replace_the_runs_number_of_steps():
     whole = OptimizerConfig(warmup_ratio=0.2)
     rates = [cosine_schedule(short, 25)(step) for step in range(25)]
     assert rates == [cosine_schedule(whole, 10)(step) for step in range(25)]
+
+
+@pytest.mark.parametrize(("matrices", "own"), [("attention", 4), ("all", 8)])
+def test_muon_takes_the_matrices_that_are_named(matrices: Any, own: int) -> None:
+    """Its own have a momentum; every other leaf moves as AdamW moves it."""
+    config = settings("muon")
+    config = replace(config, optimizer=replace(config.optimizer, matrices=matrices))
+    params = e3.init_params(config.draft, 0, torch.float32)
+    grads = e3.init_params(config.draft, 1, torch.float32)
+    kinds = roles(config.draft)
+
+    found = {}
+    for name in ("muon", "adamw"):
+        optimizer = OPTIMIZERS[name](config.optimizer)
+        state = optimizer.init(params, kinds)
+        found[name], _ = optimizer.update(grads, state, params, info_of(params))
+        if name == "muon":
+            assert len(state.momentum) == own
+            assert {kinds[leaf] for leaf in state.momentum} <= {"attention", "matrix"}
+            moved = set(state.momentum)
+    for leaf in params:
+        same = torch.equal(found["muon"][leaf], found["adamw"][leaf])
+        assert same == (leaf not in moved), leaf
