@@ -317,10 +317,8 @@ def _extract(options: Any) -> None:
             begun_threads(options.out),
         )
     )
-    _say(
-        f"the target computes in {model.dtype}, ".replace("torch.", "")
-        + "its features are stored in bfloat16"
-    )
+    name = str(dtype).removeprefix("torch.")
+    _say(f"the target computes in {name}, its features are stored in bfloat16")
     index = extract(
         model,
         tokenizer,
