@@ -546,7 +546,7 @@ def _evaluate(options: Any) -> None:
         prompts_name=Path(options.prompts).name,
     )
     progress.close()
-    write_json(options.out, report | {"threads": torch.get_num_threads()})
+    write_json(options.out, report)
     print(
         f"{options.out}: lossless {report['lossless']}, "
         f"accepted length {report['accepted_length']:.3f}, "
