@@ -65,14 +65,14 @@ def few_rows_product(layer: nn.Linear, least: int) -> Product:
 def least_rows(layer: nn.Linear) -> int | None:
     """From how many rows on the packed copy is faster: 1 or 2; None if it is not at 4 rows.
 
-    Each way is timed three times, in turn.
+    Each way is timed five times, in turn.
     """
     packed = few_rows_product(layer, 1)
 
     def pays(rows: int) -> bool:
         x = torch.ones(rows, layer.in_features, dtype=layer.weight.dtype)
         seconds: dict[Product, list[float]] = {packed: [], layer.forward: []}
-        for _ in range(3):
+        for _ in range(5):
             for product, times in seconds.items():
                 begin = perf_counter()
                 product(x)
