@@ -317,10 +317,8 @@ def _extract(options: Any) -> None:
             begun_threads(options.out),
         )
     )
-    _say(
-        f"the target computes in {model.dtype}, ".replace("torch.", "")
-        + "its features are stored in bfloat16"
-    )
+    name = str(dtype).removeprefix("torch.")
+    _say(f"the target computes in {name}, its features are stored in bfloat16")
     index = extract(
         model,
         tokenizer,
@@ -548,7 +546,7 @@ def _evaluate(options: Any) -> None:
         prompts_name=Path(options.prompts).name,
     )
     progress.close()
-    write_json(options.out, report | {"threads": torch.get_num_threads()})
+    write_json(options.out, report)
     print(
         f"{options.out}: lossless {report['lossless']}, "
         f"accepted length {report['accepted_length']:.3f}, "

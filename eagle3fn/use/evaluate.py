@@ -13,11 +13,11 @@ from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl
 from eagle3fn.data.synthesize import chat_prompt, end_tokens
-from eagle3fn.data.target import load_target, weights_digest
+from eagle3fn.data.target import load_target
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
 from eagle3fn.use.decode import Decoded, check_pair, check_request, speculate
 from eagle3fn.use.export import Draft, load_draft
-from eagle3fn.use.packed import pack_draft, pack_target
+from eagle3fn.use.few_rows import speed_up_few_rows
 from eagle3fn.use.target_answers import greedy_answers, greedy_together
 
 NGRAM = 8
@@ -51,13 +51,12 @@ class EvalSettings:
 
 
 class _Pair(NamedTuple):
-    """Target and draft in one dtype, both packed, and the prompts as token ids `(1, P)`."""
+    """Target and draft in one dtype, and the prompts as token ids `(1, P)`."""
 
     model: Any
     draft: Draft
     prompts: list[Tensor]
     end_tokens: set[int]
-    target_digest: str  # of the weights
 
 
 class _Comparison(NamedTuple):
@@ -119,7 +118,6 @@ def evaluate(
     exact = _load(target_folder, draft_folder, used, torch.float32, settings)
     answers = greedy_answers(
         exact.model,
-        exact.target_digest,
         exact.prompts,
         settings.max_new,
         exact.end_tokens,
@@ -195,10 +193,9 @@ def _load(
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from None
 
-    # Packed last: the digest is that of the weights as they were loaded.
-    digest = weights_digest(model)
-    pack_target(model)
-    return _Pair(model, pack_draft(draft), encoded, end_tokens(model), digest)
+    # Plain and speculative decoding go through the same target.
+    speed_up_few_rows(model)
+    return _Pair(model, draft, encoded, end_tokens(model))
 
 
 def _encode(tokenizer: Any, text: str) -> Tensor:
@@ -213,7 +210,7 @@ def _decode_untrained(
     """The first few prompts with another draft of the same target."""
     draft = load_draft(folder, torch.float32, settings.device)
     check_pair(draft, pair.model.config.get_text_config(), str(folder), target)
-    few = pair._replace(draft=pack_draft(draft), prompts=pair.prompts[: settings.few])
+    few = pair._replace(draft=draft, prompts=pair.prompts[: settings.few])
     return _speculate_all(few, settings, settings.draft_length)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, write_json
+from eagle3fn.data.target import weights_digest
 from eagle3fn.use.decode import until_end
 
 _TOGETHER = 10  # prompts decoded together
@@ -59,7 +60,6 @@ def _greedy_config(max_new: int, end_tokens: Collection[int]) -> Any:
 
 def greedy_answers(
     model: Any,
-    target: str,
     prompts: list[Tensor],
     max_new: int,
     end_tokens: Collection[int],
@@ -68,8 +68,8 @@ def greedy_answers(
 ) -> list[list[int]]:
     """Greedy answers to all prompts, each `(1, P)`; `on_done` gets the number of prompts answered.
 
-    `store`, a JSON file, keeps the answers for the next draft of the target of digest `target`. It
-    is written after every few new answers.
+    `store`, a JSON file, keeps the answers for the next draft of the same target. It is written
+    after every few new answers.
 
     Raises:
         UserError: `store` holds something else.
@@ -79,6 +79,7 @@ def greedy_answers(
         stored = _read_store(store)
 
     # An answer belongs to the target's weights, its dtype, the limits and the prompt.
+    target = weights_digest(model)
     keys = []
     for prompt in prompts:
         request = (target, str(model.dtype), max_new, sorted(end_tokens), prompt.tolist())

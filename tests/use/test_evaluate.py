@@ -218,7 +218,7 @@ def test_a_damaged_store_is_named(tmp_path, text):
     store = tmp_path / "plain.json"
     store.mkdir() if text is None else store.write_text(text)
     with pytest.raises(UserError, match=r"plain\.json"):
-        target_answers.greedy_answers(target(), "digest", [prompt(0, 4)], 3, {2}, store)
+        target_answers.greedy_answers(target(), [prompt(0, 4)], 3, {2}, store)
 
 
 @pytest.mark.parametrize(
