@@ -331,7 +331,7 @@ def main() -> None:
                 cost = f"{row['us_per_token']:.0f} µs a token, mfu {row['mfu']:.1%}"
                 common.show(options, f"{name} {row[name]}: {cost}")
         for name, choice in (result["thread_choice"] or {}).items():
-            text = f"{choice['chosen']} threads chosen in {choice['measurement_seconds']:.1f} s"
+            text = f"chosen in {choice['measurement_seconds']:.1f} s: {choice['chosen']} threads"
             text += f", best {choice['best']}: {choice['time_over_best']:.2f} times its time"
             common.show(options, f"{name}: {text}")
 
