@@ -18,7 +18,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -94,12 +94,16 @@ class Peer:
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
+        self._wait()
+        self.process.stdout.close()
+
+    def _wait(self) -> int:
+        """Its exit code; a process that does not end is killed."""
         try:
-            self.process.wait(END_S)
+            return self.process.wait(END_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
+            return self.process.wait()
 
     def _answer(self, limit: float) -> dict[str, Any]:
         """The next line; it is short, so that it comes whole."""
@@ -118,10 +122,8 @@ class Peer:
             raise PeerError(self.name, f"its process answered {said!r}") from None
 
     def _ended(self) -> PeerError:
-        code = self.process.wait()
-        return PeerError(
-            self.name, f"its process ended with exit code {code}; the reason is on stderr"
-        )
+        reason = f"its process ended with exit code {self._wait()}; the reason is on stderr"
+        return PeerError(self.name, reason)
 
 
 class Peers(NamedTuple):
@@ -167,28 +169,27 @@ class Case(NamedTuple):
 
 @contextlib.contextmanager
 def started(
-    names: Sequence[str], case: Case, tiny: Case, arguments: Sequence[str], folder: Path
+    names: Sequence[str],
+    case: Callable[[], Case],
+    tiny: Callable[[], Case],
+    arguments: Sequence[str],
+    folder: Path,
 ) -> Iterator[Peers]:
     """Start these sides; those that cannot be used are said to be missing.
 
     Args:
         names: of `NAMES`.
-        case: what is measured.
-        tiny: a small case, of which one step loads a side's libraries.
+        case: makes what is measured.
+        tiny: makes a small case, of which one step loads a side's libraries.
         arguments: `bench.step`'s, by which it makes the same problem again.
         folder: of the environments.
     """
     peers = Peers({}, {})
-    with TemporaryDirectory(prefix="eagle3fn-peers-") as problems, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for name in names:
             try:
                 if name == "speculators":
-                    command = [environment(name, folder), "bench/speculators_step.py"]
-                    for made, kind in ((case, "case"), (tiny, "tiny")):
-                        path = Path(problems, f"{kind}.safetensors")
-                        write_case(path, made)
-                        command.append(str(path))
-                    peer = Peer(name, command, {"HF_HUB_OFFLINE": "1"})
+                    peer = _speculators(name, environment(name, folder), (case, tiny))
                 else:
                     peer = _specforge_main(name, arguments)
             except PeerError as error:
@@ -197,6 +198,17 @@ def started(
                 stack.callback(peer.close)
                 peers.running[name] = peer
         yield peers
+
+
+def _speculators(name: str, python: str, cases: Sequence[Callable[[], Case]]) -> Peer:
+    """speculators, from its own environment; it gets the cases as files."""
+    with TemporaryDirectory(prefix="eagle3fn-peers-") as folder:
+        paths = []
+        for number, case in enumerate(cases):
+            paths.append(Path(folder, f"{number}.safetensors"))
+            write_case(paths[-1], case())
+        command = [python, "bench/speculators_step.py", *map(str, paths)]
+        return Peer(name, command, {"HF_HUB_OFFLINE": "1"})
 
 
 def _specforge_main(name: str, arguments: Sequence[str]) -> Peer:

@@ -179,7 +179,11 @@ def start_peers(options: argparse.Namespace, world: World, stack: ExitStack) -> 
     if not names or why:
         return peers.Peers({}, dict.fromkeys(names, why or ""))
     started = peers.started(
-        names, case_of(options), case_of(tiny_of(options)), sys.argv[1:], options.peers_folder
+        names,
+        case=partial(case_of, options),
+        tiny=partial(case_of, tiny_of(options)),
+        arguments=sys.argv[1:],
+        folder=options.peers_folder,
     )
     return stack.enter_context(started)
 

@@ -5,9 +5,9 @@ python tests/bench/fake_peer.py bench/speculators_step.py CASE TINY
 
 import json
 import sys
+from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
 
 from bench import sides
 from bench.answers import open_answers, serve
@@ -23,7 +23,7 @@ def main() -> None:
         head = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def part(group: str) -> dict[str, Tensor]:
+    def part(group: str) -> dict[str, Any]:
         prefix = f"{group}."
         return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
 

@@ -40,9 +40,9 @@ def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_step_measures_time_and_memory_of_every_side(tmp_path: Path, oracle) -> None:
-    peer = {peers.SOURCE: os.environ.get("SPECFORGE_SRC", "")}
+    source = os.environ.get("SPECFORGE_SRC", "")
     others = ("--mesh", "--peers", "specforge_main", "--out", tmp_path / "step.json")
-    done = call("bench/step.py", *TINY, *others, **peer)
+    done = call("bench/step.py", *TINY, *others, SPECFORGE_MAIN_SRC=source)
     result = last_line(done)
     assert result == json.loads((tmp_path / "step.json").read_text())
     assert done.stdout.count("\n") == 1
@@ -220,7 +220,7 @@ def test_needed_rows_and_flops_are_those_of_the_plan(survival: float) -> None:
     k = 4
     mask = (torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.1).long()
     row_mask = over_steps(mask, k)
-    survives = problem.draw_survival((3, 40), k, survival, 1)
+    survives = problem.survives_of(3, 40, k, survival)
     scored = surviving(row_mask, survives)
     plan = plan_rows(row_mask, survives)
     need = common.needed_rows(scored)
