@@ -16,23 +16,25 @@ import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, get_type_hints
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int32, Int64, Shaped, jaxtyped
 from torch import Tensor
 
 from eagle3fn.base import types
-from eagle3fn.base.rows import RowLists
+from eagle3fn.base.rows import RowPlan
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, Sample, Teacher, TrainState, VocabMap
 from eagle3fn.data.target import TargetTensors
-from eagle3fn.model.head_loss import Labels, PairScores
+from eagle3fn.model.head_loss import Pairs, PairScores
 from eagle3fn.model.table import TABLE
 from eagle3fn.train.optimizer import Moments
 from eagle3fn.use.export import Draft
 
 RECORDS = (
-    *(Sample, Batch, VocabMap, Frozen, Teacher, Aux, TrainState, RowLists, TargetTensors, Labels),
+    *(Sample, Batch, VocabMap, Frozen, Teacher, Aux, TrainState, RowPlan, TargetTensors, Pairs),
     *(PairScores, Moments, Draft),
 )
 """Records whose comments are checked."""
@@ -51,12 +53,18 @@ class Each(NamedTuple):
     record: Any
 
 
+class Maybe(NamedTuple):
+    """A record, or None."""
+
+    record: Any
+
+
 class Function(NamedTuple):
     """Shapes of a function's arguments, by name, and of its result.
 
-    A text is a tensor, or nothing if it ends in "?"; a record's class stands for its fields,
-    `Params` for the parameters; a tuple has an entry an item, a list one for all items, and a dict
-    those of its keys.
+    A text is a tensor or an array, or nothing if it ends in "?"; a record's class stands for its
+    fields, `Params` for the parameters; a tuple has an entry an item, a list one for all items, and
+    a dict those of its keys.
     """
 
     arguments: dict[str, Any]
@@ -78,7 +86,7 @@ FUNCTIONS: dict[str, Function] = {
         },
         Batch,
     ),
-    "row_lists": Function({"row_mask": "(B, K, S) int64"}, RowLists),
+    "plan_rows": Function({"row_mask": "(B, K, S) int64", "survives": "(B, S) int64?"}, RowPlan),
     "over_steps": Function({"row_mask": "(…, S) int64"}, "(…, K, S) int64"),
     "global_row_counts": Function({"batches": Each(Batch)}, "(K,) fp32"),
     "read_sample": Function({}, Sample),
@@ -114,14 +122,14 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "head_and_loss": Function(
         {
-            "draft": "(K, T, H)",
+            "draft": "(R, H)",
             "head": "(D, H)",
-            "labels": Labels,
+            "pairs": Pairs,
             "target_head": "(V, Ht)",
             "t2d": "(V,) bool",
             "d2t": "(D,) int64",
         },
-        ("() fp32", "(K, P) fp32", "(K, P) bool", "(K, P) fp32", "(P,) bool"),
+        ("() fp32", "(X,) fp32", "(X,) bool", "(X,) fp32", "(X,) bool"),
     ),
     # train and use
     "init_state": Function({"params": Params}, TrainState),
@@ -153,13 +161,13 @@ def letters(text: str) -> set[str]:
     return set(re.findall(r"[A-Za-z]+", found[1]))
 
 
-def tensor_type(text: str) -> Any:
-    """A shape as a type of jaxtyping."""
+def tensor_type(text: str, kind: type = Tensor) -> Any:
+    """A shape as a type of jaxtyping, of tensors or of arrays."""
     found = SHAPE.match(text)
     assert found, f"{text!r} is no shape"
     inside = found[1].replace("·", "*").replace(" ", "").replace("…", "*rows")
     axes = [axis for axis in inside.split(",") if axis]
-    return DTYPES[found[2] or ""][Tensor, " ".join(axes)]
+    return DTYPES[found[2] or ""][kind, " ".join(axes)]
 
 
 @functools.cache
@@ -168,15 +176,18 @@ def fields_of(record: Any) -> dict[str, Any]:
     comments = _comments(record)
     found = {}
     for name, hint in get_type_hints(record).items():
-        if hint in (Tensor, Tensor | None):
+        inside = [part for part in get_args(hint) if part is not NoneType]
+        if hint in (Tensor, Tensor | None, np.ndarray):
             text = comments.get(name, "")
             match = SHAPE.match(text)
             assert match, f"{record.__name__}.{name}: no shape in its comment: {text!r}"
-            found[name] = match[0].rstrip() + ("" if hint is Tensor else "?")
+            found[name] = match[0].rstrip() + ("?" if inside else "")
         elif hint == Params:
             found[name] = Params
         elif hasattr(hint, "_fields"):
             found[name] = hint
+        elif len(inside) == 1 and hasattr(inside[0], "_fields"):
+            found[name] = Maybe(inside[0])
     return found
 
 
@@ -264,9 +275,10 @@ class Checker:
         for path, value, text in sorted(stated, key=lambda leaf: "+" in leaf.text):
             if value is None and text.endswith("?"):
                 continue
-            if not isinstance(value, tensor_type(text)):
-                is_tensor = isinstance(value, Tensor)
-                found = f"{value.dtype} {tuple(value.shape)}" if is_tensor else repr(value)
+            kind = np.ndarray if isinstance(value, np.ndarray) else Tensor
+            if not isinstance(value, tensor_type(text, kind)):
+                has_shape = isinstance(value, Tensor | np.ndarray)
+                found = f"{value.dtype} {tuple(value.shape)}" if has_shape else repr(value)
                 raise ShapeError(f"{path} is {found}, must be {text}; sizes: {self.sizes}")
 
     def _leaves(self, value: Any, wanted: Any, path: str) -> Iterator[_Stated]:
@@ -277,6 +289,9 @@ class Checker:
             items = [value] if hasattr(value, "_fields") else value
             for i, item in enumerate(items):
                 self.check(item, wanted.record, f"{path}[{i}]")
+        elif isinstance(wanted, Maybe):
+            if value is not None:
+                yield from self._leaves(value, wanted.record, path)
         elif wanted is not None:
             for name, item, shapes in _parts(value, wanted):
                 yield from self._leaves(item, shapes, path + name)

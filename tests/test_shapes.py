@@ -16,6 +16,7 @@ import eagle3fn as e3
 from eagle3fn.base import rows
 from eagle3fn.base.types import Params
 from eagle3fn.data import collate as collate_file
+from eagle3fn.data.pipeline import draw_survival
 from eagle3fn.model import fast, forward, plain
 from eagle3fn.model.losses import LOSSES, RowLoss
 from eagle3fn.testing import cases
@@ -156,20 +157,22 @@ def test_shapes_of_the_loss_and_of_a_step(numerics, case):
 @settings(max_examples=12, deadline=None)
 def test_shapes_from_samples_to_a_batch(lengths, k):
     draft = make_draft(8, 50, 20)
-    config = e3.Config(draft, e3.ObjectiveConfig(ttt_length=k))
+    config = e3.Config(draft, e3.ObjectiveConfig(ttt_length=k, survival=0.6))
     checker = shapes.Checker(draft.sizes | {"K": k, "B": 5, "S": max(lengths)})
     samples = [random_sample(length, seed, hidden=8) for seed, length in enumerate(lengths)]
+    survives = draw_survival(samples, range(5), config, 0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collate_file, "align", checker.checked(collate_file.align))
-        patch.setattr(collate_file, "row_lists", checker.checked(rows.row_lists))
+        patch.setattr(collate_file, "plan_rows", checker.checked(rows.plan_rows))
         alone = shapes.Checker(draft.sizes | {"K": k})
         patch.setattr(collate_file, "over_steps", alone.checked(rows.over_steps))
         mask = alone.checked(e3.align_mask)
-        batch = alone.checked(e3.collate)(samples, config, mask)
+        batch = alone.checked(e3.collate)(samples, config, mask, survives)
     checker.check(batch, e3.Batch)
+    assert batch.survives is not None and batch.plan is not None
     alone.checked(collate_file.global_row_counts)([batch, e3.collate(samples[:1], config)])
-    assert {"align", "row_lists"} <= set(checker.calls)
+    assert {"align", "plan_rows"} <= set(checker.calls)
     assert {"over_steps", "align_mask", "collate"} <= set(alone.calls)
 
 
@@ -207,24 +210,44 @@ def longer(x: Tensor) -> Tensor:
     return torch.cat([x, x[..., :1]], dim=-1)
 
 
-@pytest.mark.parametrize("field", e3.Batch._fields)
-def test_a_field_of_another_shape_or_dtype_is_detected(field):
-    checker = shapes.Checker(CASE.draft().sizes | {"K": CASE.steps})
+def whole_batch() -> e3.Batch:
+    """A batch with every field."""
     batch = tiny_batch(CASE)
-    batch = batch._replace(
+    survives = torch.arange(27).view(3, 9) % CASE.steps + 1
+    return batch._replace(
         position_ids=torch.arange(9).expand(3, 9),
         row_counts=torch.ones(5),
-        **rows.row_lists(batch.row_mask)._asdict(),
+        survives=survives,
+        plan=rows.plan_rows(batch.row_mask, survives),
     )
+
+
+@pytest.mark.parametrize("field", [name for name in e3.Batch._fields if name != "plan"])
+def test_a_field_of_another_shape_or_dtype_is_detected(field):
+    checker = shapes.Checker(CASE.draft().sizes | {"K": CASE.steps})
+    batch = whole_batch()
     checker.check(batch, e3.Batch)
     value = getattr(batch, field)
-    changes = [value.to(torch.int16)]
-    if field not in ("rows", "labels"):  # lists have any length
-        changes.append(longer(value))
-    changes.append(value[None])
-    for change in changes:
+    for change in (value.to(torch.int16), longer(value), value[None]):
         with pytest.raises(shapes.ShapeError, match=rf"\.{field}|must be \("):
             checker.check(batch._replace(**{field: change}), e3.Batch)
+
+
+@pytest.mark.parametrize("field", rows.RowPlan._fields)
+def test_a_field_of_another_shape_or_dtype_in_a_plan_is_detected(field):
+    checker = shapes.Checker(CASE.draft().sizes | {"K": CASE.steps})
+    batch = whole_batch()
+    assert batch.plan is not None
+    checker.check(batch, e3.Batch)
+    value = getattr(batch.plan, field)
+    narrow = value.to(torch.int16) if isinstance(value, Tensor) else value.astype("int16")
+    changes = [narrow, value[None]]
+    if field in ("labels", "label", "row", "step", "state", "first"):  # as long as another
+        changes.append(value[:-1])
+    for change in changes:
+        with pytest.raises(shapes.ShapeError, match=rf"\.plan\.{field}|must be \("):
+            plan = batch.plan._replace(**{field: change})
+            checker.check(batch._replace(plan=plan), e3.Batch)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 import eagle3fn as e3
 from eagle3fn.base.device import send
-from eagle3fn.base.rows import row_lists
+from eagle3fn.base.rows import plan_rows
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.train.run import to_device
@@ -27,15 +27,20 @@ class TwoSteps(NamedTuple):
     waits: list[Wait]
 
 
-def two_steps(numerics: str, dtype: str, donate: bool) -> TwoSteps:
+def two_steps(numerics: str, dtype: str, donate: bool, survival: float = 1.0) -> TwoSteps:
     """Two updates; their batches are moved to the card as training moves them."""
     case = Case(head_dim=8, dtype=dtype, normalization="mask", teacher="compact")  # pyright: ignore
     config = case.config()
-    config = replace(config, objective=replace(config.objective, numerics=numerics))
+    objective = replace(config.objective, numerics=numerics, survival=survival)
+    config = replace(config, objective=objective)
     batch = tiny_batch(case)
+    if survival < 1:
+        b, _, s = batch.row_mask.shape
+        survives = torch.arange(b * s).view(b, s) % case.steps + 1
+        batch = batch._replace(survives=survives)
     row_counts = torch.arange(case.steps, 0, -1.0) + 4
-    lists = row_lists(batch.row_mask)
-    batch = batch._replace(**lists._asdict(), row_counts=row_counts)
+    plan = plan_rows(batch.row_mask, batch.survives)
+    batch = batch._replace(plan=plan, row_counts=row_counts)
     with stand_in() as waits:
         fns = e3.bind(config, on(NAME, tiny_frozen(case)))
         state = fns.init_state(on(NAME, tiny_params(case)))
@@ -46,23 +51,24 @@ def two_steps(numerics: str, dtype: str, donate: bool) -> TwoSteps:
         return TwoSteps(state, float(metrics["loss"]), during_steps)
 
 
-@pytest.mark.parametrize("donate", [False, True])
-def test_a_fast_step_waits_for_nothing(donate: bool) -> None:
+@pytest.mark.parametrize(("donate", "survival"), [(False, 1.0), (True, 1.0), (True, 0.7)])
+def test_a_fast_step_waits_for_nothing(donate: bool, survival: float) -> None:
     """The kernels of its scores: tests/model/test_fast_cuda.py."""
-    found = two_steps("fast", "bfloat16", donate)
+    found = two_steps("fast", "bfloat16", donate, survival)
     assert found.waits == []
 
     devices = {name: leaf.device.type for name, leaf in named_leaves(found.state).items()}
     assert devices.pop("step") == "cpu"
     assert set(devices.values()) == {NAME}
-    plain = two_steps("plain", "bfloat16", donate)
+    plain = two_steps("plain", "bfloat16", donate, survival)
     assert found.loss == pytest.approx(plain.loss, rel=1e-2)
 
 
-def test_a_fast_step_in_fp32_waits_once_for_the_blocks_of_attention() -> None:
+def test_a_fast_step_in_fp32_waits_once_an_unroll_step_for_the_blocks_of_attention() -> None:
     """The flash kernel takes 16 bits alone; blocks are made on the host."""
+    updates = 2
     waits = two_steps("fast", "float32", donate=True).waits
-    assert len(waits) == 2
+    assert len(waits) == updates * Case().steps
     for wait in waits:
         assert "make_blocks" in wait.where[-1] or "tolist" in wait.where[-1]
 

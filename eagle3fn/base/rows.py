@@ -26,7 +26,7 @@ class RowPlan(NamedTuple):
     """
 
     rows: Tensor  # (T,) int64: places `b·S + t`, those of most steps first, else ascending
-    sizes: np.ndarray  # (I,) int64: rows of each step; steps without a row are left out, I ≤ K
+    sizes: np.ndarray  # (_,) int64: rows of each step; steps without a row are left out
     labels: Tensor  # (P,) int64: places whose label is scored, ascending
     # Each of X pairs, by label and then by step.
     label: Tensor  # (X,) int64: index into `labels`

@@ -2,7 +2,8 @@
 
 Shape letters, used in every docstring: `B` batch, `S` sequence, `K` unroll steps, `H` draft hidden,
 `Ht` target hidden, `I` inner size of the MLP, `N` heads, `J` key-value heads, `E` head size, `V`
-target vocabulary, `D` draft vocabulary, `T` computed rows, `P` scored labels, `X` pairs of both.
+target vocabulary, `D` draft vocabulary, `T` computed rows, `R` those of all steps together, `P`
+scored labels, `X` pairs of a row and its label.
 """
 
 from typing import Any, NamedTuple

@@ -44,9 +44,8 @@ class Pairs(NamedTuple):
     label: Tensor  # (X,) int64: index into `target`, ascending
     row: Tensor  # (X,) int64: which draft row is scored; no row twice
     weight: Tensor  # (X,) fp32: the pair's factor in the loss, 0 if the pair does not count
-    first: (
-        np.ndarray
-    )  # (P + 1,) int64, on the host: number of each label's first pair; X at the end
+    # (P + 1,) int64, on the host: number of each label's first pair; X at the end
+    first: np.ndarray
 
 
 class PairScores(NamedTuple):

@@ -20,6 +20,7 @@ from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -76,6 +77,7 @@ RESTARTS = 4  # of this process, after a check that left it without a usable car
 DEPTH = 6  # layers of the random target
 RATE = 1e-4
 WINDOW = 16  # tokens that a row sees, where the attention has a window
+SURVIVAL = 0.6  # where rows survive to the next unroll step by chance
 
 LossAndGradients = tuple[tuple[Tensor, Aux], Params]
 
@@ -87,7 +89,15 @@ class Size:
     """The problem that every check uses."""
 
     def __init__(
-        self, name: str, shape: str, device: str, seq: int, batch: int, k: int, vocab: int | None
+        self,
+        name: str,
+        shape: str,
+        device: str,
+        seq: int,
+        batch: int,
+        k: int,
+        vocab: int | None,
+        survival: float = 1.0,
     ) -> None:
         self.name = name
         self.shape = shape
@@ -95,7 +105,14 @@ class Size:
         self.seq = seq
         self.batch = batch
         self.k = k
+        self.vocab = vocab
+        self.survival = survival
         self.draft = draft_of(shape, vocab, seq)
+
+    def surviving(self) -> "Size":
+        """The same size with rows that survive to the next unroll step by chance."""
+        sizes = self.seq, self.batch, self.k, self.vocab
+        return Size(self.name, self.shape, self.device, *sizes, SURVIVAL)
 
     @cached_property
     def truth_device(self) -> str:
@@ -107,7 +124,14 @@ class Size:
         """Batch, frozen tensors and parameters, in bf16: every dtype then has the same problem."""
         kind = {"dtype": torch.bfloat16, "device": self.truth_device}
         made = make_problem(
-            self.draft, batch=self.batch, seq=self.seq, masked=0.5, k=self.k, seed=0, **kind
+            self.draft,
+            batch=self.batch,
+            seq=self.seq,
+            masked=0.5,
+            k=self.k,
+            seed=0,
+            survival=self.survival,
+            **kind,
         )
         return made, draw_params(self.draft, 0, **kind)
 
@@ -158,6 +182,7 @@ def checks(device: str) -> Iterator[Named]:
         yield Named(f"{size.name} flash attention bf16", partial(check_flash, size))
         yield from check_tables(size)
 
+        fewer = size.surviving()
         for dtype in DTYPES:
             for numerics in NUMERICS:
                 about = f"{size.name} {numerics} {short(dtype)}"
@@ -166,6 +191,7 @@ def checks(device: str) -> Iterator[Named]:
                 for way in WAYS:
                     step = partial(check_step, size, numerics, dtype, way)
                     yield Named(f"{about} step {way.name}", step)
+                yield from check_survival(fewer, numerics, dtype)
             about = f"{size.name} SpecForge {short(dtype)}"
             yield Named(f"{about} step", partial(check_specforge, size, dtype))
 
@@ -214,6 +240,13 @@ WAYS = (
 )
 
 
+def check_survival(fewer: Size, numerics: str, dtype: torch.dtype) -> Iterator[Named]:
+    """Gradients and an update where rows survive by chance."""
+    about = f"{fewer.name} {numerics} {short(dtype)} survival"
+    yield Named(f"{about} backward", partial(check_backward, fewer, numerics, dtype))
+    yield Named(f"{about} step", partial(check_step, fewer, numerics, dtype, WAYS[0]))
+
+
 def check_surroundings(size: Size) -> Iterator[Named]:
     """The start of a run, its resume, and the caller's settings of torch."""
     yield Named(f"{size.name} start from the target", partial(check_init, size))
@@ -242,17 +275,22 @@ def check_score(size: Size, name: str, dtype: torch.dtype) -> dict[str, float]:
     source = torch.Generator().manual_seed(1)
     d = size.draft.draft_vocab_size
     v = size.draft.vocab_size
-    steps, labels = 2, 5
+
+    # Pairs by label: of one label three, of another none.
+    label = torch.tensor([0, 1, 1, 1, 3, 4, 4])
+    first = np.searchsorted(label.numpy(), np.arange(6))
     kept = torch.randperm(v, generator=source)[:d].sort().values
     t2d = torch.zeros(v, dtype=torch.bool).index_fill(0, kept, True)
-    logits = (torch.randn(steps, labels, d, generator=source) * 2).to(dtype)
-    z = (torch.randn(labels, v, generator=source) * 2).to(dtype)
+    logits = (torch.randn(len(label), d, generator=source) * 2).to(dtype)
+    z = (torch.randn(5, v, generator=source) * 2).to(dtype)
 
     # The kernel on the device, the expression in fp64. Both overwrite the logits.
     mine = logits.to(size.device, copy=True)
-    found = kernel(mine, z.to(size.device), t2d.to(size.device), kept.to(size.device))
+    there = (x.to(size.device) for x in (z, label, t2d, kept))
+    z_there, label_there, *vocabulary = there
+    found = kernel(mine, z_there, label_there, first, *vocabulary)
     wide = logits.double()
-    expected = head_loss.score(wide, z.double(), t2d, kept, loss)
+    expected = head_loss.score(wide, z.double(), label, first, t2d, kept, loss)
 
     same_rows = torch.equal(found.correct.cpu(), expected.correct)
     same_labels = torch.equal(found.known.cpu(), expected.known)
@@ -285,12 +323,13 @@ def check_kl(size: Size, dtype: torch.dtype) -> dict[str, float]:
 
 
 def check_flash(size: Size) -> dict[str, float]:
-    """Attention of some rows with two later keys each, and the gradients of all inputs."""
+    """Attention of some rows, in any order, with two later keys each; gradients of all inputs."""
     source = torch.Generator().manual_seed(3)
     n = size.draft.num_attention_heads
     j = size.draft.num_key_value_heads
     e = size.draft.head_dim
     rows = torch.arange(3, size.seq, 2)
+    rows = rows[torch.randperm(len(rows), generator=source)]
     query, cached, later = (len(rows), n, e), (1, size.seq, j, e), (len(rows), j, e)
     shapes = {"q": query, "key": cached, "value": cached}
     shapes |= dict.fromkeys(("later key", "later key 2", "later value", "later value 2"), later)
@@ -356,12 +395,19 @@ def problem_in(size: Size, numerics: str, dtype: torch.dtype, device: str) -> In
     """The size's problem in a dtype, on a device, under these numerics."""
     drawn, params = size.drawn
 
-    def move(x: Tensor) -> Tensor:
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x  # the plan's arrays
         return x.to(device, dtype if x.is_floating_point() else None)
 
+    objective = e3.ObjectiveConfig(
+        ttt_length=size.k,
+        numerics=numerics,  # pyright: ignore
+        survival=size.survival,
+    )
     config = e3.Config(
         size.draft,
-        e3.ObjectiveConfig(ttt_length=size.k, numerics=numerics),  # pyright: ignore
+        objective,
         e3.OptimizerConfig(learning_rate=RATE),
         train=e3.TrainConfig(steps=100, dtype=name_of(dtype), device=device),  # pyright: ignore
     )
@@ -480,7 +526,7 @@ def check_by_sample(size: Size) -> dict[str, float]:
     """`vmap` of `grad` over the samples of a batch gives the gradients of each alone."""
     problem = problem_in(size, "fast", torch.float32, size.device)
     fns = e3.bind(problem.config, problem.frozen)
-    batch = problem.batch._replace(rows=None, labels=None)
+    batch = problem.batch._replace(plan=None)
     fields = {name: x for name, x in batch._asdict().items() if x is not None}
     samples = tree_map(lambda x: x[:, None], fields)  # (B, 1, …)
 

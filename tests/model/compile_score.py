@@ -8,8 +8,8 @@ from triton.compiler import ASTSource, compile
 
 from eagle3fn.model.kernels.score import _kernels
 
-NUMBERS = ("K", "P", "V", "D")
-TOKEN_IDS = ("kept", "target_token", "token")
+NUMBERS = ("V", "D")
+INDICES = ("label", "kept", "target_token", "token")
 LOGITS = ("logits", "z")
 
 
@@ -19,7 +19,7 @@ def kind(name: str, dtype: str) -> str:
         return "constexpr"
     if name in NUMBERS:
         return "i32"
-    if name in TOKEN_IDS:
+    if name in INDICES:
         return "*i64"
     if name in LOGITS:
         return f"*{dtype}"

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import eagle3fn as e3
-from eagle3fn.base.rows import over_steps, row_lists
+from eagle3fn.base.rows import plan_rows
 from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.data.collate import align
 from eagle3fn.model import fast, flash_attention, head_loss
@@ -69,15 +71,22 @@ def vocabulary_of(v, d):
     return frozen.t2d, torch.arange(d) + frozen.d2t
 
 
-def scores_of(score, dtype, pair, device, k=2, p=2, width=8):
+def labels_of(*counts):
+    """Of labels with so many pairs each: every pair's label `(X,)`, and `first` `(P + 1,)`."""
+    label = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return label, np.cumsum([0, *counts])
+
+
+def scores_of(score, dtype, pair, device, counts=(2, 0, 1), width=8):
     """Scores and the overwritten logits; values are multiples of 1/4, so that there are ties."""
     v, d = pair
     generator = torch.Generator().manual_seed(v * d + width)
-    t2d, kept = vocabulary_of(v, d)
-    logits = torch.randint(-width, width, (k, p, d), generator=generator) / 4
-    z = torch.randint(-width, width, (p, v), generator=generator) / 4
+    vocabulary = [x.to(device) for x in vocabulary_of(v, d)]
+    label, first = labels_of(*counts)
+    logits = torch.randint(-width, width, (len(label), d), generator=generator) / 4
+    z = torch.randint(-width, width, (len(counts), v), generator=generator) / 4
     logits = logits.to(device, dtype)
-    scores = score(logits, z.to(device, dtype), t2d.to(device), kept.to(device))
+    scores = score(logits, z.to(device, dtype), label.to(device), first, *vocabulary)
     return scores, logits
 
 
@@ -97,31 +106,35 @@ def test_kernel_equals_its_torch_expression(dtype, pair, device):
 
 @needs_triton
 def test_argmax_ties_pick_lowest_index(device):
-    """The teacher is the first step's draft, and low outside its vocabulary: that step is right."""
+    """The teacher is a label's first row, and low outside its vocabulary: that row is right."""
     t2d, kept = vocabulary_of(150, 70)
+    label, first = labels_of(*[2] * 6)
     scores_of: list[Any] = [kernel.score, torch_score]
     for score in scores_of:
         generator = torch.Generator().manual_seed(3)
-        logits = torch.randint(-2, 2, (2, 6, 70), generator=generator).float()
-        z = torch.full((6, 150), -3.0).index_copy_(1, kept, logits[0])
-        assert (logits[0] == 1).sum(-1).min() > 3
-        scores = score(*(x.to(device) for x in (logits, z, t2d, kept)))
-        assert scores.correct[0].all()
-        assert not scores.correct[1].all()
+        logits = torch.randint(-2, 2, (12, 70), generator=generator).float()
+        z = torch.full((6, 150), -3.0).index_copy_(1, kept, logits[::2])
+        assert (logits[::2] == 1).sum(-1).min() > 3
+        logits, z, label, t2d, kept = (x.to(device) for x in (logits, z, label, t2d, kept))
+        scores = score(logits, z, label, first, t2d, kept)
+        assert scores.correct[::2].all()
+        assert not scores.correct[1::2].all()
 
 
 @needs_triton
 @pytest.mark.parametrize("gap", [20.0, 200.0])
 def test_draft_vocabulary_far_below_the_targets_largest_logit(gap, device):
     t2d, kept = vocabulary_of(150, 70)
+    label, first = labels_of(2, 2)
     found = []
     scores_of: list[Any] = [kernel.score, torch_score]
     for score in scores_of:
         generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(2, 2, 70, generator=generator).to(device)
+        logits = torch.randn(4, 70, generator=generator).to(device)
         z = torch.randn(2, 150, generator=generator)
-        z[0, int((~t2d).nonzero()[0])] = gap
-        scores = score(logits, z.to(device), t2d.to(device), kept.to(device))
+        z[0, int((~t2d.cpu()).nonzero()[0])] = gap
+        z, label, t2d, kept = (x.to(device) for x in (z, label, t2d, kept))
+        scores = score(logits, z, label, first, t2d, kept)
         found.append((*scores, logits))
     for ours, wanted in zip(*found, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=2e-6, atol=2e-6)
@@ -189,7 +202,7 @@ def test_kernels_compile_for_a_card():
 
 
 def attention_inputs(later, head_size, dtype):
-    """Rows, the five inputs of attention with `later` later steps, and a gradient."""
+    """Rows in any order, the inputs of attention with `later` later steps, and a gradient."""
     generator = torch.Generator().manual_seed(later)
     s = 40
 
@@ -198,7 +211,8 @@ def attention_inputs(later, head_size, dtype):
         return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
 
     mask = (torch.rand(2, s, generator=generator) < 0.6).long()
-    rows = row_lists(mask[:, None], bucket=1).rows
+    rows = mask.flatten().nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=generator)]
     key = draw(2, s, KV_HEADS, head_size)
     value = draw(2, s, KV_HEADS, head_size)
     step_keys = draw(later, len(rows), KV_HEADS, head_size)
@@ -249,19 +263,23 @@ def test_flash_attention_in_bf16_is_near_the_plain_expression(later, device):
         assert error(a.cpu(), b) < 2e-2
 
 
+@pytest.mark.parametrize("survival", [1.0, 0.5])
 @pytest.mark.parametrize("k", [1, 3, 7])
-def test_objective_by_flash_is_plain(k):
+def test_objective_by_flash_is_plain(k, survival):
     mask = torch.zeros(2, 90, dtype=torch.int64)
     mask[0, 20:45] = 1
     mask[0, 70:] = 1
     mask[1, 30:33] = 1
-    batch = batch_of(1, (90, 50), 130, mask)
+    batch = batch_of(1, (90, 50), 130, mask).aligned(k)
+    if survival < 1:
+        source = torch.Generator().manual_seed(k)
+        batch = batch._replace(survives=torch.randint(1, k + 1, (2, 90), generator=source))
 
-    # The list of rows is filled up by repeating a sample's last row.
-    rows = row_lists(over_steps(batch.row_mask, k)).rows
-    assert len(rows.unique()) < len(rows)
+    # From the second step on rows are not in the order of their places.
+    rows = plan_rows(batch.row_mask, batch.survives).rows
+    assert k == 1 or not torch.equal(rows, rows.sort().values)
     with by_flash:
-        assert_fast_is_plain(batch, (130, 64), ttt_length=k)
+        assert_fast_is_plain(batch, (130, 64), ttt_length=k, survival=survival)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -293,14 +311,15 @@ def test_flash_is_for_cuda_and_the_heads_it_takes(monkeypatch):
 
 
 def without_values(tree):
-    """The same tensors on PyTorch's device of shapes alone."""
-    return tree_map(lambda value: value.to("meta"), tree)
+    """The same tensors on PyTorch's device of shapes alone; arrays stay on the host."""
+    return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def step_without_values(batch):
+def step_without_values(batch, survival=1.0):
     """One step by the flash path: shapes and dtypes of the parameters stay."""
     draft = make_draft(32, 96, 64, intermediate_size=48, head_dim=8)
-    config = e3.Config(draft, train=e3.TrainConfig(steps=3, init="random"))
+    objective = e3.ObjectiveConfig(survival=survival)
+    config = e3.Config(draft, objective, train=e3.TrainConfig(steps=3, init="random"))
     embed = torch.zeros(96, 32, dtype=torch.bfloat16)
     head = torch.zeros(96, 32, dtype=torch.bfloat16)
     t2d = torch.arange(96) < 64
@@ -328,8 +347,14 @@ def test_a_step_reads_nothing_on_the_host():
     features = torch.zeros(1, 24, 96, dtype=torch.bfloat16)
     k = e3.ObjectiveConfig().ttt_length
     batch = align(ids, ids, ids, features, features[..., :32], k)
-    step_without_values(batch._replace(**row_lists(batch.row_mask)._asdict()))
+    step_without_values(batch._replace(plan=plan_rows(batch.row_mask)))
 
-    # Without its rows the batch's mask must be read.
+    # Also where rows survive by chance.
+    survives = torch.arange(24)[None] % k + 1
+    fewer = batch._replace(survives=survives, plan=plan_rows(batch.row_mask, survives))
+    assert fewer.plan.sizes[-1] < fewer.plan.sizes[0]
+    step_without_values(fewer, survival=0.9)
+
+    # Without its plan the batch's mask must be read.
     with pytest.raises((NotImplementedError, RuntimeError), match=r"[Mm]eta"):
         step_without_values(batch)
