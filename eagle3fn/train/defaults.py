@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.toml import read_toml
 from eagle3fn.data.vocab import held_out_of
@@ -27,8 +30,11 @@ class Choice(NamedTuple):
     reason: str
 
 
-def chosen_defaults(draft: DraftConfig, samples: int) -> list[Choice]:
-    """The settings of a draft trained on `samples` conversations, held-out ones among them."""
+def chosen_defaults(draft: DraftConfig, samples: int, device: str = "cpu") -> list[Choice]:
+    """The settings of a draft trained on `samples` conversations, held-out ones among them.
+
+    `device` is where it is trained.
+    """
     held_out = held_out_of(samples)
     apart = min(max(samples - held_out, _FEWEST_STEPS_APART), _MOST_STEPS_APART)
     width = draft.hidden_size
@@ -38,9 +44,14 @@ def chosen_defaults(draft: DraftConfig, samples: int) -> list[Choice]:
         Choice("optimizer.name", "muon", "learns more from a sample"),
         Choice("optimizer.learning_rate", rate_of(width), f"by hidden size {width}"),
         Choice("optimizer.warmup_ratio", 0.03, "of the demo"),
+        Choice("train.dtype", _name(fast_dtype(device)), f"fast on this {device}"),
         Choice("data.held_out", held_out, f"a tenth of {samples} samples, at most 24"),
         Choice("train.eval_every", apart, "about an epoch, 50 to 500 steps"),
     ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def rate_of(width: int) -> float:
