@@ -129,6 +129,9 @@ def check_loss(
         holds = data.micro_batch == data.global_batch
         constraint = f"{data.global_batch}, {whole}"
         require(holds, "data.micro_batch", data.micro_batch, constraint)
+        rate = config.objective.survival
+        constraint = f"1 under objective.loss = {name!r}, whose means are of every row"
+        require(rate == 1, "objective.survival", rate, constraint)
     else:
         find_loss(config.objective, own)
 

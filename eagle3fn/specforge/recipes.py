@@ -8,6 +8,7 @@
 | `Recipe.align_mask` | the mask without its last entry | one row late for a turn's first draft |
 | `Recipe.order` | shuffled by the epoch alone | ours has the seed too, and leaves nothing out |
 | `objective.numerics` | `"plain"` | as `Recipe.loss` |
+| `objective.survival` | 1.0 | every row at every step costs twice the products |
 | `objective.normalization` | `"rows"` | padding and the micro-batches' split change the loss |
 | `objective.teacher` | `"full"` | much memory for the same values to rounding |
 | `optimizer.name` | `"adamw"` | Muon learns more from a sample |
@@ -33,7 +34,12 @@ from eagle3fn.train.recipe import Recipe
 
 NAME = "specforge"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "objective": {"numerics": "plain", "normalization": "rows", "teacher": "full"},
+    "objective": {
+        "numerics": "plain",
+        "normalization": "rows",
+        "survival": 1.0,
+        "teacher": "full",
+    },
     "optimizer": {"name": "adamw", "accumulation": "params"},
     "train": {"init": "random"},
 }
