@@ -22,6 +22,21 @@ _MOST_STEPS_APART = 500  # between two evaluations
 _FEWEST_STEPS_APART = 50
 
 
+class Unroll(NamedTuple):
+    """Unroll steps, and the chance that a row goes on to the next one."""
+
+    steps: int
+    survival: float
+
+
+# A draft that learned from few samples gets few tokens accepted in a row: later steps teach it
+# little (bench/LOG.md, at 200 to 600 samples). From many on it is SpecForge's number of steps,
+# whose later rows cost less; that was not measured.
+_SHORT = Unroll(3, 0.8)
+_LONG = Unroll(7, 0.65)
+_MANY_SAMPLES = 5000
+
+
 class Choice(NamedTuple):
     """A setting, the value chosen for it, and why."""
 
@@ -38,9 +53,10 @@ def chosen_defaults(draft: DraftConfig, samples: int, device: str = "cpu") -> li
     held_out = held_out_of(samples)
     apart = min(max(samples - held_out, _FEWEST_STEPS_APART), _MOST_STEPS_APART)
     width = draft.hidden_size
+    unroll = _SHORT if samples < _MANY_SAMPLES else _LONG
     return [
-        Choice("objective.ttt_length", 4, "fewer steps teach more a minute"),
-        Choice("objective.survival", 0.65, "fewer products a sample, more samples a minute"),
+        Choice("objective.ttt_length", unroll.steps, f"for {samples} samples"),
+        Choice("objective.survival", unroll.survival, "fewer products, more samples a minute"),
         Choice("optimizer.name", "muon", "learns more from a sample"),
         Choice("optimizer.learning_rate", rate_of(width), f"by hidden size {width}"),
         Choice("optimizer.warmup_ratio", 0.03, "of the demo"),
