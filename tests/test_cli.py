@@ -239,17 +239,17 @@ def test_extraction_keeps_the_number_of_threads_that_it_began_with(work, capsys,
 def test_cut_off_synthesis_keeps_the_number_of_threads_that_it_began_with(tmp_path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     out = tmp_path / "talks.jsonl"
-    asked = (model, tokenizer, out, 0, 2)
-    assert begun_threads(*asked) is None
+    assert begun_threads(out) is None
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         synthesize(model, tokenizer, out, 50, seed=0, batch=2, on_progress=stop)
-    kept = begun_threads(*asked)
+    kept = begun_threads(out)
     assert kept is not None and kept.count == torch.get_num_threads()
-    assert begun_threads(model, tokenizer, out, 1, 2) is None
+    synthesize(model, tokenizer, out, 2, seed=0, batch=2)
+    assert begun_threads(out) is None
 
 
 # Ranks.

@@ -338,7 +338,8 @@ def _round(work: Work, counts: Sequence[int], repeats: int, end: float) -> dict[
             # hope: eight times as slow was seen with two threads for one free core.
             took = _seconds(work, 1)
             if took < _HOPELESS * best:
-                took = _seconds(work, repeats)
+                most = min(_HOPELESS * best * repeats, end - perf_counter())
+                took = _seconds(work, repeats, most)
         times[count] = took
         if took > _STOP * best:
             break
@@ -352,11 +353,16 @@ def fewest(times: dict[int, float]) -> int:
     return min(count for count, took in times.items() if took <= (1 + _WORTH) * best)
 
 
-def _seconds(work: Work, repeats: int) -> float:
+def _seconds(work: Work, repeats: int, most: float = math.inf) -> float:
+    """Seconds of a call, a mean over `repeats`, or over those that begin within `most` seconds."""
     begin = perf_counter()
-    for _ in range(repeats):
+    calls = 0
+    took = 0.0
+    while calls == 0 or (calls < repeats and took <= most):
         work()
-    return (perf_counter() - begin) / repeats
+        calls += 1
+        took = perf_counter() - begin
+    return took / calls
 
 
 @contextmanager

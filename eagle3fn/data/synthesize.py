@@ -142,7 +142,7 @@ class Parts(NamedTuple):
         write_jsonl(self.out, rows)
         for part in self.folder.glob(f"*{self.digest}-*"):
             part.unlink()
-        if self.folder.exists() and not any(self.folder.glob("*.jsonl")):
+        if self.folder.exists() and {path.name for path in self.folder.iterdir()} <= {_THREADS}:
             (self.folder / _THREADS).unlink(missing_ok=True)
             self.folder.rmdir()
 

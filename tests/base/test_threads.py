@@ -36,7 +36,7 @@ def timed(monkeypatch):
     def replace(taken: Taken) -> list[int]:
         tried: list[int] = []
 
-        def seconds(work, repeats):
+        def seconds(work, repeats, most=math.inf):
             tried.append(torch.get_num_threads())
             return taken(torch.get_num_threads())
 
@@ -124,6 +124,21 @@ def test_measurement_ends_in_time_where_every_call_takes_long(monkeypatch) -> No
     assert found.count == 1
     assert found.seconds < 5
     assert max(found.relative) == 8  # what 3 s were enough for
+
+
+def test_repeats_end_where_a_call_is_now_and_then_without_hope(monkeypatch) -> None:
+    now = [0.0]
+    calls = []
+
+    def work() -> None:
+        calls.append(torch.get_num_threads())
+        blocked = calls[-1] == 2 and len(calls) % 3 == 0  # by other work of the machine
+        now[0] += 1.0 if blocked else 1e-4
+
+    monkeypatch.setattr(threads, "perf_counter", lambda: now[0])
+    found = fastest(lambda: work, [1, 2])
+    assert found.count == 1
+    assert found.seconds < 5
 
 
 def test_slowest_rank_counts_and_unreached_counts_are_left_out(timed) -> None:

@@ -170,9 +170,10 @@ def test_finished_run_deletes_its_own_parts_alone(killed):
     parts = Path(f"{out}.parts")
     mine = min(parts.iterdir()).name
     (parts / f".{mine}.abc.tmp").write_text("left by a kill")
-    (parts / "other-00000.jsonl").write_text("")
+    others = parts / ".other-00000.jsonl.abc.tmp"
+    others.write_text("left by a kill of other settings")
     assert synthesize(tiny_model(), tiny_tokenizer(), out, 3) == 3
-    assert [path.name for path in parts.iterdir()] == ["other-00000.jsonl"]
+    assert {path.name for path in parts.iterdir()} == {others.name, "threads.json"}
 
 
 def test_empty_folder_of_parts_is_removed(killed):
