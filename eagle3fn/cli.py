@@ -261,6 +261,7 @@ def _say(line: str | None) -> None:
 
 
 def _synthesize(options: Any) -> None:
+    from eagle3fn.base.device import fast_dtype
     from eagle3fn.base.threads import sizes_of, take_threads, thin_products
     from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
     from eagle3fn.data.synthesize import ANSWER, begun_threads, synthesize
@@ -271,7 +272,7 @@ def _synthesize(options: Any) -> None:
     shared = {"seed": options.seed, "batch": options.batch, "exclude": options.exclude}
     shared["on_progress"] = progress.bar("conversation")
 
-    model, tokenizer = load_target(options.target, device=options.device)
+    model, tokenizer = load_target(options.target, fast_dtype(options.device), options.device)
     sizes = sizes_of(model.config.to_dict())
     _say(
         take_threads(
@@ -412,6 +413,28 @@ def _named(options: Any, overrides: list[str]) -> dict[str, Any]:
     return named
 
 
+def _unnamed(
+    options: Any, named: dict[str, Any], draft: "DraftConfig", samples: int, device: str
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Values for the settings that nobody names, by section, and a text of where they are from."""
+    from eagle3fn.specforge.recipes import SETTINGS
+    from eagle3fn.train.defaults import (
+        begun_settings,
+        by_section,
+        chosen_defaults,
+        describe,
+        not_named,
+    )
+
+    if options.recipe:
+        return SETTINGS, ""
+    begun = begun_settings(options.out)
+    if begun is not None:
+        return begun, f"settings that are not named: as the run began, {options.out}/config.toml"
+    chosen = not_named(chosen_defaults(draft, samples, device), named)
+    return by_section(chosen), describe(chosen)
+
+
 def _config(
     options: Any,
     draft: "DraftConfig | None",
@@ -449,14 +472,7 @@ def _train(options: Any) -> None:
     from eagle3fn.data.target import config_hash, read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
-    from eagle3fn.specforge.recipes import RECIPES, SETTINGS
-    from eagle3fn.train.defaults import (
-        begun_settings,
-        by_section,
-        chosen_defaults,
-        describe,
-        not_named,
-    )
+    from eagle3fn.specforge.recipes import RECIPES
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
@@ -475,15 +491,8 @@ def _train(options: Any) -> None:
         target_hash = config_hash(tree)
         draft = _draft(options, tree, map_size(options.vocab, read_map))
         features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
-        defaults, said = SETTINGS, ""
-        if not options.recipe:
-            defaults = begun_settings(options.out)
-            said = f"settings that are not named: as the run began, {options.out}/config.toml"
-        if defaults is None:
-            device = world.device(named.get("train", {}).get("device", "cpu"))
-            chosen = chosen_defaults(draft, len(features.samples), device)
-            chosen = not_named(chosen, named)
-            defaults, said = by_section(chosen), describe(chosen)
+        device = world.device(named.get("train", {}).get("device", "cpu"))
+        defaults, said = _unnamed(options, named, draft, len(features.samples), device)
         config = _config(options, draft, overrides, options.recipe, defaults)
         dtype = getattr(torch, config.train.dtype)
         shape = config.draft

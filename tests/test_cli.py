@@ -264,7 +264,7 @@ def test_settings_that_nobody_names_are_chosen_said_and_kept(work, tmp_path, cap
     capsys.readouterr()
     assert call(work, "train", *arguments) == 0
     said = capsys.readouterr().out
-    assert "chosen: optimizer.learning_rate=0.001 (by hidden size 16)\n" in said
+    assert ", optimizer.learning_rate=0.001 (by hidden size 16)\n" in said
     assert "data.held_out=1 (a tenth of 10 samples" in said
     config = read_toml(out / "config.toml")
     assert config["data"]["held_out"] == 1
@@ -302,28 +302,36 @@ def test_vocabulary_takes_its_size_from_the_data(work, tmp_path, capsys):
 # Whose answers these are.
 
 
-def test_answers_of_others_are_named_with_what_to_do(work, tmp_path, capsys, monkeypatch):
-    own = tmp_path / "own.jsonl"
-    talks = work / "talks.jsonl"
-    greedy = ["--temperature", 0, "--max-new", 40]
-    assert call(work, "synthesize", "--prompts", talks, "--out", own, *greedy) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"own.jsonl: 10 conversations, 10 answers, \d+ of them cut at 40", said)
+def test_answers_of_others_are_named_with_what_to_do(work, tmp_path, capsys):
+    # A target that is sure of what it writes.
+    sure = tmp_path / "sure"
+    shutil.copytree(work / "target", sure)
+    model = tiny_model(eos_token_id=1)
+    model.lm_head.weight *= 100
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(sure)
 
-    # The random target is almost indifferent: any text that it did not write counts.
-    monkeypatch.setattr("eagle3fn.data.own._MOST_EXCESS", 0.0)
-    sizes = ["--max-length", 128]
-    others = ["--conversations", talks, "--out", tmp_path / "a", *sizes]
-    assert call(work, "extract", *others) == 0
-    said = capsys.readouterr().out
-    command = f"synthesize --target {work / 'target'} --prompts {talks} --out OWN.jsonl"
-    assert "not the target's own" in said and command in said
+    def said(command: str, *arguments: object) -> str:
+        capsys.readouterr()
+        assert main([command, "--target", str(sure), *map(str, arguments)]) == 0
+        return capsys.readouterr().out
 
-    assert call(work, "extract", "--conversations", own, "--out", tmp_path / "b", *sizes) == 0
-    assert "not the target's own" not in capsys.readouterr().out
+    # It answers the prompts of others' conversations.
+    talks, own = work / "talks.jsonl", tmp_path / "own.jsonl"
+    limits = ["--temperature", 0, "--max-new", 40]
+    text = said("synthesize", "--prompts", talks, "--out", own, *limits)
+    assert re.search(r"own.jsonl: 10 conversations, 10 answers, \d+ of them cut at 40", text)
 
-    train(work, tmp_path / "run", steps=1)
-    assert "--prompts CONVERSATIONS.jsonl" in capsys.readouterr().out
+    # Others' answers are told from these, by `extract` and by `train`.
+    foreign = "the answers are not the target's own"
+    length = ["--max-length", 128]
+    text = said("extract", "--conversations", talks, "--out", tmp_path / "a", *length)
+    assert foreign in text
+    assert f"synthesize --target {sure} --prompts {talks} --out OWN.jsonl" in text
+    text = said("extract", "--conversations", own, "--out", tmp_path / "b", *length)
+    assert foreign not in text
+    run = ["--vocab", work / "map", "--out", tmp_path / "run", *settings("train.steps=1")]
+    assert foreign in said("train", "--features", tmp_path / "a", *run)
 
 
 # Ranks.
