@@ -142,10 +142,14 @@ def _add_data_commands(command: Command) -> None:
     sub.add_argument("--features", required=True)
     sub.add_argument("--out", required=True, help="safetensors file")
     sub.add_argument(
-        "--size", type=_positive, default=32_000, help="draft vocabulary (default 32000)"
+        "--size",
+        type=_positive,
+        help="draft vocabulary (default: 99.9%% of the supervised tokens, 4096 to 32000)",
     )
     sub.add_argument(
-        "--held-out", type=_count, default=0, help="samples at the end that are not counted"
+        "--held-out",
+        type=_count,
+        help="samples at the end that are not counted (default: a tenth, at most 24)",
     )
 
 
@@ -257,6 +261,7 @@ def _say(line: str | None) -> None:
 
 
 def _synthesize(options: Any) -> None:
+    from eagle3fn.base.device import fast_dtype
     from eagle3fn.base.threads import sizes_of, take_threads, thin_products
     from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
     from eagle3fn.data.synthesize import ANSWER, begun_threads, synthesize
@@ -267,7 +272,7 @@ def _synthesize(options: Any) -> None:
     shared = {"seed": options.seed, "batch": options.batch, "exclude": options.exclude}
     shared["on_progress"] = progress.bar("conversation")
 
-    model, tokenizer = load_target(options.target, device=options.device)
+    model, tokenizer = load_target(options.target, fast_dtype(options.device), options.device)
     sizes = sizes_of(model.config.to_dict())
     _say(
         take_threads(
@@ -349,20 +354,36 @@ def _vocab(options: Any) -> None:
     from eagle3fn.data.features import open_features
     from eagle3fn.data.pipeline import split
     from eagle3fn.data.target import config_hash, target_config
-    from eagle3fn.data.vocab import count_map, save_map
+    from eagle3fn.data.vocab import (
+        build_map,
+        chosen_size,
+        count_tokens,
+        coverage,
+        held_out_of,
+        save_map,
+    )
     from eagle3fn.specforge.feature_files import READER
 
     tree = target_config(options.target)
     vocab_size = tree["vocab_size"]
     features = open_features(options.features, vocab_size, tree["hidden_size"], READER)
-    kept, _ = split(len(features.samples), options.held_out)
-    vocab_map, covered = count_map(features, kept, vocab_size, options.size)
+    samples = len(features.samples)
+    held_out = held_out_of(samples) if options.held_out is None else options.held_out
+    kept, held = split(samples, held_out)
+
+    counts = count_tokens(features, kept, vocab_size)
+    size = options.size or chosen_size(counts)
+    vocab_map = build_map(counts, min(size, vocab_size))
+    covered = coverage(vocab_map, counts)
     provenance = {"target": options.target, "target_hash": config_hash(tree), "covered": covered}
     save_map(options.out, vocab_map, provenance)
-    print(
-        f"{options.out}: {len(vocab_map.d2t)} of {vocab_size} tokens, "
-        f"{covered:.2%} of the supervised ones"
-    )
+
+    text = f"{options.out}: {len(vocab_map.d2t)} of {vocab_size} tokens, {covered:.2%} of the "
+    text += "supervised ones"
+    if held:
+        unseen = coverage(vocab_map, count_tokens(features, held, vocab_size))
+        text += f", {unseen:.2%} in {len(held)} held-out samples"
+    print(text)
 
 
 def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> "DraftConfig":
@@ -390,6 +411,28 @@ def _named(options: Any, overrides: list[str]) -> dict[str, Any]:
         override(named, text)
     refuse_old_settings(given, "--set")
     return named
+
+
+def _unnamed(
+    options: Any, named: dict[str, Any], draft: "DraftConfig", samples: int, device: str
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Values for the settings that nobody names, by section, and a text of where they are from."""
+    from eagle3fn.specforge.recipes import SETTINGS
+    from eagle3fn.train.defaults import (
+        begun_settings,
+        by_section,
+        chosen_defaults,
+        describe,
+        not_named,
+    )
+
+    if options.recipe:
+        return SETTINGS, ""
+    begun = begun_settings(options.out)
+    if begun is not None:
+        return begun, f"settings that are not named: as the run began, {options.out}/config.toml"
+    chosen = not_named(chosen_defaults(draft, samples, device), named)
+    return by_section(chosen), describe(chosen)
 
 
 def _config(
@@ -429,8 +472,7 @@ def _train(options: Any) -> None:
     from eagle3fn.data.target import config_hash, read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
-    from eagle3fn.specforge.recipes import RECIPES, SETTINGS
-    from eagle3fn.train.defaults import by_section, chosen_defaults, describe, taken
+    from eagle3fn.specforge.recipes import RECIPES
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
@@ -450,9 +492,7 @@ def _train(options: Any) -> None:
         draft = _draft(options, tree, map_size(options.vocab, read_map))
         features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
         device = world.device(named.get("train", {}).get("device", "cpu"))
-        chosen = chosen_defaults(draft, len(features.samples), device)
-        chosen = [] if options.recipe else taken(chosen, named, options.out)
-        defaults = SETTINGS if options.recipe else by_section(chosen)
+        defaults, said = _unnamed(options, named, draft, len(features.samples), device)
         config = _config(options, draft, overrides, options.recipe, defaults)
         dtype = getattr(torch, config.train.dtype)
         shape = config.draft
@@ -479,7 +519,7 @@ def _train(options: Any) -> None:
         layers = tree["num_hidden_layers"]
         check_made_for(features, target_hash, aux_layers(config.draft, layers), options.target)
         if world.main:
-            _say(describe(chosen))
+            _say(said)
             found = measure_agreement(features, tensors.head)
             _say(foreign_note(found, options.target, "CONVERSATIONS.jsonl"))
 

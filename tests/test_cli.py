@@ -1,6 +1,7 @@
 """The command line from a tiny target to an evaluated draft, and what it answers to bad input."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle3fn.base.config import TrainConfig
+from eagle3fn.base.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import locked
+from eagle3fn.base.toml import read_toml
 from eagle3fn.cli import main
 from eagle3fn.data.synthesize import begun_threads, synthesize
 from eagle3fn.data.vocab import save_map
+from eagle3fn.train.defaults import Choice
 from tests import devices
 from tests.factories import make_map, tiny_model, tiny_tokenizer, write_talks
 from tests.train.run_files import rows, same_end
@@ -250,6 +253,85 @@ def test_cut_off_synthesis_keeps_the_number_of_threads_that_it_began_with(tmp_pa
     assert kept is not None and kept.count == torch.get_num_threads()
     synthesize(model, tokenizer, out, 2, seed=0, batch=2)
     assert begun_threads(out) is None
+
+
+# Settings that nobody names.
+
+
+def test_settings_that_nobody_names_are_chosen_said_and_kept(work, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    arguments = [*places(work, out), *settings("train.steps=1", "optimizer.warmup_ratio=0.5")]
+    capsys.readouterr()
+    assert call(work, "train", *arguments) == 0
+    said = capsys.readouterr().out
+    assert ", optimizer.learning_rate=0.001 (by hidden size 16)\n" in said
+    assert "data.held_out=1 (a tenth of 10 samples" in said
+    config = read_toml(out / "config.toml")
+    assert config["data"]["held_out"] == 1
+    assert config["optimizer"]["learning_rate"] == 1e-3
+    assert config["optimizer"]["warmup_ratio"] == 0.5  # it was named
+
+    # Another version, which would choose otherwise.
+    def other(draft, samples, device):
+        return [Choice("optimizer.learning_rate", 0.5, "of a later version")]
+
+    monkeypatch.setattr("eagle3fn.train.defaults.chosen_defaults", other)
+    assert call(work, "train", *arguments) == 0
+    assert f"as the run began, {out}/config.toml" in capsys.readouterr().out
+    assert read_toml(out / "config.toml") == config
+
+
+def test_nothing_is_chosen_under_a_recipe(work, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [*places(work, out), *settings("train.steps=1"), "--recipe", "specforge"]
+    capsys.readouterr()
+    assert call(work, "train", *arguments) == 0
+    assert "chosen: " not in capsys.readouterr().out
+    config = read_toml(out / "config.toml")
+    assert config["optimizer"]["learning_rate"] == OptimizerConfig().learning_rate
+    assert config["objective"]["ttt_length"] == ObjectiveConfig().ttt_length
+    assert config["data"]["held_out"] == 0
+
+
+def test_vocabulary_takes_its_size_from_the_data(work, tmp_path, capsys):
+    assert call(work, "vocab", "--features", work / "features", "--out", tmp_path / "map") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"map: 300 of 300 tokens, 100.00% .*, 100.00% in 1 held-out samples\n", said)
+
+
+# Whose answers these are.
+
+
+def test_answers_of_others_are_named_with_what_to_do(work, tmp_path, capsys):
+    # A target that is sure of what it writes.
+    sure = tmp_path / "sure"
+    shutil.copytree(work / "target", sure)
+    model = tiny_model(eos_token_id=1)
+    model.lm_head.weight *= 100
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(sure)
+
+    def said(command: str, *arguments: object) -> str:
+        capsys.readouterr()
+        assert main([command, "--target", str(sure), *map(str, arguments)]) == 0
+        return capsys.readouterr().out
+
+    # It answers the prompts of others' conversations.
+    talks, own = work / "talks.jsonl", tmp_path / "own.jsonl"
+    limits = ["--temperature", 0, "--max-new", 40]
+    text = said("synthesize", "--prompts", talks, "--out", own, *limits)
+    assert re.search(r"own.jsonl: 10 conversations, 10 answers, \d+ of them cut at 40", text)
+
+    # Others' answers are told from these, by `extract` and by `train`.
+    foreign = "the answers are not the target's own"
+    length = ["--max-length", 128]
+    text = said("extract", "--conversations", talks, "--out", tmp_path / "a", *length)
+    assert foreign in text
+    assert f"synthesize --target {sure} --prompts {talks} --out OWN.jsonl" in text
+    text = said("extract", "--conversations", own, "--out", tmp_path / "b", *length)
+    assert foreign not in text
+    run = ["--vocab", work / "map", "--out", tmp_path / "run", *settings("train.steps=1")]
+    assert foreign in said("train", "--features", tmp_path / "a", *run)
 
 
 # Ranks.

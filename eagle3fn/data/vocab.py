@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eagle3fn.base.draft_config import DEFAULT_DRAFT_VOCAB
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file
 from eagle3fn.base.types import VocabMap
@@ -17,6 +18,9 @@ from eagle3fn.data.features import FeatureSet, read_tokens
 
 REMEDY = "build the map again"
 _MOST_HELD_OUT = 24
+_COVERED = 0.999  # of the supervised tokens
+_SMALLEST = 4096
+_SIZE_STEP = 1024
 
 
 # Counting and building
@@ -67,20 +71,22 @@ def build_map(counts: Tensor, draft_size: int) -> VocabMap:
     return VocabMap(t2d, kept - torch.arange(draft_size, device=kept.device))
 
 
-def count_map(
-    features: FeatureSet, indices: Iterable[int], vocab_size: int, draft_size: int
-) -> tuple[VocabMap, float]:
-    """The map of the most supervised tokens, and the share of all supervised tokens it covers.
+def chosen_size(counts: Tensor) -> int:
+    """A draft vocabulary for tokens supervised so often, `(V,)`, where nobody names a size.
 
-    It keeps `draft_size` tokens, at most `vocab_size`.
-
-    Raises:
-        UserError: an unreadable sample.
+    The most frequent tokens that make up 99.9% of the supervised ones, rounded up to a multiple of
+    1,024; at least 4,096, at most 32,000, and at most V.
     """
-    counts = count_tokens(features, indices, vocab_size)
-    vocab_map = build_map(counts, min(draft_size, vocab_size))
-    covered = counts[vocab_map.t2d].sum() / counts.sum().clamp(min=1)
-    return vocab_map, float(covered)
+    frequent_first = counts.sort(descending=True).values
+    before = frequent_first.cumsum(0) - frequent_first  # covered by the tokens before each
+    needed = int((before < _COVERED * counts.sum()).sum())
+    rounded = -(-needed // _SIZE_STEP) * _SIZE_STEP
+    return min(max(rounded, _SMALLEST), DEFAULT_DRAFT_VOCAB, len(counts))
+
+
+def coverage(vocab_map: VocabMap, counts: Tensor) -> float:
+    """The share of tokens, counted in `(V,)`, that the map has; 0 without tokens."""
+    return float(counts[vocab_map.t2d].sum() / counts.sum().clamp(min=1))
 
 
 def held_out_of(samples: int) -> int:

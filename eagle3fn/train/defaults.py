@@ -5,15 +5,18 @@ at hidden size 3,584 to 4,096. Nothing between or beyond was measured.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
+from eagle3fn.base.config import Config
 from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.toml import read_toml
 from eagle3fn.data.vocab import held_out_of
+from eagle3fn.train.checkpoint import checkpoints
 
 _KNOWN_WIDTH = 576  # of the draft that the highest rate was measured on
 _HIGHEST_RATE = 1e-3
@@ -86,35 +89,38 @@ def rate_of(width: int) -> float:
 # Which of them a run takes
 
 
-def taken(choices: Iterable[Choice], named: Mapping[str, Any], out: str | Path) -> list[Choice]:
-    """The choices for a run in `out` whose user names the settings `named`, by section.
+def not_named(choices: Iterable[Choice], named: Mapping[str, Any]) -> list[Choice]:
+    """The choices whose settings a user's sections do not name."""
+    left = []
+    for choice in choices:
+        section, key = choice.setting.split(".")
+        values = named.get(section)
+        if not isinstance(values, dict) or key not in values:
+            left.append(choice)
+    return left
 
-    A setting that is named is not chosen. A run that has begun keeps what its `config.toml` holds:
-    it must not choose anew from other data, or by the rules of a later version.
+
+def begun_settings(out: str | Path) -> dict[str, dict[str, Any]] | None:
+    """The settings of the run in `out` that a checkpoint is there of, as defaults of `load_config`.
+
+    A run goes on with what it began with: it must not choose anew, from other data or by the rules
+    of a later version. The draft and the number of steps have files of their own to be kept by.
+    None if no run has begun there.
     """
-    left = [choice for choice in choices if not _holds(named, choice.setting)]
     path = Path(out) / "config.toml"
-    if not path.is_file():
-        return left
+    if not path.is_file() or not checkpoints(Path(out) / "checkpoints"):
+        return None
 
+    # Keys that are settings no longer are left out.
     begun = read_toml(path)
-    kept = []
-    for choice in left:
-        if _holds(begun, choice.setting):
-            value = _value(begun, choice.setting)
-            kept.append(Choice(choice.setting, value, "as the run began"))
-    return kept
-
-
-def _holds(tree: Mapping[str, Any], setting: str) -> bool:
-    section, key = setting.split(".")
-    values = tree.get(section)
-    return isinstance(values, dict) and key in values
-
-
-def _value(tree: Mapping[str, Any], setting: str) -> Any:
-    section, key = setting.split(".")
-    return tree[section][key]
+    tree: dict[str, dict[str, Any]] = {}
+    for section, kind in get_type_hints(Config).items():
+        if section == "draft":
+            continue
+        known = {field.name for field in fields(kind)} - {"steps"}
+        values = begun.get(section, {})
+        tree[section] = {key: value for key, value in values.items() if key in known}
+    return tree
 
 
 def by_section(choices: Iterable[Choice]) -> dict[str, dict[str, Any]]:

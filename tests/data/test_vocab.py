@@ -12,8 +12,9 @@ from eagle3fn.data.vocab import (
     StoredMap,
     build_map,
     check_map,
-    count_map,
+    chosen_size,
     count_tokens,
+    coverage,
     load_map,
     map_size,
     save_map,
@@ -49,14 +50,34 @@ def test_only_supervised_tokens_of_the_named_samples_are_counted(tmp_path):
     assert count_tokens(features, [1, 4]).tolist() == expected
 
 
-def test_counted_map_covers_the_share_of_its_tokens(tmp_path):
-    samples = [random_sample(9, seed) for seed in range(5)]
-    features = open_features(write_folder(tmp_path, samples))
-    counts = count_tokens(features, range(5))
-    vocab_map, covered = count_map(features, range(5), vocab_size=50, draft_size=6)
-    assert equal(vocab_map, build_map(counts, 6))
-    assert covered == pytest.approx(counts.sort().values[-6:].sum().item() / counts.sum().item())
-    assert count_map(features, range(5), vocab_size=50, draft_size=99)[1] == 1
+def test_coverage_is_the_share_of_the_counted_tokens():
+    counts = torch.tensor([5, 0, 3, 2, 0])
+    assert coverage(build_map(counts, 2), counts) == pytest.approx(0.8)
+    assert coverage(build_map(counts, 2), torch.zeros(5, dtype=torch.int64)) == 0
+
+
+@pytest.mark.parametrize(
+    ("frequent", "rare", "size"),
+    [
+        (900, 0, 4096),  # the least
+        (5000, 0, 5120),  # a multiple of 1,024
+        (5120, 0, 5120),
+        (5130, 0, 6144),
+        (5000, 500, 5120),  # the rare tokens are 0.1% of all: not needed
+        (5000, 700, 6144),
+        (40_000, 0, 32_000),  # the most
+    ],
+)
+def test_size_is_chosen_by_the_tokens_seen(frequent, rare, size):
+    counts = torch.zeros(50_000, dtype=torch.int64)
+    counts[1000 : 1000 + frequent] = 100
+    counts[:rare] = 1
+    assert chosen_size(counts) == size
+    assert chosen_size(counts[: 1000 + min(frequent, 2000)]) <= 3000  # V
+
+
+def test_no_supervised_token_gives_the_smallest_size():
+    assert chosen_size(torch.zeros(50_000, dtype=torch.int64)) == 4096
 
 
 def test_sizes_out_of_range_are_refused():

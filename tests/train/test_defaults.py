@@ -1,17 +1,20 @@
 """What a run takes where its user names nothing."""
 
+from dataclasses import replace
+
 import pytest
 
-from eagle3fn.base.config import Config, load_config, to_dict
+from eagle3fn.base.config import Config, ObjectiveConfig, load_config, to_dict
 from eagle3fn.base.toml import to_toml
 from eagle3fn.data.vocab import held_out_of
 from eagle3fn.train.defaults import (
     Choice,
+    begun_settings,
     by_section,
     chosen_defaults,
     describe,
+    not_named,
     rate_of,
-    taken,
 )
 from tests.factories import make_draft
 
@@ -49,22 +52,28 @@ def test_a_tenth_is_held_out_at_most_24():
     assert [held_out_of(n) for n in (1, 9, 10, 60, 240, 10**6)] == [0, 0, 1, 6, 24, 24]
 
 
-def test_settings_that_are_named_are_not_chosen(tmp_path):
-    named = {"objective": {"ttt_length": 7}, "data": "wrong"}
-    assert taken(CHOICES, named, tmp_path) == CHOICES[1:]
+def test_settings_that_are_named_are_not_chosen():
+    assert not_named(CHOICES, {"objective": {"ttt_length": 7}, "optimizer": "x"}) == CHOICES[1:]
+    assert not_named(CHOICES, {}) == CHOICES
     assert config_of(CHOICES, "objective.ttt_length=7").objective.ttt_length == 7
 
 
 def test_a_run_that_has_begun_keeps_what_it_began_with(tmp_path):
-    began = config_of(CHOICES, "optimizer.learning_rate=0.25")
-    text = to_toml(to_dict(began)).replace("ttt_length = 3\n", "")
+    began = config_of(CHOICES, "optimizer.learning_rate=0.25", "train.steps=9")
+    text = to_toml(to_dict(began)).replace("ttt_length = 3\n", "of_another_version = 1\n")
     (tmp_path / "config.toml").write_text(text)
+    assert begun_settings(tmp_path) is None  # no checkpoint: it begins anew
 
-    # A setting that its file does not have is younger than the run: it keeps the plain default.
-    kept = taken(CHOICES, {}, tmp_path)
-    assert kept == [Choice("optimizer.learning_rate", 0.25, "as the run began")]
-    assert config_of(kept).objective.ttt_length == 7
-    assert taken(CHOICES, {"optimizer": {"learning_rate": 1}}, tmp_path) == []
+    meta = tmp_path / "checkpoints/step-00000004/meta.json"
+    meta.parent.mkdir(parents=True)
+    meta.write_text("{}")
+    kept = begun_settings(tmp_path)
+    assert kept
+    config = load_config(None, ["optimizer.beta1=0.5"], make_draft(), kept)
+    assert config.optimizer == replace(began.optimizer, beta1=0.5)
+    # A setting that its file does not have is younger than the run.
+    assert config.objective == ObjectiveConfig()
+    assert config.train.steps == 0
 
 
 def test_the_lines_printed_name_values_and_reasons_and_are_three_at_most():
