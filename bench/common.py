@@ -85,13 +85,36 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+class Elsewhere(NamedTuple):
+    """A step that another process made for a call."""
+
+    loss: float
+    processor_seconds: float
+
+
+class Spent(NamedTuple):
+    """Seconds of one call."""
+
+    wall: float
+    processor: float  # of the process that worked; other work on the machine disturbs it less
+
+
+def spent(call: Callable[[], object], device: str) -> Spent:
+    """Seconds of one call, on the wall with its device work."""
+    synchronize(device)
+    wall = time.perf_counter()
+    processor = time.process_time()
+    made = call()
+    synchronize(device)
+    wall = time.perf_counter() - wall
+    if isinstance(made, Elsewhere):
+        return Spent(wall, made.processor_seconds)
+    return Spent(wall, time.process_time() - processor)
+
+
 def seconds(call: Callable[[], object], device: str) -> float:
     """Wall seconds of one call, its device work included."""
-    synchronize(device)
-    begin = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - begin
+    return spent(call, device).wall
 
 
 class Matmul(NamedTuple):
@@ -152,6 +175,7 @@ class Timing(NamedTuple):
     seconds: dict[str, list[float]]
     rates: list[float]  # FLOP/s
     matmul_size: tuple[int, int, int]
+    processor: dict[str, list[float]]  # processor seconds, as `seconds`
 
     def ratio(self, over: str, under: str) -> float:
         """Median of the rounds' ratios of two calls' times."""
@@ -197,24 +221,26 @@ def in_turns(
     matmul = best_matmul(dtype, device)
     every = {**calls, "matmul": matmul.call}
     names = list(every)
-    times: dict[str, list[float]] = {name: [] for name in every}
+    times: dict[str, list[Spent]] = {name: [] for name in every}
     for number in range(-warm, rounds):
         begin = number % len(names)
         for name in names[begin:] + names[:begin]:
             world.barrier()
-            took = seconds(every[name], device)
+            took = spent(every[name], device)
             if number >= 0:
                 times[name].append(took)
 
     # Of several ranks each round has several times.
     ranks = world.every(times)
     slowest = {}
+    processor = {}
     for name in calls:
-        of_rounds = zip(*(rank[name] for rank in ranks), strict=True)
-        slowest[name] = [max(took) for took in of_rounds]
+        of_rounds = list(zip(*(rank[name] for rank in ranks), strict=True))
+        slowest[name] = [max(took.wall for took in of_ranks) for of_ranks in of_rounds]
+        processor[name] = [max(took.processor for took in of_ranks) for of_ranks in of_rounds]
     of_rounds = zip(*(rank["matmul"] for rank in ranks), strict=True)
-    rates = [matmul.flops / min(took) for took in of_rounds]
-    return Timing(slowest, rates, matmul.size)
+    rates = [matmul.flops / min(took.wall for took in of_ranks) for of_ranks in of_rounds]
+    return Timing(slowest, rates, matmul.size, processor)
 
 
 class Flops(NamedTuple):

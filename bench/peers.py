@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from bench.common import ROOT
+from bench.common import ROOT, Elsewhere
 from bench.problem import Problem
 from eagle3fn.base.provenance import git_revision
 from eagle3fn.base.types import Params
@@ -79,15 +79,15 @@ class Peer:
             self.close()
             raise
 
-    def step(self) -> float:
-        """One step; its loss."""
+    def step(self) -> Elsewhere:
+        """One step."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(b"step\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
-        return float(self._answer(STEP_S)["loss"])
+        return Elsewhere(**self._answer(STEP_S))
 
     def close(self) -> None:
         """End the process: it reads no further line; if that is not enough it is killed."""

@@ -11,7 +11,8 @@ is JSON:
 - `ratio_plain`, `memory_ratio_plain`: the same against our own plain numerics
 - `ratio_speculators`, `ratio_specforge_main`, and memory alike (`--peers`): the same against other
   projects' steps (`bench.peers`); null where one is left out, `peers` then says why
-- `quartiles`: of the rounds' ratios, by the name of the ratio
+- `quartiles`: of the rounds' ratios, by the name of the ratio; `processor_ratios`: medians of the
+  same by processor time, which other work on the machine disturbs less
 - `survivors` (`--survival` below 1, or `objective.survival`'s default where that is): all of these
   and `mfu` with the side of that name in the fast side's place; the fast one computes every row
 - `mfu`: the fast side's share of the matmul rate measured in the same rounds, counting what the

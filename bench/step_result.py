@@ -36,16 +36,21 @@ RATIOS = {  # each ratio's name, and whose time and memory the fast side's is he
 
 
 def compare(timing: common.Timing, ours: str) -> dict[str, Any]:
-    """Every side's time over one of ours: medians of the rounds' ratios, and quartiles."""
+    """Every side's time over one of ours: medians of the rounds' ratios, quartiles, and medians by
+    processor time.
+    """
     found: dict[str, Any] = {}
     quartiles = {}
+    processor = {}
     for name, side in RATIOS.items():
         found[name] = None
         if side in timing.seconds:
             of_rounds = ratios(timing.seconds[side], timing.seconds[ours])
             found[name] = of_rounds["median"]
             quartiles[name] = [of_rounds["first_quartile"], of_rounds["third_quartile"]]
-    return found | {"quartiles": quartiles}
+            by_processor = ratios(timing.processor[side], timing.processor[ours])
+            processor[name] = by_processor["median"]
+    return found | {"quartiles": quartiles, "processor_ratios": processor}
 
 
 def compare_memory(used: dict[str, Any], ours: str) -> dict[str, float | None]:
@@ -143,10 +148,14 @@ def show(options: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def ratio_lines(ours: str, result: dict[str, Any]) -> list[str]:
-    """One line for each side that was held against one of ours: the ratio and its quartiles."""
+    """One line for each side that was held against one of ours: the ratio, its quartiles, and the
+    ratio by processor time.
+    """
     lines = []
     for name, (first, third) in result["quartiles"].items():
-        lines.append(f"{RATIOS[name]} / {ours}: {result[name]:.2f} ({first:.2f} to {third:.2f})")
+        processor = result["processor_ratios"][name]
+        quartiles = f"{first:.2f} to {third:.2f}; by processor time {processor:.2f}"
+        lines.append(f"{RATIOS[name]} / {ours}: {result[name]:.2f} ({quartiles})")
     return lines
 
 

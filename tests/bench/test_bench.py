@@ -262,9 +262,8 @@ def test_problem_with_survival_has_its_plan() -> None:
 
 
 def test_ratios_are_medians_of_rounds() -> None:
-    timing = common.Timing(
-        {"specforge": [4.0, 9.0, 8.0], "fast": [2.0, 3.0, 1.0]}, [1.0, 2.0, 4.0], (1, 1, 1)
-    )
+    times = {"specforge": [4.0, 9.0, 8.0], "fast": [2.0, 3.0, 1.0]}
+    timing = common.Timing(times, [1.0, 2.0, 4.0], (1, 1, 1), times)
     assert timing.ratio("specforge", "fast") == 3.0
     assert timing.share("fast", 6.0) == median([3.0, 1.0, 1.5])
 

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import common, peers, problem, sides, step, step_result, table
+from bench import common, peers, sides, step, step_result, table
 from bench.answers import serve
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--shape", "tiny", "--seq", "96", "--rounds", "2", "--dtype", "float32", "--no-memory"]
-ANSWER = "import sys, os, json, time\nprint(json.dumps({'first_loss': 2.0}), flush=True)\n"
+READY = "import sys, json, time\nprint(json.dumps({'first_loss': 2.0}), flush=True)\n"
+STEP = "print(json.dumps({'loss': 1.0, 'processor_seconds': 7.0}), flush=True)\n"
 
 
 def fake_environment(folder: Path) -> None:
@@ -70,6 +71,7 @@ def test_peers_and_survivors_are_timed_in_the_same_rounds(
         assert found["ratio_speculators"] == pytest.approx(median(a / b for a, b in pairs))
         assert found["ratio"] is None and found["ratio_specforge_main"] is None
         assert found["quartiles"].keys() == {"ratio_plain", "ratio_speculators"}
+        assert all(ratio > 0 for ratio in found["processor_ratios"].values())
         first, third = found["quartiles"]["ratio_speculators"]
         assert first <= found["ratio_speculators"] <= third
 
@@ -90,7 +92,8 @@ def test_side_that_is_served_is_the_side_itself() -> None:
     call = step.side_of("fast", options, step.problem_of(options), None)
     wanted = [float(call()) for _ in range(step.MEMORY_STEPS + 1)]
     assert served.ready["first_loss"] == wanted[0]
-    assert served.step() == wanted[-1]
+    made = served.step()
+    assert made.loss == wanted[-1] and made.processor_seconds > 0
     served.close()
     assert served.process.returncode == 0
     used = served.ready["memory"]
@@ -118,13 +121,15 @@ def test_process_that_never_is_ready_is_named(
 def test_process_that_ends_or_hangs_is_left_out_of_the_rounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one_step = ANSWER + "sys.stdin.readline()\nprint(json.dumps({'loss': 1.0}), flush=True)\n"
+    one_step = f"{READY}sys.stdin.readline()\n{STEP}"
     programs = {
         "ends": one_step + "sys.exit(4)",
-        "ended": ANSWER,
+        "ended": READY,
         "hangs": one_step + "time.sleep(60)",
-        "works": ANSWER + "for _ in sys.stdin:\n print(json.dumps({'loss': 1.0}), flush=True)\n",
+        "closes": one_step + "import os; os.close(1); time.sleep(60)",
+        "works": f"{READY}for _ in sys.stdin:\n {STEP}",
     }
+    monkeypatch.setattr(peers, "END_S", 1.0)
     monkeypatch.setattr(peers, "STEP_S", 1.0)
     monkeypatch.setattr(common, "best_matmul", quick_matmul)
     found = peers.Peers({name: started_peer(text, name) for name, text in programs.items()}, {})
@@ -133,9 +138,10 @@ def test_process_that_ends_or_hangs_is_left_out_of_the_rounds(
     timing = step.time_sides(options, {"fast": lambda: torch.zeros(())}, found, World())
     assert timing.seconds.keys() == {"fast", "works"}
     assert [len(values) for values in timing.seconds.values()] == [3, 3]
+    assert timing.processor["works"] == [7.0] * 3 and max(timing.processor["fast"]) < 1
     assert found.running.keys() == {"works"}
     assert "exit code 4" in found.missing["ends"] and "exit code 0" in found.missing["ended"]
-    assert "no answer" in found.missing["hangs"]
+    assert "no answer" in found.missing["hangs"] and "exit code -9" in found.missing["closes"]
     assert found.describe()["hangs"] == {"missing": found.missing["hangs"]}
     found.running["works"].close()
 
@@ -191,7 +197,7 @@ def test_answers_are_lines_of_json(monkeypatch: pytest.MonkeyPatch, capsys) -> N
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert answers[0] == {"ready": 1}
     assert [answer["loss"] for answer in answers[1:]] == [3.0, 2.0]
-    assert all(answer["seconds"] >= 0 for answer in answers[1:])
+    assert all(0 <= answer["processor_seconds"] < 1 for answer in answers[1:])
 
 
 def test_survival_out_of_range_is_refused() -> None:
@@ -220,19 +226,9 @@ def test_speculators_loss_is_ours_by_specforges_definition(tmp_path: Path) -> No
     assert peer.ready["first_loss"] == pytest.approx(float(ours()), rel=1e-5)
 
     # It learns: the rate is 0 in its first step and rises.
-    losses = [peer.ready["own_loss"], *(peer.step() for _ in range(6))]
+    losses = [peer.ready["own_loss"], *(peer.step().loss for _ in range(6))]
     peer.close()
     assert losses[-1] < losses[0] - 0.01
-
-
-def test_survival_leaves_rows_out_of_a_problem() -> None:
-    options = step.parse(TINY)
-    whole = step.problem_of(options)
-    assert problem.with_survival(whole, 1.0, options.k) is whole
-    fewer = problem.with_survival(whole, 0.5, options.k).batch
-    assert fewer.survives is not None and fewer.plan is not None
-    assert int(fewer.survives.min()) == 1 and int(fewer.survives.max()) <= options.k
-    assert whole.batch.plan is not None and sum(fewer.plan.sizes) < sum(whole.batch.plan.sizes)
 
 
 def result_with_peers() -> dict[str, Any]:
