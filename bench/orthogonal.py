@@ -39,7 +39,7 @@ from eagle3fn.train.orthogonal import newton_schulz
 from eagle3fn.train.shard import leaves_of, on_whole, owners_of
 
 ROUNDS = 5
-SETTINGS = ("shape", "seq", "masked", "k", "dtype", "device", "seed", "allocator", "threads")
+SETTINGS = ("shape", "seq", "masked", "k", "matrices", "dtype", "device", "seed", "allocator")
 WORLDS = (1, 2, 4, 8)
 
 
@@ -113,6 +113,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--seq", type=int, default=512, help="tokens of a sample (default 512)")
     add("--draft-vocab", type=int, help="draft vocabulary (default: the shape's)")
+    about = "whose update is Muon's (default attention)"
+    add("--matrices", choices=("attention", "all"), default="attention", help=about)
     add_arguments(parser)
     parser.set_defaults(dtype="float32")
     return parser.parse_args()
@@ -172,7 +174,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     grads = {name: draw(tuple(leaf.shape), 1e-3) for name, leaf in params.items()}
 
     fast = torch.bfloat16 if multiplies_bf16(options.device) else torch.float32
-    settings = config.optimizer
+    settings = e3.OptimizerConfig(name="muon", matrices=options.matrices)
     optimizers = {
         "adamw": adamw(settings),
         "muon": muon(settings),
@@ -186,7 +188,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         calls, options.rounds or ROUNDS, dtype, options.device, World(), warm=1
     )
 
-    shapes = {name: leaf.shape for name, leaf in leaves_of(config).items() if leaf.role == "matrix"}
+    # What is made orthogonal is what has a momentum.
+    momentum = calls["muon"].state.momentum
+    shapes = {name: leaf.shape for name, leaf in leaves_of(config).items() if name in momentum}
     counts = {}
     for method in ("rational", "newton_schulz"):
         counts[method] = sum(matrix_flops(shape, method) for shape in shapes.values())

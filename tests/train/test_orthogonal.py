@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.orthogonal import zolotarev
+from bench.orthogonal import matrix_flops, parse, run, zolotarev
 from eagle3fn.train import orthogonal as module
 from eagle3fn.train.orthogonal import FLOOR, newton_schulz, orthogonal, rational
 from eagle3fn.train.shard import owners_of
@@ -38,8 +38,9 @@ def test_constants_are_zolotarevs() -> None:
 
 
 def test_singular_values_above_the_floor_come_near_1_and_vectors_stay() -> None:
-    values = torch.logspace(0, -3, 40, dtype=torch.float64)
-    matrix, u, vt = matrix_of(values, 70)
+    """More values than the rows of a block of the Gram matrix."""
+    values = torch.logspace(0, -3, 150, dtype=torch.float64)
+    matrix, u, vt = matrix_of(values, 170)
     shares = values / values.norm()
     found = torch.linalg.multi_dot([u.T, rational(matrix), vt.T])
     best = zolotarev(FLOOR, 2)
@@ -47,7 +48,7 @@ def test_singular_values_above_the_floor_come_near_1_and_vectors_stay() -> None:
     assert torch.allclose(found, expected.diag(), atol=1e-8)
 
     is_above = shares >= FLOOR
-    assert 5 < is_above.sum() < 40
+    assert 50 < is_above.sum() < 150
     assert ((expected[is_above] - 1).abs() <= best.error + 1e-9).all()
     assert (expected[~is_above] < 1 - best.error).all()
 
@@ -97,3 +98,19 @@ def test_ranks_share_matrices_by_their_work() -> None:
     assert set(owners_of(shapes, 1).values()) == {0}
     assert owners_of(shapes, 2) == {"square": 0, "wide": 1, "tall": 1, "small": 0}
     assert owners_of(shapes, 8) == {"square": 0, "wide": 1, "tall": 2, "small": 3}
+
+
+@pytest.mark.parametrize(("matrices", "count"), [("attention", 4), ("all", 8)])
+def test_bench_counts_the_matrices_that_have_a_momentum(
+    matrices: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"x --shape tiny --seq 96 --rounds 1 --json --matrices {matrices}".split()
+    monkeypatch.setattr("sys.argv", words)
+    result = run(parse())
+    h, i = 64, 96
+    shapes = [(h, 2 * h), (h // 2, 2 * h), (h // 2, 2 * h), (h, h)]
+    shapes += [(i, h), (i, h), (h, i), (h, 3 * h)]
+    expected = sum(matrix_flops(shape, "rational") for shape in shapes[:count])
+    assert result["flops"]["rational"] == expected
+    assert result["of_step"].keys() == {"adamw", "muon", "muon_newton_schulz", "step"}
+    assert result["of_step"]["step"] == result["ratio"]["adamw"] == result["share"]["1"] == 1
