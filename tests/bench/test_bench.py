@@ -220,7 +220,7 @@ def test_needed_rows_and_flops_are_those_of_the_plan(survival: float) -> None:
     k = 4
     mask = (torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.1).long()
     row_mask = over_steps(mask, k)
-    survives = problem.draw_survival((3, 40), k, survival, 1)
+    survives = problem.survives_of(3, 40, k, survival)
     scored = surviving(row_mask, survives)
     plan = plan_rows(row_mask, survives)
     need = common.needed_rows(scored)
