@@ -268,7 +268,8 @@ def test_smoke_names_every_kernel_numerics_and_dtype() -> None:
         for what in (*kernels, *losses, "extract", "decode"):
             assert any(name.startswith(f"{size} {what}") for name in names)
         steps = [name for name in names if name.startswith(f"{size} ") and " step" in name]
-        assert len(steps) == 3 * (2 * 4 + 1)  # each dtype: two numerics in four ways, SpecForge
+        # Each dtype: two numerics in four ways and with survival, SpecForge.
+        assert len(steps) == 3 * (2 * 5 + 1)
     for name in ("fast", "plain", "SpecForge"):
         assert f"tiny {name} refuses autocast" in names
         assert f"tiny {name} under another default dtype" in names
