@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,18 +73,21 @@ def test_memory_beyond_the_gradients_is_flat_in_the_draft_vocabulary(part, small
 @pytest.mark.parametrize("loss_name", LOSSES)
 def test_a_group_of_labels_leaves_nothing_to_the_next(loss_name, monkeypatch):
     """The scores of three groups take the memory of one, and their own metrics."""
-    k, p, v, d = 2, 8, 600, 512
-    group = 4 * k * p * d
+    pairs, p, v, d = 2, 8, 600, 512  # pairs of a label, labels of a group
+    group = 4 * pairs * p * d
     monkeypatch.setattr(head_loss, "_GROUP_BYTES", group)
     loss = find_loss(e3.ObjectiveConfig(loss=loss_name))
     t2d = torch.arange(v) < d
 
     most = []
     for groups in (1, 3):
-        logits = torch.zeros(k, groups * p, d, dtype=torch.bfloat16)
-        z = torch.zeros(groups * p, v, dtype=torch.bfloat16)
+        count = groups * p
+        logits = torch.zeros(count * pairs, d, dtype=torch.bfloat16)
+        z = torch.zeros(count, v, dtype=torch.bfloat16)
+        label = torch.arange(count).repeat_interleave(pairs)
+        first = np.arange(count + 1) * pairs
         with Peak() as peak:
-            head_loss.score(logits, z, t2d, torch.arange(d), loss)
+            head_loss.score(logits, z, label, first, t2d, torch.arange(d), loss)
         most.append(peak.most)
     assert group < most[0]
     assert most[1] - most[0] < group / 2

@@ -40,7 +40,7 @@ class Problem(NamedTuple):
         return self.with_aux(params, *fields)[0]
 
     def with_aux(self, params: Params, *fields: Tensor) -> tuple[Tensor, Aux]:
-        batch = Batch(*fields)
+        batch = Batch(*fields)  # pyright: ignore[reportArgumentType]
         return e3.forward_loss(params, batch, config=self.config, frozen=self.frozen)
 
     def loss(self, params: Params, *sample: Tensor) -> Tensor:

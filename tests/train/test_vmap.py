@@ -105,7 +105,7 @@ def test_batches_may_be_the_mapped_axis() -> None:
     fields = [torch.stack(column) for column in zip(*(b[:5] for b in batches), strict=True)]
 
     def update(*fields: torch.Tensor) -> Any:
-        return fns.step(state, Batch(*fields))  # pyright: ignore[reportCallIssue]
+        return fns.step(state, Batch(*fields))  # pyright: ignore
 
     found, _ = vmap(update)(*fields)
     for i, batch in enumerate(batches):
