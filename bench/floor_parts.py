@@ -445,12 +445,11 @@ class Chunk(NamedTuple):
 def chunks(size: Size) -> list[Chunk]:
     """The head's chunks, as `head_loss.head_and_loss` cuts them on CUDA."""
     draft = size.draft
-    heads = (
-        torch.empty(tokens, 0, dtype=torch.bfloat16, device="meta")
-        for tokens in (draft.draft_vocab_size, draft.vocab_size)
-    )
+    head = torch.empty(draft.draft_vocab_size, 0, dtype=torch.bfloat16, device="meta")
+    target_head = torch.empty(draft.vocab_size, 0, dtype=torch.bfloat16, device="meta")
+    cuts = head_loss._chunks(size.first, head, target_head, head_loss._CUDA_CHUNK_BYTES)
     found = []
-    for begin, end in head_loss._chunks(size.first, *heads, head_loss._CUDA_CHUNK_BYTES):
+    for begin, end in cuts:
         found.append(Chunk(end - begin, int(size.first[end] - size.first[begin])))
     return found
 

@@ -168,8 +168,8 @@ def make_problem(
 def with_survival(problem: Problem, survival: float, k: int) -> Problem:
     """A problem whose rows go on to each further unroll step by this chance, and the plan of it."""
     batch = problem.batch
-    samples, seq = batch.attention_mask.shape
-    survives = survives_of(samples, seq, k, survival)
+    b, s = batch.attention_mask.shape
+    survives = survives_of(b, s, k, survival)
     if survives is not None:
         batch = batch._replace(survives=survives.to(batch.row_mask.device))
     plan = plan_rows(batch.row_mask, batch.survives)

@@ -530,7 +530,7 @@ def check_by_sample(size: Size) -> dict[str, float]:
     fields = {name: x for name, x in batch._asdict().items() if x is not None}
     samples = tree_map(lambda x: x[:, None], fields)  # (B, 1, …)
 
-    def loss_of(params: Params, sample: dict[str, Tensor]) -> Tensor:
+    def loss_of(params: Params, sample: dict[str, Any]) -> Tensor:
         return fns.forward_loss(params, e3.Batch(**sample))[0]
 
     mapped = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0))

@@ -351,9 +351,9 @@ def test_a_step_reads_nothing_on_the_host():
 
     # Also where rows survive by chance.
     survives = torch.arange(24)[None] % k + 1
-    fewer = batch._replace(survives=survives, plan=plan_rows(batch.row_mask, survives))
-    assert fewer.plan.sizes[-1] < fewer.plan.sizes[0]
-    step_without_values(fewer, survival=0.9)
+    plan = plan_rows(batch.row_mask, survives)
+    assert plan.sizes[-1] < plan.sizes[0]
+    step_without_values(batch._replace(survives=survives, plan=plan), survival=0.9)
 
     # Without its plan the batch's mask must be read.
     with pytest.raises((NotImplementedError, RuntimeError), match=r"[Mm]eta"):
