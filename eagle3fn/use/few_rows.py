@@ -6,7 +6,8 @@ few rows on a CPU reads the weights about twice as slowly as that of one; oneDNN
 its blocked layout, reads them at nearly the same speed.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -18,24 +19,29 @@ Product = Callable[[Tensor], Tensor]
 """`(…, N)` → `(…, M)`: the rows times a weight, plus its bias."""
 
 _FEW = 16  # rows from which on torch's own product is as fast
+_TIMED_BYTES = 64 << 20  # of weights, beyond the processor's cache
 
 
 @torch.inference_mode()
 def speed_up_few_rows(model: Any) -> None:
     """Let a target's linear layers multiply few rows from packed copies of their weights.
 
-    On CPUs, in a dtype that oneDNN multiplies, and where a short measurement says that it pays. The
-    layers' weights stay as they are, so the copies take their memory once more.
+    On CPUs, in a dtype that oneDNN multiplies, and for weights of a shape for which a short
+    measurement says that it pays. The layers' weights stay as they are, so the copies take their
+    memory once more.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
-    largest = max(layers, key=lambda layer: layer.weight.numel(), default=None)
-    if largest is None or not _can_pack(largest.weight):
-        return
-    least = least_rows(largest)
-    if least is None:
-        return
-    for layer in layers:
-        layer.forward = few_rows_product(layer, least)  # pyright: ignore[reportAttributeAccessIssue]
+    by_shape: dict[torch.Size, list[nn.Linear]] = {}
+    for module in model.modules():
+        if type(module) is nn.Linear and _can_pack(module.weight):
+            by_shape.setdefault(module.weight.shape, []).append(module)
+
+    for layers in by_shape.values():
+        least = least_rows(layers)
+        if least is None:
+            continue
+        for layer in layers:
+            product = few_rows_product(layer, least)
+            layer.forward = product  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -62,22 +68,27 @@ def few_rows_product(layer: nn.Linear, least: int) -> Product:
     return product
 
 
-def least_rows(layer: nn.Linear) -> int | None:
-    """From how many rows on the packed copy is faster: 1 or 2; None if it is not at 4 rows.
+def least_rows(layers: Sequence[nn.Linear]) -> int | None:
+    """From how many rows on packed copies are faster: 1 or 2; None if they are not at 4 rows.
 
-    Each way is timed five times, in turn.
+    `layers` are of one shape; so many of them are timed that the processor's cache does not hold
+    their weights. Each way is timed five times, in turn.
     """
-    packed = few_rows_product(layer, 1)
+    size = layers[0].weight.numel() * layers[0].weight.itemsize
+    timed = layers[: math.ceil(_TIMED_BYTES / size)]
+    ordinary = [layer.forward for layer in timed]
+    packed = [few_rows_product(layer, 1) for layer in timed]
 
     def pays(rows: int) -> bool:
-        x = torch.ones(rows, layer.in_features, dtype=layer.weight.dtype)
-        seconds: dict[Product, list[float]] = {packed: [], layer.forward: []}
+        x = torch.ones(rows, timed[0].in_features, dtype=timed[0].weight.dtype)
+        least = [math.inf, math.inf]
         for _ in range(5):
-            for product, times in seconds.items():
+            for way, products in enumerate((ordinary, packed)):
                 begin = perf_counter()
-                product(x)
-                times.append(perf_counter() - begin)
-        return min(seconds[packed]) < min(seconds[layer.forward])
+                for product in products:
+                    product(x)
+                least[way] = min(least[way], perf_counter() - begin)
+        return least[1] < least[0]
 
     if not pays(4):
         return None

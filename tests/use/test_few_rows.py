@@ -61,7 +61,7 @@ def test_what_is_faster_is_taken(monkeypatch, seconds, least):
     monkeypatch.setattr(few_rows, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(few_rows, "few_rows_product", lambda *_: timed(0))
     layer.forward = timed(1)
-    assert least_rows(layer) == least
+    assert least_rows([layer]) == least
 
 
 @pytest.mark.parametrize("least", [1, 2, None])
@@ -69,7 +69,7 @@ def test_a_target_decodes_the_same_tokens(monkeypatch, least):
     """A target of its own, as its layers are changed."""
     ids = prompt(0, 9)
     expected = speculate(target(), random_draft(), ids, 4, 16, ())
-    monkeypatch.setattr(few_rows, "least_rows", lambda layer: least)
+    monkeypatch.setattr(few_rows, "least_rows", lambda layers: least)
     model = target.__wrapped__()
     speed_up_few_rows(model)
     assert ("forward" in vars(model.lm_head)) is (least is not None)
