@@ -53,13 +53,16 @@ def like(tree: T, leaves: dict[str, Tensor]) -> T:
 
 
 def equal(left: Any, right: Any) -> bool:
-    """True if both trees have the same named leaves, bit for bit, with equal dtypes."""
+    """True if both trees have the same named leaves, tensors or arrays, bit for bit, with equal
+    dtypes.
+    """
     left = named_leaves(left)
     right = named_leaves(right)
     if left.keys() != right.keys():
         return False
     for name, leaf in left.items():
-        if leaf.dtype != right[name].dtype or not torch.equal(leaf, right[name]):
+        other = torch.as_tensor(right[name])
+        if leaf.dtype != right[name].dtype or not torch.equal(torch.as_tensor(leaf), other):
             return False
     return True
 
