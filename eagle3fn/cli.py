@@ -476,6 +476,7 @@ def _train(options: Any) -> None:
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
+    from eagle3fn.train.run import check_device
     from eagle3fn.use.publish import check_published, run_events
 
     recipe = RECIPES[options.recipe] if options.recipe else OURS
@@ -491,7 +492,7 @@ def _train(options: Any) -> None:
         target_hash = config_hash(tree)
         draft = _draft(options, tree, map_size(options.vocab, read_map))
         features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
-        device = world.device(named.get("train", {}).get("device", "cpu"))
+        device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
         defaults, said = _unnamed(options, named, draft, len(features.samples), device)
         config = _config(options, draft, overrides, options.recipe, defaults)
         dtype = getattr(torch, config.train.dtype)

@@ -159,7 +159,7 @@ def make_batch(
 def pad_batch(batch: Batch, places: int) -> Batch:
     """The same samples with more padded places at the end of the sequence: `(B, S + places, …)`.
 
-    Without lists of its rows.
+    Without a plan of its rows.
     """
     assert batch.position_ids is None
 
@@ -175,8 +175,7 @@ def pad_batch(batch: Batch, places: int) -> Batch:
         row_mask=pad(batch.row_mask),
         aux_hidden=pad_features(batch.aux_hidden),
         label_hidden=pad_features(batch.label_hidden),
-        rows=None,
-        labels=None,
+        plan=None,
     )
 
 

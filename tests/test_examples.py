@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import eagle3fn as e3
+from eagle3fn.base.config import to_dict
+from eagle3fn.base.toml import to_toml
 from eagle3fn.base.tree import equal
 from eagle3fn.cli import main
 from tests.small_run import write_run
@@ -84,10 +86,18 @@ def test_own_loop_exports_the_draft_that_the_command_line_trains(
     runpy.run_path(str(EXAMPLES / "own_loop.py"), run_name="__main__")
     assert capsys.readouterr().out.startswith("held-out loss ")
 
-    # The same settings by `eagle3fn train`: the same draft, bit for bit.
+    # The same settings by `eagle3fn train`, which would take others: the same draft, bit for bit.
+    sections = {
+        "objective": e3.ObjectiveConfig(),
+        "optimizer": e3.OptimizerConfig(),
+        "data": e3.DataConfig(held_out=2),
+        "train": e3.TrainConfig(steps=20),
+    }
+    own = {name: to_dict(section) for name, section in sections.items()}
+    (tmp_path / "own.toml").write_text(to_toml(own))
     arguments = ["--target", run / "target", "--features", run / "features"]
     arguments += ["--vocab", run / "vocab.safetensors", "--out", tmp_path / "trained"]
-    arguments += ["--set", "data.held_out=2", "--set", "train.steps=20"]
+    arguments += ["--config", tmp_path / "own.toml"]
     assert main(["train", *map(str, arguments)]) == 0
     mine = e3.load_draft(tmp_path / "run/own-draft", torch.bfloat16)
     theirs = e3.load_draft(tmp_path / "trained/draft", torch.bfloat16)

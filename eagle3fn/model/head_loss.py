@@ -261,30 +261,35 @@ def score(
         end = int(np.searchsorted(first, first[begin] + size, side="right")) - 1
         end = max(end, begin + 1)
         part = slice(int(first[begin]), int(first[end]))
-        full = z[begin:end].to(wide)  # (p, V)
-        wide_logits = logits[part].to(wide)  # (x, D)
-        own = label[part] - begin
-
-        # The teacher: its token, and probabilities under the whole vocabulary and the draft's.
-        _, target_token = first_max(full)
-        p_full = torch.softmax(full, dim=-1)[:, kept][own]  # (x, D)
-        p_draft = torch.softmax(full[:, kept], dim=-1)[own]
-
-        # The draft, its loss, and the loss's gradient by the logits.
-        _, draft_token = first_max(wide_logits)
-        draft = torch.softmax(wide_logits, dim=-1)
-        accept = torch.minimum(draft, p_full).sum(-1)
-        if loss.closed is not None:
-            row_loss, gradient = loss.closed(wide_logits, draft, p_draft, p_full)
-        else:
-            row_loss, gradient = _value_and_gradient(loss, wide_logits, p_draft, p_full)
-        logits[part] = gradient
-        del gradient  # else the next group's is made next to it
-
-        correct = kept[draft_token] == target_token[own]
-        parts.append(PairScores(row_loss, correct, accept, t2d[target_token][own]))
+        teacher = z[begin:end].to(wide), label[part] - begin
+        parts.append(_score_group(logits[part], *teacher, t2d, kept, loss))
         begin = end
     return _joined(parts)
+
+
+def _score_group(
+    logits: Tensor, z: Tensor, label: Tensor, t2d: Tensor, kept: Tensor, loss: RowLoss
+) -> PairScores:
+    """`score` of one group, all of it at once; `z` is in at least fp32."""
+    wide_logits = logits.to(z.dtype)  # (x, D)
+
+    # The teacher: its token, and probabilities under the whole vocabulary and the draft's.
+    _, target_token = first_max(z)
+    p_full = torch.softmax(z, dim=-1)[:, kept][label]  # (x, D)
+    p_draft = torch.softmax(z[:, kept], dim=-1)[label]
+
+    # The draft, its loss, and the loss's gradient by the logits.
+    _, draft_token = first_max(wide_logits)
+    draft = torch.softmax(wide_logits, dim=-1)
+    accept = torch.minimum(draft, p_full).sum(-1)
+    if loss.closed is not None:
+        row_loss, gradient = loss.closed(wide_logits, draft, p_draft, p_full)
+    else:
+        row_loss, gradient = _value_and_gradient(loss, wide_logits, p_draft, p_full)
+    logits.copy_(gradient)
+
+    correct = kept[draft_token] == target_token[label]
+    return PairScores(row_loss, correct, accept, t2d[target_token][label])
 
 
 def _value_and_gradient(loss: RowLoss, logits: Tensor, *teacher: Tensor) -> tuple[Tensor, Tensor]:
