@@ -584,7 +584,7 @@ def _evaluate(options: Any) -> None:
         settings,
         untrained_folder=options.untrained,
         plain_store=options.plain,
-        on_progress=progress.bars(" prompt"),
+        on_progress=progress.bars("prompt"),
         prompts_name=Path(options.prompts).name,
     )
     progress.close()

@@ -133,7 +133,12 @@ def main() -> None:
     )
     print(flush=True)
     subprocess.run([sys.executable, "-m", "eagle3fn.cli", "report", "--run", out], check=True)
-    print(f"\n{NEXT.format(program=Path(sys.executable).with_name('eagle3fn'))}")
+    print(f"\n{NEXT.format(program=own_program())}")
+
+
+def own_program() -> str:
+    """The command line of this environment, as short as it can be called from here."""
+    return os.path.relpath(Path(sys.executable).with_name("eagle3fn"))
 
 
 NEXT = """next: a draft of your own model, from conversations in JSONL; README has the other stages
@@ -186,7 +191,7 @@ STEPS_SHARE = 0.85  # of the training stage; the rest is for what it does beside
 
 def evaluation_minutes(tasks: int) -> float:
     """Minutes kept for the evaluation."""
-    return 0.6 + 0.14 * tasks
+    return 0.9 + 0.15 * tasks
 
 
 def extraction_minutes(minutes: float, tasks: int) -> float:

@@ -12,8 +12,8 @@ _drawn: list[Any] = []  # what `close` closes when a command ends early
 _FILE_SECONDS = 30.0  # between two states where stderr is a file, which keeps them all
 
 
-def bar(unit: str) -> Callable[[int, int], None]:
-    """A function `(done, total)` that draws a bar on stderr."""
+def bar(unit: str, name: str | None = None) -> Callable[[int, int], None]:
+    """A function `(done, total)` that draws a bar on stderr, which begins with `name`."""
     drawn: Any = None
 
     def update(done: int, total: int) -> None:
@@ -23,7 +23,12 @@ def bar(unit: str) -> Callable[[int, int], None]:
 
             seconds = 0.1 if sys.stderr.isatty() else _FILE_SECONDS
             drawn = tqdm(
-                unit=unit, dynamic_ncols=True, total=total, leave=False, mininterval=seconds
+                desc=name,
+                unit=unit,
+                dynamic_ncols=True,
+                total=total,
+                leave=False,
+                mininterval=seconds,
             )
             _drawn.append(drawn)
         drawn.update(done - drawn.n)
@@ -39,7 +44,7 @@ def bars(unit: str) -> Callable[[str, int, int], None]:
 
     def update(stage: str, done: int, total: int) -> None:
         if stage not in updates:
-            updates[stage] = bar(f"{unit} ({stage})")
+            updates[stage] = bar(unit, stage)
         updates[stage](done, total)
 
     return update

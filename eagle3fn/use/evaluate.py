@@ -35,7 +35,7 @@ class EvalSettings:
     tasks: int = 10
     max_new: int = 128
     draft_length: int = 7
-    speed_tasks: int = 4
+    speed_tasks: int = 3
     speed_dtype: str | None = None
     few: int = 2
     repeats: int = 4

@@ -128,7 +128,7 @@ def test_count_is_a_setting_where_conversations_are_written(
     assert seen == [{"minutes": 10, "synthesize": bool(count), "tasks": 10, **count}]
 
 
-@pytest.mark.parametrize(("minutes", "tasks"), [(6, 10), (10, 10), (90, 40), (60, 164)])
+@pytest.mark.parametrize(("minutes", "tasks"), [(7, 10), (10, 10), (90, 40), (60, 164)])
 def test_training_has_half_of_the_minutes(demo, minutes, tasks):
     others = demo.evaluation_minutes(tasks) + demo.extraction_minutes(minutes, tasks)
     assert demo.extraction_minutes(minutes, tasks) > 0
@@ -139,7 +139,7 @@ def test_tasks_that_leave_no_half_for_training_are_refused(demo, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["demo.py", "--tasks", "164"])
     with pytest.raises(SystemExit):
         demo.parse()
-    assert "--minutes 10: at least 50 for 164 tasks" in capsys.readouterr().err
+    assert "--minutes 10: at least 53 for 164 tasks" in capsys.readouterr().err
 
 
 def test_another_count_is_refused(demo, tmp_path):
