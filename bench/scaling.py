@@ -40,11 +40,12 @@ from bench import common, step, threads
 from bench.attention import attention_call
 from bench.launch import add_arguments
 from bench.problem import draft_of
+from eagle3fn.base.cores import own_cores
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.provenance import provenance
-from eagle3fn.base.threads import candidates, own_cores
+from eagle3fn.base.thread_timing import candidates
 from eagle3fn.model.table import shapes
 
 ROUNDS = 3

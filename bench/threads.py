@@ -20,7 +20,7 @@ import torch
 
 from bench import common, step
 from bench.problem import SHAPES, Problem
-from eagle3fn.base.threads import (
+from eagle3fn.base.thread_timing import (
     Measured,
     Sizes,
     Work,
@@ -94,7 +94,7 @@ def target_of(point: argparse.Namespace) -> Any:
 
 
 def decoding(model: Any, sequences: int, blocks: list[int]) -> Work:
-    """Reads blocks of so many tokens one after another, behind a prompt that stays in the cache."""
+    """Reads blocks of so many tokens one after another, after a prompt that stays in the cache."""
     prompt = torch.ones(sequences, PROMPT, dtype=torch.int64)
     with torch.inference_mode(), open_target(model, None) as target:
         target.read(prompt, keep=1)

@@ -262,7 +262,8 @@ def _say(line: str | None) -> None:
 
 def _synthesize(options: Any) -> None:
     from eagle3fn.base.device import fast_dtype
-    from eagle3fn.base.threads import sizes_of, take_threads, thin_products
+    from eagle3fn.base.thread_timing import sizes_of, thin_products
+    from eagle3fn.base.threads import take_threads
     from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
     from eagle3fn.data.synthesize import ANSWER, begun_threads, synthesize
     from eagle3fn.data.target import load_target
@@ -303,7 +304,8 @@ def _extract(options: Any) -> None:
 
     from eagle3fn.base.device import fast_dtype
     from eagle3fn.base.draft_config import aux_layers
-    from eagle3fn.base.threads import large_products, sizes_of, take_threads
+    from eagle3fn.base.thread_timing import large_products, sizes_of
+    from eagle3fn.base.threads import take_threads
     from eagle3fn.data.extract import begun_threads, extract
     from eagle3fn.data.features import open_features
     from eagle3fn.data.own import foreign_note, measure_agreement
@@ -466,7 +468,8 @@ def _train(options: Any) -> None:
 
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.base.launch import ranks
-    from eagle3fn.base.threads import large_products, take_threads
+    from eagle3fn.base.thread_timing import large_products
+    from eagle3fn.base.threads import take_threads
     from eagle3fn.data.features import check_made_for, open_features
     from eagle3fn.data.own import foreign_note, measure_agreement
     from eagle3fn.data.target import config_hash, read_target_tensors, target_config
@@ -560,7 +563,8 @@ def _evaluate(options: Any) -> None:
     import torch
 
     from eagle3fn.base.files import write_json
-    from eagle3fn.base.threads import sizes_of, take_threads, thin_products
+    from eagle3fn.base.thread_timing import sizes_of, thin_products
+    from eagle3fn.base.threads import take_threads
     from eagle3fn.data.target import target_config
     from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
 

@@ -245,8 +245,8 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
     vocabulary = {text: number for number, text in enumerate(specials + letters)}
 
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
+    inner.decoder = decoders.ByteLevel()  # type: ignore
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": specials})

@@ -219,7 +219,7 @@ def test_run_keeps_the_number_of_threads_that_it_began_with(work, tmp_path, caps
     tree = settings("train.reduce=tree")
     expect_refusal(capsys, train(work, out, *tree, "--threads", 3), "begun with 1 thread, now")
 
-    # Without a number told, from its file; of a run of earlier versions from the checkpoint.
+    # Without a number given, from its file; of a run of earlier versions from the checkpoint.
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert train(work, out) == 0
     assert capsys.readouterr().out.startswith(f"1 thread: as it began ({out}/horizon.json)")
@@ -326,7 +326,7 @@ def test_answers_of_others_are_named_with_what_to_do(work, tmp_path, capsys):
     text = said("synthesize", "--prompts", talks, "--out", own, *limits)
     assert re.search(r"own.jsonl: 10 conversations, 10 answers, \d+ of them cut at 40", text)
 
-    # Others' answers are told from these, by `extract` and by `train`.
+    # Others' answers are distinguished from these, by `extract` and by `train`.
     foreign = "the answers are not the target's own"
     length = ["--max-length", 128]
     text = said("extract", "--conversations", talks, "--out", tmp_path / "a", *length)

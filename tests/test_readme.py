@@ -89,6 +89,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", WITH_SNIPPETS)
 def test_snippets_run(page: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = snippets(page)
+    assert blocks, page
     monkeypatch.chdir(run)
     torch.manual_seed(0)
     names: dict[str, Any] = {}

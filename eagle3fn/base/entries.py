@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def is_transformed() -> bool:
     """Whether this runs inside `torch.func.vmap`, `grad`, `vjp` or `jvp`."""
-    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore
 
 
 def is_mapped(tree: Any) -> bool:

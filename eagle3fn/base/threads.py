@@ -1,44 +1,23 @@
-"""How many CPU threads a command computes with: as told, as its work began, or by measurement.
+"""How many CPU threads a command computes with: as given, as its work began, or by measurement.
 
 The measurement times products like those of the command's work, at 1, 2, 4, … threads in turn. It
 counts what this process may use now: a machine that is busy has fewer threads to give.
 """
 
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from eagle3fn.base.cores import local_ranks, own_cores
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json, write_json
 from eagle3fn.base.launch import World
-
-Work = Callable[[], object]
-"""Computes once what is timed."""
+from eagle3fn.base.thread_timing import Work, candidates, fastest
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-
-_ROUNDS = 7
-_LEAST_ROUNDS = 3
-_ENOUGH_S = 1.5  # no further round after this time, if there were the least
-_LIMIT_S = 3.0  # no further timing after this time
-_CALL_S = 0.03  # of one timing with one thread, about
-_MOST_REPEATS = 100
-_HOPELESS = 4.0  # times the best
-_STOP = 1.3  # a count this much slower than a smaller one: more threads are not tried
-_WORTH = 0.03  # a larger count must gain this share
-
-_ROWS = 256  # of the products of training and extraction
-_PROBED_COLUMNS = 256
-_DECODED_BYTES = 128 << 20  # of weights, beyond the processor's cache
 
 
 class Kept(NamedTuple):
@@ -48,52 +27,23 @@ class Kept(NamedTuple):
     where: Path  # the file that keeps it
 
 
-class Measured(NamedTuple):
-    """What the short measurement found."""
-
-    count: int  # the fewest threads that are about as fast as the fastest
-    relative: dict[int, float]  # seconds over those of one thread, of the counts that were tried
-    seconds: float  # that the measurement took
-
-
-class Sizes(NamedTuple):
-    """A target's sizes that matter here."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    vocab: int
-
-
-def sizes_of(config: dict) -> Sizes:
-    """The sizes in a target's configuration; one without a single MLP size counts as `4·H`."""
-    hidden = config["hidden_size"]
-    intermediate = config.get("intermediate_size")
-    if not isinstance(intermediate, int):
-        intermediate = 4 * hidden
-    return Sizes(hidden, intermediate, config["num_hidden_layers"], config["vocab_size"])
-
-
-# Choosing
-
-
 def take_threads(
     make_work: Callable[[], Work],
     device: str,
-    told: int | None = None,
+    given: int | None = None,
     kept: Kept | None = None,
     world: World = World(),  # noqa: B008
     bits_depend: bool = False,
 ) -> str:
     """Set torch's number of threads for this process; every rank calls, and gets the same number.
 
-    What is told (`--threads`, or else OMP_NUM_THREADS) comes first, then what the work began with,
+    The number that is given (`--threads`, else OMP_NUM_THREADS) comes first, then the one kept,
     then a measurement. On a device other than the CPU nothing is measured and torch's number stays.
 
     Args:
         make_work: makes what is measured; called only if something is.
         device: where the command computes.
-        told: the number that the command line names.
+        given: the number that the command line names.
         kept: the number that the work began with; measured anew where there are now fewer cores,
             unless the bits depend on it.
         world: the ranks.
@@ -103,22 +53,22 @@ def take_threads(
         A line that says the number and why; "" where torch's own stays.
 
     Raises:
-        UserError: another number is told than the one kept, and the bits depend on it.
+        UserError: a number other than the kept one is given, and the bits depend on it.
     """
     source = "--threads"
-    if told is None:
-        told = _of_environment()
+    if given is None:
+        given = _of_environment()
         source = "OMP_NUM_THREADS"
-    if told is not None and kept is not None and bits_depend and told != kept.count:
+    if given is not None and kept is not None and bits_depend and given != kept.count:
         raise UserError(
-            f"{kept.where}: begun with {threads(kept.count)}, now {source} sets {told}: under "
+            f"{kept.where}: begun with {threads(kept.count)}, now {source} sets {given}: under "
             f"train.reduce = 'tree' the bits would differ; set {kept.count}, or train into another "
             "folder"
         )
 
-    if told is not None:
-        torch.set_num_threads(told)
-        return f"{threads(told)}: {source} sets the number"
+    if given is not None:
+        torch.set_num_threads(given)
+        return f"{threads(given)}: {source} sets the number"
     cores = min(world.every(own_cores()))
     if kept is not None and (bits_depend or kept.count <= cores):
         torch.set_num_threads(kept.count)
@@ -152,7 +102,7 @@ def _of_environment() -> int | None:
 
 def _written_by_torchrun() -> bool:
     """torchrun gives each of several ranks OMP_NUM_THREADS=1 where its own environment has none."""
-    if _local_ranks() == 1 or os.environ.get("OMP_NUM_THREADS") != "1":
+    if local_ranks() == 1 or os.environ.get("OMP_NUM_THREADS") != "1":
         return False
     try:
         inherited = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
@@ -180,279 +130,3 @@ def read_kept(path: Path) -> Kept | None:
     if type(count) is not int or count < 1:
         raise UserError(f"{path}: threads = {count!r}: must be a number of threads; delete it")
     return Kept(count, path)
-
-
-# Cores
-
-
-def own_cores() -> int:
-    """Cores that this process may use: of its affinity and its control groups' quota, its share.
-
-    The ranks that torchrun started on this machine (LOCAL_WORLD_SIZE) share them alike.
-    """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        cores = os.cpu_count() or 1
-    cores = math.ceil(min(cores, quota()))
-    return max(1, cores // _local_ranks())
-
-
-def _local_ranks() -> int:
-    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(text)) if text.isdigit() else 1
-
-
-def quota(root: Path = Path("/")) -> float:
-    """Cores' worth of time that the control groups of this process allow; inf without a limit.
-
-    Version 2 writes `cpu.max` ("quota period", in microseconds, or "max period"), version 1 a file
-    for each of the two. A group is limited by those above it as well.
-    """
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return math.inf
-
-    allowed = math.inf
-    for line in lines:  # "0::/path" in version 2, "4:cpu,cpuacct:/path" in version 1
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup"
-        if controllers:
-            mount = mount / "cpu"
-        group = mount / path.lstrip("/")
-        while group.is_relative_to(mount):
-            allowed = min(allowed, _quota_of(group))
-            group = group.parent
-    return allowed
-
-
-def _quota_of(group: Path) -> float:
-    """A single group's limit."""
-    try:
-        if (group / "cpu.max").exists():
-            limit, period = (group / "cpu.max").read_text().split()
-        else:
-            limit = (group / "cpu.cfs_quota_us").read_text()
-            period = (group / "cpu.cfs_period_us").read_text()
-        if limit == "max" or int(limit) <= 0:
-            return math.inf
-        return int(limit) / int(period)
-    except (OSError, ValueError):
-        return math.inf
-
-
-def candidates(cores: int) -> list[int]:
-    """1, 2, 4, …, half of the cores (two threads may share a core) and all of them."""
-    counts = {1, max(1, cores // 2), cores}
-    count = 2
-    while count < cores:
-        counts.add(count)
-        count *= 2
-    return sorted(counts)
-
-
-# Measuring
-
-
-def fastest(
-    make_work: Callable[[], Work],
-    counts: Sequence[int],
-    world: World = World(),  # noqa: B008
-) -> Measured:
-    """Time the work at each number of threads, ascending from 1, in rounds.
-
-    A round ends where a count is much slower than a smaller one. The median over rounds counts, so
-    that neither a burst of other work decides nor a lucky moment on a busy machine. On several
-    ranks all measure at once, as they will work, and the slowest counts. torch's number is
-    afterwards as before.
-    """
-    begin = perf_counter()
-    with _at(1):
-        work = make_work()
-        work()
-        took = _seconds(work, 1)
-    repeats = max(1, min(_MOST_REPEATS, int(_CALL_S / max(took, 1e-9))))
-
-    world.barrier()
-    rounds = _rounds(work, counts, repeats)
-
-    # Of each round the ratios to one thread: other work of the machine changes from round to round.
-    ratios: dict[int, list[float]] = {}
-    for times in rounds:
-        for count, took in times.items():
-            ratios.setdefault(count, []).append(took / times[1])
-
-    relative, usual = _over_ranks(world.every(ratios))
-    return Measured(fewest(usual), relative, world.shared(perf_counter() - begin))
-
-
-def _over_ranks(every: list[dict[int, list[float]]]) -> tuple[dict[int, float], dict[int, float]]:
-    """Median ratios by count, the slowest rank's: of all counts, and of those that most rounds
-    reached on all ranks.
-    """
-    relative = {}
-    usual = {}
-    for count in sorted(set().union(*every)):
-        relative[count] = max(median(rank[count]) for rank in every if count in rank)
-        if all(len(rank.get(count, ())) > len(rank[1]) / 2 for rank in every):
-            usual[count] = relative[count]
-    return relative, usual
-
-
-def _rounds(work: Work, counts: Sequence[int], repeats: int) -> list[dict[int, float]]:
-    """Seconds by count, in as many rounds as there is time for."""
-    begin = perf_counter()
-    end = begin + _LIMIT_S
-    rounds: list[dict[int, float]] = []
-    left = list(counts)
-    while len(rounds) < _ROUNDS:
-        if perf_counter() > begin + _ENOUGH_S and len(rounds) >= _LEAST_ROUNDS:
-            break
-        times = _round(work, left, repeats, end)
-        if rounds and perf_counter() > end:  # it may have been cut short
-            break
-        rounds.append(times)
-
-        # Without hope twice: that count and those above it are not tried again.
-        best = min(times, key=times.__getitem__)
-        for count, took in times.items():
-            if len(rounds) > 1 and count > best and took > _HOPELESS * times[best]:
-                left = [other for other in left if other < count]
-    return rounds
-
-
-def _round(work: Work, counts: Sequence[int], repeats: int, end: float) -> dict[int, float]:
-    """Seconds by count, of one thread at least; it ends at the time `end`, and where more threads
-    are much slower.
-    """
-    times: dict[int, float] = {}
-    best = math.inf
-    for count in counts:
-        if times and perf_counter() > end:
-            break
-        with _at(count):
-            # The first call starts threads and fills caches. It counts only where it leaves no
-            # hope: eight times as slow was seen with two threads for one free core.
-            took = _seconds(work, 1)
-            if took < _HOPELESS * best:
-                most = min(_HOPELESS * best * repeats, end - perf_counter())
-                took = _seconds(work, repeats, most)
-        times[count] = took
-        if took > _STOP * best:
-            break
-        best = min(best, took)
-    return times
-
-
-def fewest(times: dict[int, float]) -> int:
-    """The smallest count that is as fast as the fastest, to 3%."""
-    best = min(times.values())
-    return min(count for count, took in times.items() if took <= (1 + _WORTH) * best)
-
-
-def _seconds(work: Work, repeats: int, most: float = math.inf) -> float:
-    """Seconds of a call, a mean over `repeats`, or over those that begin within `most` seconds."""
-    begin = perf_counter()
-    calls = 0
-    took = 0.0
-    while calls == 0 or (calls < repeats and took <= most):
-        work()
-        calls += 1
-        took = perf_counter() - begin
-    return took / calls
-
-
-@contextmanager
-def _at(count: int) -> Iterator[None]:
-    """torch computes with `count` threads in this block, and as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-# What is measured
-
-
-def large_products(hidden: int, columns: int, dtype: torch.dtype) -> Work:
-    """As training and extraction: three products with `(columns, hidden)`, exp and sums between.
-
-    Fewer columns where these take longer than some hundredths of a second with one thread.
-    """
-    with _at(1):
-        small = min(columns, _PROBED_COLUMNS)
-        probe = _large_products(hidden, small, dtype)
-        probe()
-        took = _seconds(probe, 1)
-    affordable = int(small * _CALL_S / max(took, 1e-9))
-    return _large_products(hidden, max(small, min(columns, affordable)), dtype)
-
-
-def _large_products(hidden: int, columns: int, dtype: torch.dtype) -> Work:
-    x = torch.full((_ROWS, hidden), 0.01, dtype=dtype)
-    weight = torch.full((columns, hidden), 0.01, dtype=dtype)
-    moments = torch.full((columns, hidden), 0.01)
-
-    @torch.no_grad()
-    def work() -> None:
-        logits = F.linear(x, weight)  # (rows, columns)
-        p = torch.softmax(logits.float(), -1).to(dtype)
-        torch.mm(p, weight)  # the gradient of x
-        grad = p.T @ x  # of the weight
-        moments.lerp_(grad.float(), 0.1)  # as an optimizer does
-
-    return work
-
-
-def thin_products(sizes: Sizes, rows: Sequence[int], dtype: torch.dtype) -> Work:
-    """As decoding: a few rows through one layer after another, whose weights no cache holds.
-
-    Args:
-        sizes: the target's.
-        rows: of each pass through the layers, such as 1 for a token and 8 for a verified block.
-        dtype: of the weights.
-    """
-    hidden, intermediate, layers, vocab = sizes
-    shapes = 2 * [(hidden, hidden)]
-    shapes += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-
-    # What is affordable with one thread, as far as memory goes.
-    layer_numbers = sum(a * b for a, b in shapes)
-    with _at(1):
-        probe = _thin_products(shapes, 1, 1, rows, dtype)
-        probe()
-        took = _seconds(probe, 1)
-    affordable = int(layer_numbers * _CALL_S / max(took, 1e-9))
-    most = min(_DECODED_BYTES // dtype.itemsize, affordable)
-
-    # As many layers as fit, then as much of the head; at least one layer.
-    count = max(1, min(layers, most // layer_numbers))
-    columns = max(1, min(vocab, (most - count * layer_numbers) // hidden))
-    return _thin_products(shapes, count, columns, rows, dtype)
-
-
-def _thin_products(
-    shapes: list[tuple[int, int]], count: int, columns: int, rows: Sequence[int], dtype: torch.dtype
-) -> Work:
-    hidden = shapes[0][0]
-    stack: list[list[Tensor]] = []
-    for _ in range(count):
-        stack.append([torch.full(shape, 0.01, dtype=dtype) for shape in shapes])
-    head = torch.full((columns, hidden), 0.01, dtype=dtype)
-
-    @torch.no_grad()
-    def work() -> None:
-        for number in rows:
-            x = torch.full((number, hidden), 0.01, dtype=dtype)
-            for query, out, gate, up, down in stack:
-                x = F.rms_norm(x + F.linear(F.linear(x, query), out), (hidden,))
-                wide = F.silu(F.linear(x, gate)) * F.linear(x, up)
-                x = F.rms_norm(x + F.linear(wide, down), (hidden,))
-            F.linear(x, head).argmax(-1)
-
-    return work

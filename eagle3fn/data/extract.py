@@ -77,18 +77,8 @@ def extract(
     config = model.config
     check_extraction(config, layers, max_length)
 
-    # What the features depend on. A folder holds those of one fingerprint.
-    target = {
-        "name": name or config.name_or_path,
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "num_layers": config.num_hidden_layers,
-        "aux_layers": list(layers),
-        "config_hash": config_hash(config.to_dict()),
-    }
-    computed = str(model.dtype).removeprefix("torch.")
-    stored = stored or model.dtype
-    stored_name = str(stored).removeprefix("torch.")
+    stored_dtype: torch.dtype = stored or model.dtype
+    target = _target_of(model, layers, name)
     settings = {
         "conversations": sha256(_existing(conversations)),
         "config": target["config_hash"],
@@ -96,9 +86,11 @@ def extract(
         "template": tokenizer.chat_template,
         "layers": list(layers),
         "max_length": max_length,
-        "dtype": computed if stored == model.dtype else f"{computed}, stored in {stored_name}",
+        "dtype": _dtypes(model.dtype, stored_dtype),
         "samples_per_shard": samples_per_shard,
     }
+
+    # A folder holds the features of one fingerprint.
     fingerprint = json_sha256(settings)
     _refuse_other(out, fingerprint)
 
@@ -135,13 +127,37 @@ def extract(
         "fingerprint": fingerprint,
         "data_hash": settings["conversations"],
         "target": target,
-        "dtype": stored_name,
-        "computed_in": computed,
+        "dtype": _name(stored_dtype),
+        "computed_in": _name(model.dtype),
         "max_length": max_length,
         "dropped": len(rows) - len(kept),
         "remaining": len(kept) - made,
     }
     return write_index(out, index, sidecars)
+
+
+def _target_of(model: Any, layers: Sequence[int], name: str | None) -> dict[str, Any]:
+    """What the index says of the target."""
+    config = model.config
+    return {
+        "name": name or config.name_or_path,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_layers": config.num_hidden_layers,
+        "aux_layers": list(layers),
+        "config_hash": config_hash(config.to_dict()),
+    }
+
+
+def _dtypes(computed: torch.dtype, stored: torch.dtype) -> str:
+    """What the target computes in, and what is stored where that is another dtype."""
+    if stored == computed:
+        return _name(computed)
+    return f"{_name(computed)}, stored in {_name(stored)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def begun_threads(out: str | Path) -> Kept | None:

@@ -1,4 +1,4 @@
-"""The number of threads: cores at hand, what is told and kept, and the choice by measurement.
+"""The number of threads: cores at hand, what is given and kept, and the choice by measurement.
 
 No time is asserted: the measurement's clock is replaced by a table of times.
 """
@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle3fn.base import threads
+from eagle3fn.base import cores, thread_timing, threads
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.threads import Kept, Sizes, candidates, fastest, take_threads
+from eagle3fn.base.thread_timing import Sizes, candidates, fastest
+from eagle3fn.base.threads import Kept, take_threads
 
 Taken = Callable[[int], float]
 
@@ -40,7 +41,7 @@ def timed(monkeypatch):
             tried.append(torch.get_num_threads())
             return taken(torch.get_num_threads())
 
-        monkeypatch.setattr(threads, "_seconds", seconds)
+        monkeypatch.setattr(thread_timing, "_seconds", seconds)
         return tried
 
     return replace
@@ -119,7 +120,7 @@ def test_measurement_ends_in_time_where_every_call_takes_long(monkeypatch) -> No
     def work() -> None:
         now[0] += 0.4
 
-    monkeypatch.setattr(threads, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(thread_timing, "perf_counter", lambda: now[0])
     found = fastest(lambda: work, candidates(64))
     assert found.count == 1
     assert found.seconds < 5
@@ -135,14 +136,14 @@ def test_repeats_end_where_a_call_is_now_and_then_without_hope(monkeypatch) -> N
         blocked = calls[-1] == 2 and len(calls) % 3 == 0  # by other work of the machine
         now[0] += 1.0 if blocked else 1e-4
 
-    monkeypatch.setattr(threads, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(thread_timing, "perf_counter", lambda: now[0])
     found = fastest(lambda: work, [1, 2])
     assert found.count == 1
     assert found.seconds < 5
 
 
 def test_slowest_rank_counts_and_unreached_counts_are_left_out(timed) -> None:
-    class Ranks(threads.World):
+    class Ranks(thread_timing.World):
         def every(self, value):
             if isinstance(value, dict):
                 return [value, {1: [1.0] * 7, 2: [0.9] * 7, 4: [0.1] * 3}]
@@ -154,7 +155,7 @@ def test_slowest_rank_counts_and_unreached_counts_are_left_out(timed) -> None:
     assert found.relative == {1: 1.0, 2: 0.9, 4: 0.25}
 
 
-# What is told and kept
+# What is given and kept
 
 
 def test_measured_number_is_set_and_said(timed, monkeypatch) -> None:
@@ -166,16 +167,16 @@ def test_measured_number_is_set_and_said(timed, monkeypatch) -> None:
     assert "--threads" in line
 
 
-def refuse_to_measure() -> threads.Work:
+def refuse_to_measure() -> thread_timing.Work:
     raise AssertionError("measured")
 
 
-def test_told_comes_before_kept_and_kept_before_a_measurement(monkeypatch) -> None:
+def test_given_comes_before_kept_and_kept_before_a_measurement(monkeypatch) -> None:
     kept = Kept(3, Path("run/horizon.json"))
     monkeypatch.setattr(threads, "own_cores", lambda: 8)
     assert "horizon.json" in take_threads(refuse_to_measure, "cpu", kept=kept)
     assert torch.get_num_threads() == 3
-    line = take_threads(refuse_to_measure, "cpu", told=2, kept=kept)
+    line = take_threads(refuse_to_measure, "cpu", given=2, kept=kept)
     assert line == "2 threads: --threads sets the number"
     assert torch.get_num_threads() == 2
 
@@ -203,12 +204,12 @@ def test_one_core_and_other_devices_need_no_measurement(monkeypatch) -> None:
 def test_another_number_is_refused_where_the_bits_depend_on_it() -> None:
     kept = Kept(3, Path("run/horizon.json"))
     with pytest.raises(UserError, match=r"begun with 3 threads, now --threads sets 2.*set 3"):
-        take_threads(refuse_to_measure, "cpu", told=2, kept=kept, bits_depend=True)
-    take_threads(refuse_to_measure, "cpu", told=3, kept=kept, bits_depend=True)
-    take_threads(refuse_to_measure, "cpu", told=2, kept=kept)
+        take_threads(refuse_to_measure, "cpu", given=2, kept=kept, bits_depend=True)
+    take_threads(refuse_to_measure, "cpu", given=3, kept=kept, bits_depend=True)
+    take_threads(refuse_to_measure, "cpu", given=2, kept=kept)
 
 
-def test_number_that_torchrun_wrote_is_not_told(monkeypatch) -> None:
+def test_number_that_torchrun_wrote_is_not_counted_as_given(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     of_parent = b"PATH=/bin\0HOME=/root\0"
@@ -242,15 +243,15 @@ def test_kept_file_that_holds_no_number_is_refused(tmp_path: Path, count: object
 
 def test_ranks_on_one_machine_share_its_cores(monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    monkeypatch.setattr(threads, "quota", lambda: math.inf)
-    assert threads.own_cores() == 12
+    monkeypatch.setattr(cores, "quota", lambda: math.inf)
+    assert cores.own_cores() == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert threads.own_cores() == 3
+    assert cores.own_cores() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
-    assert threads.own_cores() == 1
+    assert cores.own_cores() == 1
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setattr(threads, "quota", lambda: 2.5)
-    assert threads.own_cores() == 3
+    monkeypatch.setattr(cores, "quota", lambda: 2.5)
+    assert cores.own_cores() == 3
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -262,14 +263,14 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 
 def test_quota_is_the_least_of_a_group_and_those_above(tmp_path: Path) -> None:
-    assert threads.quota(tmp_path) == math.inf
+    assert cores.quota(tmp_path) == math.inf
     files = {
         "proc/self/cgroup": "0::/jobs/one\n",
         "sys/fs/cgroup/jobs/cpu.max": "250000 100000\n",
         "sys/fs/cgroup/jobs/one/cpu.max": "max 100000\n",
     }
-    assert threads.quota(write(tmp_path, files)) == 2.5
-    assert threads.quota(write(tmp_path, {"sys/fs/cgroup/cpu.max": "50000 100000\n"})) == 0.5
+    assert cores.quota(write(tmp_path, files)) == 2.5
+    assert cores.quota(write(tmp_path, {"sys/fs/cgroup/cpu.max": "50000 100000\n"})) == 0.5
 
 
 def test_quota_of_the_first_version_of_control_groups(tmp_path: Path) -> None:
@@ -281,7 +282,7 @@ def test_quota_of_the_first_version_of_control_groups(tmp_path: Path) -> None:
         "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
         "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
     }
-    assert threads.quota(write(tmp_path, files)) == 4.0
+    assert cores.quota(write(tmp_path, files)) == 4.0
 
 
 # What is measured
@@ -289,18 +290,18 @@ def test_quota_of_the_first_version_of_control_groups(tmp_path: Path) -> None:
 
 def test_measured_products_have_the_sizes_of_the_work() -> None:
     config = {"hidden_size": 8, "num_hidden_layers": 3, "vocab_size": 50}
-    assert threads.sizes_of(config | {"intermediate_size": 24}) == Sizes(8, 24, 3, 50)
-    assert threads.sizes_of(config) == Sizes(8, 32, 3, 50)
+    assert thread_timing.sizes_of(config | {"intermediate_size": 24}) == Sizes(8, 24, 3, 50)
+    assert thread_timing.sizes_of(config) == Sizes(8, 32, 3, 50)
 
     for dtype in (torch.float32, torch.bfloat16):
-        large = products_of(threads.large_products(8, 200, dtype))
+        large = products_of(thread_timing.large_products(8, 200, dtype))
         assert {((256, 8), (8, 200)), ((256, 200), (200, 8)), ((200, 256), (256, 8))} <= large
-        thin = products_of(threads.thin_products(Sizes(8, 24, 3, 50), [1, 9], dtype))
+        thin = products_of(thread_timing.thin_products(Sizes(8, 24, 3, 50), [1, 9], dtype))
         assert {rows for (rows, _), _ in thin} == {1, 9}
         assert {weight for _, weight in thin} >= {(8, 8), (8, 24), (24, 8)}
 
 
-def products_of(work: threads.Work) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+def products_of(work: thread_timing.Work) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Shapes of the matrices multiplied."""
     with torch.profiler.profile(record_shapes=True) as profile:
         work()

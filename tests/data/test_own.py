@@ -1,4 +1,4 @@
-"""Whether answers are told from those of others by the target's probabilities."""
+"""Whether answers are distinguished from those of others by the target's probabilities."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_blocks_of_the_head_give_the_same(tmp_path, monkeypatch):
     assert measure_agreement(features, HEAD) == pytest.approx(whole, rel=1e-4)
 
 
-def test_own_answers_are_told_from_others(tmp_path):
+def test_own_answers_are_distinguished_from_others(tmp_path):
     own = measure_agreement(folder(tmp_path / "own", drawn), HEAD)
     best = measure_agreement(folder(tmp_path / "best", greedy), HEAD)
     others = measure_agreement(folder(tmp_path / "others", any_token), HEAD)

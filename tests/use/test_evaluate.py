@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A target whose tokens are characters, and a random draft of it."""
     root = tmp_path_factory.mktemp("pair")
     words = Tokenizer(models.WordLevel({chr(i): i for i in range(VOCAB)}, unk_token="\x00"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")  # pyright: ignore
     template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="\x02", chat_template=template
