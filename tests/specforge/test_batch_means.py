@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import eagle3fn as e3
+from eagle3fn import specforge
 from eagle3fn.base.types import Batch
+from eagle3fn.model.checks import check_loss
 from eagle3fn.specforge import RECIPE
 from eagle3fn.specforge.arithmetic import forward_loss, kl_loss, lk_alpha, lk_lambda, step_loss
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
@@ -209,3 +211,11 @@ def test_losses_by_row_are_those_of_the_plain_numerics(loss: str):
     expected, _ = e3.forward_loss(tiny_params(case), tiny_batch(case), **options)
     found, _ = forward_loss(tiny_params(case), tiny_batch(case), **options)
     assert torch.equal(found, expected)
+
+
+def test_batch_means_need_every_row():
+    """Survivors' means are not the batch's in expectation: refused before any work."""
+    settings = {"loss": "lk_alpha", "survival": 0.5}
+    config, recipe = specforge.recipe(Case().draft(), objective=settings)
+    with pytest.raises(e3.UserError, match=r"objective\.survival = 0\.5: must be 1 under"):
+        check_loss(config, recipe.batch_means)

@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from eagle3fn.base.config import Config, ObjectiveConfig, load_config, to_dict
 from eagle3fn.base.toml import to_toml
 from eagle3fn.data.vocab import held_out_of
+from eagle3fn.train import defaults
 from eagle3fn.train.defaults import (
     Choice,
     begun_settings,
@@ -84,3 +86,17 @@ def test_the_lines_printed_name_values_and_reasons_and_are_three_at_most():
     for part in ("learning_rate=0.001 (by hidden size 576", "held_out=6 (a tenth of 60 samples"):
         assert part in text
     assert describe([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("samples", "steps", "survival"), [(60, 3, 0.8), (4999, 3, 0.8), (5000, 7, 0.65)]
+)
+def test_unroll_and_survival_are_by_the_number_of_samples(samples, steps, survival):
+    objective = config_of(chosen_defaults(make_draft(), samples)).objective
+    assert (objective.ttt_length, objective.survival) == (steps, survival)
+
+
+def test_the_dtype_is_the_one_that_the_device_multiplies_fast(monkeypatch):
+    for fast, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
+        monkeypatch.setattr(defaults, "fast_dtype", lambda device, fast=fast: fast)
+        assert config_of(chosen_defaults(make_draft(), 60)).train.dtype == name

@@ -58,6 +58,8 @@ def check(row: dict, expected: Objective, rel: float) -> None:
     [
         {"normalization": "mask", "numerics": "plain"},
         {"normalization": "mask", "numerics": "fast"},
+        {"normalization": "mask", "numerics": "fast", "survival": 0.3},
+        {"normalization": "mask", "numerics": "plain", "survival": 0.3},
         {"normalization": "rows", "numerics": "plain"},
         {"normalization": "rows", "numerics": "fast"},
         {"loss": "nla", "numerics": "plain"},
