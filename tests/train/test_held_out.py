@@ -66,7 +66,7 @@ def check(row: dict, expected: Objective, rel: float) -> None:
         {"loss": "lk", "numerics": "fast"},
         {"loss": "lk_alpha", "numerics": "plain"},
     ],
-    ids=lambda objective: "-".join(objective.values()),
+    ids=lambda objective: "-".join(map(str, objective.values())),
 )
 def test_held_out_loss_equals_plain_loops_over_all_rows(tmp_path, objective):
     """One sample has no trained row in the later steps: it must not count as a row there."""
