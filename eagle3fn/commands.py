@@ -1,0 +1,380 @@
+"""What the commands do: each builds its configuration and calls one function.
+
+They take the parsed options. Imports are inside, so that `eagle3fn --help` is quick.
+"""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eagle3fn.base import progress
+
+if TYPE_CHECKING:
+    from eagle3fn.base.config import Config
+    from eagle3fn.base.draft_config import DraftConfig
+
+
+def _say(line: str | None) -> None:
+    """Print a line, if there is one, before the first progress bar."""
+    if line:
+        print(line, flush=True)
+
+
+def synthesize(options: Any) -> None:
+    """Let the target write conversations, or answer given prompts."""
+    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.thread_timing import sizes_of, thin_products
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
+    from eagle3fn.data.synthesize import ANSWER, begun_threads, synthesize
+    from eagle3fn.data.target import load_target
+
+    given = {"temperature": options.temperature, "max_new": options.max_new}
+    given = {name: value for name, value in given.items() if value is not None}
+    shared = {"seed": options.seed, "batch": options.batch, "exclude": options.exclude}
+    shared["on_progress"] = progress.bar("conversation")
+
+    model, tokenizer = load_target(options.target, fast_dtype(options.device), options.device)
+    sizes = sizes_of(model.config.to_dict())
+    _say(
+        take_threads(
+            lambda: thin_products(sizes, [options.batch], model.dtype),
+            options.device,
+            options.threads,
+            begun_threads(options.out),
+        )
+    )
+    if not options.prompts:
+        answer = ANSWER._replace(**given)
+        count = options.count or 1000
+        written = synthesize(model, tokenizer, options.out, count, answer=answer, **shared)
+        print(f"{options.out}: {written} conversations")
+        return
+
+    sampling = GIVEN_ANSWER._replace(**given)
+    names = (options.prompts, options.out, options.count)
+    done = answer_prompts(model, tokenizer, *names, sampling=sampling, **shared)
+    print(
+        f"{options.out}: {done.conversations} conversations, {done.answers} answers, {done.cut} of "
+        f"them cut at {sampling.max_new} tokens and kept; {done.excluded} conversations excluded"
+    )
+
+
+def extract(options: Any) -> None:
+    """Write the target's features of conversations."""
+    import torch
+
+    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.draft_config import aux_layers
+    from eagle3fn.base.thread_timing import large_products, sizes_of
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.extract import begun_threads, extract
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.own import foreign_note, measure_agreement
+    from eagle3fn.data.target import load_target, target_config
+
+    tree = target_config(options.target)
+    layers = aux_layers(_draft(options, tree), tree["num_hidden_layers"])
+    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
+    model, tokenizer = load_target(options.target, dtype, options.device)
+    sizes = sizes_of(tree)
+    _say(
+        take_threads(
+            lambda: large_products(sizes.hidden, sizes.intermediate, model.dtype),
+            options.device,
+            options.threads,
+            begun_threads(options.out),
+        )
+    )
+    name = str(dtype).removeprefix("torch.")
+    _say(f"the target computes in {name}, its features are stored in bfloat16")
+    index = extract(
+        model,
+        tokenizer,
+        options.conversations,
+        options.out,
+        layers,
+        max_length=options.max_length,
+        batch=options.batch or (4 if options.device == "cpu" else 8),
+        limit=options.limit,
+        minutes=options.minutes,
+        stored=torch.bfloat16,
+        name=options.target,
+        on_progress=progress.bar("conversation"),
+    )
+    progress.close()
+    totals = index["totals"]
+    rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
+    print(
+        f"{options.out}: {totals['samples']} conversations, {totals['tokens']} tokens, "
+        f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB{rest}"
+    )
+    head = model.get_output_embeddings().weight
+    found = measure_agreement(open_features(options.out), head)
+    _say(foreign_note(found, options.target, options.conversations))
+
+
+def vocab(options: Any) -> None:
+    """Count the supervised tokens and write the vocabulary map."""
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.pipeline import split
+    from eagle3fn.data.target import config_hash, target_config
+    from eagle3fn.data.vocab import (
+        build_map,
+        chosen_size,
+        count_tokens,
+        coverage,
+        held_out_of,
+        save_map,
+    )
+    from eagle3fn.specforge.feature_files import READER
+
+    tree = target_config(options.target)
+    vocab_size = tree["vocab_size"]
+    features = open_features(options.features, vocab_size, tree["hidden_size"], READER)
+    samples = len(features.samples)
+    held_out = held_out_of(samples) if options.held_out is None else options.held_out
+    kept, held = split(samples, held_out)
+
+    counts = count_tokens(features, kept, vocab_size)
+    size = options.size or chosen_size(counts)
+    vocab_map = build_map(counts, min(size, vocab_size))
+    covered = coverage(vocab_map, counts)
+    provenance = {"target": options.target, "target_hash": config_hash(tree), "covered": covered}
+    save_map(options.out, vocab_map, provenance)
+
+    text = f"{options.out}: {len(vocab_map.d2t)} of {vocab_size} tokens, {covered:.2%} of the "
+    text += "supervised ones"
+    if held:
+        unseen = coverage(vocab_map, count_tokens(features, held, vocab_size))
+        text += f", {unseen:.2%} in {len(held)} held-out samples"
+    print(text)
+
+
+def _draft(options: Any, tree: dict[str, Any], size: int | None = None) -> "DraftConfig":
+    """The draft's shape: from `--draft-config`, or derived from the target's configuration."""
+    from eagle3fn.base.draft_config import draft_config_from_json, draft_config_from_target
+
+    if options.draft_config:
+        return draft_config_from_json(options.draft_config)
+    return draft_config_from_target(tree, options.target, size)
+
+
+def _named(options: Any, overrides: list[str]) -> dict[str, Any]:
+    """The settings that a TOML file and overrides name, by section.
+
+    Those by the names of earlier versions are refused.
+    """
+    from eagle3fn.base.toml import override, read_toml
+    from eagle3fn.specforge.recipes import refuse_old_settings
+
+    named = read_toml(options.config) if options.config else {}
+    refuse_old_settings(named, options.config)
+    given: dict[str, Any] = {}
+    for text in overrides:
+        override(given, text)
+        override(named, text)
+    refuse_old_settings(given, "--set")
+    return named
+
+
+def _unnamed(
+    options: Any, named: dict[str, Any], draft: "DraftConfig", samples: int, device: str
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Values for the settings that nobody names, by section, and a text of where they are from."""
+    from eagle3fn.specforge.recipes import SETTINGS
+    from eagle3fn.train.defaults import (
+        begun_settings,
+        by_section,
+        chosen_defaults,
+        describe,
+        not_named,
+    )
+
+    if options.recipe:
+        return SETTINGS, ""
+    begun = begun_settings(options.out)
+    if begun is not None:
+        return begun, f"settings that are not named: as the run began, {options.out}/config.toml"
+    chosen = not_named(chosen_defaults(draft, samples, device), named)
+    return by_section(chosen), describe(chosen)
+
+
+def _config(
+    options: Any,
+    draft: "DraftConfig | None",
+    overrides: list[str],
+    recipe: str | None = None,
+    defaults: dict[str, dict[str, Any]] | None = None,
+) -> "Config":
+    """The run's configuration; losses and optimizers that are not there are refused."""
+    from eagle3fn.base.config import load_config
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.model.checks import check_loss
+    from eagle3fn.specforge.recipes import RECIPE
+    from eagle3fn.train.optimizer import named_optimizer
+
+    config = load_config(options.config, overrides, draft, defaults)
+    loss = config.objective.loss
+    if loss in RECIPE.batch_means and not recipe:
+        raise UserError(
+            f"objective.loss = {loss!r} is a mean over the whole batch: write nla or lk, which are "
+            "such losses by row, or add --recipe specforge"
+        )
+    check_loss(config, RECIPE.batch_means)
+    named_optimizer(config.optimizer)
+    return config
+
+
+def train(options: Any) -> None:
+    """Train the draft, or go on."""
+    import torch
+
+    from eagle3fn.base.draft_config import aux_layers
+    from eagle3fn.base.launch import ranks
+    from eagle3fn.base.thread_timing import large_products
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.features import check_made_for, open_features
+    from eagle3fn.data.own import foreign_note, measure_agreement
+    from eagle3fn.data.target import config_hash, read_target_tensors, target_config
+    from eagle3fn.data.vocab import load_map, map_size
+    from eagle3fn.specforge.feature_files import READER, read_map
+    from eagle3fn.specforge.recipes import RECIPES
+    from eagle3fn.train.horizon import begun_threads
+    from eagle3fn.train.loop import train
+    from eagle3fn.train.recipe import OURS
+    from eagle3fn.train.run import check_device
+    from eagle3fn.use.publish import check_published, run_events
+
+    recipe = RECIPES[options.recipe] if options.recipe else OURS
+    overrides = list(options.set)
+    if options.on_nonfinite:
+        overrides.append(f"train.on_nonfinite={options.on_nonfinite}")
+
+    with ranks() as world:
+        # The configuration: the draft from the target, its vocabulary's size from the map, and what
+        # nobody names by the size of both, or as the recipe has it.
+        named = _named(options, overrides)
+        tree = target_config(options.target)
+        target_hash = config_hash(tree)
+        draft = _draft(options, tree, map_size(options.vocab, read_map))
+        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
+        device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
+        defaults, said = _unnamed(options, named, draft, len(features.samples), device)
+        config = _config(options, draft, overrides, options.recipe, defaults)
+        dtype = getattr(torch, config.train.dtype)
+        shape = config.draft
+        line = take_threads(
+            lambda: large_products(shape.hidden_size, shape.draft_vocab_size, dtype),
+            config.train.device,
+            options.threads,
+            world.shared(begun_threads(options.out) if world.main else None),
+            world,
+            bits_depend=config.train.reduce == "tree",
+        )
+        if world.main:
+            _say(line)
+
+        # Features, map and target, which must belong together.
+        vocab_map = load_map(
+            options.vocab,
+            config.draft.vocab_size,
+            config.draft.draft_vocab_size,
+            target_hash,
+            read_map,
+        )
+        tensors = read_target_tensors(options.target, dtype)
+        layers = tree["num_hidden_layers"]
+        check_made_for(features, target_hash, aux_layers(config.draft, layers), options.target)
+        if world.main:
+            _say(said)
+            found = measure_agreement(features, tensors.head)
+            _say(foreign_note(found, options.target, "CONVERSATIONS.jsonl"))
+
+        state = train(
+            config,
+            features,
+            vocab_map,
+            tensors,
+            options.out,
+            minutes=options.minutes,
+            events=run_events(options.out, config, layers),
+            world=world,
+            recipe=recipe,
+        )
+        if world.main:
+            progress.close()
+            print(check_published(options.out, int(state.step), world.size, options.arguments))
+
+
+def plan(options: Any) -> None:
+    """Print the bytes that a run needs; refuse what does not fit."""
+    from eagle3fn.data.target import target_config
+    from eagle3fn.train.memory import GIB, check_fits, describe, plan_memory
+
+    tree = target_config(options.target) if options.target else {}
+    draft = None
+    if options.target or options.draft_config:
+        draft = _draft(options, tree)
+    _named(options, options.set)
+    config = _config(options, draft, options.set)
+
+    tied = bool(tree.get("tie_word_embeddings"))
+    print(describe(plan_memory(config, options.ranks, options.tokens, tied)))
+    check_fits(config, options.ranks, (options.memory or math.inf) * GIB, "--memory", tied)
+
+
+def evaluate(options: Any) -> None:
+    """Decode prompts plainly and with the draft."""
+    import torch
+
+    from eagle3fn.base.files import write_json
+    from eagle3fn.base.thread_timing import sizes_of, thin_products
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.target import target_config
+    from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
+
+    sizes = sizes_of(target_config(options.target))
+    rows = [1, 1 + EvalSettings.draft_length]  # a token, and a block that is verified
+    _say(
+        take_threads(
+            lambda: thin_products(sizes, rows, torch.float32), options.device, options.threads
+        )
+    )
+    settings = EvalSettings(
+        tasks=options.tasks,
+        max_new=options.max_new,
+        device=options.device,
+        speed_dtype=options.dtype,
+    )
+    report = evaluate(
+        options.target,
+        options.draft,
+        read_prompts(options.prompts),
+        settings,
+        untrained_folder=options.untrained,
+        plain_store=options.plain,
+        on_progress=progress.bars("prompt"),
+        prompts_name=Path(options.prompts).name,
+    )
+    progress.close()
+    write_json(options.out, report)
+    print(
+        f"{options.out}: lossless {report['lossless']}, "
+        f"accepted length {report['accepted_length']:.3f}, "
+        f"{report['speedup']:.2f} times as fast in {report['speed_dtype']}"
+    )
+
+
+def report(options: Any) -> None:
+    """Gather a run's results."""
+    from eagle3fn.use.report import write_report
+
+    print(write_report(Path(options.folder)))
+
+
+def parity(options: Any) -> int:
+    """Compare SpecForge's recipe with SpecForge; returns the exit code."""
+    from eagle3fn.specforge.parity import run
+
+    return run(options.cases, options.seed, options.json, options.bisect, progress.bar)
