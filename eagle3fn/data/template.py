@@ -1,0 +1,339 @@
+"""The target's chat template: what an engine renders, and which tokens end an answer.
+
+What a template does with thoughts, tool calls and parts of content is found by rendering short
+conversations, not by a list of families.
+"""
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.data.turns import Conversation, Turn, text_of
+
+# Texts of conversations that are rendered to see what a template does; found again in the result.
+_QUESTION = "\x02question\x02"
+_ANSWER = "\x02answer\x02"
+_PARTS = ["\x02first part\x02", "\x02second part\x02"]
+_CALL_NAME = "probed_function"
+_CALL_VALUE = "probedvalue"
+
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+# Templates that print the date would render another prompt on another day.
+_DATE = "2026-01-01"
+_BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+
+
+class _CallStyle(NamedTuple):
+    """How a template takes an assistant turn with tool calls."""
+
+    empty: str | None  # content where there is none
+    as_text: bool  # arguments as JSON text, not as an object
+
+
+_CALL_STYLES = (
+    _CallStyle("", False),
+    _CallStyle(None, False),
+    _CallStyle("", True),
+    _CallStyle(None, True),
+)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with fixed arguments.
+
+    Args:
+        tokenizer: the target's.
+        stops: ids of the tokens that end an answer (`data.target.stop_ids`). The tokenizer's own
+            eos is one of them, if it is not named.
+        arguments: of the template, as `enable_thinking`; a row's own come before them.
+
+    Raises:
+        UserError: an argument that the template has no variable for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[int] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.arguments = dict(arguments or {})
+
+        eos = tokenizer.eos_token_id
+        ids = dict.fromkeys(([] if eos is None else [eos]) + list(stops))
+        self.stops = {tokenizer.decode([number]): number for number in ids}
+        if self.arguments:
+            self.check_arguments(self.arguments, "--template-arg")
+
+    @property
+    def name(self) -> str:
+        """The tokenizer's, for errors."""
+        return self.tokenizer.name_or_path
+
+    # Rendering
+
+    def rendering(self, conversation: Conversation, where: str) -> "Rendering":
+        """A conversation in the template's form; `where` names it in errors."""
+        messages = [self._message(turn) for turn in conversation.turns]
+        options = {**self.arguments, **conversation.arguments}
+        return Rendering(self, messages, {**options, "tools": conversation.tools or None}, where)
+
+    def render(self, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
+        """The template on messages in its own form.
+
+        Raises:
+            UserError: no template, or it refuses the messages; `where` names the row.
+        """
+        from jinja2 import TemplateError
+
+        self.check()
+        if self._prints_date:
+            options["strftime_now"] = _fixed_date
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{where}: the chat template refuses these turns ({reason}); mend or delete the row"
+            ) from None
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        """A turn in the template's form."""
+        message = {key: turn[key] for key in ("role", "tool_call_id", "name") if key in turn}
+        content = turn["content"]
+        if isinstance(content, str) or not self._takes_parts:
+            message["content"] = text_of(content)
+        else:
+            message["content"] = [{"type": "text", "text": text} for text in content]
+
+        if "reasoning" in turn:
+            message |= dict.fromkeys(self._reasoning_names, turn["reasoning"])
+
+        if "tool_calls" in turn:
+            style = self._call_style
+            message["content"] = message["content"] or style.empty
+            message["tool_calls"] = [_call(call, style) for call in turn["tool_calls"]]
+        return message
+
+    # What the template has
+
+    def check(self) -> None:
+        """Refuse a tokenizer without a chat template that can be used.
+
+        Raises:
+            UserError: it has none, or only named ones without a default.
+        """
+        template = self.tokenizer.chat_template
+        if not template:
+            raise UserError(
+                f"{self.name}: no chat template; take an instruction-tuned target, "
+                "or rows with text in place of turns"
+            )
+        if isinstance(template, dict) and "default" not in template:
+            raise UserError(
+                f"{self.name}: no default chat template, only {', '.join(sorted(template))}; "
+                "copy the one that is served to chat_template.jinja in the target's folder"
+            )
+
+    def check_arguments(self, arguments: Mapping[str, Any], where: str) -> None:
+        """Refuse arguments that the template has no variable for.
+
+        Raises:
+            UserError: names the argument and the variables that there are.
+        """
+        self.check()
+        for name in arguments:
+            if name not in self._variables:
+                known = ", ".join(sorted(self._variables - _BUILT_IN)) or "none"
+                raise UserError(
+                    f"{where}: {name}: the chat template of {self.name} has no such variable "
+                    f"(it has: {known}); delete it or write one of these"
+                )
+
+    @cached_property
+    def _source(self) -> str:
+        """The template's text; of several, all of them."""
+        template = self.tokenizer.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else template
+
+    @cached_property
+    def _variables(self) -> set[str]:
+        from jinja2 import Environment, meta
+        from jinja2.ext import Extension, loopcontrols
+
+        class Generation(Extension):
+            """Takes `{% generation %}` for a block without effect."""
+
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        tree = Environment(extensions=[Generation, loopcontrols]).parse(self._source)
+        return set(meta.find_undeclared_variables(tree))
+
+    @cached_property
+    def _prints_date(self) -> bool:
+        return "strftime_now" in self._source
+
+    @cached_property
+    def _reasoning_names(self) -> list[str]:
+        """The keys under which the template looks for a thought."""
+        return [name for name in _REASONING_NAMES if re.search(rf"\b{name}\b", self._source)]
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether content may be a list of parts."""
+        parts = [{"type": "text", "text": text} for text in _PARTS]
+        text = self._probe([{"role": "user", "content": parts}])
+        return all(text.count(part) == 1 for part in _PARTS) and "'type'" not in text
+
+    @cached_property
+    def _call_style(self) -> _CallStyle:
+        """How tool calls must be given, so that the template renders them."""
+        for style in _CALL_STYLES:
+            text = self._probe(_called(style))
+            if _CALL_NAME in text and _CALL_VALUE in text:
+                return style
+        return _CALL_STYLES[0]  # none is rendered: `samples` finds the call missing
+
+    def _probe(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The template on a probing conversation; empty where it refuses it."""
+        try:
+            return self.render(messages, "", **self.arguments, **options)
+        except UserError:
+            return ""
+
+    # Tokens that end an answer
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """The tokenizer's special tokens, by their texts."""
+        return {
+            token.content: number
+            for number, token in self.tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
+
+    def stop_in(self, text: str, own: Sequence[str] = ()) -> tuple[int, str] | None:
+        """Place and text of the token in `text` that ends an answer.
+
+        `own` are the row's own texts in it: a token's text inside of them ends nothing.
+        """
+        begin = 0
+        for each in own:
+            if self._first_stop(each) or (self._end_mark and self._end_mark in each):
+                begin = max(begin, text.rfind(each) + len(each))
+        stop = self._first_stop(text[begin:])
+        if not stop and self._end_mark and self._end_mark in text[begin:]:
+            stop = self._end_mark
+        return (text.index(stop, begin), stop) if stop else None
+
+    def stop_id(self, stop: str) -> int:
+        """The id of a text that `stop_in` or `stop_after` gave."""
+        return self.stops[stop] if stop in self.stops else self.special[stop]
+
+    def stop_after(self, calls: bool) -> str:
+        """What the target writes last where the template writes no end: the mark of the next turn
+        if it is one of its stop tokens, else its own end.
+
+        Args:
+            calls: the answer ends with tool calls.
+
+        Raises:
+            UserError: the target has no stop token.
+        """
+        mark = self._mark_after_calls if calls else self._mark_after_answer
+        if mark:
+            return mark
+        if self._end_mark:
+            return self._end_mark
+        if not self.stops:
+            raise UserError(
+                f"{self.name}: no eos token, and its chat template writes none after an answer; "
+                "write eos_token_id into generation_config.json"
+            )
+        return next(iter(self.stops))
+
+    @cached_property
+    def _end_mark(self) -> str | None:
+        """A special token that the template writes right after an answer, and no stop token is."""
+        text = self._probe(_asked(_ANSWER)).rpartition(_ANSWER)[2]
+        if any(stop in text for stop in self.stops):
+            return None
+        marks = [mark for mark in self.special if text.lstrip().startswith(mark)]
+        return max(marks, key=len, default=None)
+
+    @cached_property
+    def _mark_after_answer(self) -> str | None:
+        text = self._probe([*_asked(_ANSWER), {"role": "user", "content": _PARTS[0]}])
+        return self._first_stop(text.partition(_ANSWER)[2].partition(_PARTS[0])[0])
+
+    @cached_property
+    def _mark_after_calls(self) -> str | None:
+        reply = {"role": "tool", "content": _PARTS[0], "tool_call_id": "call1", "name": _CALL_NAME}
+        text = self._probe([*_called(self._call_style), reply])
+        return self._first_stop(text.rpartition(_CALL_VALUE)[2].partition(_PARTS[0])[0])
+
+    def _first_stop(self, text: str) -> str | None:
+        found = [(text.find(stop), -len(stop), stop) for stop in self.stops if stop in text]
+        return min(found)[2] if found else None
+
+
+class Rendering(NamedTuple):
+    """A conversation, rendered up to one of its turns."""
+
+    template: ChatTemplate
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+    where: str
+
+    def prompt(self, turns: int) -> str:
+        """What an engine gives the target before it answers: the first `turns` turns."""
+        return self._text(self.messages[:turns], add_generation_prompt=True)
+
+    def through(self, turns: int) -> str:
+        """The first `turns` turns, without the beginning of an answer."""
+        return self._text(self.messages[:turns], add_generation_prompt=False)
+
+    def head(self, turns: int, prompt: str) -> str:
+        """What `prompt` has in common with any answer to the first `turns` turns."""
+        blank = {"role": "assistant", "content": _ANSWER}
+        text = self._text([*self.messages[:turns], blank], add_generation_prompt=False)
+        lengths = range(1, min(len(prompt), len(text)) + 1)
+        return prompt[: bisect_left(lengths, True, key=lambda end: prompt[:end] != text[:end])]
+
+    def _text(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        return self.template.render(messages, self.where, **self.options, **options)
+
+
+def _fixed_date(form: str) -> str:
+    from datetime import datetime
+
+    return datetime.fromisoformat(_DATE).strftime(form)
+
+
+def _call(call: dict[str, Any], style: _CallStyle) -> dict[str, Any]:
+    if not style.as_text:
+        return call
+    function = call["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
+
+
+def _asked(answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": answer}]
+
+
+def _called(style: _CallStyle) -> list[dict[str, Any]]:
+    """A question, and an answer that calls a function."""
+    function = {"name": _CALL_NAME, "arguments": {"key": _CALL_VALUE}}
+    call = _call({"id": "call1", "type": "function", "function": function}, style)
+    answer = {"role": "assistant", "content": style.empty, "tool_calls": [call]}
+    return [{"role": "user", "content": _QUESTION}, answer]
