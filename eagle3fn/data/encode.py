@@ -1,0 +1,270 @@
+"""A conversations' file to samples: streamed, in several processes, every loss counted.
+
+Samples go to a temporary file, in the rows' order, so memory does not grow with their number.
+"""
+
+import struct
+import tempfile
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.data.rejects import Dropped, Rejects
+from eagle3fn.data.row_files import FileRow, read_rows
+from eagle3fn.data.samples import Encoded, SampleMaker
+from eagle3fn.data.turns import conversation_of
+
+_CHUNK = 64  # rows that a process takes at once
+_ALONE = 2048  # rows before further processes are started: each takes seconds to begin
+_AHEAD = 4  # chunks that are given to a process before its first result is taken
+_HEADER = struct.Struct("<III")  # lengths of the id in bytes, of the tokens, of the mask
+
+
+class EncodedRow(NamedTuple):
+    """What became of a row."""
+
+    where: str
+    samples: list[Encoded]
+    dropped: list[str]  # reasons, one an answer without a sample
+    fault: str | None  # why the row is bad
+    value: Any  # of a bad row, for the rejects' file
+    unused: frozenset[str]  # its keys that were not read
+
+
+class EncodedFile(NamedTuple):
+    """The samples of a file, and what it has beside them."""
+
+    samples: "SampleFile"
+    rows: int  # read
+    rejected: int  # bad rows left out
+    dropped: Dropped  # good rows without a sample, by reason
+    lost: Dropped  # answers without a sample in rows with one, by reason
+    unused: Counter[str]  # rows that have a key which is not read
+
+
+def encode_file(
+    maker: SampleMaker,
+    conversations: str | Path,
+    vocab_size: int | None,
+    *,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    processes: int = 1,
+    rejects: Rejects | None = None,
+    on_progress: Callable[[int], None] = lambda rows: None,
+) -> EncodedFile:
+    """Encode the first `limit` rows of a file (all, if None).
+
+    Args:
+        maker: makes the samples.
+        conversations: a file or folder that `read_rows` reads.
+        vocab_size: the target's, V; None where it is not known.
+        folder: where the temporary file lies; None: the system's own.
+        limit: rows read.
+        processes: processes that encode, where there are more than a few thousand rows.
+        rejects: takes bad rows; absent, they are all counted and refused together.
+        on_progress: called with the rows done.
+
+    Raises:
+        UserError: an unreadable file, no rows, bad rows, an id outside the target's vocabulary, or
+            no sample at all. The message counts them and names the first.
+    """
+    bad = rejects or Rejects()
+    samples = SampleFile(folder)
+    dropped = Dropped()
+    lost = Dropped()
+    unused: Counter[str] = Counter()
+    rows = 0
+    try:
+        for row in encode_rows(maker, conversations, limit, processes):
+            rows += 1
+            unused.update(row.unused)
+            if row.fault:
+                bad.add(row.where, row.fault, row.value, rows)
+            elif row.samples:
+                lost.update(row.dropped)
+            else:
+                dropped.update(row.dropped[:1])
+            for sample in row.samples:
+                _check_ids(sample, vocab_size, row.where)
+                samples.append(sample)
+            on_progress(rows)
+        if not rows:
+            raise UserError(f"{conversations}: no rows; write one JSON object a line")
+        bad.finish(str(conversations), rows)
+        if not samples:
+            raise UserError(
+                f"{conversations}: no sample: {dropped.describe(rows)}; "
+                "conversations need a user turn and an answer within --max-length"
+            )
+    except BaseException:
+        samples.close()
+        raise
+    return EncodedFile(samples, rows, bad.count, dropped, lost, unused)
+
+
+def encode_all(
+    maker: SampleMaker, conversations: str | Path, vocab_size: int, limit: int | None = None
+) -> list[Encoded]:
+    """The samples of the first `limit` rows of a file, in memory; for `data.online`.
+
+    Raises:
+        UserError: as `encode_file`.
+    """
+    with encode_file(maker, conversations, vocab_size, limit=limit).samples as samples:
+        return samples[:]
+
+
+def _check_ids(sample: Encoded, vocab_size: int | None, where: str) -> None:
+    highest = int(sample.input_ids.max())
+    if vocab_size is not None and highest >= vocab_size:
+        raise UserError(
+            f"{where}: token id {highest}: the target's vocabulary has {vocab_size}; "
+            "take the tokenizer that belongs to the target"
+        )
+
+
+# Rows
+
+
+def encode_rows(
+    maker: SampleMaker, conversations: str | Path, limit: int | None = None, processes: int = 1
+) -> Iterator[EncodedRow]:
+    """Encode rows as they are read, in their order.
+
+    With several `processes` a few chunks of rows are read ahead. Closing the iterator ends them.
+    """
+    rows = islice(enumerate(read_rows(conversations), 1), limit)
+    for number, row in islice(rows, _ALONE if processes > 1 else None):
+        yield encode_row(maker, number, row)
+
+    first = list(islice(rows, _CHUNK))
+    if first:
+        with ExitStack() as stack:
+            pool = stack.enter_context(
+                ProcessPoolExecutor(
+                    processes, get_context("spawn"), initializer=_begin, initargs=(maker,)
+                )
+            )
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            yield from _from_pool(pool, processes, first, rows)
+
+
+def _from_pool(
+    pool: ProcessPoolExecutor,
+    processes: int,
+    first: list[tuple[int, FileRow]],
+    rows: Iterator[tuple[int, FileRow]],
+) -> Iterator[EncodedRow]:
+    running: deque[Future[list[EncodedRow]]] = deque()
+    chunk = first
+    while chunk or running:
+        while chunk and len(running) < _AHEAD * processes:
+            running.append(pool.submit(_encode_chunk, chunk))
+            chunk = list(islice(rows, _CHUNK))
+        try:
+            yield from running.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that encodes conversations ended; is there enough memory? "
+                "try again with --threads 1"
+            ) from None
+
+
+_maker: SampleMaker | None = None  # of a process of the pool
+
+
+def _begin(maker: SampleMaker) -> None:
+    global _maker  # noqa: PLW0603
+    _maker = maker
+    torch.set_num_threads(1)
+
+
+def _encode_chunk(rows: list[tuple[int, FileRow]]) -> list[EncodedRow]:
+    assert _maker
+    return [encode_row(_maker, number, row) for number, row in rows]
+
+
+def encode_row(maker: SampleMaker, number: int, row: FileRow) -> EncodedRow:
+    """Encode one row, the `number`-th of its file; a fault is told, not raised."""
+    where = row.where
+    if row.fault:
+        return EncodedRow(where, [], [], row.fault, row.value, frozenset())
+
+    value = row.value
+    name = str(value["id"]) if isinstance(value, dict) and "id" in value else None
+    if name:
+        where += f" (id {name})"
+    try:
+        conversation = conversation_of(value, where)
+        found = maker.samples(name or str(number), conversation, where)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{where}: ")
+        return EncodedRow(where, [], [], reason, value, frozenset())
+    return EncodedRow(where, found.samples, found.dropped, None, None, conversation.unused)
+
+
+# Samples on disk
+
+
+class SampleFile(Sequence[Encoded]):
+    """Samples in a temporary file, which is gone with the process; memory has 8 bytes of each.
+
+    Args:
+        folder: where the file lies; None: the system's own.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._places = array("Q")
+
+    def append(self, sample: Encoded) -> None:
+        """Add a sample."""
+        name = sample.id.encode("utf-8", "surrogatepass")
+        ids = array("i", sample.input_ids.tolist()).tobytes()
+        mask = bytes(sample.token_mask.tolist())
+        self._places.append(self._file.seek(0, 2))
+        self._file.write(_HEADER.pack(len(name), len(ids), len(mask)) + name + ids + mask)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        self._file.seek(self._places[index])
+        name, ids, mask = _HEADER.unpack(self._file.read(_HEADER.size))
+        id_text = self._file.read(name).decode("utf-8", "surrogatepass")
+        return Encoded(
+            id_text,
+            torch.tensor(array("i", self._file.read(ids)), dtype=torch.int64),
+            torch.tensor(list(self._file.read(mask)), dtype=torch.int64),
+        )
+
+    def __enter__(self) -> "SampleFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
