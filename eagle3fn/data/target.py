@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import refuse_vision
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256
+from eagle3fn.base.files import json_sha256, read_json
 from eagle3fn.base.types import Frozen, VocabMap
 from eagle3fn.data.hooks import layer_outputs
 from eagle3fn.data.weights import check_weights, find_key, read_tensor, weight_files
@@ -88,6 +88,79 @@ def config_hash(tree: dict[str, Any]) -> str:
     """Hex digest of a target's configuration without its path, dtype and library version."""
     stable = {key: value for key, value in tree.items() if key not in _VOLATILE}
     return json_sha256(stable, default=str)
+
+
+def stop_ids(path_or_id: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """The target's stop tokens, ascending, without building the model.
+
+    Those of generation_config.json, or of config.json where it names none, and the tokenizer's
+    `eos_token_id`. A folder may hold the tokenizer alone.
+
+    Raises:
+        UserError: not readable, or none at all.
+    """
+    ids = _ids(_stored_json(path_or_id, "generation_config.json"))
+    ids = ids or _ids(_stored_json(path_or_id, "config.json"))
+    ids |= _ids({"eos_token_id": tokenizer.eos_token_id})
+    if not ids:
+        raise UserError(
+            f"{path_or_id}: no eos_token_id in generation_config.json, config.json or the "
+            "tokenizer's files; add the id of the token that ends an answer to "
+            "generation_config.json"
+        )
+    return tuple(sorted(ids))
+
+
+def _ids(tree: dict[str, Any]) -> set[int]:
+    """`eos_token_id` as a set: one id, a list of them, or none."""
+    found = tree.get("eos_token_id")
+    if found is None and isinstance(tree.get("text_config"), dict):
+        found = tree["text_config"].get("eos_token_id")
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return {value for value in found if type(value) is int and value >= 0}
+
+
+def _stored_json(path_or_id: str | Path, name: str) -> dict[str, Any]:
+    """A JSON object of a folder, of an id or, in its place, of a GGUF file; empty if there is none.
+
+    Raises:
+        UserError: damaged, or not an id.
+    """
+    path = Path(path_or_id)
+    if path.suffix == ".gguf":
+        return _gguf_config(path) if name == "config.json" else {}
+
+    if path.is_dir():
+        file = path / name if (path / name).is_file() else None
+    else:
+        from transformers.utils import cached_file
+
+        # Without a connection the cache may lack a file that the id does not have at all.
+        silent = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        try:
+            file = cached_file(str(path_or_id), name, **silent)  # type: ignore
+        except _load_errors() as error:
+            raise _not_loadable(path_or_id, error) from None
+    if file is None:
+        return {}
+    tree = read_json(file)
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: not a JSON object; fetch the target's files again")
+    return tree
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    """What a GGUF file says of the model's configuration."""
+    from transformers import PretrainedConfig
+
+    name, extra = _source(path)
+    try:
+        return PretrainedConfig.get_config_dict(name, **extra)[0]
+    except _load_errors() as error:
+        raise _not_loadable(path, error) from None
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -11,11 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.extract import encode_all, extract
 from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.synthesize import end_tokens
 from eagle3fn.data.target import (
     config_hash,
     hidden_states,
     load_target,
     read_target_tensors,
+    stop_ids,
     target_config,
     weights_digest,
 )
@@ -404,3 +406,52 @@ def test_setting_of_a_wrong_type_is_refused(saved, reader, changes, named):
     edit(folder, **changes)
     with pytest.raises(UserError, match=rf"t/config.json: .*{named}.*name a folder"):
         reader(folder)
+
+
+# Stop tokens
+
+
+def write_json(path, tree):
+    path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": 7}, {"eos_token_id": 5}, (1, 7)),
+        ({"eos_token_id": [9, 7]}, {}, (1, 7, 9)),
+        ({"eos_token_id": []}, {"eos_token_id": [5, 1]}, (1, 5)),
+        ({"eos_token_id": None}, {"text_config": {"eos_token_id": 6}}, (1, 6)),
+        (None, {"eos_token_id": 5}, (1, 5)),
+        (None, None, (1,)),
+    ],
+)
+def test_stop_tokens_are_the_generations_or_the_configurations_and_the_tokenizers(
+    tmp_path, generation, config, expected
+):
+    """The generation config comes first, as where the model generates; no model is built."""
+    for name, tree in (("generation_config.json", generation), ("config.json", config)):
+        if tree is not None:
+            write_json(tmp_path / name, tree)
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.eos_token_id == 1
+    assert stop_ids(tmp_path, tokenizer) == expected
+
+
+def test_stop_tokens_are_those_that_the_loaded_model_ends_with(saved):
+    model, folder = saved
+    model.generation_config.eos_token_id = [5, 9]
+    model.save_pretrained(folder)
+    loaded, tokenizer = load(folder)
+    assert set(stop_ids(folder, tokenizer)) == end_tokens(loaded) | {1}
+
+
+def test_target_without_a_stop_token_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": []})
+    with pytest.raises(UserError, match=r"no eos_token_id in generation_config.json.*add the id"):
+        stop_ids(tmp_path, tokenizer)
+    write_json(tmp_path / "generation_config.json", [])
+    with pytest.raises(UserError, match=r"generation_config.json: not a JSON object; fetch"):
+        stop_ids(tmp_path, tokenizer)
