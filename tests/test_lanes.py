@@ -15,10 +15,10 @@ NOT_DECLARED = {"triton"}  # comes with torch, or by hand where torch is for CPU
 
 
 def declared() -> dict[str, Requirement]:
-    """The requirements of the package, its tests and its demo, by name."""
+    """The requirements of the package, its data files, its demo and its tests, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    texts = project["dependencies"] + extras["testing"] + extras["demo"]
+    texts = project["dependencies"] + extras["data"] + extras["demo"] + extras["testing"]
     return {one.name: one for one in map(Requirement, texts)}
 
 

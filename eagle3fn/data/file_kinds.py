@@ -18,7 +18,9 @@ DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 BOM = b"\xef\xbb\xbf"
 _HEAD = 1 << 16  # bytes that are looked at
-_PIECE = 1 << 14  # packed bytes that are unpacked at once
+_PIECE = (
+    1 << 10
+)  # bytes of a zst file unpacked at once: to 32 MB at the very most, to some kB mostly
 _LONGEST_WINDOW = 1 << 31  # bytes; what `zstd --long=31` writes
 
 

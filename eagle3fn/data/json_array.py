@@ -92,13 +92,15 @@ class _Text:
                 value, end = _DECODER.raw_decode(self.part, self.place)
             except json.JSONDecodeError as error:
                 # The error may come from where this part of the text ends: then try with more.
-                near_end = error.pos + _MARGIN >= len(self.part)
-                if not self.ended and (near_end or error.msg.startswith("Unterminated string")):
+                in_string = error.msg.startswith("Unterminated string")
+                if not self.ended and (in_string or error.pos + _MARGIN >= len(self.part)):
                     self._more()
                     continue
+                at_end = in_string or not self.part[error.pos :].strip(_BLANK)
                 self.place = min(error.pos, len(self.part))
-                reason = error.msg if self.peek() else "the file ends inside it"
-                raise self.broken(number, reason) from None
+                raise self.broken(
+                    number, "the file ends inside it" if at_end else error.msg
+                ) from None
             except (ValueError, RecursionError) as error:
                 # Numbers of too many digits, and values nested too deeply.
                 raise self.broken(number, str(error)) from None
@@ -110,7 +112,7 @@ class _Text:
             written = self.part[self.place : end]
             self.place = end
             return (
-                (value, None) if _is_unicode(written) else (None, "holds bytes that no UTF-8 has")
+                (value, None) if _is_unicode(written) else (None, "holds bytes that are not UTF-8")
             )
 
     def broken(self, number: int, reason: str) -> BrokenArrayError:
