@@ -58,6 +58,42 @@ def _add_threads(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=_positive, help=about)
 
 
+def _add_template(sub: argparse.ArgumentParser) -> None:
+    """The option for arguments of the chat template."""
+    sub.add_argument(
+        "--template-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of the chat template, as the engine gives it: enable_thinking=false",
+    )
+
+
+def _add_conversations(sub: argparse.ArgumentParser) -> None:
+    """The options that name conversations and say how they are read."""
+    sub.add_argument(
+        "--conversations",
+        required=True,
+        help="JSONL, a JSON array (also .gz, .xz, .zst), parquet, or a data set's folder",
+    )
+    sub.add_argument(
+        "--max-length",
+        type=_positive,
+        default=2048,
+        help="tokens kept of a sample (default 2048)",
+    )
+    sub.add_argument("--limit", type=_positive, help="use only the first conversations")
+    sub.add_argument(
+        "--skip-bad",
+        type=_share,
+        nargs="?",
+        const=0.05,
+        metavar="SHARE",
+        help="leave bad rows out, at most this share of all (default 0.05)",
+    )
+    _add_template(sub)
+
+
 def _add_settings(sub: argparse.ArgumentParser) -> None:
     """The options that make a configuration."""
     sub.add_argument("--config", help="TOML file")
@@ -78,6 +114,7 @@ def _add_data_commands(command: Command) -> None:
         "let the target answer given prompts, or write its own turns too",
     )
     _add_target(sub, runs=True)
+    _add_template(sub)
     sub.add_argument("--out", required=True, help="JSONL file; .xz and .gz compress")
     sub.add_argument(
         "--prompts",
@@ -107,20 +144,25 @@ def _add_data_commands(command: Command) -> None:
     _add_threads(sub)
 
     sub = command(
+        "inspect",
+        commands.inspect,
+        "show what is trained on of conversations, and what is left out; the tokenizer is enough",
+    )
+    _add_target(sub, runs=False)
+    _add_conversations(sub)
+    sub.add_argument("--show", type=_count, default=2, help="samples to print (default 2)")
+    sub.add_argument("--id", help="print the samples of the row with this id, or on this line")
+    sub.add_argument("--vocab", help="vocabulary map whose coverage is counted")
+    sub.add_argument("--json", action="store_true", help="print the numbers as one line of JSON")
+
+    sub = command(
         "extract",
         commands.extract,
         "run the target over conversations and write its features; resumable",
     )
     _add_target(sub, runs=True)
-    sub.add_argument("--conversations", required=True, help="JSONL (plain, .gz, .xz)")
-    sub.add_argument("--out", required=True, help="feature folder")
-    sub.add_argument(
-        "--max-length",
-        type=_positive,
-        default=2048,
-        help="tokens kept of a conversation (default 2048)",
-    )
-    sub.add_argument("--limit", type=_positive, help="use only the first conversations")
+    _add_conversations(sub)
+    sub.add_argument("--out", required=True, help="feature folder; bad rows: OUT/rejects.jsonl")
     sub.add_argument(
         "--minutes",
         type=_above_zero,
@@ -250,6 +292,7 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
 _positive = _number(int, 1, 2**40)
 _count = _number(int, 0, 2**40)
 _above_zero = _number(float, 0.01, 1e6)
+_share = _number(float, 0, 1)
 _at_least_zero = _number(float, 0, 100)
 
 

@@ -12,6 +12,7 @@ from eagle3fn.base import progress
 if TYPE_CHECKING:
     from eagle3fn.base.config import Config
     from eagle3fn.base.draft_config import DraftConfig
+    from eagle3fn.data.template import ChatTemplate
 
 
 def _say(line: str | None) -> None:
@@ -44,30 +45,98 @@ def synthesize(options: Any) -> None:
             begun_threads(options.out),
         )
     )
+    template = _template(options, tokenizer)
     if not options.prompts:
         answer = ANSWER._replace(**given)
         count = options.count or 1000
-        written = synthesize(model, tokenizer, options.out, count, answer=answer, **shared)
+        written = synthesize(model, template, options.out, count, answer=answer, **shared)
         print(f"{options.out}: {written} conversations")
         return
 
     sampling = GIVEN_ANSWER._replace(**given)
     names = (options.prompts, options.out, options.count)
-    done = answer_prompts(model, tokenizer, *names, sampling=sampling, **shared)
+    done = answer_prompts(model, template, *names, sampling=sampling, **shared)
     print(
         f"{options.out}: {done.conversations} conversations, {done.answers} answers, {done.cut} of "
         f"them cut at {sampling.max_new} tokens and kept; {done.excluded} conversations excluded"
     )
 
 
+def _template_arguments(options: Any) -> dict[str, Any]:
+    """The chat template's arguments: JSON values, else texts."""
+    import json
+
+    from eagle3fn.base.errors import UserError
+
+    arguments = {}
+    for text in options.template_arg:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise UserError(
+                f"--template-arg {text}: must be NAME=VALUE, such as enable_thinking=false"
+            )
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
+
+
+def _template(options: Any, tokenizer: Any) -> "ChatTemplate":
+    """The target's chat template, with the options' arguments."""
+    from eagle3fn.data.target import stop_ids
+    from eagle3fn.data.template import ChatTemplate
+
+    stops = stop_ids(options.target, tokenizer)
+    return ChatTemplate(tokenizer, stops, _template_arguments(options))
+
+
+def inspect(options: Any) -> None:
+    """Show the samples of conversations, and count."""
+    import json
+    import os
+    import sys
+
+    from eagle3fn.base.cores import own_cores
+    from eagle3fn.data.inspection import describe, inspect_file, numbers, show_sample
+    from eagle3fn.data.samples import SampleMaker
+    from eagle3fn.data.target import known_hidden_size, load_tokenizer
+    from eagle3fn.data.vocab import load_map
+    from eagle3fn.specforge.feature_files import read_map
+
+    tokenizer = load_tokenizer(options.target)
+    found = inspect_file(
+        SampleMaker(_template(options, tokenizer), options.max_length),
+        options.conversations,
+        limit=options.limit,
+        processes=own_cores(),
+        skip_bad=options.skip_bad,
+        show=options.show,
+        row_id=options.id,
+        vocab_map=load_map(options.vocab, read=read_map) if options.vocab else None,
+        hidden_size=known_hidden_size(options.target),
+        on_rows=progress.counter("row"),
+    )
+    progress.close()
+    if options.json:
+        print(json.dumps(numbers(found)))
+        return
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for sample in found.shown:
+        print(show_sample(tokenizer, sample, colour), end="\n\n")
+    print(describe(found, options.conversations))
+
+
 def extract(options: Any) -> None:
     """Write the target's features of conversations."""
     import torch
 
+    from eagle3fn.base.cores import own_cores
     from eagle3fn.base.device import fast_dtype
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.base.thread_timing import large_products, sizes_of
     from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.encode import describe_counts
     from eagle3fn.data.extract import begun_threads, extract
     from eagle3fn.data.features import open_features
     from eagle3fn.data.own import foreign_note, measure_agreement
@@ -90,7 +159,7 @@ def extract(options: Any) -> None:
     _say(f"the target computes in {name}, its features are stored in bfloat16")
     index = extract(
         model,
-        tokenizer,
+        _template(options, tokenizer),
         options.conversations,
         options.out,
         layers,
@@ -100,15 +169,20 @@ def extract(options: Any) -> None:
         minutes=options.minutes,
         stored=torch.bfloat16,
         name=options.target,
-        on_progress=progress.bar("conversation"),
+        skip_bad=options.skip_bad,
+        processes=own_cores(),
+        on_rows=progress.counter("row"),
+        on_progress=progress.bar("sample"),
     )
     progress.close()
     totals = index["totals"]
     rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
     print(
-        f"{options.out}: {totals['samples']} conversations, {totals['tokens']} tokens, "
+        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
         f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB{rest}"
     )
+    for line in describe_counts(index, Path(options.out) / "rejects.jsonl"):
+        print(line)
     head = model.get_output_embeddings().weight
     found = measure_agreement(open_features(options.out), head)
     _say(foreign_note(found, options.target, options.conversations))

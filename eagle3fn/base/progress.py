@@ -12,11 +12,17 @@ _drawn: list[Any] = []  # what `close` closes when a command ends early
 _FILE_SECONDS = 30.0  # between two states where stderr is a file, which keeps them all
 
 
-def bar(unit: str, name: str | None = None) -> Callable[[int, int], None]:
+def counter(unit: str) -> Callable[[int], None]:
+    """A function `(done)` that counts on stderr, where it isn't known how many there are."""
+    update = bar(unit)
+    return lambda done: update(done, None)
+
+
+def bar(unit: str, name: str | None = None) -> Callable[[int, int | None], None]:
     """A function `(done, total)` that draws a bar on stderr, which begins with `name`."""
     drawn: Any = None
 
-    def update(done: int, total: int) -> None:
+    def update(done: int, total: int | None) -> None:
         nonlocal drawn
         if drawn is None:
             from tqdm import tqdm
@@ -32,7 +38,7 @@ def bar(unit: str, name: str | None = None) -> Callable[[int, int], None]:
             )
             _drawn.append(drawn)
         drawn.update(done - drawn.n)
-        if done >= total:
+        if total is not None and done >= total:
             drawn.close()
 
     return update

@@ -7,12 +7,15 @@ that was cut off goes on where it stopped.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, read_numbered_jsonl
-from eagle3fn.data.chat import apply_template, check_template, messages_of
+from eagle3fn.base.files import json_sha256
+from eagle3fn.data.rejects import Rejects
+from eagle3fn.data.row_files import read_rows as file_rows
+from eagle3fn.data.samples import Tokens
 from eagle3fn.data.synthesize import (
     ANSWER,
     Parts,
@@ -23,19 +26,25 @@ from eagle3fn.data.synthesize import (
     without,
 )
 from eagle3fn.data.target import weights_digest
+from eagle3fn.data.template import ChatTemplate
+from eagle3fn.data.turns import Conversation, Turn, conversation_of, text_of
 
 GIVEN_ANSWER = ANSWER._replace(max_new=512)
 """How an answer to a given prompt is drawn."""
 
-Messages = list[dict[str, str]]
-
 
 class Prompt(NamedTuple):
-    """A row of the prompts' file. Assistant turns are places for answers, their texts are void."""
+    """A row of the prompts' file. Its assistant turns are places for answers, without a text."""
 
     id: str
     where: str  # file and line, for errors
-    turns: Messages
+    conversation: Conversation
+
+    @property
+    def places(self) -> list[int]:
+        """Where the answers are: assistant turns that have turns before them."""
+        turns = self.conversation.turns
+        return [place for place, turn in enumerate(turns) if place and turn["role"] == "assistant"]
 
 
 class Answered(NamedTuple):
@@ -49,7 +58,7 @@ class Answered(NamedTuple):
 
 def answer_prompts(
     model: Any,
-    tokenizer: Any,
+    template: ChatTemplate,
     prompts: str | Path,
     out: str | Path,
     count: int | None = None,
@@ -66,15 +75,15 @@ def answer_prompts(
 
     Args:
         model: the target, on any device.
-        tokenizer: the target's.
-        prompts: JSONL (plain, `.gz`, `.xz`) of rows with `prompt`, or with turns under
-            `conversations` or `messages`. After a last turn that is no answer, one is added. An
+        template: the chat template of the target's tokenizer, with its arguments.
+        prompts: a file of rows with `prompt`, or with turns under `conversations` or `messages`
+            (`data.row_files.read_rows`). After a last turn that is no answer, one is added. An
             answer before any other turn has no prompt and stays as it is.
         out: the file of conversations; `.xz` and `.gz` compress.
         count: only the first rows; all, if None.
         seed: of sampling.
         batch: conversations answered together.
-        exclude: a JSONL file whose texts must be kept out. Conversations that share 13 words in a
+        exclude: a file of rows whose texts must be kept out. Conversations that share 13 words in a
             row with it are dropped.
         sampling: how answers are drawn. With temperature 0 they are the greedy ones.
         on_progress: called with the conversations answered so far and in all.
@@ -84,18 +93,19 @@ def answer_prompts(
             does not fit the target's positions together with its answers, a template that refuses
             the turns.
     """
-    check_template(tokenizer)
-    rows = read_rows(prompts)[:count]
+    template.check()
+    rows = read_rows(prompts, count)
+    tokens = Tokens(template)
     for row in rows:
-        _check_fits(model, tokenizer, row, sampling.max_new)
+        _check_fits(model, template, tokens, row, sampling.max_new)
     forbidden = grams_of_file(exclude) if exclude else set()
-    parts = Parts(out, _digest(model, tokenizer, rows, sampling, seed, batch))
+    parts = Parts(out, _digest(model, template, rows, sampling, seed, batch))
 
     answered = []
     for index, start in enumerate(range(0, len(rows), batch)):
         group = rows[start : start + batch]
         generator = batch_generator(seed, index)
-        write = partial(_answer_batch, model, tokenizer, group, sampling, generator)
+        write = partial(_answer_batch, model, template, tokens, group, sampling, generator)
         answered += parts.batch(index, write)
         on_progress(len(answered), len(rows))
 
@@ -103,75 +113,92 @@ def answer_prompts(
     parts.finish(kept)
     return Answered(
         conversations=len(kept),
-        answers=sum(len(_places(row["conversations"])) for row in kept),
+        answers=sum(row["answers"] for row in kept),
         cut=sum(row.get("cut", 0) for row in kept),
         excluded=len(answered) - len(kept),
     )
 
 
 def _digest(
-    model: Any, tokenizer: Any, rows: list[Prompt], sampling: Sampling, seed: int, batch: int
+    model: Any,
+    template: ChatTemplate,
+    rows: list[Prompt],
+    sampling: Sampling,
+    seed: int,
+    batch: int,
 ) -> str:
-    given = [(row.id, _without_answers(row.turns)) for row in rows]
-    target = [weights_digest(model), tokenizer.chat_template]
+    given = [(row.id, row.conversation[:-1]) for row in rows]  # without the unused keys
+    target = [weights_digest(model), template.tokenizer.chat_template, template.arguments]
     return json_sha256([*target, sampling, seed, batch, given])[:12]
 
 
 # Reading
 
 
-def read_rows(path: str | Path) -> list[Prompt]:
-    """The rows of a file of prompts or conversations, each ending in a place for an answer.
+def read_rows(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """The first rows of a file of prompts or conversations, each with a place for an answer.
 
     Raises:
-        UserError: unreadable, no rows, a malformed row, or a turn without text that is no answer;
-            the message names file and line.
+        UserError: unreadable, no rows, or malformed ones: they are counted, the first named.
     """
     rows = []
-    for number, row in read_numbered_jsonl(path):
-        where = f"{path}:{number}"
-        turns = _turns_of(row, where)
-        for place, turn in enumerate(turns, 1):
-            if turn["role"] != "assistant" and not turn["content"].strip():
-                raise UserError(f"{where}: turn {place} is empty; mend or delete the row")
-        if turns[-1]["role"] != "assistant":
-            turns.append({"role": "assistant", "content": ""})
-        if not _places(turns):
-            raise UserError(
-                f"{where}: nothing to answer; a row needs a user turn, or text under prompt"
-            )
-        rows.append(Prompt(str(row.get("id", number)), where, turns))
+    bad = Rejects()
+    count = 0
+    for count, row in enumerate(islice(file_rows(path), limit), 1):
+        fault = row.fault
+        if not fault:
+            try:
+                rows.append(_prompt(row.value, row.where, count))
+            except UserError as error:
+                fault = str(error).removeprefix(f"{row.where}: ")
+        if fault:
+            bad.add(row.where, fault, row.value, count)
+    bad.finish(str(path), count)
     if not rows:
         raise UserError(f"{path}: no rows; write one JSON object with a prompt a line")
     return rows
 
 
-def _turns_of(row: Any, where: str) -> Messages:
-    """A row's turns. Where it has both, its conversation counts: `prompt` is then its beginning."""
-    has_turns = isinstance(row, dict) and (row.get("conversations") or row.get("messages"))
-    if isinstance(row, dict) and "prompt" in row and not has_turns:
-        return messages_of({"messages": [{"role": "user", "content": row["prompt"]}]}, where)
-    return messages_of(row, where)
+def _prompt(value: Any, where: str, number: int) -> Prompt:
+    """A row, its answers emptied.
+
+    Raises:
+        UserError: malformed, an empty turn that is no answer, tool calls, or nothing to answer.
+    """
+    conversation = conversation_of(value, where)
+    turns = []
+    for place, turn in enumerate(conversation.turns):
+        if "tool_calls" in turn or turn["role"] == "tool":
+            raise UserError(
+                f"{where}: turn {place + 1}: a call of a tool cannot be made anew; delete the row"
+            )
+        if place and turn["role"] == "assistant":
+            turns.append({"role": "assistant", "content": ""})
+        elif not text_of(turn["content"]).strip():
+            raise UserError(f"{where}: turn {place + 1} is empty; mend or delete the row")
+        else:
+            turns.append(turn)
+
+    if turns and turns[-1]["role"] != "assistant":
+        turns.append({"role": "assistant", "content": ""})
+    row = Prompt(str(value.get("id", number)), where, conversation._replace(turns=turns))
+    if not row.places:
+        raise UserError(
+            f"{where}: nothing to answer; a row needs a user turn, or text under prompt"
+        )
+    return row
 
 
-def _places(turns: Messages) -> list[int]:
-    """Where the answers are: assistant turns that have turns before them."""
-    return [place for place, turn in enumerate(turns) if place and turn["role"] == "assistant"]
-
-
-def _without_answers(turns: Messages) -> Messages:
-    places = set(_places(turns))
-    return [
-        {**turn, "content": ""} if place in places else turn for place, turn in enumerate(turns)
-    ]
-
-
-def _check_fits(model: Any, tokenizer: Any, row: Prompt, max_new: int) -> None:
+def _check_fits(
+    model: Any, template: ChatTemplate, tokens: Tokens, row: Prompt, max_new: int
+) -> None:
     """Refuse a row whose turns and longest possible answers exceed the target's positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    text = _prompt_text(tokenizer, _without_answers(row.turns), row.where)
-    length = len(tokenizer(text, add_special_tokens=False).input_ids)
-    answers = len(_places(row.turns))
+    template.check_arguments(row.conversation.arguments, row.where)
+    last = row.places[-1]
+    text = template.rendering(row.conversation, row.where).prompt(last)
+    length = len(tokens.prompt(text))
+    answers = len(row.places)
     if limit is not None and length + answers * max_new > limit:
         raise UserError(
             f"{row.where}: {length} tokens and {answers} answers of up to {max_new} exceed the "
@@ -180,39 +207,51 @@ def _check_fits(model: Any, tokenizer: Any, row: Prompt, max_new: int) -> None:
         )
 
 
-def _prompt_text(tokenizer: Any, turns: Messages, where: str) -> str:
-    """The chat template on these turns, up to where the last one, an answer, begins."""
-    options = {"tokenize": False, "add_generation_prompt": True}
-    return apply_template(tokenizer, turns[:-1], where, **options)
-
-
 # Answering
 
 
 def _answer_batch(
-    model: Any, tokenizer: Any, rows: list[Prompt], sampling: Sampling, generator: Any
+    model: Any,
+    template: ChatTemplate,
+    tokens: Tokens,
+    rows: list[Prompt],
+    sampling: Sampling,
+    generator: Any,
 ) -> list[dict]:
     """The rows' conversations, answered together, the first answer of all, then the second, …"""
-    turns = [_without_answers(row.turns) for row in rows]
-    places = [_places(each) for each in turns]
+    turns: list[list[Turn]] = [list(row.conversation.turns) for row in rows]
     cut = [0] * len(rows)
 
-    for number in range(max(map(len, places))):
+    for number in range(max(len(row.places) for row in rows)):
         # The rows that have so many answers, each up to the place of this one.
-        asked = [row for row in range(len(rows)) if number < len(places[row])]
+        asked = [index for index, row in enumerate(rows) if number < len(row.places)]
         prompts = []
-        for row in asked:
-            upto = turns[row][: places[row][number] + 1]
-            prompts.append(_prompt_text(tokenizer, upto, rows[row].where))
+        for index in asked:
+            row = rows[index]
+            conversation = row.conversation._replace(turns=turns[index])
+            rendering = template.rendering(conversation, row.where)
+            prompts.append(rendering.prompt(row.places[number]))
 
         # The answers become the rows' turns: the next ones are given after them.
-        written = generate(model, tokenizer, prompts, sampling, generator)
-        for row, answer in zip(asked, written, strict=True):
-            text = tokenizer.decode(answer.ids, skip_special_tokens=True)
-            turns[row][places[row][number]] = {"role": "assistant", "content": text}
-            cut[row] += not answer.ended
+        written = generate(model, template.tokenizer, prompts, sampling, generator)
+        for index, answer in zip(asked, written, strict=True):
+            text = tokens.text(answer.ids)
+            turns[index][rows[index].places[number]] = {"role": "assistant", "content": text}
+            cut[index] += not answer.ended
 
-    return [
-        {"id": row.id, "conversations": turns[number], "cut": cut[number]}
-        for number, row in enumerate(rows)
-    ]
+    return [_written(template, row, turns[index], cut[index]) for index, row in enumerate(rows)]
+
+
+def _written(template: ChatTemplate, row: Prompt, turns: list[Turn], cut: int) -> dict[str, Any]:
+    """A row of the file of conversations: with all that its prompt was rendered from."""
+    given = {
+        "tools": row.conversation.tools,
+        "chat_template_kwargs": {**template.arguments, **row.conversation.arguments},
+    }
+    return {
+        "id": row.id,
+        "conversations": turns,
+        "answers": len(row.places),
+        "cut": cut,
+        **{name: value for name, value in given.items() if value},
+    }

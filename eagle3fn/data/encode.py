@@ -51,6 +51,40 @@ class EncodedFile(NamedTuple):
     lost: Dropped  # answers without a sample in rows with one, by reason
     unused: Counter[str]  # rows that have a key which is not read
 
+    def counts(self) -> dict[str, Any]:
+        """What an index says of the rows, and `describe_counts` puts into words."""
+        return {
+            "rows": self.rows,
+            "rejected": self.rejected,
+            "dropped": self.dropped.total(),
+            "dropped_reasons": dict(self.dropped),
+            "lost_answers": dict(self.lost),
+            "unused_keys": dict(self.unused),
+        }
+
+
+def describe_counts(counts: dict[str, Any], rejects: str | Path | None = None) -> list[str]:
+    """Lines that tell what was left out, the most frequent reason first; none if nothing was.
+
+    Args:
+        counts: as `EncodedFile.counts` gives them.
+        rejects: the file of bad rows.
+    """
+    lines = []
+    if counts["rejected"]:
+        written = f", written to {rejects}" if rejects else ""
+        lines.append(f"{counts['rejected']} of {counts['rows']} rows are bad{written}")
+    if counts["dropped"]:
+        reasons = Dropped(counts["dropped_reasons"]).describe()
+        lines.append(f"{counts['dropped']} of {counts['rows']} conversations dropped: {reasons}")
+    if counts["lost_answers"]:
+        reasons = Dropped(counts["lost_answers"]).describe()
+        lines.append(f"answers left out in other conversations: {reasons}")
+    if counts["unused_keys"]:
+        keys = Dropped(counts["unused_keys"]).describe()
+        lines.append(f"keys that change nothing here: {keys}")
+    return lines
+
 
 def encode_file(
     maker: SampleMaker,
@@ -104,7 +138,8 @@ def encode_file(
         bad.finish(str(conversations), rows)
         if not samples:
             raise UserError(
-                f"{conversations}: no sample: {dropped.describe(rows)}; "
+                f"{conversations}: no sample; all {rows} conversations dropped: "
+                f"{dropped.describe()}; "
                 "conversations need a user turn and an answer within --max-length"
             )
     except BaseException:

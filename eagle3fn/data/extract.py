@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, read_json, read_numbered_jsonl, sha256
+from eagle3fn.base.files import json_sha256, read_json, sha256
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
-from eagle3fn.data.chat import describe_mask, encode, messages_of
+from eagle3fn.data.encode import encode_file
 from eagle3fn.data.features import shard_name, write_index, write_shard
+from eagle3fn.data.rejects import Rejects
+from eagle3fn.data.row_files import rows_digest
+from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.target import config_hash, hidden_states, weights_digest
+from eagle3fn.data.template import ChatTemplate
 
 
-class Encoded(NamedTuple):
-    """A conversation's tokens and mask, cut to the maximal length."""
-
-    id: str
-    input_ids: Tensor  # (S,) int64
-    token_mask: Tensor  # (S,) int64, 1 on assistant tokens
+SAMPLE_RULE = 2
+"""Version of what a sample is: features of another rule are not mixed with those of this one."""
 
 
 def extract(
     model: Any,
-    tokenizer: Any,
+    template: ChatTemplate,
     conversations: str | Path,
     out: str | Path,
     layers: Sequence[int],
@@ -42,36 +42,44 @@ def extract(
     minutes: float | None = None,
     stored: torch.dtype | None = None,
     name: str | None = None,
+    skip_bad: float | None = None,
+    processes: int = 1,
+    on_rows: Callable[[int], None] = lambda rows: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write the features of the first `limit` conversations (all, if None) to the folder `out`.
 
-    Samples without a supervised token are dropped and counted. Finished shards of the same target,
+    What gives no sample is dropped and counted by reason. Finished shards of the same target,
     conversations and settings are kept. With `minutes` no shard is begun that would probably end
     later; the first one always is. The folder is complete with the shards that it has, and a later
     call makes the `remaining` samples of its index.
 
     Args:
         model: the target (`data.target.load_target`), on any device; it computes in its own dtype.
-        tokenizer: the target's.
-        conversations: a JSONL file, plain, .gz or .xz.
+        template: the chat template of the target's tokenizer, with its arguments.
+        conversations: a file or folder that `data.row_files.read_rows` reads.
         out: the feature folder; made, or gone on with.
         layers: the three tapped decoder layers, counted from 0.
-        max_length: tokens that a conversation is cut to.
-        batch: conversations in one run of the target.
+        max_length: tokens that a sample is cut to.
+        batch: samples in one run of the target.
         samples_per_shard: samples in one file.
         limit: conversations read.
         minutes: the time for new shards; None, as long as all take.
         stored: the dtype of the stored features; None, the target's.
         name: the target's name in the index.
+        skip_bad: the share of rows that may be bad: they are written to `out`/rejects.jsonl and
+            left out. None: bad rows are refused.
+        processes: processes that encode conversations; more than 1 needs a main module that can be
+            imported.
+        on_rows: called with the conversations read.
         on_progress: called with the samples done and their number.
 
     Returns:
         The folder's index.
 
     Raises:
-        UserError: malformed conversations; none or all tokens supervised; `max_length` above the
-            target's limit; a layer outside the target; `out` holds another extraction.
+        UserError: malformed conversations; no sample; `max_length` above the target's limit; a
+            layer outside the target; `out` holds another extraction.
     """
     out = Path(out)
     config = model.config
@@ -80,10 +88,11 @@ def extract(
     stored_dtype: torch.dtype = stored or model.dtype
     target = _target_of(model, layers, name)
     settings = {
-        "conversations": sha256(_existing(conversations)),
+        "conversations": rows_digest(conversations),
         "config": target["config_hash"],
         "weights": weights_digest(model),
-        "template": tokenizer.chat_template,
+        "template": [template.tokenizer.chat_template, template.arguments, template.stops],
+        "rule": SAMPLE_RULE,
         "layers": list(layers),
         "max_length": max_length,
         "dtype": _dtypes(model.dtype, stored_dtype),
@@ -95,8 +104,17 @@ def extract(
     _refuse_other(out, fingerprint)
 
     # All conversations are encoded first: a malformed one is refused before the target runs.
-    rows = encode_all(tokenizer, conversations, max_length, config.vocab_size, limit)
-    kept = supervised(rows)
+    encoded = encode_file(
+        SampleMaker(template, max_length),
+        conversations,
+        config.vocab_size,
+        folder=out,
+        limit=limit,
+        processes=processes,
+        rejects=None if skip_bad is None else Rejects(out / "rejects.jsonl", skip_bad),
+        on_progress=on_rows,
+    )
+    kept = encoded.samples
 
     # One shard after the other. The index goes before the first new shard and comes after the
     # last, so that a folder with an index is complete.
@@ -130,9 +148,11 @@ def extract(
         "dtype": _name(stored_dtype),
         "computed_in": _name(model.dtype),
         "max_length": max_length,
-        "dropped": len(rows) - len(kept),
+        "template_arguments": template.arguments,
+        **encoded.counts(),
         "remaining": len(kept) - made,
     }
+    kept.close()
     return write_index(out, index, sidecars)
 
 
@@ -188,12 +208,6 @@ class _Clock:
         return self.end is not None and self.before + self.longest >= self.end
 
 
-def _existing(path: str | Path) -> Path:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; name a JSONL file (plain, .gz or .xz)")
-    return Path(path)
-
-
 def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> None:
     """Check that a target has `max_length` positions and the three `layers`.
 
@@ -210,63 +224,6 @@ def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> Non
         raise UserError(
             f"layers {list(layers)}: must be three target layers in [0, {config.num_hidden_layers})"
         )
-
-
-def encode_all(
-    tokenizer: Any,
-    conversations: str | Path,
-    max_length: int,
-    vocab_size: int,
-    limit: int | None = None,
-) -> list[Encoded]:
-    """The first `limit` conversations of a JSONL file (all, if None) as tokens, in file order.
-
-    Raises:
-        UserError: a malformed row (named by file, line and id), no rows, an id outside the target's
-            vocabulary, none or all of the tokens supervised.
-    """
-    rows = read_numbered_jsonl(conversations)[:limit]
-    if not rows:
-        raise UserError(f"{conversations}: no conversations; write one JSON object a line")
-
-    encoded = []
-    for number, row in rows:
-        name = str(row["id"]) if isinstance(row, dict) and "id" in row else None
-        where = f"{conversations}:{number}"
-        if name:
-            where += f" (id {name})"
-        ids, mask = encode(tokenizer, messages_of(row, where), where)
-        if len(ids) and int(ids.max()) >= vocab_size:
-            raise UserError(
-                f"{where}: token id {int(ids.max())}: the target's vocabulary has {vocab_size}; "
-                "take the tokenizer that belongs to the target"
-            )
-        encoded.append(Encoded(name or str(number), ids[:max_length], mask[:max_length]))
-
-    _check_supervised(tokenizer, encoded, conversations)
-    return encoded
-
-
-def supervised(rows: Sequence[Encoded]) -> list[Encoded]:
-    """The rows with a supervised token."""
-    return [row for row in rows if row.token_mask.any()]
-
-
-def _check_supervised(tokenizer: Any, encoded: list[Encoded], conversations: str | Path) -> None:
-    """Refuse masks that are all 0 or all 1: the chat template was not understood."""
-    total = sum(len(row.input_ids) for row in encoded)
-    marked = sum(int(row.token_mask.sum()) for row in encoded)
-    if 0 < marked < total:
-        return
-
-    share = "100%" if marked else "0%"
-    shown = describe_mask(tokenizer, encoded[0].input_ids, encoded[0].token_mask)
-    raise UserError(
-        f"{conversations}: {share} of the tokens are supervised; "
-        "conversations need user and assistant turns within --max-length, "
-        "and the chat template must tell them apart. "
-        f"First row, supervised in ⟦ ⟧: {shown!r}"
-    )
 
 
 def _refuse_other(out: Path, fingerprint: str) -> None:

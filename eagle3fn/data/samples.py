@@ -325,10 +325,10 @@ class Tokens:
         ends = {*template.stops, *(self.tokenizer.special_tokens_map or {}).values()}
         # `<think>` and its like are written by the target as tokens, whatever the tokenizer calls
         # them; other special tokens in an answer's text are text.
-        as_text = [
+        self._text_tokens = [
             token for token in self.special if not (_is_tag(token, self.cuts) and token not in ends)
         ]
-        self._as_text = _any_of(as_text)
+        self._as_text = _any_of(self._text_tokens)
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a rendered prompt: special tokens are read as such."""
@@ -375,6 +375,12 @@ class Tokens:
             ids.append(self.special[match[0]])
             begin = match.end()
         return ids + self._continuation(text[begin:], as_text=True)
+
+    def text(self, ids: list[int]) -> str:
+        """What an engine returns of written ids: without special tokens, but with tags."""
+        left_out = {self.special[token] for token in self._text_tokens}
+        kept = [number for number in ids if number not in left_out]
+        return self.tokenizer.decode(kept, skip_special_tokens=False)
 
     def _continuation(self, text: str, as_text: bool = False) -> list[int]:
         """Ids of a text that goes on after another one: without a blank put before it."""

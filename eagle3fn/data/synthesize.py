@@ -18,9 +18,10 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_jsonl, write_jsonl
 from eagle3fn.base.threads import Kept, keep_threads, read_kept
-from eagle3fn.data.chat import check_template
 from eagle3fn.data.openings import opening, stub
+from eagle3fn.data.samples import Tokens
 from eagle3fn.data.target import cache_name, weights_digest
+from eagle3fn.data.template import ChatTemplate
 
 # A target is refused if after this many batches less than this share of its turns are usable.
 _TRIED_BATCHES = 20
@@ -56,7 +57,7 @@ class Continuation(NamedTuple):
 
 def synthesize(
     model: Any,
-    tokenizer: Any,
+    template: ChatTemplate,
     out: str | Path,
     count: int,
     seed: int = 0,
@@ -72,7 +73,7 @@ def synthesize(
 
     Args:
         model: the target, on any device.
-        tokenizer: the target's.
+        template: the chat template of the target's tokenizer, with its arguments.
         out: the file of conversations.
         count: conversations to write, at least.
         seed: of openings and sampling.
@@ -90,15 +91,14 @@ def synthesize(
             usable.
     """
     answer = answer or ANSWER
-    digest = json_sha256(
-        [weights_digest(model), tokenizer.chat_template, USER_TURN, answer, seed, batch]
-    )[:12]
+    target = [weights_digest(model), template.tokenizer.chat_template, template.arguments]
+    digest = json_sha256([*target, USER_TURN, answer, seed, batch])[:12]
     parts = Parts(out, digest)
     forbidden = grams_of_file(exclude) if exclude else set()
 
     rows: list[dict] = []
     users: set[str] = set()
-    for tried, written in enumerate(_batches(model, tokenizer, parts, answer, seed, batch), 1):
+    for tried, written in enumerate(_batches(model, template, parts, answer, seed, batch), 1):
         for row in without(written, forbidden):
             user = row["conversations"][0]["content"]
             if user not in users:
@@ -158,22 +158,24 @@ def batch_generator(seed: int, index: int) -> torch.Generator:
 
 
 def _batches(
-    model: Any, tokenizer: Any, parts: Parts, answer: Sampling, seed: int, batch: int
+    model: Any, template: ChatTemplate, parts: Parts, answer: Sampling, seed: int, batch: int
 ) -> Iterator[list[dict]]:
     """Endless batches of conversations."""
     for index in itertools.count():
-        write = partial(_write_batch, model, tokenizer, answer, seed, index, batch)
+        write = partial(_write_batch, model, template, answer, seed, index, batch)
         yield parts.batch(index, write)
 
 
 def _write_batch(
-    model: Any, tokenizer: Any, answer: Sampling, seed: int, index: int, batch: int
+    model: Any, template: ChatTemplate, answer: Sampling, seed: int, index: int, batch: int
 ) -> list[dict]:
     """The usable conversations of batch `index`, at most `batch`."""
     generator = batch_generator(seed, index)
 
     # User turns: the target completes an opening after the template's beginning of such a turn.
-    head, _ = user_frame(tokenizer)
+    tokenizer = template.tokenizer
+    tokens = Tokens(template)
+    head, _ = user_frame(template)
     names = list(range(index * batch, (index + 1) * batch))
     openings = [opening(seed, name) for name in names]
     prompts = [head + text for text in openings]
@@ -190,37 +192,43 @@ def _write_batch(
             users[name] = text
 
     # Answers, of any ending; short ones are dropped.
-    prompts = [chat_prompt(tokenizer, text) for text in users.values()]
+    prompts = [chat_prompt(template, text) for text in users.values()]
     answers = generate(model, tokenizer, prompts, answer, generator)
     rows = []
     for (name, user), written in zip(users.items(), answers, strict=True):
         if len(written.ids) >= _SHORTEST_ANSWER:
-            text = tokenizer.decode(written.ids, skip_special_tokens=True).strip()
+            text = tokens.text(written.ids)
             turns = [{"role": "user", "content": user}, {"role": "assistant", "content": text}]
-            rows.append({"id": f"{seed}-{name}", "conversations": turns})
+            row = {"id": f"{seed}-{name}", "conversations": turns}
+            if template.arguments:
+                row["chat_template_kwargs"] = template.arguments
+            rows.append(row)
     return rows
 
 
 # The chat template
 
 
-def user_frame(tokenizer: Any) -> tuple[str, str]:
+def user_frame(template: ChatTemplate) -> tuple[str, str]:
     """The text that the chat template has before and after the first user turn.
 
     Raises:
         UserError: no chat template.
     """
-    check_template(tokenizer)
     turns = [{"role": "user", "content": _PLACEHOLDER}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    text = template.render(turns, "a user turn", **template.arguments)
     head, _, tail = text.partition(_PLACEHOLDER)
     return head, tail
 
 
-def chat_prompt(tokenizer: Any, user: str) -> str:
-    """The chat template around one user turn, up to where the answer begins."""
+def chat_prompt(template: ChatTemplate, user: str, where: str = "a user turn") -> str:
+    """The chat template around one user turn, up to where the answer begins.
+
+    Raises:
+        UserError: no chat template, or it refuses the turn; `where` names it.
+    """
     turns = [{"role": "user", "content": user}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return template.render(turns, where, add_generation_prompt=True, **template.arguments)
 
 
 # Sampling

@@ -175,6 +175,29 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def known_hidden_size(path_or_id: str | Path) -> int | None:
+    """The target's hidden size, Ht; None where a folder holds the tokenizer alone."""
+    tree = _stored_json(path_or_id, "config.json")
+    size = tree.get("hidden_size") or tree.get("text_config", {}).get("hidden_size")
+    return size if isinstance(size, int) else None
+
+
+def load_tokenizer(path_or_id: str | Path) -> Any:
+    """The target's tokenizer alone; a folder needs no config.json and no weights.
+
+    Raises:
+        UserError: not loadable.
+    """
+    from transformers import AutoTokenizer
+
+    has_config = not Path(path_or_id).is_dir() or (Path(path_or_id) / "config.json").is_file()
+    name, extra = _source(path_or_id) if has_config else (str(path_or_id), {})
+    try:
+        return AutoTokenizer.from_pretrained(name, **extra)
+    except _load_errors() as error:
+        raise _not_loadable(path_or_id, error) from None
+
+
 # The model
 
 

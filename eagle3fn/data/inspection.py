@@ -1,0 +1,179 @@
+"""What is trained on of a file of conversations: samples as text, and counts. Needs no target."""
+
+import statistics
+from array import array
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle3fn.base.types import VocabMap
+from eagle3fn.data.encode import describe_counts, encode_file
+from eagle3fn.data.rejects import Rejects
+from eagle3fn.data.samples import Encoded, SampleMaker
+from eagle3fn.data.vocab import coverage
+
+_COLOUR = "\x1b[32m"  # green
+_DIM = "\x1b[2m"
+_PLAIN = "\x1b[0m"
+_STATES = 4  # of a token that are stored: three tapped layers and the last
+_BYTES = 2  # of a stored value, bfloat16
+_TOKEN_BYTES = 16  # of a token's id and mask
+
+
+class Inspection(NamedTuple):
+    """Numbers of a file's samples."""
+
+    counts: dict[str, Any]  # rows, and what was left out (`EncodedFile.counts`)
+    samples: int
+    tokens: int
+    supervised: int  # tokens
+    median_length: float  # tokens
+    long_length: int  # nine of ten samples are at most so long
+    longest: int
+    full: int  # samples that have the maximal length
+    coverage: float | None  # the share of supervised tokens that a map has
+    bytes: int | None  # that features will take, where the hidden size is known
+    shown: list[Encoded]  # the samples to print
+
+
+def inspect_file(
+    maker: SampleMaker,
+    conversations: str | Path,
+    *,
+    limit: int | None = None,
+    processes: int = 1,
+    skip_bad: float | None = None,
+    show: int = 2,
+    row_id: str | None = None,
+    vocab_map: VocabMap | None = None,
+    hidden_size: int | None = None,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> Inspection:
+    """Make the samples of a file and count.
+
+    Args:
+        maker: makes the samples.
+        conversations: a file or folder that `data.row_files.read_rows` reads.
+        limit: rows read; None, all.
+        processes: processes that encode.
+        skip_bad: the share of rows that may be bad; None: bad rows are refused. Nothing is written.
+        show: samples to keep for printing.
+        row_id: keep those of the row with this id in place of the first ones.
+        vocab_map: its coverage is counted.
+        hidden_size: the target's, Ht.
+        on_rows: called with the rows done.
+
+    Raises:
+        UserError: as `encode_file`.
+    """
+    vocab_size = None if vocab_map is None else len(vocab_map.t2d)
+    encoded = encode_file(
+        maker,
+        conversations,
+        vocab_size,
+        limit=limit,
+        processes=processes,
+        rejects=None if skip_bad is None else Rejects(None, skip_bad),
+        on_progress=on_rows,
+    )
+
+    lengths = array("q")
+    supervised = 0
+    counts = torch.zeros(vocab_size or 0, dtype=torch.int64)  # (V,)
+    shown: list[Encoded] = []
+    with encoded.samples as samples:
+        for sample in samples:
+            lengths.append(len(sample.input_ids))
+            trained = sample.input_ids[sample.token_mask == 1]
+            supervised += len(trained)
+            if vocab_size:
+                counts += torch.bincount(trained, minlength=vocab_size)
+            if len(shown) < show and row_id in (None, sample.id, sample.id.rpartition(":")[0]):
+                shown.append(sample)
+
+    tokens = sum(lengths)
+    in_order = sorted(lengths)
+    return Inspection(
+        counts=encoded.counts(),
+        samples=len(lengths),
+        tokens=tokens,
+        supervised=supervised,
+        median_length=statistics.median(in_order),
+        long_length=in_order[(9 * len(in_order) - 1) // 10],
+        longest=in_order[-1],
+        full=sum(length == maker.max_length for length in lengths),
+        coverage=None if vocab_map is None else coverage(vocab_map, counts),
+        bytes=None if hidden_size is None else tokens * bytes_of_token(hidden_size),
+        shown=shown,
+    )
+
+
+def bytes_of_token(hidden_size: int) -> int:
+    """What a token's features take on disk in bfloat16, for a target of hidden size Ht."""
+    return _STATES * _BYTES * hidden_size + _TOKEN_BYTES
+
+
+def numbers(found: Inspection) -> dict[str, Any]:
+    """The numbers as JSON values."""
+    tree = found._asdict()
+    del tree["shown"]
+    return {**tree.pop("counts"), **tree}
+
+
+def describe(found: Inspection, conversations: str) -> str:
+    """The numbers as lines of a name and what it is."""
+    rows = found.counts["rows"]
+    kept = rows - found.counts["rejected"] - found.counts["dropped"]
+    lines = [
+        ("conversations", f"{rows:,} read, {kept:,} kept, {found.samples:,} samples"),
+        ("tokens", f"{found.tokens:,}, {found.supervised / found.tokens:.1%} supervised"),
+        (
+            "length",
+            f"median {found.median_length:,.0f}, nine of ten up to {found.long_length:,}, "
+            f"longest {found.longest:,}, {found.full:,} at the maximal length",
+        ),
+    ]
+    if found.coverage is not None:
+        lines.append(("coverage", f"{found.coverage:.2%} of the supervised tokens by the map"))
+    if found.bytes is None:
+        size = "8 bytes a token and hidden dimension; no config.json names the hidden size"
+    else:
+        size = f"{found.bytes / 2**30:.2f} GiB in bfloat16"
+    lines.append(("features", size))
+    lines += [("left out", line) for line in describe_counts(found.counts)]
+    return "\n".join(f"{name:<15}{text}" for name, text in [("file", conversations), *lines])
+
+
+def show_sample(tokenizer: Any, sample: Encoded, colour: bool) -> str:
+    """A sample as text, prompt and answer apart, line by line.
+
+    Args:
+        tokenizer: decodes the tokens.
+        sample: the sample.
+        colour: whether the terminal has colours. Supervised text is green, or else in ⟦ ⟧.
+    """
+    ids = sample.input_ids
+    mask = sample.token_mask
+    supervised = int(mask.sum())
+    lines = [f"── {sample.id} · {len(ids)} tokens, {supervised} supervised"]
+    for begin, end in _runs(mask):
+        text = tokenizer.decode(ids[begin:end].tolist())
+        name = "answer" if mask[begin] else "prompt"
+        if mask[begin] and not colour:
+            text = f"⟦{text}⟧"
+        paint = _COLOUR if mask[begin] else _DIM
+        for line in text.split("\n"):
+            painted = f"{paint}{line}{_PLAIN}" if colour else line
+            lines.append(f"{name} │ {painted}")
+            name = " " * len(name)
+    return "\n".join(lines)
+
+
+def _runs(mask: Tensor) -> list[tuple[int, int]]:
+    """Bounds of the runs of equal mask `(S,)`."""
+    changes = (mask[1:] != mask[:-1]).nonzero().flatten() + 1
+    return list(pairwise([0, *changes.tolist(), len(mask)]))
