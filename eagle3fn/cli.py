@@ -248,6 +248,7 @@ def _add_checking_commands(command: Command) -> None:
     sub.add_argument(
         "--plain", help="JSON file that keeps the target's own answers for the next draft"
     )
+    _add_template(sub)
     sub.add_argument("--untrained", help="an exported untrained draft, to compare with")
     _add_threads(sub)
     sub.add_argument("--dtype", choices=_DTYPES, help=f"that speed is measured in ({_FASTEST})")

@@ -420,6 +420,7 @@ def evaluate(options: Any) -> None:
         max_new=options.max_new,
         device=options.device,
         speed_dtype=options.dtype,
+        template_arguments=_template_arguments(options),
     )
     report = evaluate(
         options.target,

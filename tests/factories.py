@@ -254,6 +254,13 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
     return tokenizer
 
 
+def tiny_template(template: str | None = CHATML, **arguments: Any) -> Any:
+    """`tiny_tokenizer`'s chat template, with arguments."""
+    from eagle3fn.data.template import ChatTemplate
+
+    return ChatTemplate(tiny_tokenizer(template), (), arguments)
+
+
 def tiny_model(name: str = "Llama", **changes: Any) -> Any:
     """A random target of five layers, of a family by its name in transformers.
 

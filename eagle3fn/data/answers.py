@@ -148,7 +148,7 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Prompt]:
         fault = row.fault
         if not fault:
             try:
-                rows.append(_prompt(row.value, row.where, count))
+                rows.append(_prompt(row.value, row.where, row.number))
             except UserError as error:
                 fault = str(error).removeprefix(f"{row.where}: ")
         if fault:
@@ -159,7 +159,7 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Prompt]:
     return rows
 
 
-def _prompt(value: Any, where: str, number: int) -> Prompt:
+def _prompt(value: Any, where: str, number: str) -> Prompt:
     """A row, its answers emptied.
 
     Raises:

@@ -179,9 +179,9 @@ def encode_rows(
 
     With several `processes` a few chunks of rows are read ahead. Closing the iterator ends them.
     """
-    rows = islice(enumerate(read_rows(conversations), 1), limit)
-    for number, row in islice(rows, _ALONE if processes > 1 else None):
-        yield encode_row(maker, number, row)
+    rows = islice(read_rows(conversations), limit)
+    for row in islice(rows, _ALONE if processes > 1 else None):
+        yield encode_row(maker, row)
 
     first = list(islice(rows, _CHUNK))
     if first:
@@ -198,8 +198,8 @@ def encode_rows(
 def _from_pool(
     pool: ProcessPoolExecutor,
     processes: int,
-    first: list[tuple[int, FileRow]],
-    rows: Iterator[tuple[int, FileRow]],
+    first: list[FileRow],
+    rows: Iterator[FileRow],
 ) -> Iterator[EncodedRow]:
     running: deque[Future[list[EncodedRow]]] = deque()
     chunk = first
@@ -225,13 +225,13 @@ def _begin(maker: SampleMaker) -> None:
     torch.set_num_threads(1)
 
 
-def _encode_chunk(rows: list[tuple[int, FileRow]]) -> list[EncodedRow]:
+def _encode_chunk(rows: list[FileRow]) -> list[EncodedRow]:
     assert _maker
-    return [encode_row(_maker, number, row) for number, row in rows]
+    return [encode_row(_maker, row) for row in rows]
 
 
-def encode_row(maker: SampleMaker, number: int, row: FileRow) -> EncodedRow:
-    """Encode one row, the `number`-th of its file; a fault is told, not raised."""
+def encode_row(maker: SampleMaker, row: FileRow) -> EncodedRow:
+    """Encode one row; a fault is told, not raised. A row without an id is named by its number."""
     where = row.where
     if row.fault:
         return EncodedRow(where, [], [], row.fault, row.value, frozenset())
@@ -242,7 +242,7 @@ def encode_row(maker: SampleMaker, number: int, row: FileRow) -> EncodedRow:
         where += f" (id {name})"
     try:
         conversation = conversation_of(value, where)
-        found = maker.samples(name or str(number), conversation, where)
+        found = maker.samples(name or row.number, conversation, where)
     except UserError as error:
         reason = str(error).removeprefix(f"{where}: ")
         return EncodedRow(where, [], [], reason, value, frozenset())
@@ -262,7 +262,7 @@ class SampleFile(Sequence[Encoded]):
     def __init__(self, folder: str | Path | None = None) -> None:
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._places = array("Q")
 
     def append(self, sample: Encoded) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_json, sha256
@@ -22,7 +21,6 @@ from eagle3fn.data.row_files import rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.target import config_hash, hidden_states, weights_digest
 from eagle3fn.data.template import ChatTemplate
-
 
 SAMPLE_RULE = 2
 """Version of what a sample is: features of another rule are not mixed with those of this one."""
@@ -108,37 +106,16 @@ def extract(
         SampleMaker(template, max_length),
         conversations,
         config.vocab_size,
-        folder=out,
+        folder=out.parent,
         limit=limit,
         processes=processes,
         rejects=None if skip_bad is None else Rejects(out / "rejects.jsonl", skip_bad),
         on_progress=on_rows,
     )
-    kept = encoded.samples
-
-    # One shard after the other. The index goes before the first new shard and comes after the
-    # last, so that a folder with an index is complete.
-    clock = _Clock(minutes)
-    sidecars = []
-    for number, start in enumerate(range(0, len(kept), samples_per_shard)):
-        group = kept[start : start + samples_per_shard]
-        entries = [_entry(key, row) for key, row in enumerate(group, start)]
-        sidecar = _finished(out, number, entries)
-        if sidecar is None:
-            if sidecars and clock.is_up():
-                break
-            (out / "index.json").unlink(missing_ok=True)
-            samples = run_target(model, group, layers, batch, stored)
-            keys = [entry["key"] for entry in entries]
-            sidecar = {
-                "fingerprint": fingerprint,
-                "threads": torch.get_num_threads(),
-                "samples": entries,
-            }
-            sidecar = write_shard(out, number, dict(zip(keys, samples, strict=True)), sidecar)
-            clock.shard_ended()
-        sidecars.append(sidecar)
-        on_progress(start + len(group), len(kept))
+    with encoded.samples as samples:
+        total = len(samples)
+        shards = _Shards(out, fingerprint, layers, batch, samples_per_shard, stored)
+        sidecars = shards.write(model, samples, minutes, on_progress)
 
     made = sum(len(sidecar["samples"]) for sidecar in sidecars)
     index = {
@@ -150,10 +127,61 @@ def extract(
         "max_length": max_length,
         "template_arguments": template.arguments,
         **encoded.counts(),
-        "remaining": len(kept) - made,
+        "remaining": total - made,
     }
-    kept.close()
     return write_index(out, index, sidecars)
+
+
+class _Shards(NamedTuple):
+    """How the shards of a folder are made."""
+
+    out: Path
+    fingerprint: str
+    layers: Sequence[int]
+    batch: int
+    samples_per_shard: int
+    stored: torch.dtype | None
+
+    def write(
+        self,
+        model: Any,
+        samples: Sequence[Encoded],
+        minutes: float | None,
+        on_progress: Callable[[int, int], None],
+    ) -> list[dict[str, Any]]:
+        """Write the shards that are not there, as long as there is time; all sidecars.
+
+        The index goes before the first new shard: a folder with an index is complete.
+        """
+        clock = _Clock(minutes)
+        sidecars = []
+        for number, start in enumerate(range(0, len(samples), self.samples_per_shard)):
+            group = samples[start : start + self.samples_per_shard]
+            entries = [_entry(key, row) for key, row in enumerate(group, start)]
+            sidecar = _finished(self.out, number, entries)
+            if sidecar is None:
+                if sidecars and clock.is_up():
+                    break
+                (self.out / "index.json").unlink(missing_ok=True)
+                sidecar = self._make(model, number, group, entries)
+                clock.shard_ended()
+            sidecars.append(sidecar)
+            on_progress(start + len(group), len(samples))
+        return sidecars
+
+    def _make(
+        self, model: Any, number: int, group: Sequence[Encoded], entries: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Run the target and write a shard; its sidecar."""
+        features = run_target(model, group, self.layers, self.batch, self.stored)
+        keys = [entry["key"] for entry in entries]
+        sidecar = {
+            "fingerprint": self.fingerprint,
+            "threads": torch.get_num_threads(),
+            "samples": entries,
+        }
+        named = dict(zip(keys, features, strict=True))
+        return write_shard(self.out, number, named, sidecar)
 
 
 def _target_of(model: Any, layers: Sequence[int], name: str | None) -> dict[str, Any]:

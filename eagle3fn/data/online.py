@@ -14,8 +14,9 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Sample
 from eagle3fn.data.collate import AlignMask, align_mask
-from eagle3fn.data.extract import Encoded, check_extraction, run_target
+from eagle3fn.data.extract import check_extraction, run_target
 from eagle3fn.data.pipeline import Order, draw_survival, micro_batches, shuffled
+from eagle3fn.data.samples import Encoded
 from eagle3fn.data.validate import hidden_fault, token_fault
 
 
@@ -26,7 +27,7 @@ def roll_out(
 
     Args:
         model: the target (`data.target.load_target`), on any device.
-        rows: tokens and masks. `data.extract.encode_all` makes them from conversations,
+        rows: tokens and masks. `data.encode.encode_all` makes them from conversations,
             `Encoded(id, ids, mask)` from a pair. They are read `group` at a time, when the first
             sample of the group is asked for.
         layers: the three tapped decoder layers, counted from 0.

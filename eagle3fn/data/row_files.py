@@ -33,6 +33,11 @@ class FileRow(NamedTuple):
     value: Any  # None where it could not be read
     fault: str | None = None  # why not, and the remedy
 
+    @property
+    def number(self) -> str:
+        """Its line, or its place in its file, counted from 1; in digits."""
+        return re.split(r"\D", self.where)[-1]
+
 
 def read_rows(path: str | Path) -> Iterator[FileRow]:
     """The rows of a file or folder in order, one in memory at a time.

@@ -1,7 +1,7 @@
 """Evaluation of a draft: losslessness, accepted length, and the gain in tokens a second."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl
 from eagle3fn.data.synthesize import chat_prompt, end_tokens
 from eagle3fn.data.target import load_target
+from eagle3fn.data.template import ChatTemplate
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
 from eagle3fn.use.decode import Decoded, check_pair, check_request, speculate
 from eagle3fn.use.export import Draft, load_draft
@@ -41,6 +42,7 @@ class EvalSettings:
     repeats: int = 4
     device: str = "cpu"
     attn: str = "sdpa"
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -186,7 +188,8 @@ def _load(
     check_pair(draft, model.config.get_text_config(), str(folder), str(target))
 
     # All prompts are checked before the first is decoded.
-    encoded = [_encode(tokenizer, text).to(settings.device) for text in prompts]
+    template = ChatTemplate(tokenizer, arguments=dict(settings.template_arguments))
+    encoded = [_encode(template, text).to(settings.device) for text in prompts]
     for number, ids in enumerate(encoded, 1):
         try:
             check_request(model, draft, ids, settings.draft_length, settings.max_new)
@@ -198,10 +201,10 @@ def _load(
     return _Pair(model, draft, encoded, end_tokens(model))
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
+def _encode(template: ChatTemplate, text: str) -> Tensor:
     """Token ids `(1, P)` of one user turn in the chat template."""
-    prompt = chat_prompt(tokenizer, text)
-    return tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    prompt = chat_prompt(template, text)
+    return template.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
 
 
 def _decode_untrained(

@@ -11,9 +11,9 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_jsonl
 from eagle3fn.data import answers as module
 from eagle3fn.data.answers import Answered, answer_prompts
-from eagle3fn.data.chat import messages_of
 from eagle3fn.data.synthesize import Sampling
-from tests.factories import CHATML, talk, tiny_model, tiny_tokenizer
+from eagle3fn.data.turns import conversation_of
+from tests.factories import CHATML, talk, tiny_model, tiny_template, tiny_tokenizer
 
 GREEDY = Sampling(0, 1, 6)
 DRAWN = Sampling(1.0, 0.95, 6)
@@ -44,7 +44,7 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 
 def answer(prompts: Path, out: Path, sampling=GREEDY, model=None, **options: Any) -> Answered:
     return answer_prompts(
-        model or target(), tiny_tokenizer(), prompts, out, sampling=sampling, **options
+        model or target(), tiny_template(), prompts, out, sampling=sampling, **options
     )
 
 
@@ -69,7 +69,7 @@ def test_rows_keep_their_order_turns_and_ids(tmp_path):
     assert [row["id"] for row in found] == ["1", "b", "3", "d", "e"]
     users = []
     for row in found:
-        turns = messages_of(row, "c.jsonl")
+        turns = conversation_of(row, "c.jsonl").turns
         roles = [turn["role"] for turn in turns if turn["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         users.append([turn["content"] for turn in turns if turn["role"] == "user"])
@@ -163,9 +163,9 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     written = []
     real = module._answer_batch
 
-    def counted(model, tokenizer, rows, *rest):
+    def counted(model, template, tokens, rows, *rest):
         written.append([row.id for row in rows])
-        return real(model, tokenizer, rows, *rest)
+        return real(model, template, tokens, rows, *rest)
 
     monkeypatch.setattr(module, "_answer_batch", counted)
     answer(prompts, again, DRAWN, batch=2)
@@ -190,16 +190,16 @@ def test_batches_of_other_settings_are_not_taken_up(tmp_path, monkeypatch, chang
     monkeypatch.setattr(module, "_answer_batch", lambda *given: written.append(1) or real(*given))
     options: dict[str, Any] = {"seed": 1, "batch": 4}
     options = {name: value for name, value in options.items() if name == change}
-    tokenizer = tiny_tokenizer()
+    template = tiny_template()
     model = target()
     if change == "prompts":
         write(prompts, [*ROWS, {"prompt": "more"}])
     if change == "template":
-        tokenizer.chat_template = CHATML + " "
+        template.tokenizer.chat_template = CHATML + " "
     if change == "target":
         model.model.norm.weight += 1
     options["sampling"] = GREEDY._replace(max_new=5) if change == "sampling" else GREEDY
-    answer_prompts(model, tokenizer, prompts, out, **options)
+    answer_prompts(model, template, prompts, out, **options)
     assert written
 
 
@@ -218,11 +218,11 @@ def test_other_answers_in_the_file_change_nothing(tmp_path):
     ("row", "text"),
     [
         ({"prompt": " "}, r"p.jsonl:2: turn 1 is empty; mend"),
-        ({"prompt": 3}, r"p.jsonl:2: turn 1: content 3: must be a string"),
+        ({"prompt": 3}, r"p.jsonl:2: prompt 3: must be a text or a list"),
         ({"messages": talk("a", "b", "")}, r"p.jsonl:2: turn 3 is empty"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, r"p.jsonl:2: nothing to answer"),
         ({"messages": []}, r"p.jsonl:2: no list of turns"),
-        ([1], r"p.jsonl:2: no list of turns"),
+        ([1], r"p.jsonl:2: .1.: must be a JSON object"),
         ({"prompt": "x" * 235}, r"p.jsonl:2: 2\d\d tokens and 1 answers of up to 6 exceed .* 256"),
         ({"messages": talk(*"abc" * 20)}, r"p.jsonl:2: .* 30 answers .* exceed"),
     ],
@@ -242,4 +242,4 @@ def test_a_file_without_rows_and_a_target_without_a_template_are_refused(tmp_pat
     with pytest.raises(UserError, match=r"p.jsonl: no rows"):
         answer(tmp_path / "p.jsonl", tmp_path / "c.jsonl")
     with pytest.raises(UserError, match="no chat template"):
-        answer_prompts(target(), tiny_tokenizer(None), tmp_path / "p.jsonl", tmp_path / "c.jsonl")
+        answer_prompts(target(), tiny_template(None), tmp_path / "p.jsonl", tmp_path / "c.jsonl")

@@ -8,21 +8,22 @@ import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data import extract as module
-from eagle3fn.data.chat import encode
+from eagle3fn.data.encode import encode_all
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import check_shards, open_features, read_sample
+from eagle3fn.data.samples import NO_ANSWER, TOO_LONG, SampleMaker
 from eagle3fn.data.target import hidden_states
-from tests.factories import CHATML, talk, tiny_model, tiny_tokenizer, write_talks
+from tests.factories import talk, tiny_model, tiny_template, write_talks
 
 LAYERS = (1, 2, 4)
 MODEL = tiny_model()
-TOKENIZER = tiny_tokenizer()
+TEMPLATE = tiny_template()
 GOOD = {"conversations": talk("a", "b")}
 
 
-def run(conversations, out, tokenizer=TOKENIZER, **changes):
+def run(conversations, out, template=TEMPLATE, **changes):
     options = {"max_length": 90, "batch": 2, "samples_per_shard": 3, "layers": LAYERS, **changes}
-    return extract(MODEL, tokenizer, conversations, out, **options)
+    return extract(MODEL, template, conversations, out, **options)
 
 
 def contents(folder):
@@ -57,13 +58,12 @@ def test_stored_features_are_the_targets(tmp_path):
     assert index["dtype"] == "float32"
     assert index["dropped"] == 0
 
-    for number, line in enumerate(talks.read_text().splitlines()):
-        ids, mask = encode(TOKENIZER, json.loads(line)["conversations"], "x")
-        ids = ids[:90]
+    for number, row in enumerate(encode_all(SampleMaker(TEMPLATE, 90), talks, 300)):
+        ids = row.input_ids
         sample = read_sample(opened, number)
-        assert opened.samples[number]["id"] == f"row{number}"
+        assert opened.samples[number]["id"] == row.id == f"row{number}"
         assert torch.equal(sample.input_ids, ids)
-        assert torch.equal(sample.token_mask, mask[:90])
+        assert torch.equal(sample.token_mask, row.token_mask)
 
         # Alone in its run: equal to rounding.
         aux, last = hidden_states(MODEL, ids[None], torch.ones_like(ids)[None], LAYERS)
@@ -221,20 +221,16 @@ def test_samples_without_a_supervised_token_are_dropped_and_counted(tmp_path):
     talks.write_text("".join(json.dumps({"conversations": row}) + "\n\n" for row in rows))
     index = run(talks, tmp_path / "out")
     assert index["dropped"] == 2
+    assert index["dropped_reasons"] == {NO_ANSWER: 1, TOO_LONG: 1}
     assert [sample["id"] for sample in index["samples"]] == ["1", "7"]
 
 
 @pytest.mark.parametrize(
     ("rows", "changes", "named"),
     [
-        ([], {}, "c.jsonl: no conversations; write"),
+        ([], {}, "c.jsonl: no rows; write"),
         ([GOOD, {"id": "r7"}], {}, r"c.jsonl:2 \(id r7\): no list of turns"),
-        ([{"conversations": talk("a")}], {}, r"c.jsonl: 0% .*⟦ ⟧: '<\|im_start\|>user\\n"),
-        (
-            [GOOD],
-            {"tokenizer": tiny_tokenizer("{% generation %}" + CHATML + "{% endgeneration %}")},
-            r"c.jsonl: 100% of the tokens.*'⟦[^\n]*⟧'$",
-        ),
+        ([{"conversations": talk("a")}], {}, "c.jsonl: no sample; all 1 conv.*no assistant turn"),
         (
             [GOOD],
             {"max_length": 257},
@@ -261,4 +257,4 @@ def test_tokenizer_of_another_target_is_refused(tmp_path):
     smaller = tiny_model(vocab_size=100)
     refusal = r"c.jsonl:1 \(id row0\): token id \d+.*vocabulary has 100.*take the tokenizer"
     with pytest.raises(UserError, match=refusal):
-        extract(smaller, TOKENIZER, talks, tmp_path / "out", LAYERS, max_length=90)
+        extract(smaller, TEMPLATE, talks, tmp_path / "out", LAYERS, max_length=90)

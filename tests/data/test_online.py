@@ -14,17 +14,19 @@ from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.data.collate import align_mask, collate
-from eagle3fn.data.extract import Encoded, encode_all, extract, supervised
+from eagle3fn.data.encode import encode_all
+from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import online_batches, roll_out
 from eagle3fn.data.pipeline import batches, prefetch
+from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.vocab import build_map
 from eagle3fn.testing.builders import on
-from tests.factories import tiny_model, tiny_tokenizer, write_talks
+from tests.factories import tiny_model, tiny_template, write_talks
 
 LAYERS = (1, 2, 4)
 CUT = 40  # cuts the longer conversations inside an answer, so that their last mask entry is 1
-TOKENIZER = tiny_tokenizer()
+TEMPLATE = tiny_template()
 MODELS = {
     dtype: tiny_model(initializer_range=0.3).to(getattr(torch, dtype))
     for dtype in ("float32", "bfloat16")
@@ -55,8 +57,8 @@ def counted_rows(model):
 def stored(model, tmp_path, **changes):
     """Features of eight conversations in a folder, and the rows they were made of."""
     talks = write_talks(tmp_path / "c.jsonl", 8)
-    extract(model, TOKENIZER, talks, tmp_path / "out", LAYERS, max_length=CUT, **changes)
-    rows = supervised(encode_all(TOKENIZER, talks, CUT, model.config.vocab_size))
+    extract(model, TEMPLATE, talks, tmp_path / "out", LAYERS, max_length=CUT, **changes)
+    rows = encode_all(SampleMaker(TEMPLATE, CUT), talks, model.config.vocab_size)
     return open_features(tmp_path / "out"), rows
 
 

@@ -10,7 +10,6 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_jsonl
 from eagle3fn.data import synthesize as module
-from eagle3fn.data.chat import messages_of
 from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.synthesize import (
     GRAM_SIZE,
@@ -21,7 +20,8 @@ from eagle3fn.data.synthesize import (
     synthesize,
     without,
 )
-from tests.factories import MARKED, talk, tiny_model, tiny_tokenizer
+from eagle3fn.data.turns import conversation_of
+from tests.factories import CHATML, MARKED, talk, tiny_model, tiny_template, tiny_tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "scripts/data/conversations.jsonl.xz"
 
@@ -49,7 +49,7 @@ def test_shipped_conversations_hold_no_humaneval_text(shipped):
 def test_shipped_conversations_are_many_small_and_different(shipped):
     assert len(shipped) >= 1000
     assert SHIPPED.stat().st_size <= 2 << 20
-    users = [messages_of(row, "shipped")[0]["content"] for row in shipped]
+    users = [conversation_of(row, "shipped").turns[0]["content"] for row in shipped]
     assert len(set(users)) == len(users)
     assert all(row["conversations"][1]["role"] == "assistant" for row in shipped)
 
@@ -136,7 +136,7 @@ def killed(tmp_path, monkeypatch):
     written = fake_batches(monkeypatch)
     out = tmp_path / "c.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        synthesize(tiny_model(), tiny_tokenizer(), out, 3, on_progress=stop_after(2))
+        synthesize(tiny_model(), tiny_template(), out, 3, on_progress=stop_after(2))
     assert written == [0, 1]
     assert not out.exists()
     written.clear()
@@ -145,7 +145,7 @@ def killed(tmp_path, monkeypatch):
 
 def test_killed_run_takes_up_its_finished_batches(killed):
     out, written = killed
-    assert synthesize(tiny_model(), tiny_tokenizer(), out, 3) == 3
+    assert synthesize(tiny_model(), tiny_template(), out, 3) == 3
     assert written == [2]
     assert [row["id"] for row in read_jsonl(out)] == ["0-0", "0-1", "0-2"]
 
@@ -154,14 +154,14 @@ def test_killed_run_takes_up_its_finished_batches(killed):
 def test_batches_of_other_settings_are_not_taken_up(killed, monkeypatch, change):
     out, written = killed
     model = tiny_model()
-    tokenizer = tiny_tokenizer(MARKED) if change == "template" else tiny_tokenizer()
+    template = tiny_template(MARKED if change == "template" else CHATML)
     settings: dict[str, Any] = {"seed": 1, "batch": 8}
     settings = {name: value for name, value in settings.items() if name == change}
     if change == "target":
         model.model.norm.weight += 1
     if change == "sampling":
         monkeypatch.setattr(module, "ANSWER", Sampling(0, 1, 8))
-    assert synthesize(model, tokenizer, out, 1, **settings) == 1
+    assert synthesize(model, template, out, 1, **settings) == 1
     assert written == [0]
 
 
@@ -172,13 +172,13 @@ def test_finished_run_deletes_its_own_parts_alone(killed):
     (parts / f".{mine}.abc.tmp").write_text("left by a kill")
     others = parts / ".other-00000.jsonl.abc.tmp"
     others.write_text("left by a kill of other settings")
-    assert synthesize(tiny_model(), tiny_tokenizer(), out, 3) == 3
+    assert synthesize(tiny_model(), tiny_template(), out, 3) == 3
     assert {path.name for path in parts.iterdir()} == {others.name, "threads.json"}
 
 
 def test_empty_folder_of_parts_is_removed(killed):
     out, _ = killed
-    assert synthesize(tiny_model(), tiny_tokenizer(), out, 3) == 3
+    assert synthesize(tiny_model(), tiny_template(), out, 3) == 3
     assert not Path(f"{out}.parts").exists()
     assert len(out.read_text().splitlines()) == 3
 
@@ -186,20 +186,20 @@ def test_empty_folder_of_parts_is_removed(killed):
 def test_each_user_turn_is_kept_once(tmp_path, monkeypatch):
     written = fake_batches(monkeypatch, user=lambda index: str(index // 2))
     out = tmp_path / "c.jsonl"
-    assert synthesize(tiny_model(), tiny_tokenizer(), out, 3) == 3
+    assert synthesize(tiny_model(), tiny_template(), out, 3) == 3
     assert written == [0, 1, 2, 3, 4]
     assert [row["id"] for row in read_jsonl(out)] == ["0-0", "0-2", "0-4"]
 
 
 def test_target_is_refused_by_its_share_of_usable_turns(tmp_path, monkeypatch):
     model = tiny_model()
-    tokenizer = tiny_tokenizer()
+    template = tiny_template()
     fake_batches(monkeypatch, lambda index: index % 3 == 0)
-    assert synthesize(model, tokenizer, tmp_path / "good.jsonl", 30, batch=1) == 30
+    assert synthesize(model, template, tmp_path / "good.jsonl", 30, batch=1) == 30
 
     written = fake_batches(monkeypatch, lambda index: index < 3)
     with pytest.raises(UserError, match=r"3 usable turns of 80 .*instruction-tuned"):
-        synthesize(model, tokenizer, tmp_path / "bad.jsonl", 30, batch=4)
+        synthesize(model, template, tmp_path / "bad.jsonl", 30, batch=4)
     assert len(written) == 20
 
 

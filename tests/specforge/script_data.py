@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.specforge_data import untie, write_ckpts
 from eagle3fn.data.extract import extract
-from tests.factories import make_draft, tiny_model, tiny_tokenizer, write_talks
+from tests.factories import make_draft, tiny_model, tiny_template, tiny_tokenizer, write_talks
 
 TINY = make_draft(
     16,
@@ -32,7 +32,7 @@ def write_data(root: Path) -> Path:
     untie(root / "tied", root / "target")
 
     talks = write_talks(root / "talks.jsonl", 7)
-    extract(model, tiny_tokenizer(), talks, root / "found", (1, 1, 1), max_length=40)
+    extract(model, tiny_template(), talks, root / "found", (1, 1, 1), max_length=40)
     assert write_ckpts(root / "found", root / "features") == 7
 
     draft = {
