@@ -30,11 +30,18 @@ _AHEAD = 4  # chunks that are given to a process before its first result is take
 _HEADER = struct.Struct("<III")  # lengths of the id in bytes, of the tokens, of the mask
 
 
+class PackedSample(NamedTuple):
+    """A sample as bytes, which pass between processes and into a file."""
+
+    highest_id: int
+    data: bytes
+
+
 class EncodedRow(NamedTuple):
     """What became of a row."""
 
     where: str
-    samples: list[Encoded]
+    samples: list[PackedSample]
     dropped: list[str]  # reasons, one an answer without a sample
     fault: str | None  # why the row is bad
     value: Any  # of a bad row, for the rejects' file
@@ -130,7 +137,7 @@ def encode_file(
             else:
                 dropped.update(row.dropped[:1])
             for sample in row.samples:
-                _check_ids(sample, vocab_size, row.where)
+                _check_id(sample.highest_id, vocab_size, row.where)
                 samples.append(sample)
             on_progress(rows)
         if not rows:
@@ -160,8 +167,7 @@ def encode_all(
         return samples[:]
 
 
-def _check_ids(sample: Encoded, vocab_size: int | None, where: str) -> None:
-    highest = int(sample.input_ids.max())
+def _check_id(highest: int, vocab_size: int | None, where: str) -> None:
     if vocab_size is not None and highest >= vocab_size:
         raise UserError(
             f"{where}: token id {highest}: the target's vocabulary has {vocab_size}; "
@@ -246,10 +252,20 @@ def encode_row(maker: SampleMaker, row: FileRow) -> EncodedRow:
     except UserError as error:
         reason = str(error).removeprefix(f"{where}: ")
         return EncodedRow(where, [], [], reason, value, frozenset())
-    return EncodedRow(where, found.samples, found.dropped, None, None, conversation.unused)
+    packed = [pack(sample) for sample in found.samples]
+    return EncodedRow(where, packed, found.dropped, None, None, conversation.unused)
 
 
 # Samples on disk
+
+
+def pack(sample: Encoded) -> PackedSample:
+    """A sample as bytes: three lengths, id, token ids as int32, mask as bytes."""
+    name = sample.id.encode("utf-8", "surrogatepass")
+    ids = array("i", sample.input_ids.tolist())
+    mask = bytes(sample.token_mask.tolist())
+    header = _HEADER.pack(len(name), len(ids) * ids.itemsize, len(mask))
+    return PackedSample(max(ids), header + name + ids.tobytes() + mask)
 
 
 class SampleFile(Sequence[Encoded]):
@@ -265,13 +281,10 @@ class SampleFile(Sequence[Encoded]):
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._places = array("Q")
 
-    def append(self, sample: Encoded) -> None:
+    def append(self, sample: PackedSample) -> None:
         """Add a sample."""
-        name = sample.id.encode("utf-8", "surrogatepass")
-        ids = array("i", sample.input_ids.tolist()).tobytes()
-        mask = bytes(sample.token_mask.tolist())
         self._places.append(self._file.seek(0, 2))
-        self._file.write(_HEADER.pack(len(name), len(ids), len(mask)) + name + ids + mask)
+        self._file.write(sample.data)
 
     def __len__(self) -> int:
         return len(self._places)

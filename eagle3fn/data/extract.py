@@ -163,13 +163,13 @@ class _Shards(NamedTuple):
                 if sidecars and clock.is_up():
                     break
                 (self.out / "index.json").unlink(missing_ok=True)
-                sidecar = self._make(model, number, group, entries)
+                sidecar = self._run(model, number, group, entries)
                 clock.shard_ended()
             sidecars.append(sidecar)
             on_progress(start + len(group), len(samples))
         return sidecars
 
-    def _make(
+    def _run(
         self, model: Any, number: int, group: Sequence[Encoded], entries: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """Run the target and write a shard; its sidecar."""
