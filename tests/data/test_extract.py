@@ -9,9 +9,9 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.data import extract as module
 from eagle3fn.data.chat import encode
+from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import check_shards, open_features, read_sample
-from eagle3fn.data.target import hidden_states
 from tests.factories import CHATML, talk, tiny_model, tiny_tokenizer, write_talks
 
 LAYERS = (1, 2, 4)
