@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_numbered_jsonl
+from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.chat import apply_template, check_template, messages_of
 from eagle3fn.data.synthesize import (
     ANSWER,
@@ -82,12 +83,14 @@ def answer_prompts(
     Raises:
         UserError: before the target runs: no chat template, a malformed or empty row, a prompt that
             does not fit the target's positions together with its answers, a template that refuses
-            the turns.
+            the turns, a target whose cache cannot drop rows (not with `batch` 1).
     """
     check_template(tokenizer)
     rows = read_rows(prompts)[:count]
     for row in rows:
         _check_fits(model, tokenizer, row, sampling.max_new)
+    if batch > 1:
+        check_batch(model)
     forbidden = grams_of_file(exclude) if exclude else set()
     parts = Parts(out, _digest(model, tokenizer, rows, sampling, seed, batch))
 

@@ -134,9 +134,8 @@ def _compare(model: Any, where: str, logits: Tensor, states: Tensor, head: Tenso
         raise _refusal(
             model,
             where,
-            f"its logits are not last_hidden @ lm_head.T: they differ by {error:.2g} of their "
-            f"size, the largest is {float(theirs.abs().max()):.3g} and not "
-            f"{float(ours.abs().max()):.3g}",
+            f"its logits are not last_hidden @ lm_head.T: they differ by {error:.0%}, the largest "
+            f"is {float(theirs.abs().max()):.3g} and not {float(ours.abs().max()):.3g}",
         )
 
 
