@@ -31,9 +31,9 @@ from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.launch import World
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Params
-from eagle3fn.data.features import open_features
+from eagle3fn.data.features import open_features, tensors_of
 from eagle3fn.data.pipeline import batches
-from eagle3fn.data.target import config_hash, read_target_tensors, target_config
+from eagle3fn.data.target import config_hashes, read_target_tensors, target_config
 from eagle3fn.data.vocab import load_map, map_size
 from eagle3fn.model.table import HEAD, init_params, start_from_target
 from eagle3fn.train.held_out import evaluate_held_out
@@ -71,9 +71,10 @@ def prepared(options: argparse.Namespace) -> tuple[dict[str, Run], Params]:
         f"train.dtype={options.dtype}",
     ]
     config = with_steps(load_config(SETTINGS, overrides, draft), options.steps + WARM)
-    vocab = load_map(options.vocab, draft.vocab_size, draft.draft_vocab_size, config_hash(tree))
+    hashes = config_hashes(options.target)
+    vocab = load_map(options.vocab, draft.vocab_size, draft.draft_vocab_size, hashes)
     dtype = getattr(torch, config.train.dtype)
-    target = read_target_tensors(options.target, dtype)
+    target = read_target_tensors(options.target, dtype, tensors_of(features))
 
     runs = {}
     for name in NUMERICS:

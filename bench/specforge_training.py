@@ -43,9 +43,9 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl, write_json
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Params
-from eagle3fn.data.features import open_features
+from eagle3fn.data.features import open_features, tensors_of
 from eagle3fn.data.pipeline import batches, prefetch
-from eagle3fn.data.target import config_hash, read_target_tensors, target_config
+from eagle3fn.data.target import config_hashes, read_target_tensors, target_config
 from eagle3fn.data.vocab import load_map
 from eagle3fn.model.table import EMBED, init_params
 from eagle3fn.specforge.oracle import (
@@ -115,8 +115,10 @@ def open_run(options: argparse.Namespace, tree: dict[str, Any]) -> Run:
     require(done, "--run", str(options.run), "a finished run, with draft/")
 
     features = open_features(options.features, tree["vocab_size"], tree["hidden_size"])
-    vocab = load_map(options.vocab, draft.vocab_size, draft.draft_vocab_size, config_hash(tree))
-    target = read_target_tensors(options.target, getattr(torch, config.train.dtype))
+    hashes = config_hashes(options.target)
+    vocab = load_map(options.vocab, draft.vocab_size, draft.draft_vocab_size, hashes)
+    dtype = getattr(torch, config.train.dtype)
+    target = read_target_tensors(options.target, dtype, tensors_of(features))
     return prepare(config, features, vocab, target, options.run)
 
 

@@ -28,7 +28,7 @@ from eagle3fn.base.thread_timing import (
     large_products,
     thin_products,
 )
-from eagle3fn.data.target import hidden_states
+from eagle3fn.data.decoder import hidden_states
 from eagle3fn.use.decode import open_target
 
 PROMPT = 32  # tokens before those that are decoded

@@ -23,13 +23,14 @@ def _say(line: str | None) -> None:
 
 def synthesize(options: Any) -> None:
     """Let the target write conversations, or answer given prompts."""
-    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.device import check_device, fast_dtype
     from eagle3fn.base.thread_timing import sizes_of, thin_products
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
     from eagle3fn.data.synthesize import ANSWER, begun_threads, synthesize
     from eagle3fn.data.target import load_target
 
+    check_device(options.device)
     given = {"temperature": options.temperature, "max_new": options.max_new}
     given = {name: value for name, value in given.items() if value is not None}
     shared = {"seed": options.seed, "batch": options.batch, "exclude": options.exclude}
@@ -132,7 +133,7 @@ def extract(options: Any) -> None:
     import torch
 
     from eagle3fn.base.cores import own_cores
-    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.device import check_device, fast_dtype
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.base.thread_timing import large_products, sizes_of
     from eagle3fn.base.threads import take_threads
@@ -142,6 +143,7 @@ def extract(options: Any) -> None:
     from eagle3fn.data.own import foreign_note, measure_agreement
     from eagle3fn.data.target import load_target, target_config
 
+    check_device(options.device)
     tree = target_config(options.target)
     layers = aux_layers(_draft(options, tree), tree["num_hidden_layers"])
     dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
@@ -192,7 +194,7 @@ def vocab(options: Any) -> None:
     """Count the supervised tokens and write the vocabulary map."""
     from eagle3fn.data.features import open_features
     from eagle3fn.data.pipeline import split
-    from eagle3fn.data.target import config_hash, target_config
+    from eagle3fn.data.target import check_supported, config_hash, target_config
     from eagle3fn.data.vocab import (
         build_map,
         chosen_size,
@@ -204,6 +206,7 @@ def vocab(options: Any) -> None:
     from eagle3fn.specforge.feature_files import READER
 
     tree = target_config(options.target)
+    check_supported(options.target)
     vocab_size = tree["vocab_size"]
     features = open_features(options.features, vocab_size, tree["hidden_size"], READER)
     samples = len(features.samples)
@@ -214,7 +217,8 @@ def vocab(options: Any) -> None:
     size = options.size or chosen_size(counts)
     vocab_map = build_map(counts, min(size, vocab_size))
     covered = coverage(vocab_map, counts)
-    provenance = {"target": options.target, "target_hash": config_hash(tree), "covered": covered}
+    provenance = {"target": options.target, "covered": covered}
+    provenance["target_hash"] = config_hash(options.target)
     save_map(options.out, vocab_map, provenance)
 
     text = f"{options.out}: {len(vocab_map.d2t)} of {vocab_size} tokens, {covered:.2%} of the "
@@ -304,20 +308,20 @@ def train(options: Any) -> None:
     """Train the draft, or go on."""
     import torch
 
+    from eagle3fn.base.device import check_device
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.base.launch import ranks
     from eagle3fn.base.thread_timing import large_products
     from eagle3fn.base.threads import take_threads
-    from eagle3fn.data.features import check_made_for, open_features
+    from eagle3fn.data.features import check_made_for, open_features, tensors_of
     from eagle3fn.data.own import foreign_note, measure_agreement
-    from eagle3fn.data.target import config_hash, read_target_tensors, target_config
+    from eagle3fn.data.target import config_hashes, read_target_tensors, target_config
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
-    from eagle3fn.train.run import check_device
     from eagle3fn.use.publish import check_published, run_events
 
     recipe = RECIPES[options.recipe] if options.recipe else OURS
@@ -330,7 +334,7 @@ def train(options: Any) -> None:
         # nobody names by the size of both, or as the recipe has it.
         named = _named(options, overrides)
         tree = target_config(options.target)
-        target_hash = config_hash(tree)
+        hashes = config_hashes(options.target)
         draft = _draft(options, tree, map_size(options.vocab, read_map))
         features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
@@ -354,12 +358,12 @@ def train(options: Any) -> None:
             options.vocab,
             config.draft.vocab_size,
             config.draft.draft_vocab_size,
-            target_hash,
+            hashes,
             read_map,
         )
-        tensors = read_target_tensors(options.target, dtype)
+        tensors = read_target_tensors(options.target, dtype, tensors_of(features))
         layers = tree["num_hidden_layers"]
-        check_made_for(features, target_hash, aux_layers(config.draft, layers), options.target)
+        check_made_for(features, hashes, aux_layers(config.draft, layers), options.target)
         if world.main:
             _say(said)
             found = measure_agreement(features, tensors.head)
@@ -383,10 +387,12 @@ def train(options: Any) -> None:
 
 def plan(options: Any) -> None:
     """Print the bytes that a run needs; refuse what does not fit."""
-    from eagle3fn.data.target import target_config
+    from eagle3fn.data.target import check_supported, target_config
     from eagle3fn.train.memory import GIB, check_fits, describe, plan_memory
 
     tree = target_config(options.target) if options.target else {}
+    if options.target:
+        check_supported(options.target)
     draft = None
     if options.target or options.draft_config:
         draft = _draft(options, tree)
@@ -402,12 +408,14 @@ def evaluate(options: Any) -> None:
     """Decode prompts plainly and with the draft."""
     import torch
 
+    from eagle3fn.base.device import check_device
     from eagle3fn.base.files import write_json
     from eagle3fn.base.thread_timing import sizes_of, thin_products
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.target import target_config
     from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
 
+    check_device(options.device)
     sizes = sizes_of(target_config(options.target))
     rows = [1, 1 + EvalSettings.draft_length]  # a token, and a block that is verified
     _say(

@@ -23,7 +23,7 @@ from eagle3fn.data.synthesize import begun_threads, synthesize
 from eagle3fn.data.vocab import save_map
 from eagle3fn.train.defaults import Choice
 from tests import devices
-from tests.factories import make_map, tiny_model, tiny_tokenizer, write_talks
+from tests.factories import make_map, tiny_model, tiny_template, tiny_tokenizer, write_talks
 from tests.train.run_files import rows, same_end
 from tests.train.start_ranks import ROOT, Ended, torchrun
 from tests.train.two_ranks import compare
@@ -240,7 +240,7 @@ def test_extraction_keeps_the_number_of_threads_that_it_began_with(work, capsys,
 
 
 def test_cut_off_synthesis_keeps_the_number_of_threads_that_it_began_with(tmp_path):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model, template = tiny_model(), tiny_template()
     out = tmp_path / "talks.jsonl"
     assert begun_threads(out) is None
 
@@ -248,10 +248,10 @@ def test_cut_off_synthesis_keeps_the_number_of_threads_that_it_began_with(tmp_pa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthesize(model, tokenizer, out, 50, seed=0, batch=2, on_progress=stop)
+        synthesize(model, template, out, 50, seed=0, batch=2, on_progress=stop)
     kept = begun_threads(out)
     assert kept is not None and kept.count == torch.get_num_threads()
-    synthesize(model, tokenizer, out, 2, seed=0, batch=2)
+    synthesize(model, template, out, 2, seed=0, batch=2)
     assert begun_threads(out) is None
 
 

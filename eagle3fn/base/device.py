@@ -5,6 +5,25 @@ import platform
 import torch
 from torch import Tensor
 
+from eagle3fn.base.errors import UserError
+
+
+def check_device(name: str) -> str:
+    """The name of a device that numbers can be computed on.
+
+    Raises:
+        UserError: unknown, or not on this machine.
+    """
+    try:
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).splitlines()[0]
+        reason = "torch has none of that name" if line.startswith("Expected one of") else line
+        raise UserError(
+            f"device {name!r}: not usable here ({reason}); name cpu or cuda, or a card as cuda:1"
+        ) from None
+    return name
+
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
     """A tensor on `device`; the host does not wait for work queued on the device.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
+from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.rejects import Rejects
 from eagle3fn.data.row_files import read_rows as file_rows
 from eagle3fn.data.samples import Tokens
@@ -91,13 +92,15 @@ def answer_prompts(
     Raises:
         UserError: before the target runs: no chat template, a malformed or empty row, a prompt that
             does not fit the target's positions together with its answers, a template that refuses
-            the turns.
+            the turns, a target whose cache cannot drop rows (not with `batch` 1).
     """
     template.check()
     rows = read_rows(prompts, count)
     tokens = Tokens(template)
     for row in rows:
         _check_fits(model, template, tokens, row, sampling.max_new)
+    if batch > 1:
+        check_batch(model)
     forbidden = grams_of_file(exclude) if exclude else set()
     parts = Parts(out, _digest(model, template, rows, sampling, seed, batch))
 

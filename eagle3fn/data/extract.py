@@ -14,12 +14,13 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_json, sha256
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
+from eagle3fn.data.decoder import check_present, hidden_states
 from eagle3fn.data.encode import encode_file
 from eagle3fn.data.features import shard_name, write_index, write_shard
 from eagle3fn.data.rejects import Rejects
 from eagle3fn.data.row_files import rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
-from eagle3fn.data.target import config_hash, hidden_states, weights_digest
+from eagle3fn.data.target import model_config_hash, tensors_record, weights_digest
 from eagle3fn.data.template import ChatTemplate
 
 SAMPLE_RULE = 2
@@ -81,6 +82,7 @@ def extract(
     """
     out = Path(out)
     config = model.config
+    check_present(model)
     check_extraction(config, layers, max_length)
 
     stored_dtype: torch.dtype = stored or model.dtype
@@ -193,7 +195,8 @@ def _target_of(model: Any, layers: Sequence[int], name: str | None) -> dict[str,
         "vocab_size": config.vocab_size,
         "num_layers": config.num_hidden_layers,
         "aux_layers": list(layers),
-        "config_hash": config_hash(config.to_dict()),
+        "config_hash": model_config_hash(model),
+        "tensors": tensors_record(model),
     }
 
 

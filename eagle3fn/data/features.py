@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,6 +33,7 @@ _INDEX_TYPES = {"target": dict, "dtype": str, "samples": list, "shards": list}
 _SAMPLE_TYPES = {"id": str, "key": str, "shard": str, "length": int}
 _SHARD_TYPES = {"file": str, "bytes": int, "sha256": str}
 _TARGET_TYPES = {"vocab_size": int, "hidden_size": int}
+_RECORD_TYPES = {"dtype": str, "embed_tokens": str, "head": str, "norm": str}
 
 # The name in a shard of each field of `Sample`. The mask's differs: files of schema 1 have it so.
 _STORED = {
@@ -192,6 +194,8 @@ def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -
     # The target's sizes.
     target = index["target"]
     _check_types(target, _TARGET_TYPES, "target", path)
+    if "tensors" in target:
+        _check_record(target["tensors"], path)
     for name, size in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
         if size is not None and size != target[name]:
             raise UserError(
@@ -226,6 +230,12 @@ def _check_index(index: dict[str, Any], path: Path) -> None:
             )
 
 
+def _check_record(record: Any, path: Path) -> None:
+    _check_types(record, _RECORD_TYPES, "target.tensors", path)
+    if not isinstance(getattr(torch, record["dtype"], None), torch.dtype):
+        raise UserError(f"{path}: target.tensors.dtype is {record['dtype']!r:.80}; {REMEDY}")
+
+
 def _check_types(tree: Any, types: dict[str, type], where: str, path: Path) -> None:
     """Refuse a `tree` that is no dict or lacks one of the typed keys; `where` is its place."""
     if not isinstance(tree, dict):
@@ -241,12 +251,13 @@ def _check_types(tree: Any, types: dict[str, type], where: str, path: Path) -> N
 
 
 def check_made_for(
-    features: FeatureSet, config_hash: str, aux_layers: Sequence[int], where: str
+    features: FeatureSet, hashes: Sequence[str], aux_layers: Sequence[int], where: str
 ) -> None:
     """Refuse features made with a target of another configuration or with other tapped layers.
 
-    `where` names what has `config_hash` and `aux_layers`, as in `the run`. What the index doesn't
-    hold is not compared, so files of a `Reader` pass.
+    `where` names what has `hashes` (`data.target.config_hashes`), one of which must be the index's,
+    and `aux_layers`, as in `the run`. What the index doesn't hold is not compared, so files of a
+    `Reader` pass.
 
     Raises:
         UserError: they differ; names the index and both values.
@@ -254,11 +265,11 @@ def check_made_for(
     path = features.folder / "index.json"
     target = features.index.get("target", {})
 
-    found = target.get("config_hash", config_hash)
-    if found != config_hash:
+    found = target.get("config_hash", hashes[0])
+    if found not in hashes:
         raise UserError(
             f"{path}: made with a target of config_hash {str(found)[:12]}, "
-            f"{where} has {config_hash[:12]}; name that target or {REMEDY} into another folder"
+            f"{where} has {hashes[0][:12]}; name that target or {REMEDY} into another folder"
         )
     layers = target.get("aux_layers", list(aux_layers))
     if layers != list(aux_layers):
@@ -266,6 +277,14 @@ def check_made_for(
             f"{path}: made with aux_layers {layers}, {where} has {list(aux_layers)}; "
             f"set those layers or {REMEDY} into another folder"
         )
+
+
+def tensors_of(features: FeatureSet) -> dict[str, str] | None:
+    """What the target ran with, as `data.target.tensors_record` has it; None in older folders.
+
+    Files of a `Reader` have no such record either.
+    """
+    return features.index.get("target", {}).get("tensors")
 
 
 # Reading

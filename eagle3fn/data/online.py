@@ -14,6 +14,7 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Sample
 from eagle3fn.data.collate import AlignMask, align_mask
+from eagle3fn.data.decoder import check_present
 from eagle3fn.data.extract import check_extraction, run_target
 from eagle3fn.data.pipeline import Order, draw_survival, micro_batches, shuffled
 from eagle3fn.data.samples import Encoded
@@ -26,7 +27,7 @@ def roll_out(
     """A sample for each row, in the order of `rows`, on the CPU and in the target's dtype.
 
     Args:
-        model: the target (`data.target.load_target`), on any device.
+        model: the target (`data.target.load_target`), on any device or spread over several.
         rows: tokens and masks. `data.encode.encode_all` makes them from conversations,
             `Encoded(id, ids, mask)` from a pair. They are read `group` at a time, when the first
             sample of the group is asked for.
@@ -36,11 +37,12 @@ def roll_out(
             wanted.
 
     Raises:
-        UserError: a layer outside the target; a row that is malformed, longer than the target's
-            positions or with an id outside its vocabulary; features that are not finite. It names
-            the row.
+        UserError: weights that are offloaded; a layer outside the target; a row that is malformed,
+            longer than the target's positions or with an id outside its vocabulary; features that
+            are not finite. It names the row.
     """
     source = iter(rows)
+    check_present(model)
     check_extraction(model.config, layers, 0)
     while True:
         chosen = list(islice(source, group))

@@ -18,8 +18,10 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_jsonl, write_jsonl
 from eagle3fn.base.threads import Kept, keep_threads, read_kept
+from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.samples import Tokens
+from eagle3fn.data.stored_config import token_ids
 from eagle3fn.data.target import cache_name, weights_digest
 from eagle3fn.data.template import ChatTemplate
 
@@ -87,9 +89,11 @@ def synthesize(
         The number of conversations written.
 
     Raises:
-        UserError: the tokenizer has no chat template, or less than 5% of the turns asked for are
-            usable.
+        UserError: the tokenizer has no chat template, rows of the target's cache cannot be dropped
+            (not with `batch` 1), or less than 5% of the turns asked for are usable.
     """
+    if batch > 1:
+        check_batch(model)
     answer = answer or ANSWER
     target = [weights_digest(model), template.tokenizer.chat_template, template.arguments]
     digest = json_sha256([*target, USER_TURN, answer, seed, batch])[:12]
@@ -331,12 +335,13 @@ def end_tokens(model: Any) -> set[int]:
     Raises:
         UserError: it has none.
     """
-    ends = model.generation_config.eos_token_id
-    if ends is None:
+    ends = token_ids(model.generation_config.eos_token_id)
+    if not ends:
         raise UserError(
-            f"{model.name_or_path}: no eos_token_id in generation_config.json or config.json"
+            f"{model.name_or_path}: no eos_token_id in generation_config.json or config.json; add "
+            "the id of the token that ends an answer to generation_config.json"
         )
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    return ends
 
 
 # Keeping an evaluation's texts out

@@ -6,7 +6,7 @@ transformers is imported here inside functions, never when the file is loaded.
 import hashlib
 import inspect
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,32 +15,25 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from eagle3fn.base.config import Config
+from eagle3fn.base.device import check_device
 from eagle3fn.base.draft_config import refuse_vision
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, read_json
+from eagle3fn.base.files import json_sha256
 from eagle3fn.base.types import Frozen, VocabMap
-from eagle3fn.data.hooks import layer_outputs
+from eagle3fn.data.decoder import check_present, final_norm
+from eagle3fn.data.stored_config import VOLATILE, stored_config, stored_stops, token_ids
+from eagle3fn.data.teacher_check import (
+    architecture,
+    check_architecture,
+    check_teacher,
+    norm_factor,
+)
 from eagle3fn.data.weights import check_weights, find_key, read_tensor, weight_files
 
-# Settings that make logits more than `last_hidden @ head.T`, with the value that changes nothing.
-_LOGIT_TRANSFORMS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
-# Families whose RMS norm multiplies by `1 + weight`.
-_NORM_ADDS_ONE = ("gemma", "gemma2", "gemma3_text")
-# Settings that two copies of one target may differ in.
-_VOLATILE = (
-    "_name_or_path",
-    "name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-)
+_REMEDY = "fetch the target's files again or choose another target"
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 _PROBED_VALUES = 64
+_ROWS = 8192  # of a tensor, hashed at once
 
 
 class TargetTensors(NamedTuple):
@@ -55,38 +48,87 @@ class TargetTensors(NamedTuple):
 
 
 def target_config(path_or_id: str | Path) -> dict[str, Any]:
-    """The target's configuration as a dict.
+    """The target's configuration as a dict, with the library's defaults.
 
     Raises:
-        UserError: not loadable, a vision-language model, or a model that transforms its logits.
+        UserError: not loadable, a vision-language model, or one without the sizes that are read.
     """
+    return _loaded_config(path_or_id).to_dict()
+
+
+def _loaded_config(path_or_id: str | Path) -> Any:
     from transformers import AutoConfig
 
     name, extra = _source(path_or_id)
     try:
-        tree = AutoConfig.from_pretrained(name, **extra).to_dict()
+        config = AutoConfig.from_pretrained(name, **extra)
     except _load_errors() as error:
         raise _not_loadable(_config_of(path_or_id), error) from None
+    tree = config.to_dict()
     refuse_vision(tree, str(path_or_id))
-    refuse_logit_transform(tree, str(path_or_id))
-    return tree
-
-
-def refuse_logit_transform(tree: dict[str, Any], where: str) -> None:
-    """Raise a UserError if the target's logits are more than `last_hidden @ head.T`."""
-    for key, neutral in _LOGIT_TRANSFORMS.items():
-        value = tree.get(key)
-        if value is not None and value != neutral:
-            kind = tree.get("model_type")
+    for key in _SIZES:
+        if type(tree.get(key)) is not int:
             raise UserError(
-                f"{where}: {key} = {value} (model_type {kind!r}): "
-                "targets that transform their logits are not supported; choose another target"
+                f"{path_or_id}: model_type {config.model_type!r}: no {key} in its configuration; "
+                "such targets are not supported, choose another"
             )
+    return config
 
 
-def config_hash(tree: dict[str, Any]) -> str:
-    """Hex digest of a target's configuration without its path, dtype and library version."""
-    stable = {key: value for key, value in tree.items() if key not in _VOLATILE}
+def check_supported(path_or_id: str | Path) -> None:
+    """Refuse a target whose logits are more than `last_hidden @ head.T`, by its architecture alone.
+
+    Its weights are not read.
+
+    Raises:
+        UserError: as `target_config`; names the model type and how far the logits are off.
+    """
+    config = _loaded_config(path_or_id)
+    check_architecture(architecture(config, str(path_or_id)), str(path_or_id))
+
+
+def config_hash(path_or_id: str | Path) -> str:
+    """Hex digest of what the target's config.json, or its GGUF file, says.
+
+    Without its path, dtype and library version. The library's defaults are not in it, so it stays
+    the same when transformers is upgraded.
+
+    Raises:
+        UserError: damaged, or there is none.
+    """
+    tree = stored_config(path_or_id)
+    if not tree:
+        raise UserError(f"{path_or_id}: no config.json; {_REMEDY}")
+    return json_sha256(tree)
+
+
+def config_hashes(path_or_id: str | Path) -> tuple[str, str]:
+    """`config_hash`, and the kind of digest that earlier versions wrote.
+
+    Features and maps of either belong to the target. The earlier kind is of the configuration with
+    the defaults of the library that is installed.
+
+    Raises:
+        UserError: as `target_config` and `config_hash`.
+    """
+    return config_hash(path_or_id), _loaded_hash(target_config(path_or_id))
+
+
+def model_config_hash(model: Any) -> str:
+    """`config_hash` of the files that a model was loaded from.
+
+    Of its configuration as loaded, where it comes from no files.
+    """
+    name = str(model.config.name_or_path)
+    try:
+        tree = stored_config(name) if name else {}
+    except UserError:
+        tree = {}
+    return json_sha256(tree) if tree else _loaded_hash(model.config.to_dict())
+
+
+def _loaded_hash(tree: dict[str, Any]) -> str:
+    stable = {key: value for key, value in tree.items() if key not in VOLATILE}
     return json_sha256(stable, default=str)
 
 
@@ -99,9 +141,7 @@ def stop_ids(path_or_id: str | Path, tokenizer: Any) -> tuple[int, ...]:
     Raises:
         UserError: not readable, or none at all.
     """
-    ids = _ids(_stored_json(path_or_id, "generation_config.json"))
-    ids = ids or _ids(_stored_json(path_or_id, "config.json"))
-    ids |= _ids({"eos_token_id": tokenizer.eos_token_id})
+    ids = stored_stops(path_or_id) | token_ids(tokenizer.eos_token_id)
     if not ids:
         raise UserError(
             f"{path_or_id}: no eos_token_id in generation_config.json, config.json or the "
@@ -109,58 +149,6 @@ def stop_ids(path_or_id: str | Path, tokenizer: Any) -> tuple[int, ...]:
             "generation_config.json"
         )
     return tuple(sorted(ids))
-
-
-def _ids(tree: dict[str, Any]) -> set[int]:
-    """`eos_token_id` as a set: one id, a list of them, or none."""
-    found = tree.get("eos_token_id")
-    if found is None and isinstance(tree.get("text_config"), dict):
-        found = tree["text_config"].get("eos_token_id")
-    found = found if isinstance(found, (list, tuple)) else [found]
-    return {value for value in found if type(value) is int and value >= 0}
-
-
-def _stored_json(path_or_id: str | Path, name: str) -> dict[str, Any]:
-    """A JSON object of a folder, of an id or, in its place, of a GGUF file; empty if there is none.
-
-    Raises:
-        UserError: damaged, or not an id.
-    """
-    path = Path(path_or_id)
-    if path.suffix == ".gguf":
-        return _gguf_config(path) if name == "config.json" else {}
-
-    if path.is_dir():
-        file = path / name if (path / name).is_file() else None
-    else:
-        from transformers.utils import cached_file
-
-        # Without a connection the cache may lack a file that the id does not have at all.
-        silent = {
-            "_raise_exceptions_for_missing_entries": False,
-            "_raise_exceptions_for_connection_errors": False,
-        }
-        try:
-            file = cached_file(str(path_or_id), name, **silent)  # type: ignore
-        except _load_errors() as error:
-            raise _not_loadable(path_or_id, error) from None
-    if file is None:
-        return {}
-    tree = read_json(file)
-    if not isinstance(tree, dict):
-        raise UserError(f"{file}: not a JSON object; fetch the target's files again")
-    return tree
-
-
-def _gguf_config(path: Path) -> dict[str, Any]:
-    """What a GGUF file says of the model's configuration."""
-    from transformers import PretrainedConfig
-
-    name, extra = _source(path)
-    try:
-        return PretrainedConfig.get_config_dict(name, **extra)[0]
-    except _load_errors() as error:
-        raise _not_loadable(path, error) from None
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -175,10 +163,39 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def tensors_record(model: Any) -> dict[str, str]:
+    """What a model runs with: digests of its embedding, head and final norm, and their dtype.
+
+    `read_target_tensors` finds the same tensors by them.
+
+    Raises:
+        UserError: it has no such tensors.
+    """
+    dtype = model.dtype
+    tensors = _tensors_of(model)
+    embed = tensor_digest(tensors.embed_tokens, dtype)
+    tied = tensors.head is tensors.embed_tokens
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "embed_tokens": embed,
+        "head": embed if tied else tensor_digest(tensors.head, dtype),
+        "norm": tensor_digest(tensors.norm, dtype),
+    }
+
+
+def tensor_digest(value: Tensor, dtype: torch.dtype) -> str:
+    """Hex digest of a tensor's shape and of its values in `dtype`."""
+    digest = hashlib.sha256(str(tuple(value.shape)).encode())
+    for rows in value.detach().split(_ROWS):  # so that no copy is large
+        digest.update(rows.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def known_hidden_size(path_or_id: str | Path) -> int | None:
     """The target's hidden size, Ht; None where a folder holds the tokenizer alone."""
-    tree = _stored_json(path_or_id, "config.json")
-    size = tree.get("hidden_size") or tree.get("text_config", {}).get("hidden_size")
+    tree = stored_config(path_or_id)
+    text = tree.get("text_config")
+    size = tree.get("hidden_size", text.get("hidden_size") if isinstance(text, dict) else None)
     return size if isinstance(size, int) else None
 
 
@@ -209,18 +226,23 @@ def load_target(
 ) -> tuple[Any, Any]:
     """The target model, in eval mode and without gradients, and its tokenizer.
 
-    A target that has no `attn` implementation is loaded with "eager".
+    A target that has no `attn` implementation is loaded with "eager". What training will read and
+    compute is compared with the model (`data.teacher_check`, `read_target_tensors`).
 
     Raises:
-        UserError: as `target_config`; the weights are not loadable, do not fit or are not all
-            there; a biased head.
+        UserError: as `target_config`; a device that is not there; the weights are not loadable, do
+            not fit or are not all there; logits that are not `last_hidden @ head.T`; training
+            would read other tensors than the model has.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    target_config(path_or_id)
-    logging.disable_progress_bar()
+    check_device(device)
+    _loaded_config(path_or_id)
     name, extra = _source(path_or_id)
+    if not extra:
+        weight_files(_weights_folder(path_or_id))  # training reads them: refused before all else
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
         model, loading = _load_model(name, attn, dtype=dtype, **extra)
@@ -237,7 +259,15 @@ def load_target(
         raise _no_fit(path_or_id, f"no tensor {min(missing)}, which config.json asks for")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise _head_bias(path_or_id)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model = model.to(device).eval().requires_grad_(False)
+    if extra:
+        model.config.name_or_path = str(path_or_id)  # the file, not its folder
+
+    # The teacher must be this model, and its tensors those that training will read.
+    check_teacher(model, str(path_or_id))
+    if not extra:
+        _read_tensors(path_or_id, model.dtype, _loaded(model))
+    return model, tokenizer
 
 
 def _load_model(name: str, attn: str, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -301,9 +331,7 @@ def _load_errors() -> tuple[type[Exception], ...]:
 
 
 def _no_fit(path_or_id: str | Path, what: str) -> UserError:
-    return UserError(
-        f"{path_or_id}: {what}; fetch the target's files again or choose another target"
-    )
+    return UserError(f"{path_or_id}: {what}; {_REMEDY}")
 
 
 def _not_loadable(path_or_id: str | Path, error: Exception) -> UserError:
@@ -331,40 +359,141 @@ def _head_bias(path_or_id: str | Path) -> UserError:
 # Its tensors
 
 
-def read_target_tensors(path_or_id: str | Path, dtype: torch.dtype) -> TargetTensors:
+class _Wanted(NamedTuple):
+    """The tensors that a model ran with: by which a candidate of the files is told."""
+
+    dtype: torch.dtype  # of the model
+    matches: Callable[[str, Tensor], bool]  # whether a tensor is the one of a name
+    text: str  # what it failed to be, and the remedy
+
+
+def _recorded(record: Mapping[str, str]) -> _Wanted:
+    """Those of features, by their digests."""
+    dtype = getattr(torch, record["dtype"])
+    return _Wanted(
+        dtype,
+        lambda name, value: tensor_digest(value, dtype) == record[name],
+        "that the features were made with; name the target that they were made with, or run "
+        "eagle3fn extract again into another folder",
+    )
+
+
+def _loaded(model: Any) -> _Wanted:
+    """Those of a model in memory."""
+    own = _tensors_of(model)._asdict()
+    return _Wanted(
+        model.dtype,
+        lambda name, value: torch.equal(value.to(own[name].dtype), own[name].cpu()),
+        "that transformers runs with; save the target anew, by from_pretrained and "
+        "save_pretrained into another folder",
+    )
+
+
+def read_target_tensors(
+    path_or_id: str | Path, dtype: torch.dtype, record: Mapping[str, str] | None = None
+) -> TargetTensors:
     """Embedding, head and final norm in `dtype`.
 
-    They are read from the safetensors files without building the model; a GGUF file is loaded.
+    They are read from the safetensors files without the model's other weights; a GGUF file is
+    loaded. The architecture, built without weights, gives the norm's factor and must have the
+    logits `last_hidden @ head.T`.
+
+    Args:
+        path_or_id: the target's folder, GGUF file or id.
+        dtype: of the tensors.
+        record: what the model ran with (`tensors_record`; `data.features.tensors_of`). Without it,
+            transformers' own choice is taken: model.safetensors before an index, and an own head
+            before a tied one.
 
     Raises:
         UserError: as `target_config`; no safetensors, a file missing or damaged, a tensor missing
-            or of another shape, a biased head.
+            or of another shape, a biased head; logits that are more than this product; no tensor
+            in the files is the recorded one.
     """
-    tree = target_config(path_or_id)
-    if Path(path_or_id).suffix == ".gguf":
-        model, _ = load_target(path_or_id, dtype)
-        return _tensors_of_model(model, tree)
+    wanted = None if record is None else _recorded(record)
+    return _read_tensors(path_or_id, dtype, wanted)
 
+
+def _read_tensors(
+    path_or_id: str | Path, dtype: torch.dtype, wanted: _Wanted | None
+) -> TargetTensors:
+    if Path(path_or_id).suffix == ".gguf":
+        model, found = _read_gguf(path_or_id, dtype, wanted)
+    else:
+        model, found = _read_files(path_or_id, wanted)
+
+    # Cast once each: a head that is the embedding stays so.
+    embed = found.embed_tokens.to(dtype)
+    head = embed if found.head is found.embed_tokens else found.head.to(dtype)
+    norm = norm_factor(model, found.norm.to(dtype), str(path_or_id))
+    return TargetTensors(embed, head, norm)
+
+
+def _read_gguf(
+    path: str | Path, dtype: torch.dtype, wanted: _Wanted | None
+) -> tuple[Any, TargetTensors]:
+    """The model and its tensors, the norm's weight in place of its factor."""
+    model, _ = load_target(path, wanted.dtype if wanted else dtype)
+    found = _tensors_of(model)
+    for name, value in found._asdict().items():
+        _first_match(str(path), wanted, name, {f"its {name}": lambda value=value: value})
+    return model, found
+
+
+def _read_files(path_or_id: str | Path, wanted: _Wanted | None) -> tuple[Any, TargetTensors]:
+    """The architecture and the stored tensors, the norm's weight in place of its factor."""
+    # The architecture: where the norm is, and whether the teacher's logits are the target's.
+    where = str(path_or_id)
+    config = _loaded_config(path_or_id)
+    model = architecture(config, where)
     folder = _weights_folder(path_or_id)
     files = weight_files(folder)
-    if any(key.endswith("lm_head.bias") for key in files):
+    biased = getattr(model.get_output_embeddings(), "bias", None) is not None
+    if biased or any(key.endswith("lm_head.bias") for key in files):
         raise _head_bias(path_or_id)
+    check_architecture(model, where)
 
-    # The norm is looked for next to the embedding: other norms end in `norm.weight` too.
-    vocab = tree.get("vocab_size")
-    hidden = tree.get("hidden_size")
+    tree = config.to_dict()
+    rows = (tree["vocab_size"], tree["hidden_size"])
+
+    def read(key: str, shape: tuple[int, ...] = rows) -> Callable[[], Tensor]:
+        return lambda: read_tensor(folder, files, key, shape)
+
+    # The norm is looked for next to the embedding: other norms end in its name too.
     embed_key = find_key(files, "embed_tokens.weight", folder)
-    norm_ending = embed_key.removesuffix("embed_tokens.weight") + "norm.weight"
+    norm_ending = f"{embed_key.removesuffix('embed_tokens.weight')}{final_norm(model)[0]}.weight"
     norm_key = find_key(files, norm_ending, folder)
-    embed = read_tensor(folder, files, embed_key, dtype, (vocab, hidden))  # (V, Ht)
-    norm = read_tensor(folder, files, norm_key, dtype, (hidden,))  # (Ht,)
+    embed = _first_match(where, wanted, "embed_tokens", {embed_key: read(embed_key)})  # (V, Ht)
+    norm = _first_match(where, wanted, "norm", {norm_key: read(norm_key, rows[1:])})  # (Ht,)
 
-    if tree.get("tie_word_embeddings"):
-        head = embed
-    else:
+    # The head: the files' own, or the embedding where it is tied.
+    tied = bool(tree.get("tie_word_embeddings"))
+    candidates: dict[str, Callable[[], Tensor]] = {}
+    if not tied or any(key.endswith("lm_head.weight") for key in files):
         head_key = find_key(files, "lm_head.weight", folder)
-        head = read_tensor(folder, files, head_key, dtype, (vocab, hidden))  # (V, Ht)
-    return TargetTensors(embed, head, _norm_factor(norm, tree))
+        candidates[head_key] = read(head_key)
+    candidates[embed_key] = lambda: embed
+    head = _first_match(where, wanted, "head", candidates)  # (V, Ht)
+    if tied and torch.equal(head, embed):
+        head = embed
+    return model, TargetTensors(embed, head, norm)
+
+
+def _first_match(
+    where: str, wanted: _Wanted | None, name: str, candidates: dict[str, Callable[[], Tensor]]
+) -> Tensor:
+    """The first candidate, read by its key, that is the wanted tensor; or the first, if none is.
+
+    Raises:
+        UserError: one is wanted, and it is none of them.
+    """
+    for read in candidates.values():
+        value = read()
+        if wanted is None or wanted.matches(name, value):
+            return value
+    assert wanted is not None
+    keys = " or ".join(candidates)
+    raise UserError(f"{where}: {keys}: not the {name} {wanted.text}")
 
 
 def make_frozen(
@@ -391,17 +520,21 @@ def make_frozen(
     )
 
 
-def _tensors_of_model(model: Any, tree: dict[str, Any]) -> TargetTensors:
-    norm = decoder(model).norm.weight.detach()
-    return TargetTensors(
-        embed_tokens=model.get_input_embeddings().weight.detach(),
-        head=model.get_output_embeddings().weight.detach(),
-        norm=_norm_factor(norm, tree),
-    )
+def _tensors_of(model: Any) -> TargetTensors:
+    """A model's own tensors, the norm's weight in place of its factor.
 
-
-def _norm_factor(weight: Tensor, tree: dict[str, Any]) -> Tensor:
-    return weight + 1 if tree.get("model_type") in _NORM_ADDS_ONE else weight
+    Raises:
+        UserError: it has none, or they are not in memory.
+    """
+    check_present(model)
+    output = model.get_output_embeddings()
+    if output is None:
+        raise UserError(f"{type(model).__name__}: no head found; choose another target")
+    embed = model.get_input_embeddings().weight
+    head = output.weight
+    _, norm = final_norm(model)
+    found = embed.detach()
+    return TargetTensors(found, found if head is embed else head.detach(), norm.weight.detach())
 
 
 def _weights_folder(path_or_id: str | Path) -> Path:
@@ -414,55 +547,15 @@ def _weights_folder(path_or_id: str | Path) -> Path:
         return Path(path_or_id)
     from huggingface_hub import snapshot_download
 
+    # Some repositories hold the same weights once more, in folders or under other names.
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    others = ["*/*", "consolidated*"]
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+        return Path(
+            snapshot_download(str(path_or_id), allow_patterns=patterns, ignore_patterns=others)
+        )
     except (OSError, ValueError) as error:
         raise _not_loadable(path_or_id, error) from None
-
-
-# Its features
-
-
-def decoder(model: Any) -> Any:
-    """The base model: its `layers` are the decoder layers, its output comes after the final norm.
-
-    Looked for in `model.get_decoder()`, in `model`, and in what they hold as `model` and
-    `language_model`.
-
-    Raises:
-        UserError: none found.
-    """
-    candidates = []
-    if callable(getattr(model, "get_decoder", None)):
-        candidates.append(model.get_decoder())
-    candidates.append(model)
-
-    for module in candidates:  # grows while it is read
-        if isinstance(getattr(module, "layers", None), nn.ModuleList):
-            return module
-        for name in ("model", "language_model"):
-            inner = getattr(module, name, None)
-            if inner is not None and inner is not module:
-                candidates.append(inner)
-    raise UserError(
-        f"{type(model).__name__}: no list of decoder layers found; choose another target"
-    )
-
-
-@torch.no_grad()
-def hidden_states(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Outputs of three decoder layers `(B, S, 3·Ht)` and the final, normed state `(B, S, Ht)`.
-
-    `input_ids` and `attention_mask` are `(B, S)` int64, padded on the right; padded rows hold no
-    meaning.
-    """
-    base = decoder(model)
-    with layer_outputs([base.layers[index] for index in layers]) as outputs:
-        out = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return torch.cat(outputs, dim=-1), out.last_hidden_state
 
 
 # Its key-value cache

@@ -1,7 +1,7 @@
 """The vocabulary map: which target tokens the draft can propose."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +170,7 @@ def load_map(
     path: str | Path,
     vocab_size: int | None = None,
     draft_size: int | None = None,
-    target_hash: str | None = None,
+    target_hash: str | Sequence[str] | None = None,
     read: Callable[[Path], StoredMap] = read_map,
 ) -> VocabMap:
     """Read a map and check it.
@@ -179,7 +179,8 @@ def load_map(
         path: the map's file.
         vocab_size: V, the target's; absent: the file's.
         draft_size: D; absent: the file's.
-        target_hash: the target's `config_hash`, compared if the file holds one.
+        target_hash: the target's `config_hash`, or its `config_hashes`; compared if the file holds
+            one.
         read: reads the file; another function reads another format.
 
     Raises:
@@ -194,11 +195,11 @@ def load_map(
             f"{path}: its provenance is {provenance!r:.80}: must be a JSON object; {REMEDY}"
         )
     made_for = provenance.get("target_hash")
-    if target_hash and made_for and made_for != target_hash:
+    hashes = [target_hash] if isinstance(target_hash, str) else list(target_hash or ())
+    if hashes and made_for and made_for not in hashes:
         name = provenance.get("target", str(made_for)[:12])
         raise UserError(
-            f"{path}: made for another target ({name}), not {target_hash[:12]}; "
-            f"{REMEDY} for this one"
+            f"{path}: made for another target ({name}), not {hashes[0][:12]}; {REMEDY} for this one"
         )
 
     vocab_map = VocabMap(*tensors)

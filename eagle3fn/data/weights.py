@@ -14,18 +14,22 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
 
 _REMEDY = "fetch the target's files again"
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> dict[str, str]:
-    """Each tensor's file name, by the tensor's key; from the index or else from the files.
+    """Each tensor's file name, by the tensor's key, of the files that transformers loads.
+
+    model.safetensors comes before an index. Without both, all safetensors files are looked at.
 
     Raises:
         UserError: no safetensors, or a damaged index or file.
     """
-    index = folder / _INDEX
-    if index.is_file():
-        return _weight_map(index)
+    if (folder / _SINGLE).is_file():
+        return dict.fromkeys(_keys(folder / _SINGLE), _SINGLE)
+    if (folder / _INDEX).is_file():
+        return _weight_map(folder / _INDEX)
 
     files = {}
     names = []
@@ -35,10 +39,14 @@ def weight_files(folder: Path) -> dict[str, str]:
             names.append(path.name)
             files |= dict.fromkeys(_keys(path), path.name)
     if not names:
-        raise UserError(
-            f"{folder}: no *.safetensors; "
-            "save the target with save_pretrained(safe_serialization=True)"
-        )
+        remedy = _REMEDY
+        if any(folder.glob("pytorch_model*.bin*")):
+            remedy = (
+                "pytorch_model.bin is there: load the folder by AutoModelForCausalLM and "
+                "AutoTokenizer, and call save_pretrained of both with another folder, which holds "
+                "safetensors then"
+            )
+        raise UserError(f"{folder}: no *.safetensors; {remedy}")
     return files
 
 
@@ -99,10 +107,8 @@ def find_key(files: dict[str, str], ending: str, folder: Path) -> str:
     return min(found, key=lambda key: (len(key), key))
 
 
-def read_tensor(
-    folder: Path, files: dict[str, str], key: str, dtype: torch.dtype, shape: tuple[int | None, ...]
-) -> Tensor:
-    """The tensor `key` in `dtype`. `shape` is config.json's, None where it gives no size.
+def read_tensor(folder: Path, files: dict[str, str], key: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor `key` in its own dtype. `shape` is config.json's.
 
     Raises:
         UserError: a file missing or damaged or without the tensor, a quantised tensor, another
@@ -118,15 +124,8 @@ def read_tensor(
         raise UserError(
             f"{path}: {key} is {value.dtype}; take a target whose {key} is not quantised"
         )
-    if not _fits(value, shape):
-        expected = tuple("?" if size is None else size for size in shape)
+    if value.shape != shape:
         raise UserError(
-            f"{path}: {key} has shape {tuple(value.shape)}: config.json says {expected}; {_REMEDY}"
+            f"{path}: {key} has shape {tuple(value.shape)}: config.json says {shape}; {_REMEDY}"
         )
-    return value.to(dtype)
-
-
-def _fits(value: Tensor, shape: tuple[int | None, ...]) -> bool:
-    if value.ndim != len(shape):
-        return False
-    return all(size in (None, found) for size, found in zip(shape, value.shape, strict=True))
+    return value

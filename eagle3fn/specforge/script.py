@@ -38,8 +38,8 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.program import exit_code
 from eagle3fn.base.types import TrainState, VocabMap
-from eagle3fn.data.features import FeatureSet, check_made_for, open_features
-from eagle3fn.data.target import config_hash, read_target_tensors, target_config
+from eagle3fn.data.features import FeatureSet, check_made_for, open_features, tensors_of
+from eagle3fn.data.target import config_hashes, read_target_tensors, target_config
 from eagle3fn.data.vocab import build_map, count_tokens, load_map, save_map
 from eagle3fn.specforge.feature_files import READER, read_map
 from eagle3fn.specforge.recipes import RECIPE, recipe
@@ -401,9 +401,8 @@ def run(
     features = open_features(
         options.train_hidden_states_path, tree["vocab_size"], tree["hidden_size"], READER
     )
-    check_made_for(
-        features, config_hash(tree), aux_layers(draft, layers), options.target_model_path
-    )
+    hashes = config_hashes(options.target_model_path)
+    check_made_for(features, hashes, aux_layers(draft, layers), options.target_model_path)
 
     config = config_of(options, draft, len(features.samples), world.size, device)
     if checkpoints(out / "checkpoints") and not options.resume:
@@ -412,7 +411,8 @@ def run(
     if world.main and unused:
         print(f"no effect here: {' '.join(unused)}")
 
-    target = read_target_tensors(options.target_model_path, getattr(torch, config.train.dtype))
+    dtype = getattr(torch, config.train.dtype)
+    target = read_target_tensors(options.target_model_path, dtype, tensors_of(features))
     vocab = vocab_of(options, features, draft, world)
     events = run_events(out, config, layers)
     return train(config, features, vocab, target, out, events=events, world=world, recipe=RECIPE)

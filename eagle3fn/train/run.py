@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.config import Config, to_dict
-from eagle3fn.base.device import send
+from eagle3fn.base.device import check_device, send
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
 from eagle3fn.base.tree import tree_map
@@ -158,21 +158,6 @@ def _settings(config: Config) -> dict[str, Any]:
     return every | (
         {"number of threads": torch.get_num_threads()} if config.train.reduce == "tree" else {}
     )
-
-
-def check_device(name: str) -> str:
-    """The name of a device that tensors can be made on.
-
-    Raises:
-        UserError: unknown, or not on this machine.
-    """
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {name!r}: not usable here ({str(error).splitlines()[0]}); name another"
-        ) from None
-    return name
 
 
 def _check_lengths(config: Config, features: FeatureSet) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.decoder import decoder
 from eagle3fn.data.hooks import layer_outputs
-from eagle3fn.data.target import cache_name, decoder, empty_cache
+from eagle3fn.data.target import cache_name, empty_cache
 from eagle3fn.use.drafter import Drafter
 from eagle3fn.use.export import Draft
 

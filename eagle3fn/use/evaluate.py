@@ -12,6 +12,7 @@ from eagle3fn.base.config import require
 from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_jsonl
+from eagle3fn.data.cache_check import check_roll_back
 from eagle3fn.data.synthesize import chat_prompt, end_tokens
 from eagle3fn.data.target import load_target
 from eagle3fn.data.template import ChatTemplate
@@ -107,7 +108,8 @@ def evaluate(
         decoded plainly for the speed, those that came out otherwise with the draft.
 
     Raises:
-        UserError: no prompts, one beyond the position limit, or a draft of another target.
+        UserError: no prompts, one beyond the position limit, or a draft of another target; a target
+            whose cache cannot be rolled back.
     """
     if not prompts or not all(text.strip() for text in prompts):
         raise UserError(
@@ -118,6 +120,7 @@ def evaluate(
 
     # Tokens in fp32.
     exact = _load(target_folder, draft_folder, used, torch.float32, settings)
+    check_roll_back(exact.model)
     answers = greedy_answers(
         exact.model,
         exact.prompts,

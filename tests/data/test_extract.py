@@ -8,11 +8,11 @@ import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data import extract as module
+from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.encode import encode_all
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import check_shards, open_features, read_sample
 from eagle3fn.data.samples import NO_ANSWER, TOO_LONG, SampleMaker
-from eagle3fn.data.target import hidden_states
 from tests.factories import talk, tiny_model, tiny_template, write_talks
 
 LAYERS = (1, 2, 4)

@@ -242,18 +242,18 @@ def test_features_of_another_configuration_or_other_layers_are_refused(tmp_path)
     index["target"] |= {"config_hash": "a" * 64, "aux_layers": [1, 2, 4]}
     path.write_text(json.dumps(index))
     opened = open_features(tmp_path)
-    check_made_for(opened, "a" * 64, (1, 2, 4), "the run")
+    check_made_for(opened, ["c" * 64, "a" * 64], (1, 2, 4), "the run")
     refusal = rf"index.json: .*config_hash a{{12}}.*the run.*b{{12}}.*{AGAIN}"
     with pytest.raises(UserError, match=refusal):
-        check_made_for(opened, "b" * 64, (1, 2, 4), "the run")
+        check_made_for(opened, ["b" * 64], (1, 2, 4), "the run")
     refusal = rf"index.json: .*aux_layers \[1, 2, 4\].*the run.*\[0, 2, 4\].*{AGAIN}"
     with pytest.raises(UserError, match=refusal):
-        check_made_for(opened, "a" * 64, (0, 2, 4), "the run")
+        check_made_for(opened, ["c" * 64, "a" * 64], (0, 2, 4), "the run")
 
 
 def test_index_without_configuration_and_layers_passes(tmp_path):
     opened = open_features(write_folder(tmp_path, [GOOD]))
-    check_made_for(opened, "abc", [1, 2, 4], "the run")
+    check_made_for(opened, ["abc"], [1, 2, 4], "the run")
 
 
 # A folder without an index, and its reader
@@ -279,7 +279,7 @@ def test_folder_without_an_index_is_read_by_the_given_reader(tmp_path):
     assert same(read_sample(opened, 1), GOOD)
     assert same(read_tokens(opened, 0), (GOOD.input_ids.flip(0), GOOD.token_mask))
     check_shards(opened)
-    check_made_for(opened, "abc", (1, 2, 3), "the run")
+    check_made_for(opened, ["abc"], (1, 2, 3), "the run")
     assert int(count_tokens(opened, [0, 1]).sum()) == 2 * int(GOOD.token_mask.sum())
 
 

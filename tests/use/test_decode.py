@@ -17,8 +17,9 @@ from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen, VocabMap
 from eagle3fn.data.collate import align
+from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.hooks import layer_outputs
-from eagle3fn.data.target import cache_name, hidden_states
+from eagle3fn.data.target import cache_name
 from eagle3fn.model import plain as plain_ops
 from eagle3fn.model.forward import forward_loss
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params

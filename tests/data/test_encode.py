@@ -1,0 +1,172 @@
+"""Files to samples: what is counted, in what order, by how many processes, and how much memory."""
+
+import json
+import tracemalloc
+
+import pytest
+import torch
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.data import encode as module
+from eagle3fn.data.encode import (
+    SampleFile,
+    describe_counts,
+    encode_all,
+    encode_file,
+    encode_rows,
+    pack,
+)
+from eagle3fn.data.rejects import Rejects
+from eagle3fn.data.samples import EMPTY, NO_ANSWER, TOO_LONG, Encoded, SampleMaker
+from tests.factories import talk, tiny_template, write_talks
+
+MAKER = SampleMaker(tiny_template(), 90)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def equal(left, right):
+    return all(
+        a.id == b.id
+        and torch.equal(a.input_ids, b.input_ids)
+        and torch.equal(a.token_mask, b.token_mask)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_rows_without_a_sample_are_counted_by_reason(tmp_path):
+    rows = [
+        {"messages": talk("a", "b")},
+        {"messages": talk("a")},
+        {"messages": talk("a" * 200, "b")},
+        {"messages": talk("a" * 200, "b")},
+        {"messages": talk("a", "")},
+        {"messages": talk("a", "b", "c", ""), "source": "web"},
+    ]
+    found = encode_file(MAKER, write_rows(tmp_path / "c.jsonl", rows), 300)
+    with found.samples as samples:
+        assert [sample.id for sample in samples] == ["1", "6"]
+    counts = found.counts()
+    assert counts == {
+        "rows": 6,
+        "rejected": 0,
+        "dropped": 4,
+        "dropped_reasons": {TOO_LONG: 2, NO_ANSWER: 1, EMPTY: 1},
+        "lost_answers": {EMPTY: 1},
+        "unused_keys": {"source": 1},
+    }
+    assert describe_counts(counts)[0].startswith(
+        "4 of 6 conversations dropped: 2 no supervised token within the maximal length"
+    )
+    assert "source" in describe_counts(counts)[2]
+
+
+def test_nothing_left_out_is_no_line(tmp_path):
+    found = encode_file(MAKER, write_talks(tmp_path / "c.jsonl", 3), 300)
+    found.samples.close()
+    assert describe_counts(found.counts()) == []
+
+
+def test_all_bad_rows_are_counted_and_refused_together(tmp_path):
+    """As in three bad rows of thirty: one run names all of them."""
+    good = {"messages": talk("a", "b")}
+    rows: list[dict] = [dict(good, id=number) for number in range(1, 31)]
+    for number in (10, 20, 30):
+        rows[number - 1] = {"id": number, "messages": [*talk("a"), {"role": "assistant"}]}
+    path = write_rows(tmp_path / "c.jsonl", rows)
+    with pytest.raises(UserError, match="3 of 30 rows are bad") as refused:
+        encode_file(MAKER, path, 300)
+    for number in (10, 20, 30):
+        assert f"c.jsonl:{number} (id {number}): turn 2: content None" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_bad_rows_are_left_out_and_written_to_a_file(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"messages": talk("a", "b")}) + '\n{"messages": 3}\n{broken\n')
+    rejects = Rejects(tmp_path / "rejects.jsonl", 0.7)
+    found = encode_file(MAKER, path, 300, rejects=rejects)
+    with found.samples as samples:
+        assert len(samples) == 1
+    assert found.rejected == 2
+    written = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [row["where"] for row in written] == [f"{path}:2", f"{path}:3"]
+    assert written[0]["row"] == {"messages": 3}
+
+    with pytest.raises(UserError, match="2 of 3 rows"):
+        encode_file(MAKER, path, 300, rejects=Rejects(tmp_path / "other.jsonl", 0.3))
+
+
+def test_progress_counts_every_row_from_the_first(tmp_path):
+    seen: list[int] = []
+    path = write_talks(tmp_path / "c.jsonl", 5)
+    encode_file(MAKER, path, 300, limit=4, on_progress=seen.append).samples.close()
+    assert seen == [1, 2, 3, 4]
+
+
+def test_several_processes_give_the_same_in_the_same_order(tmp_path, monkeypatch):
+    path = write_talks(tmp_path / "c.jsonl", 40)
+    with path.open("a") as file:
+        file.write('{"messages": 3}\n')
+    monkeypatch.setattr(module, "_ALONE", 4)
+    monkeypatch.setattr(module, "_CHUNK", 3)
+    alone = list(encode_rows(MAKER, path))
+    assert list(encode_rows(MAKER, path, processes=2)) == alone
+    assert alone[-1].fault
+    assert len(list(encode_rows(MAKER, path, limit=11, processes=2))) == 11
+
+
+def test_first_rows_of_a_file_are_encoded_without_further_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started"))
+    assert len(list(encode_rows(MAKER, write_talks(tmp_path / "c.jsonl", 5), processes=2))) == 5
+
+
+def test_rows_are_read_as_they_are_asked_for(tmp_path):
+    """So the first is done before the file is read, and a file may be longer than memory."""
+    path = write_talks(tmp_path / "c.jsonl", 3)
+    with path.open("a") as file:
+        file.write("not JSON\n")
+    rows = encode_rows(MAKER, path)
+    assert next(rows).where.endswith("c.jsonl:1 (id row0)")
+    rows.close()
+
+
+def test_samples_come_back_from_their_file(tmp_path):
+    samples = [
+        Encoded("a", torch.tensor([5, 6, 7]), torch.tensor([0, 1, 1])),
+        Encoded("ü:4", torch.tensor([2**31 - 1]), torch.tensor([1])),
+        Encoded("", torch.tensor([1, 2]), torch.tensor([1, 0])),
+    ]
+    with SampleFile(tmp_path) as file:
+        for sample in samples:
+            file.append(pack(sample))
+        assert len(file) == 3
+        assert equal(file[:], samples)
+        assert equal([file[-1], file[0]], [samples[2], samples[0]])
+        assert equal(file[1:5], samples[1:])
+        with pytest.raises(IndexError):
+            file[3]
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """Held at the end of reading: a place of 8 bytes a sample, and nothing of the samples."""
+
+    def held(rows: int) -> int:
+        path = write_talks(tmp_path / f"{rows}.jsonl", rows)
+        tracemalloc.start()
+        with encode_file(MAKER, path, 300).samples:
+            size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return size
+
+    held(10)
+    assert held(600) - held(60) < 60_000
+
+
+def test_id_beyond_the_vocabulary_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"c.jsonl:1 \(id row0\): token id \d+.*vocabulary has 100"):
+        encode_all(MAKER, write_talks(tmp_path / "c.jsonl", 2), 100)
