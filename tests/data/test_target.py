@@ -12,8 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
 from eagle3fn.data.decoder import hidden_states
-from eagle3fn.data.extract import encode_all, extract
+from eagle3fn.data.encode import encode_all
+from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.synthesize import end_tokens
 from eagle3fn.data.target import (
     config_hash,
@@ -25,7 +27,7 @@ from eagle3fn.data.target import (
     target_config,
     weights_digest,
 )
-from tests.factories import tiny_model, tiny_tokenizer, write_talks
+from tests.factories import tiny_model, tiny_template, tiny_tokenizer, write_talks
 
 FAMILIES = {
     "Llama": {},
@@ -135,9 +137,9 @@ def independent(model, rows):
 def test_extraction_stores_the_bits_of_an_independent_forward(placed, tmp_path, batch):
     """Every layer as a tap, from the written files, at every real row; alone and in batches."""
     model = placed
-    tokenizer = tiny_tokenizer()
+    template = tiny_template()
     talks = write_talks(tmp_path / "c.jsonl", 8)
-    rows = [row.input_ids for row in encode_all(tokenizer, talks, 90, 300)]
+    rows = [row.input_ids for row in encode_all(SampleMaker(template, 90), talks, 300)]
 
     # The same batches as extraction's: of like length.
     by_length = sorted(range(8), key=lambda number: len(rows[number]))
@@ -150,7 +152,7 @@ def test_extraction_stores_the_bits_of_an_independent_forward(placed, tmp_path, 
 
     for taps in ((0, 1, 2), (4, 3, 2)):
         out = tmp_path / str(taps)
-        extract(model, tokenizer, talks, out, taps, max_length=90, batch=batch, samples_per_shard=8)
+        extract(model, template, talks, out, taps, max_length=90, batch=batch, samples_per_shard=8)
         features = open_features(out)
         for number in range(8):
             sample = read_sample(features, number)

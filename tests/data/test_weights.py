@@ -11,6 +11,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, tensors_of
 from eagle3fn.data.target import load_target, read_target_tensors, tensors_record
+from eagle3fn.data.template import ChatTemplate
 from tests.factories import tiny_model, tiny_tokenizer, write_talks
 
 HEAD = "lm_head.weight"
@@ -77,7 +78,7 @@ FOLDERS = {
 
 def features_of(model, tokenizer, out):
     talks = write_talks(out.parent / "talks.jsonl", 4)
-    extract(model, tokenizer, talks, out, (0, 1, 2), max_length=64)
+    extract(model, ChatTemplate(tokenizer), talks, out, (0, 1, 2), max_length=64)
     return open_features(out)
 
 

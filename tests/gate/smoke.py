@@ -33,8 +33,8 @@ from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.files import read_json
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Params, VocabMap
-from eagle3fn.data.extract import Encoded
 from eagle3fn.data.online import roll_out
+from eagle3fn.data.samples import Encoded
 from eagle3fn.model import head_loss, unroll
 from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.types import Frozen
-from eagle3fn.data.extract import Encoded
+from eagle3fn.data.samples import Encoded
 from eagle3fn.specforge.oracle import (
     INSTALL,
     LK,

@@ -18,8 +18,8 @@ from eagle3fn import specforge
 from eagle3fn.base.rows import over_steps
 from eagle3fn.base.types import Batch, Frozen
 from eagle3fn.data.collate import collate
-from eagle3fn.data.extract import Encoded
 from eagle3fn.data.online import roll_out
+from eagle3fn.data.samples import Encoded
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError
 from eagle3fn.testing.builders import Case, generator, tiny_params
