@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, read_numbered_jsonl
+from eagle3fn.base.files import json_sha256
 from eagle3fn.data.chat import apply_template, check_template, messages_of
+from eagle3fn.data.rejects import rejecting, usable
+from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.synthesize import (
     ANSWER,
     Parts,
@@ -67,15 +69,15 @@ def answer_prompts(
     Args:
         model: the target, on any device.
         tokenizer: the target's.
-        prompts: JSONL (plain, `.gz`, `.xz`) of rows with `prompt`, or with turns under
+        prompts: a file or folder (`data.row_files`) of rows with `prompt`, or with turns under
             `conversations` or `messages`. After a last turn that is no answer, one is added. An
             answer before any other turn has no prompt and stays as it is.
         out: the file of conversations; `.xz` and `.gz` compress.
         count: only the first rows; all, if None.
         seed: of sampling.
         batch: conversations answered together.
-        exclude: a JSONL file whose texts must be kept out. Conversations that share 13 words in a
-            row with it are dropped.
+        exclude: a file or folder of rows whose texts must be kept out. Conversations that share
+            13 words in a row with it are dropped.
         sampling: how answers are drawn. With temperature 0 they are the greedy ones.
         on_progress: called with the conversations answered so far and in all.
 
@@ -85,7 +87,7 @@ def answer_prompts(
             the turns.
     """
     check_template(tokenizer)
-    rows = read_rows(prompts)[:count]
+    rows = prompt_rows(prompts)[:count]
     for row in rows:
         _check_fits(model, tokenizer, row, sampling.max_new)
     forbidden = grams_of_file(exclude) if exclude else set()
@@ -120,30 +122,34 @@ def _digest(
 # Reading
 
 
-def read_rows(path: str | Path) -> list[Prompt]:
+def prompt_rows(path: str | Path) -> list[Prompt]:
     """The rows of a file of prompts or conversations, each ending in a place for an answer.
 
+    A row without an `id` has its number.
+
     Raises:
-        UserError: unreadable, no rows, a malformed row, or a turn without text that is no answer;
-            the message names file and line.
+        UserError: unreadable, no rows, or bad rows: malformed, or with a turn without text that is
+            no answer; the message counts them and names the first.
     """
-    rows = []
-    for number, row in read_numbered_jsonl(path):
-        where = f"{path}:{number}"
-        turns = _turns_of(row, where)
-        for place, turn in enumerate(turns, 1):
-            if turn["role"] != "assistant" and not turn["content"].strip():
-                raise UserError(f"{where}: turn {place} is empty; mend or delete the row")
-        if turns[-1]["role"] != "assistant":
-            turns.append({"role": "assistant", "content": ""})
-        if not _places(turns):
-            raise UserError(
-                f"{where}: nothing to answer; a row needs a user turn, or text under prompt"
-            )
-        rows.append(Prompt(str(row.get("id", number)), where, turns))
+    with rejecting(path) as rejects:
+        rows = list(usable(read_rows(path), lambda row: _prompt_of(row, rejects.rows), rejects))
     if not rows:
         raise UserError(f"{path}: no rows; write one JSON object with a prompt a line")
     return rows
+
+
+def _prompt_of(row: FileRow, number: int) -> Prompt:
+    turns = _turns_of(row.value, row.where)
+    for place, turn in enumerate(turns, 1):
+        if turn["role"] != "assistant" and not turn["content"].strip():
+            raise UserError(f"{row.where}: turn {place} is empty; mend or delete the row")
+    if turns[-1]["role"] != "assistant":
+        turns.append({"role": "assistant", "content": ""})
+    if not _places(turns):
+        raise UserError(
+            f"{row.where}: nothing to answer; a row needs a user turn, or text under prompt"
+        )
+    return Prompt(str(row.value.get("id", number)), row.where, turns)
 
 
 def _turns_of(row: Any, where: str) -> Messages:
