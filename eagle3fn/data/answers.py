@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
 from eagle3fn.data.cache_check import check_batch
-from eagle3fn.data.rejects import Rejects
-from eagle3fn.data.row_files import read_rows as file_rows
+from eagle3fn.data.rejects import rejecting, usable
+from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.samples import Tokens
 from eagle3fn.data.synthesize import (
     ANSWER,
@@ -77,15 +77,15 @@ def answer_prompts(
     Args:
         model: the target, on any device.
         template: the chat template of the target's tokenizer, with its arguments.
-        prompts: a file of rows with `prompt`, or with turns under `conversations` or `messages`
-            (`data.row_files.read_rows`). After a last turn that is no answer, one is added. An
+        prompts: a file or folder (`data.row_files`) of rows with `prompt`, or with turns under
+            `conversations` or `messages`. After a last turn that is no answer, one is added. An
             answer before any other turn has no prompt and stays as it is.
         out: the file of conversations; `.xz` and `.gz` compress.
         count: only the first rows; all, if None.
         seed: of sampling.
         batch: conversations answered together.
-        exclude: a file of rows whose texts must be kept out. Conversations that share 13 words in a
-            row with it are dropped.
+        exclude: a file or folder of rows whose texts must be kept out. Conversations that share
+            13 words in a row with it are dropped.
         sampling: how answers are drawn. With temperature 0 they are the greedy ones.
         on_progress: called with the conversations answered so far and in all.
 
@@ -95,7 +95,7 @@ def answer_prompts(
             the turns, a target whose cache cannot drop rows (not with `batch` 1).
     """
     template.check()
-    rows = read_rows(prompts, count)
+    rows = prompt_rows(prompts, count)
     tokens = Tokens(template)
     for row in rows:
         _check_fits(model, template, tokens, row, sampling.max_new)
@@ -138,37 +138,30 @@ def _digest(
 # Reading
 
 
-def read_rows(path: str | Path, limit: int | None = None) -> list[Prompt]:
+def prompt_rows(path: str | Path, limit: int | None = None) -> list[Prompt]:
     """The first rows of a file of prompts or conversations, each with a place for an answer.
 
+    A row without an `id` has its number.
+
     Raises:
-        UserError: unreadable, no rows, or malformed ones: they are counted, the first named.
+        UserError: unreadable, no rows, or bad rows: malformed, or with a turn without text that is
+            no answer; the message counts them and names the first.
     """
-    rows = []
-    bad = Rejects()
-    count = 0
-    for count, row in enumerate(islice(file_rows(path), limit), 1):
-        fault = row.fault
-        if not fault:
-            try:
-                rows.append(_prompt(row.value, row.where, row.number))
-            except UserError as error:
-                fault = str(error).removeprefix(f"{row.where}: ")
-        if fault:
-            bad.add(row.where, fault, row.value, count)
-    bad.finish(str(path), count)
+    with rejecting(path) as rejects:
+        rows = list(usable(islice(read_rows(path), limit), _prompt, rejects))
     if not rows:
         raise UserError(f"{path}: no rows; write one JSON object with a prompt a line")
     return rows
 
 
-def _prompt(value: Any, where: str, number: str) -> Prompt:
+def _prompt(row: FileRow) -> Prompt:
     """A row, its answers emptied.
 
     Raises:
         UserError: malformed, an empty turn that is no answer, tool calls, or nothing to answer.
     """
-    conversation = conversation_of(value, where)
+    where = row.where
+    conversation = conversation_of(row.value, where)
     turns = []
     for place, turn in enumerate(conversation.turns):
         if "tool_calls" in turn or turn["role"] == "tool":
@@ -184,12 +177,13 @@ def _prompt(value: Any, where: str, number: str) -> Prompt:
 
     if turns and turns[-1]["role"] != "assistant":
         turns.append({"role": "assistant", "content": ""})
-    row = Prompt(str(value.get("id", number)), where, conversation._replace(turns=turns))
-    if not row.places:
+    name = str(row.value.get("id", row.number))
+    prompt = Prompt(name, where, conversation._replace(turns=turns))
+    if not prompt.places:
         raise UserError(
             f"{where}: nothing to answer; a row needs a user turn, or text under prompt"
         )
-    return row
+    return prompt
 
 
 def _check_fits(

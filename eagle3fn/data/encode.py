@@ -6,7 +6,7 @@ Samples go to a temporary file, in the rows' order, so memory does not grow with
 import struct
 import tempfile
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, overload
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.rejects import Dropped, Rejects
+from eagle3fn.data.rejects import MEND_OR_SKIP, Dropped, rejecting
 from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.turns import conversation_of
@@ -53,10 +53,10 @@ class EncodedFile(NamedTuple):
 
     samples: "SampleFile"
     rows: int  # read
-    rejected: int  # bad rows left out
+    rejected: int  # bad rows that were left out
     dropped: Dropped  # good rows without a sample, by reason
     lost: Dropped  # answers without a sample in rows with one, by reason
-    unused: Counter[str]  # rows that have a key which is not read
+    unused: Dropped  # rows that have a key which is not read, by the key
 
     def counts(self) -> dict[str, Any]:
         """What an index says of the rows, and `describe_counts` puts into words."""
@@ -77,20 +77,16 @@ def describe_counts(counts: dict[str, Any], rejects: str | Path | None = None) -
         counts: as `EncodedFile.counts` gives them.
         rejects: the file of bad rows.
     """
-    lines = []
-    if counts["rejected"]:
-        written = f", written to {rejects}" if rejects else ""
-        lines.append(f"{counts['rejected']} of {counts['rows']} rows are bad{written}")
-    if counts["dropped"]:
-        reasons = Dropped(counts["dropped_reasons"]).describe()
-        lines.append(f"{counts['dropped']} of {counts['rows']} conversations dropped: {reasons}")
-    if counts["lost_answers"]:
-        reasons = Dropped(counts["lost_answers"]).describe()
-        lines.append(f"answers left out in other conversations: {reasons}")
-    if counts["unused_keys"]:
-        keys = Dropped(counts["unused_keys"]).describe()
-        lines.append(f"keys that change nothing here: {keys}")
-    return lines
+    rows = counts["rows"]
+    bad = counts["rejected"]
+    keys = Dropped(counts["unused_keys"]).most_common()
+    lines = [
+        bad and f"{bad} of {rows} rows are bad" + (f", written to {rejects}" if rejects else ""),
+        Dropped(counts["dropped_reasons"]).describe(rows),
+        Dropped(counts["lost_answers"]).describe_reasons("answers left out of the others"),
+        keys and "keys that are not read: " + ", ".join(f"{key} ({rows})" for key, rows in keys),
+    ]
+    return [line for line in lines if line]
 
 
 def encode_file(
@@ -101,7 +97,8 @@ def encode_file(
     folder: str | Path | None = None,
     limit: int | None = None,
     processes: int = 1,
-    rejects: Rejects | None = None,
+    skip_bad: float | None = None,
+    rejects: str | Path | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> EncodedFile:
     """Encode the first `limit` rows of a file (all, if None).
@@ -113,46 +110,46 @@ def encode_file(
         folder: where the temporary file lies; None: the system's own.
         limit: rows read.
         processes: processes that encode, where there are more than a few thousand rows.
-        rejects: takes bad rows; absent, they are all counted and refused together.
+        skip_bad: the share of rows that may be bad and are left out; None: none may, and all are
+            counted before that is said.
+        rejects: the file that rows left out are written to.
         on_progress: called with the rows done.
 
     Raises:
         UserError: an unreadable file, no rows, bad rows, an id outside the target's vocabulary, or
             no sample at all. The message counts them and names the first.
     """
-    bad = rejects or Rejects()
     samples = SampleFile(folder)
     dropped = Dropped()
     lost = Dropped()
-    unused: Counter[str] = Counter()
-    rows = 0
+    unused = Dropped()
+    path = None if skip_bad is None else rejects
     try:
-        for row in encode_rows(maker, conversations, limit, processes):
-            rows += 1
-            unused.update(row.unused)
-            if row.fault:
-                bad.add(row.where, row.fault, row.value, rows)
-            elif row.samples:
-                lost.update(row.dropped)
-            else:
-                dropped.update(row.dropped[:1])
-            for sample in row.samples:
-                _check_id(sample.highest_id, vocab_size, row.where)
-                samples.append(sample)
-            on_progress(rows)
-        if not rows:
+        with rejecting(conversations, skip_bad, path, MEND_OR_SKIP) as bad:
+            for row in encode_rows(maker, conversations, limit, processes):
+                bad.read()
+                on_progress(bad.rows)
+                unused.update(row.unused)
+                if row.fault:
+                    bad.add(row.where, row.fault, row.value)
+                elif row.samples:
+                    lost.update(row.dropped)
+                else:
+                    dropped.update(row.dropped[:1])
+                for sample in row.samples:
+                    _check_id(sample.highest_id, vocab_size, row.where)
+                    samples.append(sample)
+        if not bad.rows:
             raise UserError(f"{conversations}: no rows; write one JSON object a line")
-        bad.finish(str(conversations), rows)
         if not samples:
             raise UserError(
-                f"{conversations}: no sample; all {rows} conversations dropped: "
-                f"{dropped.describe()}; "
-                "conversations need a user turn and an answer within --max-length"
+                f"{conversations}: no sample: {dropped.describe(bad.rows)}; "
+                "a conversation needs a user turn and an answer within --max-length"
             )
     except BaseException:
         samples.close()
         raise
-    return EncodedFile(samples, rows, bad.count, dropped, lost, unused)
+    return EncodedFile(samples, bad.rows, bad.bad, dropped, lost, unused)
 
 
 def encode_all(

@@ -17,7 +17,6 @@ from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import check_present, hidden_states
 from eagle3fn.data.encode import encode_file
 from eagle3fn.data.features import shard_name, write_index, write_shard
-from eagle3fn.data.rejects import Rejects
 from eagle3fn.data.row_files import rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.target import model_config_hash, tensors_record, weights_digest
@@ -111,7 +110,8 @@ def extract(
         folder=out.parent,
         limit=limit,
         processes=processes,
-        rejects=None if skip_bad is None else Rejects(out / "rejects.jsonl", skip_bad),
+        skip_bad=skip_bad,
+        rejects=out / "rejects.jsonl",
         on_progress=on_rows,
     )
     with encoded.samples as samples:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.encode import describe_counts, encode_file
-from eagle3fn.data.rejects import Rejects
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.vocab import coverage
 
@@ -77,7 +76,7 @@ def inspect_file(
         vocab_size,
         limit=limit,
         processes=processes,
-        rejects=None if skip_bad is None else Rejects(None, skip_bad),
+        skip_bad=skip_bad,
         on_progress=on_rows,
     )
 

@@ -21,12 +21,12 @@ from eagle3fn.data.template import ChatTemplate, Rendering
 from eagle3fn.data.turns import Conversation, Turn, text_of
 
 # Why an answer or a row gives no sample.
-NO_ANSWER = "no assistant turn"
-NOT_TRAINED = "every assistant turn has weight 0"
-NO_QUESTION = "an answer before any question"
-EMPTY = "an empty answer"
-TOO_LONG = "no supervised token within the maximal length"
-NO_THOUGHT = "an answer without a thought, where the prompt opens one"
+NO_ANSWER = "have no assistant turn"
+NOT_TRAINED = "have weight 0 on every assistant turn"
+NO_QUESTION = "begin with an answer"
+EMPTY = "have an empty answer"
+TOO_LONG = "have no supervised token within the maximal length"
+NO_THOUGHT = "answer without a thought, where the prompt opens one"
 
 _TAG = re.compile(r"</?(\w+)>")
 _BLANK = re.compile(r"\s+")

@@ -20,6 +20,8 @@ from eagle3fn.base.files import json_sha256, read_jsonl, write_jsonl
 from eagle3fn.base.threads import Kept, keep_threads, read_kept
 from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.openings import opening, stub
+from eagle3fn.data.rejects import rejecting, usable
+from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.samples import Tokens
 from eagle3fn.data.stored_config import token_ids
 from eagle3fn.data.target import cache_name, weights_digest
@@ -80,8 +82,8 @@ def synthesize(
         count: conversations to write, at least.
         seed: of openings and sampling.
         batch: conversations written together.
-        exclude: a JSONL file whose texts must be kept out. Conversations that share 13 words in a
-            row with it are dropped.
+        exclude: a file or folder of rows whose texts must be kept out. Conversations that share
+            13 words in a row with it are dropped.
         answer: how the answers are drawn; `ANSWER` if absent.
         on_progress: called with the conversations so far and `count`.
 
@@ -359,24 +361,27 @@ def grams(text: str) -> Grams:
 
 
 def grams_of_file(path: str | Path) -> Grams:
-    """The 13-grams of every string in a JSONL file's rows, at any depth.
+    """The 13-grams of every string, at any depth, in the rows of a file or folder.
 
     Raises:
-        UserError: unreadable, a row is not an object, or there is no string in the file.
+        UserError: unreadable, a row that is broken or not an object, or there is no string in it.
     """
     found: Grams = set()
     count = 0
-    for number, row in enumerate(read_jsonl(path), 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: row {number} is not a JSON object; mend or delete it")
-        for text in _texts(row):
-            found |= grams(text)
-            count += 1
+    with rejecting(path) as rejects:
+        for row in usable(read_rows(path), _object, rejects):
+            for text in _texts(row):
+                found |= grams(text)
+                count += 1
     if not count:
-        raise UserError(
-            f"{path}: no text in it to keep out; name a JSONL file whose rows hold texts"
-        )
+        raise UserError(f"{path}: no text in it to keep out; name a file whose rows hold texts")
     return found
+
+
+def _object(row: FileRow) -> dict[str, Any]:
+    if not isinstance(row.value, dict):
+        raise UserError("not a JSON object; mend or delete the row")
+    return row.value
 
 
 def _texts(value: Any) -> Iterator[str]:

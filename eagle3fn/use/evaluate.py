@@ -11,8 +11,9 @@ from torch import Tensor
 from eagle3fn.base.config import require
 from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_jsonl
 from eagle3fn.data.cache_check import check_roll_back
+from eagle3fn.data.rejects import rejecting, usable
+from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.synthesize import chat_prompt, end_tokens
 from eagle3fn.data.target import load_target
 from eagle3fn.data.template import ChatTemplate
@@ -163,20 +164,24 @@ def evaluate(
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The `prompt` of each row of a JSONL file (plain, `.gz`, `.xz`).
+    """The `prompt` of each row of a file or folder (`data.row_files`).
 
     Raises:
-        UserError: unreadable, no rows, or a row without a prompt; the message names the row.
+        UserError: unreadable, no rows, or rows without a prompt; the message counts them and names
+            the first.
     """
-    prompts = []
-    for number, row in enumerate(read_jsonl(path), 1):
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f'{path}: row {number} has no text under "prompt"; mend or delete it')
-        prompts.append(prompt)
+    with rejecting(path) as rejects:
+        prompts = list(usable(read_rows(path), _prompt_of, rejects))
     if not prompts:
         raise UserError(f'{path}: no rows; write one JSON object with a "prompt" a line')
     return prompts
+
+
+def _prompt_of(row: FileRow) -> str:
+    prompt = row.value.get("prompt") if isinstance(row.value, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError('no text under "prompt"; mend or delete the row')
+    return prompt
 
 
 def _load(

@@ -16,7 +16,6 @@ from eagle3fn.data.encode import (
     encode_rows,
     pack,
 )
-from eagle3fn.data.rejects import Rejects
 from eagle3fn.data.samples import EMPTY, NO_ANSWER, TOO_LONG, Encoded, SampleMaker
 from tests.factories import talk, tiny_template, write_talks
 
@@ -59,7 +58,7 @@ def test_rows_without_a_sample_are_counted_by_reason(tmp_path):
         "unused_keys": {"source": 1},
     }
     assert describe_counts(counts)[0].startswith(
-        "4 of 6 conversations dropped: 2 no supervised token within the maximal length"
+        "4 of 6 conversations dropped: 2 have no supervised token within the maximal length"
     )
     assert "source" in describe_counts(counts)[2]
 
@@ -87,8 +86,7 @@ def test_all_bad_rows_are_counted_and_refused_together(tmp_path):
 def test_bad_rows_are_left_out_and_written_to_a_file(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"messages": talk("a", "b")}) + '\n{"messages": 3}\n{broken\n')
-    rejects = Rejects(tmp_path / "rejects.jsonl", 0.7)
-    found = encode_file(MAKER, path, 300, rejects=rejects)
+    found = encode_file(MAKER, path, 300, skip_bad=0.7, rejects=tmp_path / "rejects.jsonl")
     with found.samples as samples:
         assert len(samples) == 1
     assert found.rejected == 2
@@ -97,7 +95,8 @@ def test_bad_rows_are_left_out_and_written_to_a_file(tmp_path):
     assert written[0]["row"] == {"messages": 3}
 
     with pytest.raises(UserError, match="2 of 3 rows"):
-        encode_file(MAKER, path, 300, rejects=Rejects(tmp_path / "other.jsonl", 0.3))
+        encode_file(MAKER, path, 300, skip_bad=0.3, rejects=tmp_path / "other.jsonl")
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 def test_progress_counts_every_row_from_the_first(tmp_path):

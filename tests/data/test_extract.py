@@ -230,7 +230,11 @@ def test_samples_without_a_supervised_token_are_dropped_and_counted(tmp_path):
     [
         ([], {}, "c.jsonl: no rows; write"),
         ([GOOD, {"id": "r7"}], {}, r"c.jsonl:2 \(id r7\): no list of turns"),
-        ([{"conversations": talk("a")}], {}, "c.jsonl: no sample; all 1 conv.*no assistant turn"),
+        (
+            [{"conversations": talk("a")}],
+            {},
+            "no sample: 1 of 1 .*have no assistant turn",
+        ),
         (
             [GOOD],
             {"max_length": 257},

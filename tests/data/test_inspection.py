@@ -95,7 +95,7 @@ def test_reasons_are_told_by_frequency(tmp_path):
     path = write_rows(tmp_path / "c.jsonl", [*rows, {"messages": talk("a")}])
     text = describe(inspect_file(MAKER, path), "c.jsonl")
     assert "4 read, 1 kept, 1 samples" in text
-    assert text.index("2 no supervised token") < text.index("1 no assistant turn")
+    assert text.index("2 have no supervised token") < text.index("1 have no assistant turn")
 
 
 @pytest.fixture
@@ -156,5 +156,5 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
 
 def test_all_dropped_is_an_error_with_the_reasons(tmp_path):
     path = write_rows(tmp_path / "c.jsonl", [{"messages": talk("a")}] * 3)
-    with pytest.raises(UserError, match="all 3 conversations dropped: 3 no assistant turn"):
+    with pytest.raises(UserError, match="3 of 3 .*dropped: 3 have no assistant"):
         inspect_file(MAKER, path)

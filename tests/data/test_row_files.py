@@ -479,6 +479,7 @@ def test_an_arrow_file_is_read(tmp_path):
 # Folders
 
 
+@pytest.mark.filterwarnings("ignore")  # those of the packages that datasets itself uses
 def test_a_data_set_saved_by_datasets_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     mixed = [*turns("a"), {"role": "user", "content": [{"type": "text", "text": "b"}]}]

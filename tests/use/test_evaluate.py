@@ -271,9 +271,9 @@ def test_prompts_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "a"}\n{"text": "b"}\n', "row 2 has no text"),
-        ('{"prompt": " "}\n', "row 1 has no text"),
-        ("[1]\n", "row 1 has no text"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', "1 of 2 rows is bad: .*tasks.jsonl:2: no text under"),
+        ('{"prompt": " "}\n{\n', "2 of 2 rows are bad: .*:1: no text .*; .*:2: not JSON"),
+        ("[1]\n", "1 of 1 rows is bad: .*tasks.jsonl: item 1: no text"),
         ("", "no rows"),
     ],
 )
