@@ -215,7 +215,7 @@ def _from_pool(
         except BrokenProcessPool:
             raise UserError(
                 "a process that encodes conversations ended; is there enough memory? "
-                "try again with --threads 1"
+                "read fewer rows at a time with --limit"
             ) from None
 
 
