@@ -110,14 +110,20 @@ def encode(tokenizer: Any, messages: list[dict[str, str]], where: str) -> tuple[
 
 
 def check_template(tokenizer: Any) -> None:
-    """Refuse a tokenizer that has no chat template.
+    """Refuse a tokenizer that has no chat template, or named ones without a default.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or no default.
     """
     if not tokenizer.chat_template:
         raise UserError(
             f"{tokenizer.name_or_path}: no chat template; take an instruction-tuned target"
+        )
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise UserError(
+            f"{tokenizer.name_or_path}: chat templates named {', '.join(sorted(named))}, and none "
+            "named default: copy the one to use to chat_template.jinja in the target's folder"
         )
 
 
