@@ -90,7 +90,7 @@ def stored_json(path_or_id: str | Path, name: str) -> dict[str, Any]:
 
 def _cached(name: str, file: str) -> str | None:
     """A file of a Hugging Face id, downloaded or from the cache."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     # Without a connection the cache may lack a file that the id does not have at all.
     silent: dict[str, Any] = {
@@ -147,7 +147,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
     kind = values.get("general.architecture")
     found = {key: value for key, value in values.items() if key.startswith(f"{kind}.")}
     found["architecture"] = kind
-    found["vocab_size"] = values.get("tokenizer.ggml.tokens")
+    tokens = values.get("tokenizer.ggml.tokens", [])
+    found["vocab_size"] = tokens if isinstance(tokens, int) else len(tokens)
     found["eos_token_id"] = values.get("tokenizer.ggml.eos_token_id")
     return found
 

@@ -187,7 +187,8 @@ def tensor_digest(value: Tensor, dtype: torch.dtype) -> str:
     """Hex digest of a tensor's shape and of its values in `dtype`."""
     digest = hashlib.sha256(str(tuple(value.shape)).encode())
     for rows in value.detach().split(_ROWS):  # so that no copy is large
-        digest.update(rows.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+        values = rows.to("cpu", dtype).contiguous()
+        digest.update(memoryview(values.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

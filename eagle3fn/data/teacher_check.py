@@ -222,7 +222,11 @@ def _decoder_gives(model: Any, states: Tensor) -> Iterator[None]:
 def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list that gets the module's output at each call."""
     outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append(output)
+
+    handle = module.register_forward_hook(keep)
     try:
         yield outputs
     finally:

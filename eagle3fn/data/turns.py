@@ -356,11 +356,7 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]]:
                 f"{where}: tool {shown(tool)}: must be "
                 '{"type": "function", "function": {"name", …}}; mend or delete the row'
             )
-        read.append(
-            {**tool, "type": "function"}
-            if "function" in tool
-            else {"type": "function", "function": function}
-        )
+        read.append({"type": "function", "function": function})
     return read
 
 

@@ -5,7 +5,9 @@ import platform
 import pytest
 import torch
 
-from eagle3fn.base.device import multiplies_bf16
+from eagle3fn.base.device import check_device, multiplies_bf16
+from eagle3fn.base.errors import UserError
+from eagle3fn.cli import main
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,32 @@ def test_card_multiplies_bf16_from_ampere_on(
 
 def test_other_devices_do_not() -> None:
     assert not multiplies_bf16("meta")
+
+
+ABSENT = ["auto", "gpu", "meta", *([] if torch.cuda.is_available() else ["cuda"])]
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_device_that_is_not_there_is_refused_by_name(name: str) -> None:
+    assert check_device("cpu") == "cpu"
+    with pytest.raises(UserError, match=rf"device '{name}': not usable here .*; name cpu or cuda"):
+        check_device(name)
+
+
+@pytest.mark.parametrize("name", ABSENT)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["extract", "--conversations", "c", "--out", "f"],
+        ["synthesize", "--out", "c"],
+        ["evaluate", "--draft", "d", "--prompts", "p", "--out", "r"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_refuse_a_device_in_one_line(
+    command: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--target", "none", "--device", name]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert f"device {name!r}: not usable here" in line

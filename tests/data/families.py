@@ -45,7 +45,19 @@ SIZES: dict[str, Any] = {
 }
 """Taken where a family's configuration has a number of that name, or none."""
 
-_LATENT = ("minicpm3", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "longcat_flash")
+_LATENT = (
+    "axk1",
+    "axk2",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "minicpm3",
+    "sarvam_mla",
+    "youtu",
+)
+_BY_LAYER = ("gemma4_text", "gemma4_unified_text", "dots3_note_text")  # a head size for each layer
 _MAMBA = {
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
@@ -105,8 +117,11 @@ def tiny_config(kind: str) -> Any:
     if getattr(made, "sub_configs", None):
         raise ValueError("a configuration of several models")
     default = made()
+    skipped = ("head_dim", "num_attention_heads") if kind in _BY_LAYER else ()
     changes = {}
     for name, value in SIZES.items():
+        if name in skipped:
+            continue
         found = getattr(default, name, "absent")
         if found is None or isinstance(found, (int, float)):
             changes[name] = value

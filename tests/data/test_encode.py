@@ -130,7 +130,6 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
         file.write("not JSON\n")
     rows = encode_rows(MAKER, path)
     assert next(rows).where.endswith("c.jsonl:1 (id row0)")
-    rows.close()
 
 
 def test_samples_come_back_from_their_file(tmp_path):

@@ -15,7 +15,9 @@ from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.encode import encode_all
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import SampleMaker
+from eagle3fn.data.stored_config import gguf_config
 from eagle3fn.data.synthesize import end_tokens
 from eagle3fn.data.target import (
     config_hash,
@@ -25,9 +27,12 @@ from eagle3fn.data.target import (
     read_target_tensors,
     stop_ids,
     target_config,
+    tensors_record,
     weights_digest,
 )
-from tests.factories import tiny_model, tiny_template, tiny_tokenizer, write_talks
+from eagle3fn.data.template import ChatTemplate
+from tests.data.gguf_file import write_gguf
+from tests.factories import SIZES, tiny_model, tiny_template, tiny_tokenizer, write_talks
 
 FAMILIES = {
     "Llama": {},
@@ -464,3 +469,92 @@ def test_target_without_a_stop_token_is_refused(tmp_path):
     write_json(tmp_path / "generation_config.json", [])
     with pytest.raises(UserError, match=r"generation_config.json: not a JSON object; fetch"):
         stop_ids(tmp_path, tokenizer)
+
+
+# Chat templates
+
+
+def test_named_templates_without_a_default_are_refused(saved):
+    _, folder = saved
+    (folder / "additional_chat_templates").mkdir()
+    one = folder / "chat_template.jinja"
+    one.rename(folder / "additional_chat_templates" / "tool_use.jinja")
+    _, tokenizer = load(folder)
+    refusal = r"t: no default chat template, only tool_use; copy.*chat_template.jinja"
+    with pytest.raises(UserError, match=refusal):
+        ChatTemplate(tokenizer).check()
+    shutil.copy(folder / "additional_chat_templates" / "tool_use.jinja", one)
+    ChatTemplate(load(folder)[1]).check()
+
+
+# GGUF files
+
+
+def test_gguf_file_has_its_own_digest_stop_tokens_and_tensors(tmp_path):
+    """The digest is of the file's header: the library's reading of it changes nothing."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    path = tmp_path / "t.gguf"
+    write_gguf(path, model, tokenizer)
+    assert stop_ids(path, tokenizer) == (1,)
+    found = gguf_config(path)
+    assert (found["architecture"], found["vocab_size"], found["llama.block_count"]) == (
+        "llama",
+        SIZES["vocab_size"],
+        SIZES["num_hidden_layers"],
+    )
+
+    loaded, _ = load(path)
+    assert config_hash(path) == model_config_hash(loaded)
+    record = tensors_record(loaded)
+    tensors = read_target_tensors(path, torch.bfloat16, record)
+    assert torch.equal(tensors.head, model.lm_head.weight.bfloat16())
+    assert torch.equal(tensors.norm, model.model.norm.weight.bfloat16())
+    with pytest.raises(UserError, match=r"t.gguf: its head: not the head that the features"):
+        read_target_tensors(path, torch.bfloat16, record | {"head": "0"})
+
+
+# Targets that a user loaded
+
+
+class Onward(torch.nn.Module):
+    """A layer before which states move to a device."""
+
+    def __init__(self, layer, device):
+        super().__init__()
+        self.layer, self.device = layer.to(device), device
+
+    def forward(self, states, **options):
+        return states.to(self.device)
+
+
+def test_taps_on_several_devices_are_brought_to_the_last():
+    """The device "meta" stands for another card: tensors of both cannot be joined."""
+    model = tiny_model()
+    for number in (3, 4):
+        model.model.layers[number] = Onward(model.model.layers[number], "meta")
+    model.model.norm.to("meta")
+    ids = torch.tensor([[3, 4, 5]])
+    aux, last = hidden_states(model, ids, torch.ones_like(ids), LAYERS)
+    assert aux.device == last.device == torch.device("meta")
+    assert aux.shape == (1, 3, 48)
+
+
+def test_offloaded_weights_are_refused(tmp_path):
+    model, template = tiny_model(), tiny_template()
+    talks = write_talks(tmp_path / "c.jsonl", 2)
+    rows = encode_all(SampleMaker(template, 90), talks, 300)
+    model.model.layers[2].to("meta")
+    refusal = r"model.layers.2.*offloaded \(on the device 'meta'\); load the target without"
+    with pytest.raises(UserError, match=refusal):
+        next(roll_out(model, rows, LAYERS))
+    with pytest.raises(UserError, match=refusal):
+        extract(model, template, talks, tmp_path / "out", LAYERS, max_length=90)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ends", [None, [], [-1]])
+def test_model_without_an_end_token_is_refused(saved, ends):
+    model, _ = saved
+    model.generation_config.eos_token_id = ends
+    with pytest.raises(UserError, match=r"no eos_token_id in generation_config.json.*add the id"):
+        end_tokens(model)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_model_that_ran_with_other_weights_than_the_files_is_refused(tmp_path, m
     fresh(tmp_path)
     from transformers import LlamaForCausalLM
 
-    load = LlamaForCausalLM.from_pretrained
+    load: Any = LlamaForCausalLM.from_pretrained
 
     def loaded(*arguments, **options):
         model, report = load(*arguments, **options)

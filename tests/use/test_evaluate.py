@@ -11,9 +11,11 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen
 from eagle3fn.data.target import load_target
+from eagle3fn.model.table import init_params
 from eagle3fn.use import evaluate as module
 from eagle3fn.use import target_answers
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
@@ -29,6 +31,8 @@ from eagle3fn.use.evaluate import (
     tokens_per_second,
 )
 from eagle3fn.use.export import export
+from tests.data.families import make_family
+from tests.factories import make_map
 from tests.use.tiny_target import LAYERS, VOCAB, draft_config, prompt, random_draft, target
 
 SMALL = EvalSettings(
@@ -329,3 +333,24 @@ def test_costs_are_measured():
     assert len(costs.verify) == 4
     assert min(*costs.verify, costs.commit) > 0
     assert costs.extend >= 0
+
+
+def test_target_that_cannot_roll_back_is_refused_before_it_decodes(tmp_path):
+    """A family with recurrent layers, and a draft that fits it."""
+    model = make_family("qwen3_next", tmp_path / "target")
+    vocab = model.config.vocab_size
+    config = draft_config_from_target(model.config.to_dict(), "t", 64)
+    params = init_params(config, 0, torch.float32)
+    frozen = Frozen(None, torch.zeros(1), *make_map(vocab, 64, torch.Generator().manual_seed(0)))
+    layers = model.config.num_hidden_layers
+    export(params, frozen, config, tmp_path / "draft", layers, torch.float32)
+    stages = []
+    with pytest.raises(UserError, match=r"'qwen3_next': its cache cannot be rolled back"):
+        evaluate(
+            tmp_path / "target",
+            tmp_path / "draft",
+            ["one"],
+            SMALL,
+            on_progress=lambda *stage: stages.append(stage),
+        )
+    assert not stages
