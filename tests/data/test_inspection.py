@@ -156,5 +156,5 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
 
 def test_all_dropped_is_an_error_with_the_reasons(tmp_path):
     path = write_rows(tmp_path / "c.jsonl", [{"messages": talk("a")}] * 3)
-    with pytest.raises(UserError, match="3 of 3 .*dropped: 3 have no assistant"):
+    with pytest.raises(UserError, match=r"3 of 3 .*dropped: 3 have no assistant"):
         inspect_file(MAKER, path)
