@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.jinja import Program
 from eagle3fn.data.turns import Conversation, Turn, text_of
 
 # Texts of conversations that are rendered to see what a template does; found again in the result.
@@ -22,8 +25,6 @@ _CALL_NAME = "probed_function"
 _CALL_VALUE = "probedvalue"
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-# Templates that print the date would render another prompt on another day.
-_DATE = "2026-01-01"
 _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
 
 
@@ -89,13 +90,9 @@ class ChatTemplate:
         Raises:
             UserError: no template, or it refuses the messages; `where` names the row.
         """
-        from jinja2 import TemplateError
-
-        self.check()
-        if self._prints_date:
-            options["strftime_now"] = _fixed_date
+        program = self._tools_program if options.get("tools") else self._program
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return program.render({**self._marks, **options, "messages": messages})
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -156,31 +153,40 @@ class ChatTemplate:
                 )
 
     @cached_property
+    def _program(self) -> Program:
+        return self._compiled("default")
+
+    @cached_property
+    def _tools_program(self) -> Program:
+        """The template for rows with tools: some tokenizers have one of its own."""
+        template = self.tokenizer.chat_template
+        named = isinstance(template, dict) and "tool_use" in template
+        return self._compiled("tool_use") if named else self._program
+
+    def _compiled(self, name: str) -> Program:
+        self.check()
+        template = self.tokenizer.chat_template
+        try:
+            return Program(template[name] if isinstance(template, dict) else template)
+        except TemplateError as error:
+            raise UserError(
+                f"{self.name}: its chat template is no Jinja template ({error}); mend it"
+            ) from None
+
+    @cached_property
+    def _marks(self) -> dict[str, Any]:
+        """The special tokens that a template writes by their names, as `bos_token`."""
+        return dict(self.tokenizer.special_tokens_map)
+
+    @cached_property
     def _source(self) -> str:
         """The template's text; of several, all of them."""
         template = self.tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else template
 
-    @cached_property
+    @property
     def _variables(self) -> set[str]:
-        from jinja2 import Environment, meta
-        from jinja2.ext import Extension, loopcontrols
-
-        class Generation(Extension):
-            """Takes `{% generation %}` for a block without effect."""
-
-            tags = {"generation"}  # noqa: RUF012
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        tree = Environment(extensions=[Generation, loopcontrols]).parse(self._source)
-        return set(meta.find_undeclared_variables(tree))
-
-    @cached_property
-    def _prints_date(self) -> bool:
-        return "strftime_now" in self._source
+        return self._program.arguments | self._tools_program.arguments
 
     @cached_property
     def _reasoning_names(self) -> list[str]:
@@ -311,12 +317,6 @@ class Rendering(NamedTuple):
 
     def _text(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return self.template.render(messages, self.where, **self.options, **options)
-
-
-def _fixed_date(form: str) -> str:
-    from datetime import datetime
-
-    return datetime.fromisoformat(_DATE).strftime(form)
 
 
 def _call(call: dict[str, Any], style: _CallStyle) -> dict[str, Any]:
