@@ -6,6 +6,7 @@ that are null, prints today's date, and changes with its version; features would
 
 import json
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError, meta, nodes
@@ -25,21 +26,21 @@ class Program:
     Args:
         source: its text.
 
-    Attributes:
-        arguments: names of the variables that a caller can give a value.
-
     Raises:
         TemplateError: the text is no template.
     """
 
     def __init__(self, source: str) -> None:
-        environment = _environment()
         self._source = source
-        self._template = environment.from_string(source)
-        self.arguments = _arguments(environment.parse(source))
+        self._template = _environment().from_string(source)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Program, (self._source,)  # compiled again in another process
+
+    @cached_property
+    def arguments(self) -> set[str]:
+        """Names of the variables that a caller can give a value."""
+        return _arguments(_environment().parse(self._source))
 
     def render(self, variables: dict[str, Any]) -> str:
         """The text for `messages`, `tools`, `add_generation_prompt` and the template's own names.

@@ -390,6 +390,12 @@ def text_of(content: str | Sequence[str]) -> str:
     return content if isinstance(content, str) else "\n".join(content)
 
 
+def forms_of(text: str) -> tuple[str, ...]:
+    """A text as a template may write it: as it is, without blanks around it, as JSON."""
+    escaped = (json.dumps(text, ensure_ascii=each)[1:-1] for each in (False, True))
+    return tuple(dict.fromkeys((text, text.strip(), *escaped)))
+
+
 def shown(value: Any) -> str:
     """A value as errors show it, cut to 48 characters."""
     text = repr(value)
