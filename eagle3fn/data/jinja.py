@@ -33,6 +33,8 @@ class Program:
     def __init__(self, source: str) -> None:
         self._source = source
         self._template = _environment().from_string(source)
+        # As a plain dict: it is copied at each call.
+        self._template.globals = dict(self._template.globals)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Program, (self._source,)  # compiled again in another process

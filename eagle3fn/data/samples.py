@@ -72,10 +72,10 @@ class SampleMaker:
         made = []
         dropped = [] if conversation.supervised else [_why_none(conversation)]
         for number, ids, mask in self._sequences(conversation, where, dropped):
-            full_name = f"{name}:{number + 1}" if made else name
-            sample = _encoded(full_name, ids[: self.max_length], mask[: self.max_length])
-            if sample.token_mask.any():
-                made.append(sample)  # else its reasons are among `dropped`
+            cut = mask[: self.max_length]
+            if any(cut):  # else its reasons are among `dropped`
+                full_name = f"{name}:{number + 1}" if made else name
+                made.append(_encoded(full_name, ids[: self.max_length], cut))
         return Samples(made, dropped)
 
     def _plain(self, name: str, text: str) -> Samples:

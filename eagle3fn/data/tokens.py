@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.template import ChatTemplate
@@ -99,8 +100,30 @@ class Tokens:
     def _encode(self, text: str, as_text: bool = False) -> list[int]:
         if not text:
             return []
+        if self._fast:
+            self._fast.encode_special_tokens = as_text
+            return self._fast.encode(text, add_special_tokens=False).ids
         options = {"split_special_tokens": True} if as_text else {}
         return self.tokenizer(text, add_special_tokens=False, **options).input_ids
+
+    @cached_property
+    def _fast(self) -> Any:
+        """The tokenizer's core, which is twice as fast alone; None if it is another one."""
+        from tokenizers import Tokenizer
+
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        if not isinstance(core, Tokenizer):
+            return None
+        core = Tokenizer.from_str(core.to_str())  # of its own: it is set up here
+        core.no_truncation()
+        core.no_padding()
+        marks = "".join(self.special)
+        same = all(
+            core.encode(text, add_special_tokens=False).ids
+            == self.tokenizer(text, add_special_tokens=False).input_ids
+            for text in (marks, f"one {marks}\n\n two", " 3")
+        )
+        return core if same else None
 
 
 def _places(form: str, text: str) -> Iterator[re.Match[str]]:

@@ -161,10 +161,9 @@ def conversation_of(row: Any, where: str) -> Conversation:
 
 def _refuse(tree: dict[str, Any], keys: dict[str, str], where: str) -> None:
     """Refuse a key with a value that is neither null nor empty."""
-    for key, remedy in keys.items():
-        value = tree.get(key)
-        if value not in (None, [], ""):
-            raise UserError(f"{where}: {key} is not supported; {remedy}")
+    for key in tree:
+        if key in keys and tree[key] not in (None, [], ""):
+            raise UserError(f"{where}: {key} is not supported; {keys[key]}")
 
 
 def _turns_of(row: dict[str, Any], where: str) -> tuple[list[Any] | str, tuple[str, ...]]:
