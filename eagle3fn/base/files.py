@@ -151,17 +151,12 @@ def read_jsonl(path: str | Path) -> list[Any]:
         UserError: the file is missing or damaged, or a line is not JSON; the message names the
             line.
     """
-    return [row for _, row in read_numbered_jsonl(path)]
-
-
-def read_numbered_jsonl(path: str | Path) -> list[tuple[int, Any]]:
-    """The same values, each with the number of its line, counted from 1."""
     rows = []
     try:
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    rows.append((number, _parse_line(path, number, line)))
+                    rows.append(_parse_line(path, number, line))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a JSONL file (plain, .gz or .xz)") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:

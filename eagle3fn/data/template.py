@@ -6,25 +6,29 @@ conversations, not by a list of families.
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.turns import Conversation, Turn, text_of
+from eagle3fn.data.jinja import Program
+from eagle3fn.data.turns import Conversation, Turn, forms_of, text_of
 
 # Texts of conversations that are rendered to see what a template does; found again in the result.
 _QUESTION = "\x02question\x02"
 _ANSWER = "\x02answer\x02"
 _PARTS = ["\x02first part\x02", "\x02second part\x02"]
+_THOUGHT = "\x02thought\x02"
 _CALL_NAME = "probed_function"
 _CALL_VALUE = "probedvalue"
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-# Templates that print the date would render another prompt on another day.
-_DATE = "2026-01-01"
 _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+# The end of a prompt that opens a thought.
+_OPENING = re.compile(r"<([\w:.-]+)>\s*\Z")
+_LONGEST_OPENING = 64  # characters
 
 
 class _CallStyle(NamedTuple):
@@ -40,6 +44,21 @@ _CALL_STYLES = (
     _CallStyle("", True),
     _CallStyle(None, True),
 )
+
+
+class Thought(NamedTuple):
+    """What the template writes around an answer's thought."""
+
+    opening: str  # after the prompt; empty where the prompt has it
+    closing: str  # between thought and answer
+    on_lines: bool  # a line break is before the thought
+
+
+class Opened(NamedTuple):
+    """A thought that a prompt opens."""
+
+    opening: str  # the prompt's end
+    closing: str  # what ends the thought, without blanks
 
 
 class ChatTemplate:
@@ -89,13 +108,9 @@ class ChatTemplate:
         Raises:
             UserError: no template, or it refuses the messages; `where` names the row.
         """
-        from jinja2 import TemplateError
-
-        self.check()
-        if self._prints_date:
-            options["strftime_now"] = _fixed_date
+        program = self._tools_program if options.get("tools") else self._program
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return program.render({**self._marks, **options, "messages": messages})
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -105,20 +120,41 @@ class ChatTemplate:
     def _message(self, turn: Turn) -> dict[str, Any]:
         """A turn in the template's form."""
         message = {key: turn[key] for key in ("role", "tool_call_id", "name") if key in turn}
-        content = turn["content"]
-        if isinstance(content, str) or not self._takes_parts:
-            message["content"] = text_of(content)
-        else:
-            message["content"] = [{"type": "text", "text": text} for text in content]
+        message["content"] = self.content(turn["content"])
 
         if "reasoning" in turn:
             message |= dict.fromkeys(self._reasoning_names, turn["reasoning"])
 
         if "tool_calls" in turn:
             style = self._call_style
-            message["content"] = message["content"] or style.empty
+            message["content"] = message["content"] if turn["content"] else style.empty
             message["tool_calls"] = [_call(call, style) for call in turn["tool_calls"]]
         return message
+
+    def content(self, content: str | list[str]) -> Any:
+        """A turn's content as the template takes it."""
+        if not self._takes_parts:
+            return text_of(content)
+        if isinstance(content, str):
+            return content if self._takes_text else [{"type": "text", "text": content}]
+        return [{"type": "text", "text": text} for text in content]
+
+    def without_doubled_lines(self, message: dict[str, Any]) -> dict[str, Any]:
+        """An answer without the line breaks around its thought that the template writes itself.
+
+        Parsers of engines keep them: they cut a thought at its tags.
+        """
+        names = [name for name in self._reasoning_names if name in message]
+        if not names or not self.thought:
+            return message
+        text = message[names[0]]
+        text = text.lstrip("\n") if self.thought.on_lines else text
+        text = text.rstrip("\n") if self.thought.closing.startswith("\n") else text
+
+        content = message["content"]
+        if isinstance(content, str) and self.thought.closing.endswith("\n"):
+            content = content.lstrip("\n")
+        return {**message, **dict.fromkeys(names, text), "content": content}
 
     # What the template has
 
@@ -156,31 +192,40 @@ class ChatTemplate:
                 )
 
     @cached_property
+    def _program(self) -> Program:
+        return self._compiled("default")
+
+    @cached_property
+    def _tools_program(self) -> Program:
+        """The template for rows with tools: some tokenizers have one of its own."""
+        template = self.tokenizer.chat_template
+        named = isinstance(template, dict) and "tool_use" in template
+        return self._compiled("tool_use") if named else self._program
+
+    def _compiled(self, name: str) -> Program:
+        self.check()
+        template = self.tokenizer.chat_template
+        try:
+            return Program(template[name] if isinstance(template, dict) else template)
+        except TemplateError as error:
+            raise UserError(
+                f"{self.name}: its chat template is no Jinja template ({error}); mend it"
+            ) from None
+
+    @cached_property
+    def _marks(self) -> dict[str, Any]:
+        """The special tokens that a template writes by their names, as `bos_token`."""
+        return dict(self.tokenizer.special_tokens_map)
+
+    @cached_property
     def _source(self) -> str:
         """The template's text; of several, all of them."""
         template = self.tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else template
 
-    @cached_property
+    @property
     def _variables(self) -> set[str]:
-        from jinja2 import Environment, meta
-        from jinja2.ext import Extension, loopcontrols
-
-        class Generation(Extension):
-            """Takes `{% generation %}` for a block without effect."""
-
-            tags = {"generation"}  # noqa: RUF012
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        tree = Environment(extensions=[Generation, loopcontrols]).parse(self._source)
-        return set(meta.find_undeclared_variables(tree))
-
-    @cached_property
-    def _prints_date(self) -> bool:
-        return "strftime_now" in self._source
+        return self._program.arguments | self._tools_program.arguments
 
     @cached_property
     def _reasoning_names(self) -> list[str]:
@@ -191,8 +236,13 @@ class ChatTemplate:
     def _takes_parts(self) -> bool:
         """Whether content may be a list of parts."""
         parts = [{"type": "text", "text": text} for text in _PARTS]
-        text = self._probe([{"role": "user", "content": parts}])
+        text = self._try([{"role": "user", "content": parts}])
         return all(text.count(part) == 1 for part in _PARTS) and "'type'" not in text
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether content may be a text; some templates render nothing then."""
+        return _QUESTION in self._try([{"role": "user", "content": _QUESTION}])
 
     @cached_property
     def _call_style(self) -> _CallStyle:
@@ -203,8 +253,62 @@ class ChatTemplate:
                 return style
         return _CALL_STYLES[0]  # none is rendered: `samples` finds the call missing
 
+    @cached_property
+    def thought(self) -> Thought | None:
+        """How a thought is rendered; None if it is not."""
+        thinks = dict.fromkeys(self._reasoning_names, _THOUGHT)
+        prompt = self._probe(_asked()[:1], add_generation_prompt=True)
+
+        # Before an answer, or else before a call.
+        question, answer = _asked()
+        shown = self._probe([question, {**answer, **thinks}]).partition(_THOUGHT)
+        closing, _, found = shown[2].rpartition(_ANSWER)
+        if not (shown[1] and _ANSWER in shown[2]):
+            question, answer = _called(self._call_style)
+            shown = self._probe([question, {**answer, **thinks}]).partition(_THOUGHT)
+            call = self._probe([question, answer]).removeprefix(prompt)
+            found = shown[2].endswith(call)
+            closing = shown[2].removesuffix(call)
+        if not (shown[1] and found):
+            return None
+        opening = shown[0].removeprefix(prompt) if shown[0].startswith(prompt) else ""
+        return Thought(opening, closing, shown[0].endswith("\n"))
+
+    def opened(self, prompt: str, last: str) -> Opened | None:
+        """The thought that a prompt opens; `last` is the text of its last turn."""
+        end = _OPENING.search(prompt[-_LONGEST_OPENING:])
+        if end and end[0] != self._header_end and not last.rstrip().endswith(end[0].rstrip()):
+            return Opened(end[0], f"</{end[1]}>")
+        if self.thought:
+            opening, closing, _ = self.thought
+            if opening.strip() and prompt.endswith(opening):
+                return Opened(opening, closing.strip())
+        return None
+
+    @cached_property
+    def _header_end(self) -> str | None:
+        """A tag that a prompt ends with and that opens no thought: answers follow in history."""
+        prompt = self._probe(_asked()[:1], add_generation_prompt=True)
+        end = _OPENING.search(prompt)
+        answered = self._probe(_asked())
+        return end[0] if end and answered.startswith(prompt + _ANSWER) else None
+
+    @cached_property
+    def header(self) -> str:
+        """What the template writes before an answer, in a prompt."""
+        prompt = self._probe(_asked()[:1], add_generation_prompt=True)
+        turns = self._probe(_asked()[:1])
+        return prompt[len(turns) :] if prompt.startswith(turns) else ""
+
     def _probe(self, messages: list[dict[str, Any]], **options: Any) -> str:
         """The template on a probing conversation; empty where it refuses it."""
+        turns = [
+            {**each, "content": self.content(each["content"])} if each["content"] else each
+            for each in messages
+        ]
+        return self._try(turns, **options)
+
+    def _try(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
             return self.render(messages, "", **self.arguments, **options)
         except UserError:
@@ -224,16 +328,30 @@ class ChatTemplate:
     def stop_in(self, text: str, own: Sequence[str] = ()) -> tuple[int, str] | None:
         """Place and text of the token in `text` that ends an answer.
 
-        `own` are the row's own texts in it: a token's text inside of them ends nothing.
+        `own` are the row's own texts in it, in their order: a token's text inside of them ends
+        nothing.
         """
         begin = 0
         for each in own:
-            if self._first_stop(each) or (self._end_mark and self._end_mark in each):
-                begin = max(begin, text.rfind(each) + len(each))
+            if not self._ends(each):
+                continue
+            places = [(text.find(form, begin), -len(form)) for form in forms_of(each)]
+            found = min((place for place in places if place[0] >= 0), default=None)
+            if found:
+                begin = found[0] - found[1]
         stop = self._first_stop(text[begin:])
         if not stop and self._end_mark and self._end_mark in text[begin:]:
             stop = self._end_mark
         return (text.index(stop, begin), stop) if stop else None
+
+    def _ends(self, text: str) -> bool:
+        return bool(self._first_stop(text) or (self._end_mark and self._end_mark in text))
+
+    @cached_property
+    def answer_stop(self) -> str:
+        """What the target writes last in an answer without tool calls."""
+        found = self.stop_in(self._probe(_asked()).rpartition(_ANSWER)[2])
+        return found[1] if found else self.stop_after(calls=False)
 
     def stop_id(self, stop: str) -> int:
         """The id of a text that `stop_in` or `stop_after` gave."""
@@ -264,7 +382,7 @@ class ChatTemplate:
     @cached_property
     def _end_mark(self) -> str | None:
         """A special token that the template writes right after an answer, and no stop token is."""
-        text = self._probe(_asked(_ANSWER)).rpartition(_ANSWER)[2]
+        text = self._probe(_asked()).rpartition(_ANSWER)[2]
         if any(stop in text for stop in self.stops):
             return None
         marks = [mark for mark in self.special if text.lstrip().startswith(mark)]
@@ -272,7 +390,7 @@ class ChatTemplate:
 
     @cached_property
     def _mark_after_answer(self) -> str | None:
-        text = self._probe([*_asked(_ANSWER), {"role": "user", "content": _PARTS[0]}])
+        text = self._probe([*_asked(), {"role": "user", "content": _PARTS[0]}])
         return self._first_stop(text.partition(_ANSWER)[2].partition(_PARTS[0])[0])
 
     @cached_property
@@ -299,24 +417,19 @@ class Rendering(NamedTuple):
         return self._text(self.messages[:turns], add_generation_prompt=True)
 
     def through(self, turns: int) -> str:
-        """The first `turns` turns, without the beginning of an answer."""
-        return self._text(self.messages[:turns], add_generation_prompt=False)
+        """The first `turns` turns, the last of them as it is written, without a further prompt."""
+        *before, last = self.messages[:turns]
+        last = self.template.without_doubled_lines(last)
+        return self._text([*before, last], add_generation_prompt=False)
 
-    def head(self, turns: int, prompt: str) -> str:
-        """What `prompt` has in common with any answer to the first `turns` turns."""
-        blank = {"role": "assistant", "content": _ANSWER}
-        text = self._text([*self.messages[:turns], blank], add_generation_prompt=False)
-        lengths = range(1, min(len(prompt), len(text)) + 1)
-        return prompt[: bisect_left(lengths, True, key=lambda end: prompt[:end] != text[:end])]
+    def before_answer(self, turns: int) -> str:
+        """The first `turns` turns as they are shown once they are answered, up to the answer."""
+        answer = {"role": "assistant", "content": self.template.content(_ANSWER)}
+        text = self._text([*self.messages[:turns], answer], add_generation_prompt=False)
+        return text.rpartition(_ANSWER)[0]
 
     def _text(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return self.template.render(messages, self.where, **self.options, **options)
-
-
-def _fixed_date(form: str) -> str:
-    from datetime import datetime
-
-    return datetime.fromisoformat(_DATE).strftime(form)
 
 
 def _call(call: dict[str, Any], style: _CallStyle) -> dict[str, Any]:
@@ -327,8 +440,9 @@ def _call(call: dict[str, Any], style: _CallStyle) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": text}}
 
 
-def _asked(answer: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": answer}]
+def _asked() -> list[dict[str, Any]]:
+    """A question and its answer."""
+    return [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
 
 
 def _called(style: _CallStyle) -> list[dict[str, Any]]:

@@ -161,10 +161,9 @@ def conversation_of(row: Any, where: str) -> Conversation:
 
 def _refuse(tree: dict[str, Any], keys: dict[str, str], where: str) -> None:
     """Refuse a key with a value that is neither null nor empty."""
-    for key, remedy in keys.items():
-        value = tree.get(key)
-        if value not in (None, [], ""):
-            raise UserError(f"{where}: {key} is not supported; {remedy}")
+    for key in tree:
+        if key in keys and tree[key] not in (None, [], ""):
+            raise UserError(f"{where}: {key} is not supported; {keys[key]}")
 
 
 def _turns_of(row: dict[str, Any], where: str) -> tuple[list[Any] | str, tuple[str, ...]]:
@@ -384,6 +383,12 @@ def _arguments(row: dict[str, Any], where: str) -> dict[str, Any]:
 def text_of(content: str | Sequence[str]) -> str:
     """A turn's content as one text: several parts on lines of their own, as vLLM joins them."""
     return content if isinstance(content, str) else "\n".join(content)
+
+
+def forms_of(text: str) -> tuple[str, ...]:
+    """A text as a template may write it: as it is, without blanks around it, as JSON."""
+    escaped = (json.dumps(text, ensure_ascii=each)[1:-1] for each in (False, True))
+    return tuple(dict.fromkeys((text, text.strip(), *escaped)))
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,6 @@ from eagle3fn.base.files import (
     json_sha256,
     read_json,
     read_jsonl,
-    read_numbered_jsonl,
     whole_file,
     whole_folder,
     write_json,
@@ -98,9 +97,9 @@ def test_jsonl_is_read_as_written(tmp_path, name):
     assert names(tmp_path) == [name]
 
 
-def test_empty_lines_are_skipped_and_counted(tmp_path):
+def test_empty_lines_are_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n1\n\n \n2\n")
-    assert read_numbered_jsonl(tmp_path / "a.jsonl") == [(2, 1), (5, 2)]
+    assert read_jsonl(tmp_path / "a.jsonl") == [1, 2]
 
 
 @pytest.mark.parametrize(

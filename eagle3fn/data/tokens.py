@@ -1,0 +1,140 @@
+"""Texts to ids: of a prompt as an engine reads it, of an answer as the target writes it."""
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.data.template import ChatTemplate
+from eagle3fn.data.turns import forms_of
+
+_TAG = re.compile(r"</?(\w+)>")
+# Texts to put before a continuation, so that its beginning is tokenized like a middle.
+_LEADS = ("", "\n", ".", "]")
+
+
+class Tokens:
+    """Texts to ids, as an engine makes them of a prompt, and as the target writes them."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.tokenizer = template.tokenizer
+        self.special = template.special
+        self.cuts = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        ends = {*template.stops, *(self.tokenizer.special_tokens_map or {}).values()}
+        # `<think>` and its like are written by the target as tokens, whatever the tokenizer calls
+        # them; other special tokens in an answer's text are text.
+        self._text_tokens = [
+            token for token in self.special if not (_is_tag(token, self.cuts) and token not in ends)
+        ]
+        self._as_text = _any_of(self._text_tokens)
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a rendered prompt: special tokens are read as such."""
+        return self._encode(text)
+
+    def document(self, text: str) -> list[int]:
+        """Ids of a plain text, with what the tokenizer puts before it."""
+        return self.tokenizer(text).input_ids
+
+    def answer(self, text: str, own: Sequence[str], where: str) -> list[int]:
+        """Ids of what the target writes, tokenized apart from the prompt.
+
+        Args:
+            text: all of it, without the stop token.
+            own: the row's own texts, as they are or in another form of `forms_of`. A special token
+                in them is text; one that the template wrote is the token.
+            where: names the row in errors.
+
+        Raises:
+            UserError: an own text with a special token in it is not in `text`.
+        """
+        # Where the own texts lie: a token in them is no cut.
+        spans: list[tuple[int, int]] = []
+        for each in own:
+            token = self._as_text.search(each)
+            if not token:
+                continue
+            found = [match.span() for form in forms_of(each) for match in _places(form, text)]
+            if not found:
+                raise UserError(
+                    f"{where}: an answer has {token[0]} as text, and the chat template changes it; "
+                    "mend or delete the row"
+                )
+            spans += found
+        if not spans:
+            return self._continuation(text)
+
+        ids: list[int] = []
+        begin = 0
+        for match in self._as_text.finditer(text):
+            if any(start <= match.start() < end for start, end in spans):
+                continue
+            ids += self._continuation(text[begin : match.start()], as_text=True)
+            ids.append(self.special[match[0]])
+            begin = match.end()
+        return ids + self._continuation(text[begin:], as_text=True)
+
+    def text(self, ids: list[int]) -> str:
+        """What an engine returns of written ids: without special tokens, but with tags."""
+        left_out = {self.special[token] for token in self._text_tokens}
+        kept = [number for number in ids if number not in left_out]
+        return self.tokenizer.decode(kept, skip_special_tokens=False)
+
+    def _continuation(self, text: str, as_text: bool = False) -> list[int]:
+        """Ids of a text that goes on after another one: without a blank put before it."""
+        for lead in self._leads:
+            before = self._encode(lead) if lead else []
+            ids = self._encode(lead + text, as_text)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        return self._encode(text, as_text)
+
+    @cached_property
+    def _leads(self) -> tuple[str, ...]:
+        """Texts to put before a continuation: none, where a text's beginning is like its middle."""
+        line = self._encode("\n")
+        alike = all(self._encode("\n" + text) == line + self._encode(text) for text in ("x", " x"))
+        return ("",) if alike else _LEADS[1:]
+
+    def _encode(self, text: str, as_text: bool = False) -> list[int]:
+        if not text:
+            return []
+        if self._fast:
+            self._fast.encode_special_tokens = as_text
+            return self._fast.encode(text, add_special_tokens=False).ids
+        options = {"split_special_tokens": True} if as_text else {}
+        return self.tokenizer(text, add_special_tokens=False, **options).input_ids
+
+    @cached_property
+    def _fast(self) -> Any:
+        """The tokenizer's core, which is twice as fast alone; None if it is another one."""
+        from tokenizers import Tokenizer
+
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        if not isinstance(core, Tokenizer):
+            return None
+        core = Tokenizer.from_str(core.to_str())  # of its own: it is set up here
+        core.no_truncation()
+        core.no_padding()
+        marks = "".join(self.special)
+        same = all(
+            core.encode(text, add_special_tokens=False).ids
+            == self.tokenizer(text, add_special_tokens=False).input_ids
+            for text in (marks, f"one {marks}\n\n two", " 3")
+        )
+        return core if same else None
+
+
+def _places(form: str, text: str) -> Iterator[re.Match[str]]:
+    return re.finditer(re.escape(form), text)
+
+
+def _is_tag(token: str, known: set[str]) -> bool:
+    match = _TAG.fullmatch(token)
+    return bool(match) and {f"<{match[1]}>", f"</{match[1]}>"} <= known
+
+
+def _any_of(tokens: list[str]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
