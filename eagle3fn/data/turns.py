@@ -161,8 +161,8 @@ def conversation_of(row: Any, where: str) -> Conversation:
 
 def _refuse(tree: dict[str, Any], keys: dict[str, str], where: str) -> None:
     """Refuse a key with a value that is neither null nor empty."""
-    for key in tree:
-        if key in keys and tree[key] not in (None, [], ""):
+    for key, value in tree.items():
+        if key in keys and value not in (None, [], ""):
             raise UserError(f"{where}: {key} is not supported; {keys[key]}")
 
 
