@@ -7,14 +7,18 @@ that are null, prints today's date, and changes with its version; features would
 import json
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+if TYPE_CHECKING:
+    from eagle3fn.data.prefixes import PrefixProgram
 
 # Templates that print the date would render another prompt on another day.
 DATE = "2026-01-01"
@@ -32,9 +36,7 @@ class Program:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._template = _environment().from_string(source)
-        # As a plain dict: it is copied at each call.
-        self._template.globals = dict(self._template.globals)
+        self._template = compiled(source)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Program, (self._source,)  # compiled again in another process
@@ -42,7 +44,14 @@ class Program:
     @cached_property
     def arguments(self) -> set[str]:
         """Names of the variables that a caller can give a value."""
-        return _arguments(_environment().parse(self._source))
+        return _arguments(parse(self._source))
+
+    @cached_property
+    def prefixes(self) -> "PrefixProgram":
+        """Renders all beginnings of a conversation at once."""
+        from eagle3fn.data.prefixes import PrefixProgram
+
+        return PrefixProgram(self._source)
 
     def render(self, variables: dict[str, Any]) -> str:
         """The text for `messages`, `tools`, `add_generation_prompt` and the template's own names.
@@ -53,9 +62,28 @@ class Program:
         return self._template.render(variables)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's, which reads what templates read most without asking whether they may."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict and attribute not in _OF_DICTS:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if kind in _HARMLESS and attribute[:1] != "_" and attribute not in _FORMATS:
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                pass
+        return super().getattr(obj, attribute)
+
+
+_OF_DICTS = frozenset(dir(dict))
+_FORMATS = ("format", "format_map")  # of strings: they read attributes of what they are given
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """What templates are written for: trimmed blocks, JSON that is not escaped, two functions."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
@@ -63,6 +91,23 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["strftime_now"] = _fixed_date
     environment.globals["namespace"] = _Namespace
     return environment
+
+
+def parse(source: str) -> nodes.Template:
+    """A template as a tree."""
+    return _environment().parse(source)
+
+
+def compiled(source: str | nodes.Template) -> Template:
+    """A template as a program.
+
+    Raises:
+        TemplateError: the text is no template.
+    """
+    template = _environment().from_string(source)
+    # As a plain dict: it is copied at each call.
+    template.globals = dict(template.globals)
+    return template
 
 
 def _arguments(tree: nodes.Template) -> set[str]:
@@ -100,6 +145,10 @@ class _Namespace(Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
         super().__setitem__(name, value)
+
+
+# All that they have may be read, but names that begin with an underscore.
+_HARMLESS = (str, _Namespace, LoopContext)
 
 
 def _check_name(name: Any) -> None:

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.jinja import Program
+from eagle3fn.data.prefixes import Prefixes
 from eagle3fn.data.turns import Conversation, Turn, forms_of, text_of
 
 # Texts of conversations that are rendered to see what a template does; found again in the result.
@@ -29,6 +30,7 @@ _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "strftim
 # The end of a prompt that opens a thought.
 _OPENING = re.compile(r"<([\w:.-]+)>\s*\Z")
 _LONGEST_OPENING = 64  # characters
+_LONG = 12  # messages from which on all beginnings are rendered at once
 
 
 class _CallStyle(NamedTuple):
@@ -108,14 +110,23 @@ class ChatTemplate:
         Raises:
             UserError: no template, or it refuses the messages; `where` names the row.
         """
-        program = self._tools_program if options.get("tools") else self._program
         try:
-            return program.render({**self._marks, **options, "messages": messages})
+            return self._program_of(options).render(
+                {**self._marks, **options, "messages": messages}
+            )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{where}: the chat template refuses these turns ({reason}); mend or delete the row"
             ) from None
+
+    def prefixes(self, messages: list[dict[str, Any]], **options: Any) -> Prefixes | None:
+        """The texts of all beginnings of a conversation; None if they must be rendered each."""
+        program = self._program_of(options).prefixes
+        return program.prefixes(messages, {**self._marks, **options})
+
+    def _program_of(self, options: dict[str, Any]) -> Program:
+        return self._tools_program if options.get("tools") else self._program
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         """A turn in the template's form."""
@@ -404,23 +415,53 @@ class ChatTemplate:
         return min(found)[2] if found else None
 
 
-class Rendering(NamedTuple):
-    """A conversation, rendered up to one of its turns."""
+class Rendering:
+    """A conversation, rendered up to one of its turns.
 
-    template: ChatTemplate
-    messages: list[dict[str, Any]]
-    options: dict[str, Any]
-    where: str
+    Args:
+        template: the target's.
+        messages: the turns in its form.
+        options: arguments of the template, and `tools`.
+        where: names the row in errors.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        options: dict[str, Any],
+        where: str,
+    ) -> None:
+        self.template = template
+        self.messages = messages
+        self.options = options
+        self.where = where
+        # Of a long conversation all beginnings, with a prompt after them and without.
+        self._beginnings: dict[bool, Prefixes | None] = {}
 
     def prompt(self, turns: int) -> str:
         """What an engine gives the target before it answers: the first `turns` turns."""
-        return self._text(self.messages[:turns], add_generation_prompt=True)
+        return self._beginning(turns, add_generation_prompt=True)
 
     def through(self, turns: int) -> str:
         """The first `turns` turns, the last of them as it is written, without a further prompt."""
         *before, last = self.messages[:turns]
-        last = self.template.without_doubled_lines(last)
-        return self._text([*before, last], add_generation_prompt=False)
+        written = self.template.without_doubled_lines(last)
+        if written is last:
+            return self._beginning(turns, add_generation_prompt=False)
+        return self._text([*before, written], add_generation_prompt=False)
+
+    def _beginning(self, turns: int, add_generation_prompt: bool) -> str:
+        if len(self.messages) >= _LONG:
+            if add_generation_prompt not in self._beginnings:
+                self._beginnings[add_generation_prompt] = self.template.prefixes(
+                    self.messages, **self.options, add_generation_prompt=add_generation_prompt
+                )
+            beginnings = self._beginnings[add_generation_prompt]
+            text = beginnings and beginnings.of(turns)
+            if text is not None:
+                return text
+        return self._text(self.messages[:turns], add_generation_prompt=add_generation_prompt)
 
     def before_answer(self, turns: int) -> str:
         """The first `turns` turns as they are shown once they are answered, up to the answer."""

@@ -349,13 +349,15 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]]:
 
     read = []
     for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        entry = tool if isinstance(tool, dict) else {}
+        function = entry.get("function", entry)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(
                 f"{where}: tool {shown(tool)}: must be "
                 '{"type": "function", "function": {"name", …}}; mend or delete the row'
             )
-        read.append({"type": "function", "function": function})
+        whole = {"function": function} if function is entry else entry
+        read.append({**whole, "type": "function"})
     return read
 
 
