@@ -60,7 +60,7 @@ def hidden_states(
 ) -> tuple[Tensor, Tensor]:
     """Outputs of three decoder layers `(B, S, 3·Ht)` and the final, normed state `(B, S, Ht)`.
 
-    Both are on the device of the final state, wherever the layers are.
+    Of layers on several devices, the outputs are brought to the last one's.
 
     `input_ids` and `attention_mask` are `(B, S)` int64, padded on the right; padded rows hold no
     meaning.
@@ -68,8 +68,8 @@ def hidden_states(
     base = decoder(model)
     with layer_outputs([base.layers[index] for index in layers]) as outputs:
         out = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    last = out.last_hidden_state
-    return torch.cat([output.to(last.device) for output in outputs], dim=-1), last
+    device = outputs[-1].device
+    return torch.cat([output.to(device) for output in outputs], dim=-1), out.last_hidden_state
 
 
 def check_present(model: Any) -> None:

@@ -33,7 +33,7 @@ from eagle3fn.data.weights import check_weights, find_key, read_tensor, weight_f
 _REMEDY = "fetch the target's files again or choose another target"
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 _PROBED_VALUES = 64
-_ROWS = 8192  # of a tensor, hashed at once
+_ROWS = 2048  # of a tensor, hashed at once
 
 
 class TargetTensors(NamedTuple):
@@ -188,7 +188,7 @@ def tensor_digest(value: Tensor, dtype: torch.dtype) -> str:
     digest = hashlib.sha256(str(tuple(value.shape)).encode())
     for rows in value.detach().split(_ROWS):  # so that no copy is large
         values = rows.to("cpu", dtype).contiguous()
-        digest.update(memoryview(values.view(torch.uint8).numpy()))
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
