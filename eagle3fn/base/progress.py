@@ -1,6 +1,6 @@
 """Progress bars of the command line.
 
-A bar is drawn at its first update, so that bad input prints its one line alone. It is one line, and
+A bar is drawn after a second, so that bad input prints its one line alone. It is one line, and
 is erased when all is done.
 """
 
@@ -35,6 +35,7 @@ def bar(unit: str, name: str | None = None) -> Callable[[int, int | None], None]
                 total=total,
                 leave=False,
                 mininterval=seconds,
+                delay=1.0,  # so that a short stage, and bad input, draw nothing
             )
             _drawn.append(drawn)
         drawn.update(done - drawn.n)

@@ -69,7 +69,7 @@ class ChatTemplate:
     Args:
         tokenizer: the target's.
         stops: ids of the tokens that end an answer (`data.target.stop_ids`). The tokenizer's own
-            eos is one of them, if it is not named.
+            eos is one of them, if it is not named. Ordinary tokens among added ones are not heeded.
         arguments: of the template, as `enable_thinking`; a row's own come before them.
 
     Raises:
@@ -85,9 +85,12 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
 
+        # A stop token that is an ordinary piece of text, as in a configuration that nobody wrote,
+        # would end an answer in its middle.
         eos = tokenizer.eos_token_id
         ids = dict.fromkeys(([] if eos is None else [eos]) + list(stops))
-        self.stops = {tokenizer.decode([number]): number for number in ids}
+        added = [number for number in ids if number in tokenizer.added_tokens_decoder]
+        self.stops = {tokenizer.decode([number]): number for number in added or ids}
         if self.arguments:
             self.check_arguments(self.arguments, "--template-arg")
 
