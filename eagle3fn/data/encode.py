@@ -22,6 +22,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.data.rejects import MEND_OR_SKIP, Dropped, rejecting
 from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.samples import Encoded, SampleMaker
+from eagle3fn.data.template import NoChatTemplateError
 from eagle3fn.data.turns import conversation_of
 
 _CHUNK = 64  # rows that a process takes at once
@@ -234,7 +235,11 @@ def _encode_chunk(rows: list[FileRow]) -> list[EncodedRow]:
 
 
 def encode_row(maker: SampleMaker, row: FileRow) -> EncodedRow:
-    """Encode one row; a fault is told, not raised. A row without an id is named by its number."""
+    """Encode one row; a fault is told, not raised. A row without an id is named by its number.
+
+    Raises:
+        NoChatTemplateError: the row has turns, and the target no chat template.
+    """
     where = row.where
     if row.fault:
         return EncodedRow(where, [], [], row.fault, row.value, frozenset())
@@ -246,6 +251,8 @@ def encode_row(maker: SampleMaker, row: FileRow) -> EncodedRow:
     try:
         conversation = conversation_of(value, where)
         found = maker.samples(name or row.number, conversation, where)
+    except NoChatTemplateError:
+        raise
     except UserError as error:
         reason = str(error).removeprefix(f"{where}: ")
         return EncodedRow(where, [], [], reason, value, frozenset())

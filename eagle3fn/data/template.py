@@ -63,6 +63,10 @@ class Opened(NamedTuple):
     closing: str  # what ends the thought, without blanks
 
 
+class NoChatTemplateError(UserError):
+    """The target has no chat template: no fault of a row."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template with fixed arguments.
 
@@ -117,6 +121,8 @@ class ChatTemplate:
             return self._program_of(options).render(
                 {**self._marks, **options, "messages": messages}
             )
+        except NoChatTemplateError:
+            raise
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -176,16 +182,16 @@ class ChatTemplate:
         """Refuse a tokenizer without a chat template that can be used.
 
         Raises:
-            UserError: it has none, or only named ones without a default.
+            NoChatTemplateError: it has none, or only named ones without a default.
         """
         template = self.tokenizer.chat_template
         if not template:
-            raise UserError(
+            raise NoChatTemplateError(
                 f"{self.name}: no chat template; take an instruction-tuned target, "
                 "or rows with text in place of turns"
             )
         if isinstance(template, dict) and "default" not in template:
-            raise UserError(
+            raise NoChatTemplateError(
                 f"{self.name}: no default chat template, only {', '.join(sorted(template))}; "
                 "copy the one that is served to chat_template.jinja in the target's folder"
             )
