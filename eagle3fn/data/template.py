@@ -64,7 +64,7 @@ class Opened(NamedTuple):
 
 
 class NoChatTemplateError(UserError):
-    """The target has no chat template: no fault of a row."""
+    """The target has no chat template that can be used: no fault of a row."""
 
 
 class ChatTemplate:
@@ -228,7 +228,7 @@ class ChatTemplate:
         try:
             return Program(template[name] if isinstance(template, dict) else template)
         except TemplateError as error:
-            raise UserError(
+            raise NoChatTemplateError(
                 f"{self.name}: its chat template is no Jinja template ({error}); mend it"
             ) from None
 

@@ -173,7 +173,7 @@ def test_id_beyond_the_vocabulary_is_refused_at_once(tmp_path):
 def test_target_without_a_template_is_no_fault_of_the_rows(tmp_path):
     maker = SampleMaker(tiny_template(None), 90)
     path = write_talks(tmp_path / "c.jsonl", 3)
-    with pytest.raises(UserError, match="^[^:]*: no chat template; take an instruction-tuned"):
+    with pytest.raises(UserError, match=r"^[^:]*: no chat template; take an instruction-tuned"):
         encode_file(maker, path, 300, skip_bad=1.0, rejects=tmp_path / "rejects.jsonl")
     texts = write_rows(tmp_path / "t.jsonl", [{"text": "plain"}])
     assert len(encode_all(maker, texts, 300)) == 1
