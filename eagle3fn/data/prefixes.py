@@ -145,7 +145,7 @@ def _marked(source: str) -> Template | None:
         return None
     loop = tree.body[loops[-1]]
     assert isinstance(loop, nodes.For)
-    if loop.else_ or loop.recursive or _varies(tree, tree.body[loops[-1] + 1 :]):
+    if loop.recursive or _varies(tree, tree.body[loops[-1] + 1 :]):
         return None
     loop.body = [_call(_BEGIN), *loop.body, _call(_END)]
     return compiled(tree)

@@ -16,7 +16,7 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.tokens import Tokens
-from eagle3fn.data.turns import Conversation
+from eagle3fn.data.turns import Conversation, Turn, text_of
 from eagle3fn.data.written import EMPTY, Answer, Answers, is_in, not_rendered
 
 # Why an answer or a row gives no sample.
@@ -93,6 +93,7 @@ class SampleMaker:
         answers = Answers(self.template, conversation, rendering)
         sequence: _Sequence | None = None
         seen = 0  # turns that were looked for in a prompt
+        shown = _Shown(conversation.turns, self.tokens)
         for place, number in enumerate(conversation.supervised):
             if number == 0:
                 dropped.append(NO_QUESTION)
@@ -103,13 +104,17 @@ class SampleMaker:
             self._check_shown(conversation, seen, number, prompt, where)
             seen = number
             if not (sequence and sequence.go_on(prompt, self.tokens)):
-                if sequence:
+                if sequence and sequence.first is not None:
                     yield sequence.first, sequence.ids, sequence.mask
-                sequence = _Sequence(number, prompt, self.tokens)
+                sequence = _Sequence(prompt, self.tokens)
             if len(sequence.ids) >= self.max_length:
-                # Every later prompt is longer.
-                dropped += [TOO_LONG] * (len(conversation.supervised) - place)
-                break
+                # A later prompt can be shorter, without the thoughts of this one; not without what
+                # every prompt shows.
+                dropped.append(TOO_LONG)
+                if shown.tokens(number) >= self.max_length:
+                    dropped += [TOO_LONG] * (len(conversation.supervised) - place - 1)
+                    break
+                continue
 
             # The answer.
             answer = answers.answer(number, prompt)
@@ -117,9 +122,9 @@ class SampleMaker:
                 dropped.append(answer)
                 continue
             ids = self.tokens.answer(answer.text, answer.own, f"{where}: turn {number + 1}")
-            sequence.answered(answer, ids, self.template.stop_id(answer.stop))
+            sequence.answered(number, answer, ids, self.template.stop_id(answer.stop))
 
-        if sequence:
+        if sequence and sequence.first is not None:
             yield sequence.first, sequence.ids, sequence.mask
 
     # What is rendered
@@ -158,8 +163,8 @@ class _Sequence:
     of this sample, only the text since the last such cut is tokenized again.
     """
 
-    def __init__(self, first: int, prompt: str, tokens: Tokens) -> None:
-        self.first = first
+    def __init__(self, prompt: str, tokens: Tokens) -> None:
+        self.first: int | None = None  # the first answer's turn
         self.text = prompt
         self.ids = tokens.prompt(prompt)
         self.mask = [0] * len(self.ids)
@@ -168,8 +173,9 @@ class _Sequence:
         self._segment_ids = list(self.ids)
         self._cut: tuple[str, int] | None = None  # the stop token of the answer added last
 
-    def answered(self, answer: Answer, ids: list[int], stop_id: int) -> None:
-        """Add what the target wrote, and its stop token."""
+    def answered(self, number: int, answer: Answer, ids: list[int], stop_id: int) -> None:
+        """Add what the target wrote as turn `number`, and its stop token."""
+        self.first = number if self.first is None else self.first
         ids = [*ids, stop_id]
         self._segment += answer.text + answer.stop
         self._segment_ids += ids
@@ -201,6 +207,24 @@ class _Sequence:
         self.ids += added_ids
         self.mask += [0] * len(added_ids)
         return True
+
+
+class _Shown:
+    """Counts the tokens of turns that every later prompt shows: all but thoughts."""
+
+    def __init__(self, turns: list[Turn], tokens: Tokens) -> None:
+        self._turns = turns
+        self._encode = tokens.prompt
+        self._counted = 0  # turns
+        self._tokens = 0
+
+    def tokens(self, turns: int) -> int:
+        """Tokens of the first `turns` turns, none of them counted that may be left out."""
+        for turn in self._turns[self._counted : turns]:
+            if turn["role"] != "assistant":
+                self._tokens += len(self._encode(text_of(turn["content"]).strip()))
+        self._counted = max(self._counted, turns)
+        return self._tokens
 
 
 def _encoded(name: str, ids: list[int], mask: list[int]) -> Encoded:
