@@ -12,6 +12,8 @@ EMPTY = "have an empty answer"
 NO_THOUGHT = "answer without a thought, where the prompt opens one"
 
 _BLANK = re.compile(r"\s+")
+_NO_THOUGHT = re.compile(r"<([\w:.-]+)>\s*</\1>\s*\Z")  # the end of a prompt
+_LONGEST_MARK = 64  # characters
 _UNCLOSED = re.compile(r"<[^<>]*\Z")  # the beginning of a mark
 _LEADING_BLANK = re.compile(r"\s*")
 
@@ -47,11 +49,16 @@ class Answers:
         if not content.strip() and not rendered_only:
             return EMPTY
 
+        # An answer may repeat that it has no thought, as the prompt says.
+        no_thought = _NO_THOUGHT.search(prompt[-_LONGEST_MARK:])
+        if no_thought:
+            content = _without(no_thought[0], content)
+
         # A thought in the content, in the target's own marks: the content is what it wrote.
         opened = self.template.opened(prompt, text_of(self.turns[number - 1]["content"]))
         if opened and "reasoning" not in turn and opened.closing not in content:
             return NO_THOUGHT
-        if not rendered_only:
+        if not (rendered_only or no_thought):
             written = self._with_thought(content, opened)
             if written:
                 return written

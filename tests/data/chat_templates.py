@@ -38,7 +38,8 @@ MARKED = PLAIN.replace(
 )
 """Marks around the header and the line break, too."""
 THINKS = (
-    "{% if tools %}{{ '<|im_start|>system\nTOOLS ' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% if tools %}{{ '<|im_start|>system\nTOOLS ' + (tools | tojson) + '<|im_end|>\n' }}"
+    "{% endif %}"
     + LAST
     + "{% for m in messages %}"
     + HEAD

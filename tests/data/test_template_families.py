@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.jinja import DATE
+from eagle3fn.data.jinja import DATE, Program
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.turns import conversation_of
@@ -303,7 +303,7 @@ class Engine:
 
     def prompt(self) -> str:
         return self.tokenizer.apply_chat_template(
-            [self._message(each) for each in self.messages],
+            [self.message(each) for each in self.messages],
             tools=self.tools,
             add_generation_prompt=True,
             tokenize=False,
@@ -337,7 +337,7 @@ class Engine:
     def choice(self, ids: list[int], allowed: tuple[int, ...], stops: tuple[int, ...]) -> list[int]:
         return list(chosen(len(self.tokenizer), tuple(ids), allowed, stops))
 
-    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
+    def message(self, message: dict[str, Any]) -> dict[str, Any]:
         """An OpenAI message as the engine gives it to this template."""
         made = dict(message)
         if self.form.key in ("thinking",) and "reasoning_content" in made:
@@ -600,6 +600,38 @@ def shown(name: str, samples: list[tuple[list[int], list[int]]]) -> list[str]:
             supervised = on
         texts.append(text + "⟧" * supervised)
     return texts
+
+
+IN_ORDER = {
+    *("cohere", "gemma", "gemma3", "idefics3", "lfm2", "lfm2_v2", "llama3", "llama3_1", "llama3_2"),
+    *(
+        "llava_next",
+        "phi3",
+        "phi3_5",
+        "qwen2_5",
+        "qwen2_5_vl",
+        "qwen3_instruct_2507",
+        "qwen3_vl",
+        "smolvlm",
+    ),
+}
+"""Families whose long conversations are rendered once, not once for each answer."""
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in cases() if "training" not in name}))
+def test_beginnings_rendered_at_once_are_those_rendered_each(name: str):
+    engine = Engine(name, {}, None)
+    for number in range(3):
+        engine.say("user", f"question {number}")
+        engine.say("assistant", f"answer {number}")
+    messages = [engine.message(each) for each in engine.messages]
+    program = Program(source(name))
+    for ask in (True, False):
+        variables = {"bos_token": "<bos>", "eos_token": "<eos>", "add_generation_prompt": ask}
+        found = program.prefixes.prefixes(messages, variables)
+        assert bool(found) == (name in IN_ORDER)
+        for count in range(1, 7) if found else ():
+            assert found.of(count) == program.render({**variables, "messages": messages[:count]})
 
 
 def test_every_exception_is_of_a_family_that_is_tried():
