@@ -54,6 +54,7 @@ THINKS = (
     "{% endif %}{% endif %}"
 )
 """Thoughts are shown in answers after the last question only."""
+NOT_THINKING: dict[str, Any] = {"enable_thinking": False}
 OPENS = (
     "{% for m in messages %}"
     + HEAD

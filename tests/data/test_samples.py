@@ -1,6 +1,7 @@
 """Samples by the engine's rule, situation by situation; and against a slow oracle, drawn."""
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,8 +20,16 @@ LONG = 10_000
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
 
 
-def maker(template, *, stops=(), eos="<|im_end|>", max_length=LONG, tokenizer=None, **arguments):
-    made = (tokenizer or own.merging_tokenizer)(template, eos)
+def maker(
+    template: Any,
+    *,
+    stops: tuple[str, ...] = (),
+    eos: str | None = "<|im_end|>",
+    max_length: int = LONG,
+    tokenizer: Any = own.merging_tokenizer,
+    **arguments: Any,
+) -> SampleMaker:
+    made = tokenizer(template, eos)
     numbers = [made.convert_tokens_to_ids(each) for each in stops]
     return SampleMaker(ChatTemplate(made, numbers, arguments), max_length)
 
@@ -189,7 +198,7 @@ def test_what_the_prompt_supplies_is_never_supervised():
 def test_a_thought_where_the_prompt_says_that_there_is_none_is_refused(more):
     row = row_of("a", "<think>\nx\n</think>\n\none", **more)
     with pytest.raises(UserError, match=r"turn 2: the prompt ends with .*change --template-arg"):
-        samples(maker(own.THINKS, **({} if more else {"enable_thinking": False})), row)
+        samples(maker(own.THINKS, **({} if more else own.NOT_THINKING)), row)
 
 
 def test_a_row_key_that_changes_meaning_is_used():
@@ -320,7 +329,7 @@ def test_a_text_with_special_tokens_that_the_template_changes_is_refused():
 @pytest.mark.parametrize("prepend", ["always", "first"])
 @pytest.mark.parametrize("answer", ["one", " one", "\none"])
 def test_answers_go_on_without_a_blank_of_the_tokenizers(prepend, answer):
-    made = maker(own.PLAIN, tokenizer=lambda *given: own.blank_tokenizer(*given, prepend))
+    made = maker(own.PLAIN, tokenizer=partial(own.blank_tokenizer, prepend=prepend))
     tokenizer = made.template.tokenizer
     (sample,) = samples(made, row_of("a", answer)).samples
     written = tokenizer.convert_ids_to_tokens(sample.input_ids[sample.token_mask == 1].tolist())
