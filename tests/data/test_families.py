@@ -49,6 +49,11 @@ REFUSED = {
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
+def skip_unless_there(kind: str) -> None:
+    if kind not in kinds():
+        pytest.skip(f"this release of transformers has no {kind}")
+
+
 class Loaded(NamedTuple):
     model: Any
     tokenizer: Any
@@ -62,6 +67,7 @@ def loaded(tmp_path_factory):
     made: dict[str, Loaded] = {}
 
     def load(kind: str) -> Loaded:
+        skip_unless_there(kind)
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
             make_family(kind, folder)
@@ -99,6 +105,7 @@ def test_teacher_is_the_target(loaded, kind):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_family_whose_teacher_is_not_the_target_is_refused_by_name(tmp_path, kind):
+    skip_unless_there(kind)
     make_family(kind, tmp_path)
     for reader in (load_target, read_target_tensors):
         with pytest.raises(UserError, match=REFUSED[kind]) as caught:
@@ -109,6 +116,7 @@ def test_family_whose_teacher_is_not_the_target_is_refused_by_name(tmp_path, kin
 @pytest.mark.parametrize("kind", ["cohere", "gemma2", "minicpm3"])
 def test_logits_are_compared_without_the_weights(tmp_path, kind):
     """As `plan` and `vocab` do: config.json alone."""
+    skip_unless_there(kind)
     tiny_config(kind).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"model_type '{kind}': its logits are not last_hidden"):
         check_supported(tmp_path)
