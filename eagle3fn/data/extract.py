@@ -16,7 +16,7 @@ from eagle3fn.base.files import json_sha256, read_json, read_numbered_jsonl, sha
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
 from eagle3fn.data.chat import describe_mask, encode, messages_of
-from eagle3fn.data.decoder import check_present, hidden_states
+from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.features import shard_name, write_index, write_shard
 from eagle3fn.data.target import model_config_hash, tensors_record, weights_digest
 
@@ -76,7 +76,6 @@ def extract(
     """
     out = Path(out)
     config = model.config
-    check_present(model)
     check_extraction(config, layers, max_length)
 
     stored_dtype: torch.dtype = stored or model.dtype
