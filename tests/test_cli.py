@@ -534,6 +534,17 @@ def test_features_of_other_taps_are_refused(work, tmp_path, capsys):
     expect_refusal(capsys, code, "index.json", "[0, 2, 3]")
 
 
+def test_features_of_another_head_are_refused_before_training(work, tmp_path, capsys):
+    """Same configuration, other weights: fine-tuned, or read from another file."""
+    target = shutil.copytree(work / "target", tmp_path / "target")
+    tensors = load_file(target / "model.safetensors")
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    code = train(work, tmp_path / "run", "--target", target)
+    expect_refusal(capsys, code, "lm_head.weight", "not the head that the features were made with")
+    assert not (tmp_path / "run").exists()
+
+
 def test_features_of_another_target_are_refused(work, tmp_path, capsys):
     other = with_config(work / "target", tmp_path / "target", rms_norm_eps=0.25)
     arguments = [*places(work, tmp_path / "run"), *SETTINGS, *settings("train.steps=2")]

@@ -14,7 +14,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_json, sha256
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
-from eagle3fn.data.decoder import check_present, hidden_states
+from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.encode import encode_file
 from eagle3fn.data.features import shard_name, write_index, write_shard
 from eagle3fn.data.row_files import rows_digest
@@ -81,7 +81,6 @@ def extract(
     """
     out = Path(out)
     config = model.config
-    check_present(model)
     check_extraction(config, layers, max_length)
 
     stored_dtype: torch.dtype = stored or model.dtype

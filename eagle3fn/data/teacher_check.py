@@ -151,8 +151,8 @@ def _tolerance(dtype: torch.dtype) -> float:
 def norm_factor(model: Any, weight: Tensor, where: str) -> Tensor:
     """The factor `(Ht,)` that a model's final norm multiplies the normed value by.
 
-    The norm's own code is run with `weight` on a unit input without mean and on its negative: half
-    their difference is the factor, without a bias. It is compared with `weight` and `1 + weight`.
+    The norm's own code is run with `weight`, and without a bias, on a unit input without mean. What
+    comes out is compared with `weight` and `1 + weight`.
 
     Args:
         model: the target; its architecture is enough.
@@ -174,7 +174,7 @@ def norm_factor(model: Any, weight: Tensor, where: str) -> Tensor:
 
         unit = torch.ones(1, len(weight), dtype=torch.float32)
         unit[:, 1::2] = -1
-        measured = ((norm(unit) - norm(-unit)) / 2 * unit)[0]  # (Ht,)
+        measured = (norm(unit) * unit)[0]  # (Ht,)
 
     candidates = (weight, weight + 1)
     errors = [float((measured - one.float().cpu()).abs().max()) for one in candidates]

@@ -14,6 +14,7 @@ from eagle3fn.data.features import (
     open_features,
     read_sample,
     read_tokens,
+    tensors_of,
 )
 from eagle3fn.data.vocab import count_tokens
 from tests.factories import random_sample, write_folder
@@ -249,6 +250,28 @@ def test_features_of_another_configuration_or_other_layers_are_refused(tmp_path)
     refusal = rf"index.json: .*aux_layers \[1, 2, 4\].*the run.*\[0, 2, 4\].*{AGAIN}"
     with pytest.raises(UserError, match=refusal):
         check_made_for(opened, ["c" * 64, "a" * 64], (0, 2, 4), "the run")
+
+
+RECORD = {"dtype": "float32", "embed_tokens": "a", "head": "b", "norm": "c"}
+
+
+def test_record_of_the_targets_tensors_is_read_and_checked(tmp_path):
+    path = write_folder(tmp_path, [GOOD]) / "index.json"
+    assert tensors_of(open_features(tmp_path)) is None
+    index = json.loads(path.read_text())
+    for record, what in (
+        (RECORD, None),
+        (RECORD | {"dtype": "nix"}, "target.tensors.dtype is 'nix'"),
+        (RECORD | {"head": 3}, "target.tensors.head is 3"),
+        ([], r"target.tensors is \[\]"),
+    ):
+        index["target"]["tensors"] = record
+        path.write_text(json.dumps(index))
+        if what is None:
+            assert tensors_of(open_features(tmp_path)) == record
+            continue
+        with pytest.raises(UserError, match=rf"index.json: {what}.*{AGAIN}"):
+            open_features(tmp_path)
 
 
 def test_index_without_configuration_and_layers_passes(tmp_path):
