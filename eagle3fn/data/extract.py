@@ -3,6 +3,7 @@
 An extraction that was cut off, or ended with its time, goes on at its next shard.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from eagle3fn.base.files import json_sha256, read_json, sha256
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import hidden_states
-from eagle3fn.data.encode import encode_file
+from eagle3fn.data.encode import encode_file, pack
 from eagle3fn.data.features import shard_name, write_index, write_shard
 from eagle3fn.data.row_files import rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
@@ -272,12 +273,16 @@ def _refuse_other(out: Path, fingerprint: str) -> None:
 
 
 def _entry(key: int, row: Encoded) -> dict[str, Any]:
-    """A sample's entry in the sidecar and the index."""
+    """A sample's entry in the sidecar and the index.
+
+    By its tokens' digest a shard is made again if another tokenizer gives other tokens.
+    """
     return {
         "id": row.id,
         "key": str(key),
         "length": len(row.input_ids),
         "supervised": int(row.token_mask.sum()),
+        "tokens": hashlib.sha256(pack(row).data).hexdigest()[:16],
     }
 
 

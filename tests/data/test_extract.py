@@ -195,6 +195,22 @@ def test_shard_with_a_partial_sidecar_is_made_again(tmp_path, key):
     assert contents(out) == before
 
 
+def test_shard_of_other_tokens_is_made_again(tmp_path):
+    """As of another tokenizer with the same template: lengths and masks are alike."""
+    talks = write_talks(tmp_path / "c.jsonl", 8)
+    out = tmp_path / "out"
+    other = tiny_template()
+    letters = other.tokenizer.backend_tokenizer
+    tree = json.loads(letters.to_str())
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["a"], vocabulary["q"] = vocabulary["q"], vocabulary["a"]
+    other.tokenizer._tokenizer = type(letters).from_str(json.dumps(tree))
+    run(talks, out, other)
+    run(talks, out)
+    run(talks, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_folder_of_another_extraction_is_refused_and_left_as_it_is(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 8)
     out = tmp_path / "out"
