@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.cli import main
 from eagle3fn.data.answers import answer_prompts
 from eagle3fn.data.cache_check import check_batch, check_roll_back
 from eagle3fn.data.decoder import final_norm, hidden_states
@@ -130,6 +131,12 @@ def test_teacher_that_differs_in_a_run_alone_is_refused(copied):
         check_teacher(copied, "t")
     handle.remove()
 
+    own = copied.forward
+    copied.forward = lambda input_ids, **options: own(input_ids=input_ids + 1, **options)
+    with pytest.raises(UserError, match=r"'llama': its logits are not last_hidden @ lm_head.T"):
+        check_teacher(copied, "t")
+    del copied.forward
+
     copied.model.register_forward_hook(twice)
     with pytest.raises(UserError, match=r"last hidden state is not its final norm's output"):
         check_teacher(copied, "t")
@@ -158,12 +165,17 @@ def test_soft_cap_that_small_logits_do_not_show_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["cohere", "gemma2", "minicpm3"])
-def test_logits_are_compared_without_the_weights(tmp_path, kind):
-    """As `plan` and `vocab` do: config.json alone."""
+def test_logits_are_compared_without_the_weights(tmp_path, capsys, kind):
+    """From config.json alone, so by `plan` and `vocab` too."""
     skip_unless_there(kind)
     tiny_config(kind).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"model_type '{kind}': its logits are not last_hidden"):
+    refusal = f"model_type '{kind}': its logits are not last_hidden"
+    with pytest.raises(UserError, match=refusal):
         check_supported(tmp_path)
+    for command in (["plan"], ["vocab", "--features", "f", "--out", "v"]):
+        assert main([*command, "--target", str(tmp_path)]) == 2
+        assert refusal in capsys.readouterr().err
+
     tiny_config("llama").save_pretrained(tmp_path)
     check_supported(tmp_path)
 
