@@ -89,7 +89,7 @@ def _add_conversations(sub: argparse.ArgumentParser) -> None:
         nargs="?",
         const=0.05,
         metavar="SHARE",
-        help="leave bad rows out, at most this share of all (default 0.05)",
+        help="leave bad rows out, at most this share of all, 0 to 1 (default 0.05)",
     )
     _add_template(sub)
 

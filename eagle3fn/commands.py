@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from eagle3fn.data.template import ChatTemplate
 
 
+_PYTHON_VALUES = {"True": "true", "False": "false", "None": "null"}
+
+
 def _say(line: str | None) -> None:
     """Print a line, if there is one, before the first progress bar."""
     if line:
@@ -68,6 +71,7 @@ def _template_arguments(options: Any) -> dict[str, Any]:
     import json
 
     from eagle3fn.base.errors import UserError
+    from eagle3fn.data.turns import check_given
 
     arguments = {}
     for text in options.template_arg:
@@ -77,9 +81,10 @@ def _template_arguments(options: Any) -> dict[str, Any]:
                 f"--template-arg {text}: must be NAME=VALUE, such as enable_thinking=false"
             )
         try:
-            arguments[name] = json.loads(value)
+            arguments[name] = json.loads(_PYTHON_VALUES.get(value, value))
         except ValueError:
             arguments[name] = value
+    check_given(arguments, "--template-arg")
     return arguments
 
 
@@ -125,6 +130,8 @@ def inspect(options: Any) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for sample in found.shown:
         print(show_sample(tokenizer, sample, colour), end="\n\n")
+    for line in found.missing:
+        print(f"not trained: {line}", end="\n\n")
     print(describe(found, options.conversations))
 
 
@@ -442,6 +449,8 @@ def evaluate(options: Any) -> None:
     )
     progress.close()
     write_json(options.out, report)
+    if not report["accepted_length"]:
+        print("nothing was drafted: every answer ended with its first token")
     print(
         f"{options.out}: lossless {report['lossless']}, "
         f"accepted length {report['accepted_length']:.3f}, "

@@ -18,6 +18,9 @@ def exit_code(name: str, run: Callable[[], int | None]) -> int:
         return run() or 0
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:  # the reader of our output has enough
+        sys.stdout = None
+        return 1
     except (OSError, SafetensorError) as error:
         message = f"{error}; check that the path is right, writable and has room"
     progress.close()

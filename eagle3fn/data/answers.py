@@ -28,7 +28,7 @@ from eagle3fn.data.synthesize import (
 )
 from eagle3fn.data.target import weights_digest
 from eagle3fn.data.template import ChatTemplate
-from eagle3fn.data.turns import Conversation, Turn, conversation_of, text_of
+from eagle3fn.data.turns import Conversation, Turn, conversation_of, name_of, text_of
 
 GIVEN_ANSWER = ANSWER._replace(max_new=512)
 """How an answer to a given prompt is drawn."""
@@ -177,7 +177,7 @@ def _prompt(row: FileRow) -> Prompt:
 
     if turns and turns[-1]["role"] != "assistant":
         turns.append({"role": "assistant", "content": ""})
-    name = str(row.value.get("id", row.number))
+    name = name_of(row.value) or row.number
     prompt = Prompt(name, where, conversation._replace(turns=turns))
     if not prompt.places:
         raise UserError(

@@ -21,9 +21,17 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.rejects import MEND_OR_SKIP, Dropped, rejecting
 from eagle3fn.data.row_files import FileRow, read_rows
-from eagle3fn.data.samples import Encoded, SampleMaker
+from eagle3fn.data.samples import (
+    NO_ANSWER,
+    NO_QUESTION,
+    NOT_TRAINED,
+    TOO_LONG,
+    Encoded,
+    SampleMaker,
+)
 from eagle3fn.data.template import NoChatTemplateError
-from eagle3fn.data.turns import conversation_of
+from eagle3fn.data.turns import conversation_of, name_of
+from eagle3fn.data.written import EMPTY, NO_THOUGHT
 
 _CHUNK = 64  # rows that a process takes at once
 _ALONE = 2048  # rows before further processes are started: each takes seconds to begin
@@ -42,6 +50,8 @@ class EncodedRow(NamedTuple):
     """What became of a row."""
 
     where: str
+    name: str  # its id, or its number
+    number: str  # its line, or its place in its file
     samples: list[PackedSample]
     dropped: list[str]  # reasons, one an answer without a sample
     fault: str | None  # why the row is bad
@@ -80,11 +90,13 @@ def describe_counts(counts: dict[str, Any], rejects: str | Path | None = None) -
     """
     rows = counts["rows"]
     bad = counts["rejected"]
-    keys = Dropped(counts["unused_keys"]).most_common()
+    keys = Dropped(counts["unused_keys"]).in_order()
     lines = [
         bad and f"{bad} of {rows} rows are bad" + (f", written to {rejects}" if rejects else ""),
         Dropped(counts["dropped_reasons"]).describe(rows),
-        Dropped(counts["lost_answers"]).describe_reasons("answers left out of the others"),
+        Dropped(counts["lost_answers"]).describe_reasons(
+            "answers left out of conversations that are kept"
+        ),
         keys and "keys that are not read: " + ", ".join(f"{key} ({rows})" for key, rows in keys),
     ]
     return [line for line in lines if line]
@@ -101,6 +113,7 @@ def encode_file(
     skip_bad: float | None = None,
     rejects: str | Path | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
+    on_row: Callable[[EncodedRow], None] = lambda row: None,
 ) -> EncodedFile:
     """Encode the first `limit` rows of a file (all, if None).
 
@@ -115,6 +128,7 @@ def encode_file(
             counted before that is said.
         rejects: the file that rows left out are written to.
         on_progress: called with the rows done.
+        on_row: called with each row.
 
     Raises:
         UserError: an unreadable file, no rows, bad rows, an id outside the target's vocabulary, or
@@ -129,6 +143,7 @@ def encode_file(
         with rejecting(conversations, skip_bad, path, MEND_OR_SKIP) as bad:
             for row in encode_rows(maker, conversations, limit, processes):
                 bad.read()
+                on_row(row)
                 on_progress(bad.rows)
                 unused.update(row.unused)
                 if row.fault:
@@ -143,10 +158,7 @@ def encode_file(
         if not bad.rows:
             raise UserError(f"{conversations}: no rows; write one JSON object a line")
         if not samples:
-            raise UserError(
-                f"{conversations}: no sample: {dropped.describe(bad.rows)}; "
-                "a conversation needs a user turn and an answer within --max-length"
-            )
+            raise _no_sample(conversations, bad.rows, dropped, unused, bad.describe())
     except BaseException:
         samples.close()
         raise
@@ -163,6 +175,28 @@ def encode_all(
     """
     with encode_file(maker, conversations, vocab_size, limit=limit).samples as samples:
         return samples[:]
+
+
+_REMEDIES = {
+    NO_ANSWER: "give each conversation an assistant's turn",
+    NO_QUESTION: "put a user turn before the first answer",
+    NOT_TRAINED: "give an answer weight 1",
+    TOO_LONG: "raise --max-length",
+    EMPTY: "write the answers",
+    NO_THOUGHT: "let the target answer anew by eagle3fn synthesize --prompts, or give a "
+    "--template-arg that turns thinking off",
+}
+
+
+def _no_sample(
+    conversations: str | Path, rows: int, dropped: Dropped, unused: Dropped, bad: str
+) -> UserError:
+    """The error of a file without a sample: why, and what to do about the most frequent reason."""
+    told = [dropped.describe(rows), bad]
+    if unused:
+        told.append(f"keys that are not read: {', '.join(key for key, _ in unused.in_order())}")
+    remedy = _REMEDIES[dropped.in_order()[0][0]] if dropped else "mend the rows"
+    return UserError(f"{conversations}: no sample: {'; '.join(filter(None, told))}; {remedy}")
 
 
 def _check_id(highest: int, vocab_size: int | None, where: str) -> None:
@@ -242,22 +276,25 @@ def encode_row(maker: SampleMaker, row: FileRow) -> EncodedRow:
     """
     where = row.where
     if row.fault:
-        return EncodedRow(where, [], [], row.fault, row.value, frozenset())
+        return EncodedRow(where, row.number, row.number, [], [], row.fault, row.value, frozenset())
 
     value = row.value
-    name = str(value["id"]) if isinstance(value, dict) and "id" in value else None
-    if name:
-        where += f" (id {name})"
+    given = name_of(value)
+    name = given or row.number
+    if given:
+        where += f" (id {given})"
     try:
         conversation = conversation_of(value, where)
-        found = maker.samples(name or row.number, conversation, where)
+        found = maker.samples(name, conversation, where)
     except NoChatTemplateError:
         raise
     except UserError as error:
         reason = str(error).removeprefix(f"{where}: ")
-        return EncodedRow(where, [], [], reason, value, frozenset())
+        return EncodedRow(where, name, row.number, [], [], reason, value, frozenset())
     packed = [pack(sample) for sample in found.samples]
-    return EncodedRow(where, packed, found.dropped, None, None, conversation.unused)
+    return EncodedRow(
+        where, name, row.number, packed, found.dropped, None, None, conversation.unused
+    )
 
 
 # Samples on disk

@@ -18,7 +18,7 @@ from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.encode import encode_file, pack
 from eagle3fn.data.features import shard_name, write_index, write_shard
-from eagle3fn.data.row_files import rows_digest
+from eagle3fn.data.row_files import data_files, rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.target import model_config_hash, tensors_record, weights_digest
 from eagle3fn.data.template import ChatTemplate
@@ -84,6 +84,7 @@ def extract(
     config = model.config
     check_extraction(config, layers, max_length)
 
+    stamps = _stamps(conversations)
     stored_dtype: torch.dtype = stored or model.dtype
     target = _target_of(model, layers, name)
     settings = {
@@ -114,6 +115,11 @@ def extract(
         rejects=out / "rejects.jsonl",
         on_progress=on_rows,
     )
+    if stamps != _stamps(conversations):
+        encoded.samples.close()
+        raise UserError(
+            f"{conversations}: changed while it was read; wait until it is written, and call again"
+        )
     with encoded.samples as samples:
         total = len(samples)
         shards = _Shards(out, fingerprint, layers, batch, samples_per_shard, stored)
@@ -132,6 +138,12 @@ def extract(
         "remaining": total - made,
     }
     return write_index(out, index, sidecars)
+
+
+def _stamps(conversations: str | Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of rows."""
+    found = [(file.name, file.stat()) for file in data_files(conversations)]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 class _Shards(NamedTuple):

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import VocabMap
-from eagle3fn.data.encode import describe_counts, encode_file
+from eagle3fn.data.encode import EncodedRow, describe_counts, encode_file
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.vocab import coverage
 
@@ -37,6 +38,7 @@ class Inspection(NamedTuple):
     coverage: float | None  # the share of supervised tokens that a map has
     bytes: int | None  # that features will take, where the hidden size is known
     shown: list[Encoded]  # the samples to print
+    missing: list[str]  # of the row that was asked for: what is not trained, and why
 
 
 def inspect_file(
@@ -61,15 +63,16 @@ def inspect_file(
         processes: processes that encode.
         skip_bad: the share of rows that may be bad; None: bad rows are refused. Nothing is written.
         show: samples to keep for printing.
-        row_id: keep those of the row with this id in place of the first ones.
+        row_id: keep those of the row with this id, or on this line, in place of the first ones.
         vocab_map: its coverage is counted.
         hidden_size: the target's, Ht.
         on_rows: called with the rows done.
 
     Raises:
-        UserError: as `encode_file`.
+        UserError: as `encode_file`; no row with `row_id`.
     """
     vocab_size = None if vocab_map is None else len(vocab_map.t2d)
+    asked = _Asked(row_id)
     encoded = encode_file(
         maker,
         conversations,
@@ -78,20 +81,27 @@ def inspect_file(
         processes=processes,
         skip_bad=skip_bad,
         on_progress=on_rows,
+        on_row=asked.see,
     )
+    if row_id is not None and not asked.rows:
+        encoded.samples.close()
+        raise UserError(
+            f"--id {row_id}: no such row among {encoded.rows} of {conversations}; give the id of a "
+            "row, or its line"
+        )
 
     lengths = array("q")
     supervised = 0
     counts = torch.zeros(vocab_size or 0, dtype=torch.int64)  # (V,)
     shown: list[Encoded] = []
     with encoded.samples as samples:
-        for sample in samples:
+        for number, sample in enumerate(samples):
             lengths.append(len(sample.input_ids))
             trained = sample.input_ids[sample.token_mask == 1]
             supervised += len(trained)
             if vocab_size:
                 counts += torch.bincount(trained, minlength=vocab_size)
-            if len(shown) < show and row_id in (None, sample.id, sample.id.rpartition(":")[0]):
+            if len(shown) < show if row_id is None else number in asked.samples:
                 shown.append(sample)
 
     tokens = sum(lengths)
@@ -108,7 +118,29 @@ def inspect_file(
         coverage=None if vocab_map is None else coverage(vocab_map, counts),
         bytes=None if hidden_size is None else tokens * bytes_of_token(hidden_size),
         shown=shown,
+        missing=asked.missing,
     )
+
+
+class _Asked:
+    """What is found of the row that is asked for."""
+
+    def __init__(self, row_id: str | None) -> None:
+        self.row_id = row_id
+        self.rows = 0
+        self.samples: set[int] = set()  # their numbers in the file of samples
+        self.missing: list[str] = []
+        self._count = 0  # samples so far
+
+    def see(self, row: EncodedRow) -> None:
+        """Look at the next row."""
+        first = self._count
+        self._count += len(row.samples)
+        if self.row_id in (row.name, row.number):
+            self.rows += 1
+            self.samples.update(range(first, self._count))
+            reasons = [row.fault] if row.fault else row.dropped
+            self.missing += [f"{row.where}: {reason}" for reason in reasons]
 
 
 def bytes_of_token(hidden_size: int) -> int:
@@ -119,7 +151,7 @@ def bytes_of_token(hidden_size: int) -> int:
 def numbers(found: Inspection) -> dict[str, Any]:
     """The numbers as JSON values."""
     tree = found._asdict()
-    del tree["shown"]
+    del tree["shown"], tree["missing"]
     return {**tree.pop("counts"), **tree}
 
 
@@ -141,10 +173,16 @@ def describe(found: Inspection, conversations: str) -> str:
     if found.bytes is None:
         size = "8 bytes a token and hidden dimension; no config.json names the hidden size"
     else:
-        size = f"{found.bytes / 2**30:.2f} GiB in bfloat16"
+        size = f"{_size(found.bytes)} in bfloat16"
     lines.append(("features", size))
     lines += [("left out", line) for line in describe_counts(found.counts)]
     return "\n".join(f"{name:<15}{text}" for name, text in [("file", conversations), *lines])
+
+
+def _size(count: int) -> str:
+    if count < 2**30:
+        return f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**30:.2f} GiB"
 
 
 def show_sample(tokenizer: Any, sample: Encoded, colour: bool) -> str:
@@ -169,7 +207,19 @@ def show_sample(tokenizer: Any, sample: Encoded, colour: bool) -> str:
             painted = f"{paint}{line}{_PLAIN}" if colour else line
             lines.append(f"{name} │ {painted}")
             name = " " * len(name)
+    lines += _literals(tokenizer, ids)
     return "\n".join(lines)
+
+
+def _literals(tokenizer: Any, ids: Tensor) -> list[str]:
+    """Lines that tell texts of special tokens from the tokens."""
+    text = tokenizer.decode(ids.tolist())
+    lines = []
+    for number, token in tokenizer.added_tokens_decoder.items():
+        as_text = text.count(token.content) - int((ids == number).sum())
+        if token.special and as_text > 0:
+            lines.append(f"       │ {token.content} stands there {as_text} times as text, no token")
+    return lines
 
 
 def _runs(mask: Tensor) -> list[tuple[int, int]]:

@@ -19,10 +19,11 @@ SKIPPED_SHARE = 0.05
 """The share of bad rows that `--skip-bad` leaves out."""
 
 MEND = "mend or delete them"
-MEND_OR_SKIP = "mend them, or go on without them by --skip-bad"
+MEND_OR_SKIP = "mend them, or go on without a share of the rows, such as --skip-bad 0.05"
 
 _NAMED = 5  # bad rows in a message
 _JUDGED = 200  # rows after which a share of bad ones says something of the file
+_ID = re.compile(r" \(id [^)]*\)")
 _ROW_REMEDY = re.compile(r"; mend or delete (it|the (row|line|item))$")
 
 Made = TypeVar("Made")
@@ -47,7 +48,8 @@ class Rejects:
         self.remedy = remedy
         self.rows = 0  # read, good or bad
         self.bad = 0
-        self.first: list[str] = []
+        self.reasons: dict[str, list[str]] = {}  # places by reason, of each the first few
+        self.counts: Counter[str] = Counter()  # rows by reason
 
     def read(self, rows: int = 1) -> None:
         """Count rows that were read, good or bad."""
@@ -62,15 +64,24 @@ class Rejects:
             UserError: more rows are bad than the limit allows, of 200 or more.
         """
         told = reason if reason.startswith(where) else f"{where}: {reason}"
+        place, reason = _parted(where, told)
         self.bad += 1
-        if len(self.first) < _NAMED:
-            self.first.append(_ROW_REMEDY.sub("", told))
+        self._keep(place, _ROW_REMEDY.sub("", reason))
         if self.file is not None:
             # ASCII: a row may hold half of a surrogate pair, which UTF-8 has no bytes for.
-            reason = told.removeprefix(where).lstrip(": ")
-            self.file.write(json.dumps({"where": where, "reason": reason, "row": value}) + "\n")
+            row = {"where": where, "reason": reason, "row": value}
+            self.file.write(json.dumps(row) + "\n")
         if self.limit is not None and self.rows >= _JUDGED:
             self.check()
+
+    def _keep(self, place: str, reason: str) -> None:
+        """Keep a reason and its place for the message, which names few of both."""
+        if reason not in self.reasons and len(self.reasons) > _NAMED:
+            return
+        self.counts[reason] += 1
+        places = self.reasons.setdefault(reason, [])
+        if len(places) < _NAMED:
+            places.append(place)
 
     def check(self) -> None:
         """Refuse the rows read so far if too many are bad: any, or more than the limit.
@@ -84,7 +95,7 @@ class Rejects:
             raise UserError(
                 self._message(
                     f", more than the share {self.limit:g} that is left out",
-                    "mend them, or let --skip-bad leave out a larger share",
+                    "mend them, or give --skip-bad a larger share",
                 )
             )
 
@@ -94,8 +105,24 @@ class Rejects:
 
     def _message(self, note: str, remedy: str) -> str:
         rows = f"{self.bad} of {self.rows} rows {'is' if self.bad == 1 else 'are'} bad"
-        more = ["…"] if self.bad > len(self.first) else []
-        return f"{self.source}: {rows}{note}: {'; '.join(self.first + more)}; {remedy}"
+        reasons = [self._told(reason) for reason in list(self.reasons)[:_NAMED]]
+        more = ["…"] if len(self.reasons) > len(reasons) else []
+        return f"{self.source}: {rows}{note}: {'; '.join(reasons + more)}; {remedy}"
+
+    def _told(self, reason: str) -> str:
+        """A reason and the first rows that have it, whose file is named once."""
+        first, *rest = self.reasons[reason]
+        places = ", ".join([first, *(place.removeprefix(str(self.source)) for place in rest)])
+        more = self.counts[reason] - len(self.reasons[reason])
+        return f"{places}{f' and {more} more' if more else ''}: {reason}"
+
+
+def _parted(where: str, told: str) -> tuple[str, str]:
+    """A row's place, with its id if it is told, and the reason."""
+    rest = told.removeprefix(where)
+    named = _ID.match(rest)
+    place = where + (named[0] if named else "")
+    return place, told.removeprefix(place).lstrip(": ")
 
 
 def allowed(limit: float, rows: int) -> int:
@@ -167,5 +194,9 @@ class Dropped(Counter[str]):
 
     def describe_reasons(self, what: str) -> str:
         """The reasons after `what`, the most frequent first; empty if there are none."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.most_common())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.in_order())
         return f"{what}: {reasons}" if reasons else ""
+
+    def in_order(self) -> list[tuple[str, int]]:
+        """The most frequent first; alike ones by their names."""
+        return sorted(self.items(), key=lambda item: (-item[1], item[0]))

@@ -22,6 +22,7 @@ from eagle3fn.data.json_array import BrokenArrayError, array_items
 _SHOWN = 6  # names in an error
 _MEND = "mend or delete the line"
 _ENDINGS = re.compile(r"\.(parquet|arrow|jsonl|ndjson|json)(\.gz|\.xz|\.zst)?$")
+_PACKED = re.compile(r"\.(gz|xz|zst)$")
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])")
 
@@ -30,7 +31,7 @@ class FileRow(NamedTuple):
     """A row of a file, or the place of one that could not be read."""
 
     where: str  # "chats.jsonl:7", "chats.json: item 7", "chats.parquet: row 7"
-    value: Any  # None where it could not be read
+    value: Any  # where it could not be read: its text, or None
     fault: str | None = None  # why not, and the remedy
 
     @property
@@ -126,15 +127,17 @@ def _line_rows(path: Path) -> Iterator[FileRow]:
 
 
 def _parse(line: bytes) -> tuple[Any, str | None]:
+    """The value; or its text and why it is none."""
+    text = line.decode("utf-8", "replace")
     try:
         return json.loads(line.decode("utf-8")), None
     except UnicodeDecodeError as error:
-        return None, f"not UTF-8 (byte {error.start + 1} of the line); {_MEND}"
+        return text, f"not UTF-8 (byte {error.start + 1} of the line); {_MEND}"
     except json.JSONDecodeError as error:
-        return None, f"not JSON ({error.msg}, column {error.colno}); {_MEND}"
+        return text, f"not JSON ({error.msg}, column {error.colno}); {_MEND}"
     except (ValueError, RecursionError) as error:
         # Numbers of too many digits, and values nested too deeply.
-        return None, f"not usable JSON ({error}); {_MEND}"
+        return text, f"not usable JSON ({error}); {_MEND}"
 
 
 def _damaged(path: Path, after: str, error: BaseException) -> UserError:
@@ -156,6 +159,8 @@ def data_files(path: str | Path) -> list[Path]:
         return _folder_files(path)
     if path.is_file():
         return [path]
+    if path.exists():
+        raise UserError(f"{path}: no regular file; write the rows to a file and name it")
     found = [Path(name) for name in sorted(glob.glob(str(path)))]
     files = [file for file in found if file.is_file()]
     if not files:
@@ -194,6 +199,7 @@ def _folder_files(folder: Path) -> list[Path]:
             f"name one kind, such as '{folder}/*.{min(by_kind)}'"
         )
     (files,) = by_kind.values()
+    _refuse_packed_twice(folder, files)
     _refuse_several_folders(folder, files)
     _refuse_splits(folder, files)
     return files
@@ -238,10 +244,22 @@ def _files_by_kind(folder: Path) -> dict[str, list[Path]]:
         inside = file.relative_to(folder)
         ending = _ENDINGS.search(file.name)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if ending and not hidden and file.name not in _NOT_ROWS and file.is_file():
+        if ending and not hidden and file.name not in _NOT_ROWS and not file.is_dir():
+            if not file.is_file():
+                raise UserError(f"{file}: no file that can be read; delete it or name the others")
             kind = ending[1].replace("ndjson", "jsonl")
             found[kind].append(file)
     return dict(found)
+
+
+def _refuse_packed_twice(folder: Path, files: list[Path]) -> None:
+    names = [_PACKED.sub("", file.name) for file in files]
+    twice = [file.name for file, name in zip(files, names, strict=True) if names.count(name) > 1]
+    parents = {file.parent for file in files}
+    if twice and len(parents) == 1:
+        raise UserError(
+            f"{folder}: {_some(sorted(twice))} may hold the same rows twice; name one of them"
+        )
 
 
 def _refuse_several_folders(folder: Path, files: list[Path]) -> None:

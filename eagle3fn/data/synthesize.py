@@ -221,7 +221,7 @@ def user_frame(template: ChatTemplate) -> tuple[str, str]:
     Raises:
         UserError: no chat template.
     """
-    turns = [{"role": "user", "content": _PLACEHOLDER}]
+    turns = [{"role": "user", "content": template.content(_PLACEHOLDER)}]
     text = template.render(turns, "a user turn", **template.arguments)
     head, _, tail = text.partition(_PLACEHOLDER)
     return head, tail
@@ -233,7 +233,7 @@ def chat_prompt(template: ChatTemplate, user: str, where: str = "a user turn") -
     Raises:
         UserError: no chat template, or it refuses the turn; `where` names it.
     """
-    turns = [{"role": "user", "content": user}]
+    turns = [{"role": "user", "content": template.content(user)}]
     return template.render(turns, where, add_generation_prompt=True, **template.arguments)
 
 

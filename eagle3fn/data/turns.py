@@ -6,7 +6,7 @@ nothing here are listed in `Conversation.unused`, so that they can be told.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
@@ -39,6 +39,9 @@ _TURN_KEYS = {
     "train",
     *_REASONING,
 }
+_CALL_KEYS = ("name", "arguments", "id", "type", "index")
+# Arguments that rendering gives a template itself.
+RESERVED = ("messages", "tools", "add_generation_prompt", "strftime_now", "documents")
 _ROW_ARGUMENTS = ("enable_thinking", "reasoning_effort")  # of the template, beside the turns
 _ROW_KEYS = {
     "id",
@@ -188,9 +191,12 @@ def _turns_of(row: dict[str, Any], where: str) -> tuple[list[Any] | str, tuple[s
 
     if isinstance(row.get("text"), str) and row["text"]:
         return row["text"], ("text",)
+    empty = [key for key in ("conversations", "messages", "text") if key in row]
+    found = f"{empty[0]} is empty" if empty else f"its keys are {shown(list(row))}"
     raise UserError(
-        f"{where}: no list of turns; a row must read "
-        '{"messages": [{"role", "content"}, …]}, {"prompt", "completion"} or {"text"}'
+        f"{where}: no list of turns ({found}); a row must read "
+        '{"messages": [{"role", "content"}, …]}, {"conversations": [{"from", "value"}, …]}, '
+        '{"prompt", "completion"} or {"text"}'
     )
 
 
@@ -224,6 +230,8 @@ def _turn(value: Any, where: str) -> tuple[Turn, bool, set[str]]:
 
     calls = _calls(value.get("tool_calls"), where)
     content = value.get("content", value.get("value"))
+    if value.get("value", content) != content:
+        raise UserError(f"{where}: content and value differ; delete one of them")
     if name == "function_call":
         calls = _calls(_json(content, where), where)
         content = ""
@@ -324,7 +332,15 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
                 f"{where}: tool call {shown(call)}: must be "
                 '{"function": {"name", "arguments"}}; mend or delete the row'
             )
-        arguments = function.get("arguments") or {}
+        lost = [key for key in function if key not in _CALL_KEYS]
+        if lost:
+            raise UserError(
+                f"{where}: {lost[0]} in the call of {function['name']}: a call has name and "
+                "arguments; write these"
+            )
+        arguments = function.get("arguments")
+        if arguments in (None, ""):
+            arguments = {}
         if isinstance(arguments, str):
             arguments = _json(arguments, where)
         if not isinstance(arguments, dict):
@@ -335,6 +351,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
         entry = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         if call.get("id"):
             entry["id"] = call["id"]
+        _unicode(json.dumps(entry, ensure_ascii=False), "tool call", where)
         read.append(entry)
     return read
 
@@ -356,8 +373,9 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]]:
                 f"{where}: tool {shown(tool)}: must be "
                 '{"type": "function", "function": {"name", …}}; mend or delete the row'
             )
-        whole = {"function": function} if function is entry else entry
-        read.append({**whole, "type": "function"})
+        _unicode(json.dumps(tool, ensure_ascii=False), "tool", where)
+        bare = function is entry
+        read.append({"type": "function", **({"function": function} if bare else entry)})
     return read
 
 
@@ -376,7 +394,37 @@ def _arguments(row: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: chat_template_kwargs {shown(given)}: must be a JSON object; mend the row"
         )
     beside = {key: row[key] for key in _ROW_ARGUMENTS if row.get(key) is not None}
-    return {**beside, **given}
+    arguments = {**beside, **given}
+    check_given(arguments, where)
+    return arguments
+
+
+def check_given(arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments of a template that are not a caller's, and truth values as texts.
+
+    Raises:
+        UserError: names the argument; `where` names who gives it.
+    """
+    for name, value in arguments.items():
+        if name in RESERVED:
+            raise UserError(f"{where}: {name} is no argument of the template to give; delete it")
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            raise UserError(
+                f"{where}: {name} = {value!r} is a text, which a template takes as true; "
+                f"write {value.lower()} without quotes"
+            )
+
+
+# Names
+
+
+def name_of(row: Any) -> str | None:
+    """A row's `id`, if it is a text or a number: on one line, at most 100 characters."""
+    value = row.get("id") if isinstance(row, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return None
+    text = str(value).encode("utf-8", "replace").decode()
+    return " ".join(text.split())[:100] or None
 
 
 # Texts

@@ -139,6 +139,7 @@ def evaluate(
         "tasks": len(used),
         "max_new": settings.max_new,
         "draft_length": settings.draft_length,
+        "template_arguments": dict(settings.template_arguments),
         "lossless": _same_tokens(exact, answers, decoded, settings.max_new),
         "accepted_length": accepted_length(decoded),
         "acceptance_by_position": acceptance,

@@ -78,8 +78,8 @@ def test_all_bad_rows_are_counted_and_refused_together(tmp_path):
     path = write_rows(tmp_path / "c.jsonl", rows)
     with pytest.raises(UserError, match="3 of 30 rows are bad") as refused:
         encode_file(MAKER, path, 300)
-    for number in (10, 20, 30):
-        assert f"c.jsonl:{number} (id {number}): turn 2: content None" in str(refused.value)
+    told = "c.jsonl:10 (id 10), :20 (id 20), :30 (id 30): turn 2: content None"
+    assert told in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -92,7 +92,7 @@ def test_bad_rows_are_left_out_and_written_to_a_file(tmp_path):
     assert found.rejected == 2
     written = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [row["where"] for row in written] == [f"{path}:2", f"{path}:3"]
-    assert written[0]["row"] == {"messages": 3}
+    assert [row["row"] for row in written] == [{"messages": 3}, "{broken"]
 
     with pytest.raises(UserError, match="2 of 3 rows"):
         encode_file(MAKER, path, 300, skip_bad=0.3, rejects=tmp_path / "other.jsonl")
@@ -177,3 +177,41 @@ def test_target_without_a_template_is_no_fault_of_the_rows(tmp_path):
         encode_file(maker, path, 300, skip_bad=1.0, rejects=tmp_path / "rejects.jsonl")
     texts = write_rows(tmp_path / "t.jsonl", [{"text": "plain"}])
     assert len(encode_all(maker, texts, 300)) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "a", "response": "b"}, "have no assistant turn; .*not read: response; give"),
+        ({"messages": talk("a" * 200, "b")}, "within the maximal length; raise --max-length"),
+        ({"messages": talk("a", "b"), "train": False}, "weight.*; give an answer weight 1"),
+    ],
+)
+def test_file_without_a_sample_is_refused_with_its_reason_and_remedy(tmp_path, row, told):
+    with pytest.raises(UserError, match=f"no sample: 2 of 2 conversations dropped: 2 .*{told}"):
+        encode_file(MAKER, write_rows(tmp_path / "c.jsonl", [row, row]), 300)
+
+
+def test_file_of_one_bad_row_that_is_skipped_tells_it(tmp_path):
+    path = write_rows(tmp_path / "c.jsonl", [{"messages": 3}])
+    with pytest.raises(UserError, match=r"no sample: .*1 of 1 rows is bad.*messages 3"):
+        encode_file(MAKER, path, 300, skip_bad=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(None, "1"), (False, "1"), ("", "1"), ([1], "1"), (7, "7"), ("a\nb", "a b"), ("\ud800", "?")],
+)
+def test_row_is_named_by_its_id_if_it_is_a_name(tmp_path, name, expected):
+    path = write_rows(tmp_path / "c.jsonl", [{"id": name, "messages": talk("a", "b")}])
+    assert [row.name for row in encode_rows(MAKER, path)] == [expected]
+    assert encode_all(MAKER, path, 300)[0].id == expected
+
+
+def test_keys_are_told_in_one_order(tmp_path):
+    rows = [{"messages": talk("a", "b"), "source": 1, "meta": 2, "score": 3}] * 2
+    found = encode_file(MAKER, write_rows(tmp_path / "c.jsonl", rows), 300)
+    found.samples.close()
+    assert describe_counts(found.counts()) == [
+        "keys that are not read: meta (2), score (2), source (2)"
+    ]

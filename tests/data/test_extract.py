@@ -195,6 +195,18 @@ def test_shard_with_a_partial_sidecar_is_made_again(tmp_path, key):
     assert contents(out) == before
 
 
+def test_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    talks = write_talks(tmp_path / "c.jsonl", 4)
+
+    def grow(rows):
+        with talks.open("a") as file:
+            file.write(json.dumps(GOOD) + "\n")
+
+    never = before_each_run(lambda: pytest.fail("the target ran"))
+    with never, pytest.raises(UserError, match=r"c.jsonl: changed while it was read"):
+        run(talks, tmp_path / "out", limit=3, on_rows=grow)
+
+
 def test_shard_of_other_tokens_is_made_again(tmp_path):
     """As of another tokenizer with the same template: lengths and masks are alike."""
     talks = write_talks(tmp_path / "c.jsonl", 8)

@@ -136,13 +136,45 @@ def test_row_is_shown_by_its_id_or_line(tokenizer_folder, tmp_path, capsys):
     assert "── 2 · " in out and "── a · " not in out
 
 
+def test_why_a_row_is_missing_is_told(tokenizer_folder, tmp_path, capsys):
+    rows = [
+        {"id": "a", "messages": talk("q", "one")},
+        {"id": "a:7", "messages": talk("q", "two")},
+        {"id": "none", "messages": talk("q")},
+        {"id": "bad", "messages": 3},
+    ]
+    path = write_rows(tmp_path / "c.jsonl", rows)
+    assert call(tokenizer_folder, path, "--id", "a", "--skip-bad", "0.5") == 0
+    out = capsys.readouterr().out
+    assert "── a · " in out and "── a:7 · " not in out
+    for name, reason in (("none", "have no assistant turn"), ("4", "messages 3: must be")):
+        assert call(tokenizer_folder, path, "--id", name, "--skip-bad", "0.5") == 0
+        assert f"not trained: {path}" in (out := capsys.readouterr().out) and reason in out
+    assert call(tokenizer_folder, path, "--id", "99", "--skip-bad", "0.5") == 2
+    assert "--id 99: no such row among 4" in capsys.readouterr().err
+
+
+def test_text_of_a_special_token_is_told_from_the_token():
+    sample = _sample({"messages": talk("q", "end it by <|im_end|>")})
+    lines = show_sample(TEMPLATE.tokenizer, sample, colour=False).splitlines()
+    assert lines[-2:] == [
+        "answer │ ⟦end it by <|im_end|><|im_end|>⟧",
+        "       │ <|im_end|> stands there 1 times as text, no token",
+    ]
+
+
 def test_bad_rows_and_wrong_arguments_are_one_line(tokenizer_folder, tmp_path, capsys):
     path = write_rows(tmp_path / "c.jsonl", [{"messages": talk("q", "a")}, {"id": "bad"}])
     assert call(tokenizer_folder, path) == 2
     assert "1 of 2 rows" in capsys.readouterr().err
     assert call(tokenizer_folder, path, "--skip-bad", "0.5", "--show", "0") == 0
     assert "1 of 2 rows are bad" in capsys.readouterr().out
-    for given, told in (("enable=false", "no such variable"), ("enable", "NAME=VALUE")):
+    for given, told in (
+        ("enable=false", "no such variable"),
+        ("enable", "NAME=VALUE"),
+        ('enable="false"', "is a text, which a template takes as true"),
+        ("add_generation_prompt=false", "no argument of the template to give"),
+    ):
         assert call(tokenizer_folder, path, "--template-arg", given) == 2
         error = capsys.readouterr().err
         assert told in error and error.count("\n") == 1

@@ -42,7 +42,7 @@ def test_good_rows_pass_and_bad_ones_are_told_in_one_line():
     with pytest.raises(UserError, match=message):
         take([1, 0, -1, 2, -2])
     with pytest.raises(
-        UserError, match=r"^a.jsonl: 1 of 1 rows is bad: .*; mend .* by --skip-bad$"
+        UserError, match=r"^a.jsonl: 1 of 1 rows is bad: .*; mend .* --skip-bad 0.05$"
     ):
         take([0], remedy=MEND_OR_SKIP)
 
@@ -50,8 +50,15 @@ def test_good_rows_pass_and_bad_ones_are_told_in_one_line():
 def test_five_bad_rows_are_named_of_more():
     with pytest.raises(UserError, match=r"^a.jsonl: 7 of 7 rows are bad") as raised:
         take([0] * 7)
+    assert ": a.jsonl:1, :2, :3, :4, :5 and 2 more: broken; mend" in str(raised.value)
+
+
+def test_five_reasons_are_told_of_more():
+    with pytest.raises(UserError, match=r"^a.jsonl: 9 of 9 rows are bad") as raised:
+        take([-1, -2, -3, -4, -5, -6, -7, -1, 0])
     text = str(raised.value)
-    assert text.count("broken") == 5 and "a.jsonl:5: broken; …; mend" in text
+    assert "a.jsonl:1 (id -1), :8 (id -1): -1 is negative" in text
+    assert text.count("negative") == 5 and text.endswith("…; mend or delete them")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,7 @@ def test_rows_rejected_are_in_a_file_that_is_whole_or_not_there(tmp_path):
     take([0, 1, -1, 2], limit=0.5, path=path)
     assert [row.value for row in read_rows(path)] == [
         {"where": "a.jsonl:1", "reason": "broken; mend or delete the line", "row": None},
-        {"where": "a.jsonl:3", "reason": "(id -1): -1 is negative; mend or delete it", "row": -1},
+        {"where": "a.jsonl:3", "reason": "-1 is negative; mend or delete it", "row": -1},
     ]
     take([1], limit=0.5, path=path)
     assert path.read_bytes() == b""

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
 import tarfile
 import tracemalloc
@@ -186,7 +187,7 @@ def test_a_bad_line_is_a_fault_and_the_next_is_read(tmp_path, line, fault):
     path = put(tmp_path, b'{"a": 1}\n' + line + b'\n{"b": 2}\n')
     first, bad, last = read_rows(path)
     assert (first.value, last.value) == ({"a": 1}, {"b": 2})
-    assert (bad.where, bad.value) == (f"{path}:2", None)
+    assert (bad.where, bad.value) == (f"{path}:2", line.decode("utf-8", "replace"))
     assert bad.fault is not None and bad.fault.startswith(fault)
 
 
@@ -590,3 +591,20 @@ def test_the_digest_of_a_folder_is_of_names_bytes_and_order(tmp_path):
         {"a.jsonl": b"{}", "c.jsonl": b"[]"},
     ]
     assert len({first, *map(digest, others)}) == 4
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    put(tmp_path, b"{}\n")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"b.jsonl: no file that can be read"):
+        list(read_rows(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe: no regular file"):
+        list(read_rows(tmp_path / "pipe"))
+
+
+def test_a_file_beside_its_packed_copy_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
+    with pytest.raises(UserError, match=r"a.jsonl, a.jsonl.gz may hold the same rows twice"):
+        list(read_rows(tmp_path))

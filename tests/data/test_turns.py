@@ -108,8 +108,8 @@ def test_forms_of_a_text():
     ("row", "named"),
     [
         ([], "must be a JSON object"),
-        ({}, "no list of turns; a row must read"),
-        ({"conversations": []}, "no list of turns"),
+        ({"instruction": "a"}, r"no list of turns .its keys are .'instruction'..; a row must read"),
+        ({"conversations": []}, "no list of turns .conversations is empty."),
         ({"conversations": "hi"}, "conversations 'hi': must be a list of turns"),
         ({"prompt": 7}, "prompt 7: must be a text or a list of turns"),
         ({"messages": TURNS, "conversations": TURNS[:1]}, "conversations and messages differ"),
@@ -136,6 +136,22 @@ def test_forms_of_a_text():
         (row_with(turn(tool_calls=[{"name": "f", "arguments": "{"}])), "'{': must be JSON"),
         (row_with(turn(tool_calls=[{"name": "f", "arguments": [1]}])), "must be a JSON object"),
         (row_with({"from": "function_call", "value": "clock()"}), "'clock.*must be JSON"),
+        (row_with(turn(tool_calls=[{"name": "f", "arguments": []}])), "must be a JSON object"),
+        (
+            row_with(turn(tool_calls=[{"name": "f", "parameters": {}}])),
+            "parameters in the call of f",
+        ),
+        (
+            row_with(turn(tool_calls=[{"name": "f", "arguments": {"a": "\ud83d"}}])),
+            "tool call .*UTF-8",
+        ),
+        (row_with(turn(), tools=[{"name": "f\ud83d"}]), "file:1: tool .*UTF-8"),
+        (row_with(turn(value="two")), "turn 2: content and value differ"),
+        (row_with(turn(), enable_thinking="False"), "'False' is a text, .*; write false without"),
+        (
+            row_with(turn(), chat_template_kwargs={"tools": 1}),
+            "tools is no argument of the template",
+        ),
         (row_with(turn(), tools=["clock"]), "file:1: tool 'clock': must be"),
         (row_with(turn(), tools="clock"), "'clock': must be JSON"),
         (row_with(turn(), chat_template_kwargs=[1]), "chat_template_kwargs .*JSON object"),
