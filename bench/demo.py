@@ -33,7 +33,8 @@ from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Params
 from eagle3fn.data.features import open_features, tensors_of
 from eagle3fn.data.pipeline import batches
-from eagle3fn.data.target import config_hashes, read_target_tensors, target_config
+from eagle3fn.data.target_source import config_hashes, target_config
+from eagle3fn.data.target_tensors import read_target_tensors
 from eagle3fn.data.vocab import load_map, map_size
 from eagle3fn.model.table import HEAD, init_params, start_from_target
 from eagle3fn.train.held_out import evaluate_held_out

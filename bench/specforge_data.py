@@ -25,7 +25,7 @@ from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import open_text, read_json, whole_folder, write_json
 from eagle3fn.data.features import open_features, read_sample
-from eagle3fn.data.target import target_config
+from eagle3fn.data.target_source import target_config
 
 HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"

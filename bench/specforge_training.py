@@ -45,7 +45,8 @@ from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Params
 from eagle3fn.data.features import open_features, tensors_of
 from eagle3fn.data.pipeline import batches, prefetch
-from eagle3fn.data.target import config_hashes, read_target_tensors, target_config
+from eagle3fn.data.target_source import config_hashes, target_config
+from eagle3fn.data.target_tensors import read_target_tensors
 from eagle3fn.data.vocab import load_map
 from eagle3fn.model.table import EMBED, init_params
 from eagle3fn.specforge.oracle import (

@@ -33,9 +33,9 @@ from eagle3fn.data.features import open_features as open_features
 from eagle3fn.data.features import read_sample as read_sample
 from eagle3fn.data.pipeline import batches as batches
 from eagle3fn.data.pipeline import split as split
-from eagle3fn.data.target import make_frozen as make_frozen
-from eagle3fn.data.target import read_target_tensors as read_target_tensors
-from eagle3fn.data.target import target_config as target_config
+from eagle3fn.data.target_source import target_config as target_config
+from eagle3fn.data.target_tensors import make_frozen as make_frozen
+from eagle3fn.data.target_tensors import read_target_tensors as read_target_tensors
 from eagle3fn.data.vocab import load_map as load_map
 from eagle3fn.model.forward import forward_loss as forward_loss
 from eagle3fn.model.losses import LOSSES as LOSSES

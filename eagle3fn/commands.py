@@ -106,7 +106,8 @@ def inspect(options: Any) -> None:
     from eagle3fn.base.cores import own_cores
     from eagle3fn.data.inspection import describe, inspect_file, numbers, show_sample
     from eagle3fn.data.samples import SampleMaker
-    from eagle3fn.data.target import known_hidden_size, load_tokenizer
+    from eagle3fn.data.target import load_tokenizer
+    from eagle3fn.data.target_source import known_hidden_size
     from eagle3fn.data.vocab import load_map
     from eagle3fn.specforge.feature_files import read_map
 
@@ -148,7 +149,8 @@ def extract(options: Any) -> None:
     from eagle3fn.data.extract import begun_threads, extract
     from eagle3fn.data.features import open_features
     from eagle3fn.data.own import foreign_note, measure_agreement
-    from eagle3fn.data.target import load_target, target_config
+    from eagle3fn.data.target import load_target
+    from eagle3fn.data.target_source import target_config
 
     check_device(options.device)
     tree = target_config(options.target)
@@ -201,7 +203,7 @@ def vocab(options: Any) -> None:
     """Count the supervised tokens and write the vocabulary map."""
     from eagle3fn.data.features import open_features
     from eagle3fn.data.pipeline import split
-    from eagle3fn.data.target import check_supported, config_hash, target_config
+    from eagle3fn.data.target_source import check_supported, config_hash, target_config
     from eagle3fn.data.vocab import (
         build_map,
         chosen_size,
@@ -322,7 +324,8 @@ def train(options: Any) -> None:
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.features import check_made_for, open_features, tensors_of
     from eagle3fn.data.own import foreign_note, measure_agreement
-    from eagle3fn.data.target import config_hashes, read_target_tensors, target_config
+    from eagle3fn.data.target_source import config_hashes, target_config
+    from eagle3fn.data.target_tensors import read_target_tensors
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
@@ -394,7 +397,7 @@ def train(options: Any) -> None:
 
 def plan(options: Any) -> None:
     """Print the bytes that a run needs; refuse what does not fit."""
-    from eagle3fn.data.target import check_supported, target_config
+    from eagle3fn.data.target_source import check_supported, target_config
     from eagle3fn.train.memory import GIB, check_fits, describe, plan_memory
 
     tree = target_config(options.target) if options.target else {}
@@ -419,7 +422,7 @@ def evaluate(options: Any) -> None:
     from eagle3fn.base.files import write_json
     from eagle3fn.base.thread_timing import sizes_of, thin_products
     from eagle3fn.base.threads import take_threads
-    from eagle3fn.data.target import target_config
+    from eagle3fn.data.target_source import target_config
     from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
 
     check_device(options.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.types import Batch, Frozen, Sample, VocabMap
 from eagle3fn.data.features import write_index, write_shard
-from eagle3fn.data.target import TargetTensors
+from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.testing.builders import Case, Unaligned
 
 # Configurations and tensors of a tiny draft.

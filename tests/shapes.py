@@ -27,7 +27,7 @@ from torch import Tensor
 from eagle3fn.base import types
 from eagle3fn.base.rows import RowPlan
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, Sample, Teacher, TrainState, VocabMap
-from eagle3fn.data.target import TargetTensors
+from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.model.head_loss import Pairs, PairScores
 from eagle3fn.model.table import TABLE
 from eagle3fn.train.optimizer import Moments

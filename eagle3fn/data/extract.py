@@ -20,7 +20,9 @@ from eagle3fn.data.encode import encode_file, pack
 from eagle3fn.data.features import shard_name, write_index, write_shard
 from eagle3fn.data.row_files import data_files, rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
-from eagle3fn.data.target import model_config_hash, tensors_record, weights_digest
+from eagle3fn.data.target import weights_digest
+from eagle3fn.data.target_source import model_config_hash
+from eagle3fn.data.target_tensors import tensors_record
 from eagle3fn.data.template import ChatTemplate
 
 SAMPLE_RULE = 2

@@ -255,9 +255,9 @@ def check_made_for(
 ) -> None:
     """Refuse features made with a target of another configuration or with other tapped layers.
 
-    `where` names what has `hashes` (`data.target.config_hashes`), one of which must be the index's,
-    and `aux_layers`, as in `the run`. What the index doesn't hold is not compared, so files of a
-    `Reader` pass.
+    `where` names what has `hashes` (`data.target_source.config_hashes`), one of which must be the
+    index's, and `aux_layers`, as in `the run`. What the index doesn't hold is not compared, so
+    files of a `Reader` pass.
 
     Raises:
         UserError: they differ; names the index and both values.
@@ -280,9 +280,9 @@ def check_made_for(
 
 
 def tensors_of(features: FeatureSet) -> dict[str, str] | None:
-    """What the target ran with, as `data.target.tensors_record` has it; None in older folders.
+    """What the target ran with, as `data.target_tensors.tensors_record` has it.
 
-    Files of a `Reader` have no such record either.
+    None in older folders, and of files of a `Reader`.
     """
     return features.index.get("target", {}).get("tensors")
 

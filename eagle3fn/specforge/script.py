@@ -39,7 +39,8 @@ from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.program import exit_code
 from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet, check_made_for, open_features, tensors_of
-from eagle3fn.data.target import config_hashes, read_target_tensors, target_config
+from eagle3fn.data.target_source import config_hashes, target_config
+from eagle3fn.data.target_tensors import read_target_tensors
 from eagle3fn.data.vocab import build_map, count_tokens, load_map, save_map
 from eagle3fn.specforge.feature_files import READER, read_map
 from eagle3fn.specforge.recipes import RECIPE, recipe

@@ -21,7 +21,7 @@ from eagle3fn.base.launch import World
 from eagle3fn.base.types import Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.pipeline import prefetch
-from eagle3fn.data.target import TargetTensors
+from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.train.checkpoint import (
     checkpoints,
     load_checkpoint,

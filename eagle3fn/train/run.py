@@ -22,7 +22,7 @@ from eagle3fn.base.types import Batch, Frozen, VocabMap
 from eagle3fn.data.collate import AlignMask
 from eagle3fn.data.features import FeatureSet, read_tokens
 from eagle3fn.data.pipeline import batches, split
-from eagle3fn.data.target import TargetTensors, make_frozen
+from eagle3fn.data.target_tensors import TargetTensors, make_frozen
 from eagle3fn.model.checks import check_loss
 from eagle3fn.train.bind import Functions, bind
 from eagle3fn.train.memory import check_fits, memory_of

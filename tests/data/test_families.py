@@ -19,12 +19,9 @@ from eagle3fn.data.answers import answer_prompts
 from eagle3fn.data.cache_check import check_batch, check_roll_back
 from eagle3fn.data.decoder import final_norm, hidden_states
 from eagle3fn.data.synthesize import Sampling, generate, synthesize
-from eagle3fn.data.target import (
-    TargetTensors,
-    check_supported,
-    load_target,
-    read_target_tensors,
-)
+from eagle3fn.data.target import load_target
+from eagle3fn.data.target_source import check_supported
+from eagle3fn.data.target_tensors import TargetTensors, read_target_tensors
 from eagle3fn.data.teacher_check import architecture, check_teacher, norm_factor
 from tests.data.families import kinds, make_family, tiny_config
 from tests.factories import tiny_model

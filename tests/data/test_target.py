@@ -19,17 +19,9 @@ from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.stored_config import gguf_config
 from eagle3fn.data.synthesize import end_tokens
-from eagle3fn.data.target import (
-    config_hash,
-    config_hashes,
-    load_target,
-    model_config_hash,
-    read_target_tensors,
-    stop_ids,
-    target_config,
-    tensors_record,
-    weights_digest,
-)
+from eagle3fn.data.target import load_target, stop_ids, weights_digest
+from eagle3fn.data.target_source import config_hash, config_hashes, model_config_hash, target_config
+from eagle3fn.data.target_tensors import read_target_tensors, tensors_record
 from eagle3fn.data.template import ChatTemplate
 from tests.data.gguf_file import write_gguf
 from tests.factories import SIZES, tiny_model, tiny_template, tiny_tokenizer, write_talks

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, tensors_of
-from eagle3fn.data.target import load_target, read_target_tensors, tensors_record
+from eagle3fn.data.target import load_target
+from eagle3fn.data.target_tensors import read_target_tensors, tensors_record
 from eagle3fn.data.template import ChatTemplate
 from tests.factories import tiny_model, tiny_tokenizer, write_talks
 

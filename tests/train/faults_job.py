@@ -20,7 +20,7 @@ import torch
 
 from eagle3fn import cli
 from eagle3fn.data.pipeline import sample_indices
-from eagle3fn.data.target import target_config
+from eagle3fn.data.target_source import target_config
 from eagle3fn.data.vocab import save_map
 from eagle3fn.train import bind
 from tests.factories import make_map, supervised_sample, tiny_model, write_folder

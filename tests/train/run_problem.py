@@ -9,7 +9,7 @@ import torch
 import eagle3fn as e3
 from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet, open_features
-from eagle3fn.data.target import TargetTensors
+from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.specforge import RECIPE
 from eagle3fn.train.loop import train
 from eagle3fn.train.recipe import OURS, Recipe

@@ -1,0 +1,106 @@
+"""The target's model as the library loads it, checked to be the teacher of a draft.
+
+transformers is imported here inside functions, never when the file is loaded.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle3fn.base.device import check_device
+from eagle3fn.base.errors import UserError
+from eagle3fn.data.target_source import (
+    load_errors,
+    loaded_config,
+    no_fit,
+    not_loadable,
+    source_of,
+    weights_folder,
+)
+from eagle3fn.data.teacher_check import check_teacher
+from eagle3fn.data.weights import check_weights, weight_files
+
+
+def load_model(
+    path_or_id: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    attn: str = "sdpa",
+) -> tuple[Any, Any]:
+    """The target model, in eval mode and without gradients, and its tokenizer.
+
+    A target that has no `attn` implementation is loaded with "eager". What training will compute is
+    compared with the model (`data.teacher_check`).
+
+    Raises:
+        UserError: as `target_config`; a device that is not there; the weights are not loadable, do
+            not fit or are not all there; a biased head; logits that are not
+            `last_hidden @ head.T`.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    check_device(device)
+    loaded_config(path_or_id)
+    name, gguf = source_of(path_or_id)
+    if not gguf:
+        weight_files(weights_folder(path_or_id))  # training reads them: refused before all else
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **gguf)
+        model, loading = _loaded(name, attn, dtype=dtype, **gguf)
+    except load_errors() as error:
+        # transformers' own message rarely names the damaged file; `check_weights` does.
+        if not gguf and Path(name).is_dir():
+            check_weights(Path(name))
+        raise not_loadable(path_or_id, error) from None
+
+    # transformers draws at random what the files lack.
+    parameters = {key for key, _ in model.named_parameters()}
+    missing = set(loading["missing_keys"]) & parameters
+    if missing:
+        raise no_fit(path_or_id, f"no tensor {min(missing)}, which config.json asks for")
+    check_unbiased(model, path_or_id)
+    model = model.to(device).eval().requires_grad_(False)
+    if gguf:
+        model.config.name_or_path = str(path_or_id)  # the file, not its folder
+
+    # The teacher must be this model.
+    check_teacher(model, str(path_or_id))
+    return model, tokenizer
+
+
+def _loaded(name: str, attn: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model by its `attn` implementation or else by "eager", and the loading report."""
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    options["output_loading_info"] = True
+    try:
+        return loader.from_pretrained(name, attn_implementation=attn, **options)
+    except ValueError as error:
+        unsupported = attn in str(error) or "attention implementation" in str(error)
+        if attn == "eager" or not unsupported:
+            raise
+    return loader.from_pretrained(name, attn_implementation="eager", **options)
+
+
+def check_unbiased(model: Any, path_or_id: str | Path, keys: Iterable[str] = ()) -> None:
+    """Refuse a target with a biased head: the draft takes no bias from it.
+
+    Args:
+        model: the target; its architecture is enough.
+        path_or_id: names it in errors.
+        keys: of the tensors in its files, where they were listed.
+
+    Raises:
+        UserError: a bias in the model or in the files.
+    """
+    biased = getattr(model.get_output_embeddings(), "bias", None) is not None
+    if biased or any(key.endswith("lm_head.bias") for key in keys):
+        raise UserError(
+            f"{path_or_id}: lm_head.bias: targets with a biased head are not supported; "
+            "choose another target"
+        )
