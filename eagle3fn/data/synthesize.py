@@ -23,8 +23,7 @@ from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.rejects import rejecting, usable
 from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.samples import Tokens
-from eagle3fn.data.stored_config import token_ids
-from eagle3fn.data.target import cache_name, weights_digest
+from eagle3fn.data.target import cache_name, stop_ids, weights_digest
 from eagle3fn.data.template import ChatTemplate
 
 # A target is refused if after this many batches less than this share of its turns are usable.
@@ -56,7 +55,7 @@ class Continuation(NamedTuple):
     """What the target wrote after one prompt."""
 
     ids: list[int]  # new tokens, without the one that ended it
-    ended: bool  # by an end-of-turn token, not by the limit
+    ended: bool  # by a stop token, not by the limit
 
 
 def synthesize(
@@ -248,11 +247,14 @@ def generate(
 
     Rows that ended leave the batch every few tokens, so that short answers don't cost what the
     longest does. Below, B is the number of prompts and A of those still in the batch.
+
+    Raises:
+        UserError: no stop token, neither of the model nor of the tokenizer.
     """
     if not prompts:
         return []
     device = model.device
-    ends = torch.tensor(sorted(end_tokens(model)), device=device)
+    ends = torch.tensor(stop_ids(model, tokenizer), device=device)
     ids, mask = _left_padded(tokenizer, prompts, int(ends[0]))
     new_ids = ids.to(device)  # (A, S) at first, then (A, 1): what the cache does not hold yet
     mask = mask.to(device)  # (A, tokens so far)
@@ -329,21 +331,6 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     # Drawn on the CPU: every device gives the same tokens for the same mass.
     choice = torch.multinomial(mass.cpu(), 1, generator=generator).to(logits.device)  # (B, 1)
     return top.indices.gather(-1, choice)[:, 0]
-
-
-def end_tokens(model: Any) -> set[int]:
-    """The target's end-of-turn token ids, from its generation config.
-
-    Raises:
-        UserError: it has none.
-    """
-    ends = token_ids(model.generation_config.eos_token_id)
-    if not ends:
-        raise UserError(
-            f"{model.name_or_path}: no eos_token_id in generation_config.json or config.json; add "
-            "the id of the token that ends an answer to generation_config.json"
-        )
-    return ends
 
 
 # Keeping an evaluation's texts out

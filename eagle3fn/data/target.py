@@ -57,19 +57,33 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
         raise not_loadable(path_or_id, error) from None
 
 
-def stop_ids(path_or_id: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """The target's stop tokens, ascending, without building the model.
+def stop_ids(target: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer, ascending: in samples, in sampling and in decoding.
 
-    Those of generation_config.json, or of config.json where it names none, and the tokenizer's
-    `eos_token_id`. A folder may hold the tokenizer alone.
+    Those of the generation configuration, or of the model's where it names none, and the
+    tokenizer's `eos_token_id`.
+
+    Args:
+        target: its folder, GGUF file or id, of which no weights are read and which may hold the
+            tokenizer alone; or the model.
+        tokenizer: the target's.
 
     Raises:
         UserError: not readable, or none at all.
     """
-    ids = stored_stops(path_or_id) | token_ids(tokenizer.eos_token_id)
+    if isinstance(target, (str, Path)):
+        name = target
+        ids = stored_stops(target)
+    else:
+        name = target.name_or_path
+        config = target.config.get_text_config()
+        ids = token_ids(getattr(target.generation_config, "eos_token_id", None))
+        ids = ids or token_ids(getattr(config, "eos_token_id", None))
+
+    ids |= token_ids(tokenizer.eos_token_id)
     if not ids:
         raise UserError(
-            f"{path_or_id}: no eos_token_id in generation_config.json, config.json or the "
+            f"{name}: no eos_token_id in generation_config.json, config.json or the "
             "tokenizer's files; add the id of the token that ends an answer to "
             "generation_config.json"
         )

@@ -14,8 +14,8 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.data.cache_check import check_roll_back
 from eagle3fn.data.rejects import rejecting, usable
 from eagle3fn.data.row_files import FileRow, read_rows
-from eagle3fn.data.synthesize import chat_prompt, end_tokens
-from eagle3fn.data.target import load_target
+from eagle3fn.data.synthesize import chat_prompt
+from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
 from eagle3fn.use.decode import Decoded, check_pair, check_request, speculate
@@ -60,7 +60,7 @@ class _Pair(NamedTuple):
     model: Any
     draft: Draft
     prompts: list[Tensor]
-    end_tokens: set[int]
+    end_tokens: tuple[int, ...]
 
 
 class _Comparison(NamedTuple):
@@ -207,7 +207,7 @@ def _load(
 
     # Plain and speculative decoding go through the same target.
     speed_up_few_rows(model)
-    return _Pair(model, draft, encoded, end_tokens(model))
+    return _Pair(model, draft, encoded, stop_ids(model, tokenizer))
 
 
 def _encode(template: ChatTemplate, text: str) -> Tensor:

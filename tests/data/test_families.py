@@ -23,6 +23,7 @@ from eagle3fn.data.target import load_target
 from eagle3fn.data.target_source import check_supported
 from eagle3fn.data.target_tensors import TargetTensors, read_target_tensors
 from eagle3fn.data.teacher_check import architecture, check_teacher, norm_factor
+from eagle3fn.data.template import ChatTemplate
 from tests.data.families import kinds, make_family, tiny_config
 from tests.factories import tiny_model
 
@@ -252,14 +253,15 @@ def test_recurrent_layers_are_refused_before_decoding(loaded, kind):
 
 def test_recurrent_layers_write_no_conversations_in_batches(loaded, tmp_path):
     model, tokenizer, _, _ = loaded("lfm2")
+    template = ChatTemplate(tokenizer)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", "two")))
     out = tmp_path / "out.jsonl"
     with pytest.raises(UserError, match=r"'lfm2': rows of a batch.*--batch 1"):
-        synthesize(model, tokenizer, out, 1, batch=2)
+        synthesize(model, template, out, 1, batch=2)
     with pytest.raises(UserError, match=r"'lfm2': rows of a batch.*--batch 1"):
-        answer_prompts(model, tokenizer, prompts, out, batch=2, sampling=GREEDY)
-    assert answer_prompts(model, tokenizer, prompts, out, batch=1, sampling=GREEDY).answers == 2
+        answer_prompts(model, template, prompts, out, batch=2, sampling=GREEDY)
+    assert answer_prompts(model, template, prompts, out, batch=1, sampling=GREEDY).answers == 2
 
 
 def test_wrong_tokens_that_stay_in_a_cache_are_seen(loaded, monkeypatch):

@@ -13,6 +13,7 @@ from eagle3fn.data import synthesize as module
 from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.synthesize import (
     GRAM_SIZE,
+    Continuation,
     Sampling,
     generate,
     grams,
@@ -229,3 +230,15 @@ def test_greedy_continuation_in_a_batch_is_that_of_its_prompt_alone():
     alone = [generated(tokenizer, [text], greedy)[0] for text in PROMPTS]
     assert generated(tokenizer, PROMPTS, greedy) == alone
     assert generated(tokenizer, [], greedy) == []
+
+
+@pytest.mark.parametrize(("written", "ended"), [(0, True), (1, True), (2, False)])
+def test_continuation_ends_at_the_models_stop_token_or_the_tokenizers(written, ended):
+    """Samples end with both: 0 of the generation configuration, 1 of the tokenizer."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = 0
+    only = torch.nn.functional.one_hot(torch.tensor(written), model.config.vocab_size)
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits * 0 + only)
+    source = torch.Generator()
+    (found,) = generate(model, tiny_tokenizer(), ["hi"], Sampling(0, 1, 3), source)
+    assert found == Continuation([] if ended else [written] * 3, ended)

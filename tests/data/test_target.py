@@ -18,7 +18,6 @@ from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.stored_config import gguf_config
-from eagle3fn.data.synthesize import end_tokens
 from eagle3fn.data.target import load_target, stop_ids, weights_digest
 from eagle3fn.data.target_source import config_hash, config_hashes, model_config_hash, target_config
 from eagle3fn.data.target_tensors import read_target_tensors, tensors_record
@@ -449,7 +448,7 @@ def test_stop_tokens_are_those_that_the_loaded_model_ends_with(saved):
     model.generation_config.eos_token_id = [5, 9]
     model.save_pretrained(folder)
     loaded, tokenizer = load(folder)
-    assert set(stop_ids(folder, tokenizer)) == end_tokens(loaded) | {1}
+    assert stop_ids(folder, tokenizer) == stop_ids(loaded, tokenizer) == (1, 5, 9)
 
 
 def test_target_without_a_stop_token_is_refused(tmp_path):
@@ -545,8 +544,13 @@ def test_offloaded_weights_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("ends", [None, [], [-1]])
-def test_model_without_an_end_token_is_refused(saved, ends):
-    model, _ = saved
+def test_model_without_a_stop_token_of_its_own_ends_with_the_tokenizers(ends):
+    """Where its generation configuration names none, its configuration's come before."""
+    model, tokenizer = tiny_model(eos_token_id=4), tiny_tokenizer()
     model.generation_config.eos_token_id = ends
+    assert stop_ids(model, tokenizer) == (1, 4)
+    model.config.eos_token_id = None
+    assert stop_ids(model, tokenizer) == (1,)
+    tokenizer.eos_token = None
     with pytest.raises(UserError, match=r"no eos_token_id in generation_config.json.*add the id"):
-        end_tokens(model)
+        stop_ids(model, tokenizer)
