@@ -121,7 +121,7 @@ class SampleMaker:
             if isinstance(answer, str):
                 dropped.append(answer)
                 continue
-            ids = self.tokens.answer(answer.text, answer.own, f"{where}: turn {number + 1}")
+            ids = self.tokens.answer(answer.text, answer.literal)
             sequence.answered(number, answer, ids, self.template.stop_id(answer.stop))
 
         if sequence and sequence.first is not None:
