@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.samples import NO_ANSWER, NO_QUESTION, NOT_TRAINED, TOO_LONG, SampleMaker
+from eagle3fn.data.samples import (
+    EMPTY_THOUGHT,
+    NO_ANSWER,
+    NO_QUESTION,
+    NOT_TRAINED,
+    TOO_LONG,
+    SampleMaker,
+)
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.turns import conversation_of
 from eagle3fn.data.written import EMPTY, NO_THOUGHT
@@ -218,8 +225,38 @@ def test_weights_of_turns_and_rows_are_heeded(off):
     assert shown(maker(own.PLAIN), row) == [
         USER.format("a") + "one<|im_end|>⏎" + USER.format("b") + "⟦two<|im_end|>⟧"
     ]
-    found = samples(maker(own.PLAIN), row_of("a", "one") | off)
-    assert (found.samples, found.dropped) == ([], [NOT_TRAINED])
+    assert samples(maker(own.PLAIN), row).dropped == [NOT_TRAINED]
+    found = samples(maker(own.PLAIN), row_of("a", "one", "b", "two") | off)
+    assert (found.samples, found.dropped) == ([], [NOT_TRAINED] * 2)
+
+
+def test_a_reason_that_is_not_the_rows_choice_comes_first():
+    row = row_of("a", "one", "b" * 300, "two")
+    row["messages"][1]["weight"] = 0
+    assert samples(maker(own.PLAIN, max_length=100), row).dropped == [TOO_LONG, NOT_TRAINED]
+
+
+def test_empty_thoughts_of_the_template_are_noted():
+    row = row_of("a", "one", "b", "<think>\nx\n</think>\n\ntwo", "c", "three")
+    assert samples(maker(own.THINKS), row).notes == [EMPTY_THOUGHT] * 2
+    assert not samples(maker(own.THINKS), row_of("a", "<think>\n\n</think>\n\none")).notes
+    assert not samples(maker(own.THINKS, enable_thinking=False), row_of("a", "one")).notes
+    assert not samples(maker(own.PLAIN), row_of("a", "one")).notes
+
+
+@pytest.mark.parametrize("row", [row_of("a", "one", "b", "two"), {"text": "some words of text"}])
+def test_supervised_tokens_that_are_cut_off_are_counted(row):
+    whole = samples(maker(own.PLAIN), row)
+    (mask,) = (each.token_mask.tolist() for each in whole.samples)
+    assert whole.cut == 0
+    for length in range(2, len(mask)):
+        found = samples(maker(own.PLAIN, max_length=length), row)
+        answered = len(found.dropped)  # a second answer whose prompt is too long is dropped
+        kept = sum(sum(each.token_mask.tolist()) for each in found.samples)
+        if found.samples and not answered:
+            assert found.cut == sum(mask) - kept > 0
+        if answered == 1:
+            assert found.cut + kept == mask.index(0, mask.index(1)) - mask.index(1)
 
 
 def test_what_the_prompt_supplies_is_never_supervised():
