@@ -7,6 +7,7 @@ shares the sample if its own prompt begins with these very ids; otherwise it has
 own.
 """
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,9 +22,18 @@ from eagle3fn.data.written import EMPTY, Answer, Answers, is_in, not_rendered
 
 # Why an answer or a row gives no sample.
 NO_ANSWER = "have no assistant turn"
-NOT_TRAINED = "have weight 0 on every assistant turn"
+NOT_TRAINED = "are not trained, by weight or train"
 NO_QUESTION = "begin with an answer"
 TOO_LONG = "have no supervised token within the maximal length"
+
+# What is worth a look in an answer that is in a sample.
+EMPTY_THOUGHT = (
+    "begin with an empty thought that the template writes; without thinking, give "
+    "--template-arg enable_thinking=false"
+)
+
+
+_EMPTY_THOUGHT = re.compile(r"\s*<([\w:.-]+)>\s*</\1>")
 
 
 class Encoded(NamedTuple):
@@ -39,6 +49,8 @@ class Samples(NamedTuple):
 
     samples: list[Encoded]
     dropped: list[str]  # reasons, one an answer that is not among them
+    notes: list[str] = []  # noqa: RUF012  what is worth a look, one an answer
+    cut: int = 0  # supervised tokens of `samples` beyond the maximal length
 
 
 class SampleMaker:
@@ -69,24 +81,28 @@ class SampleMaker:
         if conversation.arguments:
             self.template.check_arguments(conversation.arguments, where)
 
-        made = []
-        dropped = [] if conversation.supervised else [_why_none(conversation)]
-        for number, ids, mask in self._sequences(conversation, where, dropped):
-            cut = mask[: self.max_length]
-            if any(cut):  # else its reasons are among `dropped`
-                full_name = f"{name}:{number + 1}" if made else name
-                made.append(_encoded(full_name, ids[: self.max_length], cut))
-        return Samples(made, dropped)
+        made: list[Encoded] = []
+        dropped: list[str] = []
+        notes: list[str] = []
+        lost = 0
+        for number, ids, mask in self._sequences(conversation, where, dropped, notes):
+            full_name = f"{name}:{number + 1}" if made else name
+            made.append(_encoded(full_name, ids[: self.max_length], mask[: self.max_length]))
+            lost += sum(mask[self.max_length :])
+        # The reason of a row that gives nothing is the first: one that is not the row's own choice.
+        return Samples(made, dropped + _not_trained(conversation), notes, lost)
 
     def _plain(self, name: str, text: str) -> Samples:
         """A text without turns: every token is supervised but the first, which has no prompt."""
-        ids = self.tokens.document(text)[: self.max_length]
-        if len(ids) < 2:
+        ids = self.tokens.document(text)
+        kept = ids[: self.max_length]
+        if len(kept) < 2:
             return Samples([], [EMPTY])
-        return Samples([_encoded(name, ids, [0] + [1] * (len(ids) - 1))], [])
+        sample = _encoded(name, kept, [0] + [1] * (len(kept) - 1))
+        return Samples([sample], [], cut=len(ids) - len(kept))
 
     def _sequences(
-        self, conversation: Conversation, where: str, dropped: list[str]
+        self, conversation: Conversation, where: str, dropped: list[str], notes: list[str]
     ) -> Iterator[tuple[int, list[int], list[int]]]:
         """For each sample the number of its first answer's turn, ids and mask, not yet cut."""
         rendering = self.template.rendering(conversation, where)
@@ -121,7 +137,10 @@ class SampleMaker:
             if isinstance(answer, str):
                 dropped.append(answer)
                 continue
-            ids = self.tokens.answer(answer.text, answer.own, f"{where}: turn {number + 1}")
+            said = text_of(conversation.turns[number]["content"])
+            ids = self.tokens.answer(answer.text, answer.literal)
+            if _EMPTY_THOUGHT.match(answer.text) and not _EMPTY_THOUGHT.match(said):
+                notes.append(EMPTY_THOUGHT)
             sequence.answered(number, answer, ids, self.template.stop_id(answer.stop))
 
         if sequence and sequence.first is not None:
@@ -233,6 +252,7 @@ def _encoded(name: str, ids: list[int], mask: list[int]) -> Encoded:
     )
 
 
-def _why_none(conversation: Conversation) -> str:
-    has_answer = any(turn["role"] == "assistant" for turn in conversation.turns)
-    return NOT_TRAINED if has_answer else NO_ANSWER
+def _not_trained(conversation: Conversation) -> list[str]:
+    """A reason for each answer that the row does not train, or that it has none."""
+    answers = sum(turn["role"] == "assistant" for turn in conversation.turns)
+    return [NOT_TRAINED] * (answers - len(conversation.supervised)) if answers else [NO_ANSWER]

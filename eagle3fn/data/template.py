@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.jinja import Program
 from eagle3fn.data.prefixes import Prefixes
-from eagle3fn.data.turns import Conversation, Turn, forms_of, text_of
+from eagle3fn.data.turns import Conversation, Turn, text_of
 
 # Texts of conversations that are rendered to see what a template does; found again in the result.
 _QUESTION = "\x02question\x02"
@@ -29,6 +29,7 @@ _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
 # The end of a prompt that opens a thought.
 _OPENING = re.compile(r"<([\w:.-]+)>\s*\Z")
+_TAG = re.compile(r"</?(\w+)>")
 _LONGEST_OPENING = 64  # characters
 _LONG = 12  # messages from which on all beginnings are rendered at once
 
@@ -107,7 +108,7 @@ class ChatTemplate:
 
     def rendering(self, conversation: Conversation, where: str) -> "Rendering":
         """A conversation in the template's form; `where` names it in errors."""
-        messages = [self._message(turn) for turn in conversation.turns]
+        messages = [self.message(turn) for turn in conversation.turns]
         options = {**self.arguments, **conversation.arguments}
         return Rendering(self, messages, {**options, "tools": conversation.tools or None}, where)
 
@@ -137,7 +138,7 @@ class ChatTemplate:
     def _program_of(self, options: dict[str, Any]) -> Program:
         return self._tools_program if options.get("tools") else self._program
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
+    def message(self, turn: Turn) -> dict[str, Any]:
         """A turn in the template's form."""
         message = {key: turn[key] for key in ("role", "tool_call_id", "name") if key in turn}
         message["content"] = self.content(turn["content"])
@@ -158,6 +159,17 @@ class ChatTemplate:
         if isinstance(content, str):
             return content if self._takes_text else [{"type": "text", "text": content}]
         return [{"type": "text", "text": text} for text in content]
+
+    def text_of(self, content: str | list[str]) -> str:
+        """An answer's content as one text: its parts joined as the template joins them."""
+        return content if isinstance(content, str) else self._between_parts.join(content)
+
+    @cached_property
+    def _between_parts(self) -> str:
+        """What is between the parts of an answer."""
+        text = self._probe([_asked()[0], {"role": "assistant", "content": _PARTS}])
+        between = text.partition(_PARTS[0])[2].partition(_PARTS[1])
+        return between[0] if between[1] else text_of(["", ""])
 
     def without_doubled_lines(self, message: dict[str, Any]) -> dict[str, Any]:
         """An answer without the line breaks around its thought that the template writes itself.
@@ -195,6 +207,10 @@ class ChatTemplate:
                 f"{self.name}: no default chat template, only {', '.join(sorted(template))}; "
                 "copy the one that is served to chat_template.jinja in the target's folder"
             )
+
+    def has_argument(self, name: str) -> bool:
+        """Whether the template has a variable of this name."""
+        return name in self._variables
 
     def check_arguments(self, arguments: Mapping[str, Any], where: str) -> None:
         """Refuse arguments that the template has no variable for.
@@ -294,10 +310,10 @@ class ChatTemplate:
         opening = shown[0].removeprefix(prompt) if shown[0].startswith(prompt) else ""
         return Thought(opening, closing, shown[0].endswith("\n"))
 
-    def opened(self, prompt: str, last: str) -> Opened | None:
-        """The thought that a prompt opens; `last` is the text of its last turn."""
+    def opened(self, prompt: str) -> Opened | None:
+        """The thought that a prompt opens, or its end that is no turn's own text."""
         end = _OPENING.search(prompt[-_LONGEST_OPENING:])
-        if end and end[0] != self._header_end and not last.rstrip().endswith(end[0].rstrip()):
+        if end and end[0] != self._header_end:
             return Opened(end[0], f"</{end[1]}>")
         if self.thought:
             opening, closing, _ = self.thought
@@ -345,27 +361,37 @@ class ChatTemplate:
             if token.special
         }
 
-    def stop_in(self, text: str, own: Sequence[str] = ()) -> tuple[int, str] | None:
+    @cached_property
+    def text_tokens(self) -> list[str]:
+        """The special tokens that are text where an answer says them.
+
+        `<think>` and its like are written by the target as tokens, whatever the tokenizer calls
+        them.
+        """
+        known = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        ends = {*self.stops, *(self.tokenizer.special_tokens_map or {}).values()}
+        return [token for token in self.special if token in ends or not _is_tag(token, known)]
+
+    def stop_in(self, text: str, literal: Sequence[tuple[int, int]] = ()) -> tuple[int, str] | None:
         """Place and text of the token in `text` that ends an answer.
 
-        `own` are the row's own texts in it, in their order: a token's text inside of them ends
-        nothing.
+        One that lies in a piece of `literal`, from begin to end, ends nothing.
         """
-        begin = 0
-        for each in own:
-            if not self._ends(each):
-                continue
-            places = [(text.find(form, begin), -len(form)) for form in forms_of(each)]
-            found = min((place for place in places if place[0] >= 0), default=None)
-            if found:
-                begin = found[0] - found[1]
-        stop = self._first_stop(text[begin:])
-        if not stop and self._end_mark and self._end_mark in text[begin:]:
-            stop = self._end_mark
-        return (text.index(stop, begin), stop) if stop else None
+        place = self._first(list(self.stops), text, literal)
+        if not place and self._end_mark:
+            return self._first([self._end_mark], text, literal)
+        return place
 
-    def _ends(self, text: str) -> bool:
-        return bool(self._first_stop(text) or (self._end_mark and self._end_mark in text))
+    def _first(
+        self, marks: list[str], text: str, literal: Sequence[tuple[int, int]]
+    ) -> tuple[int, str] | None:
+        found = [
+            (match.start(), -len(mark), mark)
+            for mark in marks
+            for match in re.finditer(re.escape(mark), text)
+            if not any(begin <= match.start() < end for begin, end in literal)
+        ]
+        return (min(found)[0], min(found)[2]) if found else None
 
     @cached_property
     def answer_stop(self) -> str:
@@ -420,8 +446,8 @@ class ChatTemplate:
         return self._first_stop(text.rpartition(_CALL_VALUE)[2].partition(_PARTS[0])[0])
 
     def _first_stop(self, text: str) -> str | None:
-        found = [(text.find(stop), -len(stop), stop) for stop in self.stops if stop in text]
-        return min(found)[2] if found else None
+        found = self._first(list(self.stops), text, ())
+        return found[1] if found else None
 
 
 class Rendering:
@@ -452,10 +478,14 @@ class Rendering:
         """What an engine gives the target before it answers: the first `turns` turns."""
         return self._beginning(turns, add_generation_prompt=True)
 
-    def through(self, turns: int) -> str:
-        """The first `turns` turns, the last of them as it is written, without a further prompt."""
+    def through(self, turns: int, other: Turn | None = None) -> str:
+        """The first `turns` turns, the last of them as it is written, without a further prompt.
+
+        `other` comes in place of the last of them.
+        """
         *before, last = self.messages[:turns]
-        written = self.template.without_doubled_lines(last)
+        message = self.template.message(other) if other else last
+        written = self.template.without_doubled_lines(message)
         if written is last:
             return self._beginning(turns, add_generation_prompt=False)
         return self._text([*before, written], add_generation_prompt=False)
@@ -480,6 +510,12 @@ class Rendering:
 
     def _text(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return self.template.render(messages, self.where, **self.options, **options)
+
+
+def _is_tag(token: str, known: set[str]) -> bool:
+    """Whether a token is one of a pair, as `<think>` and `</think>`."""
+    match = _TAG.fullmatch(token)
+    return bool(match) and {f"<{match[1]}>", f"</{match[1]}>"} <= known
 
 
 def _call(call: dict[str, Any], style: _CallStyle) -> dict[str, Any]:

@@ -1,15 +1,12 @@
 """Texts to ids: of a prompt as an engine reads it, of an answer as the target writes it."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from eagle3fn.base.errors import UserError
 from eagle3fn.data.template import ChatTemplate
-from eagle3fn.data.turns import forms_of
 
-_TAG = re.compile(r"</?(\w+)>")
 # Texts to put before a continuation, so that its beginning is tokenized like a middle.
 _LEADS = ("", "\n", ".", "]")
 
@@ -21,13 +18,8 @@ class Tokens:
         self.tokenizer = template.tokenizer
         self.special = template.special
         self.cuts = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        ends = {*template.stops, *(self.tokenizer.special_tokens_map or {}).values()}
-        # `<think>` and its like are written by the target as tokens, whatever the tokenizer calls
-        # them; other special tokens in an answer's text are text.
-        self._text_tokens = [
-            token for token in self.special if not (_is_tag(token, self.cuts) and token not in ends)
-        ]
-        self._as_text = _any_of(self._text_tokens)
+        self._text_tokens = template.text_tokens
+        self._cuts = _any_of(list(self.special))
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a rendered prompt: special tokens are read as such."""
@@ -37,39 +29,28 @@ class Tokens:
         """Ids of a plain text, with what the tokenizer puts before it."""
         return self.tokenizer(text).input_ids
 
-    def answer(self, text: str, own: Sequence[str], where: str) -> list[int]:
+    def answer(self, text: str, literal: Sequence[tuple[int, int]]) -> list[int]:
         """Ids of what the target writes, tokenized apart from the prompt.
 
         Args:
             text: all of it, without the stop token.
-            own: the row's own texts, as they are or in another form of `forms_of`. A special token
-                in them is text; one that the template wrote is the token.
-            where: names the row in errors.
-
-        Raises:
-            UserError: an own text with a special token in it is not in `text`.
+            literal: pieces of it, from begin to end, in which a special token is text; one that
+                the template wrote is the token, and so are `<think>` and its like.
         """
-        # Where the own texts lie: a token in them is no cut.
-        spans: list[tuple[int, int]] = []
-        for each in own:
-            token = self._as_text.search(each)
-            if not token:
-                continue
-            found = [match.span() for form in forms_of(each) for match in _places(form, text)]
-            if not found:
-                raise UserError(
-                    f"{where}: an answer has {token[0]} as text, and the chat template changes it; "
-                    "mend or delete the row"
-                )
-            spans += found
-        if not spans:
-            return self._continuation(text)
-
+        is_text = set(self._text_tokens)
         ids: list[int] = []
         begin = 0
-        for match in self._as_text.finditer(text):
-            if any(start <= match.start() < end for start, end in spans):
-                continue
+        spelled = False
+        cuts = []
+        for match in self._cuts.finditer(text):
+            if match[0] in is_text and any(b <= match.start() < e for b, e in literal):
+                spelled = True
+            else:
+                cuts.append(match)
+        if not spelled:
+            return self._continuation(text)
+
+        for match in cuts:
             ids += self._continuation(text[begin : match.start()], as_text=True)
             ids.append(self.special[match[0]])
             begin = match.end()
@@ -124,15 +105,6 @@ class Tokens:
             for text in (marks, f"one {marks}\n\n two", " 3")
         )
         return core if same else None
-
-
-def _places(form: str, text: str) -> Iterator[re.Match[str]]:
-    return re.finditer(re.escape(form), text)
-
-
-def _is_tag(token: str, known: set[str]) -> bool:
-    match = _TAG.fullmatch(token)
-    return bool(match) and {f"<{match[1]}>", f"</{match[1]}>"} <= known
 
 
 def _any_of(tokens: list[str]) -> re.Pattern[str]:

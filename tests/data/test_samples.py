@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.samples import NO_ANSWER, NO_QUESTION, NOT_TRAINED, TOO_LONG, SampleMaker
+from eagle3fn.data.samples import (
+    EMPTY_THOUGHT,
+    NO_ANSWER,
+    NO_QUESTION,
+    NOT_TRAINED,
+    TOO_LONG,
+    SampleMaker,
+)
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.turns import conversation_of
 from eagle3fn.data.written import EMPTY, NO_THOUGHT
@@ -102,6 +109,45 @@ def test_a_header_that_is_a_tag_opens_no_thought():
     ]
 
 
+@pytest.mark.parametrize("question", ["a <think>", "a <think></think>"])
+def test_a_question_that_ends_with_a_tag_is_like_any_other(question):
+    for answer in ("x\n</think>\n\none", "<think>\nx\n</think>\n\none"):
+        assert shown(maker(own.OPENS), row_of(question, answer)) == [
+            USER.format(question) + "<think>⏎⟦x⏎</think>⏎⏎one<|im_end|>⟧"
+        ]
+    assert samples(maker(own.OPENS), row_of(question, "one")).dropped == [NO_THOUGHT]
+    trimmed = own.PLAIN.replace(own.END, "{{ '\n' }}").replace(own.ASK, "")
+    assert shown(maker(trimmed.replace(own.HEAD, "")), row_of(question, "one")) == [
+        question + "⏎⟦one<|im_end|>⟧"
+    ]
+
+
+def test_a_closing_tag_within_a_line_is_a_word_and_ends_no_thought():
+    for answer in ("use </think> to end", "use `</think>`", "<b> and </think>, too"):
+        assert shown(maker(own.THINKS), row_of("a", answer)) == [
+            USER.format("a") + f"⟦<think>⏎⏎</think>⏎⏎{answer}<|im_end|>⟧"
+        ]
+        assert shown(maker(own.THINKS, enable_thinking=False), row_of("a", answer)) == [
+            USER.format("a") + f"<think>⏎⏎</think>⏎⏎⟦{answer}<|im_end|>⟧"
+        ]
+    for answer in ("x\n</think>\n\none", "x</think>\none"):
+        assert shown(maker(own.THINKS), row_of("a", answer)) == [
+            USER.format("a") + "⟦<think>⏎x⏎</think>⏎⏎one<|im_end|>⟧"
+        ]
+
+
+def test_parts_of_an_answer_are_joined_as_the_template_joins_them():
+    parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "world"}]
+    both = own.PLAIN.replace(
+        "{{ m.content }}",
+        "{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}",
+    )
+    for template, joined in ((both, "Hello world"), (own.PLAIN, "Hello ⏎world")):
+        (text,) = shown(maker(template), answered(content=parts))
+        assert text == USER.format("q") + f"⟦{joined}<|im_end|>⟧"
+
+
 def test_a_question_that_ends_with_a_tag_opens_no_thought():
     bare = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     assert shown(maker(bare), row_of("write <b>", "one")) == ["write <b>⏎⟦one<|im_end|>⟧"]
@@ -113,7 +159,10 @@ def test_reasoning_is_rendered_or_refused_by_name(key):
     assert shown(maker(own.THINKS), row) == [
         USER.format("q") + "⟦<think>⏎x⏎</think>⏎⏎one<|im_end|>⟧"
     ]
-    for template, remedy in ((own.PLAIN, "a target that thinks"), (own.OPENS, "after <think>")):
+    for template, remedy in (
+        (own.PLAIN, "a target that thinks"),
+        (own.OPENS, "after <think> and before </think>"),
+    ):
         with pytest.raises(UserError, match=rf"file:1: turn 2: .*reasoning_content; .*{remedy}"):
             samples(maker(template), row)
 
@@ -176,8 +225,38 @@ def test_weights_of_turns_and_rows_are_heeded(off):
     assert shown(maker(own.PLAIN), row) == [
         USER.format("a") + "one<|im_end|>⏎" + USER.format("b") + "⟦two<|im_end|>⟧"
     ]
-    found = samples(maker(own.PLAIN), row_of("a", "one") | off)
-    assert (found.samples, found.dropped) == ([], [NOT_TRAINED])
+    assert samples(maker(own.PLAIN), row).dropped == [NOT_TRAINED]
+    found = samples(maker(own.PLAIN), row_of("a", "one", "b", "two") | off)
+    assert (found.samples, found.dropped) == ([], [NOT_TRAINED] * 2)
+
+
+def test_a_reason_that_is_not_the_rows_choice_comes_first():
+    row = row_of("a", "one", "b" * 300, "two")
+    row["messages"][1]["weight"] = 0
+    assert samples(maker(own.PLAIN, max_length=100), row).dropped == [TOO_LONG, NOT_TRAINED]
+
+
+def test_empty_thoughts_of_the_template_are_noted():
+    row = row_of("a", "one", "b", "<think>\nx\n</think>\n\ntwo", "c", "three")
+    assert samples(maker(own.THINKS), row).notes == [EMPTY_THOUGHT] * 2
+    assert not samples(maker(own.THINKS), row_of("a", "<think>\n\n</think>\n\none")).notes
+    assert not samples(maker(own.THINKS, enable_thinking=False), row_of("a", "one")).notes
+    assert not samples(maker(own.PLAIN), row_of("a", "one")).notes
+
+
+@pytest.mark.parametrize("row", [row_of("a", "one", "b", "two"), {"text": "some words of text"}])
+def test_supervised_tokens_that_are_cut_off_are_counted(row):
+    whole = samples(maker(own.PLAIN), row)
+    (mask,) = (each.token_mask.tolist() for each in whole.samples)
+    assert whole.cut == 0
+    for length in range(2, len(mask)):
+        found = samples(maker(own.PLAIN, max_length=length), row)
+        answered = len(found.dropped)  # a second answer whose prompt is too long is dropped
+        kept = sum(sum(each.token_mask.tolist()) for each in found.samples)
+        if found.samples and not answered:
+            assert found.cut == sum(mask) - kept > 0
+        if answered == 1:
+            assert found.cut + kept == mask.index(0, mask.index(1)) - mask.index(1)
 
 
 def test_what_the_prompt_supplies_is_never_supervised():
@@ -197,8 +276,28 @@ def test_what_the_prompt_supplies_is_never_supervised():
 @pytest.mark.parametrize("more", [{}, {"enable_thinking": False}])
 def test_a_thought_where_the_prompt_says_that_there_is_none_is_refused(more):
     row = row_of("a", "<think>\nx\n</think>\n\none", **more)
-    with pytest.raises(UserError, match=r"turn 2: the prompt ends with .*change --template-arg"):
-        samples(maker(own.THINKS, **({} if more else own.NOT_THINKING)), row)
+    made = maker(own.THINKS, **({} if more else own.NOT_THINKING))
+    said = r"turn 2: the answer has a thought, which the prompt rules out .*delete the thought, or"
+    with pytest.raises(UserError, match=said + " drop enable_thinking=false"):
+        samples(made, row)
+    with pytest.raises(UserError, match=said):
+        samples(made, row_of("a", "x\n</think>\n\none", **more))
+    with pytest.raises(UserError, match=said):
+        samples(made, answered(content="one", reasoning_content="x") | more)
+
+
+@pytest.mark.parametrize(
+    "empty", ["<think>\n\n</think>\n\n", "<think></think>\n", "\n<think> </think>"]
+)
+@pytest.mark.parametrize(
+    "template",
+    [own.THINKS, own.PLAIN.replace(own.ASK, own.THINKS[own.THINKS.rindex("{% if add_gen") :])],
+)
+def test_an_empty_thought_is_the_prompts_however_the_answer_repeats_it(template, empty):
+    found = shown(maker(template, enable_thinking=False), row_of("a", empty + "one"))
+    assert found == [USER.format("a") + "<think>⏎⏎</think>⏎⏎⟦one<|im_end|>⟧"]
+    nothing = samples(maker(template, enable_thinking=False), row_of("a", empty))
+    assert (nothing.samples, nothing.dropped) == ([], [EMPTY])
 
 
 def test_a_row_key_that_changes_meaning_is_used():
@@ -321,6 +420,40 @@ def test_a_text_with_special_tokens_that_the_template_changes_is_refused():
     row = answered(content="", tool_calls=[call(zone="<|im_end|>")])
     with pytest.raises(UserError, match=r"turn 2: "):
         samples(maker(upper), row)
+
+
+def token_names(made, row):
+    """The supervised tokens of the only sample, by name."""
+    (sample,) = samples(made, row).samples
+    written = sample.input_ids[sample.token_mask == 1].tolist()
+    return made.template.tokenizer.convert_ids_to_tokens(written)
+
+
+def test_tags_are_tokens_beside_special_tokens_as_text_even_if_they_are_special():
+    from tokenizers import AddedToken
+
+    tokenizer = own.merging_tokenizer(own.THINKS)
+    tags = [AddedToken(each, special=True, normalized=False) for each in own.TAGS]
+    tokenizer.add_tokens(tags, special_tokens=True)
+    made = SampleMaker(ChatTemplate(tokenizer), LONG)
+    names = token_names(made, row_of("a", "<think>\nx\n</think>\n\nwrite <|im_end|> <tool_call>"))
+    assert [each for each in names if each in (*own.TAGS, "<|im_end|>")] == [
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("mark", ["<|user|>", "<|system|>", "<|im_end|>"])
+def test_the_templates_own_mark_is_the_token_beside_the_same_as_text(mark):
+    marked = own.THINKS.replace("'<tool_call>'", "'<|user|>'").replace(
+        "'</tool_call>'", "'<|system|>'"
+    )
+    row = answered(content="", tool_calls=[call(zone=mark)])
+    names = token_names(maker(marked), row)
+    assert [names.count(each) for each in ("<|user|>", "<|system|>", "<|im_end|>")] == [1, 1, 1]
+    assert names[-2:] == ["<|system|>", "<|im_end|>"]
 
 
 # Tokenizers with a blank before each text.

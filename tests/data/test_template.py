@@ -70,10 +70,10 @@ def test_thoughts_are_found():
 
 def test_opened_thoughts_are_found():
     made = template(own.OPENS)
-    assert made.opened(prompt(made, "a"), "a") == Opened("<think>\n", "</think>")
+    assert made.opened(prompt(made, "a")) == Opened("<think>\n", "</think>")
     for source, text in ((own.PLAIN, "a"), (own.PLAIN, "<b>"), (own.THINKS, "a")):
         made = template(source)
-        assert made.opened(prompt(made, text), text) is None
+        assert made.opened(prompt(made, text)) is None
 
 
 def test_arguments_are_those_that_the_template_asks_for():
