@@ -56,7 +56,9 @@ class EncodedRow(NamedTuple):
     dropped: list[str]  # reasons, one an answer without a sample
     fault: str | None  # why the row is bad
     value: Any  # of a bad row, for the rejects' file
-    unused: frozenset[str]  # its keys that were not read
+    unused: frozenset[str] = frozenset()  # its keys that were not read
+    notes: tuple[str, ...] = ()  # what is worth a look, one an answer
+    cut: int = 0  # supervised tokens beyond the maximal length
 
 
 class EncodedFile(NamedTuple):
@@ -68,6 +70,9 @@ class EncodedFile(NamedTuple):
     dropped: Dropped  # good rows without a sample, by reason
     lost: Dropped  # answers without a sample in rows with one, by reason
     unused: Dropped  # rows that have a key which is not read, by the key
+    notes: Dropped  # answers that are worth a look, by what is to be seen
+    cut_rows: int  # with supervised tokens beyond the maximal length
+    cut_tokens: int  # so many
 
     def counts(self) -> dict[str, Any]:
         """What an index says of the rows, and `describe_counts` puts into words."""
@@ -78,6 +83,9 @@ class EncodedFile(NamedTuple):
             "dropped_reasons": dict(self.dropped),
             "lost_answers": dict(self.lost),
             "unused_keys": dict(self.unused),
+            "notes": dict(self.notes),
+            "cut_rows": self.cut_rows,
+            "cut_tokens": self.cut_tokens,
         }
 
 
@@ -89,16 +97,22 @@ def describe_counts(counts: dict[str, Any], rejects: str | Path | None = None) -
         rejects: the file of bad rows.
     """
     rows = counts["rows"]
-    bad = counts["rejected"]
-    keys = Dropped(counts["unused_keys"]).in_order()
-    lines = [
-        bad and f"{bad} of {rows} rows are bad" + (f", written to {rejects}" if rejects else ""),
-        Dropped(counts["dropped_reasons"]).describe(rows),
-        Dropped(counts["lost_answers"]).describe_reasons(
-            "answers left out of conversations that are kept"
-        ),
-        keys and "keys that are not read: " + ", ".join(f"{key} ({rows})" for key, rows in keys),
-    ]
+    lines = []
+    if counts["rejected"]:
+        written = f", written to {rejects}" if rejects else ""
+        lines.append(f"{counts['rejected']} of {rows} rows are bad{written}")
+    lines.append(Dropped(counts["dropped_reasons"]).describe(rows))
+    lines.append(Dropped(counts["lost_answers"]).describe_reasons("answers left out of kept rows"))
+    if counts["cut_rows"]:
+        lines.append(
+            f"{counts['cut_tokens']} supervised tokens of {counts['cut_rows']} conversations are "
+            "cut off at the maximal length"
+        )
+    lines.append(Dropped(counts["notes"]).describe_reasons("answers worth a look"))
+    if counts["unused_keys"]:
+        keys = Dropped(counts["unused_keys"]).in_order()
+        told = ", ".join(f"{key} ({number})" for key, number in keys)
+        lines.append(f"keys that are not read: {told}")
     return [line for line in lines if line]
 
 
@@ -138,6 +152,9 @@ def encode_file(
     dropped = Dropped()
     lost = Dropped()
     unused = Dropped()
+    notes = Dropped()
+    cut_rows = 0
+    cut_tokens = 0
     path = None if skip_bad is None else rejects
     try:
         with rejecting(conversations, skip_bad, path, MEND_OR_SKIP) as bad:
@@ -146,6 +163,9 @@ def encode_file(
                 on_row(row)
                 on_progress(bad.rows)
                 unused.update(row.unused)
+                notes.update(row.notes)
+                cut_rows += row.cut > 0
+                cut_tokens += row.cut
                 if row.fault:
                     bad.add(row.where, row.fault, row.value)
                 elif row.samples:
@@ -162,7 +182,9 @@ def encode_file(
     except BaseException:
         samples.close()
         raise
-    return EncodedFile(samples, bad.rows, bad.bad, dropped, lost, unused)
+    return EncodedFile(
+        samples, bad.rows, bad.bad, dropped, lost, unused, notes, cut_rows, cut_tokens
+    )
 
 
 def encode_all(
@@ -276,7 +298,7 @@ def encode_row(maker: SampleMaker, row: FileRow) -> EncodedRow:
     """
     where = row.where
     if row.fault:
-        return EncodedRow(where, row.number, row.number, [], [], row.fault, row.value, frozenset())
+        return EncodedRow(where, row.number, row.number, [], [], row.fault, row.value)
 
     value = row.value
     given = name_of(value)
@@ -290,10 +312,18 @@ def encode_row(maker: SampleMaker, row: FileRow) -> EncodedRow:
         raise
     except UserError as error:
         reason = str(error).removeprefix(f"{where}: ")
-        return EncodedRow(where, name, row.number, [], [], reason, value, frozenset())
-    packed = [pack(sample) for sample in found.samples]
+        return EncodedRow(where, name, row.number, [], [], reason, value)
     return EncodedRow(
-        where, name, row.number, packed, found.dropped, None, None, conversation.unused
+        where=where,
+        name=name,
+        number=row.number,
+        samples=[pack(sample) for sample in found.samples],
+        dropped=found.dropped,
+        fault=None,
+        value=None,
+        unused=conversation.unused,
+        notes=tuple(found.notes),
+        cut=found.cut,
     )
 
 

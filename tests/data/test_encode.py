@@ -56,6 +56,9 @@ def test_rows_without_a_sample_are_counted_by_reason(tmp_path):
         "dropped_reasons": {TOO_LONG: 2, NO_ANSWER: 1, EMPTY: 1},
         "lost_answers": {EMPTY: 1},
         "unused_keys": {"source": 1},
+        "notes": {},
+        "cut_rows": 0,
+        "cut_tokens": 0,
     }
     assert describe_counts(counts)[0].startswith(
         "4 of 6 conversations dropped: 2 have no supervised token within the maximal length"
@@ -215,3 +218,31 @@ def test_keys_are_told_in_one_order(tmp_path):
     assert describe_counts(found.counts()) == [
         "keys that are not read: meta (2), score (2), source (2)"
     ]
+
+
+def test_tokens_that_are_cut_off_are_counted(tmp_path):
+    maker = SampleMaker(tiny_template(), 60)
+    rows = [{"messages": talk("a", "b" * 100)}, {"messages": talk("a", "b")}]
+    path = write_rows(tmp_path / "c.jsonl", rows)
+    found = encode_file(maker, path, 300)
+    found.samples.close()
+    whole = encode_all(MAKER, write_rows(tmp_path / "d.jsonl", [{"messages": talk("a", "b")}]), 300)
+    prompt = len(whole[0].input_ids) - 2
+    assert (found.cut_rows, found.cut_tokens) == (1, 101 - (60 - prompt))
+    (line,) = describe_counts(found.counts())
+    assert line.startswith(f"{found.cut_tokens} supervised tokens of 1 conversations are cut off")
+
+
+def test_what_is_worth_a_look_is_told(tmp_path):
+    """An empty thought that the template writes is trained unless thinking is turned off."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% if m.role == 'assistant' %}{{ '<think>' + (m.reasoning_content or '') + '</think>' }}"
+        "{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    path = write_rows(tmp_path / "c.jsonl", [{"messages": talk("a", "b", "c", "d")}])
+    found = encode_file(SampleMaker(tiny_template(template), 200), path, 300)
+    found.samples.close()
+    (line,) = describe_counts(found.counts())
+    assert line.startswith("answers worth a look: 2 begin with an empty thought")
