@@ -3,24 +3,22 @@
 Samples go to a temporary file, in the rows' order, so memory does not grow with their number.
 """
 
-import struct
-import tempfile
-from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.rejects import MEND_OR_SKIP, Dropped, rejecting
 from eagle3fn.data.row_files import FileRow, read_rows
+from eagle3fn.data.sample_file import PackedSample, SampleFile, pack
 from eagle3fn.data.samples import (
     NO_ANSWER,
     NO_QUESTION,
@@ -36,14 +34,6 @@ from eagle3fn.data.written import EMPTY, NO_THOUGHT
 _CHUNK = 64  # rows that a process takes at once
 _ALONE = 2048  # rows before further processes are started: each takes seconds to begin
 _AHEAD = 4  # chunks that are given to a process before its first result is taken
-_HEADER = struct.Struct("<III")  # lengths of the id in bytes, of the tokens, of the mask
-
-
-class PackedSample(NamedTuple):
-    """A sample as bytes, which pass between processes and into a file."""
-
-    highest_id: int
-    data: bytes
 
 
 class EncodedRow(NamedTuple):
@@ -64,7 +54,7 @@ class EncodedRow(NamedTuple):
 class EncodedFile(NamedTuple):
     """The samples of a file, and what it has beside them."""
 
-    samples: "SampleFile"
+    samples: SampleFile
     rows: int  # read
     rejected: int  # bad rows that were left out
     dropped: Dropped  # good rows without a sample, by reason
@@ -325,65 +315,3 @@ def encode_row(maker: SampleMaker, row: FileRow) -> EncodedRow:
         notes=tuple(found.notes),
         cut=found.cut,
     )
-
-
-# Samples on disk
-
-
-def pack(sample: Encoded) -> PackedSample:
-    """A sample as bytes: three lengths, id, token ids as int32, mask as bytes."""
-    name = sample.id.encode("utf-8", "surrogatepass")
-    ids = array("i", sample.input_ids.tolist())
-    mask = bytes(sample.token_mask.tolist())
-    header = _HEADER.pack(len(name), len(ids) * ids.itemsize, len(mask))
-    return PackedSample(max(ids), header + name + ids.tobytes() + mask)
-
-
-class SampleFile(Sequence[Encoded]):
-    """Samples in a temporary file, which is gone with the process; memory has 8 bytes of each.
-
-    Args:
-        folder: where the file lies; None: the system's own.
-    """
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._places = array("Q")
-
-    def append(self, sample: PackedSample) -> None:
-        """Add a sample."""
-        self._places.append(self._file.seek(0, 2))
-        self._file.write(sample.data)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        self._file.seek(self._places[index])
-        name, ids, mask = _HEADER.unpack(self._file.read(_HEADER.size))
-        id_text = self._file.read(name).decode("utf-8", "surrogatepass")
-        return Encoded(
-            id_text,
-            torch.tensor(array("i", self._file.read(ids)), dtype=torch.int64),
-            torch.tensor(list(self._file.read(mask)), dtype=torch.int64),
-        )
-
-    def __enter__(self) -> "SampleFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Delete the file."""
-        self._file.close()

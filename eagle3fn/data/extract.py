@@ -16,9 +16,10 @@ from eagle3fn.base.files import json_sha256, read_json, sha256
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import hidden_states
-from eagle3fn.data.encode import encode_file, pack
+from eagle3fn.data.encode import encode_file
 from eagle3fn.data.features import shard_name, write_index, write_shard
 from eagle3fn.data.row_files import data_files, rows_digest
+from eagle3fn.data.sample_file import pack
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.target import weights_digest
 from eagle3fn.data.target_source import model_config_hash

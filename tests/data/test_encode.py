@@ -9,13 +9,12 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.data import encode as module
 from eagle3fn.data.encode import (
-    SampleFile,
     describe_counts,
     encode_all,
     encode_file,
     encode_rows,
-    pack,
 )
+from eagle3fn.data.sample_file import SampleFile, pack
 from eagle3fn.data.samples import EMPTY, NO_ANSWER, TOO_LONG, Encoded, SampleMaker
 from tests.factories import talk, tiny_template, write_talks
 

@@ -1,0 +1,80 @@
+"""Samples in a temporary file: memory does not grow with their number."""
+
+import struct
+import tempfile
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import torch
+
+from eagle3fn.data.samples import Encoded
+
+_HEADER = struct.Struct("<III")  # lengths of the id in bytes, of the tokens, of the mask
+
+
+class PackedSample(NamedTuple):
+    """A sample as bytes, which pass between processes and into a file."""
+
+    highest_id: int
+    data: bytes
+
+
+def pack(sample: Encoded) -> PackedSample:
+    """A sample as bytes: three lengths, id, token ids as int32, mask as bytes."""
+    name = sample.id.encode("utf-8", "surrogatepass")
+    ids = array("i", sample.input_ids.tolist())
+    mask = bytes(sample.token_mask.tolist())
+    header = _HEADER.pack(len(name), len(ids) * ids.itemsize, len(mask))
+    return PackedSample(max(ids), header + name + ids.tobytes() + mask)
+
+
+class SampleFile(Sequence[Encoded]):
+    """Samples in a temporary file, which is gone with the process; memory has 8 bytes of each.
+
+    Args:
+        folder: where the file lies; None: the system's own.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._places = array("Q")
+
+    def append(self, sample: PackedSample) -> None:
+        """Add a sample."""
+        self._places.append(self._file.seek(0, 2))
+        self._file.write(sample.data)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        self._file.seek(self._places[index])
+        name, ids, mask = _HEADER.unpack(self._file.read(_HEADER.size))
+        id_text = self._file.read(name).decode("utf-8", "surrogatepass")
+        return Encoded(
+            id_text,
+            torch.tensor(array("i", self._file.read(ids)), dtype=torch.int64),
+            torch.tensor(list(self._file.read(mask)), dtype=torch.int64),
+        )
+
+    def __enter__(self) -> "SampleFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
