@@ -81,7 +81,9 @@ def _template_arguments(options: Any) -> dict[str, Any]:
                 f"--template-arg {text}: must be NAME=VALUE, such as enable_thinking=false"
             )
         try:
-            arguments[name] = json.loads(_PYTHON_VALUES.get(value, value))
+            arguments[name] = json.loads(
+                _PYTHON_VALUES[value] if value in _PYTHON_VALUES else value
+            )
         except ValueError:
             arguments[name] = value
     check_given(arguments, "--template-arg")
