@@ -153,24 +153,30 @@ class SampleMaker:
     ) -> None:
         """Refuse turns or tools that the prompt does not show.
 
-        The texts of answers are not looked for: a template may drop the thoughts of earlier ones.
+        That a text is in the prompt says little where another turn has the same one. So it is also
+        asked whether the template shows tools, calls and the turn's role at all. The texts of
+        answers are not looked for: a template may drop the thoughts of earlier ones.
         """
-        template = f"the chat template of {self.template.name}"
-        for number, turn in enumerate(conversation.turns[start:stop], start + 1):
+        name = f"the chat template of {self.template.name}"
+        for number, turn in enumerate(conversation.turns[start:stop], start):
             content = turn["content"]
             texts = [content] if isinstance(content, str) else content
-            if turn["role"] != "assistant" and not all(is_in(text, prompt) for text in texts):
-                raise UserError(
-                    f"{where}: turn {number}: {template} does not render the text of role "
-                    f"{turn['role']}; write it into a turn of another role"
-                )
+            if turn["role"] != "assistant" and any(text.strip() for text in texts):
+                shown = all(is_in(text, prompt) for text in texts)
+                if turn["role"] != "user":
+                    shown = shown and self.template.has_role(turn["role"], number == 0)
+                if not shown:
+                    raise UserError(
+                        f"{where}: turn {number + 1}: {name} does not render the text of role "
+                        f"{turn['role']}; write it into a turn of another role"
+                    )
             for call in turn.get("tool_calls", []):
-                if call["function"]["name"] not in prompt:
-                    raise not_rendered(f"{where}: turn {number}", template, call)
+                if call["function"]["name"] not in prompt or not self.template.has_calls:
+                    raise not_rendered(f"{where}: turn {number + 1}", name, call)
         for tool in conversation.tools if start == 0 else ():
-            if tool["function"]["name"] not in prompt:
+            if tool["function"]["name"] not in prompt or not self.template.has_tools:
                 raise UserError(
-                    f"{where}: tools: {template} does not render {tool['function']['name']}; "
+                    f"{where}: tools: {name} does not render {tool['function']['name']}; "
                     "delete tools, or take a target that has them"
                 )
 

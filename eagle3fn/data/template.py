@@ -24,6 +24,16 @@ _PARTS = ["\x02first part\x02", "\x02second part\x02"]
 _THOUGHT = "\x02thought\x02"
 _CALL_NAME = "probed_function"
 _CALL_VALUE = "probedvalue"
+_SAID = "probedtext"  # JSON does not change it
+
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _CALL_NAME,
+        "description": "probed",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
@@ -290,6 +300,44 @@ class ChatTemplate:
         return _CALL_STYLES[0]  # none is rendered: `samples` finds the call missing
 
     @cached_property
+    def has_tools(self) -> bool:
+        """Whether a prompt shows the tools that the template is given."""
+        prompts = [
+            self._probe(turns, tools=[_TOOL], add_generation_prompt=True)
+            for turns in (_asked()[:1], [{"role": "system", "content": _ANSWER}, *_asked()[:1]])
+        ]
+        return any(_CALL_NAME in prompt for prompt in prompts) or not any(prompts)
+
+    @cached_property
+    def has_calls(self) -> bool:
+        """Whether history shows tool calls."""
+        question, call = _called(self._call_style)
+        texts = [
+            self._probe([question, turn, *reply], tools=tools)
+            for turn in (call, {**call, "content": _ANSWER})
+            for reply in ([], [_reply()])
+            for tools in (None, [_TOOL])
+        ]
+        return any(_CALL_VALUE in text for text in texts) or not any(texts)
+
+    def has_role(self, role: str, first: bool) -> bool:
+        """Whether a prompt shows the text of another role than user, in its first turn or later.
+
+        Where the template refuses such turns in general, nothing is said against it.
+        """
+        if (role, first) not in self._roles:
+            before = [] if first else _called(self._call_style) if role == "tool" else _asked()
+            turn = _reply() if role == "tool" else {"role": role, "content": _SAID}
+            after = [] if role == "tool" else _asked()[:1]
+            text = self._probe([*before, turn, *after], add_generation_prompt=True)
+            self._roles[role, first] = _SAID in text or not text
+        return self._roles[role, first]
+
+    @cached_property
+    def _roles(self) -> dict[tuple[str, bool], bool]:
+        return {}
+
+    @cached_property
     def thought(self) -> Thought | None:
         """How a thought is rendered; None if it is not."""
         thinks = dict.fromkeys(self._reasoning_names, _THOUGHT)
@@ -441,9 +489,8 @@ class ChatTemplate:
 
     @cached_property
     def _mark_after_calls(self) -> str | None:
-        reply = {"role": "tool", "content": _PARTS[0], "tool_call_id": "call1", "name": _CALL_NAME}
-        text = self._probe([*_called(self._call_style), reply])
-        return self._first_stop(text.rpartition(_CALL_VALUE)[2].partition(_PARTS[0])[0])
+        text = self._probe([*_called(self._call_style), _reply()])
+        return self._first_stop(text.rpartition(_CALL_VALUE)[2].partition(_SAID)[0])
 
     def _first_stop(self, text: str) -> str | None:
         found = self._first(list(self.stops), text, ())
@@ -537,3 +584,8 @@ def _called(style: _CallStyle) -> list[dict[str, Any]]:
     call = _call({"id": "call1", "type": "function", "function": function}, style)
     answer = {"role": "assistant", "content": style.empty, "tool_calls": [call]}
     return [{"role": "user", "content": _QUESTION}, answer]
+
+
+def _reply() -> dict[str, Any]:
+    """A tool's reply to `_called`."""
+    return {"role": "tool", "content": _SAID, "tool_call_id": "call1", "name": _CALL_NAME}

@@ -271,11 +271,21 @@ def _strings(value: Any) -> list[str]:
 
 
 def is_in(text: str, rendered: str) -> bool:
-    """Whether a template rendered a text, as it is, without blanks around it, or as JSON."""
+    """Whether a template rendered a text: as it is, without blanks around it, as JSON, or in
+    single quotes.
+    """
     text = text.strip()
-    if not text or text in rendered or any(form in rendered for form in forms_of(text)):
+    if not text or text in rendered:
+        return True
+    if any(form in rendered for form in (*forms_of(text), _in_quotes(text))):
         return True
     return _squeezed(text) in _squeezed(rendered)
+
+
+def _in_quotes(text: str) -> str:
+    """A text as it is written between single quotes in Python."""
+    text = text.replace("\\", "\\\\").replace("'", "\\'")
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _has_call(call: dict[str, Any], turn: Turn, body: str) -> bool:

@@ -202,6 +202,20 @@ def test_tools_and_calls_that_are_not_rendered_are_refused_by_name():
         samples(maker(own.PLAIN), row_of("a", "one", tools=[CLOCK]))
 
 
+@pytest.mark.parametrize(
+    ("zone", "written"),
+    [("it's", r"it\'s"), ('it\'s\\ a "b"' + "\n", r'it\'s\\ a "b"\n')],
+)
+def test_arguments_in_single_quotes_are_rendered(zone, written):
+    quoted = own.THINKS.replace(
+        "(t.function | tojson)",
+        "t.function.name + '(zone=\\'' + (t.function.arguments.zone | replace('\\\\', '\\\\\\\\')"
+        " | replace('\\'', '\\\\\\'') | replace('\n', '\\\\n')) + '\\')'",
+    )
+    (text,) = shown(maker(quoted), answered(content="", tool_calls=[call(zone=zone)]))
+    assert f"<tool_call>clock(zone='{written}')</tool_call>" in text
+
+
 def test_a_second_call_that_is_not_rendered_is_refused():
     first = own.THINKS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
     two = [call(zone="UTC"), call(zone="CET")]
@@ -516,6 +530,36 @@ def test_text_of_a_role_that_is_not_rendered_is_refused():
     row["messages"][2]["role"] = "tool"
     with pytest.raises(UserError, match=r"turn 3: .*does not render the text of role tool"):
         samples(maker(deaf), row)
+
+
+def test_what_another_turn_says_too_does_not_count_as_rendered():
+    with pytest.raises(UserError, match=r"file:1: tools: .*does not render clock; delete tools"):
+        samples(maker(own.PLAIN), row_of("what does the clock say?", "one", tools=[CLOCK]))
+
+    row = row_of("look at the clock", "", "noon", "one")
+    row["messages"][1] |= {"tool_calls": [call(zone="UTC")], "weight": 0}
+    row["messages"][2]["role"] = "tool"
+    with pytest.raises(UserError, match=r"turn 2: .*does not render tool_calls \(clock\)"):
+        samples(maker(own.PLAIN), row)
+    assert len(samples(maker(own.THINKS), row).samples) == 1
+
+    four = own.PLAIN.replace(
+        own.HEAD + "{{ m.content }}" + own.END,
+        "{% if m.role != 'developer' and (m.role != 'system' or loop.first) %}"
+        + own.HEAD
+        + "{{ m.content }}"
+        + own.END
+        + "{% endif %}",
+    )
+    for turns in (
+        [{"role": "developer", "content": "be kind"}, *talk("be kind, please", "one")],
+        [*talk("be kind, please", "one"), {"role": "system", "content": "kind"}, *talk("b", "two")],
+    ):
+        with pytest.raises(UserError, match=r"does not render the text of role (devel|system)"):
+            samples(maker(four), {"messages": turns})
+        assert samples(maker(own.PLAIN), {"messages": turns}).samples
+    system = [{"role": "system", "content": "be kind"}, *talk("be kind, please", "one")]
+    assert len(samples(maker(four), {"messages": system}).samples) == 1
 
 
 def test_an_answer_that_the_template_changes_is_refused():

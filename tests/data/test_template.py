@@ -149,6 +149,7 @@ def test_named_templates():
     row = {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "clock"}]}
     rendering = made.rendering(conversation_of(row, "file:1"), "file:1")
     assert "TOOLS" in rendering.prompt(1)
+    assert made.has_tools and made.has_calls
 
 
 def test_what_is_no_template_is_refused():
