@@ -3,10 +3,12 @@
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from eagle3fn.data.template import ChatTemplate
 
+_LONG = 4000  # characters
 # Texts to put before a continuation, so that its beginning is tokenized like a middle.
 _LEADS = ("", "\n", ".", "]")
 
@@ -20,10 +22,38 @@ class Tokens:
         self.cuts = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         self._text_tokens = template.text_tokens
         self._cuts = _any_of(list(self.special))
+        self._pieces: dict[str, list[int]] = {}  # of the prompt before
 
     def prompt(self, text: str) -> list[int]:
-        """Ids of a rendered prompt: special tokens are read as such."""
-        return self._encode(text)
+        """Ids of a rendered prompt: special tokens are read as such.
+
+        Where a conversation has a sample for each answer, prompts begin alike. So of a long one
+        only those pieces are encoded that the prompt before had not.
+        """
+        if len(text) < _LONG or not self._fast:
+            return self._encode(text)
+        marks = self._added.finditer(text)
+        begins = [match.start() for match in marks if match[0] in self._begin_pieces]
+        if not begins:
+            return self._encode(text)
+        bounds = dict.fromkeys([0, *begins, len(text)])
+        pieces = [text[begin:end] for begin, end in pairwise(bounds)]
+        known = self._pieces
+        self._pieces = {piece: known.get(piece) or self._encode(piece) for piece in pieces}
+        return [number for piece in pieces for number in self._pieces[piece]]
+
+    @cached_property
+    def _added(self) -> re.Pattern[str]:
+        return _any_of([each.content for each in self.tokenizer.added_tokens_decoder.values()])
+
+    @cached_property
+    def _begin_pieces(self) -> set[str]:
+        """Special tokens that change nothing before them: a text can be taken apart there."""
+        return {
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.special and not (token.lstrip or token.single_word or token.normalized)
+        }
 
     def document(self, text: str) -> list[int]:
         """Ids of a plain text, with what the tokenizer puts before it."""

@@ -486,6 +486,19 @@ def test_answers_go_on_without_a_blank_of_the_tokenizers(prepend, answer):
     ]
 
 
+@pytest.mark.parametrize("prepend", ["always", "first", "never"])
+def test_long_prompts_are_tokenized_in_pieces_as_they_are_whole(monkeypatch, prepend):
+    made = maker(own.PLAIN, tokenizer=partial(own.blank_tokenizer, prepend=prepend))
+    texts = [f"{own.SPECIAL[0]} one <think>\n{own.SPECIAL[1]}" * count for count in (1, 2, 4, 3)]
+    whole = [made.tokens.prompt(text) for text in (*texts, "one" + texts[0], " one")]
+    monkeypatch.setattr("eagle3fn.data.tokens._LONG", 0)
+    encoded = []
+    encode = made.tokens._encode
+    monkeypatch.setattr(made.tokens, "_encode", lambda text: encoded.append(text) or encode(text))
+    assert [made.tokens.prompt(text) for text in (*texts, "one" + texts[0], " one")] == whole
+    assert len(encoded) <= 6  # each piece once, but for a new beginning
+
+
 def test_special_tokens_that_take_the_blank_after_them():
     from tokenizers import AddedToken
 
