@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from eagle3fn.data.template import ChatTemplate
 
 
-_PYTHON_VALUES = {"True": "true", "False": "false", "None": "null"}
+_JSON_VALUES = {"True": "true", "False": "false", "None": "null"}
 
 
 def _say(line: str | None) -> None:
@@ -81,9 +81,7 @@ def _template_arguments(options: Any) -> dict[str, Any]:
                 f"--template-arg {text}: must be NAME=VALUE, such as enable_thinking=false"
             )
         try:
-            arguments[name] = json.loads(
-                _PYTHON_VALUES[value] if value in _PYTHON_VALUES else value
-            )
+            arguments[name] = json.loads(_JSON_VALUES.get(value) or value)
         except ValueError:
             arguments[name] = value
     check_given(arguments, "--template-arg")

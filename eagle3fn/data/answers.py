@@ -15,6 +15,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
 from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.rejects import rejecting, usable
+from eagle3fn.data.rendering import Rendering
 from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.samples import Tokens
 from eagle3fn.data.synthesize import (
@@ -193,7 +194,7 @@ def _check_fits(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     template.check_arguments(row.conversation.arguments, row.where)
     last = row.places[-1]
-    text = template.rendering(row.conversation, row.where).prompt(last)
+    text = Rendering(template, row.conversation, row.where).prompt(last)
     length = len(tokens.prompt(text))
     answers = len(row.places)
     if limit is not None and length + answers * max_new > limit:
@@ -226,7 +227,7 @@ def _answer_batch(
         for index in asked:
             row = rows[index]
             conversation = row.conversation._replace(turns=turns[index])
-            rendering = template.rendering(conversation, row.where)
+            rendering = Rendering(template, conversation, row.where)
             prompts.append(rendering.prompt(row.places[number]))
 
         # The answers become the rows' turns: the next ones are given after them.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.rendering import Rendering
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.tokens import Tokens
 from eagle3fn.data.turns import Conversation, Turn, text_of
@@ -105,8 +106,8 @@ class SampleMaker:
         self, conversation: Conversation, where: str, dropped: list[str], notes: list[str]
     ) -> Iterator[tuple[int, list[int], list[int]]]:
         """For each sample the number of its first answer's turn, ids and mask, not yet cut."""
-        rendering = self.template.rendering(conversation, where)
-        answers = Answers(self.template, conversation, rendering)
+        rendering = Rendering(self.template, conversation, where)
+        answers = Answers(self.tokens.ends, conversation, rendering)
         sequence: _Sequence | None = None
         seen = 0  # turns that were looked for in a prompt
         shown = _Shown(conversation.turns, self.tokens)
@@ -141,7 +142,7 @@ class SampleMaker:
             ids = self.tokens.answer(answer.text, answer.literal)
             if _EMPTY_THOUGHT.match(answer.text) and not _EMPTY_THOUGHT.match(said):
                 notes.append(EMPTY_THOUGHT)
-            sequence.answered(number, answer, ids, self.template.stop_id(answer.stop))
+            sequence.answered(number, answer, ids, self.tokens.ends.stop_id(answer.stop))
 
         if sequence and sequence.first is not None:
             yield sequence.first, sequence.ids, sequence.mask

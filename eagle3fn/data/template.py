@@ -1,10 +1,9 @@
-"""The target's chat template: what an engine renders, and which tokens end an answer.
+"""The target's chat template: what an engine renders, and what the template has.
 
 What a template does with thoughts, tool calls and parts of content is found by rendering short
 conversations, not by a list of families.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,48 +14,29 @@ from jinja2 import TemplateError
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.jinja import Program
 from eagle3fn.data.prefixes import Prefixes
-from eagle3fn.data.turns import Conversation, Turn, text_of
-
-# Texts of conversations that are rendered to see what a template does; found again in the result.
-_QUESTION = "\x02question\x02"
-_ANSWER = "\x02answer\x02"
-_PARTS = ["\x02first part\x02", "\x02second part\x02"]
-_THOUGHT = "\x02thought\x02"
-_CALL_NAME = "probed_function"
-_CALL_VALUE = "probedvalue"
-_SAID = "probedtext"  # JSON does not change it
-
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _CALL_NAME,
-        "description": "probed",
-        "parameters": {"type": "object", "properties": {}},
-    },
-}
+from eagle3fn.data.probes import (
+    ANSWER,
+    CALL_NAME,
+    CALL_STYLES,
+    CALL_VALUE,
+    PARTS,
+    QUESTION,
+    SAID,
+    THOUGHT,
+    TOOL,
+    CallStyle,
+    asked,
+    called,
+    reply,
+    styled_call,
+)
+from eagle3fn.data.turns import Turn, text_of
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
 # The end of a prompt that opens a thought.
 _OPENING = re.compile(r"<([\w:.-]+)>\s*\Z")
-_TAG = re.compile(r"</?(\w+)>")
 _LONGEST_OPENING = 64  # characters
-_LONG = 12  # messages from which on all beginnings are rendered at once
-
-
-class _CallStyle(NamedTuple):
-    """How a template takes an assistant turn with tool calls."""
-
-    empty: str | None  # content where there is none
-    as_text: bool  # arguments as JSON text, not as an object
-
-
-_CALL_STYLES = (
-    _CallStyle("", False),
-    _CallStyle(None, False),
-    _CallStyle("", True),
-    _CallStyle(None, True),
-)
 
 
 class Thought(NamedTuple):
@@ -116,12 +96,6 @@ class ChatTemplate:
 
     # Rendering
 
-    def rendering(self, conversation: Conversation, where: str) -> "Rendering":
-        """A conversation in the template's form; `where` names it in errors."""
-        messages = [self.message(turn) for turn in conversation.turns]
-        options = {**self.arguments, **conversation.arguments}
-        return Rendering(self, messages, {**options, "tools": conversation.tools or None}, where)
-
     def render(self, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
         """The template on messages in its own form.
 
@@ -157,9 +131,9 @@ class ChatTemplate:
             message |= dict.fromkeys(self._reasoning_names, turn["reasoning"])
 
         if "tool_calls" in turn:
-            style = self._call_style
+            style = self.call_style
             message["content"] = message["content"] if turn["content"] else style.empty
-            message["tool_calls"] = [_call(call, style) for call in turn["tool_calls"]]
+            message["tool_calls"] = [styled_call(call, style) for call in turn["tool_calls"]]
         return message
 
     def content(self, content: str | list[str]) -> Any:
@@ -177,8 +151,8 @@ class ChatTemplate:
     @cached_property
     def _between_parts(self) -> str:
         """What is between the parts of an answer."""
-        text = self._probe([_asked()[0], {"role": "assistant", "content": _PARTS}])
-        between = text.partition(_PARTS[0])[2].partition(_PARTS[1])
+        text = self.probe([asked()[0], {"role": "assistant", "content": PARTS}])
+        between = text.partition(PARTS[0])[2].partition(PARTS[1])
         return between[0] if between[1] else text_of(["", ""])
 
     def without_doubled_lines(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -281,44 +255,44 @@ class ChatTemplate:
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether content may be a list of parts."""
-        parts = [{"type": "text", "text": text} for text in _PARTS]
+        parts = [{"type": "text", "text": text} for text in PARTS]
         text = self._try([{"role": "user", "content": parts}])
-        return all(text.count(part) == 1 for part in _PARTS) and "'type'" not in text
+        return all(text.count(part) == 1 for part in PARTS) and "'type'" not in text
 
     @cached_property
     def _takes_text(self) -> bool:
         """Whether content may be a text; some templates render nothing then."""
-        return _QUESTION in self._try([{"role": "user", "content": _QUESTION}])
+        return QUESTION in self._try([{"role": "user", "content": QUESTION}])
 
     @cached_property
-    def _call_style(self) -> _CallStyle:
+    def call_style(self) -> CallStyle:
         """How tool calls must be given, so that the template renders them."""
-        for style in _CALL_STYLES:
-            text = self._probe(_called(style))
-            if _CALL_NAME in text and _CALL_VALUE in text:
+        for style in CALL_STYLES:
+            text = self.probe(called(style))
+            if CALL_NAME in text and CALL_VALUE in text:
                 return style
-        return _CALL_STYLES[0]  # none is rendered: `samples` finds the call missing
+        return CALL_STYLES[0]  # none is rendered: `samples` finds the call missing
 
     @cached_property
     def has_tools(self) -> bool:
         """Whether a prompt shows the tools that the template is given."""
         prompts = [
-            self._probe(turns, tools=[_TOOL], add_generation_prompt=True)
-            for turns in (_asked()[:1], [{"role": "system", "content": _ANSWER}, *_asked()[:1]])
+            self.probe(turns, tools=[TOOL], add_generation_prompt=True)
+            for turns in (asked()[:1], [{"role": "system", "content": ANSWER}, *asked()[:1]])
         ]
-        return any(_CALL_NAME in prompt for prompt in prompts) or not any(prompts)
+        return any(CALL_NAME in prompt for prompt in prompts) or not any(prompts)
 
     @cached_property
     def has_calls(self) -> bool:
         """Whether history shows tool calls."""
-        question, call = _called(self._call_style)
+        question, call = called(self.call_style)
         texts = [
-            self._probe([question, turn, *reply], tools=tools)
-            for turn in (call, {**call, "content": _ANSWER})
-            for reply in ([], [_reply()])
-            for tools in (None, [_TOOL])
+            self.probe([question, turn, *after], tools=tools)
+            for turn in (call, {**call, "content": ANSWER})
+            for after in ([], [reply()])
+            for tools in (None, [TOOL])
         ]
-        return any(_CALL_VALUE in text for text in texts) or not any(texts)
+        return any(CALL_VALUE in text for text in texts) or not any(texts)
 
     def has_role(self, role: str, first: bool) -> bool:
         """Whether a prompt shows the text of another role than user, in its first turn or later.
@@ -326,11 +300,11 @@ class ChatTemplate:
         Where the template refuses such turns in general, nothing is said against it.
         """
         if (role, first) not in self._roles:
-            before = [] if first else _called(self._call_style) if role == "tool" else _asked()
-            turn = _reply() if role == "tool" else {"role": role, "content": _SAID}
-            after = [] if role == "tool" else _asked()[:1]
-            text = self._probe([*before, turn, *after], add_generation_prompt=True)
-            self._roles[role, first] = _SAID in text or not text
+            before = [] if first else called(self.call_style) if role == "tool" else asked()
+            turn = reply() if role == "tool" else {"role": role, "content": SAID}
+            after = [] if role == "tool" else asked()[:1]
+            text = self.probe([*before, turn, *after], add_generation_prompt=True)
+            self._roles[role, first] = SAID in text or not text
         return self._roles[role, first]
 
     @cached_property
@@ -340,17 +314,17 @@ class ChatTemplate:
     @cached_property
     def thought(self) -> Thought | None:
         """How a thought is rendered; None if it is not."""
-        thinks = dict.fromkeys(self._reasoning_names, _THOUGHT)
-        prompt = self._probe(_asked()[:1], add_generation_prompt=True)
+        thinks = dict.fromkeys(self._reasoning_names, THOUGHT)
+        prompt = self.probe(asked()[:1], add_generation_prompt=True)
 
         # Before an answer, or else before a call.
-        question, answer = _asked()
-        shown = self._probe([question, {**answer, **thinks}]).partition(_THOUGHT)
-        closing, _, found = shown[2].rpartition(_ANSWER)
-        if not (shown[1] and _ANSWER in shown[2]):
-            question, answer = _called(self._call_style)
-            shown = self._probe([question, {**answer, **thinks}]).partition(_THOUGHT)
-            call = self._probe([question, answer]).removeprefix(prompt)
+        question, answer = asked()
+        shown = self.probe([question, {**answer, **thinks}]).partition(THOUGHT)
+        closing, _, found = shown[2].rpartition(ANSWER)
+        if not (shown[1] and ANSWER in shown[2]):
+            question, answer = called(self.call_style)
+            shown = self.probe([question, {**answer, **thinks}]).partition(THOUGHT)
+            call = self.probe([question, answer]).removeprefix(prompt)
             found = shown[2].endswith(call)
             closing = shown[2].removesuffix(call)
         if not (shown[1] and found):
@@ -372,19 +346,19 @@ class ChatTemplate:
     @cached_property
     def _header_end(self) -> str | None:
         """A tag that a prompt ends with and that opens no thought: answers follow in history."""
-        prompt = self._probe(_asked()[:1], add_generation_prompt=True)
+        prompt = self.probe(asked()[:1], add_generation_prompt=True)
         end = _OPENING.search(prompt)
-        answered = self._probe(_asked())
-        return end[0] if end and answered.startswith(prompt + _ANSWER) else None
+        answered = self.probe(asked())
+        return end[0] if end and answered.startswith(prompt + ANSWER) else None
 
     @cached_property
     def header(self) -> str:
         """What the template writes before an answer, in a prompt."""
-        prompt = self._probe(_asked()[:1], add_generation_prompt=True)
-        turns = self._probe(_asked()[:1])
+        prompt = self.probe(asked()[:1], add_generation_prompt=True)
+        turns = self.probe(asked()[:1])
         return prompt[len(turns) :] if prompt.startswith(turns) else ""
 
-    def _probe(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def probe(self, messages: list[dict[str, Any]], **options: Any) -> str:
         """The template on a probing conversation; empty where it refuses it."""
         turns = [
             {**each, "content": self.content(each["content"])} if each["content"] else each
@@ -397,195 +371,3 @@ class ChatTemplate:
             return self.render(messages, "", **self.arguments, **options)
         except UserError:
             return ""
-
-    # Tokens that end an answer
-
-    @cached_property
-    def special(self) -> dict[str, int]:
-        """The tokenizer's special tokens, by their texts."""
-        return {
-            token.content: number
-            for number, token in self.tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
-
-    @cached_property
-    def text_tokens(self) -> list[str]:
-        """The special tokens that are text where an answer says them.
-
-        `<think>` and its like are written by the target as tokens, whatever the tokenizer calls
-        them.
-        """
-        known = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        ends = {*self.stops, *(self.tokenizer.special_tokens_map or {}).values()}
-        return [token for token in self.special if token in ends or not _is_tag(token, known)]
-
-    def stop_in(self, text: str, literal: Sequence[tuple[int, int]] = ()) -> tuple[int, str] | None:
-        """Place and text of the token in `text` that ends an answer.
-
-        One that lies in a piece of `literal`, from begin to end, ends nothing.
-        """
-        place = self._first(list(self.stops), text, literal)
-        if not place and self._end_mark:
-            return self._first([self._end_mark], text, literal)
-        return place
-
-    def _first(
-        self, marks: list[str], text: str, literal: Sequence[tuple[int, int]]
-    ) -> tuple[int, str] | None:
-        found = [
-            (match.start(), -len(mark), mark)
-            for mark in marks
-            for match in re.finditer(re.escape(mark), text)
-            if not any(begin <= match.start() < end for begin, end in literal)
-        ]
-        return (min(found)[0], min(found)[2]) if found else None
-
-    @cached_property
-    def answer_stop(self) -> str:
-        """What the target writes last in an answer without tool calls."""
-        found = self.stop_in(self._probe(_asked()).rpartition(_ANSWER)[2])
-        return found[1] if found else self.stop_after(calls=False)
-
-    def stop_id(self, stop: str) -> int:
-        """The id of a text that `stop_in` or `stop_after` gave."""
-        return self.stops[stop] if stop in self.stops else self.special[stop]
-
-    def stop_after(self, calls: bool) -> str:
-        """What the target writes last where the template writes no end: the mark of the next turn
-        if it is one of its stop tokens, else its own end.
-
-        Args:
-            calls: the answer ends with tool calls.
-
-        Raises:
-            UserError: the target has no stop token.
-        """
-        mark = self._mark_after_calls if calls else self._mark_after_answer
-        if mark:
-            return mark
-        if self._end_mark:
-            return self._end_mark
-        if not self.stops:
-            raise UserError(
-                f"{self.name}: no eos token, and its chat template writes none after an answer; "
-                "write eos_token_id into generation_config.json"
-            )
-        return next(iter(self.stops))
-
-    @cached_property
-    def _end_mark(self) -> str | None:
-        """A special token that the template writes right after an answer, and no stop token is."""
-        text = self._probe(_asked()).rpartition(_ANSWER)[2]
-        if any(stop in text for stop in self.stops):
-            return None
-        marks = [mark for mark in self.special if text.lstrip().startswith(mark)]
-        return max(marks, key=len, default=None)
-
-    @cached_property
-    def _mark_after_answer(self) -> str | None:
-        text = self._probe([*_asked(), {"role": "user", "content": _PARTS[0]}])
-        return self._first_stop(text.partition(_ANSWER)[2].partition(_PARTS[0])[0])
-
-    @cached_property
-    def _mark_after_calls(self) -> str | None:
-        text = self._probe([*_called(self._call_style), _reply()])
-        return self._first_stop(text.rpartition(_CALL_VALUE)[2].partition(_SAID)[0])
-
-    def _first_stop(self, text: str) -> str | None:
-        found = self._first(list(self.stops), text, ())
-        return found[1] if found else None
-
-
-class Rendering:
-    """A conversation, rendered up to one of its turns.
-
-    Args:
-        template: the target's.
-        messages: the turns in its form.
-        options: arguments of the template, and `tools`.
-        where: names the row in errors.
-    """
-
-    def __init__(
-        self,
-        template: ChatTemplate,
-        messages: list[dict[str, Any]],
-        options: dict[str, Any],
-        where: str,
-    ) -> None:
-        self.template = template
-        self.messages = messages
-        self.options = options
-        self.where = where
-        # Of a long conversation all beginnings, with a prompt after them and without.
-        self._beginnings: dict[bool, Prefixes | None] = {}
-
-    def prompt(self, turns: int) -> str:
-        """What an engine gives the target before it answers: the first `turns` turns."""
-        return self._beginning(turns, add_generation_prompt=True)
-
-    def through(self, turns: int, other: Turn | None = None) -> str:
-        """The first `turns` turns, the last of them as it is written, without a further prompt.
-
-        `other` comes in place of the last of them.
-        """
-        *before, last = self.messages[:turns]
-        message = self.template.message(other) if other else last
-        written = self.template.without_doubled_lines(message)
-        if written is last:
-            return self._beginning(turns, add_generation_prompt=False)
-        return self._text([*before, written], add_generation_prompt=False)
-
-    def _beginning(self, turns: int, add_generation_prompt: bool) -> str:
-        if len(self.messages) >= _LONG:
-            if add_generation_prompt not in self._beginnings:
-                self._beginnings[add_generation_prompt] = self.template.prefixes(
-                    self.messages, **self.options, add_generation_prompt=add_generation_prompt
-                )
-            beginnings = self._beginnings[add_generation_prompt]
-            text = beginnings and beginnings.of(turns)
-            if text is not None:
-                return text
-        return self._text(self.messages[:turns], add_generation_prompt=add_generation_prompt)
-
-    def before_answer(self, turns: int) -> str:
-        """The first `turns` turns as they are shown once they are answered, up to the answer."""
-        answer = {"role": "assistant", "content": self.template.content(_ANSWER)}
-        text = self._text([*self.messages[:turns], answer], add_generation_prompt=False)
-        return text.rpartition(_ANSWER)[0]
-
-    def _text(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        return self.template.render(messages, self.where, **self.options, **options)
-
-
-def _is_tag(token: str, known: set[str]) -> bool:
-    """Whether a token is one of a pair, as `<think>` and `</think>`."""
-    match = _TAG.fullmatch(token)
-    return bool(match) and {f"<{match[1]}>", f"</{match[1]}>"} <= known
-
-
-def _call(call: dict[str, Any], style: _CallStyle) -> dict[str, Any]:
-    if not style.as_text:
-        return call
-    function = call["function"]
-    text = json.dumps(function["arguments"], ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": text}}
-
-
-def _asked() -> list[dict[str, Any]]:
-    """A question and its answer."""
-    return [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-
-
-def _called(style: _CallStyle) -> list[dict[str, Any]]:
-    """A question, and an answer that calls a function."""
-    function = {"name": _CALL_NAME, "arguments": {"key": _CALL_VALUE}}
-    call = _call({"id": "call1", "type": "function", "function": function}, style)
-    answer = {"role": "assistant", "content": style.empty, "tool_calls": [call]}
-    return [{"role": "user", "content": _QUESTION}, answer]
-
-
-def _reply() -> dict[str, Any]:
-    """A tool's reply to `_called`."""
-    return {"role": "tool", "content": _SAID, "tool_call_id": "call1", "name": _CALL_NAME}

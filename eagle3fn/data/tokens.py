@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from eagle3fn.data.ends import Ends
 from eagle3fn.data.template import ChatTemplate
 
 _LONG = 4000  # characters
@@ -18,9 +19,10 @@ class Tokens:
 
     def __init__(self, template: ChatTemplate) -> None:
         self.tokenizer = template.tokenizer
-        self.special = template.special
+        self.ends = Ends(template)
+        self.special = self.ends.special
         self.cuts = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        self._text_tokens = template.text_tokens
+        self._text_tokens = self.ends.text_tokens
         self._cuts = _any_of(list(self.special))
         self._pieces: dict[str, list[int]] = {}  # of the prompt before
 

@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.template import ChatTemplate, Opened, Rendering
+from eagle3fn.data.ends import Ends
+from eagle3fn.data.rendering import Rendering
+from eagle3fn.data.template import Opened
 from eagle3fn.data.turns import Conversation, Turn, forms_of, text_of
 
 # Why an answer is in no sample.
@@ -50,13 +52,12 @@ class Rendered(NamedTuple):
 class Answers:
     """The answers of a rendered conversation."""
 
-    def __init__(
-        self, template: ChatTemplate, conversation: Conversation, rendering: Rendering
-    ) -> None:
-        self.template = template
+    def __init__(self, ends: Ends, conversation: Conversation, rendering: Rendering) -> None:
+        self.ends = ends
+        self.template = ends.template
         self.turns = conversation.turns
         self.rendering = rendering
-        self._template = f"the chat template of {template.name}"  # in errors
+        self._template = f"the chat template of {self.template.name}"  # in errors
 
     def answer(self, number: int, prompt: str) -> Answer | str:
         """What the target writes as turn `number`, or the reason that it cannot be known.
@@ -152,7 +153,7 @@ class Answers:
             return None
         middle = text.index(closing, begin)
         literal = ((begin, middle), (middle + len(closing), len(text)))
-        return Answer(text, self.template.answer_stop, literal)
+        return Answer(text, self.ends.answer_stop, literal)
 
     def _through(self, number: int, turn: Turn) -> Rendered:
         """The turns up to `number`, which is `turn`, as they are rendered, and where its own
@@ -160,7 +161,7 @@ class Answers:
         """
         given = turn is self.turns[number]
         mention = _mentions_closing(self.template.text_of(turn["content"]))
-        tokens = [*self.template.text_tokens, *(["</think>"] if mention else [])]
+        tokens = [*self.ends.text_tokens, *(["</think>"] if mention else [])]
         words = _Words(turn, tokens)
         plain = "" if mention else self.rendering.through(number + 1, None if given else turn)
         if not words.by_token:
@@ -209,12 +210,12 @@ class Answers:
         header = self.template.header
         if header.strip() and written.text.startswith(header):
             written = written.part(len(header))  # as if the answer had a prompt of its own
-        found = self.template.stop_in(written.text, written.literal or ())
+        found = self.ends.stop_in(written.text, written.literal or ())
         if found:
             place, stop = found
             return written.part(0, place), stop
         end = len(written.text.rstrip())
-        return written.part(0, end), self.template.stop_after("tool_calls" in turn)
+        return written.part(0, end), self.ends.stop_after("tool_calls" in turn)
 
     def _check(
         self, number: int, turn: Turn, body: str, opened: Opened | None, supplied: str

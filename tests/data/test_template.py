@@ -8,6 +8,7 @@ from jinja2.exceptions import SecurityError
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.jinja import Program
+from eagle3fn.data.rendering import Rendering
 from eagle3fn.data.template import ChatTemplate, Opened
 from eagle3fn.data.turns import conversation_of
 from tests.data import chat_templates as own
@@ -28,7 +29,7 @@ def template(source, arguments=None, **more):
 
 def prompt(made, *contents):
     row = {"messages": [{"role": "user", "content": each} for each in contents]}
-    return made.rendering(conversation_of(row, "file:1"), "file:1").prompt(len(contents))
+    return Rendering(made, conversation_of(row, "file:1"), "file:1").prompt(len(contents))
 
 
 @pytest.mark.parametrize("source", [PARTS, BOTH, own.PLAIN])
@@ -57,7 +58,7 @@ def test_calls_are_given_as_the_template_takes_them(as_text, none):
             {"role": "assistant", "content": None, "tool_calls": [{"function": function}]},
         ]
     }
-    text = template(source).rendering(conversation_of(row, "file:1"), "file:1").through(2)
+    text = Rendering(template(source), conversation_of(row, "file:1"), "file:1").through(2)
     assert text == ('aclock{"zone": "UTC"}' if as_text else "aclockUTC")
 
 
@@ -147,7 +148,7 @@ def test_named_templates():
     made = template({"default": own.PLAIN, "tool_use": own.THINKS})
     assert "TOOLS" not in prompt(made, "a")
     row = {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "clock"}]}
-    rendering = made.rendering(conversation_of(row, "file:1"), "file:1")
+    rendering = Rendering(made, conversation_of(row, "file:1"), "file:1")
     assert "TOOLS" in rendering.prompt(1)
     assert made.has_tools and made.has_calls
 
