@@ -123,6 +123,8 @@ def extract(
         raise UserError(
             f"{conversations}: changed while it was read; wait until it is written, and call again"
         )
+    if skip_bad is None:
+        (out / "rejects.jsonl").unlink(missing_ok=True)  # of an earlier call that left rows out
     with encoded.samples as samples:
         total = len(samples)
         shards = _Shards(out, fingerprint, layers, batch, samples_per_shard, stored)

@@ -1,6 +1,7 @@
 """Extraction: right features, resumption to identical files, refusals before the target runs."""
 
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -193,6 +194,22 @@ def test_shard_with_a_partial_sidecar_is_made_again(tmp_path, key):
     (out / "shard-00001.json").write_text(json.dumps(sidecar))
     run(talks, out)
     assert contents(out) == before
+
+
+def test_rejected_rows_lie_beside_the_features_of_the_others(tmp_path):
+    out = tmp_path / "out"
+    rows = [GOOD, {"id": "bad"}, GOOD]
+    index = run(write_rows(tmp_path / "c.jsonl", rows), out, skip_bad=0.5)
+    assert (index["rows"], index["rejected"], index["totals"]["samples"]) == (3, 1, 2)
+    (line,) = (out / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"] == {"id": "bad"}
+
+    # Without bad rows, in a folder of the same features, none are left.
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "rejects.jsonl").write_text("of an earlier call")
+    run(write_rows(tmp_path / "c.jsonl", [GOOD]), out)
+    assert not (out / "rejects.jsonl").exists()
 
 
 def test_file_that_changes_while_it_is_read_is_refused(tmp_path):

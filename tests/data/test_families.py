@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from eagle3fn.base.errors import UserError
@@ -54,6 +55,10 @@ NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 def skip_unless_there(kind: str) -> None:
     if kind not in kinds():
         pytest.skip(f"this release of transformers has no {kind}")
+    try:
+        tiny_config(kind)
+    except StrictDataclassError:  # 5.4's Olmo refuses the types of its own defaults
+        pytest.skip(f"this release of transformers cannot configure {kind}")
 
 
 class Loaded(NamedTuple):
