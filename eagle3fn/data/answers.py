@@ -17,6 +17,7 @@ from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.rejects import rejecting, usable
 from eagle3fn.data.rendering import Rendering
 from eagle3fn.data.row_files import FileRow, read_rows
+from eagle3fn.data.row_values import name_of, text_of
 from eagle3fn.data.samples import Tokens
 from eagle3fn.data.synthesize import (
     ANSWER,
@@ -29,7 +30,7 @@ from eagle3fn.data.synthesize import (
 )
 from eagle3fn.data.target import weights_digest
 from eagle3fn.data.template import ChatTemplate
-from eagle3fn.data.turns import Conversation, Turn, conversation_of, name_of, text_of
+from eagle3fn.data.turns import Conversation, Turn, conversation_of
 
 GIVEN_ANSWER = ANSWER._replace(max_new=512)
 """How an answer to a given prompt is drawn."""

@@ -18,6 +18,7 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.rejects import MEND_OR_SKIP, Dropped, rejecting
 from eagle3fn.data.row_files import FileRow, read_rows
+from eagle3fn.data.row_values import name_of
 from eagle3fn.data.sample_file import PackedSample, SampleFile, pack
 from eagle3fn.data.samples import (
     NO_ANSWER,
@@ -28,7 +29,7 @@ from eagle3fn.data.samples import (
     SampleMaker,
 )
 from eagle3fn.data.template import NoChatTemplateError
-from eagle3fn.data.turns import conversation_of, name_of
+from eagle3fn.data.turns import conversation_of
 from eagle3fn.data.written import EMPTY, NO_THOUGHT
 
 _CHUNK = 64  # rows that a process takes at once

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.rendered import is_in
 from eagle3fn.data.rendering import Rendering
+from eagle3fn.data.row_values import text_of
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.tokens import Tokens
-from eagle3fn.data.turns import Conversation, Turn, text_of
-from eagle3fn.data.written import EMPTY, Answer, Answers, is_in, not_rendered
+from eagle3fn.data.turns import Conversation, Turn
+from eagle3fn.data.written import EMPTY, Answer, Answers, not_rendered
 
 # Why an answer or a row gives no sample.
 NO_ANSWER = "have no assistant turn"

@@ -30,7 +30,8 @@ from eagle3fn.data.probes import (
     reply,
     styled_call,
 )
-from eagle3fn.data.turns import Turn, text_of
+from eagle3fn.data.row_values import text_of
+from eagle3fn.data.turns import Turn
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}

@@ -5,11 +5,12 @@ Read are OpenAI's `messages`, ShareGPT's `conversations`, `prompt` with `complet
 nothing here are listed in `Conversation.unused`, so that they can be told.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.row_values import json_value, shown, unicode_text
+from eagle3fn.data.tools import calls_of, tools_of
 
 Turn = dict[str, Any]
 """`role`, `content`, and where the row has them `reasoning`, `tool_calls`, `tool_call_id`, `name`.
@@ -39,7 +40,6 @@ _TURN_KEYS = {
     "train",
     *_REASONING,
 }
-_CALL_KEYS = ("name", "arguments", "id", "type", "index")
 # Arguments that rendering gives a template itself.
 RESERVED = ("messages", "tools", "add_generation_prompt", "strftime_now", "documents")
 _ROW_ARGUMENTS = ("enable_thinking", "reasoning_effort")  # of the template, beside the turns
@@ -86,8 +86,6 @@ _REFUSED_IN_ROWS = {
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 
-_SHOWN = 48  # characters
-
 
 class Conversation(NamedTuple):
     """A row, checked."""
@@ -126,7 +124,7 @@ def conversation_of(row: Any, where: str) -> Conversation:
             raise UserError(
                 f"{where}: {lost[0]} beside text: a plain text has no turns; write messages"
             )
-        text = _unicode(found, "text", where)
+        text = unicode_text(found, "text", where)
         return Conversation([], (), [], {}, text, frozenset(unused))
 
     turns: list[Turn] = []
@@ -140,7 +138,7 @@ def conversation_of(row: Any, where: str) -> Conversation:
     # A system text beside the turns is the first of them.
     system = row.get("system")
     if system:
-        text = _unicode(system, "system", where)
+        text = unicode_text(system, "system", where)
         if turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": text})
             weights.insert(0, True)
@@ -156,7 +154,7 @@ def conversation_of(row: Any, where: str) -> Conversation:
     return Conversation(
         turns=turns,
         supervised=tuple(supervised),
-        tools=_tools(row.get("tools"), where),
+        tools=tools_of(row.get("tools"), where),
         arguments=_arguments(row, where),
         unused=frozenset(unused),
     )
@@ -228,12 +226,12 @@ def _turn(value: Any, where: str) -> tuple[Turn, bool, set[str]]:
             f"{where}: role {shown(name)}: must be one of {known}; mend or delete the row"
         )
 
-    calls = _calls(value.get("tool_calls"), where)
+    calls = calls_of(value.get("tool_calls"), where)
     content = value.get("content", value.get("value"))
     if value.get("value", content) != content:
         raise UserError(f"{where}: content and value differ; delete one of them")
     if name == "function_call":
-        calls = _calls(_json(content, where), where)
+        calls = calls_of(json_value(content, where), where)
         content = ""
     if content is None and calls:
         content = ""
@@ -256,7 +254,7 @@ def _turn(value: Any, where: str) -> tuple[Turn, bool, set[str]]:
 
 def _reasoning(value: dict[str, Any], thoughts: list[str], where: str) -> str | None:
     """The thought of a turn, from its keys and from the parts of its content."""
-    named = [_unicode(value[key], key, where) for key in _REASONING if value.get(key)]
+    named = [unicode_text(value[key], key, where) for key in _REASONING if value.get(key)]
     found = dict.fromkeys([*named, *thoughts])
     if len(found) > 1:
         raise UserError(f"{where}: two different thoughts; write one reasoning_content")
@@ -277,7 +275,7 @@ def _weight(tree: dict[str, Any], where: str) -> bool:
 def _content(content: Any, where: str) -> tuple[list[str], list[str]]:
     """The texts of a turn's content, and the thoughts among its parts."""
     if isinstance(content, str):
-        return [_unicode(content, "content", where)], []
+        return [unicode_text(content, "content", where)], []
     if not isinstance(content, list):
         raise UserError(
             f"{where}: content {shown(content)}: must be a string or a list of text parts; "
@@ -289,101 +287,16 @@ def _content(content: Any, where: str) -> tuple[list[str], list[str]]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else "text"
         if isinstance(part, str):
-            texts.append(_unicode(part, "content", where))
+            texts.append(unicode_text(part, "content", where))
         elif kind in _TEXT_PARTS:
-            texts.append(_unicode(part.get("text"), "content", where))
+            texts.append(unicode_text(part.get("text"), "content", where))
         elif kind in _REASONING_PARTS:
-            thoughts.append(_unicode(part.get(kind, part.get("text")), "content", where))
+            thoughts.append(unicode_text(part.get(kind, part.get("text")), "content", where))
         else:
             raise UserError(
                 f"{where}: a part of type {shown(kind)}: only text is trained; delete the row"
             )
     return texts or [""], thoughts
-
-
-def _unicode(text: Any, key: str, where: str) -> str:
-    """A string that UTF-8 has bytes for."""
-    if not isinstance(text, str):
-        raise UserError(f"{where}: {key} {shown(text)}: must be a string; mend or delete the row")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: {key} {shown(text)}: holds half of a surrogate pair, "
-            "which UTF-8 has no bytes for; mend or delete the row"
-        ) from None
-    return text
-
-
-# Tools
-
-
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls as `{"id", "type": "function", "function": {"name", "arguments": {…}}}`."""
-    if not value:
-        return []
-    calls = value if isinstance(value, list) else [value]
-
-    read = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(
-                f"{where}: tool call {shown(call)}: must be "
-                '{"function": {"name", "arguments"}}; mend or delete the row'
-            )
-        lost = [key for key in function if key not in _CALL_KEYS]
-        if lost:
-            raise UserError(
-                f"{where}: {lost[0]} in the call of {function['name']}: a call has name and "
-                "arguments; write these"
-            )
-        arguments = function.get("arguments")
-        if arguments in (None, ""):
-            arguments = {}
-        if isinstance(arguments, str):
-            arguments = _json(arguments, where)
-        if not isinstance(arguments, dict):
-            raise UserError(
-                f"{where}: arguments {shown(arguments)} of {function['name']}: "
-                "must be a JSON object; mend or delete the row"
-            )
-        entry = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        if call.get("id"):
-            entry["id"] = call["id"]
-        _unicode(json.dumps(entry, ensure_ascii=False), "tool call", where)
-        read.append(entry)
-    return read
-
-
-def _tools(value: Any, where: str) -> list[dict[str, Any]]:
-    """A row's tools as `{"type": "function", "function": {"name", …}}`."""
-    if isinstance(value, str) and value.strip():
-        value = _json(value, where)
-    if not value:
-        return []
-    tools = value if isinstance(value, list) else [value]
-
-    read = []
-    for tool in tools:
-        entry = tool if isinstance(tool, dict) else {}
-        function = entry.get("function", entry)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(
-                f"{where}: tool {shown(tool)}: must be "
-                '{"type": "function", "function": {"name", …}}; mend or delete the row'
-            )
-        _unicode(json.dumps(tool, ensure_ascii=False), "tool", where)
-        bare = function is entry
-        read.append({"type": "function", **({"function": function} if bare else entry)})
-    return read
-
-
-def _json(text: Any, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        raise UserError(f"{where}: {shown(text)}: must be JSON; mend or delete the row") from None
 
 
 def _arguments(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -413,35 +326,3 @@ def check_given(arguments: Mapping[str, Any], where: str) -> None:
                 f"{where}: {name} = {value!r} is a text, which a template takes as true; "
                 f"write {value.lower()} without quotes"
             )
-
-
-# Names
-
-
-def name_of(row: Any) -> str | None:
-    """A row's `id`, if it is a text or a number: on one line, at most 100 characters."""
-    value = row.get("id") if isinstance(row, dict) else None
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        return None
-    text = str(value).encode("utf-8", "replace").decode()
-    return " ".join(text.split())[:100] or None
-
-
-# Texts
-
-
-def text_of(content: str | Sequence[str]) -> str:
-    """A turn's content as one text: several parts on lines of their own, as vLLM joins them."""
-    return content if isinstance(content, str) else "\n".join(content)
-
-
-def forms_of(text: str) -> tuple[str, ...]:
-    """A text as a template may write it: as it is, without blanks around it, as JSON."""
-    escaped = (json.dumps(text, ensure_ascii=each)[1:-1] for each in (False, True))
-    return tuple(dict.fromkeys((text, text.strip(), *escaped)))
-
-
-def shown(value: Any) -> str:
-    """A value as errors show it, cut to 48 characters."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -1,28 +1,41 @@
 """What the target writes as a turn, found in the rendered conversation."""
 
 import re
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.ends import Ends
+from eagle3fn.data.rendered import (
+    Rendered,
+    Span,
+    Words,
+    begin_of_end,
+    begin_without,
+    common_length,
+    has_call,
+    has_thought,
+    in_order,
+    is_end,
+    is_in,
+    is_parsed,
+    mentions_closing,
+    own_texts,
+    places,
+    squeezed,
+    with_lead,
+    without_empty,
+)
 from eagle3fn.data.rendering import Rendering
 from eagle3fn.data.template import Opened
-from eagle3fn.data.turns import Conversation, Turn, forms_of, text_of
+from eagle3fn.data.turns import Conversation, Turn
 
 # Why an answer is in no sample.
 EMPTY = "have an empty answer"
 NO_THOUGHT = "answer without a thought, where the prompt opens one"
 
-_BLANK = re.compile(r"\s+")
 _NO_THOUGHT = re.compile(r"<([\w:.-]+)>\s*</\1>\s*\Z")  # the end of a prompt
 _LONGEST_MARK = 64  # characters
 _UNCLOSED = re.compile(r"<[^<>]*\Z")  # the beginning of a mark
-_LEADING_BLANK = re.compile(r"\s*")
-
-
-Span = tuple[int, int]
-"""Begin and end of a piece of text."""
 
 
 class Answer(NamedTuple):
@@ -31,22 +44,6 @@ class Answer(NamedTuple):
     text: str
     stop: str  # the token after it
     literal: tuple[Span, ...]  # where special tokens in `text` are text, not the token
-
-
-class Rendered(NamedTuple):
-    """A piece of rendered text."""
-
-    text: str
-    # Where the row's own texts have special tokens; None where that cannot be found.
-    literal: tuple[Span, ...] | None = ()
-
-    def part(self, begin: int, end: int | None = None) -> "Rendered":
-        """The piece from `begin` to `end`."""
-        text = self.text[begin:end]
-        if not self.literal:
-            return Rendered(text, self.literal)
-        moved = ((start - begin, stop - begin) for start, stop in self.literal)
-        return Rendered(text, tuple(s for s in moved if s[0] >= 0 and s[1] <= len(text)))
 
 
 class Answers:
@@ -73,7 +70,7 @@ class Answers:
         end = self._end_of(number, prompt)
         no_thought = _NO_THOUGHT.search(end[-_LONGEST_MARK:])
         if no_thought:
-            turn = _without_empty(turn, content, no_thought[1])
+            turn = without_empty(turn, content, no_thought[1])
             content = self.template.text_of(turn["content"])
             self._check_no_thought(number, no_thought, content)
         rendered_only = "tool_calls" in turn or "reasoning" in turn
@@ -93,17 +90,17 @@ class Answers:
         supplied, rest = self._after(number, prompt, self._through(number, turn))
         body, stop = self._split(rest, turn)
         self._check(number, turn, body.text, opened, supplied)
-        body = body.part(_begin_without(supplied, body.text))
-        content = content[_begin_without(supplied, content) :]
+        body = body.part(begin_without(supplied, body.text))
+        content = content[begin_without(supplied, content) :]
         if rendered_only:
             return self._as_rendered(number, body, stop)
-        if _squeezed(content) == _squeezed(body.text):
-            text = _with_lead(content, body.text)
+        if squeezed(content) == squeezed(body.text):
+            text = with_lead(content, body.text)
             return Answer(text, stop, ((0, len(text)),))
-        if _is_end(body.text, content):
+        if is_end(body.text, content):
             # The template leaves out a thought in marks of its own; no token in it ends an answer.
-            visible = (_begin_of_end(body.text, content), len(content))
-            stops = [m.span() for each in self.template.stops for m in _places(each, content)]
+            visible = (begin_of_end(body.text, content), len(content))
+            stops = [m.span() for each in self.template.stops for m in places(each, content)]
             return Answer(content, stop, (visible, *stops))
         return self._as_rendered(number, body, stop)
 
@@ -126,7 +123,7 @@ class Answers:
     def _check_no_thought(self, number: int, supplied: re.Match[str], content: str) -> None:
         """Refuse a thought after a prompt that says that there is none."""
         thought = self.turns[number].get("reasoning", "")
-        if not (thought.strip() or _has_thought(content, supplied[1])):
+        if not (thought.strip() or has_thought(content, supplied[1])):
             return
         remedy = "delete the thought"
         if self.rendering.options.get("enable_thinking") is False:
@@ -142,7 +139,7 @@ class Answers:
         """An answer whose content has a thought in the target's marks; None if there is none."""
         thought = self.template.thought
         if opened and opened.closing in content:
-            text = content[_begin_without(opened.opening, content) :]
+            text = content[begin_without(opened.opening, content) :]
             begin, closing = 0, opened.closing
         elif thought and thought.opening.strip() and thought.closing.strip() in content:
             text, closing = content, thought.closing.strip()
@@ -160,9 +157,9 @@ class Answers:
         special tokens are: found by rendering it once more with other words in their place.
         """
         given = turn is self.turns[number]
-        mention = _mentions_closing(self.template.text_of(turn["content"]))
+        mention = mentions_closing(self.template.text_of(turn["content"]))
         tokens = [*self.ends.text_tokens, *(["</think>"] if mention else [])]
-        words = _Words(turn, tokens)
+        words = Words(turn, tokens)
         plain = "" if mention else self.rendering.through(number + 1, None if given else turn)
         if not words.by_token:
             return Rendered(plain)
@@ -170,7 +167,7 @@ class Answers:
         found = words.undone(self.rendering.through(number + 1, words.turn))
         if mention or found.text == plain:
             return found
-        return Rendered(plain, _in_order(own_texts(turn), tokens, plain))
+        return Rendered(plain, in_order(own_texts(turn), tokens, plain))
 
     def _after(self, number: int, prompt: str, through: Rendered) -> tuple[str, Rendered]:
         """What the prompt supplies and history does not show, and `through` after the prompt.
@@ -195,7 +192,7 @@ class Answers:
 
         # What the prompt has in common with any answer, and what it supplies after that.
         tail = prompt[len(turns) :]
-        common = len(_UNCLOSED.sub("", tail[: _common(tail, shown[begin:])]))
+        common = len(_UNCLOSED.sub("", tail[: common_length(tail, shown[begin:])]))
         supplied = tail[common:]
         head = shown[: begin + common]
         if not through.text.startswith(head):
@@ -235,10 +232,10 @@ class Answers:
                 f"{where}: {self._template} does not render reasoning_content; {remedy}"
             )
         for call in turn.get("tool_calls", []):
-            if not _has_call(call, turn, body):
+            if not has_call(call, turn, body):
                 raise not_rendered(where, self._template, call)
         content = self.template.text_of(turn["content"])
-        if not (is_in(content, body) or _parsed(content, body) or _is_end(body, content)):
+        if not (is_in(content, body) or is_parsed(content, body) or is_end(body, content)):
             raise UserError(
                 f"{where}: {self._template} changes the text of this answer; mend or delete the row"
             )
@@ -250,190 +247,3 @@ def not_rendered(where: str, template: str, call: dict[str, Any]) -> UserError:
         f"{where}: {template} does not render tool_calls ({call['function']['name']}); "
         "write the call as content, or take a target that has tools"
     )
-
-
-# Texts
-
-
-def own_texts(turn: Turn) -> list[str]:
-    """The row's own texts in a turn, in the order of rendering; none is empty."""
-    texts = [turn.get("reasoning", ""), text_of(turn["content"])]
-    for call in turn.get("tool_calls", []):
-        texts.append(call["function"]["name"])
-        texts += _strings(call["function"]["arguments"])
-    return [text for text in texts if text.strip()]
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for each in inner for text in _strings(each)]
-
-
-def is_in(text: str, rendered: str) -> bool:
-    """Whether a template rendered a text: as it is, without blanks around it, as JSON, or in
-    single quotes.
-    """
-    text = text.strip()
-    if not text or text in rendered:
-        return True
-    if any(form in rendered for form in (*forms_of(text), _in_quotes(text))):
-        return True
-    return _squeezed(text) in _squeezed(rendered)
-
-
-def _in_quotes(text: str) -> str:
-    """A text as it is written between single quotes in Python."""
-    text = text.replace("\\", "\\\\").replace("'", "\\'")
-    return text.replace("\n", "\\n").replace("\r", "\\r")
-
-
-def _has_call(call: dict[str, Any], turn: Turn, body: str) -> bool:
-    """Whether a body shows a call: its name as often as it is called, and its arguments."""
-    name = call["function"]["name"]
-    times = sum(each["function"]["name"] == name for each in turn["tool_calls"])
-    values = _strings(call["function"]["arguments"])
-    return body.count(name) >= times and all(is_in(value, body) for value in values)
-
-
-def _parsed(content: str, body: str) -> bool:
-    """Whether a template rendered a content with a thought in tags, without its opening tag."""
-    thought, closed, visible = content.rpartition("</think>")
-    thought = thought.replace("<think>", "")
-    return bool(closed) and is_in(thought, body) and is_in(visible, body)
-
-
-def _with_lead(content: str, body: str) -> str:
-    """A text with the blanks that the template writes before it, if it has none of its own."""
-    lead = _LEADING_BLANK.match(body)
-    return content if content[:1].isspace() or not lead else lead[0] + content
-
-
-def _is_end(body: str, content: str) -> bool:
-    """Whether a template rendered the end of a text alone."""
-    return bool(body.strip()) and _squeezed(content).endswith(_squeezed(body))
-
-
-def _begin_of_end(body: str, content: str) -> int:
-    """Where the end of a text begins that a template rendered alone."""
-    left = len(_squeezed(body))
-    for place in range(len(content) - 1, -1, -1):
-        left -= not content[place].isspace()
-        if left == 0:
-            return place
-    return 0
-
-
-def _begin_without(supplied: str, text: str) -> int:
-    """Where a text goes on that repeats what the prompt supplies; 0 if it does not."""
-    beginning = supplied.strip()
-    begin = len(text) - len(text.lstrip())
-    if not beginning or not text.startswith(beginning, begin):
-        return 0
-    begin += len(beginning)
-    return begin + _common(supplied[len(supplied.rstrip()) :], text[begin:])
-
-
-def _without_empty(turn: Turn, content: str, tag: str) -> Turn:
-    """A turn whose content may begin with an empty thought, without it."""
-    found = re.match(rf"\s*<{tag}>\s*</{tag}>\n*", content)
-    return {**turn, "content": content[found.end() :]} if found else turn
-
-
-# Thoughts in a content
-
-
-def _has_thought(content: str, tag: str) -> bool:
-    """Whether a content begins with a thought in tags; the opening one may be missing."""
-    thought, closed, _ = content.partition(f"</{tag}>")
-    if not closed or _mentions_closing(content, tag):
-        return False
-    return bool(thought.replace(f"<{tag}>", "").strip())
-
-
-def _mentions_closing(content: str, tag: str = "think") -> bool:
-    """Whether a closing tag is a word of the text: none is opened, and it stands within a line."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    if closing not in content or content.lstrip().startswith(opening):
-        return False
-    return all(
-        line.strip() != closing and not line.strip().endswith(closing)
-        for line in content.splitlines()
-        if closing in line
-    )
-
-
-# Special tokens in the row's own texts
-
-
-class _Words:
-    """A turn with a word in the place of each special token in its own texts."""
-
-    def __init__(self, turn: Turn, tokens: Sequence[str]) -> None:
-        texts = own_texts(turn)
-        stem = "qz"
-        while any(stem in text for text in texts):
-            stem += "q"
-        inside = [each for each in tokens if any(each in text for text in texts)]
-        self.by_token = {token: f"{stem}{number}z" for number, token in enumerate(inside)}
-        self._tokens = _any_of(inside)
-        self._words = _any_of(list(self.by_token.values()))
-        self._by_word = {word: token for token, word in self.by_token.items()}
-        keys = ("content", "reasoning", "tool_calls")
-        self.turn = {**turn, **{key: self._done(turn[key]) for key in keys if key in turn}}
-
-    def _done(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._tokens.sub(lambda match: self.by_token[match[0]], value)
-        if isinstance(value, dict):
-            return {self._done(key): self._done(each) for key, each in value.items()}
-        return [self._done(each) for each in value] if isinstance(value, list) else value
-
-    def undone(self, text: str) -> Rendered:
-        """A rendered text with the tokens in their places, and where they are."""
-        done = ""
-        literal = []
-        begin = 0
-        for match in self._words.finditer(text):
-            done += text[begin : match.start()]
-            token = self._by_word[match[0]]
-            literal.append((len(done), len(done) + len(token)))
-            done += token
-            begin = match.end()
-        return Rendered(done + text[begin:], tuple(literal))
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _in_order(texts: list[str], tokens: Sequence[str], rendered: str) -> tuple[Span, ...] | None:
-    """Where texts with special tokens are rendered, one after another; None if one is not."""
-    spans = []
-    begin = 0
-    for text in texts:
-        if not any(token in text for token in tokens):
-            continue
-        places = [(rendered.find(form, begin), -len(form)) for form in forms_of(text)]
-        found = min((place for place in places if place[0] >= 0), default=None)
-        if not found:
-            return None
-        begin = found[0] - found[1]
-        spans.append((found[0], begin))
-    return tuple(spans)
-
-
-def _places(text: str, inside: str) -> Iterator[re.Match[str]]:
-    return re.finditer(re.escape(text), inside)
-
-
-def _common(one: str, other: str) -> int:
-    """The length of the text that both begin with."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _squeezed(text: str) -> str:
-    return _BLANK.sub("", text)

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.turns import conversation_of, forms_of
+from eagle3fn.data.row_values import forms_of
+from eagle3fn.data.turns import conversation_of
 from tests.factories import talk
 
 TURNS = talk("a", "one")
