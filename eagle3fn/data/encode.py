@@ -102,8 +102,8 @@ def describe_counts(counts: dict[str, Any], rejects: str | Path | None = None) -
     lines.append(Dropped(counts["notes"]).describe_reasons("answers worth a look"))
     if counts["unused_keys"]:
         keys = Dropped(counts["unused_keys"]).in_order()
-        told = ", ".join(f"{key} ({number})" for key, number in keys)
-        lines.append(f"keys that are not read: {told}")
+        counted = ", ".join(f"{key} ({number})" for key, number in keys)
+        lines.append(f"keys that are not read: {counted}")
     return [line for line in lines if line]
 
 
@@ -205,11 +205,11 @@ def _no_sample(
     conversations: str | Path, rows: int, dropped: Dropped, unused: Dropped, bad: str
 ) -> UserError:
     """The error of a file without a sample: why, and what to do about the most frequent reason."""
-    told = [dropped.describe(rows), bad]
+    reasons = [dropped.describe(rows), bad]
     if unused:
-        told.append(f"keys that are not read: {', '.join(key for key, _ in unused.in_order())}")
+        reasons.append(f"keys that are not read: {', '.join(key for key, _ in unused.in_order())}")
     remedy = _REMEDIES[dropped.in_order()[0][0]] if dropped else "mend the rows"
-    return UserError(f"{conversations}: no sample: {'; '.join(filter(None, told))}; {remedy}")
+    return UserError(f"{conversations}: no sample: {'; '.join(filter(None, reasons))}; {remedy}")
 
 
 def _check_id(highest: int, vocab_size: int | None, where: str) -> None:
@@ -282,7 +282,7 @@ def _encode_chunk(rows: list[FileRow]) -> list[EncodedRow]:
 
 
 def encode_row(maker: SampleMaker, row: FileRow) -> EncodedRow:
-    """Encode one row; a fault is told, not raised. A row without an id is named by its number.
+    """Encode one row; a fault is returned, not raised. A row without an id is named by its number.
 
     Raises:
         NoChatTemplateError: the row has turns, and the target no chat template.

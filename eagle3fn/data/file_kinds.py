@@ -28,7 +28,7 @@ _LONGEST_WINDOW = 1 << 31  # bytes; what `zstd --long=31` writes
 
 
 def open_unpacked(path: Path) -> IO[bytes]:
-    """The bytes of a plain, gz, xz or zst file, told apart by its first bytes.
+    """The bytes of a plain, gz, xz or zst file, distinguished by its first bytes.
 
     Raises:
         UserError: zst, and the package that reads it is missing.

@@ -70,13 +70,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if kind is dict and attribute not in _OF_DICTS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if kind in _HARMLESS and attribute[:1] != "_" and attribute not in _FORMATS:
-            try:
-                return getattr(obj, attribute)
-            except AttributeError:
-                pass
+            found = getattr(obj, attribute, _ABSENT)
+            if found is not _ABSENT:
+                return found
         return super().getattr(obj, attribute)
 
 
+_ABSENT = object()
 _OF_DICTS = frozenset(dir(dict))
 _FORMATS = ("format", "format_map")  # of strings: they read attributes of what they are given
 

@@ -63,8 +63,8 @@ class Rejects:
         Raises:
             UserError: more rows are bad than the limit allows, of 200 or more.
         """
-        told = reason if reason.startswith(where) else f"{where}: {reason}"
-        place, reason = _parted(where, told)
+        message = reason if reason.startswith(where) else f"{where}: {reason}"
+        place, reason = _parted(where, message)
         self.bad += 1
         self._keep(place, _ROW_REMEDY.sub("", reason))
         if self.file is not None:
@@ -117,12 +117,12 @@ class Rejects:
         return f"{places}{f' and {more} more' if more else ''}: {reason}"
 
 
-def _parted(where: str, told: str) -> tuple[str, str]:
-    """A row's place, with its id if it is told, and the reason."""
-    rest = told.removeprefix(where)
+def _parted(where: str, message: str) -> tuple[str, str]:
+    """A row's place, with its id if the message has it, and the reason."""
+    rest = message.removeprefix(where)
     named = _ID.match(rest)
     place = where + (named[0] if named else "")
-    return place, told.removeprefix(place).lstrip(": ")
+    return place, message.removeprefix(place).lstrip(": ")
 
 
 def allowed(limit: float, rows: int) -> int:

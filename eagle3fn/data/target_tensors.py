@@ -105,7 +105,7 @@ def tensor_digest(value: Tensor, dtype: torch.dtype) -> str:
 
 
 class _Wanted(NamedTuple):
-    """The tensors that a model ran with: by which a candidate of the files is told."""
+    """The tensors that a model ran with: by which a candidate of the files is recognized."""
 
     dtype: torch.dtype  # of the model
     matches: Callable[[str, Tensor], bool]  # whether a tensor is the one of a name

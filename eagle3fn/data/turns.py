@@ -2,7 +2,7 @@
 
 Read are OpenAI's `messages`, ShareGPT's `conversations`, `prompt` with `completion`, and plain
 `text`. What a row says and cannot be given to a template is refused by name; keys that change
-nothing here are listed in `Conversation.unused`, so that they can be told.
+nothing here are listed in `Conversation.unused`, so that they can be listed.
 """
 
 from collections.abc import Mapping
