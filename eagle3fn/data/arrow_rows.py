@@ -95,8 +95,8 @@ def batch_rows(batch: Any) -> Iterator[Row]:
     Lists and structs become lists and dicts; maps too, dicts. Arrow gives all structs of a column
     the same keys, and all rows the same columns: a key that a row did not have holds null (a turn
     without a call has `tool_calls: None`, a call has every other call's arguments). It cannot be
-    distinguished from a null that was written, so keys with null are left out, at every depth. Values of
-    Arrow's JSON type are parsed, nulls in them kept; a column of strings stays text, JSON or not.
+    distinguished from a null that was written, so keys with null are left out, at every depth.
+    Values of Arrow's JSON type are parsed, nulls in them kept; a column of strings stays text.
     Dates and times become ISO texts, decimals texts, bytes the text that they are in UTF-8.
     """
     convert = {field.name: _converter(field.type) for field in batch.schema}
