@@ -1,6 +1,6 @@
 """What may import what: imports follow the data flow, heavy packages have one file each.
 
-    base ← data, model ← train ← use        what a run needs
+    base ← engines ← data, model ← train ← use        what a run needs
     testing                                 may import all of these
     specforge                               may import all of these, and testing
 
@@ -20,12 +20,13 @@ ROOT = PACKAGE.parent
 
 ALLOWED = {
     "base": set(),
-    "data": {"base"},
+    "engines": {"base"},
+    "data": {"base", "engines"},
     "model": {"base"},
     "train": {"base", "data", "model"},
-    "use": {"base", "data", "model", "train"},
-    "testing": {"base", "data", "model", "train", "use"},
-    "specforge": {"base", "data", "model", "train", "use", "testing"},
+    "use": {"base", "engines", "data", "model", "train"},
+    "testing": {"base", "engines", "data", "model", "train", "use"},
+    "specforge": {"base", "engines", "data", "model", "train", "use", "testing"},
 }
 """By folder, the other folders of the package that its files may import."""
 

@@ -1,0 +1,1 @@
+"""Serving engines: their processes, what they say of a target, and what they need of a draft."""

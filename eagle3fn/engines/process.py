@@ -1,0 +1,220 @@
+"""A serving engine in a process and an environment of its own, asked line by line.
+
+The process runs a file of `engines/programs/` with the engine's Python, which needs none of this
+package's requirements. Settings and requests go to it as lines of JSON on stdin; each is answered
+by one line. What the engine prints goes to a log file.
+
+    settings →            ← {"ready": FACTS}
+    request  →            ← {"answer": ANSWER}
+                          ← {"error": SENTENCE}    in place of either
+"""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from eagle3fn.base.errors import UserError
+
+PROGRAMS = Path(__file__).parent / "programs"
+START_SECONDS = 1800.0  # for loading a large target
+ANSWER_SECONDS = 1800.0
+EXIT_SECONDS = 20.0  # after stdin is closed, and after SIGTERM
+MEMORY_WORDS = ("out of memory", "outofmemory", "available memory", "cannot allocate")
+
+
+class EngineProcess:
+    """A running program of `engines/programs/`; a context manager that ends it.
+
+    Attributes:
+        facts: what the program says of itself once it is ready, such as the engine's version.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        python: str | Path,
+        program: str,
+        settings: dict[str, Any],
+        log: str | Path,
+        *,
+        environment: dict[str, str] | None = None,
+        seconds: float = START_SECONDS,
+    ) -> None:
+        """Start the program and wait until it is ready.
+
+        Args:
+            engine: the engine's name, for messages.
+            python: the Python of the environment that has the engine.
+            program: the file's name in `engines/programs/`, such as "vllm_features.py".
+            settings: JSON values that the program starts with.
+            log: file for what the engine prints; replaced.
+            environment: variables added to this process's.
+            seconds: the longest time until it is ready.
+
+        Raises:
+            UserError: no such Python, no such engine there, it failed, died or took too long.
+        """
+        self.engine = engine
+        self.log = Path(log)
+        self.remedy = ""
+        found = shutil.which(str(python))
+        if found is None:
+            raise UserError(
+                f"--engine-python {python}: no such program; name the Python of an environment "
+                f"that has {engine}"
+            )
+
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        variables.pop("PYTHONPATH", None)  # of this package's environment
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [found, str(PROGRAMS / program)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env=variables,
+                start_new_session=True,
+            )
+        self._rest = b""  # of stdout, after the last line
+        try:
+            self.facts: dict[str, Any] = self._exchange(settings, "ready", "starting", seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, request: dict[str, Any], seconds: float = ANSWER_SECONDS) -> Any:
+        """The answer to a request.
+
+        Raises:
+            UserError: the program reports a fault, died, or took longer than `seconds`.
+        """
+        return self._exchange(request, "answer", "at work", seconds)
+
+    def close(self) -> None:
+        """End the program and all processes that it started; safe to call again."""
+        process = self._process
+        if process.stdin:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
+            if number is not None:
+                self._signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(EXIT_SECONDS)
+                break
+        self._signal(signal.SIGKILL)  # what the engine left running in its group
+        if process.stdout:
+            process.stdout.close()
+
+    def __enter__(self) -> "EngineProcess":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, UserError):
+            self._signal(signal.SIGTERM)  # do not wait for an answer that nobody reads
+        self.close()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+    def _exchange(self, value: dict[str, Any], key: str, doing: str, seconds: float) -> Any:
+        """Write one line and read one; the content of its `key`."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died: the reader says how
+            self._process.stdin.write(json.dumps(value).encode() + b"\n")
+            self._process.stdin.flush()
+
+        line = self._line(doing, seconds)
+        try:
+            tree = json.loads(line)
+        except ValueError:
+            tree = None
+        if isinstance(tree, dict) and "error" in tree:
+            raise UserError(f"{self.engine}: {tree['error']}; see {self.log}")
+        if not isinstance(tree, dict) or key not in tree:
+            raise UserError(f"{self.engine}: answered {line[:80]!r}, not JSON; see {self.log}")
+        return tree[key]
+
+    def _line(self, doing: str, seconds: float) -> bytes:
+        """The next line of its stdout."""
+        assert self._process.stdout is not None
+        handle = self._process.stdout.fileno()
+        end = time.monotonic() + seconds
+        while b"\n" not in self._rest:
+            left = end - time.monotonic()
+            if left <= 0:
+                self._signal(signal.SIGKILL)
+                raise UserError(
+                    f"{self.engine}: no answer after {seconds:.0f} s ({doing}); see {self.log}"
+                )
+            ready, _, _ = select.select([handle], [], [], min(left, 1.0))
+            if not ready:
+                continue
+            piece = os.read(handle, 1 << 20)
+            if not piece:
+                raise UserError(self._how_it_ended(doing))
+            self._rest += piece
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line
+
+    def _how_it_ended(self, doing: str) -> str:
+        """One line on a program that closed its stdout: how it ended, and its last words."""
+        try:
+            code = self._process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+        how = f"ended with exit code {code}"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                how += ", as the system does where memory runs out"
+
+        words = last_words(self.log)
+        if any(word in words.lower() for word in MEMORY_WORDS):
+            how += ", out of memory"
+        return f"{self.engine}: {how} ({doing}): {words or 'it printed nothing'}; see {self.log}"
+
+
+def last_words(log: Path, longest: int = 200) -> str:
+    """The last line of a log that names an error, else the last one; "" if it is empty."""
+    with contextlib.suppress(OSError):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+        named = [line for line in lines if "Error" in line or "error:" in line]
+        for line in reversed(named or lines):
+            return line[-longest:]
+    return ""
+
+
+def engine_version(facts: dict[str, Any], oldest: Sequence[int], engine: str, python: str) -> str:
+    """The version in a program's `facts`, which must be at least `oldest`.
+
+    Raises:
+        UserError: it is older.
+    """
+    version = str(facts["version"])
+    release = version.partition("+")[0].split(".")[:3]
+    numbers = tuple(int(part) for part in release if part.isdigit())
+    if numbers < tuple(oldest):
+        least = ".".join(str(number) for number in oldest)
+        raise UserError(
+            f"{engine} {version} (--engine-python {python}): too old, {least} or later is needed; "
+            "update it there"
+        )
+    return version

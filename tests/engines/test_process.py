@@ -1,0 +1,152 @@
+"""A program of another environment: what it answers, and every way in which it can end."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.engines import process
+from eagle3fn.engines.process import EngineProcess, engine_version
+
+PROGRAM = """
+import os, signal, sys, time
+sys.path.insert(0, {programs!r})
+from answering import serve
+
+def start(settings):
+    print("the engine talks")
+    if settings.get("start"):
+        exec(settings["start"])
+    return {{"version": "1.2.3"}}, lambda request: eval(request["value"])
+
+if __name__ == "__main__":
+    serve(start)
+"""
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """Starts the program with settings; ends it with the test."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(programs=str(process.PROGRAMS)))
+    monkeypatch.setattr(process, "PROGRAMS", tmp_path)
+    begun = []
+
+    def started(start: str = "", python: str = sys.executable, **options) -> EngineProcess:
+        log = tmp_path / "log"
+        settings = {"start": start}
+        begun.append(EngineProcess("toy", python, "program.py", settings, log, **options))
+        return begun[-1]
+
+    yield started
+    for one in begun:
+        one.close()
+
+
+def ended(pid: int) -> bool:
+    """Whether a process ends within seconds; one that nobody waited for yet has ended too."""
+    state = Path(f"/proc/{pid}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_facts_and_answers_arrive_and_prints_go_to_the_log(begin):
+    with begin() as engine:
+        assert engine.facts == {"version": "1.2.3"}
+        assert engine.ask({"value": "[1, 2.5, 'ü']"}) == [1, 2.5, "ü"]
+        assert engine.ask({"value": "print('noise') or 7"}) == 7
+    assert "the engine talks" in engine.log.read_text()
+
+
+def test_long_answers_arrive_whole(begin):
+    with begin() as engine:
+        assert engine.ask({"value": "list(range(500_000))"}) == list(range(500_000))
+
+
+def test_an_error_of_a_request_is_one_line_and_the_program_goes_on(begin):
+    with begin() as engine:
+        with pytest.raises(UserError, match=r"^toy: ZeroDivisionError: .*; see .*log$"):
+            engine.ask({"value": "1 / 0"})
+        assert engine.ask({"value": "3"}) == 3
+
+
+def test_a_python_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="--engine-python /none: no such program; name the Python"):
+        EngineProcess("toy", "/none", "program.py", {}, "log")
+
+
+def test_a_module_that_is_not_there_is_named(begin):
+    with pytest.raises(UserError, match="has no module nothing_of_this_name; install it there"):
+        begin("import nothing_of_this_name")
+
+
+def test_a_failed_start_is_one_line(begin):
+    with pytest.raises(UserError, match=r"^toy: ValueError: no room; see"):
+        begin("raise ValueError('no\\nroom')")
+
+
+def test_a_killed_engine_is_named_with_what_it_said_last(begin):
+    with (
+        begin() as engine,
+        pytest.raises(UserError, match="killed by SIGKILL, as the system does where memory"),
+    ):
+        engine.ask({"value": "os.kill(os.getpid(), signal.SIGKILL)"})
+
+
+def test_an_exit_for_want_of_memory_says_so(begin):
+    said = "print('CUDA Error: out of memory'), os._exit(3)"
+    with (
+        begin() as engine,
+        pytest.raises(UserError, match=r"exit code 3, out of memory .at work.: CUDA Error"),
+    ):
+        engine.ask({"value": said})
+
+
+def test_an_engine_that_hangs_is_ended(begin):
+    with begin() as engine:
+        with pytest.raises(UserError, match="no answer after 1 s"):
+            engine.ask({"value": "time.sleep(60)"}, seconds=1)
+        engine._process.wait(5)
+
+
+def test_close_ends_what_the_engine_started(begin):
+    with begin() as engine:
+        child = engine.ask({"value": "__import__('subprocess').Popen(['sleep', '60']).pid"})
+        assert Path(f"/proc/{child}").exists()
+    assert ended(child)
+
+
+def test_an_engine_ends_with_its_parent(begin, tmp_path):
+    # The parent is a process of its own, killed without a chance to clean up.
+    code = f"""
+import os, sys
+from pathlib import Path
+from eagle3fn.engines import process
+process.PROGRAMS = Path({str(tmp_path)!r})
+engine = process.EngineProcess("toy", sys.executable, "program.py", {{}}, {str(tmp_path / "l")!r})
+print(engine._process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    begin().close()  # the program's file is written
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert ended(int(found.stdout))
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("0.9.12", True), ("0.10", False), ("0.11.0+cpu", False)]
+)
+def test_an_old_engine_is_refused(version, refused):
+    facts = {"version": version}
+    if not refused:
+        assert engine_version(facts, (0, 10), "toy", "py") == version
+        return
+    with pytest.raises(UserError, match=r"toy 0\.9\.12 .*: too old, 0.10 or later is needed"):
+        engine_version(facts, (0, 10), "toy", "py")
