@@ -53,7 +53,8 @@ from eagle3fn.testing.gate_part import (
 )
 from eagle3fn.testing.triton_interpreter import mend_interpreter
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
-from eagle3fn.train.optimizer import OPTIMIZERS
+from eagle3fn.train.optimizer import OPTIMIZERS, muon
+from eagle3fn.train.orthogonal import newton_schulz, rational
 from eagle3fn.train.shard import empty_state
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
@@ -547,13 +548,19 @@ def check_by_sample(size: Size) -> dict[str, float]:
 def check_optimizer(size: Size, name: str, mesh: bool) -> dict[str, float]:
     """Two updates, the second donated, against the CPU's of the plain numerics.
 
-    Gradients are fp64, so that only the optimizer's own rounding differs.
+    Gradients are fp64, so that only the optimizer's own rounding differs. Muon makes matrices
+    orthogonal by what the device is fast at: the CPU's updates do so by the same, in fp64.
     """
+    orthogonal = partial(newton_schulz, dtype=torch.float64) if size.device != "cpu" else rational
 
     def masters(numerics: str, device: str, mesh: Any) -> Params:
         problem = problem_in(size, numerics, torch.float64, device)
-        optimizer = replace(problem.config.optimizer, name=name)
-        fns = e3.bind(replace(problem.config, optimizer=optimizer), problem.frozen, mesh)
+        settings = replace(problem.config.optimizer, name=name)
+        config = replace(problem.config, optimizer=settings)
+        own = None
+        if name == "muon" and device != size.device:
+            own = muon(settings, orthogonal)
+        fns = e3.bind(config, problem.frozen, mesh, optimizer=own)
         state = fns.init_state(problem.params)
         state, _ = fns.step(state, problem.batch)
         state, _ = fns.step(state, problem.batch, donate=True)

@@ -113,7 +113,7 @@ def test_argmax_ties_pick_lowest_index(device):
     for score in scores_of:
         generator = torch.Generator().manual_seed(3)
         logits = torch.randint(-2, 2, (12, 70), generator=generator).float()
-        z = torch.full((6, 150), -3.0).index_copy_(1, kept, logits[::2])
+        z = torch.full((6, 150), -3.0).index_copy_(1, kept.cpu(), logits[::2])
         assert (logits[::2] == 1).sum(-1).min() > 3
         logits, z, label, t2d, kept = (x.to(device) for x in (logits, z, label, t2d, kept))
         scores = score(logits, z, label, first, t2d, kept)
