@@ -86,7 +86,9 @@ def difference(before: dict[str, Any], after: dict[str, Any], length: int) -> di
     """What was counted between two readings."""
     rounds = after[ROUNDS] - before[ROUNDS]
     drafted = after[DRAFTED] - before[DRAFTED]
-    by_position = [new - old for old, new in zip(before[BY_POSITION], after[BY_POSITION])]
+    by_position = [
+        new - old for old, new in zip(before[BY_POSITION], after[BY_POSITION], strict=True)
+    ]
 
     # A round drafts at most `length` tokens. Where all of them did, each position is known.
     full = drafted == rounds * length
