@@ -1,0 +1,258 @@
+"""Decoding by a serving engine, with a draft or plainly, one prompt at a time.
+
+    with open_decoder("vllm", python, target, draft, settings, log) as decoder:
+        answer = decoder.decode(prompt_ids, 128)
+        answer.tokens, answer.counts
+
+Counts are the engine's own: of a last round that goes beyond an end token or the limit, all drafted
+and accepted tokens count. `kept_accepted` gives the number as `use.decode` counts it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.engines.process import ANSWER_SECONDS, EngineProcess, engine_version
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+class Counts(NamedTuple):
+    """What an engine counted for one answer, or for several; None: it does not tell.
+
+    Attributes:
+        rounds: runs of the target that verified at least one drafted token.
+        drafted: tokens that were drafted.
+        accepted: drafted tokens that agreed with the target, also those after the answer's end.
+        drafted_by_position: as `drafted`, for each draft position.
+        accepted_by_position: as `accepted`, for each draft position.
+    """
+
+    rounds: int | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+    drafted_by_position: list[int] | None = None
+    accepted_by_position: list[int] | None = None
+
+
+class EngineAnswer(NamedTuple):
+    """One decoded answer.
+
+    `tokens` begins with the prefill's and ends with the first end token, if one came.
+    """
+
+    tokens: list[int]
+    counts: Counts | None  # None: decoded plainly
+    seconds: float  # in the engine, prefill included
+
+
+class EngineRun(NamedTuple):
+    """Several prompts decoded by one engine, in order."""
+
+    engine: str
+    version: str
+    answers: list[EngineAnswer]
+
+
+@dataclass(frozen=True)
+class DecoderSettings:
+    """What an engine starts with.
+
+    Attributes:
+        max_length: tokens of the longest prompt and its answer.
+        end_tokens: decoding stops after the first of these (`data.target.stop_ids`).
+        draft_length: tokens drafted in a round; without meaning where nothing is drafted.
+        dtype: what target and draft compute in; "auto" leaves it to the engine.
+        arguments: further arguments of the engine's own, by its names.
+    """
+
+    max_length: int
+    end_tokens: tuple[int, ...]
+    draft_length: int = 7
+    dtype: str = "float32"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(NamedTuple):
+    """What is known of an engine before it starts."""
+
+    program: str  # file of `engines/programs/`
+    oldest: tuple[int, ...]
+    environment: dict[str, str]
+
+
+ENGINES = {
+    "vllm": Engine(
+        "vllm_decode.py",
+        (0, 18),
+        {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"},
+    ),
+    "llamacpp": Engine("llamacpp_decode.py", (2026,), {}),
+}
+
+
+class Decoder:
+    """An engine that holds a target, and a draft if it was given one; a context manager."""
+
+    def __init__(self, engine: str, version: str, process: EngineProcess, speculates: bool) -> None:
+        self.engine = engine
+        self.version = version
+        self.facts = process.facts
+        self.speculates = speculates
+        self._process = process
+
+    def decode(
+        self,
+        prompt_ids: Sequence[int],
+        max_new: int,
+        sampling: Sampling = GREEDY,
+        *,
+        plain: bool = False,
+        seconds: float = ANSWER_SECONDS,
+    ) -> EngineAnswer:
+        """Decode at most `max_new` tokens after `prompt_ids`.
+
+        Args:
+            prompt_ids: token ids.
+            max_new: at most so many tokens, the prefill's included.
+            sampling: greedy by default.
+            plain: leave the draft out; only where `facts["switches"]` says that the engine can.
+            seconds: the longest time for the answer.
+
+        Raises:
+            UserError: the engine reports a fault, died, or took too long.
+        """
+        request = {
+            "prompt": list(prompt_ids),
+            "max_new": max_new,
+            "plain": plain,
+            **sampling._asdict(),
+        }
+        found = self._process.ask(request, seconds)
+        counts = found["counts"]
+        if counts is not None:
+            counts = Counts(**counts)
+        return EngineAnswer(found["tokens"], counts, found["seconds"])
+
+    def __enter__(self) -> "Decoder":
+        self._process.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.__exit__(kind, error, trace)
+
+
+def open_decoder(
+    engine: str,
+    python: str | Path,
+    target: str | Path,
+    draft: str | Path | None,
+    settings: DecoderSettings,
+    log: str | Path,
+) -> Decoder:
+    """Start an engine with a target, and with a draft unless it is None.
+
+    Args:
+        engine: a key of `ENGINES`.
+        python: the Python of an environment that has it.
+        target: folder, id or file that the engine loads.
+        draft: exported folder or file that the engine loads.
+        settings: what it starts with.
+        log: file for what the engine prints; replaced.
+
+    Raises:
+        UserError: the engine is missing or too old, refuses target or draft, or dies.
+    """
+    known = ENGINES[engine]
+    values = {
+        "target": str(target),
+        "draft": None if draft is None else str(draft),
+        "draft_length": settings.draft_length,
+        "max_length": settings.max_length,
+        "end_tokens": list(settings.end_tokens),
+        "dtype": settings.dtype,
+        "arguments": dict(settings.arguments),
+    }
+    process = EngineProcess(
+        engine, python, known.program, values, log, environment=known.environment
+    )
+    try:
+        version = engine_version(process.facts, known.oldest, engine, str(python))
+    except UserError:
+        process.close()
+        raise
+    return Decoder(engine, version, process, draft is not None)
+
+
+def decode_all(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new: int,
+    sampling: Sampling = GREEDY,
+) -> EngineRun:
+    """Decode prompts one at a time. A short answer before them, which counts nowhere, warms up."""
+    decoder.decode(prompts[0], min(max_new, 8), sampling)
+    answers = [decoder.decode(prompt, max_new, sampling) for prompt in prompts]
+    return EngineRun(decoder.engine, decoder.version, answers)
+
+
+# Numbers over answers
+
+
+def kept_accepted(answer: EngineAnswer, max_new: int) -> int | None:
+    """The accepted tokens as `use.decode` counts them: none after an end token or the limit.
+
+    Every round emits its accepted tokens and one of the target's, and the prefill emits one, so
+    `1 + rounds + accepted - len(tokens)` tokens were cut off. At the limit `use.decode` drafts
+    less, so that the last token is the target's; an end token inside a round is a drafted one.
+
+    None where the engine does not tell rounds or accepted tokens.
+    """
+    counts = answer.counts
+    if counts is None or counts.rounds is None or counts.accepted is None:
+        return None
+    cut = 1 + counts.rounds + counts.accepted - len(answer.tokens)
+    if len(answer.tokens) < max_new:
+        cut -= 1
+    return counts.accepted - max(cut, 0)
+
+
+def total(answers: Sequence[EngineAnswer]) -> Counts:
+    """The counts of all answers together; None for what one of them lacks."""
+    found = [answer.counts or Counts() for answer in answers]
+    return Counts(
+        rounds=_sum([one.rounds for one in found]),
+        drafted=_sum([one.drafted for one in found]),
+        accepted=_sum([one.accepted for one in found]),
+        drafted_by_position=_sums([one.drafted_by_position for one in found]),
+        accepted_by_position=_sums([one.accepted_by_position for one in found]),
+    )
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _sums(rows: Sequence[Sequence[int] | None]) -> list[int] | None:
+    known = [row for row in rows if row is not None]
+    if len(known) < len(rows):
+        return None
+    return [sum(column) for column in zip(*known, strict=True)]
