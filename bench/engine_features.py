@@ -118,17 +118,18 @@ def trained(options: argparse.Namespace, side: str, features: Path, seed: int) -
 def distance(one: Path, other: Path) -> dict[str, float]:
     """The largest difference of a value over the largest value, by kind of feature."""
     left, right = open_features(one), open_features(other)
-    off = {"aux_hidden": 0.0, "last_hidden": 0.0}
-    top = dict(off)
+    kinds = ("aux_hidden", "last_hidden")
+    off = dict.fromkeys(kinds, 0.0)
+    top = dict.fromkeys(kinds, 0.0)
     for number in range(len(left.samples)):
         a, b = read_sample(left, number), read_sample(right, number)
         if not torch.equal(a.input_ids, b.input_ids):
             raise UserError(f"{other}: sample {number} has other tokens than {one}'s")
-        for kind in off:
+        for kind in kinds:
             x, y = getattr(a, kind).float(), getattr(b, kind).float()
             off[kind] = max(off[kind], float((x - y).abs().max()))
             top[kind] = max(top[kind], float(x.abs().max()))
-    return {kind: off[kind] / top[kind] for kind in off}
+    return {kind: off[kind] / top[kind] for kind in kinds}
 
 
 def decoded_length(options: argparse.Namespace, runs: dict[str, Path]) -> dict[str, float]:
