@@ -71,7 +71,8 @@ class DecoderSettings:
     """What an engine starts with.
 
     Attributes:
-        max_length: tokens of the longest prompt and its answer.
+        max_length: tokens of the longest prompt and its answer. The engine gets room for a whole
+            round more, so that no round near the end drafts less: `positions` in all.
         end_tokens: decoding stops after the first of these (`data.target.stop_ids`).
         draft_length: tokens drafted in a round; without meaning where nothing is drafted.
         dtype: what target and draft compute in; "auto" leaves it to the engine.
@@ -83,6 +84,11 @@ class DecoderSettings:
     draft_length: int = 7
     dtype: str = "float32"
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the engine has room for."""
+        return self.max_length + self.draft_length + 2
 
 
 class Engine(NamedTuple):
@@ -118,8 +124,6 @@ class Decoder:
         prompt_ids: Sequence[int],
         max_new: int,
         sampling: Sampling = GREEDY,
-        *,
-        plain: bool = False,
         seconds: float = ANSWER_SECONDS,
     ) -> EngineAnswer:
         """Decode at most `max_new` tokens after `prompt_ids`.
@@ -128,18 +132,12 @@ class Decoder:
             prompt_ids: token ids.
             max_new: at most so many tokens, the prefill's included.
             sampling: greedy by default.
-            plain: leave the draft out; only where `facts["switches"]` says that the engine can.
             seconds: the longest time for the answer.
 
         Raises:
             UserError: the engine reports a fault, died, or took too long.
         """
-        request = {
-            "prompt": list(prompt_ids),
-            "max_new": max_new,
-            "plain": plain,
-            **sampling._asdict(),
-        }
+        request = {"prompt": list(prompt_ids), "max_new": max_new, **sampling._asdict()}
         found = self._process.ask(request, seconds)
         counts = found["counts"]
         if counts is not None:
@@ -185,7 +183,7 @@ def open_decoder(
         "target": str(target),
         "draft": None if draft is None else str(draft),
         "draft_length": settings.draft_length,
-        "max_length": settings.max_length,
+        "positions": settings.positions,
         "end_tokens": list(settings.end_tokens),
         "dtype": settings.dtype,
         "arguments": dict(settings.arguments),
@@ -216,12 +214,27 @@ def decode_all(
 # Numbers over answers
 
 
+def verifications(answer: EngineAnswer) -> int | None:
+    """Runs of the target after the prefill; None where the engine does not tell.
+
+    A round emits its accepted tokens and one of the target's, the prefill emits one. What is left
+    of the answer came one by one, from runs that verified no drafted token.
+    """
+    counts = answer.counts
+    if counts is None:
+        return len(answer.tokens) - 1
+    if counts.rounds is None or counts.accepted is None:
+        return None
+    alone = len(answer.tokens) - 1 - counts.rounds - counts.accepted
+    return counts.rounds + max(alone, 0)
+
+
 def kept_accepted(answer: EngineAnswer, max_new: int) -> int | None:
     """The accepted tokens as `use.decode` counts them: none after an end token or the limit.
 
-    Every round emits its accepted tokens and one of the target's, and the prefill emits one, so
-    `1 + rounds + accepted - len(tokens)` tokens were cut off. At the limit `use.decode` drafts
-    less, so that the last token is the target's; an end token inside a round is a drafted one.
+    Engines that draft beyond the limit accept `1 + rounds + accepted - len(tokens)` tokens that
+    are cut off. At the limit `use.decode` drafts less, so that the last token is the target's; an
+    end token inside a round is a drafted one.
 
     None where the engine does not tell rounds or accepted tokens.
     """

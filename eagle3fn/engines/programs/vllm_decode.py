@@ -17,15 +17,17 @@ BY_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     """Load target and draft."""
     import vllm  # pyright: ignore[reportMissingImports]
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     length = settings["draft_length"]
     options: dict[str, Any] = {
         "model": settings["target"],
         "dtype": settings["dtype"],
-        "max_model_len": settings["max_length"],
+        "max_model_len": settings["positions"],
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
         "max_num_seqs": 1,
+        "enforce_eager": current_platform.is_cpu(),  # compiling takes minutes there
     }
     if settings["draft"] is not None:
         options["speculative_config"] = {
@@ -38,7 +40,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         return decode(engine, request, settings)
 
-    return {"version": vllm.__version__, "switches": False}, answer
+    return {"version": vllm.__version__}, answer
 
 
 def decode(engine: Any, request: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
