@@ -1,9 +1,9 @@
 """SafeAILab's EAGLE decodes token ids, or gives its draft's logits on given rows, on a CPU.
 
 A chain in place of its tree: one candidate a step, so that a round drafts as many tokens as ours.
-`settings["arguments"]["source"]` is a checkout, as it is no package. What its code expects of a
-target's folder is put beside the target's files in a temporary one: an index of its tensors, and
-RoPE's base where transformers 4 reads it.
+Of `settings["arguments"]`, `source` is a checkout, as EAGLE is no package, and `plain` decodes with
+the target alone. What its code expects of a target's folder is put beside the target's files in a
+temporary one: an index of its tensors, and RoPE's base where transformers 4 reads it.
 """
 
 import json
@@ -35,8 +35,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     from eagle.model import ea_model  # pyright: ignore[reportMissingImports]
 
     length = settings["draft_length"]
-    ends = settings["end_tokens"]
-    without_tokenizer(ea_model, ends[0])
+    without_tokenizer(ea_model, settings["end_tokens"][0])
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(settings["target"]), Path(folder))
         model = ea_model.EaModel.from_pretrained(
@@ -56,9 +55,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
                 return logits(model.ea_layer, request)
             return decode(model, rounds, request, settings)
 
-    return {"version": commit(source), "switches": True, "transformers": version("transformers")}, (
-        answer
-    )
+    return {"version": commit(source), "transformers": version("transformers")}, answer
 
 
 # Before it loads
@@ -142,7 +139,8 @@ def decode(
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(request["seed"])
-    generate = model.naivegenerate if request["plain"] else model.eagenerate
+    plain = settings["arguments"].get("plain", False)
+    generate = model.naivegenerate if plain else model.eagenerate
     prompt = torch.tensor([request["prompt"]])
     rounds.clear()
 
@@ -152,12 +150,12 @@ def decode(
         temperature=request["temperature"],
         top_p=request["top_p"],
         max_new_tokens=request["max_new"] - 1,  # it stops when there are more
-        max_length=settings["max_length"] + 2 * settings["draft_length"] + SPARE,
+        max_length=settings["positions"] + settings["draft_length"] + SPARE,
     )
     seconds = time.perf_counter() - begin
 
     tokens = cut(ids[0, prompt.shape[1] :].tolist(), request["max_new"], settings["end_tokens"])
-    counts = None if request["plain"] else counted(rounds, tokens, settings["draft_length"])
+    counts = None if plain else counted(rounds, tokens, settings["draft_length"])
     return {"tokens": tokens, "seconds": seconds, "counts": counts}
 
 

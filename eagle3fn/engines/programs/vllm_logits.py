@@ -78,8 +78,8 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
         dtype="float32",
         enforce_eager=True,
         skip_tokenizer_init=True,
-        max_model_len=settings["max_length"],
-        max_num_batched_tokens=settings["max_length"],
+        max_model_len=settings["positions"],
+        max_num_batched_tokens=settings["positions"],
         max_num_seqs=1,
         enable_prefix_caching=False,
         speculative_config={
