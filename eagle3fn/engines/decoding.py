@@ -106,6 +106,7 @@ ENGINES = {
         {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"},
     ),
     "llamacpp": Engine("llamacpp_decode.py", (2026,), {}),
+    "eagle": Engine("eagle_decode.py", (), {"HF_HUB_OFFLINE": "1"}),  # its version is a commit
 }
 
 

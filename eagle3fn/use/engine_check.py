@@ -1,0 +1,403 @@
+"""A draft in serving engines against the same draft here: logits, tokens, counts.
+
+Logits are compared on the same rows: the features on which an engine's draft ran are taken from it,
+and compared with ours for themselves. Counts are compared on the prompts where the engine's tokens
+are ours; elsewhere the target's own arithmetic has chosen another token, or the draft has changed
+the answer, which it must not.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle3fn.base.config import require
+from eagle3fn.base.draft_config import aux_layers
+from eagle3fn.base.errors import UserError
+from eagle3fn.data.synthesize import chat_prompt
+from eagle3fn.data.target import load_target, stop_ids
+from eagle3fn.data.template import ChatTemplate
+from eagle3fn.engines import decoding, logits
+from eagle3fn.engines.decoding import Decoder, DecoderSettings, EngineAnswer, open_decoder
+from eagle3fn.engines.gguf import to_gguf
+from eagle3fn.engines.logits import Chain, LogitSettings, open_logits
+from eagle3fn.use.decode import Decoded, check_pair, check_request, open_target, speculate
+from eagle3fn.use.drafter import Drafter
+from eagle3fn.use.export import Draft, load_draft
+
+ENGINES = ("vllm", "llamacpp", "speculators", "eagle")
+LOGIT_BOUND = 1e-3  # largest difference of a logit, fp32
+FEATURE_BOUND = 1e-3  # largest difference of a feature, of the largest of all
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """How much is compared.
+
+    `tasks` prompts are decoded, `max_new` tokens each, by rounds of `draft_length`; logits are
+    compared after the first `logit_tasks` of them.
+    """
+
+    tasks: int = 10
+    max_new: int = 48
+    draft_length: int = 4
+    logit_tasks: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        for name in ("tasks", "draft_length", "logit_tasks"):
+            value = getattr(self, name)
+            require(value >= 1, f"check.{name}", value, "at least 1")
+        require(self.max_new >= 2, "check.max_new", self.max_new, "at least 2")
+
+
+class Place(NamedTuple):
+    """Where an engine is: its Python, and its source tree if it needs one."""
+
+    python: Path
+    source: Path | None = None
+
+
+class Pair(NamedTuple):
+    """A target and the prompts, which serve all drafts of it; fp32 on the CPU."""
+
+    folder: Path
+    model: Any
+    prompts: list[Tensor]  # (1, P) each
+    end_tokens: tuple[int, ...]
+
+
+class Ours(NamedTuple):
+    """What a draft does here."""
+
+    folder: Path
+    draft: Draft
+    taps: tuple[int, int, int]
+    chains: list[Chain]  # its proposals after the first prompts
+    decoded: list[Decoded]
+
+
+# This side
+
+
+def load_pair(target: str | Path, prompts: Sequence[str], settings: CheckSettings) -> Pair:
+    """The target in fp32, and the first prompts in its chat template.
+
+    Raises:
+        UserError: unreadable, or no prompts.
+    """
+    if not prompts:
+        raise UserError("prompts: none given; name a file of rows with a prompt")
+    model, tokenizer = load_target(target, torch.float32)
+    template = ChatTemplate(tokenizer)
+    encoded = []
+    for text in prompts[: settings.tasks]:
+        prompt = chat_prompt(template, text)
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        encoded.append(ids)
+    return Pair(Path(target), model, encoded, stop_ids(model, tokenizer))
+
+
+def run_ours(
+    pair: Pair,
+    folder: str | Path,
+    settings: CheckSettings,
+    on_done: Callable[[int], None] = lambda number: None,
+) -> Ours:
+    """Proposals and answers of an exported draft; `on_done` gets the number of prompts decoded.
+
+    Raises:
+        UserError: unreadable, a draft of another target, or prompts that are too long.
+    """
+    draft = load_draft(folder, torch.float32)
+    text = pair.model.config.get_text_config()
+    check_pair(draft, text, str(folder), str(pair.folder))
+    for prompt in pair.prompts:
+        check_request(pair.model, draft, prompt, settings.draft_length, settings.max_new)
+
+    chains = []
+    for prompt in pair.prompts[: settings.logit_tasks]:
+        chains.append(propose(pair.model, draft, prompt, settings.draft_length))
+    decoded = []
+    for number, prompt in enumerate(pair.prompts, 1):
+        decoded.append(
+            speculate(
+                pair.model, draft, prompt, settings.draft_length, settings.max_new, pair.end_tokens
+            )
+        )
+        on_done(number)
+    return Ours(Path(folder), draft, aux_layers(draft.config, text.num_hidden_layers), chains, decoded)
+
+
+@torch.inference_mode()
+def propose(model: Any, draft: Draft, prompt: Tensor, count: int) -> Chain:
+    """What the draft proposes after a prompt `(1, P)`: `count` tokens, greedily."""
+    with open_target(model, draft) as target:
+        token = target.read(prompt, keep=1)  # (1, 1)
+        aux = target.features(prompt.shape[1])  # (1, P, 3·Ht)
+    next_ids = torch.cat([prompt[:, 1:], token], dim=1)
+    drafter = Drafter(draft, prompt.shape[1] + count, model.get_input_embeddings().weight)
+    drafted = drafter.draft(aux, next_ids, count)
+    return Chain(aux[0], next_ids[0], drafted[0])
+
+
+@torch.inference_mode()
+def chain_logits(draft: Draft, embed_tokens: Tensor, chain: Chain) -> Tensor:
+    """The draft's logits `(K, D)` of the chain's last row, and of the K - 1 drafted after it."""
+    count = len(chain.drafted)
+    drafter = Drafter(draft, len(chain.aux) + count, embed_tokens)
+    hidden = drafter.commit(chain.aux[None], chain.next_ids[None])
+    found = [drafter.logits(hidden)[0, 0]]
+    for step in range(1, count):
+        hidden = drafter.extend(hidden, chain.drafted[None, step - 1 : step], step)
+        found.append(drafter.logits(hidden)[0, 0])
+    return torch.stack(found)
+
+
+# One engine
+
+
+def check_engine(
+    engine: str, place: Place, pair: Pair, ours: Ours, settings: CheckSettings, work: str | Path
+) -> dict[str, Any]:
+    """What an engine does with the draft, and whether it agrees.
+
+    Args:
+        engine: one of `ENGINES`.
+        place: where it is.
+        pair: target and prompts.
+        ours: what the draft does here.
+        settings: how much is compared.
+        work: folder for logs and converted files.
+
+    Returns:
+        `version`, `loads`, `agrees`, `error` if it failed; of logits `max_logit_diff`,
+        `max_feature_diff`; of decoding the counts of `compare_answers`. None where an engine has
+        none of these.
+    """
+    work = Path(work)
+    result: dict[str, Any] = {
+        "version": None,
+        "loads": False,
+        "max_logit_diff": None,
+        "max_feature_diff": None,
+        "tokens_equal": None,
+    }
+    try:
+        if engine in logits.ENGINES:
+            result |= check_logits(engine, place, pair, ours, settings, work)
+        if engine in decoding.ENGINES:
+            result |= check_decoding(engine, place, pair, ours, settings, work)
+    except UserError as error:
+        result["error"] = str(error)
+    result["agrees"] = agrees(result)
+    return result
+
+
+def agrees(result: Mapping[str, Any]) -> bool:
+    """Whether an engine's result has nothing against the draft, and something for it."""
+    if "error" in result:
+        return False
+    compared = False
+    if result["max_logit_diff"] is not None:
+        compared = True
+        if not result["max_logit_diff"] <= LOGIT_BOUND:  # nor NaN
+            return False
+        if not (result["max_feature_diff"] or 0.0) <= FEATURE_BOUND:
+            return False
+    if result["tokens_equal"] is not None:
+        compared = compared or result["tokens_equal"] > 0
+        if result["counts_equal"] < result["tokens_equal"]:
+            return False
+        if any(one["by"] == "draft" for one in result["differing"]):
+            return False
+    return compared
+
+
+def _arguments(place: Place) -> dict[str, Any]:
+    return {} if place.source is None else {"source": str(place.source)}
+
+
+def check_logits(
+    engine: str, place: Place, pair: Pair, ours: Ours, settings: CheckSettings, work: Path
+) -> dict[str, Any]:
+    """Largest differences over the first prompts and all steps.
+
+    `max_feature_diff` is of the largest feature, None for an engine that is given the features.
+    """
+    longest = max(prompt.shape[1] for prompt in pair.prompts)
+    start = LogitSettings(
+        positions=longest + 2 * settings.draft_length + 2,
+        draft_length=settings.draft_length,
+        taps=ours.taps,
+        threads=torch.get_num_threads(),
+        arguments=_arguments(place),
+    )
+    embed = pair.model.get_input_embeddings().weight
+    worst = 0.0
+    features = 0.0
+    log = work / f"{engine}-logits.log"
+    with open_logits(engine, place.python, pair.folder, ours.folder, start, log) as held:
+        for prompt, chain in zip(pair.prompts, ours.chains, strict=False):
+            its, found = held.logits(prompt[0].tolist(), chain)
+            worst = _larger(worst, logit_difference(ours.draft, embed, its, found))
+            features = _larger(features, feature_difference(its.aux, chain.aux))
+        version = held.version
+        given = held.given
+    return {
+        "version": version,
+        "loads": True,
+        "max_logit_diff": worst,
+        "max_feature_diff": None if given else features,
+    }
+
+
+def _larger(left: float, right: float) -> float:
+    """The larger of two, NaN if one is."""
+    return left if left != left or left > right else right
+
+
+def logit_difference(draft: Draft, embed_tokens: Tensor, chain: Chain, found: Tensor) -> float:
+    """Largest difference of an engine's logits `(K, D)` or `(K, V)` from ours on its chain."""
+    expected = chain_logits(draft, embed_tokens, chain)
+    if found.shape[1] != expected.shape[1]:
+        draft_ids = torch.arange(draft.config.draft_vocab_size)
+        found = found[:, draft.vocab.d2t + draft_ids]
+    return (found.float() - expected).abs().max().item()
+
+
+def feature_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, of the largest feature; infinite where the rows are others."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return ((found.float() - expected).abs().max() / expected.abs().max()).item()
+
+
+def check_decoding(
+    engine: str, place: Place, pair: Pair, ours: Ours, settings: CheckSettings, work: Path
+) -> dict[str, Any]:
+    """Counts and tokens of all prompts, by `compare_answers`.
+
+    The engine decodes without the draft only the prompts where its tokens are not ours.
+    """
+    target: Path = pair.folder
+    folder: Path = ours.folder
+    if engine == "llamacpp":
+        assert place.source is not None
+        target = work / "target.gguf"
+        if not target.exists():  # one target for all drafts
+            to_gguf(place.python, place.source, pair.folder, target)
+        folder = to_gguf(
+            place.python, place.source, ours.folder, work / "draft.gguf", target=pair.folder
+        )
+
+    longest = max(prompt.shape[1] for prompt in pair.prompts)
+
+    def opened(plain: bool) -> Decoder:
+        arguments = _arguments(place) if engine == "eagle" else {}
+        drafting: Path | None = None if plain else folder
+        if engine == "eagle":
+            arguments["plain"] = plain
+            drafting = folder
+        start = DecoderSettings(
+            max_length=longest + settings.max_new,
+            end_tokens=pair.end_tokens,
+            draft_length=settings.draft_length,
+            arguments=arguments,
+        )
+        log = work / f"{engine}-{'plain' if plain else 'draft'}.log"
+        return open_decoder(engine, place.python, target, drafting, start, log)
+
+    with opened(plain=False) as decoder:
+        version = decoder.version
+        answers = [decoder.decode(ids[0].tolist(), settings.max_new) for ids in pair.prompts]
+
+    # Whose are the tokens that differ: the engine's target's own, or the draft's doing?
+    others = [
+        number
+        for number, (answer, expected) in enumerate(zip(answers, ours.decoded, strict=True))
+        if answer.tokens != expected.tokens
+    ]
+    plain: dict[int, list[int]] = {}
+    if others:
+        with opened(plain=True) as decoder:
+            for number in others:
+                prompt = pair.prompts[number][0].tolist()
+                plain[number] = decoder.decode(prompt, settings.max_new).tokens
+    found = compare_answers(answers, ours.decoded, plain, settings.max_new)
+    return {"version": version, "loads": True, **found}
+
+
+def compare_answers(
+    answers: Sequence[EngineAnswer],
+    decoded: Sequence[Decoded],
+    plain: Mapping[int, Sequence[int]],
+    max_new: int,
+) -> dict[str, Any]:
+    """Counts of an engine beside ours.
+
+    Args:
+        answers: the engine's, with the draft.
+        decoded: ours to the same prompts.
+        plain: the engine's tokens without the draft, for each prompt whose `answers` differ.
+        max_new: the limit of both.
+
+    Returns:
+        `prompts`, `tokens_equal`, `counts_equal`: numbers of prompts. `rounds`, `drafted`,
+        `accepted`, and the same under `ours`: sums over the prompts with equal tokens; a round is a
+        run of the target after its prefill, and an accepted token one that is part of the answer.
+        An engine drafts whole rounds, ours fewer tokens near the limit. `differing`: the prompts
+        with other tokens, counted from 0, with the first that differs, and `by` whom: the engine's
+        "target", whose plain tokens part from ours, or the "draft".
+    """
+    result: dict[str, Any] = {"prompts": len(answers), "tokens_equal": 0, "counts_equal": 0}
+    its = {"rounds": 0, "drafted": 0, "accepted": 0}
+    own = dict(its)
+    differing = []
+    for number, (answer, expected) in enumerate(zip(answers, decoded, strict=True)):
+        if answer.tokens != expected.tokens:
+            differing.append(_first_difference(number, answer, expected, plain[number]))
+            continue
+        result["tokens_equal"] += 1
+        one = _counts_of(answer, max_new)
+        other = {
+            "rounds": expected.verifications,
+            "drafted": sum(expected.drafted_by_position),
+            "accepted": sum(expected.accepted_by_position),
+        }
+        same = all(one[name] == other[name] for name in ("rounds", "accepted"))
+        result["counts_equal"] += same
+        for name in its:
+            its[name] += one[name] or 0
+            own[name] += other[name]
+    return {**result, **its, "ours": own, "differing": differing}
+
+
+def _counts_of(answer: EngineAnswer, max_new: int) -> dict[str, int | None]:
+    return {
+        "rounds": decoding.verifications(answer),
+        "drafted": None if answer.counts is None else answer.counts.drafted,
+        "accepted": decoding.kept_accepted(answer, max_new),
+    }
+
+
+def _first_difference(
+    number: int, answer: EngineAnswer, expected: Decoded, plain: Sequence[int]
+) -> dict[str, Any]:
+    """Where an answer parts from ours, and whether the engine's plain one does so as well."""
+    place = 0
+    for left, right in zip(answer.tokens, expected.tokens, strict=False):
+        if left != right:
+            break
+        place += 1
+    same = list(plain[: place + 1]) == answer.tokens[: place + 1]
+    return {
+        "prompt": number,
+        "token": place,
+        "engine": answer.tokens[place] if place < len(answer.tokens) else None,
+        "ours": expected.tokens[place] if place < len(expected.tokens) else None,
+        "by": "target" if same else "draft",
+    }
