@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.engines.process import last_words
+from eagle3fn.engines.process import find_python, last_words
 
 CONVERTER = "convert_hf_to_gguf.py"
 
@@ -16,6 +16,7 @@ def to_gguf(
     out: str | Path,
     target: str | Path | None = None,
     dtype: str = "f32",
+    log: str | Path | None = None,
 ) -> Path:
     """Convert a model's folder; returns `out`.
 
@@ -23,16 +24,21 @@ def to_gguf(
         python: the Python of an environment that has what the converter needs.
         source: llama.cpp's tree, which has the converter.
         model: folder of a target, or of an exported draft.
-        out: the file to write; what the converter prints goes beside it, into `.log`.
+        out: the file to write.
         target: a draft's target, whose tokenizer and taps the draft's file names.
         dtype: of the tensors, as the converter calls it.
+        log: file for what the converter prints; None: beside `out`, ending in `.log`.
 
     Raises:
-        UserError: the converter fails, with its last words.
+        UserError: no such Python, or the converter fails, with its last words.
     """
     out = Path(out)
-    log = out.with_suffix(".log")
-    command = [str(python), str(Path(source) / CONVERTER), str(model)]
+    log = Path(log) if log else out.with_suffix(".log")
+    command = [
+        find_python("what llama.cpp's converter needs", python),
+        str(Path(source) / CONVERTER),
+        str(model),
+    ]
     command += ["--outfile", str(out), "--outtype", dtype]
     if target is not None:
         command += ["--target-model-dir", str(target)]

@@ -1,7 +1,5 @@
-"""GGUF files of a target and its draft for llama.cpp, made by its own converter."""
+"""What llama.cpp is given for a target and its draft: GGUF files, converted where they are not."""
 
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +7,8 @@ from pathlib import Path
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
-from eagle3fn.engines.process import last_words
+from eagle3fn.engines.gguf import CONVERTER, to_gguf
 
-CONVERTER = "convert_hf_to_gguf.py"
 OUT_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -19,22 +16,25 @@ OUT_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 def gguf_files(
     target: str | Path,
     draft: str | Path,
+    python: str | Path,
     converter: str | Path | None,
     dtype: str | None,
-    folder: str | Path,
+    log: str | Path,
 ) -> Iterator[tuple[Path, Path]]:
     """Yield target and draft as GGUF files; those that are folders are converted and deleted after.
 
-    The converter runs with this Python. It needs the target's folder for a draft, and reads there
-    the tokenizer and the number of layers.
+    For a draft, the converter reads the tokenizer and the number of layers in the target's folder.
 
     Args:
         target: folder or GGUF file.
         draft: exported folder or GGUF file.
-        converter: `convert_hf_to_gguf.py` of a llama.cpp checkout, or the checkout; None only for
-            two GGUF files.
+        python: the Python of an environment that has what the converter needs: torch,
+            transformers, sentencepiece.
+        converter: the checkout of llama.cpp that has `convert_hf_to_gguf.py`, or that file; None
+            only for two GGUF files.
         dtype: of the converted weights, a key of `OUT_TYPES`; None is float32.
-        folder: where converted files are for the time being.
+        log: files for what the converter prints: this name with ".target.gguf.log" and
+            ".draft.gguf.log". The converted files are for the time being in the same folder.
 
     Raises:
         UserError: no converter, no folder to convert, or the converter fails.
@@ -44,25 +44,33 @@ def gguf_files(
         yield paths[0], paths[1]
         return
 
-    script = find_converter(converter)
+    source = find_converter(converter)
     if paths[0].suffix == ".gguf":
         raise UserError(
             f"--draft {draft}: to convert a draft, llama.cpp's converter needs the target's "
             "folder; name the target's folder, or a draft that is a GGUF file"
         )
+    for path in paths:
+        if path.suffix != ".gguf" and not (path / "config.json").is_file():
+            raise UserError(
+                f"{path}: no config.json there; llama.cpp's converter needs a model's folder"
+            )
+
     kind = OUT_TYPES[dtype or "float32"]
-    with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as made:
-        converted = [Path(made) / "target.gguf", paths[1]]
-        _convert(script, paths[0], kind, converted[0], [])
+    with tempfile.TemporaryDirectory(prefix="gguf-", dir=Path(log).parent) as made:
+
+        def convert(name: str, model: Path, of: Path | None) -> Path:
+            out = Path(made) / f"{name}.gguf"
+            return to_gguf(python, source, model, out, of, kind, f"{log}.{name}.gguf.log")
+
         if paths[1].suffix != ".gguf":
             check_taps(paths[1], paths[0])
-            converted[1] = Path(made) / "draft.gguf"
-            _convert(script, paths[1], kind, converted[1], ["--target-model-dir", str(target)])
-        yield converted[0], converted[1]
+            paths[1] = convert("draft", paths[1], paths[0])
+        yield convert("target", paths[0], None), paths[1]
 
 
 def find_converter(given: str | Path | None) -> Path:
-    """The converter's file.
+    """The folder of the converter.
 
     Raises:
         UserError: none is named, or it is not there.
@@ -73,13 +81,13 @@ def find_converter(given: str | Path | None) -> Path:
             "with --converter, or give target and draft as GGUF files"
         )
     path = Path(given)
-    if path.is_dir():
-        path = path / CONVERTER
-    if not path.is_file():
+    if path.name == CONVERTER:
+        path = path.parent
+    if not (path / CONVERTER).is_file():
         raise UserError(
             f"--converter {given}: no {CONVERTER} there; name a checkout of llama.cpp or that file"
         )
-    return path.absolute()
+    return path
 
 
 def check_taps(draft: Path, target: Path) -> None:
@@ -106,21 +114,3 @@ def check_taps(draft: Path, target: Path) -> None:
             f"{draft}/config.json: eagle_config names the tapped layers {ids}, which llama.cpp's "
             f"converter does not read (it would take {expected}); export the draft anew"
         )
-
-
-def _convert(script: Path, folder: Path, kind: str, out: Path, options: list[str]) -> None:
-    """Run the converter on one folder."""
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json there; llama.cpp's converter needs a model's folder"
-        )
-    log = out.with_suffix(".log")
-    command = [sys.executable, str(script), str(folder), "--outfile", str(out)]
-    command += ["--outtype", kind, *options]
-    with log.open("wb") as output:
-        code = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
-        ).returncode
-    if code or not out.is_file():
-        said = last_words(log) or "it printed nothing"
-        raise UserError(f"{script}: cannot convert {folder} (exit code {code}): {said}")

@@ -66,12 +66,7 @@ class EngineProcess:
         self.engine = engine
         self.log = Path(log)
         self.remedy = ""
-        found = shutil.which(str(python))
-        if found is None:
-            raise UserError(
-                f"--engine-python {python}: no such program; name the Python of an environment "
-                f"that has {engine}"
-            )
+        found = find_python(engine, python)
 
         self.log.parent.mkdir(parents=True, exist_ok=True)
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
@@ -189,6 +184,21 @@ class EngineProcess:
         if any(word in words.lower() for word in MEMORY_WORDS):
             how += ", out of memory"
         return f"{self.engine}: {how} ({doing}): {words or 'it printed nothing'}; see {self.log}"
+
+
+def find_python(engine: str, python: str | Path) -> str:
+    """The path of a Python that is named by its path or its name.
+
+    Raises:
+        UserError: there is none; `engine` is what its environment should have.
+    """
+    found = shutil.which(str(python))
+    if found is None:
+        raise UserError(
+            f"--engine-python {python}: no such program; name the Python of an environment "
+            f"that has {engine}"
+        )
+    return found
 
 
 def last_words(log: Path, longest: int = 200) -> str:

@@ -114,7 +114,7 @@ def run_ours(
     """
     draft = load_draft(folder, torch.float32)
     text = pair.model.config.get_text_config()
-    check_pair(draft, text, str(folder), str(pair.folder))
+    check_pair(draft.config, text, str(folder), str(pair.folder))
     for prompt in pair.prompts:
         check_request(pair.model, draft, prompt, settings.draft_length, settings.max_new)
 
