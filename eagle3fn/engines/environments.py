@@ -39,7 +39,7 @@ ENVIRONMENTS = {
             "xllamacpp==2026.10.11549",
             # Of its converter:
             "torch==2.13.0",
-            "transformers==4.57.6",
+            "transformers==5.19.0",
             "sentencepiece==0.2.1",
             "protobuf==6.33.0",
             "pyyaml==6.0.3",
