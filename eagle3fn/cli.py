@@ -94,6 +94,28 @@ def _add_conversations(sub: argparse.ArgumentParser) -> None:
     _add_template(sub)
 
 
+def _add_engine(sub: argparse.ArgumentParser) -> None:
+    """The options of an evaluation in a serving engine."""
+    sub.add_argument(
+        "--engine", choices=("vllm", "llamacpp"), help="decode in a serving engine, both ways"
+    )
+    sub.add_argument("--engine-python", help="the Python of an environment that has the engine")
+    sub.add_argument(
+        "--engine-arg",
+        action="append",
+        metavar="NAME=VALUE",
+        help="argument of the engine's own: gpu_memory_utilization=0.8, cpuparams.n_threads=4",
+    )
+    sub.add_argument(
+        "--converter", help="llama.cpp's convert_hf_to_gguf.py or its checkout, for folders"
+    )
+    sub.add_argument(
+        "--temperature", type=_at_least_zero, help="of an engine's answers (default 0: greedy)"
+    )
+    sub.add_argument("--top-p", type=_share, help="with --temperature (default 1)")
+    sub.add_argument("--seed", type=_count, help="with --temperature (default 0)")
+
+
 def _add_settings(sub: argparse.ArgumentParser) -> None:
     """The options that make a configuration."""
     sub.add_argument("--config", help="TOML file")
@@ -238,7 +260,11 @@ def _add_checking_commands(command: Command) -> None:
         "speculative decoding with an exported draft: losslessness, length, speed",
     )
     _add_target(sub, runs=True)
-    sub.add_argument("--draft", required=True, help="exported draft folder")
+    sub.add_argument(
+        "--draft",
+        required=True,
+        help="exported draft folder; with --engine llamacpp also a GGUF file",
+    )
     sub.add_argument("--prompts", required=True, help="JSONL with a prompt field (plain, .gz, .xz)")
     sub.add_argument("--out", required=True, help="JSON report")
     sub.add_argument(
@@ -246,12 +272,21 @@ def _add_checking_commands(command: Command) -> None:
     )
     sub.add_argument("--max-new", type=_positive, default=128)
     sub.add_argument(
+        "--draft-length", type=_positive, default=7, help="tokens drafted in a round (default 7)"
+    )
+    sub.add_argument(
         "--plain", help="JSON file that keeps the target's own answers for the next draft"
     )
     _add_template(sub)
     sub.add_argument("--untrained", help="an exported untrained draft, to compare with")
     _add_threads(sub)
-    sub.add_argument("--dtype", choices=_DTYPES, help=f"that speed is measured in ({_FASTEST})")
+    sub.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help=f"that speed is measured in ({_FASTEST}); with --engine: that all is decoded in "
+        "(default float32)",
+    )
+    _add_engine(sub)
 
     sub = command(
         "report", commands.report, "gather a run's results in one table, a JSON file and a picture"

@@ -68,24 +68,29 @@ def synthesize(options: Any) -> None:
 
 def _template_arguments(options: Any) -> dict[str, Any]:
     """The chat template's arguments: JSON values, else texts."""
+    from eagle3fn.data.turns import check_given
+
+    arguments = _named_values(options.template_arg, "--template-arg", "enable_thinking=false")
+    check_given(arguments, "--template-arg")
+    return arguments
+
+
+def _named_values(texts: list[str], option: str, example: str) -> dict[str, Any]:
+    """`NAME=VALUE` of an option that is given once a name: JSON values, else texts."""
     import json
 
     from eagle3fn.base.errors import UserError
-    from eagle3fn.data.turns import check_given
 
-    arguments = {}
-    for text in options.template_arg:
+    values = {}
+    for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            raise UserError(
-                f"--template-arg {text}: must be NAME=VALUE, such as enable_thinking=false"
-            )
+            raise UserError(f"{option} {text}: must be NAME=VALUE, such as {example}")
         try:
-            arguments[name] = json.loads(_JSON_VALUES.get(value) or value)
+            values[name] = json.loads(_JSON_VALUES.get(value) or value)
         except ValueError:
-            arguments[name] = value
-    check_given(arguments, "--template-arg")
-    return arguments
+            values[name] = value
+    return values
 
 
 def _template(options: Any, tokenizer: Any) -> "ChatTemplate":
@@ -415,7 +420,11 @@ def plan(options: Any) -> None:
 
 
 def evaluate(options: Any) -> None:
-    """Decode prompts plainly and with the draft."""
+    """Decode prompts plainly and with the draft, by this package or in a serving engine."""
+    _check_evaluate(options)
+    if options.engine:
+        _evaluate_in_engine(options)
+        return
     import torch
 
     from eagle3fn.base.device import check_device
@@ -427,7 +436,7 @@ def evaluate(options: Any) -> None:
 
     check_device(options.device)
     sizes = sizes_of(target_config(options.target))
-    rows = [1, 1 + EvalSettings.draft_length]  # a token, and a block that is verified
+    rows = [1, 1 + options.draft_length]  # a token, and a block that is verified
     _say(
         take_threads(
             lambda: thin_products(sizes, rows, torch.float32), options.device, options.threads
@@ -436,6 +445,7 @@ def evaluate(options: Any) -> None:
     settings = EvalSettings(
         tasks=options.tasks,
         max_new=options.max_new,
+        draft_length=options.draft_length,
         device=options.device,
         speed_dtype=options.dtype,
         template_arguments=_template_arguments(options),
@@ -459,6 +469,120 @@ def evaluate(options: Any) -> None:
         f"accepted length {report['accepted_length']:.3f}, "
         f"{report['speedup']:.2f} times as fast in {report['speed_dtype']}"
     )
+
+
+_HERE_ALONE = ("--device", "--plain", "--untrained", "--threads")
+_ENGINES_ALONE = (
+    "--engine-python",
+    "--engine-arg",
+    "--converter",
+    "--temperature",
+    "--top-p",
+    "--seed",
+)
+
+
+def _check_evaluate(options: Any) -> None:
+    """Refuse options of `evaluate` that would have no effect, by name."""
+    from eagle3fn.base.errors import UserError
+
+    if options.engine:
+        for name in _given(options, _HERE_ALONE):
+            raise UserError(
+                f"{name}: has no effect on an engine; leave it out, or give the engine's own "
+                "setting with --engine-arg NAME=VALUE"
+            )
+        _check_engine(options)
+    else:
+        for name in _given(options, _ENGINES_ALONE):
+            raise UserError(f"{name}: is for --engine vllm or llamacpp; name one, or leave it out")
+
+
+def _check_engine(options: Any) -> None:
+    """Refuse what the engine cannot do, and options that would have no effect on it."""
+    from eagle3fn.base.errors import UserError
+
+    if not options.engine_python:
+        raise UserError(
+            f"--engine {options.engine}: name the Python of an environment that has it with "
+            "--engine-python"
+        )
+    if not options.temperature:
+        for name in _given(options, ("--top-p", "--seed")):
+            raise UserError(f"{name}: greedy decoding draws nothing; give --temperature above 0")
+
+    # GGUF files.
+    files = [Path(options.target).suffix, Path(options.draft).suffix]
+    if options.engine == "vllm" and options.converter:
+        raise UserError("--converter: is for --engine llamacpp; vLLM loads exported folders")
+    if options.engine == "vllm" and files[1] == ".gguf":
+        raise UserError(f"--draft {options.draft}: vLLM loads exported folders; name one")
+    if files == [".gguf", ".gguf"]:
+        for name in _given(options, ("--dtype", "--converter")):
+            raise UserError(f"{name}: GGUF files are loaded as they are; leave it out")
+
+
+def _given(options: Any, names: tuple[str, ...]) -> list[str]:
+    """Those of an option's names that are among a command's arguments, also shortened."""
+    words = [word.partition("=")[0] for word in options.arguments if len(word) > 2]
+    words = [word for word in words if word.startswith("--")]
+    return [name for name in names if any(name.startswith(word) for word in words)]
+
+
+def _engine_dtype(options: Any) -> str | None:
+    """What an engine computes in; None where a GGUF file of the target says it."""
+    gguf = options.engine == "llamacpp" and Path(options.target).suffix == ".gguf"
+    return options.dtype or (None if gguf else "float32")
+
+
+def _evaluate_in_engine(options: Any) -> None:
+    """Decode prompts plainly and with the draft, in a serving engine."""
+    from contextlib import nullcontext
+
+    from eagle3fn.base.files import write_json
+    from eagle3fn.engines.decoding import Sampling
+    from eagle3fn.engines.llamacpp import gguf_files
+    from eagle3fn.use.engine_evaluate import EngineEvalSettings, describe, engine_evaluate
+    from eagle3fn.use.evaluate import read_prompts
+
+    settings = EngineEvalSettings(
+        engine=options.engine,
+        python=options.engine_python,
+        tasks=options.tasks,
+        max_new=options.max_new,
+        draft_length=options.draft_length,
+        dtype=_engine_dtype(options),
+        sampling=Sampling(
+            options.temperature or 0.0,
+            1.0 if options.top_p is None else options.top_p,
+            options.seed or 0,
+        ),
+        arguments=_named_values(options.engine_arg or [], "--engine-arg", "enforce_eager=true"),
+        template_arguments=_template_arguments(options),
+    )
+    prompts = read_prompts(options.prompts)
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    served = nullcontext((options.target, options.draft))
+    if options.engine == "llamacpp":
+        served = gguf_files(
+            options.target, options.draft, options.converter, options.dtype, out.parent
+        )
+    with served as loaded:
+        report = engine_evaluate(
+            options.target,
+            options.draft,
+            prompts,
+            settings,
+            out.with_suffix(""),
+            served=loaded,
+            on_progress=progress.bars("prompt"),
+            prompts_name=Path(options.prompts).name,
+        )
+    progress.close()
+    write_json(out, report)
+    print(f"{out}: {describe(report)}")
 
 
 def report(options: Any) -> None:

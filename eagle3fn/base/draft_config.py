@@ -2,27 +2,21 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
+from eagle3fn.base.rope_settings import (
+    check_scaling,
+    rope_of,
+    scaling_as_trained,
+    scaling_of,
+    type_of,
+)
 
 DEFAULT_DRAFT_VOCAB = 32_000
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "mrope")
-
-_ROPE_NUMBERS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
 _VISION_KEYS = ("vision_config", "vision_tower", "image_token_id")
 
 
@@ -46,8 +40,8 @@ _KINDS = {
 class DraftConfig:
     """One decoder layer.
 
-    `aux_layers` are the target's tapped layers, counted from 0; None means `1, L//2 - 1, L - 4` of
-    the target's L layers.
+    `aux_layers` are the target's tapped layers, three different ones in ascending order, counted
+    from 0; None means `1, L//2 - 1, L - 4` of the target's L layers.
 
     A field added at the end is a switch of the draft (`switches`): with a default, and of a name
     that is no key of `config.json` yet, as targets' keys are often copied into a draft's.
@@ -92,30 +86,14 @@ class DraftConfig:
             raise UserError(
                 f"draft.head_dim = {self.head_dim}: must be even, RoPE rotates features in pairs"
             )
-        if self.aux_layers is not None and len(self.aux_layers) != 3:
-            raise UserError(f"draft.aux_layers = {self.aux_layers}: must name three target layers")
-        self._check_rope()
-
-    def _check_rope(self) -> None:
-        scaling = {} if self.rope_scaling is None else self.rope_scaling
-        if not isinstance(scaling, dict) or self.rope_type not in ROPE_TYPES:
-            raise UserError(
-                f"draft.rope_scaling = {scaling!r}: "
-                f"its rope_type must be one of {', '.join(ROPE_TYPES)}"
-            )
-        positive, words = _KINDS[float]
-        for name in _ROPE_NUMBERS.get(self.rope_type, ()):
-            value = scaling.get(name)
-            if not positive(value):
-                raise UserError(
-                    f"draft.rope_scaling.{name} = {value!r}: {self.rope_type} needs {words}"
-                )
+        if self.aux_layers is not None:
+            _check_taps(self.aux_layers)
+        check_scaling(self.rope_scaling)
 
     @property
     def rope_type(self) -> str:
         """The RoPE variant, "default" without scaling."""
-        scaling = self.rope_scaling if isinstance(self.rope_scaling, dict) else {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
+        return type_of(self.rope_scaling)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -156,7 +134,7 @@ _KEYS = (
 )
 """Keys that are always written, in this order. A target has them too, `draft_vocab_size` apart."""
 
-_TAPS = "eagle_aux_hidden_state_layer_ids"
+TAPS = "eagle_aux_hidden_state_layer_ids"
 
 
 def switches() -> list[Field[Any]]:
@@ -169,24 +147,7 @@ def switches() -> list[Field[Any]]:
     return [field for field in fields(DraftConfig) if field.name not in others]
 
 
-def _rope(tree: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's settings: newer configurations have `rope_parameters`.
-
-    Some have one set for each kind of layer; the draft's layer attends to everything.
-    """
-    rope = tree.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"rope_parameters = {rope!r}: must be an object")
-    return rope.get("full_attention", rope)
-
-
-def _scaling(tree: dict[str, Any]) -> dict[str, Any] | None:
-    rope = _rope(tree)
-    scaled = rope.get("rope_type", "default") != "default"
-    return tree.get("rope_scaling") or (rope if scaled else None)
-
-
-def _taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
+def listed_taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
     """The tapped layers that are listed, None if none are.
 
     Engines differ in where they look: under `eagle_config` are the layers whose outputs are taken,
@@ -194,21 +155,21 @@ def _taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
     """
     eagle = tree.get("eagle_config") or {}
     if not isinstance(eagle, dict):
-        raise UserError(f"eagle_config = {eagle!r}: must list three layers under {_TAPS}")
+        raise UserError(f"eagle_config = {eagle!r}: must list three layers under {TAPS}")
     for place, keys in (("eagle_config.", eagle), ("", tree)):
-        layers = keys.get(_TAPS)
+        layers = keys.get(TAPS)
         whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
         if layers is not None and not (whole and len(layers) == 3):
-            raise UserError(f"{place}{_TAPS} = {layers!r}: must list three layers; mend it")
+            raise UserError(f"{place}{TAPS} = {layers!r}: must list three layers; mend it")
 
-    outputs = eagle.get(_TAPS)
-    inputs = tree.get(_TAPS)
+    outputs = eagle.get(TAPS)
+    inputs = tree.get(TAPS)
     if inputs is None:
         return None if outputs is None else tuple(outputs)
     below = [layer - 1 for layer in inputs]
     if outputs not in (None, below):
         raise UserError(
-            f"{_TAPS} = {inputs} must be one above eagle_config's {outputs}; "
+            f"{TAPS} = {inputs} must be one above eagle_config's {outputs}; "
             "mend the one that is wrong"
         )
     return tuple(below)
@@ -223,10 +184,10 @@ _READ: dict[str, Callable[[dict[str, Any]], Any]] = {
     ),
     "target_hidden_size": lambda tree: tree.get("target_hidden_size") or tree["hidden_size"],
     "rope_theta": lambda tree: float(
-        tree.get("rope_theta") or _rope(tree).get("rope_theta") or 10_000.0
+        tree.get("rope_theta") or rope_of(tree).get("rope_theta") or 10_000.0
     ),
-    "rope_scaling": _scaling,
-    "aux_layers": _taps,
+    "rope_scaling": scaling_of,
+    "aux_layers": listed_taps,
 }
 """Fields that are more than the key of their name."""
 
@@ -305,8 +266,8 @@ def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) ->
         dtype: of the weights, as "bfloat16".
     """
     # RoPE under the newer key and the two older ones; scaling holds the variant's own values.
-    scaling = config.rope_scaling if config.rope_type != "default" else None
-    rope = {"rope_type": config.rope_type, "rope_theta": config.rope_theta}
+    scaling = scaling_as_trained(config.rope_scaling, config.max_position_embeddings)
+    rope = {"rope_type": type_of(scaling), "rope_theta": config.rope_theta}
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     values |= {"rope_scaling": scaling, "rope_parameters": {**rope, **(scaling or {}), **rope}}
 
@@ -323,39 +284,75 @@ def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) ->
         "torch_dtype": dtype,
     }
 
-    # What engines assume is left out.
     if config.own_embedding:
         tree["target_hidden_size"] = config.target_hidden_size
+
+    # The taps, always and under both conventions: an engine guesses where it finds none.
     layers = aux_layers(config, target_layers)
-    if layers != _default_layers(config, target_layers):
-        tree["eagle_config"] = {_TAPS: list(layers), "use_aux_hidden_state": True}
-        tree[_TAPS] = [layer + 1 for layer in layers]
+    tree["eagle_config"] = {TAPS: list(layers), "use_aux_hidden_state": True}
+    tree[TAPS] = [layer + 1 for layer in layers]
+
+    # Switches that are as engines assume are left out.
     for field in switches():
         if values[field.name] != field.default:
             tree[field.name] = values[field.name]
     return tree
 
 
-def _default_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int] | None:
-    """The layers that engines tap by default; None where the target is too shallow for these."""
-    try:
-        return aux_layers(replace(config, aux_layers=None), target_layers)
-    except UserError:
-        return None
+# The tapped layers
+
+
+def _check_taps(layers: tuple[int, ...]) -> None:
+    """Refuse taps that engines would gather in another order, or once where they are twice."""
+    if len(layers) != 3:
+        raise UserError(f"draft.aux_layers = {layers}: must name three target layers")
+    if len(set(layers)) != 3:
+        raise UserError(
+            f"draft.aux_layers = {layers}: a layer is named twice, engines gather each once; "
+            "name three different layers, in ascending order"
+        )
+    if list(layers) != sorted(layers):
+        raise UserError(
+            f"draft.aux_layers = {layers}: must ascend, as engines gather them upwards; write "
+            f"{sorted(layers)} and extract again, or sort those of a trained draft with "
+            "eagle3fn convert --draft"
+        )
 
 
 def aux_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int]:
     """The three tapped decoder layers, counted from 0, of a target with `target_layers` layers.
 
+    They are those that the configuration names, or `1, L//2 - 1, L - 4` of L layers.
+
     Raises:
         UserError: a named layer is outside the target, or the target is too shallow for the
-            default.
+            default, which is from 7 layers on three different ones.
     """
     count = target_layers
+    named = config.aux_layers is not None
     low, middle, high = config.aux_layers or (1, count // 2 - 1, count - 4)
-    if not all(0 <= layer < count for layer in (low, middle, high)):
+    if named and not all(0 <= layer < count for layer in (low, middle, high)):
         raise UserError(
             f"draft.aux_layers = {(low, middle, high)}: each must be in [0, {count}); "
             "name three layers of the target with --set draft.aux_layers=[a,b,c]"
         )
+    if not named and not 0 <= low < middle < high:
+        raise UserError(
+            f"draft.aux_layers: the default ones are {(low, middle, high)} for a target of {count} "
+            f"layers, which engines cannot gather; {_shallow_remedy(count)}"
+        )
     return low, middle, high
+
+
+def _shallow_remedy(count: int) -> str:
+    """What to do for a target of few layers: three taps that fit, if there are three layers.
+
+    The last layer is left out where it can be: SGLang does not capture its output.
+    """
+    if count < 3:
+        return "a draft needs a target of at least 3 layers"
+    top = max(count - 2, 2)
+    return (
+        f"name others, such as --set draft.aux_layers=[0,{top // 2},{top}], and for extract the "
+        f'same in a --draft-config JSON: "eagle_config": {{"{TAPS}": [0, {top // 2}, {top}]}}'
+    )

@@ -8,7 +8,7 @@ Counts are the engine's own: of a last round that goes beyond an end token or th
 and accepted tokens count. `kept_accepted` gives the number as `use.decode` counts it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -205,10 +205,20 @@ def decode_all(
     prompts: Sequence[Sequence[int]],
     max_new: int,
     sampling: Sampling = GREEDY,
+    on_done: Callable[[int], None] = lambda number: None,
 ) -> EngineRun:
-    """Decode prompts one at a time. A short answer before them, which counts nowhere, warms up."""
+    """Decode prompts one at a time. A short answer before them, which counts nowhere, warms up.
+
+    `on_done` is called with the number of prompts done.
+
+    Raises:
+        UserError: as `Decoder.decode`.
+    """
     decoder.decode(prompts[0], min(max_new, 8), sampling)
-    answers = [decoder.decode(prompt, max_new, sampling) for prompt in prompts]
+    answers = []
+    for number, prompt in enumerate(prompts, 1):
+        answers.append(decoder.decode(prompt, max_new, sampling))
+        on_done(number)
     return EngineRun(decoder.engine, decoder.version, answers)
 
 

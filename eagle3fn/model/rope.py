@@ -114,11 +114,14 @@ def _yarn(config: DraftConfig, scaling: dict) -> tuple[Tensor, float]:
     high = min(high, size - 1)
     ramp = ((torch.arange(size // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
 
-    # The factor on cosines and sines, unless the configuration has one.
+    # The factor on cosines and sines, unless the configuration has one. One of the two mscales
+    # alone changes nothing: so transformers and vLLM read it.
     scale = scaling.get("attention_factor")
     if scale is None:
-        scale = stretched(float(scaling.get("mscale") or 1.0))
-        scale /= stretched(float(scaling.get("mscale_all_dim") or 0.0))
+        above = scaling.get("mscale")
+        below = scaling.get("mscale_all_dim")
+        both = bool(above and below)
+        scale = stretched(float(above)) / stretched(float(below)) if both else stretched(1.0)
 
     inverse = _inverse(base, size)
     return inverse / factor * ramp + inverse * (1 - ramp), float(scale)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.draft_config import aux_layers
+from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.decoder import decoder
 from eagle3fn.data.hooks import layer_outputs
@@ -246,20 +246,21 @@ def check_request(
         )
 
     if draft is not None:
-        check_pair(draft, text, "draft", "the target")
+        check_pair(draft.config, text, "draft", "the target")
 
 
-def check_pair(draft: Draft, text: Any, where: str, target: str) -> None:
+def check_pair(config: DraftConfig, text: Any, where: str, target: str) -> None:
     """Refuse a draft of another target: vocabulary, hidden size and tapped layers must fit.
 
-    `text` is the target's text configuration; `where` and `target` name the two in the message.
+    `config` is the draft's, `text` the target's text configuration; `where` and `target` name the
+    two in the message.
 
     Raises:
         UserError: names both and the size that differs.
     """
     expected = {
-        "vocab_size": draft.config.vocab_size,
-        "hidden_size": draft.config.target_hidden_size,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.target_hidden_size,
     }
     for name, value in expected.items():
         found = getattr(text, name)
@@ -268,4 +269,4 @@ def check_pair(draft: Draft, text: Any, where: str, target: str) -> None:
                 f"{where}: made for a target of {name} {value}, but {target} has {found}; "
                 "use the target the draft was trained for"
             )
-    aux_layers(draft.config, text.num_hidden_layers)
+    aux_layers(config, text.num_hidden_layers)

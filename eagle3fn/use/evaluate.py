@@ -194,7 +194,7 @@ def _load(
 ) -> _Pair:
     model, tokenizer = load_target(target, dtype, settings.device, settings.attn)
     draft = load_draft(folder, dtype, settings.device)
-    check_pair(draft, model.config.get_text_config(), str(folder), str(target))
+    check_pair(draft.config, model.config.get_text_config(), str(folder), str(target))
 
     # All prompts are checked before the first is decoded.
     template = ChatTemplate(tokenizer, arguments=dict(settings.template_arguments))
@@ -221,7 +221,7 @@ def _decode_untrained(
 ) -> list[Decoded]:
     """The first few prompts with another draft of the same target."""
     draft = load_draft(folder, torch.float32, settings.device)
-    check_pair(draft, pair.model.config.get_text_config(), str(folder), target)
+    check_pair(draft.config, pair.model.config.get_text_config(), str(folder), target)
     few = pair._replace(draft=draft, prompts=pair.prompts[: settings.few])
     return _speculate_all(few, settings, settings.draft_length)
 

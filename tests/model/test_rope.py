@@ -30,6 +30,8 @@ VARIANTS = {
     "yarn": YARN,
     "yarn, betas": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0},
     "yarn, mscale": {**YARN, "mscale": 1.3, "mscale_all_dim": 0.7},
+    "yarn, mscale alone": {**YARN, "mscale": 0.5},
+    "yarn, mscale_all_dim alone": {**YARN, "mscale_all_dim": 0.5},
     "yarn, factor": {**YARN, "attention_factor": 1.25},
     "yarn, ramp inside": {**YARN, "original_max_position_embeddings": 2048},
     "yarn, GPT-OSS": {**YARN, "factor": 32.0, "truncate": False},

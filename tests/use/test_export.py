@@ -1,21 +1,25 @@
 """An export is what serving engines read, and loads back unchanged."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Frozen
+from eagle3fn.model.rope import rope_table
 from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
 from eagle3fn.testing.strategies import VALUES
 from eagle3fn.use.export import export, load_draft
 
 LAYERS = 8
+DEFAULT_TAPS = (1, 3, 4)
+TAPS = "eagle_aux_hidden_state_layer_ids"
 PLAIN = Case(dtype="float32")
 OWN = Case(target_hidden=20, hidden=16)
 FULL = Case(vocab=24, draft_vocab=24)
@@ -46,7 +50,7 @@ def write(
 def test_round_trip(tmp_path, case, changes):
     config, frozen = write(tmp_path / "draft", case, **changes)
     draft = load_draft(tmp_path / "draft", torch.float32)
-    assert draft.config == config
+    assert draft.config == replace(config, aux_layers=config.aux_layers or DEFAULT_TAPS)
     assert equal(draft.params, tiny_params(case))
     assert list(draft.params) == list(tiny_params(case))
     assert equal(draft.vocab._asdict(), {"t2d": frozen.t2d, "d2t": frozen.d2t})
@@ -62,7 +66,7 @@ def test_switches_come_back(tmp_path, switches):
     case = replace(OWN, switches=switches)
     config, _ = write(tmp_path, case)
     draft = load_draft(tmp_path, torch.float32)
-    assert draft.config == config
+    assert draft.config == replace(config, aux_layers=DEFAULT_TAPS)
     assert equal(draft.params, tiny_params(case))
 
     # Off in the configuration, the weights that it brings are refused by name.
@@ -76,7 +80,9 @@ def test_switches_come_back(tmp_path, switches):
         with pytest.raises(UserError, match=rf"{min(more)} is not a parameter"):
             load_draft(tmp_path, torch.float32)
     else:
-        assert load_draft(tmp_path, torch.float32).config == OWN.draft()
+        assert load_draft(tmp_path, torch.float32).config == replace(
+            OWN.draft(), aux_layers=DEFAULT_TAPS
+        )
 
 
 def test_weights_as_engines_read_them(tmp_path):
@@ -95,8 +101,7 @@ def test_full_vocabulary_has_no_maps(tmp_path):
 
 
 def test_config_as_engines_read_it(tmp_path):
-    # (1, 3, 4) are the default taps of 8 layers.
-    write(tmp_path, dtype=torch.bfloat16, rope_theta=50_000.0, aux_layers=(1, 3, 4))
+    write(tmp_path, dtype=torch.bfloat16, rope_theta=50_000.0)
     tree = json.loads((tmp_path / "config.json").read_text())
     assert tree["architectures"] == ["LlamaForCausalLMEagle3"]
     assert (tree["model_type"], tree["num_hidden_layers"]) == ("llama", 1)
@@ -105,8 +110,11 @@ def test_config_as_engines_read_it(tmp_path):
     assert tree["tie_word_embeddings"] is False
     assert tree["draft_vocab_size"] == PLAIN.draft_vocab
     assert tree["torch_dtype"] == tree["dtype"] == "bfloat16"
-    absent = {"target_hidden_size", "eagle_config", "eagle_aux_hidden_state_layer_ids"}
-    assert not absent & set(tree)
+    assert "target_hidden_size" not in tree
+
+    # The taps are always written: as outputs below eagle_config, as inputs at the top.
+    assert tree["eagle_config"] == {TAPS: [1, 3, 4], "use_aux_hidden_state": True}
+    assert tree[TAPS] == [2, 4, 5]
 
 
 def test_rope_theta_of_the_configuration_wins(tmp_path):
@@ -148,7 +156,7 @@ def test_rope_that_not_every_engine_loads_needs_any_rope(tmp_path):
     params = tiny_params(PLAIN)
     folder = tmp_path / "draft"
     export(params, tiny_frozen(PLAIN), config, folder, LAYERS, torch.float32, any_rope=True)
-    assert load_draft(folder, torch.float32).config == config
+    assert load_draft(folder, torch.float32).config == replace(config, aux_layers=DEFAULT_TAPS)
 
 
 def test_a_failed_export_leaves_the_old_one(tmp_path):
@@ -251,6 +259,7 @@ def test_a_config_without_sizes_is_refused(tmp_path):
 def test_input_layers_alone_give_the_taps(tmp_path):
     write(tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
+    del tree["eagle_config"]
     (tmp_path / "config.json").write_text(
         json.dumps(tree | {"eagle_aux_hidden_state_layer_ids": [1, 3, 8]})
     )
@@ -301,3 +310,70 @@ def test_taps_are_written_where_the_target_has_no_default(tmp_path):
     config = replace(PLAIN.draft(), aux_layers=(0, 1, 2))
     export(tiny_params(PLAIN), tiny_frozen(PLAIN), config, tmp_path, 3, torch.float32)
     assert load_draft(tmp_path, torch.float32).config.aux_layers == (0, 1, 2)
+
+
+def test_an_older_export_without_taps_is_read(tmp_path):
+    write(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    del tree["eagle_config"], tree[TAPS]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert load_draft(tmp_path, torch.float32).config == PLAIN.draft()
+
+
+@pytest.mark.parametrize("layers", [(4, 1, 3), (1, 1, 3)])
+def test_taps_that_engines_gather_otherwise_are_refused(tmp_path, layers):
+    """Engines collect the taps while they run upwards, each layer once."""
+    with pytest.raises(UserError, match=r"draft\.aux_layers = .*(\[1, 3, 4\]|twice)"):
+        write(tmp_path, aux_layers=layers)
+
+
+@pytest.mark.parametrize("layers", [6, 5, 4, 3])
+def test_a_target_too_shallow_for_the_default_taps_is_refused_with_taps_that_fit(tmp_path, layers):
+    frozen = tiny_frozen(PLAIN)
+    with pytest.raises(UserError, match=r"--set draft\.aux_layers=\[") as caught:
+        export(tiny_params(PLAIN), frozen, PLAIN.draft(), tmp_path, layers, torch.float32)
+    named = re.search(r"aux_layers=\[(\d+),(\d+),(\d+)\]", str(caught.value))
+    assert named
+    taps = tuple(int(layer) for layer in named.groups())
+    config = replace(PLAIN.draft(), aux_layers=taps)
+    assert aux_layers(config, layers) == taps
+    assert (max(taps) < layers - 1) == (layers > 3)  # SGLang does not capture the last layer
+
+
+def test_a_target_of_two_layers_has_no_taps():
+    with pytest.raises(UserError, match="at least 3 layers"):
+        aux_layers(PLAIN.draft(), 2)
+
+
+PARTIAL = {"partial_rotary_factor": 0.25, "rope_theta": 1e6}
+SCALED = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0},
+    "llama3": LLAMA3,
+    "mrope": {"rope_type": "mrope", "mrope_section": [1, 1, 1]},
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_rope_is_written_as_it_was_trained(tmp_path, name):
+    """All dimensions rotated; an mrope target's draft as the default, which transformers reads."""
+    from transformers import AutoConfig
+
+    config = replace(PLAIN.draft(), rope_scaling=SCALED[name] | PARTIAL)
+    params = tiny_params(PLAIN)
+    export(params, tiny_frozen(PLAIN), config, tmp_path, LAYERS, torch.float32, any_rope=True)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    for rope in (tree["rope_parameters"], tree["rope_scaling"] or {}):
+        assert not {"partial_rotary_factor", "mrope_section"} & set(rope)
+    assert tree["rope_parameters"]["rope_type"] == ("default" if name == "mrope" else name)
+    if name == "yarn":  # vLLM has no default for it
+        length = config.max_position_embeddings
+        assert tree["rope_parameters"]["original_max_position_embeddings"] == length
+
+    # Read by transformers, and read back, it rotates as before.
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_type"] == tree["rope_parameters"]["rope_type"]
+    cpu = torch.device("cpu")
+    before = rope_table(config, 40, torch.float32, cpu)
+    after = rope_table(load_draft(tmp_path, torch.float32).config, 40, torch.float32, cpu)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
