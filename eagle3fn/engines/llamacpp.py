@@ -22,11 +22,12 @@ def gguf_files(
     converter: str | Path | None,
     dtype: str | None,
     folder: str | Path,
+    python: str | Path = sys.executable,
 ) -> Iterator[tuple[Path, Path]]:
     """Yield target and draft as GGUF files; those that are folders are converted and deleted after.
 
-    The converter runs with this Python. It needs the target's folder for a draft, and reads there
-    the tokenizer and the number of layers.
+    The converter needs the target's folder for a draft, and reads there the tokenizer and the
+    number of layers.
 
     Args:
         target: folder or GGUF file.
@@ -35,6 +36,7 @@ def gguf_files(
             two GGUF files.
         dtype: of the converted weights, a key of `OUT_TYPES`; None is float32.
         folder: where converted files are for the time being.
+        python: runs the converter; this one by default.
 
     Raises:
         UserError: no converter, no folder to convert, or the converter fails.
@@ -53,11 +55,12 @@ def gguf_files(
     kind = OUT_TYPES[dtype or "float32"]
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as made:
         converted = [Path(made) / "target.gguf", paths[1]]
-        _convert(script, paths[0], kind, converted[0], [])
+        _convert([str(python), str(script)], paths[0], kind, converted[0], [])
         if paths[1].suffix != ".gguf":
             check_taps(paths[1], paths[0])
             converted[1] = Path(made) / "draft.gguf"
-            _convert(script, paths[1], kind, converted[1], ["--target-model-dir", str(target)])
+            options = ["--target-model-dir", str(target)]
+            _convert([str(python), str(script)], paths[1], kind, converted[1], options)
         yield converted[0], converted[1]
 
 
@@ -108,14 +111,14 @@ def check_taps(draft: Path, target: Path) -> None:
         )
 
 
-def _convert(script: Path, folder: Path, kind: str, out: Path, options: list[str]) -> None:
+def _convert(converter: list[str], folder: Path, kind: str, out: Path, options: list[str]) -> None:
     """Run the converter on one folder."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: no config.json there; llama.cpp's converter needs a model's folder"
         )
     log = out.with_suffix(".log")
-    command = [sys.executable, str(script), str(folder), "--outfile", str(out)]
+    command = [*converter, str(folder), "--outfile", str(out)]
     command += ["--outtype", kind, *options]
     with log.open("wb") as output:
         code = subprocess.run(
@@ -123,4 +126,4 @@ def _convert(script: Path, folder: Path, kind: str, out: Path, options: list[str
         ).returncode
     if code or not out.is_file():
         said = last_words(log) or "it printed nothing"
-        raise UserError(f"{script}: cannot convert {folder} (exit code {code}): {said}")
+        raise UserError(f"{converter[1]}: cannot convert {folder} (exit code {code}): {said}")
