@@ -569,10 +569,10 @@ def _evaluate_in_engine(options: Any) -> None:
         served = gguf_files(
             options.target,
             options.draft,
-            options.engine_python,
             options.converter,
             options.dtype,
-            out.with_suffix(""),
+            out.parent,
+            options.engine_python,
         )
     with served as loaded:
         report = engine_evaluate(

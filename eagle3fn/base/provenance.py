@@ -45,17 +45,23 @@ def git_revision(folder: Path = Path(__file__).parent) -> str:
     return _printed(call, folder) or "unknown"
 
 
-def own_command() -> str:
-    """The command line, its script named as a module of bench.
+def own_command(script: str | None = None) -> str:
+    """The command line, its script named as a module of bench, or as it is given here.
 
-    Without `--out`; of absolute paths the last part.
+    Without `--out`; of absolute paths the last part, also of those in `NAME=PATH`.
     """
     words = list(sys.argv[1:])
     if "--out" in words:
         place = words.index("--out")
         del words[place : place + 2]
-    words = [Path(word).name if Path(word).is_absolute() else word for word in words]
-    return shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *words])
+    program = [script] if script else ["-m", f"bench.{Path(sys.argv[0]).stem}"]
+    return shlex.join(["python", *program, *map(_without_folders, words)])
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command line, its absolute path cut to the last part."""
+    name, mark, path = word.rpartition("=")
+    return f"{name}{mark}{Path(path).name}" if Path(path).is_absolute() else word
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What llama.cpp is given for a target and its draft: GGUF files, converted where they are not."""
 
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +8,9 @@ from pathlib import Path
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
-from eagle3fn.engines.gguf import CONVERTER, to_gguf
+from eagle3fn.engines.process import find_python, last_words
 
+CONVERTER = "convert_hf_to_gguf.py"
 OUT_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -16,10 +18,10 @@ OUT_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 def gguf_files(
     target: str | Path,
     draft: str | Path,
-    python: str | Path,
     converter: str | Path | None,
     dtype: str | None,
-    log: str | Path,
+    folder: str | Path,
+    python: str | Path,
 ) -> Iterator[tuple[Path, Path]]:
     """Yield target and draft as GGUF files; those that are folders are converted and deleted after.
 
@@ -28,13 +30,12 @@ def gguf_files(
     Args:
         target: folder or GGUF file.
         draft: exported folder or GGUF file.
-        python: the Python of an environment that has what the converter needs: torch,
-            transformers, sentencepiece.
         converter: the checkout of llama.cpp that has `convert_hf_to_gguf.py`, or that file; None
             only for two GGUF files.
         dtype: of the converted weights, a key of `OUT_TYPES`; None is float32.
-        log: files for what the converter prints: this name with ".target.gguf.log" and
-            ".draft.gguf.log". The converted files are for the time being in the same folder.
+        folder: where converted files are for the time being, and where the converter's words stay.
+        python: the Python of an environment that has what the converter needs: torch,
+            transformers, sentencepiece.
 
     Raises:
         UserError: no converter, no folder to convert, or the converter fails.
@@ -57,16 +58,19 @@ def gguf_files(
             )
 
     kind = OUT_TYPES[dtype or "float32"]
-    with tempfile.TemporaryDirectory(prefix="gguf-", dir=Path(log).parent) as made:
+    with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as made:
 
-        def convert(name: str, model: Path, of: Path | None) -> Path:
+        def convert(name: str, model: Path, options: list[str]) -> Path:
             out = Path(made) / f"{name}.gguf"
-            return to_gguf(python, source, model, out, of, kind, f"{log}.{name}.gguf.log")
+            words = [str(model), "--outfile", str(out), "--outtype", kind, *options]
+            command = [find_python("what the converter needs", python), str(source / CONVERTER)]
+            _convert([*command, *words], out, Path(folder) / f"convert-{name}.log")
+            return out
 
         if paths[1].suffix != ".gguf":
             check_taps(paths[1], paths[0])
-            paths[1] = convert("draft", paths[1], paths[0])
-        yield convert("target", paths[0], None), paths[1]
+            paths[1] = convert("draft", paths[1], ["--target-model-dir", str(target)])
+        yield convert("target", paths[0], []), paths[1]
 
 
 def find_converter(given: str | Path | None) -> Path:
@@ -113,4 +117,21 @@ def check_taps(draft: Path, target: Path) -> None:
         raise UserError(
             f"{draft}/config.json: eagle_config names the tapped layers {ids}, which llama.cpp's "
             f"converter does not read (it would take {expected}); export the draft anew"
+        )
+
+
+def _convert(command: list[str], out: Path, log: Path) -> None:
+    """Run the converter, which must write `out`."""
+    with log.open("wb") as output:
+        code = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    if code or not out.is_file():
+        said = last_words(log) or "it printed nothing"
+        raise UserError(
+            f"llama.cpp's converter, {command[2]}: ended with exit code {code}: {said}; see {log}"
         )

@@ -6,7 +6,9 @@ are ours; elsewhere the target's own arithmetic has chosen another token, or the
 the answer, which it must not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +23,13 @@ from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.engines import decoding, logits
-from eagle3fn.engines.decoding import Decoder, DecoderSettings, EngineAnswer, open_decoder
-from eagle3fn.engines.gguf import to_gguf
+from eagle3fn.engines.decoding import DecoderSettings, EngineAnswer, open_decoder
+from eagle3fn.engines.environments import Place
+from eagle3fn.engines.llamacpp import gguf_files
 from eagle3fn.engines.logits import Chain, LogitSettings, open_logits
 from eagle3fn.use.decode import Decoded, check_pair, check_request, open_target, speculate
 from eagle3fn.use.drafter import Drafter
+from eagle3fn.use.engine_evaluate import first_difference, token_at
 from eagle3fn.use.export import Draft, load_draft
 
 ENGINES = ("vllm", "llamacpp", "speculators", "eagle")
@@ -52,13 +56,6 @@ class CheckSettings:
             value = getattr(self, name)
             require(value >= 1, f"check.{name}", value, "at least 1")
         require(self.max_new >= 2, "check.max_new", self.max_new, "at least 2")
-
-
-class Place(NamedTuple):
-    """Where an engine is: its Python, and its source tree if it needs one."""
-
-    python: Path
-    source: Path | None = None
 
 
 class Pair(NamedTuple):
@@ -129,7 +126,9 @@ def run_ours(
             )
         )
         on_done(number)
-    return Ours(Path(folder), draft, aux_layers(draft.config, text.num_hidden_layers), chains, decoded)
+    return Ours(
+        Path(folder), draft, aux_layers(draft.config, text.num_hidden_layers), chains, decoded
+    )
 
 
 @torch.inference_mode()
@@ -217,8 +216,18 @@ def agrees(result: Mapping[str, Any]) -> bool:
     return compared
 
 
-def _arguments(place: Place) -> dict[str, Any]:
-    return {} if place.source is None else {"source": str(place.source)}
+_THREADS = ("cpuparams", "cpuparams_batch")
+
+
+def _arguments(engine: str, place: Place) -> dict[str, Any]:
+    """Arguments of an engine's own."""
+    if engine == "eagle":
+        return {"source": str(place.source)}
+    if engine == "llamacpp":  # its threads wait for one another in loops
+        names = [f"{part}.n_threads" for part in _THREADS]
+        names += [f"speculative.draft.{name}" for name in names]
+        return dict.fromkeys(names, torch.get_num_threads())
+    return {}
 
 
 def check_logits(
@@ -234,7 +243,7 @@ def check_logits(
         draft_length=settings.draft_length,
         taps=ours.taps,
         threads=torch.get_num_threads(),
-        arguments=_arguments(place),
+        arguments=_arguments(engine, place),
     )
     embed = pair.model.get_input_embeddings().weight
     worst = 0.0
@@ -257,7 +266,7 @@ def check_logits(
 
 def _larger(left: float, right: float) -> float:
     """The larger of two, NaN if one is."""
-    return left if left != left or left > right else right
+    return left if math.isnan(left) or left > right else right
 
 
 def logit_difference(draft: Draft, embed_tokens: Tensor, chain: Chain, found: Tensor) -> float:
@@ -283,52 +292,53 @@ def check_decoding(
 
     The engine decodes without the draft only the prompts where its tokens are not ours.
     """
-    target: Path = pair.folder
-    folder: Path = ours.folder
-    if engine == "llamacpp":
-        assert place.source is not None
-        target = work / "target.gguf"
-        if not target.exists():  # one target for all drafts
-            to_gguf(place.python, place.source, pair.folder, target)
-        folder = to_gguf(
-            place.python, place.source, ours.folder, work / "draft.gguf", target=pair.folder
-        )
-
     longest = max(prompt.shape[1] for prompt in pair.prompts)
+    start = DecoderSettings(
+        max_length=longest + settings.max_new,
+        end_tokens=pair.end_tokens,
+        draft_length=settings.draft_length,
+        arguments=_arguments(engine, place),
+    )
 
-    def opened(plain: bool) -> Decoder:
-        arguments = _arguments(place) if engine == "eagle" else {}
-        drafting: Path | None = None if plain else folder
-        if engine == "eagle":
-            arguments["plain"] = plain
-            drafting = folder
-        start = DecoderSettings(
-            max_length=longest + settings.max_new,
-            end_tokens=pair.end_tokens,
-            draft_length=settings.draft_length,
-            arguments=arguments,
-        )
-        log = work / f"{engine}-{'plain' if plain else 'draft'}.log"
-        return open_decoder(engine, place.python, target, drafting, start, log)
-
-    with opened(plain=False) as decoder:
-        version = decoder.version
-        answers = [decoder.decode(ids[0].tolist(), settings.max_new) for ids in pair.prompts]
-
-    # Whose are the tokens that differ: the engine's target's own, or the draft's doing?
-    others = [
-        number
-        for number, (answer, expected) in enumerate(zip(answers, ours.decoded, strict=True))
-        if answer.tokens != expected.tokens
-    ]
-    plain: dict[int, list[int]] = {}
-    if others:
-        with opened(plain=True) as decoder:
-            for number in others:
+    def decode(
+        stage: str, target: Path, draft: Path | None, numbers: Sequence[int]
+    ) -> tuple[str, list[EngineAnswer]]:
+        log = work / f"{engine}-{stage}.log"
+        with open_decoder(engine, place.python, target, draft, start, log) as decoder:
+            answers = []
+            for number in numbers:
                 prompt = pair.prompts[number][0].tolist()
-                plain[number] = decoder.decode(prompt, settings.max_new).tokens
-    found = compare_answers(answers, ours.decoded, plain, settings.max_new)
-    return {"version": version, "loads": True, **found}
+                answers.append(decoder.decode(prompt, settings.max_new))
+            return decoder.version, answers
+
+    with _served(engine, place, pair, ours, work) as (target, draft):
+        version, answers = decode("draft", target, draft, range(len(pair.prompts)))
+
+        # Whose are the tokens that differ: the engine's target's own, or the draft's doing?
+        others = []
+        for number, (answer, expected) in enumerate(zip(answers, ours.decoded, strict=True)):
+            if answer.tokens != expected.tokens:
+                others.append(number)
+        plain: dict[int, list[int]] = {}
+        if others:
+            _, found = decode("plain", target, None, others)
+            plain = {number: one.tokens for number, one in zip(others, found, strict=True)}
+
+    compared = compare_answers(answers, ours.decoded, plain, settings.max_new)
+    return {"version": version, "loads": True, **compared}
+
+
+@contextmanager
+def _served(
+    engine: str, place: Place, pair: Pair, ours: Ours, work: Path
+) -> Iterator[tuple[Path, Path]]:
+    """Target and draft as an engine loads them."""
+    if engine != "llamacpp":
+        yield pair.folder, ours.folder
+        return
+    files = gguf_files(pair.folder, ours.folder, place.source, None, work, place.python)
+    with files as (target, draft):
+        yield target, draft
 
 
 def compare_answers(
@@ -388,16 +398,12 @@ def _first_difference(
     number: int, answer: EngineAnswer, expected: Decoded, plain: Sequence[int]
 ) -> dict[str, Any]:
     """Where an answer parts from ours, and whether the engine's plain one does so as well."""
-    place = 0
-    for left, right in zip(answer.tokens, expected.tokens, strict=False):
-        if left != right:
-            break
-        place += 1
+    place = first_difference(answer.tokens, expected.tokens)
     same = list(plain[: place + 1]) == answer.tokens[: place + 1]
     return {
         "prompt": number,
         "token": place,
-        "engine": answer.tokens[place] if place < len(answer.tokens) else None,
-        "ours": expected.tokens[place] if place < len(expected.tokens) else None,
+        "engine": token_at(answer.tokens, place),
+        "ours": token_at(expected.tokens, place),
         "by": "target" if same else "draft",
     }

@@ -221,8 +221,8 @@ def compare_answers(
                 {
                     "prompt": number,
                     "position": place,
-                    "plain": _at(left.tokens, place),
-                    "draft": _at(right.tokens, place),
+                    "plain": token_at(left.tokens, place),
+                    "draft": token_at(right.tokens, place),
                 }
             )
     return {
@@ -244,7 +244,8 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int:
     return min(len(left), len(right))
 
 
-def _at(tokens: Sequence[int], position: int) -> int | None:
+def token_at(tokens: Sequence[int], position: int) -> int | None:
+    """The token at a position, None beyond the end."""
     return tokens[position] if position < len(tokens) else None
 
 

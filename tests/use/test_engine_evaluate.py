@@ -227,7 +227,7 @@ def test_gguf_files_are_loaded_as_they_are(folders, tmp_path, capsys):
     assert "--dtype: GGUF files are loaded as they are" in capsys.readouterr().err
     assert call((folders[0], files[1]), tmp_path / "out.json", *VLLM) == 2
     assert "draft.gguf: vLLM loads exported folders" in capsys.readouterr().err
-    with gguf_files(*files, sys.executable, None, None, tmp_path / "out") as found:
+    with gguf_files(*files, None, None, tmp_path, sys.executable) as found:
         assert found == files
 
 
@@ -251,8 +251,7 @@ def converter(folder: Path, fails: bool = False) -> Path:
 
 def test_folders_are_converted_and_the_files_deleted_after(folders, tmp_path):
     source = converter(tmp_path)
-    log = tmp_path / "out"
-    with gguf_files(*folders, sys.executable, source, "float16", log) as (target, draft):
+    with gguf_files(*folders, source, "float16", tmp_path, sys.executable) as (target, draft):
         asked = target.read_text()
         assert f"{folders[0]} --outfile {target} --outtype f16" in asked
         assert "--target-model-dir" not in asked
@@ -262,26 +261,24 @@ def test_folders_are_converted_and_the_files_deleted_after(folders, tmp_path):
 
     # A draft that has been converted before.
     files = (folders[0], tmp_path / "d.gguf")
-    with gguf_files(*files, sys.executable, tmp_path, None, log) as (target, draft):
+    with gguf_files(*files, tmp_path, None, tmp_path, sys.executable) as (target, draft):
         assert "--outtype f32" in target.read_text()
         assert draft == tmp_path / "d.gguf"
 
 
 def test_a_failed_conversion_is_one_line_whose_log_stays(folders, tmp_path):
     converter(tmp_path, fails=True)
-    log = tmp_path / "out"
     with (
         pytest.raises(UserError, match="exit code 3: AttributeError: unknown architecture; see"),
-        gguf_files(*folders, sys.executable, tmp_path, None, log),
+        gguf_files(*folders, tmp_path, None, tmp_path, sys.executable),
     ):
         pass
-    assert (tmp_path / "out.draft.gguf.log").exists()
+    assert (tmp_path / "convert-draft.log").exists()
     assert not list(tmp_path.glob("gguf-*"))
 
 
 def test_conversion_needs_folders_and_a_python(folders, tmp_path):
     converter(tmp_path)
-    log = tmp_path / "out"
     for files, python, message in (
         ((tmp_path / "t.gguf", folders[1]), sys.executable, "converter needs the target's folder"),
         ((tmp_path / "none", folders[1]), sys.executable, "none: no config.json there"),
@@ -289,7 +286,7 @@ def test_conversion_needs_folders_and_a_python(folders, tmp_path):
     ):
         with (
             pytest.raises(UserError, match=message),
-            gguf_files(*files, python, tmp_path, None, log),
+            gguf_files(*files, tmp_path, None, tmp_path, python),
         ):
             pass
 

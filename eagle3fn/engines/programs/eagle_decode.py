@@ -1,11 +1,12 @@
 """SafeAILab's EAGLE decodes token ids, or gives its draft's logits on given rows, on a CPU.
 
 A chain in place of its tree: one candidate a step, so that a round drafts as many tokens as ours.
-Of `settings["arguments"]`, `source` is a checkout, as EAGLE is no package, and `plain` decodes with
-the target alone. What its code expects of a target's folder is put beside the target's files in a
-temporary one: an index of its tensors, and RoPE's base where transformers 4 reads it.
+`settings["arguments"]["source"]` is a checkout, as EAGLE is no package. What its code expects of a
+target's folder is put beside the target's files in a temporary one: an index of its tensors, and
+RoPE's base where transformers 4 reads it.
 """
 
+import functools
 import json
 import sys
 import tempfile
@@ -16,6 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from answering import Answer, serve
+
+TARGETS = {
+    "LlamaForCausalLM": "KVLlamaForCausalLM",
+    "Qwen2ForCausalLM": "KVQwen2ForCausalLM",
+    "Qwen3ForCausalLM": "KVQwen3ForCausalLM",
+}
+"""EAGLE's classes by a target's architecture."""
 
 SPARE = 32  # places of the cache beyond the longest answer: EAGLE stops ten and a round before it
 
@@ -34,28 +42,52 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     import torch  # pyright: ignore[reportMissingImports]
     from eagle.model import ea_model  # pyright: ignore[reportMissingImports]
 
-    length = settings["draft_length"]
     without_tokenizer(ea_model, settings["end_tokens"][0])
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(settings["target"]), Path(folder))
-        model = ea_model.EaModel.from_pretrained(
-            base_model_path=folder,
-            ea_model_path=settings["draft"],
-            total_token=length + 1,
-            depth=length - 1,
-            top_k=1,
-            torch_dtype=getattr(torch, settings["dtype"]),
-        ).eval()
-    check_names(model.ea_layer, Path(settings["draft"]))
+        dtype = getattr(torch, settings["dtype"])
+        if settings["draft"] is None:
+            generate = plain_decoder(ea_model, folder, settings, dtype)
+            layer = None
+        else:
+            model = load(ea_model, folder, settings, dtype)
+            generate, layer = model.eagenerate, model.ea_layer
     rounds = watched(ea_model)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             if "rows" in request:
-                return logits(model.ea_layer, request)
-            return decode(model, rounds, request, settings)
+                return logits(layer, request)
+            return decode(generate, rounds, request, settings)
 
     return {"version": commit(source), "transformers": version("transformers")}, answer
+
+
+def load(module: Any, target: str, settings: dict[str, Any], dtype: Any) -> Any:
+    """EAGLE's model of target and draft; a chain of `draft_length` tokens a round."""
+    length = settings["draft_length"]
+    model = module.EaModel.from_pretrained(
+        base_model_path=target,
+        ea_model_path=settings["draft"],
+        total_token=length + 1,
+        depth=length - 1,
+        top_k=1,
+        torch_dtype=dtype,
+    ).eval()
+    check_names(model.ea_layer, Path(settings["draft"]))
+    return model
+
+
+def plain_decoder(module: Any, target: str, settings: dict[str, Any], dtype: Any) -> Any:
+    """EAGLE's loop without a draft, on its target alone."""
+    name = json.loads((Path(target) / "config.json").read_text())["architectures"][0]
+    model = getattr(module, TARGETS[name]).from_pretrained(target, torch_dtype=dtype).eval()
+    holder = SimpleNamespace(
+        base_model=model,
+        ea_layer=SimpleNamespace(reset_kv=lambda: None, total_tokens=settings["draft_length"]),
+        tokenizer=module.AutoTokenizer.from_pretrained(),
+    )
+    return functools.partial(module.EaModel.naivegenerate, holder)
 
 
 # Before it loads
@@ -133,14 +165,12 @@ def commit(source: Path) -> str:
 
 
 def decode(
-    model: Any, rounds: list[int], request: dict[str, Any], settings: dict[str, Any]
+    generate: Any, rounds: list[int], request: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """One prompt's tokens, seconds and counts."""
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(request["seed"])
-    plain = settings["arguments"].get("plain", False)
-    generate = model.naivegenerate if plain else model.eagenerate
     prompt = torch.tensor([request["prompt"]])
     rounds.clear()
 
@@ -155,7 +185,9 @@ def decode(
     seconds = time.perf_counter() - begin
 
     tokens = cut(ids[0, prompt.shape[1] :].tolist(), request["max_new"], settings["end_tokens"])
-    counts = None if plain else counted(rounds, tokens, settings["draft_length"])
+    counts = None
+    if settings["draft"] is not None:
+        counts = counted(rounds, tokens, settings["draft_length"])
     return {"tokens": tokens, "seconds": seconds, "counts": counts}
 
 

@@ -7,6 +7,7 @@ chain's.
 """
 
 import tempfile
+from importlib.metadata import version
 from typing import Any
 
 from answering import Answer, serve
@@ -68,12 +69,6 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
         return {"out": request["out"]}
 
     return {"version": version("speculators")}, answer
-
-
-def version(package: str) -> str:
-    from importlib.metadata import version as installed
-
-    return installed(package)
 
 
 if __name__ == "__main__":

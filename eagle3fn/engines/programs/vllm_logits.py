@@ -1,4 +1,4 @@
-"""A draft in vLLM, for `engines.logits`: its logits after a prompt, with the rows that it got them on.
+"""A draft in vLLM, for `engines.logits`: its logits after a prompt, and the rows it read.
 
 vLLM runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0). The draft's class is watched: what
 features it combines, what token and position each row has, and what logits come out. One prompt is
