@@ -129,7 +129,9 @@ def run_ours(
             )
         )
         on_done(number)
-    return Ours(Path(folder), draft, aux_layers(draft.config, text.num_hidden_layers), chains, decoded)
+    return Ours(
+        Path(folder), draft, aux_layers(draft.config, text.num_hidden_layers), chains, decoded
+    )
 
 
 @torch.inference_mode()
