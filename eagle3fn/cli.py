@@ -58,6 +58,29 @@ def _add_threads(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=_positive, help=about)
 
 
+def _add_feature_engine(sub: argparse.ArgumentParser) -> None:
+    """The options of a serving engine that computes the features."""
+    sub.add_argument(
+        "--engine", choices=("vllm",), help="a serving engine computes them (docs/engines.md)"
+    )
+    sub.add_argument(
+        "--engine-python", metavar="PYTHON", help="of the environment that has the engine"
+    )
+    sub.add_argument("--engine-url", metavar="URL", help="a running server, http://HOST:PORT")
+    sub.add_argument(
+        "--engine-arg",
+        action="append",
+        metavar="NAME=VALUE",
+        help="argument of the engine's own: quantization=fp8, tensor_parallel_size=2",
+    )
+    sub.add_argument(
+        "--check",
+        choices=("hf", "logits"),
+        help="what the engine's first row is compared with (default: hf, the target loaded here, "
+        "if it has at most 4 GiB and is not quantised)",
+    )
+
+
 def _add_template(sub: argparse.ArgumentParser) -> None:
     """The option for arguments of the chat template."""
     sub.add_argument(
@@ -194,10 +217,11 @@ def _add_data_commands(command: Command) -> None:
     sub.add_argument(
         "--batch",
         type=_positive,
-        help="conversations in one run of the target (default 4 on CPUs, else 8)",
+        help="conversations in one run of the target (default 4 on CPUs, else 8; of an engine 32)",
     )
     sub.add_argument("--draft-config", help="JSON whose eagle_config names the tapped layers")
     _add_threads(sub)
+    _add_feature_engine(sub)
 
     sub = command(
         "vocab", commands.vocab, "count the supervised tokens and write the draft vocabulary map"

@@ -4,6 +4,8 @@ They take the parsed options. Imports are inside, so that `eagle3fn --help` is q
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from eagle3fn.base import progress
 if TYPE_CHECKING:
     from eagle3fn.base.config import Config
     from eagle3fn.base.draft_config import DraftConfig
+    from eagle3fn.data.sources import FeatureSource
     from eagle3fn.data.template import ChatTemplate
 
 
@@ -146,20 +149,84 @@ def extract(options: Any) -> None:
     import torch
 
     from eagle3fn.base.cores import own_cores
-    from eagle3fn.base.device import check_device, fast_dtype
+    from eagle3fn.base.device import check_device
     from eagle3fn.base.draft_config import aux_layers
-    from eagle3fn.base.thread_timing import large_products, sizes_of
-    from eagle3fn.base.threads import take_threads
     from eagle3fn.data.encode import describe_counts
-    from eagle3fn.data.extract import begun_threads, extract
+    from eagle3fn.data.extract import extract
     from eagle3fn.data.features import open_features
     from eagle3fn.data.own import foreign_note, measure_agreement
-    from eagle3fn.data.target import load_target
     from eagle3fn.data.target_source import target_config
 
+    _check_extract(options)
     check_device(options.device)
     tree = target_config(options.target)
     layers = aux_layers(_draft(options, tree), tree["num_hidden_layers"])
+    opened = _engine_source if options.engine else _model_source
+    with opened(options, tree, layers) as (source, tokenizer):
+        name = str(source.dtype).removeprefix("torch.")
+        _say(f"the target computes in {name}, its features are stored in bfloat16")
+        index = extract(
+            source,
+            _template(options, tokenizer),
+            options.conversations,
+            options.out,
+            max_length=options.max_length,
+            limit=options.limit,
+            minutes=options.minutes,
+            stored=torch.bfloat16,
+            skip_bad=options.skip_bad,
+            processes=own_cores(),
+            on_rows=progress.counter("row"),
+            on_progress=progress.bar("sample"),
+        )
+    progress.close()
+    totals = index["totals"]
+    rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
+    print(
+        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
+        f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB{rest}"
+    )
+    for line in describe_counts(index, Path(options.out) / "rejects.jsonl"):
+        print(line)
+    found = measure_agreement(open_features(options.out), source.head)
+    _say(foreign_note(found, options.target, options.conversations))
+
+
+def _check_extract(options: Any) -> None:
+    """Refuse options of `extract` that would have no effect or do not go together, by name."""
+    from eagle3fn.base.errors import UserError
+
+    if not options.engine:
+        for name in _given(options, ("--engine-python", "--engine-url", "--engine-arg", "--check")):
+            raise UserError(f"{name}: needs --engine, such as --engine vllm")
+        return
+
+    for name in _given(options, ("--device",)):
+        raise UserError(f"{name}: the engine chooses its device; leave it out")
+    if bool(options.engine_python) == bool(options.engine_url):
+        raise UserError(
+            f"--engine {options.engine}: needs either --engine-python, a Python that has it, or "
+            "--engine-url, a running server"
+        )
+    if options.engine_url:
+        for name in _given(options, ("--engine-arg", "--threads")):
+            raise UserError(f"{name}: a running server has its own; give it where it is started")
+
+
+@contextmanager
+def _model_source(
+    options: Any, tree: dict[str, Any], layers: tuple[int, ...]
+) -> "Iterator[tuple[FeatureSource, Any]]":
+    """The target in this process as a source of features, and its tokenizer."""
+    import torch
+
+    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.thread_timing import large_products, sizes_of
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.extract import begun_threads
+    from eagle3fn.data.sources import model_source
+    from eagle3fn.data.target import load_target
+
     dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
     model, tokenizer = load_target(options.target, dtype, options.device)
     sizes = sizes_of(tree)
@@ -171,37 +238,45 @@ def extract(options: Any) -> None:
             begun_threads(options.out),
         )
     )
-    name = str(dtype).removeprefix("torch.")
-    _say(f"the target computes in {name}, its features are stored in bfloat16")
-    index = extract(
-        model,
-        _template(options, tokenizer),
-        options.conversations,
-        options.out,
-        layers,
+    batch = options.batch or (4 if options.device == "cpu" else 8)
+    yield model_source(model, layers, batch=batch, name=options.target), tokenizer
+
+
+@contextmanager
+def _engine_source(
+    options: Any, tree: dict[str, Any], layers: tuple[int, ...]
+) -> "Iterator[tuple[FeatureSource, Any]]":
+    """An engine as a source of features, and the target's tokenizer."""
+    import torch
+
+    from eagle3fn.data.engine_source import check_room, default_check, engine_source
+    from eagle3fn.data.target import load_tokenizer
+    from eagle3fn.data.target_source import loaded_config
+    from eagle3fn.engines.vllm_process import VllmProcess, taps_of
+
+    check_room(loaded_config(options.target), options.max_length, options.engine)
+    arguments = _named_values(options.engine_arg or [], "--engine-arg", "tensor_parallel_size=2")
+    tokenizer = load_tokenizer(options.target)
+    taps = taps_of(layers, tree["num_hidden_layers"])
+    with VllmProcess(
+        options.engine_python,
+        options.target,
+        taps,
+        f"{Path(options.out)}.vllm.log",
         max_length=options.max_length,
-        batch=options.batch or (4 if options.device == "cpu" else 8),
-        limit=options.limit,
-        minutes=options.minutes,
-        stored=torch.bfloat16,
-        name=options.target,
-        skip_bad=options.skip_bad,
-        processes=own_cores(),
-        on_rows=progress.counter("row"),
-        on_progress=progress.bar("sample"),
-    )
-    progress.close()
-    totals = index["totals"]
-    rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
-    print(
-        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
-        f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB{rest}"
-    )
-    for line in describe_counts(index, Path(options.out) / "rejects.jsonl"):
-        print(line)
-    head = model.get_output_embeddings().weight
-    found = measure_agreement(open_features(options.out), head)
-    _say(foreign_note(found, options.target, options.conversations))
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        arguments=arguments,
+        threads=options.threads,
+    ) as engine:
+        source = engine_source(
+            engine,
+            options.target,
+            layers,
+            batch=options.batch or 32,
+            check=options.check or default_check(options.target, arguments),
+            say=_say,
+        )
+        yield source, tokenizer
 
 
 def vocab(options: Any) -> None:
