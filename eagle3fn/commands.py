@@ -567,7 +567,12 @@ def _evaluate_in_engine(options: Any) -> None:
     served = nullcontext((options.target, options.draft))
     if options.engine == "llamacpp":
         served = gguf_files(
-            options.target, options.draft, options.converter, options.dtype, out.parent
+            options.target,
+            options.draft,
+            options.converter,
+            options.dtype,
+            out.parent,
+            options.engine_python,
         )
     with served as loaded:
         report = engine_evaluate(

@@ -16,7 +16,7 @@ from tests.tally import Tally
 devices.settle_torch()
 if not devices.ON_CARD:
     mend_interpreter()
-pytest_plugins = ["tests.devices"]
+pytest_plugins = ["tests.devices", "tests.serving"]
 
 # Hypothesis: how many examples a property is checked on; HYPOTHESIS_PROFILE chooses.
 COMMON = {

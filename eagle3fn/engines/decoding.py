@@ -145,6 +145,22 @@ class Decoder:
             counts = Counts(**counts)
         return EngineAnswer(found["tokens"], counts, found["seconds"])
 
+    def check_drafted(self, answers: Sequence[EngineAnswer]) -> None:
+        """Refuse answers without a drafted token: llama.cpp goes on without a draft it cannot use.
+
+        Answers of two tokens may need none.
+
+        Raises:
+            UserError: nothing was drafted though a draft was given.
+        """
+        long = any(len(one.tokens) > 2 for one in answers)
+        if self.speculates and long and total(answers).drafted == 0:
+            raise UserError(
+                f"{self.engine}: drafted nothing, so it did not take the draft; "
+                f"see {self._process.log} and check that the draft is an EAGLE-3 draft of this "
+                "target"
+            )
+
     def __enter__(self) -> "Decoder":
         self._process.__enter__()
         return self
@@ -212,13 +228,14 @@ def decode_all(
     `on_done` is called with the number of prompts done.
 
     Raises:
-        UserError: as `Decoder.decode`.
+        UserError: as `Decoder.decode`, or the engine decoded without the draft.
     """
-    decoder.decode(prompts[0], min(max_new, 8), sampling)
+    decoder.check_drafted([decoder.decode(prompts[0], min(max_new, 8), sampling)])
     answers = []
     for number, prompt in enumerate(prompts, 1):
         answers.append(decoder.decode(prompt, max_new, sampling))
         on_done(number)
+    decoder.check_drafted(answers)
     return EngineRun(decoder.engine, decoder.version, answers)
 
 

@@ -1,7 +1,6 @@
-"""GGUF files of a target and its draft for llama.cpp, made by its own converter."""
+"""What llama.cpp is given for a target and its draft: GGUF files, converted where they are not."""
 
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
-from eagle3fn.engines.process import last_words
+from eagle3fn.engines.process import find_python, last_words
 
 CONVERTER = "convert_hf_to_gguf.py"
 OUT_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -22,21 +21,21 @@ def gguf_files(
     converter: str | Path | None,
     dtype: str | None,
     folder: str | Path,
-    python: str | Path = sys.executable,
+    python: str | Path,
 ) -> Iterator[tuple[Path, Path]]:
     """Yield target and draft as GGUF files; those that are folders are converted and deleted after.
 
-    The converter needs the target's folder for a draft, and reads there the tokenizer and the
-    number of layers.
+    For a draft, the converter reads the tokenizer and the number of layers in the target's folder.
 
     Args:
         target: folder or GGUF file.
         draft: exported folder or GGUF file.
-        converter: `convert_hf_to_gguf.py` of a llama.cpp checkout, or the checkout; None only for
-            two GGUF files.
+        converter: the checkout of llama.cpp that has `convert_hf_to_gguf.py`, or that file; None
+            only for two GGUF files.
         dtype: of the converted weights, a key of `OUT_TYPES`; None is float32.
-        folder: where converted files are for the time being.
-        python: runs the converter; this one by default.
+        folder: where converted files are for the time being, and where the converter's words stay.
+        python: the Python of an environment that has what the converter needs: torch,
+            transformers, sentencepiece.
 
     Raises:
         UserError: no converter, no folder to convert, or the converter fails.
@@ -46,26 +45,36 @@ def gguf_files(
         yield paths[0], paths[1]
         return
 
-    script = find_converter(converter)
+    source = find_converter(converter)
     if paths[0].suffix == ".gguf":
         raise UserError(
             f"--draft {draft}: to convert a draft, llama.cpp's converter needs the target's "
             "folder; name the target's folder, or a draft that is a GGUF file"
         )
+    for path in paths:
+        if path.suffix != ".gguf" and not (path / "config.json").is_file():
+            raise UserError(
+                f"{path}: no config.json there; llama.cpp's converter needs a model's folder"
+            )
+
     kind = OUT_TYPES[dtype or "float32"]
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as made:
-        converted = [Path(made) / "target.gguf", paths[1]]
-        _convert([str(python), str(script)], paths[0], kind, converted[0], [])
+
+        def convert(name: str, model: Path, options: list[str]) -> Path:
+            out = Path(made) / f"{name}.gguf"
+            words = [str(model), "--outfile", str(out), "--outtype", kind, *options]
+            command = [find_python("what the converter needs", python), str(source / CONVERTER)]
+            _convert([*command, *words], out, Path(folder) / f"convert-{name}.log")
+            return out
+
         if paths[1].suffix != ".gguf":
             check_taps(paths[1], paths[0])
-            converted[1] = Path(made) / "draft.gguf"
-            options = ["--target-model-dir", str(target)]
-            _convert([str(python), str(script)], paths[1], kind, converted[1], options)
-        yield converted[0], converted[1]
+            paths[1] = convert("draft", paths[1], ["--target-model-dir", str(target)])
+        yield convert("target", paths[0], []), paths[1]
 
 
 def find_converter(given: str | Path | None) -> Path:
-    """The converter's file.
+    """The folder of the converter.
 
     Raises:
         UserError: none is named, or it is not there.
@@ -76,13 +85,13 @@ def find_converter(given: str | Path | None) -> Path:
             "with --converter, or give target and draft as GGUF files"
         )
     path = Path(given)
-    if path.is_dir():
-        path = path / CONVERTER
-    if not path.is_file():
+    if path.name == CONVERTER:
+        path = path.parent
+    if not (path / CONVERTER).is_file():
         raise UserError(
             f"--converter {given}: no {CONVERTER} there; name a checkout of llama.cpp or that file"
         )
-    return path.absolute()
+    return path
 
 
 def check_taps(draft: Path, target: Path) -> None:
@@ -111,19 +120,18 @@ def check_taps(draft: Path, target: Path) -> None:
         )
 
 
-def _convert(converter: list[str], folder: Path, kind: str, out: Path, options: list[str]) -> None:
-    """Run the converter on one folder."""
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json there; llama.cpp's converter needs a model's folder"
-        )
-    log = out.with_suffix(".log")
-    command = [*converter, str(folder), "--outfile", str(out)]
-    command += ["--outtype", kind, *options]
+def _convert(command: list[str], out: Path, log: Path) -> None:
+    """Run the converter, which must write `out`."""
     with log.open("wb") as output:
         code = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
         ).returncode
     if code or not out.is_file():
         said = last_words(log) or "it printed nothing"
-        raise UserError(f"{converter[1]}: cannot convert {folder} (exit code {code}): {said}")
+        raise UserError(
+            f"llama.cpp's converter, {command[2]}: ended with exit code {code}: {said}; see {log}"
+        )

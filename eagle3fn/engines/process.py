@@ -12,6 +12,7 @@ by one line. What the engine prints goes to a log file.
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -28,6 +29,9 @@ PROGRAMS = Path(__file__).parent / "programs"
 START_SECONDS = 1800.0  # for loading a large target
 ANSWER_SECONDS = 1800.0
 EXIT_SECONDS = 20.0  # after stdin is closed, and after SIGTERM
+LONGEST = 200  # characters of a log's line in a message
+POINTS_AT_LOG = "root cause above"  # in an error whose reason was printed
+ERROR = re.compile(r"[\w.]*(Error|Exception): .*")
 MEMORY_WORDS = ("out of memory", "outofmemory", "available memory", "cannot allocate")
 
 
@@ -66,12 +70,7 @@ class EngineProcess:
         self.engine = engine
         self.log = Path(log)
         self.remedy = ""
-        found = shutil.which(str(python))
-        if found is None:
-            raise UserError(
-                f"--engine-python {python}: no such program; name the Python of an environment "
-                f"that has {engine}"
-            )
+        found = find_python(engine, python)
 
         self.log.parent.mkdir(parents=True, exist_ok=True)
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
@@ -146,10 +145,20 @@ class EngineProcess:
         except ValueError:
             tree = None
         if isinstance(tree, dict) and "error" in tree:
-            raise UserError(f"{self.engine}: {tree['error']}; see {self.log}")
+            raise UserError(f"{self.engine}: {self._reason(str(tree['error']))}; see {self.log}")
         if not isinstance(tree, dict) or key not in tree:
             raise UserError(f"{self.engine}: answered {line[:80]!r}, not JSON; see {self.log}")
         return tree[key]
+
+    def _reason(self, error: str) -> str:
+        """A program's error; where that points at what was printed, as vLLM's does, the latter."""
+        if POINTS_AT_LOG not in error:
+            return error
+        for line in reversed(named_errors(self.log)):
+            found = ERROR.search(line)
+            if found and POINTS_AT_LOG not in line:
+                return found.group()[:LONGEST]
+        return error
 
     def _line(self, doing: str, seconds: float) -> bytes:
         """The next line of its stdout."""
@@ -191,15 +200,39 @@ class EngineProcess:
         return f"{self.engine}: {how} ({doing}): {words or 'it printed nothing'}; see {self.log}"
 
 
-def last_words(log: Path, longest: int = 200) -> str:
+def find_python(engine: str, python: str | Path) -> str:
+    """The path of a Python that is named by its path or its name.
+
+    Raises:
+        UserError: there is none; `engine` is what its environment should have.
+    """
+    found = shutil.which(str(python))
+    if found is None:
+        raise UserError(
+            f"--engine-python {python}: no such program; name the Python of an environment "
+            f"that has {engine}"
+        )
+    return found
+
+
+def last_words(log: Path) -> str:
     """The last line of a log that names an error, else the last one; "" if it is empty."""
+    for line in reversed(named_errors(log) or lines_of(log)):
+        return line[-LONGEST:]
+    return ""
+
+
+def named_errors(log: Path) -> list[str]:
+    """The lines of a log that name an error."""
+    return [line for line in lines_of(log) if "Error" in line or "error:" in line]
+
+
+def lines_of(log: Path) -> list[str]:
+    """The lines of a log that are not empty; none where it cannot be read."""
     with contextlib.suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        lines = [line.strip() for line in lines if line.strip()]
-        named = [line for line in lines if "Error" in line or "error:" in line]
-        for line in reversed(named or lines):
-            return line[-longest:]
-    return ""
+        return [line.strip() for line in lines if line.strip()]
+    return []
 
 
 def engine_version(facts: dict[str, Any], oldest: Sequence[int], engine: str, python: str) -> str:

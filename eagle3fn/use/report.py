@@ -65,32 +65,26 @@ def _table(report: dict[str, Any]) -> str:
 
 def _answer_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Is it faster, is the text the same, and why."""
-    dtype = report.get("speed_dtype", "float32")
+    dtype = report.get("speed_dtype", "float32") or "as its file has it"
     if "speedup" in report:
-        threads = _counted(report["threads"], "thread") if "threads" in report else "CPU"
-        if report.get("device", "cpu") != "cpu":
-            threads = report["device"]
         faster = "yes" if report["speedup"] > 1 else "no"
         yield (
             "faster",
             f"{faster}: {report['speedup']:.2f} times as fast, {report['tokens_per_s']:.1f} "
             f"tokens/s against {report['plain_tokens_per_s']:.1f} without the draft "
-            f"({dtype}, {threads}, {_counted(report['speed_tasks'], 'prompt')})",
+            f"({dtype}, {_place(report)}, {_counted(report['speed_tasks'], 'prompt')})",
         )
     if "lossless" in report:
-        same = "yes, token for token" if report["lossless"] else "NO"
-        text = f"{same} (float32, {_counted(report['tasks'], 'prompt')})"
-        if dtype != "float32" and "differing_tokens" in report:
-            text += (
-                f"; in {dtype}, where a block rounds otherwise, "
-                f"{report['differing_tokens']} of {report['timed_tokens']} differ"
-            )
-        yield "same text", text
+        yield "same text", _same_text(report, dtype)
 
+    length = report["accepted_length"]
     yield (
         "accepted length",
-        f"{report['accepted_length']:.3f} at draft length {report['draft_length']}",
+        f"{'unknown' if length is None else format(length, '.3f')} at draft length "
+        f"{report['draft_length']}",
     )
+    if report.get("engine_accepted_length") is not None:
+        yield "  as the engine counts", f"{report['engine_accepted_length']:.3f}"
     if "break_even_accepted_length" in report:
         yield (
             "  when timed",
@@ -102,6 +96,31 @@ def _answer_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "  untrained draft's", f"{report['untrained_accepted_length']:.3f}"
     if report["held_out_accepted_length"] is not None:
         yield "  held-out, simulated", f"{report['held_out_accepted_length']:.3f}"
+
+
+def _place(report: dict[str, Any]) -> str:
+    """Where the speed was measured: an engine, a card, or threads of the processor."""
+    if "engine" in report:
+        return f"{report['engine']} {report['engine_version']}"
+    if report.get("device", "cpu") != "cpu":
+        return report["device"]
+    return _counted(report["threads"], "thread") if "threads" in report else "CPU"
+
+
+def _same_text(report: dict[str, Any], dtype: str) -> str:
+    """Whether the answers with the draft are those without it."""
+    if report["lossless"] is None:
+        return report["lossless_note"]
+    same = "yes, token for token" if report["lossless"] else "NO"
+    if "engine" in report:
+        return f"{same} ({dtype}, {_counted(report['tasks'], 'prompt')})"
+    text = f"{same} (float32, {_counted(report['tasks'], 'prompt')})"
+    if dtype != "float32" and "differing_tokens" in report:
+        text += (
+            f"; in {dtype}, where a block rounds otherwise, "
+            f"{report['differing_tokens']} of {report['timed_tokens']} differ"
+        )
+    return text
 
 
 def _run_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -150,6 +169,8 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     found = _read_object(path)
     rates = found.get("acceptance_by_position")
     has_rates = isinstance(rates, list) and all(map(_is_number, rates))
+    if rates is None and "engine" in found:
+        has_rates = True  # the engine does not count the drafted tokens by position
     if type(found.get("draft_length")) is not int or not has_rates:
         raise UserError(
             f"{path}: draft_length or acceptance_by_position is missing; "
@@ -222,7 +243,7 @@ def _draw(
     )
 
     # Prompts of the evaluation.
-    rates = report["acceptance_by_position"]
+    rates = report["acceptance_by_position"] or []
     right.bar(range(1, len(rates) + 1), rates)
     right.set(xlabel="draft position", ylabel="acceptance, given all before", ylim=(0, 1))
     right.set_title(prompts_title(report), parse_math=False)

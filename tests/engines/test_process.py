@@ -91,6 +91,13 @@ def test_a_failed_start_is_one_line(begin):
         begin("raise ValueError('no\\nroom')")
 
 
+def test_a_reason_that_was_printed_is_found(begin):
+    said = "print('(Worker) ERROR 11-27 [x.py:9] AssertionError: weights of size 3'), "
+    said += "print('ended'), exec('raise RuntimeError(\\'failed. See root cause above.\\')')"
+    with begin() as engine, pytest.raises(UserError, match=r"^toy: AssertionError: weights of si"):
+        engine.ask({"value": said})
+
+
 def test_a_killed_engine_is_named_with_what_it_said_last(begin):
     with (
         begin() as engine,

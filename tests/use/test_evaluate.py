@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
@@ -33,7 +32,7 @@ from eagle3fn.use.evaluate import (
 from eagle3fn.use.export import export
 from tests.data.families import make_family
 from tests.factories import make_map
-from tests.use.tiny_target import LAYERS, VOCAB, draft_config, prompt, random_draft, target
+from tests.use.tiny_target import VOCAB, prompt, random_draft, target, write_draft, write_pair
 
 SMALL = EvalSettings(
     tasks=3,
@@ -49,34 +48,7 @@ SMALL = EvalSettings(
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A target whose tokens are characters, and a random draft of it."""
-    root = tmp_path_factory.mktemp("pair")
-    words = Tokenizer(models.WordLevel({chr(i): i for i in range(VOCAB)}, unk_token="\x00"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")  # pyright: ignore
-    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="\x02", chat_template=template
-    )
-    model = target()
-    model.generation_config = GenerationConfig(eos_token_id=[2, 3], pad_token_id=2)
-    model.save_pretrained(root / "target")
-    tokenizer.save_pretrained(root / "target")
-    write_draft(root / "draft")
-    return root / "target", root / "draft"
-
-
-def write_draft(folder: Path, **changes: Any) -> None:
-    """A random draft; `changes` of its configuration make it one of another target."""
-    draft = random_draft()
-    config = replace(draft_config(), **changes)
-    params = dict(draft.params)
-    t2d, d2t = draft.vocab
-    if config.vocab_size != VOCAB:
-        t2d = torch.cat([t2d, torch.zeros(config.vocab_size - VOCAB, dtype=torch.bool)])
-    if config.target_hidden_size != config.hidden_size:
-        params["embed_tokens.weight"] = torch.zeros(config.vocab_size, config.hidden_size)
-        params["fc.weight"] = torch.zeros(config.hidden_size, 3 * config.target_hidden_size)
-    frozen = Frozen(None, torch.zeros(1), t2d, d2t)
-    export(params, frozen, config, folder, LAYERS, torch.float32)
+    return write_pair(tmp_path_factory.mktemp("pair"))
 
 
 def test_report(folders: tuple[Path, Path]):
@@ -340,6 +312,7 @@ def test_target_that_cannot_roll_back_is_refused_before_it_decodes(tmp_path):
     model = make_family("qwen3_next", tmp_path / "target")
     vocab = model.config.vocab_size
     config = draft_config_from_target(model.config.to_dict(), "t", 64)
+    config = replace(config, aux_layers=(0, 1, 2))
     params = init_params(config, 0, torch.float32)
     frozen = Frozen(None, torch.zeros(1), *make_map(vocab, 64, torch.Generator().manual_seed(0)))
     layers = model.config.num_hidden_layers
