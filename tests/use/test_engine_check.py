@@ -118,7 +118,8 @@ def stand_in(pair_and_ours, tmp_path, monkeypatch) -> StandIn:
     for name in ("vllm_logits.py", "speculators_logits.py"):
         (tmp_path / name).write_text(GIVES_LOGITS.format(programs=programs))
     monkeypatch.setattr(process, "PROGRAMS", tmp_path)
-    return StandIn(*pair_and_ours, tmp_path)
+    pair, ours = pair_and_ours
+    return StandIn(pair, ours, tmp_path)
 
 
 def test_the_first_prompts_are_taken(pair_and_ours):

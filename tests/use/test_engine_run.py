@@ -93,7 +93,14 @@ def test_an_engine_is_not_asked_for_what_it_cannot_represent(folders, tmp_path, 
     places = {"vllm": Place(Path("v")), "eagle": Place(Path("e"), Path("s"))}
     said = []
     results = check_drafts(
-        *folders, ["words"], places, SETTINGS, tmp_path, with_variants=True, say=said.append
+        folders[0],
+        folders[1],
+        ["words"],
+        places,
+        SETTINGS,
+        tmp_path,
+        with_variants=True,
+        say=said.append,
     )
     assert list(results) == NAMES
     of_vllm = [one for one in asked if one[0] == "vllm"]
@@ -160,7 +167,7 @@ def script(monkeypatch, folders, tmp_path):
     prompts.write_text('{"prompt": "words"}\n')
 
     def run(result, *options: str):
-        monkeypatch.setattr(engine_run, "check_engine", lambda *args: dict(result))
+        monkeypatch.setattr(engine_run, "check_engine", lambda *args, **named: dict(result))
         words = [str(folders[1]), str(folders[0]), "--prompts", str(prompts), "--max-new", "4"]
         words += ["--environments", str(tmp_path / "made"), *options]
         monkeypatch.setattr(sys, "argv", ["check_engines.py", *words])
