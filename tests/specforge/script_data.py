@@ -27,7 +27,7 @@ def write_data(root: Path) -> Path:
     `target` is a tied target with its head stored separately, as SpecForge reads it; `features` has
     seven samples, `talks.jsonl` their conversations, `draft.json` the draft's configuration.
     """
-    model = tiny_model(tie_word_embeddings=True).bfloat16()
+    model = tiny_model(tie_word_embeddings=True, num_hidden_layers=7).bfloat16()
     model.save_pretrained(root / "tied")
     tiny_tokenizer().save_pretrained(root / "tied")
     untie(root / "tied", root / "target")
