@@ -409,9 +409,12 @@ def train(options: Any) -> None:
     from eagle3fn.data.vocab import load_map, map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
+    from eagle3fn.train.defaults import begun_settings
+    from eagle3fn.train.drafts import check_start
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
+    from eagle3fn.use.model_card import facts_of
     from eagle3fn.use.publish import check_published, run_events
 
     recipe = RECIPES[options.recipe] if options.recipe else OURS
@@ -443,7 +446,11 @@ def train(options: Any) -> None:
         if world.main:
             _say(line)
 
-        # Features, map and target, which must belong together.
+        # A draft to start from, unless the run goes on; then features, map and target, which must
+        # belong together.
+        layers = tree["num_hidden_layers"]
+        if begun_settings(options.out) is None:
+            check_start(config, layers)
         vocab_map = load_map(
             options.vocab,
             config.draft.vocab_size,
@@ -452,7 +459,6 @@ def train(options: Any) -> None:
             read_map,
         )
         tensors = read_target_tensors(options.target, dtype, tensors_of(features))
-        layers = tree["num_hidden_layers"]
         check_made_for(features, hashes, aux_layers(config.draft, layers), options.target)
         if world.main:
             _say(said)
@@ -466,7 +472,7 @@ def train(options: Any) -> None:
             tensors,
             options.out,
             minutes=options.minutes,
-            events=run_events(options.out, config, layers),
+            events=run_events(options.out, config, layers, facts_of(features, options.target)),
             world=world,
             recipe=recipe,
         )
