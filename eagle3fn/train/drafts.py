@@ -141,6 +141,21 @@ def _vocab_map(t2d: Tensor | None, d2t: Tensor | None, config: DraftConfig, file
     return vocab
 
 
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype of an exported draft's weights, as its configuration says.
+
+    Raises:
+        UserError: it says none.
+    """
+    path = Path(folder) / CONFIG
+    tree = read_json(path)
+    name = tree.get("dtype") or tree.get("torch_dtype") if isinstance(tree, dict) else None
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{path}: dtype = {name!r}: must be one of torch's, such as bfloat16")
+    return dtype
+
+
 # To start from
 
 
@@ -156,11 +171,10 @@ def check_start(config: Config, target_layers: int) -> None:
         return
     folder = config.train.init
     found = _config_to_start_from(folder)
-    with_taps = [
-        replace(draft, aux_layers=aux_layers(draft, target_layers))
-        for draft in (found, config.draft)
-    ]
-    _check_same(*with_taps, folder)
+    taps = aux_layers(found, target_layers)
+    wanted_taps = aux_layers(config.draft, target_layers)
+    found = replace(found, aux_layers=taps)
+    _check_same(found, replace(config.draft, aux_layers=wanted_taps), folder)
 
 
 def start_from_draft(config: Config, frozen: Frozen, folder: str | Path) -> Params:

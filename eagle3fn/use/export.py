@@ -13,11 +13,20 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_folder
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.model.table import EMBED, check_params
-from eagle3fn.train.drafts import CONFIG, LAYER, LAYER_BY_NUMBER, WEIGHTS
-from eagle3fn.train.drafts import Draft as Draft
-from eagle3fn.train.drafts import load_draft as load_draft
+from eagle3fn.train.drafts import (
+    CONFIG,
+    LAYER,
+    LAYER_BY_NUMBER,
+    WEIGHTS,
+    Draft,
+    load_draft,
+)
+from eagle3fn.use.engine_limits import EAGLE, Engine, check_representable
+from eagle3fn.use.layouts import speculators_keys
 from eagle3fn.use.model_card import CARD, Facts, card
-from eagle3fn.use.serving import EAGLE, Engine, check_engine, speculators_keys
+
+__all__ = ["CONFIG", "WEIGHTS", "Draft", "export", "export_for", "load_draft"]
+
 
 def export(
     params: Params,
@@ -69,7 +78,7 @@ def export_for(
 
     Args:
         draft: as `load_draft` returns it.
-        engine: a row of `use.serving.ENGINES`.
+        engine: a row of `use.engine_limits.ENGINES`.
         folder: replaced if it is an older export.
         target_layers: the target's number of decoder layers.
         dtype: of the floating-point tensors written.
@@ -80,7 +89,7 @@ def export_for(
     Raises:
         UserError: what the engine cannot represent, or a folder that holds something else.
     """
-    check_engine(draft.config, target_layers, engine)
+    check_representable(draft.config, target_layers, engine)
     _check_folder(Path(folder))
     tree = draft_config_to_json(draft.config, target_layers, str(dtype).removeprefix("torch."))
     frozen = Frozen(draft.embed_tokens, torch.empty(0), *draft.vocab)
@@ -142,7 +151,22 @@ def _check_rope(config: DraftConfig, any_rope: bool) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: holds files that are not an exported draft; name a new folder")
+    """Refuse to replace anything but an older export."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
+    files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(files - {CONFIG, WEIGHTS, CARD})
+    if others or (files and not _is_export(folder / CONFIG)):
+        named = f" ({others[0]})" if others else ""
+        raise UserError(
+            f"{folder}: holds files that are not an exported draft{named}; name a new folder"
+        )
+
+
+def _is_export(config: Path) -> bool:
+    """Whether a configuration is a draft's: a target's folder has files of the same names."""
+    try:
+        tree = json.loads(config.read_text(encoding="utf-8"))
+        return any("Eagle3" in str(name) for name in tree["architectures"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

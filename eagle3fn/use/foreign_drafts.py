@@ -3,7 +3,7 @@
 | origin | known by |
 |---|---|
 | speculators | `speculators_model_type` in config.json |
-| eagle (SafeAILab) | `architectures` without "Eagle3", `draft_vocab_size`, a plain pickle or safetensors |
+| eagle (SafeAILab) | `draft_vocab_size`, and `architectures` without "Eagle3" |
 | hf | "Eagle3" in `architectures`: published for vLLM or SGLang, SpecForge's and our own exports |
 | specforge | said with `--from`: its files look as those of hf |
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.draft_config import DraftConfig, draft_config_from_tree, listed_taps, put_taps
+from eagle3fn.base.draft_config import draft_config_from_keys, listed_taps, taps_keys
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
 from eagle3fn.base.rope_settings import rope_of, scaling_of
@@ -83,7 +83,7 @@ def read_foreign(folder: str | Path, origin: str | None = None) -> Imported:
     changes: list[str] = []
     tree = _sort_taps(tree, tensors, path, changes)
     _sort_tokens(tensors, changes)
-    config = draft_config_from_tree(tree, str(path))
+    config = draft_config_from_keys(tree, str(path))
     return Imported(make_draft(config, tensors, file, dtype), said, dtype, changes)
 
 
@@ -181,7 +181,7 @@ def _sort_taps(
         blocks = tensors[FC].chunk(len(taps), dim=1)
         tensors[FC] = torch.cat([blocks[i] for i in order], dim=1)
     changes.append(f"taps {list(taps)} are sorted, and the columns of {FC} with them")
-    return put_taps(tree, tuple(sorted(taps)))
+    return tree | taps_keys(tuple(sorted(taps)))
 
 
 def _sort_tokens(tensors: dict[str, Tensor], changes: list[str]) -> None:
@@ -198,10 +198,3 @@ def _sort_tokens(tensors: dict[str, Tensor], changes: list[str]) -> None:
     tensors[HEAD] = head[order]
     tensors["d2t"] = ids[order] - place
     changes.append(f"draft tokens are sorted by their ids, and the rows of {HEAD} with them")
-
-
-def with_taps(config: DraftConfig, taps: tuple[int, int, int]) -> DraftConfig:
-    """The same draft, its taps said."""
-    from dataclasses import replace
-
-    return replace(config, aux_layers=taps)

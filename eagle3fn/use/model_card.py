@@ -3,16 +3,18 @@
 It names no path of this machine: a target that is a local folder is known by its last name.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.draft_config import TAPS
 from eagle3fn.data.features import FeatureSet
-from eagle3fn.use.serving import how_to_serve
+from eagle3fn.use.layouts import how_to_serve
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_KEPT = re.compile(r"^<!-- eagle3fn (\{.*\}) -->$", re.M)  # the facts, for `read_facts`
 _DRAFT = "DRAFT"  # stands for the folder, or the name under which it is published
 
 
@@ -74,13 +76,35 @@ def card(tree: dict[str, Any], facts: Facts) -> str:
 
     # How it is served.
     target = name if facts.target else "TARGET"
-    lines += ["## Serving", "", f"`{_DRAFT}` is this folder, or the name it is published under.", ""]
+    lines += [
+        "## Serving",
+        "",
+        f"`{_DRAFT}` is this folder, or the name it is published under.",
+        "",
+    ]
     if "speculators_config" in tree:
-        lines += ["```bash", f"vllm serve {_DRAFT}  # takes the target by this folder's config.json"]
+        lines += [
+            "```bash",
+            f"vllm serve {_DRAFT}  # takes the target by this folder's config.json",
+        ]
     else:
         lines.append("```bash")
     lines += [*how_to_serve(_DRAFT, target), "```", ""]
-    return "\n".join(lines)
+
+    # The facts once more, for a card of the same draft in another layout.
+    kept = facts._replace(target=name if facts.target else "")._asdict()
+    text = json.dumps(kept).replace("--", "\\u002d-")
+    return "\n".join([*lines, f"<!-- eagle3fn {text} -->", ""])
+
+
+def read_facts(folder: str | Path) -> Facts:
+    """The facts in the card of an exported folder; none are known without a card of ours."""
+    try:
+        text = (Path(folder) / CARD).read_text(encoding="utf-8")
+        found = _KEPT.search(text)
+        return Facts(**json.loads(found.group(1))) if found else Facts()
+    except (OSError, ValueError, TypeError):
+        return Facts()
 
 
 def _rows(tree: dict[str, Any], facts: Facts) -> list[tuple[str, str]]:
