@@ -75,7 +75,7 @@ def card(tree: dict[str, Any], facts: Facts) -> str:
     ]
 
     # How it is served.
-    target = name if facts.target else "TARGET"
+    target = name if on_hub else "TARGET"
     lines += [
         "## Serving",
         "",
