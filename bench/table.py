@@ -1,16 +1,18 @@
-"""README's tables of speed and memory, made from the results in bench/results/.
+"""README's tables of speed, memory and serving engines, made from the results in bench/results/.
 
 python -m bench.table            # print them
-python -m bench.table --readme   # put them into README.md, between two marks
+python -m bench.table --readme   # put them into README.md, each between two marks
 """
 
 import sys
 from typing import Any
 
+from bench import engines_table
 from bench.common import RESULTS, ROOT
 from eagle3fn.base.files import read_json, write_text
 
 BEGIN = "<!-- python -m bench.table -->\n\n"
+ENGINES_BEGIN = "<!-- python -m bench.table: engines -->\n\n"
 END = "\n<!-- end -->\n"
 OURS = ("specforge", "plain", "fast")
 PEERS = ("specforge_main", "speculators")
@@ -29,8 +31,14 @@ HIDDEN = (
 )
 
 
+def engines_text() -> str:
+    """The tables of drafts in serving engines, as Markdown."""
+    found = [result for result in _results("*-engines-*.json") if "drafts" in result]
+    return "\n".join(engines_table.table(result) for result in found)
+
+
 def text() -> str:
-    """All tables, as Markdown."""
+    """The tables of speed and memory, as Markdown."""
     steps = sorted(_results("step-*.json"), key=_order)
     blocks = [step_table(steps)]
     blocks += [loss_line(result) for result in _results("loss-*.json")]
@@ -196,10 +204,12 @@ def demo_line(result: dict[str, Any]) -> str:
 
 
 def put(page: str) -> str:
-    """The page with the tables between their two marks."""
-    before, rest = page.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    return before + BEGIN + text() + END + after
+    """The page with the tables between their marks."""
+    for begin, tables in ((BEGIN, text()), (ENGINES_BEGIN, engines_text())):
+        before, rest = page.split(begin, 1)
+        after = rest.split(END, 1)[1]
+        page = before + begin + tables + END + after
+    return page
 
 
 def main() -> None:
@@ -207,7 +217,7 @@ def main() -> None:
         path = ROOT / "README.md"
         page = put(path.read_text(encoding="utf-8"))
         write_text(path, page)
-    print(text(), end="")
+    print(text(), engines_text(), sep="\n", end="")
 
 
 if __name__ == "__main__":

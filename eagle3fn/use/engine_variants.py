@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.types import Frozen, Params, VocabMap
 from eagle3fn.model.table import HEAD
 from eagle3fn.use.export import Draft, export
@@ -25,11 +25,15 @@ ROPES: dict[str, dict[str, Any]] = {
         "factor": 4.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 2048,
+        "original_max_position_embeddings": 256,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
 }
-"""A setting of each variant; all but dynamic change every position from the second on."""
+"""A setting of each variant.
+
+All but dynamic change the second position already. YaRN's original length and factor give SmolLM2's
+8,192 positions: vLLM takes their product for the draft's longest sequence.
+"""
 
 
 class Variant(NamedTuple):
@@ -44,13 +48,16 @@ def variants(draft: Draft, target_layers: int, target_head: Tensor) -> Iterator[
 
     Args:
         draft: in fp32.
-        target_layers: L, the target's number of decoder layers; at least 7.
+        target_layers: L, the target's number of decoder layers; at least 4.
         target_head: `(V, Ht)`; its rows are the head of the variant with the whole vocabulary.
     """
     config = draft.config
     yield Variant("as trained", draft)
 
+    own = aux_layers(config, target_layers)
     layers = (0, target_layers // 3, target_layers - 2)
+    if layers == own:
+        layers = (0, target_layers // 2, target_layers - 1)
     yield Variant("other taps", draft._replace(config=replace(config, aux_layers=layers)))
 
     if config.target_hidden_size == config.hidden_size:
