@@ -63,7 +63,10 @@ def test_one_folder_has_vllms_keys_and_speculators(tmp_path):
     tree = write(tmp_path, VLLM)
     assert (tree["model_type"], tree["architectures"]) == ("llama", ["LlamaForCausalLMEagle3"])
     block = tree["speculators_config"]
-    assert block["verifier"] == {"name_or_path": "org/target", "architectures": ["LlamaForCausalLM"]}
+    assert block["verifier"] == {
+        "name_or_path": "org/target",
+        "architectures": ["LlamaForCausalLM"],
+    }
     assert block["default_proposal_method"] in {
         method["proposal_type"] for method in block["proposal_methods"]
     }
