@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     _add_data_commands(command)
     _add_training_commands(command)
     _add_checking_commands(command)
+    _add_draft_commands(command)
     return root
 
 
@@ -56,6 +57,29 @@ def _add_threads(sub: argparse.ArgumentParser) -> None:
     """The option `--threads`."""
     about = "CPU threads (default: OMP_NUM_THREADS, or the fastest by a short measurement)"
     sub.add_argument("--threads", type=_positive, help=about)
+
+
+def _add_feature_engine(sub: argparse.ArgumentParser) -> None:
+    """The options of a serving engine that computes the features."""
+    sub.add_argument(
+        "--engine", choices=("vllm",), help="a serving engine computes them (docs/engines.md)"
+    )
+    sub.add_argument(
+        "--engine-python", metavar="PYTHON", help="of the environment that has the engine"
+    )
+    sub.add_argument("--engine-url", metavar="URL", help="a running server, http://HOST:PORT")
+    sub.add_argument(
+        "--engine-arg",
+        action="append",
+        metavar="NAME=VALUE",
+        help="argument of the engine's own: quantization=fp8, tensor_parallel_size=2",
+    )
+    sub.add_argument(
+        "--check",
+        choices=("hf", "logits"),
+        help="what the engine's first row is compared with (default: hf, the target loaded here, "
+        "if it has at most 4 GiB and is not quantised)",
+    )
 
 
 def _add_template(sub: argparse.ArgumentParser) -> None:
@@ -194,10 +218,11 @@ def _add_data_commands(command: Command) -> None:
     sub.add_argument(
         "--batch",
         type=_positive,
-        help="conversations in one run of the target (default 4 on CPUs, else 8)",
+        help="conversations in one run of the target (default 4 on CPUs, else 8; of an engine 32)",
     )
     sub.add_argument("--draft-config", help="JSON whose eagle_config names the tapped layers")
     _add_threads(sub)
+    _add_feature_engine(sub)
 
     sub = command(
         "vocab", commands.vocab, "count the supervised tokens and write the draft vocabulary map"
@@ -312,6 +337,47 @@ def _add_checking_commands(command: Command) -> None:
         action="store_true",
         help="name the unroll step and operation a difference begins at",
     )
+
+
+def _add_draft_commands(command: Command) -> None:
+    sub = command("export", commands.export, "write a trained draft as a serving engine reads it")
+    sub.add_argument("--draft", required=True, help="exported draft folder, such as RUN/draft")
+    sub.add_argument("--out", required=True, help="new folder, or an older export")
+    sub.add_argument(
+        "--for",
+        dest="engine",
+        required=True,
+        choices=("vllm", "sglang", "llamacpp", "speculators", "eagle"),
+    )
+    sub.add_argument("--target", help="the draft's target, folder or hub id; vllm needs it")
+    sub.add_argument(
+        "--target-name", help="the name that the target is served by, where it is not --target"
+    )
+
+    sub = command(
+        "convert",
+        commands.convert,
+        "other trainers' drafts, vocabulary maps and features to ours, and maps and features back",
+    )
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--draft", help="draft folder of SpecForge, EAGLE, speculators or the hub")
+    what.add_argument("--vocab", help="map file, folder of .npy files, or a draft's folder")
+    what.add_argument("--features", help="feature folder of ours, or of SpecForge's .ckpt files")
+    sub.add_argument("--out", required=True, help="what is written, whole or not at all")
+    sub.add_argument(
+        "--from",
+        dest="origin",
+        choices=("specforge", "eagle", "speculators", "hf"),
+        help="whose draft it is (default: known by its keys)",
+    )
+    sub.add_argument(
+        "--for",
+        dest="kind",
+        choices=("eagle3fn", "specforge", "speculators"),
+        default="eagle3fn",
+        help="whose maps or features are written (default eagle3fn)",
+    )
+    sub.add_argument("--target", help="the target, folder or hub id, for what a file leaves out")
 
 
 def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:

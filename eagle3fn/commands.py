@@ -4,6 +4,8 @@ They take the parsed options. Imports are inside, so that `eagle3fn --help` is q
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from eagle3fn.base import progress
 if TYPE_CHECKING:
     from eagle3fn.base.config import Config
     from eagle3fn.base.draft_config import DraftConfig
+    from eagle3fn.data.sources import FeatureSource
     from eagle3fn.data.template import ChatTemplate
 
 
@@ -146,20 +149,84 @@ def extract(options: Any) -> None:
     import torch
 
     from eagle3fn.base.cores import own_cores
-    from eagle3fn.base.device import check_device, fast_dtype
+    from eagle3fn.base.device import check_device
     from eagle3fn.base.draft_config import aux_layers
-    from eagle3fn.base.thread_timing import large_products, sizes_of
-    from eagle3fn.base.threads import take_threads
     from eagle3fn.data.encode import describe_counts
-    from eagle3fn.data.extract import begun_threads, extract
+    from eagle3fn.data.extract import extract
     from eagle3fn.data.features import open_features
     from eagle3fn.data.own import foreign_note, measure_agreement
-    from eagle3fn.data.target import load_target
     from eagle3fn.data.target_source import target_config
 
+    _check_extract(options)
     check_device(options.device)
     tree = target_config(options.target)
     layers = aux_layers(_draft(options, tree), tree["num_hidden_layers"])
+    opened = _engine_source if options.engine else _model_source
+    with opened(options, tree, layers) as (source, tokenizer):
+        name = str(source.dtype).removeprefix("torch.")
+        _say(f"the target computes in {name}, its features are stored in bfloat16")
+        index = extract(
+            source,
+            _template(options, tokenizer),
+            options.conversations,
+            options.out,
+            max_length=options.max_length,
+            limit=options.limit,
+            minutes=options.minutes,
+            stored=torch.bfloat16,
+            skip_bad=options.skip_bad,
+            processes=own_cores(),
+            on_rows=progress.counter("row"),
+            on_progress=progress.bar("sample"),
+        )
+    progress.close()
+    totals = index["totals"]
+    rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
+    print(
+        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
+        f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB{rest}"
+    )
+    for line in describe_counts(index, Path(options.out) / "rejects.jsonl"):
+        print(line)
+    found = measure_agreement(open_features(options.out), source.head)
+    _say(foreign_note(found, options.target, options.conversations))
+
+
+def _check_extract(options: Any) -> None:
+    """Refuse options of `extract` that would have no effect or do not go together, by name."""
+    from eagle3fn.base.errors import UserError
+
+    if not options.engine:
+        for name in _given(options, ("--engine-python", "--engine-url", "--engine-arg", "--check")):
+            raise UserError(f"{name}: needs --engine, such as --engine vllm")
+        return
+
+    for name in _given(options, ("--device",)):
+        raise UserError(f"{name}: the engine chooses its device; leave it out")
+    if bool(options.engine_python) == bool(options.engine_url):
+        raise UserError(
+            f"--engine {options.engine}: needs either --engine-python, a Python that has it, or "
+            "--engine-url, a running server"
+        )
+    if options.engine_url:
+        for name in _given(options, ("--engine-arg", "--threads")):
+            raise UserError(f"{name}: a running server has its own; give it where it is started")
+
+
+@contextmanager
+def _model_source(
+    options: Any, tree: dict[str, Any], layers: tuple[int, ...]
+) -> "Iterator[tuple[FeatureSource, Any]]":
+    """The target in this process as a source of features, and its tokenizer."""
+    import torch
+
+    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.thread_timing import large_products, sizes_of
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.extract import begun_threads
+    from eagle3fn.data.sources import model_source
+    from eagle3fn.data.target import load_target
+
     dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
     model, tokenizer = load_target(options.target, dtype, options.device)
     sizes = sizes_of(tree)
@@ -171,37 +238,45 @@ def extract(options: Any) -> None:
             begun_threads(options.out),
         )
     )
-    name = str(dtype).removeprefix("torch.")
-    _say(f"the target computes in {name}, its features are stored in bfloat16")
-    index = extract(
-        model,
-        _template(options, tokenizer),
-        options.conversations,
-        options.out,
-        layers,
+    batch = options.batch or (4 if options.device == "cpu" else 8)
+    yield model_source(model, layers, batch=batch, name=options.target), tokenizer
+
+
+@contextmanager
+def _engine_source(
+    options: Any, tree: dict[str, Any], layers: tuple[int, ...]
+) -> "Iterator[tuple[FeatureSource, Any]]":
+    """An engine as a source of features, and the target's tokenizer."""
+    import torch
+
+    from eagle3fn.data.engine_source import check_room, default_check, engine_source
+    from eagle3fn.data.target import load_tokenizer
+    from eagle3fn.data.target_source import loaded_config
+    from eagle3fn.engines.vllm_process import VllmProcess, taps_of
+
+    check_room(loaded_config(options.target), options.max_length, options.engine)
+    arguments = _named_values(options.engine_arg or [], "--engine-arg", "tensor_parallel_size=2")
+    tokenizer = load_tokenizer(options.target)
+    taps = taps_of(layers, tree["num_hidden_layers"])
+    with VllmProcess(
+        options.engine_python,
+        options.target,
+        taps,
+        f"{Path(options.out)}.vllm.log",
         max_length=options.max_length,
-        batch=options.batch or (4 if options.device == "cpu" else 8),
-        limit=options.limit,
-        minutes=options.minutes,
-        stored=torch.bfloat16,
-        name=options.target,
-        skip_bad=options.skip_bad,
-        processes=own_cores(),
-        on_rows=progress.counter("row"),
-        on_progress=progress.bar("sample"),
-    )
-    progress.close()
-    totals = index["totals"]
-    rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
-    print(
-        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
-        f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB{rest}"
-    )
-    for line in describe_counts(index, Path(options.out) / "rejects.jsonl"):
-        print(line)
-    head = model.get_output_embeddings().weight
-    found = measure_agreement(open_features(options.out), head)
-    _say(foreign_note(found, options.target, options.conversations))
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        arguments=arguments,
+        threads=options.threads,
+    ) as engine:
+        source = engine_source(
+            engine,
+            options.target,
+            layers,
+            batch=options.batch or 32,
+            check=options.check or default_check(options.target, arguments),
+            say=_say,
+        )
+        yield source, tokenizer
 
 
 def vocab(options: Any) -> None:
@@ -318,6 +393,15 @@ def _config(
     return config
 
 
+def _check_start(options: Any, config: "Config", target_layers: int) -> None:
+    """Refuse a draft to start from that is not the run's; a run that goes on needs none."""
+    from eagle3fn.train.defaults import begun_settings
+    from eagle3fn.train.drafts import check_start
+
+    if begun_settings(options.out) is None:
+        check_start(config, target_layers)
+
+
 def train(options: Any) -> None:
     """Train the draft, or go on."""
     import torch
@@ -337,6 +421,7 @@ def train(options: Any) -> None:
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
+    from eagle3fn.use.model_card import facts_of
     from eagle3fn.use.publish import check_published, run_events
 
     recipe = RECIPES[options.recipe] if options.recipe else OURS
@@ -368,7 +453,10 @@ def train(options: Any) -> None:
         if world.main:
             _say(line)
 
-        # Features, map and target, which must belong together.
+        # A draft to start from, unless the run goes on; then features, map and target, which must
+        # belong together.
+        layers = tree["num_hidden_layers"]
+        _check_start(options, config, layers)
         vocab_map = load_map(
             options.vocab,
             config.draft.vocab_size,
@@ -377,7 +465,6 @@ def train(options: Any) -> None:
             read_map,
         )
         tensors = read_target_tensors(options.target, dtype, tensors_of(features))
-        layers = tree["num_hidden_layers"]
         check_made_for(features, hashes, aux_layers(config.draft, layers), options.target)
         if world.main:
             _say(said)
@@ -391,7 +478,7 @@ def train(options: Any) -> None:
             tensors,
             options.out,
             minutes=options.minutes,
-            events=run_events(options.out, config, layers),
+            events=run_events(options.out, config, layers, facts_of(features, options.target)),
             world=world,
             recipe=recipe,
         )
@@ -588,6 +675,178 @@ def _evaluate_in_engine(options: Any) -> None:
     progress.close()
     write_json(out, report)
     print(f"{out}: {describe(report)}")
+
+
+def _target_layers(draft: "DraftConfig", target: str | None) -> tuple[int, dict[str, Any]]:
+    """The target's number of layers and its configuration; without it, as many as are tapped."""
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.data.target_source import target_config
+
+    if target is None:
+        if draft.aux_layers is None:
+            raise UserError(
+                "--target: the draft's config.json lists no taps, so the default ones of its "
+                "target are needed; name the target"
+            )
+        return max(draft.aux_layers) + 1, {}
+
+    tree = target_config(target)
+    pairs = (("vocab_size", draft.vocab_size), ("hidden_size", draft.target_hidden_size))
+    for key, size in pairs:
+        if tree[key] != size:
+            raise UserError(
+                f"--target {target}: its {key} is {tree[key]}, the draft's target has {size}; name "
+                "the target that the draft was trained for"
+            )
+    return tree["num_hidden_layers"], tree
+
+
+def export(options: Any) -> None:
+    """Write a draft as an engine reads it."""
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.train.drafts import load_draft, stored_dtype
+    from eagle3fn.use.engine_limits import ENGINES
+    from eagle3fn.use.export import export_for
+    from eagle3fn.use.model_card import read_facts
+
+    engine = ENGINES[options.engine]
+    name = options.target_name or options.target
+    if engine.by_number and not name:
+        raise UserError(
+            f"--for {engine.name}: its layout names the target; add --target FOLDER_OR_ID"
+        )
+    dtype = stored_dtype(options.draft)
+    draft = load_draft(options.draft, dtype)
+    layers, tree = _target_layers(draft.config, options.target)
+    if name and Path(name).is_dir():
+        name = str(Path(name).resolve())
+
+    facts = read_facts(options.draft)
+    export_for(
+        draft,
+        engine,
+        options.out,
+        layers,
+        dtype,
+        name or "",
+        tuple(tree.get("architectures") or ()),
+        facts._replace(target=name or facts.target),
+    )
+    print(f"{options.out}: for {engine.read}")
+
+
+def convert(options: Any) -> None:
+    """Bring drafts, maps or features of other trainers to ours, or maps and features to theirs."""
+    from eagle3fn.base.errors import UserError
+
+    if options.origin and not options.draft:
+        raise UserError(
+            "--from: of drafts alone; files of maps and features are known by themselves"
+        )
+    if options.draft:
+        if options.kind != "eagle3fn":
+            raise UserError(
+                "--for: of maps and features; a draft goes to engines by eagle3fn export"
+            )
+        _convert_draft(options)
+    elif options.vocab:
+        _convert_map(options)
+    else:
+        _convert_features(options)
+
+
+def _convert_draft(options: Any) -> None:
+    import torch
+
+    from eagle3fn.base.types import Frozen
+    from eagle3fn.use.export import export
+    from eagle3fn.use.foreign_drafts import read_foreign
+    from eagle3fn.use.model_card import read_facts
+
+    found = read_foreign(options.draft, options.origin)
+    draft = found.draft
+    layers, _ = _target_layers(draft.config, options.target)
+    frozen = Frozen(draft.embed_tokens, torch.empty(0), *draft.vocab)
+    facts = read_facts(options.draft)
+    facts = facts._replace(target=options.target or facts.target)
+    export(draft.params, frozen, draft.config, options.out, layers, found.dtype, True, facts)
+    for line in found.changes:
+        print(line)
+    print(f"{options.out}: a draft of {draft.config.draft_vocab_size} tokens, from {found.origin}")
+
+
+def _convert_map(options: Any) -> None:
+    from functools import partial
+
+    from eagle3fn.data.target_source import config_hash, config_hashes, target_config
+    from eagle3fn.data.vocab import load_map
+    from eagle3fn.specforge.feature_files import read_map, write_map
+    from eagle3fn.use.convert import read_map_of, write_map_for
+
+    # Checked, and where the target is named, as its map.
+    provenance: dict[str, Any] = {"converted_from": Path(options.vocab).name}
+    vocab_size = hashes = None
+    if options.target:
+        vocab_size = target_config(options.target)["vocab_size"]
+        hashes = config_hashes(options.target)
+        provenance |= {"target": options.target, "target_hash": config_hash(options.target)}
+    read = partial(read_map_of, read=read_map)
+    vocab_map = load_map(options.vocab, vocab_size, None, hashes, read)
+    stored = read(Path(options.vocab)).provenance
+    write_map_for(options.out, vocab_map, options.kind, stored | provenance, write_map, read_map)
+    sizes = f"{len(vocab_map.d2t)} of {len(vocab_map.t2d)} tokens"
+    print(f"{options.out}: {sizes}, for {options.kind}")
+
+
+def _convert_features(options: Any) -> None:
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.target_source import config_hash, target_config
+    from eagle3fn.specforge.feature_files import READER, write_ckpt
+    from eagle3fn.use.convert import (
+        LAST_BEFORE_NORM,
+        is_speculators_data,
+        write_files,
+        write_ours,
+    )
+
+    if options.kind == "speculators":
+        raise UserError(
+            f"--for speculators: {LAST_BEFORE_NORM}; let speculators generate its own states"
+        )
+    if is_speculators_data(options.features):
+        raise UserError(
+            f"--features {options.features}: {LAST_BEFORE_NORM.replace('these', 'ours')}; "
+            "run eagle3fn extract"
+        )
+    on_progress = progress.bar("sample")
+    if options.kind == "specforge":
+        features = open_features(options.features)
+        count = write_files(features, options.out, write_ckpt, ".ckpt", on_progress)
+        progress.close()
+        print(f"{options.out}: {count} samples as .ckpt files")
+        return
+
+    if not options.target:
+        raise UserError("--target: .ckpt files do not say of which target they are; name it")
+    tree = target_config(options.target)
+    sizes = {key: tree[key] for key in ("vocab_size", "hidden_size")}
+    features = open_features(options.features, **sizes, reader=READER)
+    if not features.reader:
+        raise UserError(f"--features {options.features}: are ours already; add --for specforge")
+    target = {
+        "name": options.target,
+        **sizes,
+        "num_layers": tree["num_hidden_layers"],
+        "config_hash": config_hash(options.target),
+    }
+    index = write_ours(features, options.out, target, on_progress)
+    progress.close()
+    totals = index["totals"]
+    print(
+        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
+        f"{totals['supervised']} supervised"
+    )
 
 
 def report(options: Any) -> None:

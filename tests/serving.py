@@ -1,14 +1,20 @@
 """Tests that need a serving engine: hooks for pytest, and where the engines are.
 
-They have the mark `engines` and are collected only where it is asked for: `scripts/test.sh
---engines` makes the environments and runs `pytest -m engines`. `VLLM_PYTHON` and `LLAMACPP_PYTHON`
-name the Pythons; `LLAMACPP_SRC` llama.cpp's tree, which has its converter.
+They have the mark `engines` and run only where it is asked for: `scripts/test.sh --engines` makes
+the environments and runs `pytest -m engines`. `VLLM_PYTHON` and `LLAMACPP_PYTHON` name the Pythons,
+`LLAMACPP_SRC` llama.cpp's tree, which has its converter; what they name is not made.
+
+    python -m tests.serving FOLDER    make the rest in a folder, and print what the three name
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.engines.environments import SOURCES, find_places
 
 PYTHONS = {"vllm": "VLLM_PYTHON", "llamacpp": "LLAMACPP_PYTHON"}
 LEFT_OUT = pytest.StashKey[int]()
@@ -46,15 +52,37 @@ def python_of(engine: str) -> str:
 
     A run that asks for these tests must have it: without it the test fails.
     """
-    variable = PYTHONS[engine]
+    return _named(PYTHONS[engine], "")
+
+
+def source_of(engine: str) -> str:
+    """The source tree that an engine needs; as `python_of`."""
+    source = SOURCES[engine]
+    return _named(source.variable, source.file)
+
+
+def _named(variable: str, file: str) -> str:
     found = os.environ.get(variable, "")
-    assert Path(found).is_file(), f"{variable} = {found!r}: run scripts/test.sh --engines"
+    assert found and (Path(found) / file).exists(), (
+        f"{variable} = {found!r}: run scripts/test.sh --engines"
+    )
     return found
 
 
-def source_of_llamacpp() -> str:
-    """llama.cpp's tree, which has its converter."""
-    found = os.environ.get("LLAMACPP_SRC", "")
-    file = Path(found) / "convert_hf_to_gguf.py"
-    assert file.is_file(), f"LLAMACPP_SRC = {found!r}: run scripts/test.sh --engines"
-    return found
+def main(folder: str) -> int:
+    """Print `NAME=VALUE` of every variable; returns the exit code."""
+    given = {engine: os.environ[name] for engine, name in PYTHONS.items() if os.environ.get(name)}
+    try:
+        places = find_places(list(PYTHONS), folder, given)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for engine, place in places.items():
+        print(f"{PYTHONS[engine]}={place.python}")
+        if place.source:
+            print(f"{SOURCES[engine].variable}={place.source}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -12,7 +12,7 @@ SIZE = 256
 def write_run(run: Path) -> Path:
     """Write `target/`, `features/` (10 samples) and `vocab.safetensors` into the folder."""
     run.mkdir(parents=True, exist_ok=True)
-    model = tiny_model(eos_token_id=1)
+    model = tiny_model(eos_token_id=1, num_hidden_layers=7)
     model.generation_config.eos_token_id = 1
     model.save_pretrained(run / "target")
     tiny_tokenizer().save_pretrained(run / "target")

@@ -59,7 +59,7 @@ DIVERGING = settings("optimizer.learning_rate=1e30", "optimizer.warmup_ratio=0.0
 def work(tmp_path_factory) -> Path:
     """A folder with a target, conversations, features, a map and a finished run of 8 steps."""
     root = tmp_path_factory.mktemp("work")
-    model = tiny_model(eos_token_id=1)
+    model = tiny_model(eos_token_id=1, num_hidden_layers=7)
     model.generation_config.eos_token_id = 1
     model.save_pretrained(root / "target")
     tiny_tokenizer().save_pretrained(root / "target")
@@ -306,7 +306,7 @@ def test_answers_of_others_are_named_with_what_to_do(work, tmp_path, capsys):
     # A target that is sure of what it writes, which is letters alone.
     sure = tmp_path / "sure"
     shutil.copytree(work / "target", sure)
-    model = tiny_model(eos_token_id=1)
+    model = tiny_model(eos_token_id=1, num_hidden_layers=7)
     letters = tiny_tokenizer()("bcdfghijklm", add_special_tokens=False).input_ids
     weight = model.lm_head.weight
     sharp = 50 * weight[letters]

@@ -163,6 +163,10 @@ class DataConfig:
         require(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0")
 
 
+STARTS = ("target", "random")
+"""The values of `train.init` that are no draft's folder."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop.
@@ -172,7 +176,8 @@ class TrainConfig:
         steps: optimizer updates; 0: as many as `--minutes` allow, or `epochs` need.
         seed: of the first parameters and of the samples' order.
         dtype: of parameters, activations and features.
-        init: "target" starts head, norm and projection from the target; "random" draws everything.
+        init: "target" starts head, norm and projection from the target; "random" draws everything;
+            else the folder of an exported draft, whose parameters are the first ones.
         reduce: "tree" sums micro-batches and ranks by one binary tree, so that 1, 2, 4, … ranks
             give the same bits; "sum" sums in order, and over ranks as the backend does.
         on_nonfinite: a loss or gradient that is not finite ends the run ("stop"), or its update is
@@ -187,7 +192,7 @@ class TrainConfig:
     seed: int = 0
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     device: str = "cpu"
-    init: Literal["target", "random"] = "target"
+    init: str = "target"
     reduce: Literal["sum", "tree"] = "sum"
     on_nonfinite: Literal["stop", "skip"] = "stop"
     eval_every: int = 500
@@ -197,6 +202,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         _check_choices(self, "train")
+        words = f"{' or '.join(map(repr, STARTS))}, or the folder of an exported draft"
+        require(bool(self.init), "train.init", self.init, words)
         for name in ("epochs", "eval_every", "checkpoint_every", "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         require(0 <= self.seed < 2**40, "train.seed", self.seed, "in [0, 2**40)")

@@ -148,7 +148,7 @@ def switches() -> list[Field[Any]]:
 
 
 def listed_taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
-    """The tapped layers that are listed, None if none are.
+    """The tapped layers that are listed, in the order of the list, None if none are.
 
     Engines differ in where they look: under `eagle_config` are the layers whose outputs are taken,
     at the top those whose inputs are, one higher.
@@ -157,13 +157,13 @@ def listed_taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
     if not isinstance(eagle, dict):
         raise UserError(f"eagle_config = {eagle!r}: must list three layers under {TAPS}")
     for place, keys in (("eagle_config.", eagle), ("", tree)):
-        layers = keys.get(TAPS)
+        layers = keys.get(TAPS) or None
         whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
         if layers is not None and not (whole and len(layers) == 3):
             raise UserError(f"{place}{TAPS} = {layers!r}: must list three layers; mend it")
 
-    outputs = eagle.get(TAPS)
-    inputs = tree.get(TAPS)
+    outputs = eagle.get(TAPS) or None
+    inputs = tree.get(TAPS) or None
     if inputs is None:
         return None if outputs is None else tuple(outputs)
     below = [layer - 1 for layer in inputs]
@@ -173,6 +173,14 @@ def listed_taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
             "mend the one that is wrong"
         )
     return tuple(below)
+
+
+def taps_keys(layers: tuple[int, ...]) -> dict[str, Any]:
+    """Three taps as `config.json` has them, under both conventions: see `listed_taps`."""
+    return {
+        "eagle_config": {TAPS: list(layers), "use_aux_hidden_state": True},
+        TAPS: [layer + 1 for layer in layers],
+    }
 
 
 _READ: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -192,8 +200,14 @@ _READ: dict[str, Callable[[dict[str, Any]], Any]] = {
 """Fields that are more than the key of their name."""
 
 
-def _from_keys(tree: dict[str, Any], where: str) -> DraftConfig:
-    """The draft that these keys describe; a key that is not there leaves its field's default."""
+def draft_config_from_keys(tree: dict[str, Any], where: str) -> DraftConfig:
+    """The draft that these keys describe; a key that is not there leaves its field's default.
+
+    `where` names the configuration in errors.
+
+    Raises:
+        UserError: a value is missing or impossible.
+    """
     try:
         values = {}
         for field in fields(DraftConfig):
@@ -226,7 +240,7 @@ def draft_config_from_json(path: str | Path) -> DraftConfig:
             f"{path}: architectures = {names!r}: "
             'a draft configuration has ["LlamaForCausalLMEagle3"]'
         )
-    return _from_keys(tree, str(path))
+    return draft_config_from_keys(tree, str(path))
 
 
 def draft_config_from_target(
@@ -243,7 +257,7 @@ def draft_config_from_target(
     refuse_vision(tree, where)
     size = draft_vocab_size or min(DEFAULT_DRAFT_VOCAB, tree.get("vocab_size", DEFAULT_DRAFT_VOCAB))
     shared = {key: tree[key] for key in _KEYS if key in tree}
-    return _from_keys(shared | {"draft_vocab_size": size}, where)
+    return draft_config_from_keys(shared | {"draft_vocab_size": size}, where)
 
 
 def refuse_vision(tree: dict[str, Any], where: str) -> None:
@@ -288,9 +302,7 @@ def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) ->
         tree["target_hidden_size"] = config.target_hidden_size
 
     # The taps, always and under both conventions: an engine guesses where it finds none.
-    layers = aux_layers(config, target_layers)
-    tree["eagle_config"] = {TAPS: list(layers), "use_aux_hidden_state": True}
-    tree[TAPS] = [layer + 1 for layer in layers]
+    tree |= taps_keys(aux_layers(config, target_layers))
 
     # Switches that are as engines assume are left out.
     for field in switches():

@@ -1,4 +1,4 @@
-"""Conversations through the target into a feature folder.
+"""Conversations through a source of features into a feature folder.
 
 An extraction that was cut off, or ended with its time, goes on at its next shard.
 """
@@ -14,16 +14,12 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, read_json, sha256
 from eagle3fn.base.threads import Kept, read_kept
-from eagle3fn.base.types import Sample
-from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.encode import encode_file
 from eagle3fn.data.features import shard_name, write_index, write_shard
 from eagle3fn.data.row_files import data_files, rows_digest
 from eagle3fn.data.sample_file import pack
 from eagle3fn.data.samples import Encoded, SampleMaker
-from eagle3fn.data.target import weights_digest
-from eagle3fn.data.target_source import model_config_hash
-from eagle3fn.data.target_tensors import tensors_record
+from eagle3fn.data.sources import FeatureSource, check_extraction
 from eagle3fn.data.template import ChatTemplate
 
 SAMPLE_RULE = 2
@@ -31,19 +27,16 @@ SAMPLE_RULE = 2
 
 
 def extract(
-    model: Any,
+    source: FeatureSource,
     template: ChatTemplate,
     conversations: str | Path,
     out: str | Path,
-    layers: Sequence[int],
     *,
     max_length: int,
-    batch: int = 8,
     samples_per_shard: int = 64,
     limit: int | None = None,
     minutes: float | None = None,
     stored: torch.dtype | None = None,
-    name: str | None = None,
     skip_bad: float | None = None,
     processes: int = 1,
     on_rows: Callable[[int], None] = lambda rows: None,
@@ -57,18 +50,16 @@ def extract(
     call makes the `remaining` samples of its index.
 
     Args:
-        model: the target (`data.target.load_target`), on any device; it computes in its own dtype.
+        source: what computes the features: a model in this process (`data.sources.model_source`) or
+            a serving engine (`data.engine_source.engine_source`).
         template: the chat template of the target's tokenizer, with its arguments.
         conversations: a file or folder that `data.row_files.read_rows` reads.
         out: the feature folder; made, or gone on with.
-        layers: the three tapped decoder layers, counted from 0.
         max_length: tokens that a sample is cut to.
-        batch: samples in one run of the target.
         samples_per_shard: samples in one file.
         limit: conversations read.
         minutes: the time for new shards; None, as long as all take.
-        stored: the dtype of the stored features; None, the target's.
-        name: the target's name in the index.
+        stored: the dtype of the stored features; None, what the source computes in.
         skip_bad: the share of rows that may be bad: they are written to `out`/rejects.jsonl and
             left out. None: bad rows are refused.
         processes: processes that encode conversations; more than 1 needs a main module that can be
@@ -81,24 +72,22 @@ def extract(
 
     Raises:
         UserError: malformed conversations; no sample; `max_length` above the target's limit; a
-            layer outside the target; `out` holds another extraction.
+            layer outside the target; `out` holds another extraction; an engine fails, or gives what
+            cannot be right: finished shards are kept.
     """
     out = Path(out)
-    config = model.config
-    check_extraction(config, layers, max_length)
+    check_extraction(source.config, source.layers, max_length)
 
     stamps = _stamps(conversations)
-    stored_dtype: torch.dtype = stored or model.dtype
-    target = _target_of(model, layers, name)
+    stored_dtype = stored or source.dtype
     settings = {
+        **source.identity,
         "conversations": rows_digest(conversations),
-        "config": target["config_hash"],
-        "weights": weights_digest(model),
         "template": [template.tokenizer.chat_template, template.arguments, template.stops],
         "rule": SAMPLE_RULE,
-        "layers": list(layers),
+        "layers": list(source.layers),
         "max_length": max_length,
-        "dtype": _dtypes(model.dtype, stored_dtype),
+        "dtype": _dtypes(source.dtype, stored_dtype),
         "samples_per_shard": samples_per_shard,
     }
 
@@ -110,7 +99,7 @@ def extract(
     encoded = encode_file(
         SampleMaker(template, max_length),
         conversations,
-        config.vocab_size,
+        source.config.vocab_size,
         folder=out.parent,
         limit=limit,
         processes=processes,
@@ -127,16 +116,17 @@ def extract(
         (out / "rejects.jsonl").unlink(missing_ok=True)  # of an earlier call that left rows out
     with encoded.samples as samples:
         total = len(samples)
-        shards = _Shards(out, fingerprint, layers, batch, samples_per_shard, stored)
-        sidecars = shards.write(model, samples, minutes, on_progress)
+        shards = _Shards(out, fingerprint, source, samples_per_shard, stored_dtype)
+        sidecars = shards.write(samples, minutes, on_progress)
 
     made = sum(len(sidecar["samples"]) for sidecar in sidecars)
     index = {
         "fingerprint": fingerprint,
         "data_hash": settings["conversations"],
-        "target": target,
+        "target": source.target,
+        **source.index,
         "dtype": _name(stored_dtype),
-        "computed_in": _name(model.dtype),
+        "computed_in": _name(source.dtype),
         "max_length": max_length,
         "template_arguments": template.arguments,
         **encoded.counts(),
@@ -156,14 +146,12 @@ class _Shards(NamedTuple):
 
     out: Path
     fingerprint: str
-    layers: Sequence[int]
-    batch: int
+    source: FeatureSource
     samples_per_shard: int
-    stored: torch.dtype | None
+    stored: torch.dtype
 
     def write(
         self,
-        model: Any,
         samples: Sequence[Encoded],
         minutes: float | None,
         on_progress: Callable[[int, int], None],
@@ -182,39 +170,25 @@ class _Shards(NamedTuple):
                 if sidecars and clock.is_up():
                     break
                 (self.out / "index.json").unlink(missing_ok=True)
-                sidecar = self._run(model, number, group, entries)
+                sidecar = self._run(number, group, entries)
                 clock.shard_ended()
             sidecars.append(sidecar)
             on_progress(start + len(group), len(samples))
         return sidecars
 
     def _run(
-        self, model: Any, number: int, group: Sequence[Encoded], entries: list[dict[str, Any]]
+        self, number: int, group: Sequence[Encoded], entries: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """Run the target and write a shard; its sidecar."""
-        features = run_target(model, group, self.layers, self.batch, self.stored)
+        """Compute the features and write a shard; its sidecar."""
+        features = self.source.features(group, self.stored)
         keys = [entry["key"] for entry in entries]
         sidecar = {
             "fingerprint": self.fingerprint,
-            "threads": torch.get_num_threads(),
+            **self.source.sidecar(),
             "samples": entries,
         }
         named = dict(zip(keys, features, strict=True))
         return write_shard(self.out, number, named, sidecar)
-
-
-def _target_of(model: Any, layers: Sequence[int], name: str | None) -> dict[str, Any]:
-    """What the index says of the target."""
-    config = model.config
-    return {
-        "name": name or config.name_or_path,
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "num_layers": config.num_hidden_layers,
-        "aux_layers": list(layers),
-        "config_hash": model_config_hash(model),
-        "tensors": tensors_record(model),
-    }
 
 
 def _dtypes(computed: torch.dtype, stored: torch.dtype) -> str:
@@ -254,24 +228,6 @@ class _Clock:
     def is_up(self) -> bool:
         self.before = time.monotonic()
         return self.end is not None and self.before + self.longest >= self.end
-
-
-def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> None:
-    """Check that a target has `max_length` positions and the three `layers`.
-
-    Raises:
-        UserError: it has not.
-    """
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise UserError(
-            f"max_length = {max_length}: the target's max_position_embeddings is {limit}; "
-            f"set --max-length to at most {limit}"
-        )
-    if len(layers) != 3 or not all(0 <= layer < config.num_hidden_layers for layer in layers):
-        raise UserError(
-            f"layers {list(layers)}: must be three target layers in [0, {config.num_hidden_layers})"
-        )
 
 
 def _refuse_other(out: Path, fingerprint: str) -> None:
@@ -315,43 +271,3 @@ def _finished(out: Path, number: int, entries: list[dict[str, Any]]) -> dict[str
     if sidecar.get("sha256") != sha256(path):
         return None
     return sidecar
-
-
-def run_target(
-    model: Any,
-    group: Sequence[Encoded],
-    layers: Sequence[int],
-    batch: int,
-    stored: torch.dtype | None = None,
-) -> list[Sample]:
-    """The samples of a group, in its order, on the CPU, in the dtype `stored` or the target's.
-
-    The target runs on `batch` rows at a time, of like length, padded on the right.
-    """
-    by_length = sorted(range(len(group)), key=lambda number: len(group[number].input_ids))
-    samples: dict[int, Sample] = {}
-    for start in range(0, len(group), batch):
-        chosen = by_length[start : start + batch]
-
-        # Pad to the longest, which is the last.
-        longest = len(group[chosen[-1]].input_ids)
-        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)  # (B, S)
-        mask = torch.zeros_like(ids)  # (B, S)
-        for row, number in enumerate(chosen):
-            length = len(group[number].input_ids)
-            ids[row, :length] = group[number].input_ids
-            mask[row, :length] = 1
-
-        # (B, S, 3·Ht) and (B, S, Ht)
-        aux, last = hidden_states(model, ids.to(model.device), mask.to(model.device), layers)
-
-        # Copies: a sample must not hold the whole batch in memory.
-        for row, number in enumerate(chosen):
-            length = len(group[number].input_ids)
-            samples[number] = Sample(
-                input_ids=group[number].input_ids.clone(),
-                token_mask=group[number].token_mask.clone(),
-                aux_hidden=aux[row, :length].to("cpu", stored, copy=True),
-                last_hidden=last[row, :length].to("cpu", stored, copy=True),
-            )
-    return [samples[number] for number in range(len(group))]

@@ -15,9 +15,9 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Sample
 from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.decoder import check_present
-from eagle3fn.data.extract import check_extraction, run_target
 from eagle3fn.data.pipeline import Order, draw_survival, micro_batches, shuffled
 from eagle3fn.data.samples import Encoded
+from eagle3fn.data.sources import check_extraction, run_target
 from eagle3fn.data.validate import hidden_fault, token_fault
 
 

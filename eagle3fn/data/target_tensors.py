@@ -14,7 +14,12 @@ from eagle3fn.base.types import Frozen, VocabMap
 from eagle3fn.data.decoder import check_present, final_norm
 from eagle3fn.data.target_model import check_unbiased, load_model
 from eagle3fn.data.target_source import loaded_config, weights_folder
-from eagle3fn.data.teacher_check import architecture, check_architecture, norm_factor
+from eagle3fn.data.teacher_check import (
+    architecture,
+    check_architecture,
+    norm_factor,
+    stored_norm,
+)
 from eagle3fn.data.weights import find_key, read_tensor, weight_files
 
 _ROWS = 2048  # of a tensor, hashed at once
@@ -80,8 +85,11 @@ def tensors_record(model: Any) -> dict[str, str]:
     Raises:
         UserError: it has no such tensors.
     """
-    dtype = model.dtype
-    tensors = _tensors_of(model)
+    return _record(_tensors_of(model), model.dtype)
+
+
+def _record(tensors: TargetTensors, dtype: torch.dtype) -> dict[str, str]:
+    """Digests in `dtype` of tensors, the norm's weight in place of its factor."""
     embed = tensor_digest(tensors.embed_tokens, dtype)
     tied = tensors.head is tensors.embed_tokens
     return {
@@ -160,6 +168,32 @@ def read_target_tensors(
     """
     wanted = None if record is None else _recorded(record)
     return _read_tensors(path_or_id, dtype, wanted)
+
+
+class StoredTarget(NamedTuple):
+    """What can be had of a target without its layers."""
+
+    head: Tensor  # (V, Ht)
+    norm: Any  # the final norm, a module on the CPU
+    record: dict[str, str]  # as `tensors_record` of the model in this dtype
+
+
+def read_stored_target(path_or_id: str | Path, dtype: torch.dtype) -> StoredTarget:
+    """Head, final norm and digests as a model in `dtype` would have them, read from the files.
+
+    Of a quantised target these tensors and the embedding must not be quantised.
+
+    Raises:
+        UserError: as `read_target_tensors`; a GGUF file; a final norm that needs more than its
+            weight.
+    """
+    if Path(path_or_id).suffix == ".gguf":
+        raise UserError(f"{path_or_id}: a GGUF file; name a folder or an id with safetensors")
+    model, found = _read_files(path_or_id, None)
+    weight = found.norm.to(dtype)
+    norm_factor(model, weight, str(path_or_id))  # refuses norms that training cannot start from
+    norm = stored_norm(model, weight, str(path_or_id))
+    return StoredTarget(found.head.to(dtype), norm, _record(found, dtype))
 
 
 def check_stored(path_or_id: str | Path, model: Any) -> None:

@@ -188,6 +188,30 @@ def norm_factor(model: Any, weight: Tensor, where: str) -> Tensor:
     return candidates[errors.index(min(errors))]
 
 
+@torch.no_grad()
+def stored_norm(model: Any, weight: Tensor, where: str) -> nn.Module:
+    """A model's final norm on the CPU, its own code with `weight` `(Ht,)`, in the weight's dtype.
+
+    Args:
+        model: the target; its architecture is enough.
+        weight: the norm's.
+        where: names the model in errors.
+
+    Raises:
+        UserError: the norm has more tensors than its weight.
+    """
+    norm = final_norm(model)[1]
+    names = {name for name, _ in [*norm.named_parameters(), *norm.named_buffers()]}
+    if names != {"weight"}:
+        more = ", ".join(sorted(names - {"weight"}))
+        fault = f"its final norm, {type(norm).__name__}, has {more} next to its weight"
+        raise _refusal(model, where, fault)
+
+    norm = copy.deepcopy(norm).to_empty(device="cpu").to(weight.dtype)
+    norm.weight.copy_(weight)
+    return norm
+
+
 # Parts
 
 

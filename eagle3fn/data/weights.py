@@ -3,6 +3,9 @@
 Every damage is named by its file.
 """
 
+import hashlib
+import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
 
 _REMEDY = "fetch the target's files again"
+_PROBED_BYTES = 64
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -56,6 +60,32 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index}: no weight_map of tensor names to file names; {_REMEDY}")
     return found
+
+
+def files_digest(folder: Path) -> str:
+    """Hex digest of each tensor's name, shape and stored dtype, and of its first 64 bytes.
+
+    It distinguishes training states of one model without reading all the weights.
+
+    Raises:
+        UserError: as `weight_files`; a file missing or damaged.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(set(weight_files(folder).values())):
+        path = folder / name
+        try:
+            with path.open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(size))
+                header.pop("__metadata__", None)
+                for key in sorted(header):
+                    begin, end = header[key].pop("data_offsets")
+                    file.seek(8 + size + begin)
+                    digest.update(json.dumps([key, header[key]], sort_keys=True).encode())
+                    digest.update(file.read(min(end - begin, _PROBED_BYTES)))
+        except (OSError, ValueError, struct.error, LookupError, MemoryError) as error:
+            raise UserError(f"{path}: missing or damaged ({error}); {_REMEDY}") from None
+    return digest.hexdigest()
 
 
 def check_weights(folder: Path) -> None:

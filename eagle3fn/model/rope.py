@@ -118,10 +118,9 @@ def _yarn(config: DraftConfig, scaling: dict) -> tuple[Tensor, float]:
     # alone changes nothing: so transformers and vLLM read it.
     scale = scaling.get("attention_factor")
     if scale is None:
-        above = scaling.get("mscale")
-        below = scaling.get("mscale_all_dim")
-        both = bool(above and below)
-        scale = stretched(float(above)) / stretched(float(below)) if both else stretched(1.0)
+        above = float(scaling.get("mscale") or 0.0)
+        below = float(scaling.get("mscale_all_dim") or 0.0)
+        scale = stretched(above) / stretched(below) if above and below else stretched(1.0)
 
     inverse = _inverse(base, size)
     return inverse / factor * ramp + inverse * (1 - ramp), float(scale)

@@ -1,4 +1,4 @@
-"""Readers of SpecForge's files: features and vocabulary maps.
+"""SpecForge's files, read and written: features and vocabulary maps.
 
 Features are one file a sample, `.ckpt` or `.ckpt.gz`, a dict stored by `torch.save`.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.types import Sample
+from eagle3fn.base.types import Sample, VocabMap
 from eagle3fn.data import vocab
 from eagle3fn.data.features import READER_REMEDY as _REMEDY
 from eagle3fn.data.features import Reader
@@ -149,6 +149,21 @@ READER = Reader(
 """Opens SpecForge's folders: `open_features(folder, reader=READER)`."""
 
 
+def write_ckpt(path: Path, sample: Sample) -> None:
+    """Write a sample as SpecForge's loader of stored features reads it.
+
+    Ids and mask are `(S,)`, the features `(1, S, size)`.
+    """
+    tree = {
+        "input_ids": sample.input_ids,
+        "loss_mask": sample.token_mask,
+        "aux_hidden_state": sample.aux_hidden[None],
+        "hidden_state": sample.last_hidden[None],
+    }
+    # A tensor that is a part of a larger one would be stored with all of it.
+    torch.save({name: value.clone() for name, value in tree.items()}, path)
+
+
 # Vocabulary maps
 
 
@@ -177,3 +192,8 @@ def read_map(path: Path) -> vocab.StoredMap:
     if is_ours:
         return vocab.read_map(path)
     return vocab.StoredMap(tree if isinstance(tree, dict) else {}, provenance={})
+
+
+def write_map(path: Path, vocab_map: VocabMap) -> None:
+    """Write a map as SpecForge and EAGLE read it from their caches: `{"d2t", "t2d"}`."""
+    torch.save({"d2t": vocab_map.d2t.clone(), "t2d": vocab_map.t2d.clone()}, path)

@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Config, OptimizerConfig, from_dict, to_dict
+from eagle3fn.base.config import STARTS, Config, OptimizerConfig, from_dict, to_dict
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.pipeline import epoch_order
 from eagle3fn.model.table import TABLE, weights
 from eagle3fn.specforge.arithmetic import BATCH_MEANS, forward_loss
+from eagle3fn.train.drafts import start_from_draft
 from eagle3fn.train.optimizer import Schedule, schedule_span
 from eagle3fn.train.recipe import Recipe
 
@@ -81,8 +82,10 @@ def start(config: Config, frozen: Frozen, seed: int) -> Params:
     """The draft's first parameters, as SpecForge's module draws them after `manual_seed(seed)`.
 
     Embeddings are drawn from normal(0, 1), matrices uniformly from ±1/√fan_in; norms are 1.
-    `frozen` is not read.
+    Where `train.init` is a draft's folder they are that draft's, and `seed` is not read.
     """
+    if config.train.init not in STARTS:
+        return start_from_draft(config, frozen, config.train.init)
     draft = config.draft
     generator = torch.Generator().manual_seed(seed)
 

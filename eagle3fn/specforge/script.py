@@ -46,6 +46,7 @@ from eagle3fn.specforge.feature_files import READER, read_map
 from eagle3fn.specforge.recipes import RECIPE, recipe
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.loop import train
+from eagle3fn.use.model_card import facts_of
 from eagle3fn.use.publish import run_events
 
 LOSSES: dict[Any, Any] = {None: "kl", "alpha": "lk_alpha", "lambda": "lk_lambda"}
@@ -415,7 +416,8 @@ def run(
     dtype = getattr(torch, config.train.dtype)
     target = read_target_tensors(options.target_model_path, dtype, tensors_of(features))
     vocab = vocab_of(options, features, draft, world)
-    events = run_events(out, config, layers)
+    facts = facts_of(features, options.target_model_path)
+    events = run_events(out, config, layers, facts)
     return train(config, features, vocab, target, out, events=events, world=world, recipe=RECIPE)
 
 

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import STARTS, Config
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.pipeline import Order, shuffled
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.model.table import init_params, start_from_target
+from eagle3fn.train.drafts import start_from_draft
 from eagle3fn.train.optimizer import MakeSchedule, Optimizer, cosine_schedule, named_optimizer
 
 Start = Callable[[Config, Frozen, int], Params]
@@ -21,12 +22,15 @@ Start = Callable[[Config, Frozen, int], Params]
 
 
 def start(config: Config, frozen: Frozen, seed: int) -> Params:
-    """The draft's first parameters: `train.init` draws them all, or takes head, norm and projection
-    from the target.
+    """The draft's first parameters: `train.init` draws them all, takes head, norm and projection
+    from the target, or takes all from a draft's folder.
 
     Raises:
-        UserError: `train.init = "target"` with nothing to take (see `start_from_target`).
+        UserError: `train.init = "target"` with nothing to take (see `start_from_target`), or a
+            folder whose draft is not the run's (see `start_from_draft`).
     """
+    if config.train.init not in STARTS:
+        return start_from_draft(config, frozen, config.train.init)
     dtype = getattr(torch, config.train.dtype)
     params = init_params(config.draft, seed, dtype, config.train.device)
     if config.train.init == "target":

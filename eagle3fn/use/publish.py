@@ -14,6 +14,7 @@ from eagle3fn.base.files import read_json
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.train.loop import Events
 from eagle3fn.use.export import export
+from eagle3fn.use.model_card import Facts
 
 
 def check_published(out: str | Path, step: int, ranks: int, arguments: Sequence[str]) -> str:
@@ -47,12 +48,17 @@ def check_published(out: str | Path, step: int, ranks: int, arguments: Sequence[
     return f"{out}/draft: the best draft of {total} steps"
 
 
-def run_events(out: str | Path, config: Config, target_layers: int) -> Events:
+def run_events(
+    out: str | Path,
+    config: Config,
+    target_layers: int,
+    facts: Facts = Facts(),  # noqa: B008
+) -> Events:
     """Events that draw a progress bar, print held-out results, and export drafts.
 
     `out/untrained` is exported before the first step, `out/draft` whenever the held-out accepted
-    length grows. `target_layers` is the target's number of decoder layers. Every RoPE variant is
-    exported.
+    length grows. `target_layers` is the target's number of decoder layers, `facts` what the drafts'
+    cards say of target and data. Every RoPE variant is exported.
     """
     show = progress.bar("step")
     dtype = getattr(torch, config.train.dtype)
@@ -70,6 +76,7 @@ def run_events(out: str | Path, config: Config, target_layers: int) -> Events:
 
     def on_best(params: Params, frozen: Frozen, row: dict[str, Any]) -> None:
         folder = Path(out) / ("draft" if row["step"] else "untrained")
-        export(params, frozen, config.draft, folder, target_layers, dtype, any_rope=True)
+        now = facts._replace(steps=row["step"], accepted_length=row.get("accepted_length"))
+        export(params, frozen, config.draft, folder, target_layers, dtype, True, now)
 
     return Events(on_step=on_step, on_eval=on_eval, on_best=on_best)

@@ -14,6 +14,7 @@ from eagle3fn.data.encode import encode_all
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import check_shards, open_features, read_sample
 from eagle3fn.data.samples import NO_ANSWER, TOO_LONG, SampleMaker
+from eagle3fn.data.sources import model_source
 from tests.factories import talk, tiny_model, tiny_template, write_talks
 
 LAYERS = (1, 2, 4)
@@ -23,8 +24,9 @@ GOOD = {"conversations": talk("a", "b")}
 
 
 def run(conversations, out, template=TEMPLATE, **changes):
-    options = {"max_length": 90, "batch": 2, "samples_per_shard": 3, "layers": LAYERS, **changes}
-    return extract(MODEL, template, conversations, out, **options)
+    options = {"max_length": 90, "samples_per_shard": 3, **changes}
+    source = model_source(MODEL, options.pop("layers", LAYERS), batch=2)
+    return extract(source, template, conversations, out, **options)
 
 
 def contents(folder):
@@ -306,4 +308,4 @@ def test_tokenizer_of_another_target_is_refused(tmp_path):
     smaller = tiny_model(vocab_size=100)
     refusal = r"c.jsonl:1 \(id row0\): token id \d+.*vocabulary has 100.*take the tokenizer"
     with pytest.raises(UserError, match=refusal):
-        extract(smaller, TEMPLATE, talks, tmp_path / "out", LAYERS, max_length=90)
+        extract(model_source(smaller, LAYERS), TEMPLATE, talks, tmp_path / "out", max_length=90)

@@ -13,6 +13,7 @@ from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features
 from eagle3fn.data.inspection import bytes_of_token, describe, inspect_file, numbers, show_sample
 from eagle3fn.data.samples import SampleMaker
+from eagle3fn.data.sources import model_source
 from tests.factories import talk, tiny_model, tiny_template, tiny_tokenizer, write_talks
 
 TEMPLATE = tiny_template()
@@ -54,11 +55,10 @@ def test_features_take_the_bytes_that_are_told(tmp_path):
     told = inspect_file(MAKER, path, hidden_size=16).bytes
     assert told == inspect_file(MAKER, path).tokens * bytes_of_token(16)
     extract(
-        tiny_model(),
+        model_source(tiny_model(), (1, 2, 4)),
         TEMPLATE,
         path,
         tmp_path / "out",
-        (1, 2, 4),
         max_length=90,
         stored=torch.bfloat16,
     )

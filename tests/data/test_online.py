@@ -20,6 +20,7 @@ from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import online_batches, roll_out
 from eagle3fn.data.pipeline import batches, prefetch
 from eagle3fn.data.samples import Encoded, SampleMaker
+from eagle3fn.data.sources import model_source
 from eagle3fn.data.vocab import build_map
 from eagle3fn.testing.builders import on
 from tests.factories import tiny_model, tiny_template, write_talks
@@ -57,7 +58,8 @@ def counted_rows(model):
 def stored(model, tmp_path, **changes):
     """Features of eight conversations in a folder, and the rows they were made of."""
     talks = write_talks(tmp_path / "c.jsonl", 8)
-    extract(model, TEMPLATE, talks, tmp_path / "out", LAYERS, max_length=CUT, **changes)
+    source = model_source(model, LAYERS, batch=changes.pop("batch", 8))
+    extract(source, TEMPLATE, talks, tmp_path / "out", max_length=CUT, **changes)
     rows = encode_all(SampleMaker(TEMPLATE, CUT), talks, model.config.vocab_size)
     return open_features(tmp_path / "out"), rows
 

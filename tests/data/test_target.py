@@ -17,6 +17,7 @@ from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import SampleMaker
+from eagle3fn.data.sources import model_source
 from eagle3fn.data.stored_config import gguf_config
 from eagle3fn.data.target import load_target, stop_ids, weights_digest
 from eagle3fn.data.target_source import config_hash, config_hashes, model_config_hash, target_config
@@ -148,7 +149,8 @@ def test_extraction_stores_the_bits_of_an_independent_forward(placed, tmp_path, 
 
     for taps in ((0, 1, 2), (4, 3, 2)):
         out = tmp_path / str(taps)
-        extract(model, template, talks, out, taps, max_length=90, batch=batch, samples_per_shard=8)
+        source = model_source(model, taps, batch=batch)
+        extract(source, template, talks, out, max_length=90, samples_per_shard=8)
         features = open_features(out)
         for number in range(8):
             sample = read_sample(features, number)
@@ -539,7 +541,7 @@ def test_offloaded_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match=refusal):
         next(roll_out(model, rows, LAYERS))
     with pytest.raises(UserError, match=refusal):
-        extract(model, template, talks, tmp_path / "out", LAYERS, max_length=90)
+        extract(model_source(model, LAYERS), template, talks, tmp_path / "out", max_length=90)
     assert not (tmp_path / "out").exists()
 
 

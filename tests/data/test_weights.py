@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, tensors_of
+from eagle3fn.data.sources import model_source
 from eagle3fn.data.target import load_target
 from eagle3fn.data.target_tensors import read_target_tensors, tensors_record
 from eagle3fn.data.template import ChatTemplate
@@ -80,7 +81,8 @@ FOLDERS = {
 
 def features_of(model, tokenizer, out):
     talks = write_talks(out.parent / "talks.jsonl", 4)
-    extract(model, ChatTemplate(tokenizer), talks, out, (0, 1, 2), max_length=64)
+    source = model_source(model, (0, 1, 2))
+    extract(source, ChatTemplate(tokenizer), talks, out, max_length=64)
     return open_features(out)
 
 

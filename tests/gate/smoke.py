@@ -75,7 +75,7 @@ UPDATE_BOUND = 0.1  # of an optimizer's updates, which it may compute in bf16
 
 REAL_MEMORY = 48 << 30  # free bytes of a card from which on real widths are Qwen2.5-7B's
 RESTARTS = 4  # of this process, after a check that left it without a usable card
-DEPTH = 6  # layers of the random target
+DEPTH = 7  # layers of the random target, from which on it has default taps
 RATE = 1e-4
 WINDOW = 16  # tokens that a row sees, where the attention has a window
 SURVIVAL = 0.6  # where rows survive to the next unroll step by chance

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bench.specforge_data import untie, write_ckpts
 from eagle3fn.data.extract import extract
+from eagle3fn.data.sources import model_source
 from tests.factories import make_draft, tiny_model, tiny_template, tiny_tokenizer, write_talks
 
 TINY = make_draft(
@@ -26,13 +27,14 @@ def write_data(root: Path) -> Path:
     `target` is a tied target with its head stored separately, as SpecForge reads it; `features` has
     seven samples, `talks.jsonl` their conversations, `draft.json` the draft's configuration.
     """
-    model = tiny_model(tie_word_embeddings=True).bfloat16()
+    model = tiny_model(tie_word_embeddings=True, num_hidden_layers=7).bfloat16()
     model.save_pretrained(root / "tied")
     tiny_tokenizer().save_pretrained(root / "tied")
     untie(root / "tied", root / "target")
 
     talks = write_talks(root / "talks.jsonl", 7)
-    extract(model, tiny_template(), talks, root / "found", (1, 1, 1), max_length=40)
+    source = model_source(model, (1, 1, 1))
+    extract(source, tiny_template(), talks, root / "found", max_length=40)
     assert write_ckpts(root / "found", root / "features") == 7
 
     draft = {

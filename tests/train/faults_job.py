@@ -53,7 +53,7 @@ def write_inputs(root: Path) -> None:
     One is good; in the others a sample of the last step has a NaN, or values whose products
     overflow.
     """
-    tiny_model().save_pretrained(root / "target")
+    tiny_model(num_hidden_layers=7).save_pretrained(root / "target")
     vocab_map = make_map(VOCAB, 64, torch.Generator().manual_seed(0))
     save_map(root / "map", vocab_map, {"target": "tiny"})
     for name, value in (("good", None), ("nans", float("nan")), ("huge", 3e38)):

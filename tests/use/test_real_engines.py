@@ -16,7 +16,7 @@ from eagle3fn.use.engine_evaluate import EngineEvalSettings, encode_prompts
 from eagle3fn.use.evaluate import accepted_length
 from eagle3fn.use.export import load_draft
 from tests.factories import tiny_tokenizer
-from tests.serving import python_of, source_of_llamacpp
+from tests.serving import python_of, source_of
 
 pytestmark = pytest.mark.engines
 
@@ -155,7 +155,7 @@ def test_vllm_refuses_a_damaged_draft_in_one_line(folders, tmp_path, capsys):
 
 
 def test_llamacpp_counts_are_ours(folders, tmp_path):
-    converter = ("--converter", source_of_llamacpp(), "--engine-arg", "cpuparams.n_threads=1")
+    converter = ("--converter", source_of("llamacpp"), "--engine-arg", "cpuparams.n_threads=1")
     report = evaluated(folders, tmp_path / "out.json", "llamacpp", *converter)
     decoded = ours(folders)
     check_counts(report, decoded)

@@ -1,0 +1,238 @@
+"""A serving engine as a source of features; what it gives is compared with the target's files.
+
+The engine computes the layers. Head, final norm and digests come from the target's files, so that
+training reads what it reads of features made by the model itself.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.types import Sample
+from eagle3fn.data.decoder import hidden_states
+from eagle3fn.data.samples import Encoded
+from eagle3fn.data.sources import FeatureSource, target_record
+from eagle3fn.data.target import load_target
+from eagle3fn.data.target_source import config_hash, loaded_config, weights_folder
+from eagle3fn.data.target_tensors import StoredTarget, read_stored_target
+from eagle3fn.data.weights import files_digest, weight_files
+from eagle3fn.engines.hidden_states import HiddenStates, Row, row_fault
+
+CHECKS = ("hf", "logits")
+_LARGEST_MODEL = 4 * 2**30  # bytes of weights that are loaded to check a row
+_COMPARED = 128  # tokens of a row
+_DISTANCE = {torch.float32: 1e-3}  # of states, relative, median over tokens
+_HALF_DISTANCE = 0.05
+_LOG_PROB = {torch.float32: 0.01}  # nats, median over tokens
+_HALF_LOG_PROB = 0.15
+
+
+def check_room(config: Any, max_length: int, engine: str) -> None:
+    """Refuse samples as long as the target's limit: an engine writes one token more.
+
+    Raises:
+        UserError: they are.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_length + 1 > limit:
+        raise UserError(
+            f"max_length = {max_length}: {engine} needs room for one token more, and the target's "
+            f"max_position_embeddings is {limit}; set --max-length to at most {limit - 1}"
+        )
+
+
+def default_check(target: str | Path, arguments: dict[str, Any]) -> str:
+    """ "hf" for a target of at most 4 GiB that is not quantised, else "logits"."""
+    folder = weights_folder(target)
+    size = sum((folder / name).stat().st_size for name in set(weight_files(folder).values()))
+    quantised = getattr(loaded_config(target), "quantization_config", None) is not None
+    quantised = quantised or arguments.get("quantization") is not None
+    return "logits" if quantised or size > _LARGEST_MODEL else "hf"
+
+
+def engine_source(
+    engine: HiddenStates,
+    target: str | Path,
+    layers: Sequence[int],
+    *,
+    batch: int = 32,
+    check: str = "logits",
+    say: Callable[[str], None] = lambda line: None,
+) -> FeatureSource:
+    """An engine that has a target, or loads it, as a source of features.
+
+    Every row is checked by itself; the first one is compared before its samples are returned.
+
+    Args:
+        engine: where the states come from.
+        target: the same target's folder or id.
+        layers: the three tapped decoder layers, counted from 0.
+        batch: rows that the engine is asked for at once.
+        check: what the first row is compared with: "hf", the states of the target loaded here by
+            transformers, or "logits", the engine's own log-probabilities with
+            `log_softmax(last_hidden @ head.T)`.
+        say: called with one line on how the first row compares.
+
+    Raises:
+        UserError: as `data.target_tensors.read_stored_target`.
+    """
+    config = loaded_config(target)
+    stored = read_stored_target(target, engine.dtype)
+    record = target_record(
+        config,
+        layers,
+        name=str(target),
+        config_hash=config_hash(target),
+        tensors=stored.record,
+    )
+    weights = files_digest(weights_folder(target))
+    rows = _CheckedRows(engine, target, layers, config.hidden_size, stored, batch, check, say)
+    return FeatureSource(
+        config=config,
+        layers=tuple(layers),
+        dtype=engine.dtype,
+        head=stored.head,
+        target=record,
+        identity={"config": record["config_hash"], "weights": weights, "engine": engine.record},
+        features=rows.features,
+        index={"engine": engine.record},
+    )
+
+
+class _CheckedRows:
+    """Samples out of an engine's rows."""
+
+    def __init__(
+        self,
+        engine: HiddenStates,
+        target: str | Path,
+        layers: Sequence[int],
+        hidden_size: int,
+        stored: StoredTarget,
+        batch: int,
+        check: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self.engine = engine
+        self.target = target
+        self.layers = layers
+        self.hidden_size = hidden_size
+        self.stored = stored
+        self.batch = batch
+        self.check = check
+        self.say = say
+        self.compared = False
+
+    def features(self, group: Sequence[Encoded], dtype: torch.dtype) -> list[Sample]:
+        """Samples of a group, stored in `dtype`."""
+        if not self.compared:
+            self._compare(group[0])
+            self.compared = True
+        samples = []
+        for start in range(0, len(group), self.batch):
+            chosen = group[start : start + self.batch]
+            ids = [encoded.input_ids.tolist() for encoded in chosen]
+            for encoded, row in zip(chosen, self.engine.rows(ids, False), strict=True):
+                aux, last = self._states(encoded, row)
+                samples.append(
+                    Sample(
+                        input_ids=encoded.input_ids.clone(),
+                        token_mask=encoded.token_mask.clone(),
+                        aux_hidden=aux.to(dtype),
+                        last_hidden=last.to(dtype),
+                    )
+                )
+        return samples
+
+    @torch.no_grad()
+    def _states(self, encoded: Encoded, row: Row) -> tuple[Tensor, Tensor]:
+        """Taps `(S, 3·Ht)` and normed last state `(S, Ht)` of a row that is checked by itself."""
+        what = row_fault(row, encoded.input_ids, self.hidden_size, self.engine.dtype)
+        if what:
+            raise self._refusal(encoded, what)
+        last = row.last if self.engine.normed else self.stored.norm(row.last)
+        return row.aux.flatten(1), last
+
+    def _refusal(self, encoded: Encoded, what: str) -> UserError:
+        return UserError(
+            f"{self.engine.title}: row {encoded.id!r}: {what}; take another version of the engine, "
+            "or extract without --engine"
+        )
+
+    # The first row
+
+    def _compare(self, encoded: Encoded) -> None:
+        """Compare a row's states with what the target's files say."""
+        (row,) = self.engine.rows([encoded.input_ids.tolist()], True)
+        aux, last = self._states(encoded, row)
+        said = self._compare_scores(encoded, row, last)
+        if self.check == "hf":
+            said = self._compare_model(encoded, aux, last)
+        self.say(f"{self.engine.title}: {said}")
+
+    def _compare_scores(self, encoded: Encoded, row: Row, last: Tensor) -> str:
+        """Compare the engine's most probable tokens with `last_hidden @ head.T`."""
+        scores = [score for score in row.scores if score.place < _COMPARED] or row.scores[-1:]
+        if not scores:
+            raise self._refusal(encoded, "it came without the engine's next token")
+        places = torch.tensor([score.place for score in scores])
+        logits = (last[places].float() @ self.stored.head.float().T).log_softmax(-1)  # (R, V)
+
+        # Each token must be our first choice, but for ties that rounding decides.
+        tokens = torch.tensor([score.token for score in scores])
+        ours = logits.gather(-1, tokens[:, None])[:, 0]  # (R,)
+        bound = _LOG_PROB.get(self.engine.dtype, _HALF_LOG_PROB)
+        distances = logits.max(-1).values - ours
+        if scores[0].log_prob is not None:
+            theirs = torch.tensor([score.log_prob for score in scores])
+            distances = distances.maximum((theirs - ours).abs())
+        found = float(distances.median())
+        if not found <= bound:
+            raise self._refusal(
+                encoded,
+                f"last_hidden @ head.T gives its most probable tokens other log-probabilities, by "
+                f"{found:.2g} nats (median of {len(scores)} tokens, at most {bound})",
+            )
+        return (
+            f"its log-probabilities are those of last_hidden @ head.T to {found:.1g} nats (median "
+            f"of {len(scores)} tokens of the first row); its taps were not compared"
+        )
+
+    def _compare_model(self, encoded: Encoded, aux: Tensor, last: Tensor) -> str:
+        """Compare a row's states with those of the target loaded here."""
+        ids = encoded.input_ids[None, :_COMPARED]  # (1, R): no state depends on later tokens
+        model, _ = load_target(self.target, self.engine.dtype)
+        expected, expected_last = hidden_states(model, ids, torch.ones_like(ids), self.layers)
+
+        # Each tap, and the last state.
+        count = ids.shape[1]
+        taps = aux[:count].chunk(3, dim=-1)
+        taps_here = expected[0].chunk(3, dim=-1)
+        found = {
+            f"state after layer {layer}": distance(ours, here)
+            for layer, ours, here in zip(self.layers, taps, taps_here, strict=True)
+        }
+        found["last state"] = distance(last[:count], expected_last[0])
+
+        bound = _DISTANCE.get(self.engine.dtype, _HALF_DISTANCE)
+        for name, value in found.items():
+            if not value <= bound:
+                raise self._refusal(
+                    encoded,
+                    f"its {name} is not that of transformers: they differ by {value:.2g} "
+                    f"(relative, median over tokens, at most {bound})",
+                )
+        return (
+            f"its states are those of transformers to {max(found.values()):.1g} (relative, median "
+            f"of {count} tokens of the first row)"
+        )
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Median over tokens of `|found - expected| / |expected|`, of states `(R, Ht)`."""
+    errors = (found.float() - expected.float()).norm(dim=-1)
+    return float((errors / expected.float().norm(dim=-1).clamp_min(1e-30)).median())

@@ -1,0 +1,138 @@
+"""Where features come from: what extraction reads of a source, and a model in this process as one.
+
+A serving engine as a source is in `data.engine_source`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.types import Sample
+from eagle3fn.data.decoder import hidden_states
+from eagle3fn.data.samples import Encoded
+from eagle3fn.data.target import weights_digest
+from eagle3fn.data.target_source import model_config_hash
+from eagle3fn.data.target_tensors import tensors_record
+
+
+class FeatureSource(NamedTuple):
+    """What computes features of token ids, and what a feature folder keeps of it."""
+
+    config: Any  # the target's configuration, transformers' object: its sizes and limits are read
+    layers: tuple[int, ...]  # the three tapped decoder layers, counted from 0
+    dtype: torch.dtype  # computed in
+    head: Tensor  # (V, Ht), the target's, on any device
+    target: dict[str, Any]  # what the index says of the target
+    # What distinguishes its features from those of another source: part of the fingerprint, by
+    # which a folder is resumed.
+    identity: dict[str, Any]
+    # Samples of a group, in its order, on the CPU, stored in the given dtype.
+    features: Callable[[Sequence[Encoded], torch.dtype], list[Sample]]
+    index: dict[str, Any] = {}  # noqa: RUF012  further entries of the index
+    sidecar: Callable[[], dict[str, Any]] = dict  # what a shard's sidecar keeps of its making
+
+
+def model_source(
+    model: Any, layers: Sequence[int], *, batch: int = 8, name: str | None = None
+) -> FeatureSource:
+    """A Hugging Face model in this process.
+
+    Args:
+        model: the target (`data.target.load_target`), on any device; it computes in its own dtype.
+        layers: the three tapped decoder layers, counted from 0.
+        batch: samples in one run of the target.
+        name: the target's name in the index; None, where it was loaded from.
+    """
+    record = target_record(
+        model.config,
+        layers,
+        name=name or model.config.name_or_path,
+        config_hash=model_config_hash(model),
+        tensors=tensors_record(model),
+    )
+    return FeatureSource(
+        config=model.config,
+        layers=tuple(layers),
+        dtype=model.dtype,
+        head=model.get_output_embeddings().weight,
+        target=record,
+        identity={"config": record["config_hash"], "weights": weights_digest(model)},
+        features=lambda group, stored: run_target(model, group, layers, batch, stored),
+        sidecar=lambda: {"threads": torch.get_num_threads()},
+    )
+
+
+def target_record(
+    config: Any, layers: Sequence[int], *, name: str, config_hash: str, tensors: dict[str, str]
+) -> dict[str, Any]:
+    """What the index says of the target, and `train` compares."""
+    return {
+        "name": name,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_layers": config.num_hidden_layers,
+        "aux_layers": list(layers),
+        "config_hash": config_hash,
+        "tensors": tensors,
+    }
+
+
+def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> None:
+    """Check that a target has `max_length` positions and the three `layers`.
+
+    Raises:
+        UserError: it has not.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"max_length = {max_length}: the target's max_position_embeddings is {limit}; "
+            f"set --max-length to at most {limit}"
+        )
+    if len(layers) != 3 or not all(0 <= layer < config.num_hidden_layers for layer in layers):
+        raise UserError(
+            f"layers {list(layers)}: must be three target layers in [0, {config.num_hidden_layers})"
+        )
+
+
+def run_target(
+    model: Any,
+    group: Sequence[Encoded],
+    layers: Sequence[int],
+    batch: int,
+    stored: torch.dtype | None = None,
+) -> list[Sample]:
+    """The samples of a group, in its order, on the CPU, in the dtype `stored` or the target's.
+
+    The target runs on `batch` rows at a time, of like length, padded on the right.
+    """
+    by_length = sorted(range(len(group)), key=lambda number: len(group[number].input_ids))
+    samples: dict[int, Sample] = {}
+    for start in range(0, len(group), batch):
+        chosen = by_length[start : start + batch]
+
+        # Pad to the longest, which is the last.
+        longest = len(group[chosen[-1]].input_ids)
+        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)  # (B, S)
+        mask = torch.zeros_like(ids)  # (B, S)
+        for row, number in enumerate(chosen):
+            length = len(group[number].input_ids)
+            ids[row, :length] = group[number].input_ids
+            mask[row, :length] = 1
+
+        # (B, S, 3·Ht) and (B, S, Ht)
+        aux, last = hidden_states(model, ids.to(model.device), mask.to(model.device), layers)
+
+        # Copies: a sample must not hold the whole batch in memory.
+        for row, number in enumerate(chosen):
+            length = len(group[number].input_ids)
+            samples[number] = Sample(
+                input_ids=group[number].input_ids.clone(),
+                token_mask=group[number].token_mask.clone(),
+                aux_hidden=aux[row, :length].to("cpu", stored, copy=True),
+                last_hidden=last[row, :length].to("cpu", stored, copy=True),
+            )
+    return [samples[number] for number in range(len(group))]

@@ -1,0 +1,181 @@
+"""Hidden states from vLLM in a process of its own, by its method `extract_hidden_states`.
+
+vLLM's id `i` is the stream after `i` layers, before any norm: the output of layer `l`, counted from
+0, is id `l + 1`, and id `L` is what the target's final norm reads. It gives the states in ascending
+order of their ids, each once.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from eagle3fn.base.device import fast_dtype
+from eagle3fn.base.errors import UserError
+from eagle3fn.engines.hidden_states import Row, Score
+from eagle3fn.engines.process import ANSWER_SECONDS, START_SECONDS, EngineProcess, engine_version
+
+OLDEST = (0, 18)  # with `extract_hidden_states`
+_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+
+
+class Taps(NamedTuple):
+    """Which states vLLM is asked for, and where they are in its answer."""
+
+    ids: list[int]  # vLLM's, ascending
+    aux: list[int]  # the columns of the three taps
+    last: int  # the column of what the final norm reads
+
+
+def taps_of(layers: Sequence[int], num_layers: int) -> Taps:
+    """vLLM's ids of three layers' outputs, counted from 0, and of the last of `num_layers`."""
+    ids = sorted({*(layer + 1 for layer in layers), num_layers})
+    return Taps(ids, [ids.index(layer + 1) for layer in layers], ids.index(num_layers))
+
+
+class VllmProcess:
+    """vLLM in the environment of another Python; a context manager that ends it.
+
+    The constructor reads its version. It loads the target when the first rows are asked for.
+    """
+
+    normed = False
+
+    def __init__(
+        self,
+        python: str | Path,
+        target: str | Path,
+        taps: Taps,
+        log: str | Path,
+        *,
+        max_length: int,
+        dtype: torch.dtype | None = None,
+        arguments: dict[str, Any] | None = None,
+        threads: int | None = None,
+        seconds: float = ANSWER_SECONDS,
+    ) -> None:
+        """Start the process.
+
+        Args:
+            python: of the environment that has vLLM.
+            target: the target's folder or id.
+            taps: what it is asked for.
+            log: file for what vLLM prints; replaced.
+            max_length: tokens of the longest row.
+            dtype: what it computes in; None: bfloat16, or on a CPU what that multiplies fast.
+            arguments: further arguments of `vllm.LLM`, JSON values.
+            threads: CPU threads; None leaves the number to vLLM.
+            seconds: the longest time for loading, and for an answer.
+
+        Raises:
+            UserError: no such Python, no vLLM there, or an old one.
+        """
+        environment = dict(_ENVIRONMENT)
+        if threads is not None:
+            environment |= {
+                "OMP_NUM_THREADS": str(threads),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            }
+        program = "vllm_features.py"
+        self._process = EngineProcess("vLLM", python, program, {}, log, environment=environment)
+        try:
+            facts = self._process.facts
+            version = engine_version(facts, OLDEST, "vLLM", str(python))
+        except BaseException:
+            self._process.close()
+            raise
+
+        on_cpu = facts["device"] == "cpu"
+        self.dtype: torch.dtype = dtype or (fast_dtype("cpu") if on_cpu else torch.bfloat16)
+        self.title = f"vLLM {version}"
+        self.record = {
+            "name": "vllm",
+            "version": version,
+            "device": facts["device"],
+            "arguments": arguments or {},
+        }
+        self._folder = tempfile.TemporaryDirectory(prefix="eagle3fn-vllm-")
+        self._taps = taps
+        self._seconds = seconds
+        self._loaded = False
+        self._load = {
+            "target": str(Path(target).resolve()) if Path(target).is_dir() else str(target),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_length": max_length,
+            "ids": taps.ids,
+            "folder": self._folder.name,
+            "arguments": arguments or {},
+        }
+
+    def rows(self, rows: Sequence[Sequence[int]], scores: bool) -> Iterator[Row]:
+        """As `HiddenStates.rows`; the files that vLLM writes are deleted one by one."""
+        if not self._loaded:
+            self._process.ask({"load": self._load}, max(START_SECONDS, self._seconds))
+            self._loaded = True
+        request = {"rows": [list(row) for row in rows], "scores": scores}
+        for answer in self._process.ask(request, self._seconds):
+            found = [Score(*score) for score in answer["scores"]]
+            yield read_row(answer["path"], self._taps, found, f"{self.title}: ")
+
+    def close(self) -> None:
+        """End the process and remove its files; safe to call again."""
+        self._process.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> "VllmProcess":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.__exit__(kind, error, trace)
+        self.close()
+
+
+def read_row(path: str | None, taps: Taps, scores: list[Score], who: str) -> Row:
+    """A row out of the safetensors file that vLLM wrote; the file is deleted.
+
+    Args:
+        path: the file's; None, where vLLM named none.
+        taps: what it was asked for.
+        scores: the row's.
+        who: begins an error.
+
+    Raises:
+        UserError: no such file, a damaged one, or another number of states.
+    """
+    if not path:
+        raise UserError(
+            f"{who}named no file of hidden states; take a vLLM with the method "
+            "extract_hidden_states, and start it as docs/engines.md says"
+        )
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{who}{path}: not written, not readable here or damaged ({error}); look at its log "
+            "and at the room on that disk"
+        ) from None
+    finally:
+        for name in (path, f"{path}.lock"):
+            with contextlib.suppress(OSError):
+                Path(name).unlink(missing_ok=True)
+
+    states = tensors.get("hidden_states")  # (S, n, Ht)
+    ids = tensors.get("token_ids")
+    if states is None or ids is None or states.ndim != 3 or states.shape[1] != len(taps.ids):
+        shape = None if states is None else tuple(states.shape)
+        raise UserError(
+            f"{who}gave states of shape {shape}, not (tokens, {len(taps.ids)}, hidden size) for "
+            f"the ids {taps.ids}; it must run with eagle_aux_hidden_state_layer_ids {taps.ids}"
+        )
+    return Row(ids, states[:, taps.aux], states[:, taps.last], scores)

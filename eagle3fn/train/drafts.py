@@ -1,0 +1,220 @@
+"""A draft's folder read back: to decode with it, or to start a training from it."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eagle3fn.base.config import STARTS, Config
+from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_from_json
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import read_json
+from eagle3fn.base.switches import check_switches
+from eagle3fn.base.types import Frozen, Params, VocabMap
+from eagle3fn.data.vocab import check_map
+from eagle3fn.model.table import EMBED, check_params, shapes
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+LAYER = "midlayer."  # the prefix of the layer's weights
+LAYER_BY_NUMBER = "layers.0."  # the same in speculators' layout
+_NOT_COMPARED = ("max_position_embeddings", "initializer_range")  # of a draft started from
+
+
+class Draft(NamedTuple):
+    """A draft ready for decoding.
+
+    `embed_tokens` is None where the draft trains its own, which is among `params`, and where the
+    target's is to be used.
+    """
+
+    config: DraftConfig
+    params: Params
+    vocab: VocabMap
+    embed_tokens: Tensor | None  # (V, H)
+
+
+def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Draft:
+    """Read an exported folder; floating-point tensors come in `dtype` on `device`.
+
+    Raises:
+        UserError: a file is missing or damaged, a tensor is missing, unknown or of the wrong shape,
+            or a switch that is not built is on; it names the file.
+    """
+    folder = Path(folder)
+    config = draft_config_from_json(folder / CONFIG)
+    check_switches(read_json(folder / CONFIG), str(folder / CONFIG))
+    file = folder / WEIGHTS
+    return make_draft(config, _read_tensors(file), file, dtype, device)
+
+
+def make_draft(
+    config: DraftConfig,
+    tensors: dict[str, Tensor],
+    file: Path,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> Draft:
+    """A draft of a file's tensors, checked.
+
+    Args:
+        config: the draft's shape.
+        tensors: by the names of an export, or of speculators' layout.
+        file: names them in errors.
+        dtype: of the floating-point tensors.
+        device: where all of them go.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of the wrong shape.
+    """
+    tensors = {_own_name(name): value for name, value in tensors.items()}
+
+    # Take the map and the shipped embedding out; a draft that trains its own has it as parameter.
+    vocab = _vocab_map(tensors.pop("t2d", None), tensors.pop("d2t", None), config, file)
+    embed = None if config.own_embedding else tensors.pop(EMBED, None)
+    embed_shape = (config.vocab_size, config.hidden_size)
+    if embed is not None and tuple(embed.shape) != embed_shape:
+        raise UserError(
+            f"{file}: {EMBED} has shape {tuple(embed.shape)}, {CONFIG} gives {embed_shape}"
+        )
+
+    # The parameters, in the table's order. Tensors left over are unknown, and refused by name.
+    known = {name: tensors[name] for name in shapes(config) if name in tensors}
+    params = known | tensors
+    check_params(params, config, str(file))
+
+    return Draft(
+        config=config,
+        params={name: value.to(device, dtype) for name, value in params.items()},
+        vocab=VocabMap(vocab.t2d.to(device), vocab.d2t.to(device)),
+        embed_tokens=None if embed is None else embed.to(device, dtype),
+    )
+
+
+def _own_name(name: str) -> str:
+    if name.startswith(LAYER_BY_NUMBER):
+        return LAYER + name.removeprefix(LAYER_BY_NUMBER)
+    return name
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; name a folder written by export") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or not a file ({error}); export it anew") from None
+
+
+def _vocab_map(t2d: Tensor | None, d2t: Tensor | None, config: DraftConfig, file: Path) -> VocabMap:
+    """The checked vocabulary map; what the file leaves out is filled in."""
+    vocab_size = config.vocab_size
+    draft_size = config.draft_vocab_size
+
+    # No offsets: the draft has the target's whole vocabulary.
+    if d2t is None:
+        if draft_size != vocab_size:
+            raise UserError(
+                f"{file}: d2t is missing, and the draft vocabulary ({draft_size}) "
+                f"is not the target's ({vocab_size})"
+            )
+        d2t = torch.zeros(vocab_size, dtype=torch.int64)
+    d2t = d2t.to(torch.int64)
+    if d2t.ndim != 1:
+        raise UserError(
+            f"{file}: d2t has shape {tuple(d2t.shape)}, {CONFIG} gives {(draft_size,)}; "
+            "export it anew"
+        )
+
+    # No set: it is that of the ids in d2t. Ids out of range are clamped here and refused below.
+    if t2d is None:
+        ids = d2t + torch.arange(len(d2t))
+        t2d = torch.zeros(vocab_size, dtype=torch.bool)
+        t2d[ids.clamp(0, vocab_size - 1)] = True
+
+    vocab = VocabMap(t2d.to(torch.bool), d2t)
+    check_map(vocab, vocab_size, draft_size, str(file))
+    return vocab
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype of an exported draft's weights, as its configuration says.
+
+    Raises:
+        UserError: it says none.
+    """
+    path = Path(folder) / CONFIG
+    tree = read_json(path)
+    name = tree.get("dtype") or tree.get("torch_dtype") if isinstance(tree, dict) else None
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{path}: dtype = {name!r}: must be one of torch's, such as bfloat16")
+    return dtype
+
+
+# To start from
+
+
+def check_start(config: Config, target_layers: int) -> None:
+    """Refuse a draft to start from, where `train.init` names one, before anything large is read.
+
+    `target_layers` is the target's number of decoder layers, by which default taps are compared.
+
+    Raises:
+        UserError: no such folder, or the draft computes something else than the run's.
+    """
+    if config.train.init in STARTS:
+        return
+    folder = config.train.init
+    found = _config_to_start_from(folder)
+    taps = aux_layers(found, target_layers)
+    wanted_taps = aux_layers(config.draft, target_layers)
+    found = replace(found, aux_layers=taps)
+    _check_same(found, replace(config.draft, aux_layers=wanted_taps), folder)
+
+
+def start_from_draft(config: Config, frozen: Frozen, folder: str | Path) -> Params:
+    """A draft's parameters as the first ones of a training, in the run's dtype and on its device.
+
+    Raises:
+        UserError: no such folder, the draft's shape or RoPE is not the run's, it taps other layers
+            (where both name theirs), or its vocabulary is another; names the difference and the
+            remedy.
+    """
+    dtype = getattr(torch, config.train.dtype)
+    _check_same(_config_to_start_from(folder), config.draft, folder)
+    draft = load_draft(folder, dtype, config.train.device)
+    vocab = draft.vocab
+    if not torch.equal(vocab.t2d, frozen.t2d.to(vocab.t2d.device)):
+        raise UserError(
+            f"train.init = {str(folder)!r}: its draft vocabulary is not that of --vocab; write its "
+            f"own with eagle3fn convert --vocab {folder} --out VOCAB.safetensors and train with it"
+        )
+    return draft.params
+
+
+def _config_to_start_from(folder: str | Path) -> DraftConfig:
+    if not (Path(folder) / CONFIG).is_file():
+        raise UserError(
+            f"train.init = {str(folder)!r}: must be {' or '.join(map(repr, STARTS))}, or the "
+            f"folder of an exported draft; there is no {Path(folder) / CONFIG}"
+        )
+    return draft_config_from_json(Path(folder) / CONFIG)
+
+
+def _check_same(found: DraftConfig, wanted: DraftConfig, folder: str | Path) -> None:
+    """Refuse a draft that computes something else than the run's."""
+    for field in fields(DraftConfig):
+        before = getattr(found, field.name)
+        now = getattr(wanted, field.name)
+        default_taps = field.name == "aux_layers" and None in (before, now)
+        if before != now and field.name not in _NOT_COMPARED and not default_taps:
+            raise UserError(
+                f"train.init = {str(folder)!r}: its {field.name} is {before!r}, the run's is "
+                f"{now!r}; take the draft's shape with --draft-config {Path(folder) / CONFIG}, and "
+                "features, vocabulary and target that it fits"
+            )

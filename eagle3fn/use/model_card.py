@@ -1,0 +1,126 @@
+"""The model card of a draft's folder: README.md, with what is known of the target and the training.
+
+It names no path of this machine: a target that is a local folder is known by its last name.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eagle3fn.base.draft_config import TAPS
+from eagle3fn.data.features import FeatureSet
+from eagle3fn.use.layouts import how_to_serve
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_KEPT = re.compile(r"^<!-- eagle3fn (\{.*\}) -->$", re.M)  # the facts, for `read_facts`
+_DRAFT = "DRAFT"  # stands for the folder, or the name under which it is published
+
+
+class Facts(NamedTuple):
+    """What a card says of a draft besides its shape; what is not known is left out."""
+
+    target: str = ""  # a hub id, or a folder
+    data: str = ""  # a name for the samples
+    samples: int | None = None
+    supervised: int | None = None  # tokens that were trained on
+    steps: int | None = None
+    accepted_length: float | None = None  # held-out, simulated
+
+
+def facts_of(features: FeatureSet, target: str) -> Facts:
+    """The facts of a training on a feature folder; steps and result come later."""
+    totals = features.index.get("totals", {})
+    return Facts(
+        target=target,
+        data=features.folder.resolve().name,
+        samples=len(features.samples),
+        supervised=totals.get("supervised"),
+    )
+
+
+def public_name(target: str) -> tuple[str, bool]:
+    """A target's name without a path of this machine, and whether it is a hub id."""
+    local = Path(target).exists() or not _HUB_ID.fullmatch(target)
+    return (Path(target).name or "the target", False) if local else (target, True)
+
+
+def card(tree: dict[str, Any], facts: Facts) -> str:
+    """The card's text.
+
+    Args:
+        tree: the draft's `config.json`.
+        facts: of target and training.
+    """
+    name, on_hub = public_name(facts.target) if facts.target else ("its target", False)
+
+    # The front matter, which the Hugging Face hub reads.
+    lines = ["---"]
+    if on_hub:
+        lines.append(f"base_model: {name}")
+    lines += ["library_name: eagle3fn", "tags:", "- eagle3", "- speculative-decoding", "- draft"]
+    lines += ["# license: name yours; the target's and the data's may bind you", "---", ""]
+
+    # The draft.
+    lines += [f"# EAGLE-3 draft of {name}", ""]
+    lines += [
+        f"A draft of one layer that guesses the next tokens of {name}, which then checks several",
+        "guesses in one run. It was trained with eagle3fn.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {title} | {value} |" for title, value in _rows(tree, facts)),
+        "",
+    ]
+
+    # How it is served.
+    target = name if on_hub else "TARGET"
+    lines += [
+        "## Serving",
+        "",
+        f"`{_DRAFT}` is this folder, or the name it is published under.",
+        "",
+    ]
+    if "speculators_config" in tree:
+        lines += [
+            "```bash",
+            f"vllm serve {_DRAFT}  # takes the target by this folder's config.json",
+        ]
+    else:
+        lines.append("```bash")
+    lines += [*how_to_serve(_DRAFT, target), "```", ""]
+
+    # The facts once more, for a card of the same draft in another layout.
+    kept = facts._replace(target=name if facts.target else "")._asdict()
+    text = json.dumps(kept).replace("--", "\\u002d-")
+    return "\n".join([*lines, f"<!-- eagle3fn {text} -->", ""])
+
+
+def read_facts(folder: str | Path) -> Facts:
+    """The facts in the card of an exported folder; none are known without a card of ours."""
+    try:
+        text = (Path(folder) / CARD).read_text(encoding="utf-8")
+        found = _KEPT.search(text)
+        return Facts(**json.loads(found.group(1))) if found else Facts()
+    except (OSError, ValueError, TypeError):
+        return Facts()
+
+
+def _rows(tree: dict[str, Any], facts: Facts) -> list[tuple[str, str]]:
+    """Titles and values of the table; what is not known has no row."""
+    taps = tree["eagle_config"][TAPS]
+    rows = [
+        ("tapped layers of the target", f"{', '.join(map(str, taps))}, counted from 0"),
+        ("draft vocabulary", f"{tree['draft_vocab_size']} of {tree['vocab_size']} tokens"),
+        ("weights", str(tree["dtype"])),
+    ]
+    if facts.samples is not None:
+        tokens = f", {facts.supervised} supervised tokens" if facts.supervised is not None else ""
+        rows.append(("data", f"{facts.data}: {facts.samples} samples{tokens}"))
+    if facts.steps is not None:
+        rows.append(("updates", str(facts.steps)))
+    if facts.accepted_length is not None:
+        text = f"{facts.accepted_length:.3f}, simulated without decoding"
+        rows.append(("held-out accepted length", text))
+    return rows
