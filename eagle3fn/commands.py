@@ -801,46 +801,54 @@ def _convert_map(options: Any) -> None:
 def _convert_features(options: Any) -> None:
     from eagle3fn.base.errors import UserError
     from eagle3fn.data.features import open_features
-    from eagle3fn.data.target_source import config_hash, target_config
-    from eagle3fn.specforge.feature_files import READER, write_ckpt
-    from eagle3fn.use.convert import (
-        LAST_BEFORE_NORM,
-        is_speculators_data,
-        write_files,
-        write_ours,
-    )
+    from eagle3fn.specforge.feature_files import write_ckpt
+    from eagle3fn.use.convert import LAST_BEFORE_NORM, write_files
 
     if options.kind == "speculators":
         raise UserError(
             f"--for speculators: {LAST_BEFORE_NORM}; let speculators generate its own states"
         )
-    if is_speculators_data(options.features):
-        raise UserError(
-            f"--features {options.features}: {LAST_BEFORE_NORM.replace('these', 'ours')}; "
-            "run eagle3fn extract"
-        )
-    on_progress = progress.bar("sample")
-    if options.kind == "specforge":
-        features = open_features(options.features)
-        count = write_files(features, options.out, write_ckpt, ".ckpt", on_progress)
-        progress.close()
-        print(f"{options.out}: {count} samples as .ckpt files")
+    if options.kind == "eagle3fn":
+        _convert_features_to_ours(options)
         return
+    features = open_features(options.features)
+    count = write_files(features, options.out, write_ckpt, ".ckpt", progress.bar("sample"))
+    progress.close()
+    print(f"{options.out}: {count} samples as .ckpt files")
+
+
+def _convert_features_to_ours(options: Any) -> None:
+    import torch
+
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.target_source import config_hash, target_config
+    from eagle3fn.data.target_tensors import read_stored_target
+    from eagle3fn.specforge.feature_files import READER
+    from eagle3fn.use.convert import write_ours
+    from eagle3fn.use.speculators_data import has_states, speculators_reader
 
     if not options.target:
-        raise UserError("--target: .ckpt files do not say of which target they are; name it")
+        raise UserError("--target: such files do not say of which target they are; name it")
     tree = target_config(options.target)
     sizes = {key: tree[key] for key in ("vocab_size", "hidden_size")}
-    features = open_features(options.features, **sizes, reader=READER)
+
+    # speculators keeps the last state before the target's final norm.
+    reader = READER
+    if has_states(options.features):
+        stored = read_stored_target(options.target, torch.float32)
+        reader = speculators_reader(options.features, lambda last: stored.norm(last.float()))
+    features = open_features(options.features, **sizes, reader=reader)
     if not features.reader:
         raise UserError(f"--features {options.features}: are ours already; add --for specforge")
+
     target = {
         "name": options.target,
         **sizes,
         "num_layers": tree["num_hidden_layers"],
         "config_hash": config_hash(options.target),
     }
-    index = write_ours(features, options.out, target, on_progress)
+    index = write_ours(features, options.out, target, progress.bar("sample"))
     progress.close()
     totals = index["totals"]
     print(

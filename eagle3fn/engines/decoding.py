@@ -136,8 +136,14 @@ class Decoder:
             seconds: the longest time for the answer.
 
         Raises:
-            UserError: the engine reports a fault, died, or took too long.
+            UserError: the engine cannot sample with a draft, reports a fault, died, or took too
+                long.
         """
+        if self.speculates and sampling.temperature > 0 and not self.facts.get("samples", True):
+            raise UserError(
+                f"{self.engine} {self.version}: samples wrongly with a draft on this device (its "
+                "temperature is lost there); decode greedily, without --temperature"
+            )
         request = {"prompt": list(prompt_ids), "max_new": max_new, **sampling._asdict()}
         found = self._process.ask(request, seconds)
         counts = found["counts"]

@@ -88,7 +88,7 @@ def engine_evaluate(
     """Decode the first prompts in an engine, plainly and with the draft, and compare.
 
     The engine is started twice, one after the other, so that it has the device's memory alone:
-    with the target, and with target and draft. Each time a short answer warms it up.
+    with target and draft, and with the target. Each time a short answer warms it up.
 
     Args:
         target: folder, id or GGUF file; gives the tokenizer, the chat template and the stop ids.
@@ -139,8 +139,9 @@ def engine_evaluate(
                 lambda done: on_progress(stage, done, len(encoded)),
             )
 
-    plain = run("plain", None)
+    # With the draft first: most faults are of the draft.
     drafted = run("draft", loaded_draft)
+    plain = run("plain", None)
     return {
         "prompts": prompts_name,
         "tasks": len(encoded),

@@ -23,7 +23,8 @@ def start(settings: dict[str, Any]) -> Any:
             raise SystemExit(7)
         return decode(request, settings, wrong)
 
-    return {"version": wrong.get("version", "2030.1")}, answer
+    facts = {"version": wrong.get("version", "2030.1"), "samples": not wrong.get("greedy")}
+    return facts, answer
 
 
 def decode(request: dict[str, Any], settings: dict[str, Any], wrong: dict[str, Any]) -> Any:

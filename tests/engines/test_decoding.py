@@ -16,6 +16,7 @@ from eagle3fn.engines.decoding import (
     DecoderSettings,
     Engine,
     EngineAnswer,
+    Sampling,
     decode_all,
     kept_accepted,
     open_decoder,
@@ -126,6 +127,15 @@ def test_an_engine_that_leaves_the_draft_out_is_a_fault(tmp_path):
 
         # Two tokens need no draft, and say nothing.
         assert len(decode_all(decoder, [[5]], 2).answers[0].tokens) == 2
+
+
+def test_an_engine_that_samples_wrongly_with_a_draft_is_not_asked(tmp_path):
+    with begin(tmp_path, greedy=True) as decoder:
+        with pytest.raises(UserError, match=r"vllm 2030.1: samples wrongly with a draft"):
+            decoder.decode([5], 6, Sampling(0.5))
+        assert len(decoder.decode([5], 6).tokens) == 6
+    with begin(tmp_path, draft=None, greedy=True) as decoder:
+        assert len(decoder.decode([5], 6, Sampling(0.5)).tokens) == 6
 
 
 def test_an_engine_that_dies_is_named(tmp_path):

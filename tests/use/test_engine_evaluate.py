@@ -57,7 +57,7 @@ def test_report(folders, tmp_path):
     json.dumps(report)
     assert (report["engine"], report["engine_version"]) == ("vllm", "2030.1")
     assert (report["prompts"], report["tasks"], report["draft_length"]) == ("numbers.jsonl", 2, 2)
-    assert stages == [(stage, n, 2) for stage in ("plain", "draft") for n in (1, 2)]
+    assert stages == [(stage, n, 2) for stage in ("draft", "plain") for n in (1, 2)]
     assert {"out.plain.log", "out.draft.log"} <= {path.name for path in tmp_path.iterdir()}
 
     # Two answers of six tokens; each by rounds that accept 0, 1 and 2 drafted tokens.

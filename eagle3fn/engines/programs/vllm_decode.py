@@ -40,7 +40,30 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         return decode(engine, request, settings)
 
-    return {"version": vllm.__version__}, answer
+    return {"version": vllm.__version__, "samples": keeps_temperature(current_platform)}, answer
+
+
+def keeps_temperature(platform: Any) -> bool:
+    """Whether a temperature reaches the drafted tokens' rows.
+
+    On a CPU vLLM 0.32 expands it into a copy in int64 that it then drops, and samples by whatever
+    the memory held.
+    """
+    if not platform.is_cpu():
+        return True
+    import torch  # pyright: ignore[reportMissingImports]
+
+    try:
+        from vllm.utils import cpu_triton_utils  # pyright: ignore[reportMissingImports]
+
+        platform.import_kernels()
+        rows = torch.zeros(2)
+        temperature = torch.tensor([0.5])
+        ends = torch.tensor([2], dtype=torch.int32)
+        cpu_triton_utils._expand_kernel_impl(rows, temperature, ends, 0, 1)
+    except (ImportError, AttributeError, TypeError, RuntimeError):
+        return True  # another vLLM, of which nothing is known
+    return rows.tolist() == [0.5, 0.5]
 
 
 def decode(engine: Any, request: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
