@@ -151,7 +151,9 @@ class _CheckedRows:
     @torch.no_grad()
     def _states(self, encoded: Encoded, row: Row) -> tuple[Tensor, Tensor]:
         """Taps `(S, 3·Ht)` and normed last state `(S, Ht)` of a row that is checked by itself."""
-        what = row_fault(row, encoded.input_ids, self.hidden_size, self.engine.dtype)
+        ids = encoded.input_ids
+        zeros = int(self.stored.zero_embedding[ids].cumprod(0).sum())  # at the beginning
+        what = row_fault(row, ids, self.hidden_size, self.engine.dtype, zeros)
         if what:
             raise self._refusal(encoded, what)
         last = row.last if self.engine.normed else self.stored.norm(row.last)

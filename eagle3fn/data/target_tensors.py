@@ -175,6 +175,7 @@ class StoredTarget(NamedTuple):
 
     head: Tensor  # (V, Ht)
     norm: Any  # the final norm, a module on the CPU
+    zero_embedding: Tensor  # (V,) bool, tokens whose embedding is all zeros
     record: dict[str, str]  # as `tensors_record` of the model in this dtype
 
 
@@ -193,7 +194,8 @@ def read_stored_target(path_or_id: str | Path, dtype: torch.dtype) -> StoredTarg
     weight = found.norm.to(dtype)
     norm_factor(model, weight, str(path_or_id))  # refuses norms that training cannot start from
     norm = stored_norm(model, weight, str(path_or_id))
-    return StoredTarget(found.head.to(dtype), norm, _record(found, dtype))
+    zero = (found.embed_tokens == 0).all(-1)
+    return StoredTarget(found.head.to(dtype), norm, zero, _record(found, dtype))
 
 
 def check_stored(path_or_id: str | Path, model: Any) -> None:

@@ -58,7 +58,9 @@ class HiddenStates(Protocol):
         ...
 
 
-def row_fault(row: Row, ids: Tensor, hidden_size: int, dtype: torch.dtype) -> str | None:
+def row_fault(
+    row: Row, ids: Tensor, hidden_size: int, dtype: torch.dtype, zeros: int = 0
+) -> str | None:
     """What is wrong with a row by itself, in words; None if nothing is seen.
 
     Args:
@@ -66,6 +68,8 @@ def row_fault(row: Row, ids: Tensor, hidden_size: int, dtype: torch.dtype) -> st
         ids: the tokens that it was asked for, `(S,)`.
         hidden_size: the target's, Ht.
         dtype: what the engine computes in.
+        zeros: how many tokens at the beginning have an embedding of zeros: their states may be
+            zero, for they read nothing else.
     """
     if not torch.equal(row.token_ids, ids):
         return _ids_fault(row.token_ids, ids)
@@ -80,7 +84,7 @@ def row_fault(row: Row, ids: Tensor, hidden_size: int, dtype: torch.dtype) -> st
             return f"its {name} are {_name(states.dtype)}, not {_name(dtype)}"
         if not states.isfinite().all():
             return f"its {name} are not finite"
-        zero = (states == 0).all(-1).reshape(len(ids), -1).any(-1)  # (S,)
+        zero = (states == 0).all(-1).reshape(len(ids), -1).any(-1)[zeros:]
         if zero.any():
             return f"its {name} are all zero at {int(zero.sum())} of {len(ids)} tokens"
     return None
