@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def vllm(made, folder, **changes):
     """A server's answers; `changes` are other answers by path, or other versions and lengths."""
     answers = made.target.parent / "answers"
     rows = json.loads((answers / "rows.json").read_text())
-    facts = {"version": "0.32.0", "room": CUT + 1, "places": True, **changes}
+    facts: dict[str, Any] = {"version": "0.32.0", "room": CUT + 1, "places": True, **changes}
     lock = threading.Lock()
     served = []
 
@@ -78,7 +79,7 @@ def vllm(made, folder, **changes):
         shutil.copy(answers / found["file"], name)
         places = [{str(token): {"logprob": p}} for _, token, p in found["scores"]]
         _, token, p = found["scores"][-1]
-        choice = {"text": ""}
+        choice: dict[str, Any] = {"text": ""}
         if body.get("prompt_logprobs") and facts["places"]:
             choice["prompt_logprobs"] = [None, *places[:-1]]
             choice["logprobs"] = {"top_logprobs": [{f"token_id:{token}": p}]}
@@ -155,7 +156,7 @@ def test_vllm_server_that_ends_keeps_the_finished_shards(made, tmp_path, then):
     # The short row, the compared row, then a shard of two.
     with serving(vllm(made, tmp_path, until=4, then=then)) as url:
         engine = VllmServer(url, made.taps, max_length=CUT)
-        with pytest.raises(UserError, match="it ended while|refused, 500: 500"):
+        with pytest.raises(UserError, match=r"it ended while|refused, 500: 500"):
             run(engine, made, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("shard-*.json"))) == 1
     assert not list(tmp_path.glob("*.safetensors"))
