@@ -62,12 +62,19 @@ def _add_threads(sub: argparse.ArgumentParser) -> None:
 def _add_feature_engine(sub: argparse.ArgumentParser) -> None:
     """The options of a serving engine that computes the features."""
     sub.add_argument(
-        "--engine", choices=("vllm",), help="a serving engine computes them (docs/engines.md)"
+        "--engine",
+        choices=("vllm", "sglang"),
+        help="a serving engine computes them (docs/engines.md); sglang was never run",
     )
     sub.add_argument(
         "--engine-python", metavar="PYTHON", help="of the environment that has the engine"
     )
-    sub.add_argument("--engine-url", metavar="URL", help="a running server, http://HOST:PORT")
+    sub.add_argument(
+        "--engine-url",
+        action="append",
+        metavar="URL",
+        help="a running server, http://HOST:PORT; of sglang twice: the taps', the last state's",
+    )
     sub.add_argument(
         "--engine-arg",
         action="append",

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from eagle3fn.base import progress
 
 if TYPE_CHECKING:
+    import torch
+
     from eagle3fn.base.config import Config
     from eagle3fn.base.draft_config import DraftConfig
     from eagle3fn.data.sources import FeatureSource
@@ -209,8 +211,14 @@ def _check_extract(options: Any) -> None:
             "--engine-url, a running server"
         )
     if options.engine_url:
-        for name in _given(options, ("--engine-arg", "--threads")):
-            raise UserError(f"{name}: a running server has its own; give it where it is started")
+        for name in ("engine_arg", "threads"):
+            if getattr(options, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option}: a running server has its own; give it at its start")
+    if options.engine == "sglang" and options.engine_python:
+        raise UserError("--engine sglang: is asked as running servers alone; give --engine-url")
+    if options.engine == "vllm" and len(options.engine_url or []) > 1:
+        raise UserError("--engine-url: vLLM has one server; give it once")
 
 
 @contextmanager
@@ -252,31 +260,46 @@ def _engine_source(
     from eagle3fn.data.engine_source import check_room, default_check, engine_source
     from eagle3fn.data.target import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
-    from eagle3fn.engines.vllm_process import VllmProcess, taps_of
 
     check_room(loaded_config(options.target), options.max_length, options.engine)
     arguments = _named_values(options.engine_arg or [], "--engine-arg", "tensor_parallel_size=2")
+    check = options.check or default_check(options.target, arguments)
     tokenizer = load_tokenizer(options.target)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    with _open_engine(options, tree, layers, dtype, arguments) as engine:
+        batch = options.batch or 32
+        source = engine_source(engine, options.target, layers, batch=batch, check=check, say=_say)
+        yield source, tokenizer
+
+
+def _open_engine(
+    options: Any,
+    tree: dict[str, Any],
+    layers: tuple[int, ...],
+    dtype: "torch.dtype | None",
+    arguments: dict[str, Any],
+) -> Any:
+    """The engine that the options name, a context manager."""
+    from eagle3fn.engines.sglang import SglangServers
+    from eagle3fn.engines.vllm_process import VllmProcess, taps_of
+    from eagle3fn.engines.vllm_server import VllmServer
+
+    if options.engine == "sglang":
+        return SglangServers(options.engine_url, layers, dtype=dtype)
     taps = taps_of(layers, tree["num_hidden_layers"])
-    with VllmProcess(
+    if options.engine_url:
+        (url,) = options.engine_url
+        return VllmServer(url, taps, max_length=options.max_length, dtype=dtype)
+    return VllmProcess(
         options.engine_python,
         options.target,
         taps,
         f"{Path(options.out)}.vllm.log",
         max_length=options.max_length,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        dtype=dtype,
         arguments=arguments,
         threads=options.threads,
-    ) as engine:
-        source = engine_source(
-            engine,
-            options.target,
-            layers,
-            batch=options.batch or 32,
-            check=options.check or default_check(options.target, arguments),
-            say=_say,
-        )
-        yield source, tokenizer
+    )
 
 
 def vocab(options: Any) -> None:
@@ -801,46 +824,54 @@ def _convert_map(options: Any) -> None:
 def _convert_features(options: Any) -> None:
     from eagle3fn.base.errors import UserError
     from eagle3fn.data.features import open_features
-    from eagle3fn.data.target_source import config_hash, target_config
-    from eagle3fn.specforge.feature_files import READER, write_ckpt
-    from eagle3fn.use.convert import (
-        LAST_BEFORE_NORM,
-        is_speculators_data,
-        write_files,
-        write_ours,
-    )
+    from eagle3fn.specforge.feature_files import write_ckpt
+    from eagle3fn.use.convert import LAST_BEFORE_NORM, write_files
 
     if options.kind == "speculators":
         raise UserError(
             f"--for speculators: {LAST_BEFORE_NORM}; let speculators generate its own states"
         )
-    if is_speculators_data(options.features):
-        raise UserError(
-            f"--features {options.features}: {LAST_BEFORE_NORM.replace('these', 'ours')}; "
-            "run eagle3fn extract"
-        )
-    on_progress = progress.bar("sample")
-    if options.kind == "specforge":
-        features = open_features(options.features)
-        count = write_files(features, options.out, write_ckpt, ".ckpt", on_progress)
-        progress.close()
-        print(f"{options.out}: {count} samples as .ckpt files")
+    if options.kind == "eagle3fn":
+        _convert_features_to_ours(options)
         return
+    features = open_features(options.features)
+    count = write_files(features, options.out, write_ckpt, ".ckpt", progress.bar("sample"))
+    progress.close()
+    print(f"{options.out}: {count} samples as .ckpt files")
+
+
+def _convert_features_to_ours(options: Any) -> None:
+    import torch
+
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.target_source import config_hash, target_config
+    from eagle3fn.data.target_tensors import read_stored_target
+    from eagle3fn.specforge.feature_files import READER
+    from eagle3fn.use.convert import write_ours
+    from eagle3fn.use.speculators_data import has_states, speculators_reader
 
     if not options.target:
-        raise UserError("--target: .ckpt files do not say of which target they are; name it")
+        raise UserError("--target: such files do not say of which target they are; name it")
     tree = target_config(options.target)
     sizes = {key: tree[key] for key in ("vocab_size", "hidden_size")}
-    features = open_features(options.features, **sizes, reader=READER)
+
+    # speculators keeps the last state before the target's final norm.
+    reader = READER
+    if has_states(options.features):
+        stored = read_stored_target(options.target, torch.float32)
+        reader = speculators_reader(options.features, lambda last: stored.norm(last.float()))
+    features = open_features(options.features, **sizes, reader=reader)
     if not features.reader:
         raise UserError(f"--features {options.features}: are ours already; add --for specforge")
+
     target = {
         "name": options.target,
         **sizes,
         "num_layers": tree["num_hidden_layers"],
         "config_hash": config_hash(options.target),
     }
-    index = write_ours(features, options.out, target, on_progress)
+    index = write_ours(features, options.out, target, progress.bar("sample"))
     progress.close()
     totals = index["totals"]
     print(

@@ -158,10 +158,7 @@ class _CheckedRows:
         return row.aux.flatten(1), last
 
     def _refusal(self, encoded: Encoded, what: str) -> UserError:
-        return UserError(
-            f"{self.engine.title}: row {encoded.id!r}: {what}; take another version of the engine, "
-            "or extract without --engine"
-        )
+        return UserError(f"{self.engine.title}: row {encoded.id!r}: {what}; {self.engine.remedy}")
 
     # The first row
 

@@ -36,9 +36,11 @@ class HiddenStates(Protocol):
         record: what distinguishes its features from another engine's, JSON values.
         dtype: what it computes in.
         normed: whether `Row.last` comes after the target's final norm.
+        remedy: what to do where its states are wrong; ends an error.
     """
 
     title: str
+    remedy: str
     record: dict[str, Any]
     dtype: torch.dtype
     normed: bool

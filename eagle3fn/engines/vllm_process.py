@@ -46,6 +46,7 @@ class VllmProcess:
     """
 
     normed = False
+    remedy = "take another version of vLLM, or extract without --engine"
 
     def __init__(
         self,
@@ -166,9 +167,7 @@ def read_row(path: str | None, taps: Taps, scores: list[Score], who: str) -> Row
             "and at the room on that disk"
         ) from None
     finally:
-        for name in (path, f"{path}.lock"):
-            with contextlib.suppress(OSError):
-                Path(name).unlink(missing_ok=True)
+        remove_file(path)
 
     states = tensors.get("hidden_states")  # (S, n, Ht)
     ids = tensors.get("token_ids")
@@ -179,3 +178,10 @@ def read_row(path: str | None, taps: Taps, scores: list[Score], who: str) -> Row
             f"the ids {taps.ids}; it must run with eagle_aux_hidden_state_layer_ids {taps.ids}"
         )
     return Row(ids, states[:, taps.aux], states[:, taps.last], scores)
+
+
+def remove_file(path: str | None) -> None:
+    """Delete a file of states and its lock, if they are there and may be deleted."""
+    for name in (path, f"{path}.lock") if path else ():
+        with contextlib.suppress(OSError):
+            Path(name).unlink(missing_ok=True)

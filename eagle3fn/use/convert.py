@@ -219,10 +219,3 @@ def _samples(features: FeatureSet) -> Iterator[tuple[int, Sample]]:
 def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there and not empty; name a new folder")
-
-
-def is_speculators_data(folder: str | Path) -> bool:
-    """Whether a folder is one of speculators' data: rows as Arrow, states in `hidden_states/`."""
-    folder = Path(folder)
-    states = folder if folder.name == "hidden_states" else folder / "hidden_states"
-    return any(states.glob("hs_*.safetensors"))

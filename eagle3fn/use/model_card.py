@@ -92,6 +92,8 @@ def card(tree: dict[str, Any], facts: Facts) -> str:
     lines += [*how_to_serve(_DRAFT, target), "```", ""]
 
     # The facts once more, for a card of the same draft in another layout.
+    if facts == Facts():
+        return "\n".join(lines)
     kept = facts._replace(target=name if facts.target else "")._asdict()
     text = json.dumps(kept).replace("--", "\\u002d-")
     return "\n".join([*lines, f"<!-- eagle3fn {text} -->", ""])

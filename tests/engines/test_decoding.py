@@ -1,7 +1,6 @@
 """Decoding by engines: a stand-in through the whole seam, counts by hand, faults in one line."""
 
 import importlib.util
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,12 +8,11 @@ from types import ModuleType
 import pytest
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.engines import decoding, process
+from eagle3fn.engines import decoding
 from eagle3fn.engines.decoding import (
     Counts,
     Decoder,
     DecoderSettings,
-    Engine,
     EngineAnswer,
     Sampling,
     decode_all,
@@ -23,6 +21,7 @@ from eagle3fn.engines.decoding import (
     total,
     verifications,
 )
+from tests.engines.stand_ins import fake_programs
 
 SETTINGS = DecoderSettings(max_length=40, end_tokens=(2,), draft_length=2)
 
@@ -31,14 +30,6 @@ SETTINGS = DecoderSettings(max_length=40, end_tokens=(2,), draft_length=2)
 def stand_in(tmp_path, monkeypatch):
     """Let the programs of all engines be the stand-in."""
     fake_programs(tmp_path, monkeypatch)
-
-
-def fake_programs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(process.PROGRAMS / "answering.py", folder)
-    shutil.copy(Path(__file__).parent / "fake_engine.py", folder)
-    monkeypatch.setattr(process, "PROGRAMS", folder)
-    for name in ("vllm", "llamacpp"):
-        monkeypatch.setitem(decoding.ENGINES, name, Engine("fake_engine.py", (1,), {}))
 
 
 def begin(tmp_path: Path, draft: str | None = "draft", **arguments: object) -> Decoder:

@@ -170,10 +170,18 @@ def test_logits_over_the_targets_vocabulary_are_read_at_the_drafts_tokens(stand_
     assert stand_in.check()["max_logit_diff"] < 1e-5
 
 
-@pytest.mark.parametrize("step", range(3))
-@pytest.mark.parametrize(("change", "agreed"), [(5e-4, True), (2e-3, False), (math.nan, False)])
-def test_every_step_of_every_prompt_has_its_logits_compared(stand_in, step, change, agreed):
-    stand_in.logits[1]["logits"][step, 4] += change
+@pytest.mark.parametrize(
+    ("number", "step", "change", "agreed"),
+    [
+        (0, 0, math.nan, False),
+        (0, 2, 2e-3, False),
+        (1, 1, 2e-3, False),
+        (1, 2, math.nan, False),
+        (1, 2, 5e-4, True),
+    ],
+)
+def test_every_step_of_every_prompt_has_its_logits_compared(stand_in, number, step, change, agreed):
+    stand_in.logits[number]["logits"][step, 4] += change
     result = stand_in.check()
     assert result["agrees"] is agreed
     if agreed:

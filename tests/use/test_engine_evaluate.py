@@ -19,7 +19,7 @@ from eagle3fn.use.engine_evaluate import (
     engine_evaluate,
     first_difference,
 )
-from tests.engines.test_decoding import fake_programs
+from tests.engines.stand_ins import fake_programs
 from tests.use.tiny_target import write_draft, write_pair
 
 SETTINGS = EngineEvalSettings("vllm", sys.executable, tasks=2, max_new=6, draft_length=2)

@@ -1,0 +1,219 @@
+"""A draft written for an engine: its layout, what the engine cannot represent, the model card."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.tree import equal
+from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
+from eagle3fn.train.drafts import Draft
+from eagle3fn.use.engine_limits import EAGLE, ENGINES, SGLANG, VLLM, Engine, unrepresentable
+from eagle3fn.use.export import export, export_for, load_draft
+from eagle3fn.use.model_card import Facts, read_facts
+
+LAYERS = 8
+TAPS = (1, 3, 4)  # the default ones
+CASE = Case(dtype="float32", heads=(4, 2), head_dim=4, hidden=16, target_hidden=16)
+OWN = Case(dtype="float32", heads=(4, 2), head_dim=4, target_hidden=20, hidden=16)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+FACTS = Facts("org/target", "talks", 12, 345, 67, 1.5)
+
+
+def draft_of(case: Case = CASE, **changes) -> Draft:
+    config = replace(case.draft(), **{"aux_layers": TAPS, **changes})
+    frozen = tiny_frozen(case)
+    embed = None if config.own_embedding else frozen.embed_tokens
+    return Draft(config, tiny_params(case), (frozen.t2d, frozen.d2t), embed)  # type: ignore
+
+
+def write(folder: Path, engine: Engine, draft: Draft | None = None) -> dict:
+    export_for(
+        draft or draft_of(),
+        engine,
+        folder,
+        LAYERS,
+        torch.float32,
+        "org/target",
+        ("LlamaForCausalLM",),
+        FACTS,
+    )
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_every_engines_folder_is_read_back_unchanged(tmp_path, engine):
+    draft = draft_of()
+    write(tmp_path, engine, draft)
+    found = load_draft(tmp_path, torch.float32)
+    assert found.config == draft.config
+    assert equal(found.params, draft.params)
+    assert found.embed_tokens is not None and draft.embed_tokens is not None
+    assert torch.equal(found.embed_tokens, draft.embed_tokens)
+
+
+def test_one_folder_has_vllms_keys_and_speculators(tmp_path):
+    """`vllm serve` needs the block and reads the plain keys; speculators reads the block's."""
+    tree = write(tmp_path, VLLM)
+    assert (tree["model_type"], tree["architectures"]) == ("llama", ["LlamaForCausalLMEagle3"])
+    block = tree["speculators_config"]
+    assert block["verifier"] == {
+        "name_or_path": "org/target",
+        "architectures": ["LlamaForCausalLM"],
+    }
+    assert block["default_proposal_method"] in {
+        method["proposal_type"] for method in block["proposal_methods"]
+    }
+    assert tree["speculators_model_type"] == "eagle3"
+
+    # The layer's own configuration, and the switches, said outright: vLLM's default for one is on.
+    layer = tree["transformer_layer_config"]
+    assert all(layer[key] == tree[key] for key in layer if key != "architectures")
+    assert {"hidden_size", "head_dim", "rope_parameters", "vocab_size"} <= layer.keys()
+    switches = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    assert [tree[name] for name in switches] == [False] * 4
+
+    # Without a name that speculators would leave at its random start.
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert not any("midlayer" in name for name in names)
+    assert "layers.0.self_attn.q_proj.weight" in names
+
+
+def test_an_export_names_the_layer_as_specforge_and_eagle_do_and_has_no_block(tmp_path):
+    """speculators would take a folder with the block, and leave `midlayer` out without a word."""
+    tree = write(tmp_path, SGLANG)
+    assert "speculators_config" not in tree
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "midlayer.self_attn.q_proj.weight" in names
+
+
+def test_eagles_scaling_has_its_two_keys_alone(tmp_path):
+    linear = draft_of(rope_scaling={"rope_type": "linear", "factor": 2})
+    assert write(tmp_path, EAGLE, linear)["rope_scaling"] == {"type": "linear", "factor": 2.0}
+    assert load_draft(tmp_path, torch.float32).config.rope_type == "linear"
+
+
+CASES = [
+    ("eagle", CASE, {"rope_scaling": YARN}, "no RoPE of type yarn"),
+    (
+        "eagle",
+        CASE,
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e4},
+        "rotates by base 10000, not 50000",
+    ),
+    ("eagle", replace(CASE, head_dim=6), {}, "its head size is hidden_size"),
+    ("eagle", CASE, {"aux_layers": (0, 2, 4)}, r"it taps layers \(1, 3, 4\) alone"),
+    ("sglang", CASE, {"aux_layers": (1, 3, 7)}, "does not capture .* last layer, 7"),
+    ("speculators", OWN, {}, "no draft of another width"),
+    ("llamacpp", CASE, {"rope_scaling": YARN | {"truncate": False}}, "YaRN's truncate"),
+    ("llamacpp", CASE, {"rope_scaling": YARN | {"attention_factor": 1.2}}, "attention_factor"),
+    (
+        "llamacpp",
+        CASE,
+        {"rope_scaling": YARN | {"mscale": 1.3, "mscale_all_dim": 0.7}},
+        "YaRN's mscale",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "case", "changes", "text"), CASES)
+def test_what_an_engine_cannot_represent_is_refused_with_who_can(
+    tmp_path, name, case, changes, text
+):
+    draft = draft_of(case, **changes)
+    with pytest.raises(UserError, match=rf"--for {name}: .*{text}.*; .*vllm.* can; train"):
+        write(tmp_path / "out", ENGINES[name], draft)
+    assert not (tmp_path / "out").exists()
+    assert re.search(text, str(unrepresentable(name, draft.config, LAYERS)))
+    assert unrepresentable("vllm", draft.config, LAYERS) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_scaling": YARN | {"mscale": 0.5}},  # alone it changes nothing
+        {"rope_scaling": {"rope_type": "mrope", "mrope_section": [1, 1]}},  # written as default
+        {"aux_layers": (0, 2, 6)},
+    ],
+    ids=str,
+)
+def test_what_can_be_represented_is_not_refused(changes):
+    config: DraftConfig = draft_of(**changes).config
+    for name in ("vllm", "sglang", "llamacpp", "speculators"):
+        assert unrepresentable(name, config, LAYERS) is None
+
+
+# The card
+
+
+def test_the_card_has_the_facts_and_no_path(tmp_path):
+    config, frozen = replace(CASE.draft(), aux_layers=TAPS), tiny_frozen(CASE)
+    target = tmp_path / "models/some-target"
+    target.mkdir(parents=True)
+    facts = FACTS._replace(target=str(target))
+    folder = tmp_path / "draft"
+    export(tiny_params(CASE), frozen, config, folder, LAYERS, torch.float32, facts=facts)
+
+    text = (folder / "README.md").read_text()
+    assert text.startswith("---\n")
+    assert "some-target" in text and str(tmp_path) not in text
+    assert "base_model" not in text  # a folder is no model of the hub
+    for said in ("1, 3, 4", "talks: 12 samples, 345 supervised tokens", "| 67 |", "1.500"):
+        assert said in text
+    for command in ("vllm serve TARGET", "sglang.launch_server", "convert_hf_to_gguf.py"):
+        assert command in text
+    assert read_facts(folder) == facts._replace(target="some-target")
+
+
+def test_the_card_names_a_target_of_the_hub(tmp_path):
+    write(tmp_path, VLLM)
+    text = (tmp_path / "README.md").read_text()
+    header = text.split("---\n")[1]
+    assert "base_model: org/target\n" in header
+    assert not re.search(r"^license:", header, re.M)  # left to the user
+    assert "vllm serve DRAFT" in text and "--model-path org/target" in text
+    assert read_facts(tmp_path) == FACTS
+
+
+def test_a_plain_export_has_a_card_without_facts(tmp_path):
+    config = replace(CASE.draft(), aux_layers=TAPS)
+    export(tiny_params(CASE), tiny_frozen(CASE), config, tmp_path, LAYERS, torch.float32)
+    text = (tmp_path / "README.md").read_text()
+    assert "| tapped layers of the target | 1, 3, 4, counted from 0 |" in text
+    assert "samples" not in text and "updates" not in text
+    assert read_facts(tmp_path) == Facts()
+
+
+def test_facts_of_a_strange_name_stay_in_their_comment(tmp_path):
+    facts = FACTS._replace(data="a --> b <!-- c")
+    config = replace(CASE.draft(), aux_layers=TAPS)
+    params, frozen = tiny_params(CASE), tiny_frozen(CASE)
+    export(params, frozen, config, tmp_path, LAYERS, torch.float32, facts=facts)
+    assert read_facts(tmp_path) == facts
+    comment = (tmp_path / "README.md").read_text().split("<!-- eagle3fn ")[1]
+    assert comment.count("-->") == 1
+
+
+def test_a_targets_folder_is_not_replaced(tmp_path):
+    """It has the same file names as an export."""
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(UserError, match="not an exported draft"):
+        write(tmp_path, VLLM)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_an_export_with_files_of_the_users_is_not_replaced(tmp_path):
+    write(tmp_path, VLLM)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        write(tmp_path, VLLM)
+    (tmp_path / "notes.txt").unlink()
+    write(tmp_path, SGLANG)
