@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -143,8 +144,8 @@ def test_an_engine_that_dies_is_named(tmp_path):
 def test_vllm_counts_are_differences_of_its_counters():
     vllm = program("vllm_decode")
     names = (vllm.ROUNDS, vllm.DRAFTED, vllm.ACCEPTED, vllm.BY_POSITION)
-    before = dict(zip(names, (10, 20, 5, [4, 1]), strict=True))
-    after = dict(zip(names, (13, 26, 8, [6, 2]), strict=True))
+    before: dict[str, Any] = dict(zip(names, (10, 20, 5, [4, 1]), strict=True))
+    after: dict[str, Any] = dict(zip(names, (13, 26, 8, [6, 2]), strict=True))
     assert Counts(**vllm.difference(before, after, 2)) == Counts(3, 6, 3, [3, 3], [2, 1])
 
     # A round that drafted less: which positions, it does not say.

@@ -22,6 +22,7 @@ from eagle3fn.use.engine_evaluate import (
 from tests.engines.stand_ins import fake_programs
 from tests.use.tiny_target import write_draft, write_pair
 
+Folders = tuple[Path, Path]
 SETTINGS = EngineEvalSettings("vllm", sys.executable, tasks=2, max_new=6, draft_length=2)
 PROMPTS = ["one", "seven", "three"]
 
@@ -44,7 +45,7 @@ def evaluated(folders: tuple[Path, Path], log: Path, **changes: Any) -> dict[str
 # The report
 
 
-def test_report(folders, tmp_path):
+def test_report(folders: Folders, tmp_path):
     stages = []
     report = engine_evaluate(
         *folders,
@@ -78,14 +79,14 @@ def test_report(folders, tmp_path):
     assert (report["timed_tokens"], report["differing_tokens"]) == (12, 0)
 
 
-def test_both_accepted_lengths_are_named(folders, tmp_path):
+def test_both_accepted_lengths_are_named(folders: Folders, tmp_path):
     said = describe(evaluated(folders, tmp_path / "out"))
     assert said.splitlines()[0] == "vllm 2030.1: lossless True, 2.00 times as fast"
     assert "accepted length 1.667 (per run of the target, without the prefill's token" in said
     assert "2.000 by vllm's counts (1 + accepted / rounds: 1 + 6 / 6)" in said
 
 
-def test_another_token_is_not_lossless_and_is_listed(folders, tmp_path):
+def test_another_token_is_not_lossless_and_is_listed(folders: Folders, tmp_path):
     report = evaluated(folders, tmp_path / "out", arguments={"differs": True})
     assert report["lossless"] is False
     assert [one["prompt"] for one in report["differing_prompts"]] == [1, 2]
@@ -97,7 +98,7 @@ def test_another_token_is_not_lossless_and_is_listed(folders, tmp_path):
     )
 
 
-def test_sampled_answers_are_not_compared(folders, tmp_path):
+def test_sampled_answers_are_not_compared(folders: Folders, tmp_path):
     report = evaluated(
         folders, tmp_path / "out", sampling=Sampling(0.5, 0.9, 3), arguments={"differs": True}
     )
@@ -108,7 +109,7 @@ def test_sampled_answers_are_not_compared(folders, tmp_path):
     assert "temperature 0.5, sampled: not compared token by token" in describe(report)
 
 
-def test_what_an_engine_does_not_count_is_null(folders, tmp_path):
+def test_what_an_engine_does_not_count_is_null(folders: Folders, tmp_path):
     report = evaluated(folders, tmp_path / "out", arguments={"silent": True})
     for name in ("rounds", "accepted", "accepted_length", "engine_accepted_length"):
         assert report[name] is None
@@ -141,13 +142,13 @@ def test_acceptance_needs_the_drafted_tokens_by_position():
         (["fine", "x" * 245], r"prompt 2: 247 tokens, max_new = 6 .*beyond max_position_embedd"),
     ],
 )
-def test_bad_prompts_are_refused(folders, tmp_path, prompts, message):
+def test_bad_prompts_are_refused(folders: Folders, tmp_path, prompts, message):
     with pytest.raises(UserError, match=message):
         engine_evaluate(*folders, prompts, SETTINGS, tmp_path / "out")
     engine_evaluate(*folders, ["x" * 244], SETTINGS, tmp_path / "out")
 
 
-def test_a_draft_of_another_target_is_refused(folders, tmp_path):
+def test_a_draft_of_another_target_is_refused(folders: Folders, tmp_path):
     write_draft(tmp_path / "other", vocab_size=130)
     with pytest.raises(UserError, match=r"other: made for a target of vocab_size 130"):
         engine_evaluate(folders[0], tmp_path / "other", PROMPTS, SETTINGS, tmp_path / "out")
@@ -182,7 +183,7 @@ VLLM = ("--engine", "vllm", "--engine-python", sys.executable)
 LLAMACPP = ("--engine", "llamacpp", "--engine-python", sys.executable)
 
 
-def test_command(folders, tmp_path, capsys):
+def test_command(folders: Folders, tmp_path, capsys):
     out = tmp_path / "out.json"
     arguments = ["--max-new", 6, "--draft-length", 2, "--tasks", 2, "--engine-arg", "differs=true"]
     assert call(folders, out, *VLLM, *arguments) == 0
@@ -221,7 +222,7 @@ def test_options_without_an_effect_are_refused_by_name(
     assert said.count("\n") == 1
 
 
-def test_gguf_files_are_loaded_as_they_are(folders, tmp_path, capsys):
+def test_gguf_files_are_loaded_as_they_are(folders: Folders, tmp_path, capsys):
     files = (tmp_path / "target.gguf", tmp_path / "draft.gguf")
     assert call(files, tmp_path / "out.json", *LLAMACPP, "--dtype", "float32") == 2
     assert "--dtype: GGUF files are loaded as they are" in capsys.readouterr().err
@@ -249,7 +250,7 @@ def converter(folder: Path, fails: bool = False) -> Path:
     return path
 
 
-def test_folders_are_converted_and_the_files_deleted_after(folders, tmp_path):
+def test_folders_are_converted_and_the_files_deleted_after(folders: Folders, tmp_path):
     source = converter(tmp_path)
     with gguf_files(*folders, source, "float16", tmp_path, sys.executable) as (target, draft):
         asked = target.read_text()
@@ -260,13 +261,13 @@ def test_folders_are_converted_and_the_files_deleted_after(folders, tmp_path):
     assert not draft.exists()
 
     # A draft that has been converted before.
-    files = (folders[0], tmp_path / "d.gguf")
+    files: Folders = (folders[0], tmp_path / "d.gguf")
     with gguf_files(*files, tmp_path, None, tmp_path, sys.executable) as (target, draft):
         assert "--outtype f32" in target.read_text()
         assert draft == tmp_path / "d.gguf"
 
 
-def test_a_failed_conversion_is_one_line_whose_log_stays(folders, tmp_path):
+def test_a_failed_conversion_is_one_line_whose_log_stays(folders: Folders, tmp_path):
     converter(tmp_path, fails=True)
     with (
         pytest.raises(UserError, match="exit code 3: AttributeError: unknown architecture; see"),
@@ -277,13 +278,14 @@ def test_a_failed_conversion_is_one_line_whose_log_stays(folders, tmp_path):
     assert not list(tmp_path.glob("gguf-*"))
 
 
-def test_conversion_needs_folders_and_a_python(folders, tmp_path):
+def test_conversion_needs_folders_and_a_python(folders: Folders, tmp_path):
     converter(tmp_path)
-    for files, python, message in (
+    cases: tuple[tuple[Folders, str, str], ...] = (
         ((tmp_path / "t.gguf", folders[1]), sys.executable, "converter needs the target's folder"),
         ((tmp_path / "none", folders[1]), sys.executable, "none: no config.json there"),
         (folders, "/none", "--engine-python /none: no such program"),
-    ):
+    )
+    for files, python, message in cases:
         with (
             pytest.raises(UserError, match=message),
             gguf_files(*files, tmp_path, None, tmp_path, python),
@@ -291,7 +293,7 @@ def test_conversion_needs_folders_and_a_python(folders, tmp_path):
             pass
 
 
-def test_taps_that_the_converter_does_not_read_are_refused(folders, tmp_path):
+def test_taps_that_the_converter_does_not_read_are_refused(folders: Folders, tmp_path):
     target, draft = folders
     tree = json.loads((draft / "config.json").read_text())
     name = "eagle_aux_hidden_state_layer_ids"

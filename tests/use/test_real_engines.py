@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,37 @@ def write_target(folder: Path) -> None:
                 value.normal_(0, 1)
             elif value.ndim == 2:
                 value.normal_(0, 0.1)
-        model.lm_head.weight[len(tokenizer) :] = 0  # rows of no token
-        model.lm_head.weight[1] = 0
+
+        # Letters alone, so that an answer's text has the same tokens again.
+        spoken = tokenizer.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz0123456789"))
+        others = torch.ones(model.config.vocab_size, dtype=torch.bool)
+        others[spoken] = False
+        model.lm_head.weight[others] = 0
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_pieces(folder / "tokenizer.model", tokenizer, model.config.vocab_size)
+
+
+def write_pieces(path: Path, tokenizer: Any, count: int) -> None:
+    """The tokens as a SentencePiece file, for llama.cpp's converter.
+
+    It takes a BPE tokenizer by a checksum of known ones alone. Prompts are token ids: what matters
+    are the pieces' number and the texts of end tokens.
+    """
+
+    def field(tag: bytes, content: bytes) -> bytes:
+        return tag + bytes([len(content)]) + content
+
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    tokens += [f"unused{number}" for number in range(len(tokenizer), count)]
+    pieces = b""
+    for number, token in enumerate(tokens):
+        kind = 2 if number == count - 1 else 1  # unknown, normal
+        score = b"\x15" + struct.pack("<f", 0.0)
+        content = field(b"\x0a", token.encode()) + score + b"\x18" + bytes([kind])
+        pieces += field(b"\x0a", content)
+    path.write_bytes(pieces + field(b"\x12", b"\x18\x02"))  # the kind of model: BPE
 
 
 def run(root: Path, command: str, *arguments: object) -> None:
