@@ -9,7 +9,7 @@ NAMES = {
     "speculators": "speculators",
     "eagle": "EAGLE",
 }
-SHORT = 12  # characters of a version, which may be a commit
+COMMIT = 40  # characters of a version that is one
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -29,7 +29,8 @@ def table(result: Mapping[str, Any]) -> str:
     for draft, found in drafts.items():
         lines.append(_row([draft, *(cell(found.get(name)) for name in engines)]))
         for name in engines:
-            notes += [f"- {draft}, {NAMES[name]}: {note}" for note in remarks(found.get(name))]
+            for note in remarks(found.get(name)):
+                notes.append(f"- {draft}, {NAMES[name]}: {note.removeprefix(name + ': ')}")
     if notes:
         lines += ["", *dict.fromkeys(notes)]
     return "\n".join(lines) + "\n"
@@ -73,7 +74,7 @@ def _version(drafts: Mapping[str, Mapping[str, Any]], engine: str) -> str:
     for found in drafts.values():
         version = found.get(engine, {}).get("version")
         if version:
-            return str(version)[:SHORT]
+            return version[:8] if len(version) == COMMIT else version
     return ""
 
 

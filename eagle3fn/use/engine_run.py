@@ -120,7 +120,7 @@ def table(results: Results) -> str:
         lines.append(name)
         for engine, one in found.items():
             version = one.get("version") or "-"
-            lines.append(f"  {engine:<12} {version[:12]:<14} {words(one)}")
+            lines.append(f"  {engine:<12} {version[:13]:<14} {words(one)}")
     return "\n".join(lines)
 
 

@@ -39,7 +39,10 @@ def test_cell(result, expected):
 def test_table():
     drafts = {
         "as trained": {"eagle": LOGITS, "vllm": GOOD},
-        "other taps": {"eagle": {"refused": "EAGLE taps others"}, "vllm": GOOD | {"differing": []}},
+        "other taps": {
+            "eagle": {"refused": "eagle: it taps others"},
+            "vllm": GOOD | {"differing": []},
+        },
     }
     settings = {"tasks": 10, "max_new": 48, "draft_length": 4, "logit_tasks": 5}
     lines = table(
@@ -49,10 +52,10 @@ def test_table():
         "10 prompts, at most 48 tokens each, 4 drafted a round, fp32, 2026-11-27; "
         "logits after 5 prompts:"
     )
-    assert lines[2:4] == ["| draft | vLLM 0.32.0 | EAGLE ffffffffffff |", "|---|---|---|"]
+    assert lines[2:4] == ["| draft | vLLM 0.32.0 | EAGLE ffffffff |", "|---|---|---|"]
     assert lines[4].startswith("| as trained | logits 2.3e-05; 9 of 10")
     assert lines[5].endswith("| not representable |")
     assert lines[7:] == [
         "- as trained, vLLM: prompt 4 parts from ours at token 7 (28, ours 30), by the target.",
-        "- other taps, EAGLE: EAGLE taps others.",
+        "- other taps, EAGLE: it taps others.",
     ]
