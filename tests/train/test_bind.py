@@ -143,6 +143,22 @@ def test_init_from_a_draft_takes_all_of_it(draft, dtype, recipe):
     assert list(params) == list(expected)
 
 
+def test_init_from_a_draft_compares_rope_as_it_is_written(tmp_path):
+    """A target's setting that the draft does not follow is not in its file."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5}
+    config = make_config(draft=make_draft(rope_scaling=rope))
+    params = e3.init_params(config.draft, 8, torch.float32)
+    folder = tmp_path / "draft"
+    frozen = make_frozen(config)
+    e3.export(params, frozen, config.draft, folder, 8, torch.float32, any_rope=True)
+    again = replace(config, train=replace(config.train, init=str(folder)))
+    assert equal(e3.bind(again, frozen).init(SEED), params)
+
+    other = replace(again.draft, rope_scaling=rope | {"factor": 2.0})
+    with pytest.raises(e3.UserError, match="its rope_scaling is"):
+        e3.bind(replace(again, draft=other), frozen).init(SEED)
+
+
 def test_init_from_a_draft_of_another_shape_is_refused(draft):
     config = make_config(draft=make_draft(intermediate_size=28), train={"init": str(draft)})
     with pytest.raises(e3.UserError, match=r"its intermediate_size is 24.*is 28.*--draft-config"):
