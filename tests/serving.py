@@ -1,10 +1,12 @@
 """Tests that need a serving engine: hooks for pytest, and where the engines are.
 
 They have the mark `engines` and run only where it is asked for: `scripts/test.sh --engines` makes
-the environments and runs `pytest -m engines`. `VLLM_PYTHON` and `LLAMACPP_PYTHON` name the Pythons,
-`LLAMACPP_SRC` llama.cpp's tree, which has its converter; what they name is not made.
+the environments and runs `pytest -m engines`. `VLLM_PYTHON`, `LLAMACPP_PYTHON`,
+`SPECULATORS_PYTHON` and `EAGLE_PYTHON` name the Pythons, `LLAMACPP_SRC` llama.cpp's tree, which has
+its converter, `EAGLE_SRC` EAGLE's; what they name is not made. EAGLE's tree cannot be made: without
+it its tests are skipped.
 
-    python -m tests.serving FOLDER    make the rest in a folder, and print what the three name
+    python -m tests.serving FOLDER    make the rest in a folder, and print what these name
 """
 
 import os
@@ -16,7 +18,12 @@ import pytest
 from eagle3fn.base.errors import UserError
 from eagle3fn.engines.environments import SOURCES, find_places
 
-PYTHONS = {"vllm": "VLLM_PYTHON", "llamacpp": "LLAMACPP_PYTHON"}
+PYTHONS = {
+    "vllm": "VLLM_PYTHON",
+    "llamacpp": "LLAMACPP_PYTHON",
+    "speculators": "SPECULATORS_PYTHON",
+    "eagle": "EAGLE_PYTHON",
+}
 LEFT_OUT = pytest.StashKey[int]()
 
 
@@ -50,8 +57,10 @@ def pytest_terminal_summary(
 def python_of(engine: str) -> str:
     """The Python of an engine's environment.
 
-    A run that asks for these tests must have it: without it the test fails.
+    A run that asks for these tests must have it: without it the test fails, but for EAGLE's.
     """
+    if engine == "eagle" and not has_eagle():
+        pytest.skip(f"{SOURCES[engine].variable} names no checkout of EAGLE")
     return _named(PYTHONS[engine], "")
 
 
@@ -59,6 +68,11 @@ def source_of(engine: str) -> str:
     """The source tree that an engine needs; as `python_of`."""
     source = SOURCES[engine]
     return _named(source.variable, source.file)
+
+
+def has_eagle() -> bool:
+    """Whether `EAGLE_SRC` is set."""
+    return bool(os.environ.get(SOURCES["eagle"].variable))
 
 
 def _named(variable: str, file: str) -> str:
@@ -73,7 +87,8 @@ def main(folder: str) -> int:
     """Print `NAME=VALUE` of every variable; returns the exit code."""
     given = {engine: os.environ[name] for engine, name in PYTHONS.items() if os.environ.get(name)}
     try:
-        places = find_places(list(PYTHONS), folder, given)
+        engines = [engine for engine in PYTHONS if engine != "eagle" or has_eagle()]
+        places = find_places(engines, folder, given)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

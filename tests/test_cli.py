@@ -18,6 +18,7 @@ from eagle3fn.base.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import locked
 from eagle3fn.base.toml import read_toml
+from eagle3fn.base.tree import equal
 from eagle3fn.cli import main
 from eagle3fn.data.synthesize import begun_threads, synthesize
 from eagle3fn.data.vocab import save_map
@@ -170,6 +171,54 @@ def test_resolved_configuration_repeats_the_run(work, tmp_path):
     out = tmp_path / "again"
     assert call(work, "train", *places(work, out), "--config", work / "run/config.toml") == 0
     assert same_end(out, work / "run", STEPS)
+
+
+def test_run_starts_from_a_draft_and_resumes_without_it(work, tmp_path):
+    """Step 0 is the draft as it was; a run that goes on does not read its folder."""
+    given = shutil.copytree(work / "run/draft", tmp_path / "given")
+    start = settings(f"train.init={given}")
+    run = tmp_path / "run"
+    assert train(work, run, *start) == 0
+    before = load_file(given / "model.safetensors")
+    assert equal(load_file(run / "untrained/model.safetensors"), before)
+    assert not equal(load_file(run / "draft/model.safetensors"), before)
+    first, other = (rows(folder / "eval.jsonl")[0]["loss"] for folder in (run, work / "run"))
+    assert first < other  # what was trained already
+
+    whole = shutil.copytree(run, tmp_path / "whole")
+    shutil.rmtree(run / "checkpoints/step-00000008")
+    shutil.rmtree(given)
+    assert train(work, run, *start) == 0
+    assert same_end(run, whole, STEPS)
+
+
+def test_the_draft_of_a_run_has_a_card_of_its_data(work):
+    text = (work / "run/draft/README.md").read_text()
+    totals = json.loads((work / "features/index.json").read_text())["totals"]
+    supervised = f"{totals['supervised']} supervised tokens"
+    assert f"features: {totals['samples']} samples, {supervised}" in text
+    best = max(rows(work / "run/eval.jsonl")[1:], key=lambda row: row["accepted_length"])
+    assert f"| {best['step']} |" in text and f"{best['accepted_length']:.3f}" in text
+    assert str(work) not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"rope_theta": 5e5, "rope_parameters": None}, "its rope_theta is 500000.0"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5], "eagle_config": None}, "its aux_layers"),
+        (None, "'random', or the folder of an exported draft"),
+    ],
+)
+def test_another_draft_is_no_start(work, tmp_path, change, text, capsys):
+    given = tmp_path / "given"
+    if change:
+        shutil.copytree(work / "run/draft", given)
+        tree = json.loads((given / "config.json").read_text())
+        (given / "config.json").write_text(json.dumps(tree | change))
+    assert train(work, tmp_path / "run", *settings(f"train.init={given}")) == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_killed_run_resumes_to_the_same_bits(work, tmp_path):

@@ -86,3 +86,15 @@ def scaling_as_trained(scaling: dict[str, Any] | None, positions: int) -> dict[s
     if kind == "yarn" and not written.get("original_max_position_embeddings"):
         written["original_max_position_embeddings"] = positions
     return written
+
+
+def same_scaling(one: dict[str, Any] | None, other: dict[str, Any] | None, positions: int) -> bool:
+    """Whether two variants rotate alike, however they are written."""
+
+    def plain(scaling: dict[str, Any] | None) -> dict[str, Any]:
+        written = scaling_as_trained(scaling, positions) or {}
+        names = ("type", "rope_type", "rope_theta")
+        rest = {key: value for key, value in written.items() if key not in names}
+        return {"kind": type_of(written), **rest}
+
+    return plain(one) == plain(other)

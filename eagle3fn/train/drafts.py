@@ -13,6 +13,7 @@ from eagle3fn.base.config import STARTS, Config
 from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_from_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
+from eagle3fn.base.rope_settings import same_scaling
 from eagle3fn.base.switches import check_switches
 from eagle3fn.base.types import Frozen, Params, VocabMap
 from eagle3fn.data.vocab import check_map
@@ -211,8 +212,12 @@ def _check_same(found: DraftConfig, wanted: DraftConfig, folder: str | Path) -> 
     for field in fields(DraftConfig):
         before = getattr(found, field.name)
         now = getattr(wanted, field.name)
-        default_taps = field.name == "aux_layers" and None in (before, now)
-        if before != now and field.name not in _NOT_COMPARED and not default_taps:
+        same = before == now or field.name in _NOT_COMPARED
+        if field.name == "aux_layers":
+            same = same or None in (before, now)  # the default ones of a target
+        if field.name == "rope_scaling":
+            same = same_scaling(before, now, wanted.max_position_embeddings)
+        if not same:
             raise UserError(
                 f"train.init = {str(folder)!r}: its {field.name} is {before!r}, the run's is "
                 f"{now!r}; take the draft's shape with --draft-config {Path(folder) / CONFIG}, and "

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import eagle3fn as e3
+from eagle3fn import specforge
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Frozen
 from eagle3fn.train.recipe import OURS
@@ -121,3 +122,57 @@ def test_a_missing_frozen_tensor_is_named(name):
     config = make_config(train={"init": "random"})
     with pytest.raises(e3.UserError, match=rf"frozen\.{name} is None"):
         e3.bind(config, make_frozen(config)._replace(**{name: None}))
+
+
+@pytest.fixture
+def draft(tmp_path):
+    """An exported draft of `make_config`'s shape, with the vocabulary of `make_frozen`."""
+    config = make_config()
+    params = e3.init_params(config.draft, 8, torch.float32)
+    e3.export(params, make_frozen(config), config.draft, tmp_path / "draft", 8, torch.float32)
+    return tmp_path / "draft"
+
+
+@pytest.mark.parametrize("recipe", [OURS, specforge.RECIPE], ids=["ours", "specforge"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_init_from_a_draft_takes_all_of_it(draft, dtype, recipe):
+    config = make_config(dtype, train={"init": str(draft)})
+    params = e3.bind(config, make_frozen(config), recipe=recipe).init(SEED)
+    expected = e3.load_draft(draft, getattr(torch, dtype)).params
+    assert equal(params, expected)
+    assert list(params) == list(expected)
+
+
+def test_init_from_a_draft_compares_rope_as_it_is_written(tmp_path):
+    """A target's setting that the draft does not follow is not in its file."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5}
+    config = make_config(draft=make_draft(rope_scaling=rope))
+    params = e3.init_params(config.draft, 8, torch.float32)
+    folder = tmp_path / "draft"
+    frozen = make_frozen(config)
+    e3.export(params, frozen, config.draft, folder, 8, torch.float32, any_rope=True)
+    again = replace(config, train=replace(config.train, init=str(folder)))
+    assert equal(e3.bind(again, frozen).init(SEED), params)
+
+    other = replace(again.draft, rope_scaling=rope | {"factor": 2.0})
+    with pytest.raises(e3.UserError, match="its rope_scaling is"):
+        e3.bind(replace(again, draft=other), frozen).init(SEED)
+
+
+def test_init_from_a_draft_of_another_shape_is_refused(draft):
+    config = make_config(draft=make_draft(intermediate_size=28), train={"init": str(draft)})
+    with pytest.raises(e3.UserError, match=r"its intermediate_size is 24.*is 28.*--draft-config"):
+        e3.bind(config, make_frozen(config)).init(SEED)
+
+
+def test_init_from_a_draft_of_another_vocabulary_is_refused(draft):
+    config = make_config(train={"init": str(draft)})
+    other = make_frozen(config, seed=7)
+    with pytest.raises(e3.UserError, match=r"its draft vocabulary.*eagle3fn convert --vocab"):
+        e3.bind(config, other).init(SEED)
+
+
+def test_init_from_a_draft_that_is_not_there_is_refused():
+    config = make_config(train={"init": "rnadom"})
+    with pytest.raises(e3.UserError, match=r"train\.init = 'rnadom': must be 'target' or 'random'"):
+        e3.bind(config, make_frozen(config)).init(SEED)
