@@ -733,6 +733,7 @@ def export(options: Any) -> None:
     from eagle3fn.use.model_card import read_facts
 
     engine = ENGINES[options.engine]
+    _check_apart(options, "--draft", options.draft)
     name = options.target_name or options.target
     if engine.by_number and not name:
         raise UserError(
@@ -758,6 +759,14 @@ def export(options: Any) -> None:
     print(f"{options.out}: for {engine.read}")
 
 
+def _check_apart(options: Any, option: str, path: str) -> None:
+    """Refuse to write over what is read."""
+    from eagle3fn.base.errors import UserError
+
+    if Path(options.out).resolve() == Path(path).resolve():
+        raise UserError(f"--out {options.out}: is {option} too, and would replace it; name another")
+
+
 def convert(options: Any) -> None:
     """Bring drafts, maps or features of other trainers to ours, or maps and features to theirs."""
     from eagle3fn.base.errors import UserError
@@ -766,6 +775,10 @@ def convert(options: Any) -> None:
         raise UserError(
             "--from: of drafts alone; files of maps and features are known by themselves"
         )
+    given = ("--draft", "--vocab", "--features")
+    for option, path in zip(given, (options.draft, options.vocab, options.features), strict=True):
+        if path:
+            _check_apart(options, option, path)
     if options.draft:
         if options.kind != "eagle3fn":
             raise UserError(

@@ -60,6 +60,13 @@ def check_switches(tree: Mapping[str, Any], where: str, origin: str = "") -> Non
     """
     origin = origin or ("speculators" if "speculators_model_type" in tree else "")
     eagle = tree.get("eagle_config") or {}
+    windows = tree.get("layer_types") or []
+    for name, value, kind in (("eagle_config", eagle, dict), ("layer_types", windows, list)):
+        if not isinstance(value, kind):
+            words = "an object" if kind is dict else "a list"
+            raise UserError(
+                f"{where}: {name} = {value!r}: must be {words}; mend a copy of the file"
+            )
     built = {field.name for field in switches()}
     for prefix, keys in (("", tree), ("eagle_config.", eagle)):
         for switch in SWITCHES:
@@ -70,7 +77,6 @@ def check_switches(tree: Mapping[str, Any], where: str, origin: str = "") -> Non
             _check_norm_output(bool(keys[_NORM_OUTPUT]), where, prefix + _NORM_OUTPUT, origin)
 
     # A window of attention, in the ways in which configurations name one.
-    windows = tree.get("layer_types") or []
     if tree.get("sliding_window") and tree.get("use_sliding_window") is not False:
         raise _is_on(where, "sliding_window", tree["sliding_window"], "a window of attention")
     if any(kind != "full_attention" for kind in windows):

@@ -20,7 +20,7 @@ from eagle3fn.data.target import load_target
 from eagle3fn.data.target_source import config_hash, loaded_config, weights_folder
 from eagle3fn.data.target_tensors import StoredTarget, read_stored_target
 from eagle3fn.data.weights import files_digest, weight_files
-from eagle3fn.engines.hidden_states import HiddenStates, Row, row_fault
+from eagle3fn.engines.hidden_states import HiddenStates, Row, Score, row_fault
 
 CHECKS = ("hf", "logits")
 _LARGEST_MODEL = 4 * 2**30  # bytes of weights that are loaded to check a row
@@ -175,9 +175,11 @@ class _CheckedRows:
 
     def _compare_scores(self, encoded: Encoded, row: Row, last: Tensor) -> str:
         """Compare the engine's most probable tokens with `last_hidden @ head.T`."""
-        scores = [score for score in row.scores if score.place < _COMPARED] or row.scores[-1:]
-        if not scores:
+        if not row.scores:
             raise self._refusal(encoded, "it came without the engine's next token")
+        if not scores_fit(row.scores, len(last), len(self.stored.head)):
+            raise self._refusal(encoded, "its most probable tokens are of other places or ids")
+        scores = [score for score in row.scores if score.place < _COMPARED] or row.scores[-1:]
         places = torch.tensor([score.place for score in scores])
         logits = (last[places].float() @ self.stored.head.float().T).log_softmax(-1)  # (R, V)
 
@@ -229,6 +231,18 @@ class _CheckedRows:
             f"its states are those of transformers to {max(found.values()):.1g} (relative, median "
             f"of {count} tokens of the first row)"
         )
+
+
+def scores_fit(scores: Sequence[Score], length: int, vocab_size: int) -> bool:
+    """Whether scores are of tokens and places that are there, all with a probability or none."""
+    kinds = {type(score.log_prob) for score in scores}
+    return kinds in ({float}, {int}, {float, int}, {type(None)}) and all(
+        type(score.place) is int
+        and type(score.token) is int
+        and 0 <= score.place < length
+        and 0 <= score.token < vocab_size
+        for score in scores
+    )
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

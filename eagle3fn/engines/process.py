@@ -87,8 +87,8 @@ class EngineProcess:
         self._rest = b""  # of stdout, after the last line
         try:
             self.facts: dict[str, Any] = self._exchange(settings, "ready", "starting", seconds)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._end(error)
             raise
 
     def ask(self, request: dict[str, Any], seconds: float = ANSWER_SECONDS) -> Any:
@@ -124,8 +124,12 @@ class EngineProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        """End the program; after an interrupt without waiting for an answer that nobody reads."""
         if error is not None and not isinstance(error, UserError):
-            self._signal(signal.SIGTERM)  # do not wait for an answer that nobody reads
+            self._signal(signal.SIGTERM)
         self.close()
 
     def _signal(self, number: int) -> None:
@@ -134,12 +138,11 @@ class EngineProcess:
 
     def _exchange(self, value: dict[str, Any], key: str, doing: str, seconds: float) -> Any:
         """Write one line and read one; the content of its `key`."""
-        assert self._process.stdin is not None
+        end = time.monotonic() + seconds
         with contextlib.suppress(BrokenPipeError):  # it has died: the reader says how
-            self._process.stdin.write(json.dumps(value).encode() + b"\n")
-            self._process.stdin.flush()
+            self._write(json.dumps(value).encode() + b"\n", doing, end, seconds)
 
-        line = self._line(doing, seconds)
+        line = self._line(doing, end, seconds)
         try:
             tree = json.loads(line)
         except ValueError:
@@ -160,19 +163,32 @@ class EngineProcess:
                 return found.group()[:LONGEST]
         return error
 
-    def _line(self, doing: str, seconds: float) -> bytes:
+    def _write(self, line: bytes, doing: str, end: float, seconds: float) -> None:
+        """Write a line to its stdin, which takes a long one only as it is read."""
+        assert self._process.stdin is not None
+        handle = self._process.stdin.fileno()
+        os.set_blocking(handle, False)
+        while line:
+            _, ready, _ = select.select([], [handle], [], self._left(doing, end, seconds))
+            if ready:
+                line = line[os.write(handle, line[: 1 << 16]) :]
+
+    def _left(self, doing: str, end: float, seconds: float) -> float:
+        """Seconds to wait, at most 1; a program whose time is up is killed."""
+        left = end - time.monotonic()
+        if left <= 0:
+            self._signal(signal.SIGKILL)
+            raise UserError(
+                f"{self.engine}: no answer after {seconds:.0f} s ({doing}); see {self.log}"
+            )
+        return min(left, 1.0)
+
+    def _line(self, doing: str, end: float, seconds: float) -> bytes:
         """The next line of its stdout."""
         assert self._process.stdout is not None
         handle = self._process.stdout.fileno()
-        end = time.monotonic() + seconds
         while b"\n" not in self._rest:
-            left = end - time.monotonic()
-            if left <= 0:
-                self._signal(signal.SIGKILL)
-                raise UserError(
-                    f"{self.engine}: no answer after {seconds:.0f} s ({doing}); see {self.log}"
-                )
-            ready, _, _ = select.select([handle], [], [], min(left, 1.0))
+            ready, _, _ = select.select([handle], [], [], self._left(doing, end, seconds))
             if not ready:
                 continue
             piece = os.read(handle, 1 << 20)
@@ -236,18 +252,23 @@ def lines_of(log: Path) -> list[str]:
 
 
 def engine_version(facts: dict[str, Any], oldest: Sequence[int], engine: str, python: str) -> str:
-    """The version in a program's `facts`, which must be at least `oldest`.
+    """The version in a program's or server's `facts`, which must be at least `oldest`.
+
+    `python` is the Python or the address that was named.
 
     Raises:
-        UserError: it is older.
+        UserError: it is older, or there is none.
     """
+    option = "--engine-url" if python.startswith("http") else "--engine-python"
+    if not isinstance(facts, dict) or "version" not in facts:
+        raise UserError(f"{option} {python}: names no version; is this {engine}?")
     version = str(facts["version"])
     release = version.partition("+")[0].split(".")[:3]
     numbers = tuple(int(part) for part in release if part.isdigit())
     if numbers < tuple(oldest):
         least = ".".join(str(number) for number in oldest)
         raise UserError(
-            f"{engine} {version} (--engine-python {python}): too old, {least} or later is needed; "
+            f"{engine} {version} ({option} {python}): too old, {least} or later is needed; "
             "update it there"
         )
     return version

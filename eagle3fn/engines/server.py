@@ -4,6 +4,7 @@ import json
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from eagle3fn.base.errors import UserError
@@ -24,7 +25,7 @@ class Server:
     """
 
     def __init__(self, engine: str, url: str) -> None:
-        if not url.startswith(("http://", "https://")):
+        if not _is_address(url):
             raise UserError(f"--engine-url {url}: must be an address such as http://localhost:8000")
         self.engine = engine
         self.url = url.rstrip("/")
@@ -66,11 +67,22 @@ class Server:
             raise UserError(
                 f"{where}: it ended while it answered ({kind}); look at its log"
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             tree = None
         if not isinstance(tree, dict):
             raise UserError(f"{where}: answered no JSON object; is this {self.engine}?")
         return tree
+
+
+def _is_address(url: str) -> bool:
+    """Whether a text is an address with a host, and a port if it has one."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # of digits, else an error
+    except ValueError:
+        return False
+    good = parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+    return good and not any(letter.isspace() for letter in url)
 
 
 def _message(error: HTTPError) -> str:
@@ -79,4 +91,4 @@ def _message(error: HTTPError) -> str:
         text = error.read().decode("utf-8", "replace")
     except (OSError, HTTPException):
         text = ""
-    return " ".join(text.split())[:_LONGEST] or str(error.reason)
+    return " ".join((text.strip() or str(error.reason)).split())[:_LONGEST]

@@ -101,6 +101,8 @@ class SglangServers:
             found = answer["meta_info"]["hidden_states"]
             states = torch.tensor(_prefill(found), dtype=torch.float32)
             count = answer["meta_info"].get("prompt_tokens", len(row))
+            tokens = answer.get("output_ids")
+            token = int(tokens[0]) if isinstance(tokens, list) and tokens else None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"SGLang at {server.url}: returned no hidden states "
@@ -111,8 +113,6 @@ class SglangServers:
                 f"SGLang at {server.url}: gave states of shape {tuple(states.shape)} for {count} "
                 f"tokens, not of {len(row)}; start it without prefix caching and chunked prefill"
             )
-        tokens = answer.get("output_ids")
-        token = int(tokens[0]) if isinstance(tokens, list) and tokens else None
         return states.to(self.dtype), token
 
     def close(self) -> None:

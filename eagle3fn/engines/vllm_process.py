@@ -6,6 +6,7 @@ order of their ids, each once.
 """
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from eagle3fn.base.device import fast_dtype
@@ -92,13 +93,14 @@ class VllmProcess:
             self._process.close()
             raise
 
-        on_cpu = facts["device"] == "cpu"
+        device = facts.get("device")
+        on_cpu = device == "cpu"
         self.dtype: torch.dtype = dtype or (fast_dtype("cpu") if on_cpu else torch.bfloat16)
         self.title = f"vLLM {version}"
         self.record = {
             "name": "vllm",
             "version": version,
-            "device": facts["device"],
+            "device": device,
             "arguments": arguments or {},
         }
         self._folder = tempfile.TemporaryDirectory(prefix="eagle3fn-vllm-")
@@ -120,9 +122,22 @@ class VllmProcess:
             self._process.ask({"load": self._load}, max(START_SECONDS, self._seconds))
             self._loaded = True
         request = {"rows": [list(row) for row in rows], "scores": scores}
-        for answer in self._process.ask(request, self._seconds):
-            found = [Score(*score) for score in answer["scores"]]
-            yield read_row(answer["path"], self._taps, found, f"{self.title}: ")
+        answers = self._process.ask(request, self._seconds)
+        for path, found in self._parsed(answers, len(rows)):
+            yield read_row(path, self._taps, found, f"{self.title}: ")
+
+    def _parsed(self, answers: Any, count: int) -> list[tuple[str | None, list[Score]]]:
+        """Path and scores of each row of an answer."""
+        try:
+            found = [(one["path"], [Score(*score) for score in one["scores"]]) for one in answers]
+        except (LookupError, TypeError):
+            found = []
+        if len(found) != count:
+            raise UserError(
+                f"{self.title}: its answer is not one of {count} rows; see {self._process.log}, "
+                f"and {self.remedy}"
+            )
+        return found
 
     def close(self) -> None:
         """End the process and remove its files; safe to call again."""
@@ -143,7 +158,7 @@ class VllmProcess:
 
 
 def read_row(path: str | None, taps: Taps, scores: list[Score], who: str) -> Row:
-    """A row out of the safetensors file that vLLM wrote; the file is deleted.
+    """A row out of the safetensors file that vLLM wrote; the file is deleted, no other one is.
 
     Args:
         path: the file's; None, where vLLM named none.
@@ -154,12 +169,14 @@ def read_row(path: str | None, taps: Taps, scores: list[Score], who: str) -> Row
     Raises:
         UserError: no such file, a damaged one, or another number of states.
     """
-    if not path:
+    if not isinstance(path, str) or not path:
         raise UserError(
             f"{who}named no file of hidden states; take a vLLM with the method "
             "extract_hidden_states, and start it as docs/engines.md says"
         )
     try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("no such file")
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -181,7 +198,23 @@ def read_row(path: str | None, taps: Taps, scores: list[Score], who: str) -> Row
 
 
 def remove_file(path: str | None) -> None:
-    """Delete a file of states and its lock, if they are there and may be deleted."""
-    for name in (path, f"{path}.lock") if path else ():
+    """Delete a file of states and its lock, if they are there and may be deleted.
+
+    An engine may name any file: what holds no states is not its own, and stays.
+    """
+    if not path or not _holds_states(path):
+        return
+    for name in (path, f"{path}.lock"):
         with contextlib.suppress(OSError):
             Path(name).unlink(missing_ok=True)
+
+
+def _holds_states(path: str) -> bool:
+    """Whether a file, and no link to one, is as vLLM writes it."""
+    if not os.path.isfile(path) or os.path.islink(path):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys()) == {"hidden_states", "token_ids"}
+    except (OSError, SafetensorError):
+        return False

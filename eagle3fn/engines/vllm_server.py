@@ -2,10 +2,11 @@
 
 import contextlib
 import fcntl
+import os
 import shlex
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -89,17 +90,41 @@ class VllmServer:
 
     def rows(self, rows: Sequence[Sequence[int]], scores: bool) -> Iterator[Row]:
         """As `HiddenStates.rows`; all rows are in flight together."""
-        with ThreadPoolExecutor(len(rows)) as pool:
-            answers = list(pool.map(lambda row: self._ask(row, scores), rows))
+        answers, faults = self._ask_all(rows, scores)
         try:
+            if faults:
+                raise faults[0]
             for answer in answers:
                 path = _path_of(answer)
                 self._wait(path)
-                found = _scores(answer) if scores else []
+                found = scores_of(answer) if scores else []
                 yield read_row(path, self._taps, found, f"vLLM at {self._server.url}: ")
         finally:
             for answer in answers:
                 remove_file(_path_of(answer))
+
+    def _ask_all(
+        self, rows: Sequence[Sequence[int]], scores: bool
+    ) -> tuple[list[dict[str, Any]], list[Exception]]:
+        """Answers in the rows' order, and what went wrong: then some are missing."""
+        answers: dict[int, dict[str, Any]] = {}
+        faults: list[Exception] = []
+
+        def ask(number: int) -> None:
+            try:
+                answers[number] = self._ask(rows[number], scores)
+            except Exception as error:
+                faults.append(error)
+
+        # An interrupt does not wait for a silent server: these threads end with the process.
+        threads = [
+            threading.Thread(target=ask, args=(number,), daemon=True) for number in range(len(rows))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [answers[number] for number in sorted(answers)], faults
 
     def _ask(self, row: Sequence[int], scores: bool) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -116,7 +141,10 @@ class VllmServer:
     def _wait(self, path: str | None) -> None:
         """Wait until a file is written: its lock is held so long."""
         end = time.monotonic() + self._seconds
-        with contextlib.suppress(FileNotFoundError), open(f"{path}.lock", "rb") as lock:
+        if not os.path.isfile(f"{path}.lock"):
+            return
+        # A lock that cannot be looked at says nothing; half a file is refused where it is read.
+        with contextlib.suppress(OSError), open(f"{path}.lock", "rb") as lock:
             while True:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -151,7 +179,7 @@ def _path_of(answer: dict[str, Any]) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def _scores(answer: dict[str, Any]) -> list[Score]:
+def scores_of(answer: dict[str, Any]) -> list[Score]:
     """The most probable token after each place; none, where the answer has no probabilities."""
     try:
         (choice,) = answer["choices"]
@@ -162,6 +190,8 @@ def _scores(answer: dict[str, Any]) -> list[Score]:
         written = choice["logprobs"]["top_logprobs"][0]
         places.append({int(name.removeprefix("token_id:")): p for name, p in written.items()})
     except (LookupError, TypeError, ValueError, AttributeError):
+        return []
+    if not all(places):
         return []
     best = [max(place, key=lambda token: place[token]) for place in places]
     return [Score(at, token, places[at][token]) for at, token in enumerate(best)]

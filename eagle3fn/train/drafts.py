@@ -72,7 +72,7 @@ def make_draft(
     Raises:
         UserError: a tensor is missing, unknown or of the wrong shape.
     """
-    tensors = {_own_name(name): value for name, value in tensors.items()}
+    tensors = {own_name(name): value for name, value in tensors.items()}
 
     # Take the map and the shipped embedding out; a draft that trains its own has it as parameter.
     vocab = _vocab_map(tensors.pop("t2d", None), tensors.pop("d2t", None), config, file)
@@ -96,7 +96,8 @@ def make_draft(
     )
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
+    """A tensor's name in an export, from that or from speculators' layout."""
     if name.startswith(LAYER_BY_NUMBER):
         return LAYER + name.removeprefix(LAYER_BY_NUMBER)
     return name
@@ -152,8 +153,11 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     tree = read_json(path)
     name = tree.get("dtype") or tree.get("torch_dtype") if isinstance(tree, dict) else None
     dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"{path}: dtype = {name!r}: must be one of torch's, such as bfloat16")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise UserError(
+            f"{path}: dtype = {name!r}: must be one of torch's that a draft computes in, such as "
+            "bfloat16"
+        )
     return dtype
 
 

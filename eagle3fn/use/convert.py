@@ -63,7 +63,7 @@ def _other(file: Path) -> Path:
 def _read_npy(file: Path) -> torch.Tensor:
     try:
         return torch.from_numpy(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, EOFError, TypeError) as error:
+    except (OSError, ValueError, EOFError, TypeError, MemoryError) as error:
         raise UserError(f"{file}: damaged or not an array ({error}); write it anew") from None
 
 

@@ -23,7 +23,7 @@ from eagle3fn.base.files import read_json
 from eagle3fn.base.rope_settings import rope_of, scaling_of
 from eagle3fn.base.switches import check_switches
 from eagle3fn.model.table import FC, HEAD
-from eagle3fn.train.drafts import CONFIG, Draft, make_draft
+from eagle3fn.train.drafts import CONFIG, Draft, make_draft, own_name
 from eagle3fn.use.weight_files import read_weights
 
 ORIGINS = ("specforge", "eagle", "speculators", "hf")
@@ -62,7 +62,8 @@ def read_foreign(folder: str | Path, origin: str | None = None) -> Imported:
 
     tree = _flat(tree, path)
     tensors, file = read_weights(folder)
-    tensors = _own_names(tensors)
+    tensors = _own_names(tensors, file)
+    _check_values(tensors, file)
     tree = _without_zero_biases(tree, tensors)
     check_switches(tree, str(path), origin or ("" if found == "hf" else found))
     _check_rope(tree, path, said)
@@ -97,6 +98,8 @@ def _origin_of(tree: dict[str, Any], path: Path) -> str:
             )
         return "speculators"
     names = tree.get("architectures") or []
+    if not isinstance(names, list):
+        raise UserError(f"{path}: architectures = {names!r}: must be a list; mend a copy of it")
     if any("Eagle3" in str(name) for name in names):
         return "hf"
     if "draft_vocab_size" in tree:
@@ -110,7 +113,7 @@ def _origin_of(tree: dict[str, Any], path: Path) -> str:
 def _flat(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     """The keys as an export has them; speculators keeps those of the layer apart."""
     layer = tree.get("transformer_layer_config")
-    if "speculators_model_type" in tree and not isinstance(layer, dict):
+    if (layer is not None or "speculators_model_type" in tree) and not isinstance(layer, dict):
         raise UserError(f"{path}: transformer_layer_config = {layer!r}: must be an object; mend it")
     own = {key: value for key, value in tree.items() if value is not None}
     flat = {**(layer or {}), **own} if isinstance(layer, dict) else own
@@ -125,14 +128,30 @@ def _flat(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     return flat | {"architectures": ["LlamaForCausalLMEagle3"]}
 
 
-def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our names but for the layer's prefix; copies of the target's are left out."""
+def _own_names(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Tensors by our names; copies of the target's are left out."""
     named = {}
     for name, value in tensors.items():
-        short = name.removeprefix(_PREFIX)
+        short = own_name(name.removeprefix(_PREFIX))
+        if short in named:
+            raise UserError(f"{file}: holds {short} under two names, {name} is one; remove one")
         if short not in _OF_THE_TARGET:
             named[short] = value
     return named
+
+
+def _check_values(tensors: dict[str, Tensor], file: Path) -> None:
+    """Refuse weights that are no numbers to compute with."""
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            continue
+        if value.dtype.itemsize < 2:
+            raise UserError(
+                f"{file}: {name} is {str(value.dtype).removeprefix('torch.')}, of quantised "
+                "weights; choose a draft in bfloat16 or float32"
+            )
+        if not value.isfinite().all():
+            raise UserError(f"{file}: {name} holds NaN or infinity; fetch or train the draft again")
 
 
 def _without_zero_biases(tree: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -149,6 +168,8 @@ def _without_zero_biases(tree: dict[str, Any], tensors: dict[str, Tensor]) -> di
 def _check_rope(tree: dict[str, Any], path: Path, origin: str) -> None:
     """Refuse a rotation that is not computed here."""
     scaling = scaling_of(tree) or {}
+    if not isinstance(scaling, dict):
+        raise UserError(f"{path}: rope_scaling = {scaling!r}: must be an object; mend a copy of it")
     for where in (tree, rope_of(tree), scaling):
         part = where.get("partial_rotary_factor")
         if part not in (None, 1, 1.0):
@@ -188,7 +209,7 @@ def _sort_tokens(tensors: dict[str, Tensor], changes: list[str]) -> None:
     """Draft tokens in the order of their ids: the head's rows are permuted with them."""
     d2t = tensors.get("d2t")
     head = tensors.get(HEAD)
-    if d2t is None or head is None or d2t.ndim != 1 or len(d2t) != len(head):
+    if d2t is None or head is None or d2t.ndim != 1 or head.shape[:1] != d2t.shape:
         return
     place = torch.arange(len(d2t))
     ids = d2t.long() + place

@@ -63,7 +63,7 @@ def _find(folder: Path) -> list[Path]:
 
 def _number(path: Path) -> int:
     text = path.stem.removeprefix("hs_")
-    if not text.isdigit():
+    if not text.isdecimal() or not text.isascii():
         raise UserError(f"{path}: must be named after its row, hs_0.safetensors; {READER_REMEDY}")
     return int(text)
 
@@ -78,7 +78,13 @@ def _read_rows(folder: Path) -> list[_Tokens]:
             if row is None or not row.keys() >= {"input_ids", "loss_mask"}:
                 why = reason or "must have input_ids and loss_mask"
                 raise UserError(f"{file}: row {len(rows)}: {why}; prepare the data again")
-            rows.append(_Tokens(torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"])))
+            try:
+                rows.append(_Tokens(torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"])))
+            except (TypeError, ValueError, RuntimeError):
+                raise UserError(
+                    f"{file}: row {len(rows)}: input_ids and loss_mask must be lists of numbers; "
+                    "prepare the data again"
+                ) from None
     return rows
 
 
@@ -114,9 +120,22 @@ def _sample(path: Path, rows: list[_Tokens], norm: Callable[[Tensor], Tensor]) -
             "three taps and the last layer's output; generate it with three target layers and the "
             "last one"
         )
+    zero = (states == 0).all(-1).any(-1)  # (S,)
+    if zero.any():
+        raise UserError(
+            f"{path}: hidden_states are all zero at {int(zero.sum())} of {len(zero)} tokens; "
+            f"{READER_REMEDY}"
+        )
+    try:
+        last = norm(states[:, -1])
+    except RuntimeError:
+        raise UserError(
+            f"{path}: hidden_states has shape {tuple(states.shape)}, of another width than the "
+            "target's; name the target that they were made with"
+        ) from None
     return Sample(
         input_ids=row.ids,
         token_mask=row.mask.long(),
         aux_hidden=states[:, :-1].flatten(1).contiguous(),
-        last_hidden=norm(states[:, -1]).to(states.dtype).contiguous(),
+        last_hidden=last.to(states.dtype).contiguous(),
     )

@@ -89,6 +89,9 @@ def _read(file: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Te
 
 def _unpickled(file: Path) -> dict[str, Any]:
     tree = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(tree, dict) or not all(isinstance(x, Tensor) for x in tree.values()):
-        raise ValueError("not a dict of tensors")
+    if not isinstance(tree, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for name, value in tree.items()
+    ):
+        raise ValueError("not a dict of named, dense tensors")
     return tree

@@ -133,3 +133,21 @@ def test_digest_of_json_does_not_depend_on_the_order_of_keys():
     assert json_sha256({"a": 1, "b": [2]}) == json_sha256(json.loads('{"b": [2], "a": 1}'))
     assert json_sha256({"a": 1}) != json_sha256({"a": 2})
     assert json_sha256({"a": int}, default=str) == json_sha256({"a": str(int)})
+
+
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").touch()
+    (tmp_path / "link").symlink_to("real")
+    with whole_folder(tmp_path / "link") as temporary:
+        (temporary / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["link", "real"]
+    assert names(tmp_path / "real") == ["new"]
+
+
+def test_json_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep\.json: not readable as JSON"):
+        read_json(path)

@@ -69,6 +69,15 @@ def test_long_answers_arrive_whole(begin):
         assert engine.ask({"value": "list(range(500_000))"}) == list(range(500_000))
 
 
+def test_a_long_request_to_a_program_that_does_not_read_ends_with_its_time(begin, tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import sys, time\nsys.stdin.readline()\n"
+        "print('{\"ready\": {}}', flush=True)\ntime.sleep(600)\n"
+    )
+    with begin() as engine, pytest.raises(UserError, match="no answer after 1 s"):
+        engine.ask({"value": "x" * 1_000_000}, 0.6)
+
+
 def test_an_error_of_a_request_is_one_line_and_the_program_goes_on(begin):
     with begin() as engine:
         with pytest.raises(UserError, match=r"^toy: ZeroDivisionError: .*; see .*log$"):

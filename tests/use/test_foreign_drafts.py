@@ -284,6 +284,11 @@ def test_missing_and_damaged_files_are_named(tmp_path, change, text):
         ({"speculators_model_type": "dflash"}, "another algorithm"),
         ({"speculators_model_type": "eagle3"}, "transformer_layer_config = None"),
         ([], "must hold an object"),
+        ({"architectures": 5}, "architectures = 5: must be a list"),
+        (TREE | {"eagle_config": [1]}, r"eagle_config = \[1\]: must be an object"),
+        (TREE | {"layer_types": 7}, "layer_types = 7: must be a list"),
+        (TREE | {"rope_scaling": "x"}, "rope_scaling = 'x': must be an object"),
+        (TREE | {"transformer_layer_config": 3}, "transformer_layer_config = 3"),
     ],
 )
 def test_what_is_no_draft_is_named(tmp_path, tree, text):
@@ -294,6 +299,31 @@ def test_what_is_no_draft_is_named(tmp_path, tree, text):
 def test_another_layout_than_the_origin_said_is_refused(tmp_path):
     with pytest.raises(UserError, match="looks as one of speculators"):
         read_foreign(speculators(tmp_path), "hf")
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"fc.weight": TENSORS["fc.weight"] * float("nan")}, "fc.weight holds NaN or infinity"),
+        ({"norm.weight": torch.ones(16).to(torch.float8_e4m3fn)}, "norm.weight is float8_e4m3fn"),
+        ({"model.norm.weight": torch.ones(16)}, "holds norm.weight under two names"),
+        (
+            by_number({"midlayer.hidden_norm.weight": torch.ones(16)}),
+            "hidden_norm.weight under two",
+        ),
+        ({"lm_head.weight": torch.tensor(1.0)}, r"lm_head.weight has shape \(\)"),
+    ],
+)
+def test_weights_that_are_no_draft_are_named(tmp_path, changed, text):
+    with pytest.raises(UserError, match=rf"model\.safetensors: .*{text}"):
+        read_foreign(put(tmp_path, TREE, TENSORS | changed))
+
+
+def test_a_pickle_of_names_that_are_none_is_refused(tmp_path):
+    folder = eagle(tmp_path)
+    torch.save(TENSORS | {5: torch.ones(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not a dict of named, dense tensors"):
+        read_foreign(folder)
 
 
 # The command
@@ -374,3 +404,31 @@ def test_vllms_folder_needs_the_targets_name(tmp_path, capsys):
 def test_options_that_do_not_go_together_are_refused(tmp_path, words, text, capsys):
     assert convert(*words, "--out", tmp_path / "out") == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("convert", "--draft", "draft"), "--draft"),
+        (("convert", "--vocab", "draft"), "--vocab"),
+        (("convert", "--features", "draft"), "--features"),
+        (("export", "--for", "vllm", "--draft", "draft", "--target", "t"), "--draft"),
+    ],
+)
+def test_what_is_read_is_not_written_over(tmp_path, monkeypatch, words, option, capsys):
+    before = hf(tmp_path / "draft")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(before)
+    for out in ("draft", "link"):
+        assert main([*words, "--out", out]) == 2
+        assert f"--out {out}: is {option} too" in capsys.readouterr().err
+    assert load_file(before / "model.safetensors").keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "float8_e4m3fn"])
+def test_a_dtype_that_no_draft_has_is_refused(tmp_path, dtype, capsys):
+    folder = put(tmp_path / "draft", TREE | {"dtype": dtype})
+    words = ["export", "--for", "vllm", "--draft", str(folder), "--target-name", "t"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert f"dtype = {dtype!r}: must be one of torch's" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
