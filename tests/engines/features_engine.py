@@ -27,6 +27,7 @@ def start(settings: dict[str, Any]) -> Any:
 
     def answer(request: dict[str, Any]) -> Any:
         if "load" in request:
+            assert not loads["folder"], "it is loaded"
             Path(plan["files"], "load.json").write_text(json.dumps(request["load"]))
             loads["folder"] = request["load"]["folder"]
             if plan.get("wrong") == "loads not":
