@@ -71,8 +71,9 @@ class DecoderSettings:
     """What an engine starts with.
 
     Attributes:
-        max_length: tokens of the longest prompt and its answer. The engine gets room for a whole
-            round more, so that no round near the end drafts less: `positions` in all.
+        max_length: tokens of the longest prompt and its answer. The engine gets room for two whole
+            rounds more (`positions`): vLLM does not draft where the rows of the last round and
+            those of the next would not fit.
         end_tokens: decoding stops after the first of these (`data.target.stop_ids`).
         draft_length: tokens drafted in a round; without meaning where nothing is drafted.
         dtype: what target and draft compute in; "auto" leaves it to the engine.
@@ -88,7 +89,7 @@ class DecoderSettings:
     @property
     def positions(self) -> int:
         """Tokens that the engine has room for."""
-        return self.max_length + self.draft_length + 2
+        return self.max_length + 2 * (self.draft_length + 1)
 
 
 class Engine(NamedTuple):

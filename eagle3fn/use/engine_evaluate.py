@@ -194,9 +194,9 @@ def encode_prompts(
         ).positions
         if needed > room:
             raise UserError(
-                f"prompt {number}: {len(ids)} tokens, max_new = {settings.max_new} and a round of "
-                f"{settings.draft_length} drafted tokens: beyond max_position_embeddings = {room}; "
-                "shorten the prompt or lower --max-new"
+                f"prompt {number}: {len(ids)} tokens, max_new = {settings.max_new} and two rounds "
+                f"of {settings.draft_length} drafted tokens: beyond max_position_embeddings = "
+                f"{room}; shorten the prompt or lower --max-new"
             )
         encoded.append(list(ids))
     return encoded, stop_ids(target, tokenizer)

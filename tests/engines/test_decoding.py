@@ -64,8 +64,8 @@ def test_tokens_and_counts_arrive_by_prompt(tmp_path):
     assert plain.answers[0] == EngineAnswer([16, 49, 20, 61, 56, 41], None, 1.0)
 
 
-def test_positions_have_room_for_a_whole_round_at_the_end():
-    assert SETTINGS.positions == 40 + 2 + 2
+def test_positions_have_room_for_two_whole_rounds_at_the_end():
+    assert SETTINGS.positions == 40 + 3 + 3
 
 
 @pytest.mark.parametrize(

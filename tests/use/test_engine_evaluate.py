@@ -138,14 +138,14 @@ def test_acceptance_needs_the_drafted_tokens_by_position():
     [
         ([], "prompts: 0 given"),
         (["fine", " "], "none may be empty"),
-        # 256 positions: 246 of the prompt, 6 of the answer, a round of 2 and 2 more.
-        (["fine", "x" * 245], r"prompt 2: 247 tokens, max_new = 6 .*beyond max_position_embedd"),
+        # 256 positions: 244 of the prompt, 6 of the answer, two rounds of 3.
+        (["fine", "x" * 243], r"prompt 2: 245 tokens, max_new = 6 .*beyond max_position_embedd"),
     ],
 )
 def test_bad_prompts_are_refused(folders: Folders, tmp_path, prompts, message):
     with pytest.raises(UserError, match=message):
         engine_evaluate(*folders, prompts, SETTINGS, tmp_path / "out")
-    engine_evaluate(*folders, ["x" * 244], SETTINGS, tmp_path / "out")
+    engine_evaluate(*folders, ["x" * 242], SETTINGS, tmp_path / "out")
 
 
 def test_a_draft_of_another_target_is_refused(folders: Folders, tmp_path):
