@@ -16,7 +16,7 @@ from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
 from eagle3fn.train.drafts import Draft
 from eagle3fn.use.engine_limits import EAGLE, ENGINES, SGLANG, VLLM, Engine, unrepresentable
 from eagle3fn.use.export import export, export_for, load_draft
-from eagle3fn.use.model_card import Facts, read_facts
+from eagle3fn.use.model_card import Facts, public_name, read_facts
 from tests.engine_table import PAGE, written
 
 LAYERS = 8
@@ -176,6 +176,13 @@ def test_the_card_has_the_facts_and_no_path(tmp_path):
     for command in ("vllm serve TARGET", "sglang.launch_server", "convert_hf_to_gguf.py"):
         assert command in text
     assert read_facts(folder) == facts._replace(target="some-target")
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
+    (tmp_path / "run/target").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name("run/target") == ("target", False)
+    assert public_name("run/other") == ("run/other", True)
 
 
 def test_the_card_names_a_target_of_the_hub(tmp_path):
