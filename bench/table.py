@@ -11,9 +11,9 @@ from bench import engines_table
 from bench.common import RESULTS, ROOT
 from eagle3fn.base.files import read_json, write_text
 
-BEGIN = "<!-- python -m bench.table -->\n\n"
-ENGINES_BEGIN = "<!-- python -m bench.table: engines -->\n\n"
-END = "\n<!-- end -->\n"
+BEGIN = "<!-- python -m bench.table -->\n"
+ENGINES_BEGIN = "<!-- python -m bench.table: engines -->\n"
+END = "<!-- end -->\n"
 OURS = ("specforge", "plain", "fast")
 PEERS = ("specforge_main", "speculators")
 AGAINST = ("ratio", "ratio_specforge_main", "ratio_speculators")
@@ -208,7 +208,7 @@ def put(page: str) -> str:
     for begin, tables in ((BEGIN, text()), (ENGINES_BEGIN, engines_text())):
         before, rest = page.split(begin, 1)
         after = rest.split(END, 1)[1]
-        page = before + begin + tables + END + after
+        page = f"{before}{begin}\n{tables}\n{END}{after}"
     return page
 
 
