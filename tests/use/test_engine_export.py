@@ -17,6 +17,7 @@ from eagle3fn.train.drafts import Draft
 from eagle3fn.use.engine_limits import EAGLE, ENGINES, SGLANG, VLLM, Engine, unrepresentable
 from eagle3fn.use.export import export, export_for, load_draft
 from eagle3fn.use.model_card import Facts, read_facts
+from tests.engine_table import PAGE, written
 
 LAYERS = 8
 TAPS = (1, 3, 4)  # the default ones
@@ -148,6 +149,11 @@ def test_what_can_be_represented_is_not_refused(changes):
     config: DraftConfig = draft_of(**changes).config
     for name in ("vllm", "sglang", "llamacpp", "speculators"):
         assert unrepresentable(name, config, LAYERS) is None
+
+
+def test_the_page_has_the_tables_of_the_code():
+    text = PAGE.read_text(encoding="utf-8")
+    assert written(text) == text, "the tables have changed; run python -m tests.engine_table"
 
 
 # The card
