@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench import table as speed
 from bench.engines_table import cell, table
 
 GOOD = {
@@ -59,3 +60,17 @@ def test_table():
         "- as trained, vLLM: prompt 4 parts from ours at token 7 (28, ours 30), by the target.",
         "- other taps, EAGLE: it taps others.",
     ]
+
+
+def test_put_changes_what_is_between_the_marks_alone():
+    """Also where a block was empty: what follows it stays."""
+    marks = (f"{speed.ENGINES_BEGIN}\n{speed.END}", f"{speed.BEGIN}old\n{speed.END}")
+    page = f"a\n{marks[0]}b\n{marks[1]}c\n"
+    once = speed.put(page)
+    pieces = [piece.split(speed.END)[-1] for piece in once.split("<!-- python")]
+    assert pieces[0] == "a\n"
+    assert pieces[1] == "b\n"
+    assert pieces[2] == "c\n"
+    assert speed.engines_text() in once
+    assert "old" not in once
+    assert speed.put(once) == once
