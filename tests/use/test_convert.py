@@ -175,7 +175,14 @@ def test_a_folder_that_is_there_is_not_written_into(tmp_path, capsys):
     samples = [random_sample(5, 0, VOCAB, HIDDEN)]
     ours = write_folder(tmp_path / "ours", samples, VOCAB, HIDDEN)
     assert convert("--features", ours, "--out", ours, "--for", "specforge") == 2
+    assert "would replace it; name another" in capsys.readouterr().err
+
+    # Nor into a stranger's.
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "one.txt").write_text("dear")
+    assert convert("--features", ours, "--out", tmp_path / "letters", "--for", "specforge") == 2
     assert "name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "letters" / "one.txt").read_text() == "dear"
     assert len(open_features(ours).samples) == 1
 
 
