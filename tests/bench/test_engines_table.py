@@ -64,10 +64,11 @@ def test_table():
 
 def test_put_changes_what_is_between_the_marks_alone():
     """Also where a block was empty: what follows it stays."""
-    marks = (f"{speed.ENGINES_BEGIN}\n{speed.END}", f"{speed.BEGIN}old\n{speed.END}")
-    page = f"a\n{marks[0]}b\n{marks[1]}c\n"
+    begin = "<!-- python -m bench.table"
+    end = "<!-- end -->\n"
+    page = f"a\n{begin}: engines -->\n\n{end}b\n{begin} -->\n\nold\n\n{end}c\n"
     once = speed.put(page)
-    pieces = [piece.split(speed.END)[-1] for piece in once.split("<!-- python")]
+    pieces = [piece.split(end)[-1] for piece in once.split(begin)]
     assert pieces[0] == "a\n"
     assert pieces[1] == "b\n"
     assert pieces[2] == "c\n"
