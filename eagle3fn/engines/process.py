@@ -239,8 +239,9 @@ def last_words(log: Path) -> str:
 
 
 def named_errors(log: Path) -> list[str]:
-    """The lines of a log that name an error."""
-    return [line for line in lines_of(log) if "Error" in line or "error:" in line]
+    """The lines of a log that name an error; warnings, which engines go on after, are left out."""
+    lines = [line for line in lines_of(log) if "WARNING" not in line]
+    return [line for line in lines if "Error" in line or "error:" in line]
 
 
 def lines_of(log: Path) -> list[str]:

@@ -84,7 +84,7 @@ def _answer_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{report['draft_length']}",
     )
     if report.get("engine_accepted_length") is not None:
-        yield "  as the engine counts", f"{report['engine_accepted_length']:.3f}"
+        yield "  engine's own", f"{report['engine_accepted_length']:.3f}"
     if "break_even_accepted_length" in report:
         yield (
             "  when timed",

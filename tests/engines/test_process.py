@@ -124,6 +124,12 @@ def test_an_exit_for_want_of_memory_says_so(begin):
         engine.ask({"value": said})
 
 
+def test_a_warning_is_no_reason(begin):
+    said = "print('KeyError: x'), print('WARNING 02:32 ValueError: no tokenizer'), os._exit(3)"
+    with begin() as engine, pytest.raises(UserError, match=r"exit code 3 .at work.: KeyError: x;"):
+        engine.ask({"value": said})
+
+
 def test_an_engine_that_hangs_is_ended(begin):
     with begin() as engine:
         with pytest.raises(UserError, match="no answer after 1 s"):

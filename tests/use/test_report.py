@@ -184,3 +184,47 @@ def test_damaged_files_are_named(tmp_path, name, value):
     write_run(tmp_path, {name: value})
     with pytest.raises(UserError, match=rf"{name.replace('.', '[.]')}: "):
         write_report(tmp_path)
+
+
+ENGINE = {
+    **FILES["evaluation.json"],
+    "engine": "llamacpp",
+    "engine_version": "2030.1",
+    "tasks": 3,
+    "acceptance_by_position": None,  # it does not count drafted tokens by position
+    "engine_accepted_length": 1.625,
+    "lossless": True,
+    "speed_dtype": "bfloat16",
+    "speed_tasks": 3,
+    "speedup": 1.5,
+    "tokens_per_s": 15.0,
+    "plain_tokens_per_s": 10.0,
+    "timed_tokens": 30,
+    "differing_tokens": 0,
+}
+
+
+def test_an_engine_is_named_with_its_own_accepted_length(tmp_path):
+    write_run(tmp_path, {"evaluation.json": ENGINE})
+    table = write_report(tmp_path)
+    assert "without the draft (bfloat16, llamacpp 2030.1, 3 prompts)" in table
+    assert "same text             yes, token for token (bfloat16, 3 prompts)\n" in table
+    assert "accepted length       1.500 at draft length 5\n" in table
+    assert "\n  engine's own        1.625\n" in table
+
+
+def test_what_an_engine_does_not_give_is_said(tmp_path):
+    unknown = {"accepted_length": None, "engine_accepted_length": None, "speed_dtype": None}
+    sampled = {"lossless": None, "lossless_note": "sampled: not compared token by token"}
+    write_run(tmp_path, {"evaluation.json": ENGINE | unknown | sampled})
+    table = write_report(tmp_path)
+    assert "same text             sampled: not compared token by token\n" in table
+    assert "accepted length       unknown at draft length 5\n" in table
+    assert "(as its file has it, llamacpp 2030.1, 3 prompts)" in table
+
+
+def test_acceptance_by_position_is_missed_without_an_engine(tmp_path):
+    without = {key: value for key, value in ENGINE.items() if key != "engine"}
+    write_run(tmp_path, {"evaluation.json": without})
+    with pytest.raises(UserError, match="acceptance_by_position is missing"):
+        write_report(tmp_path)
