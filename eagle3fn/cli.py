@@ -1,12 +1,12 @@
-"""`eagle3fn COMMAND`: the grammar of the command line; `commands` has a function each."""
+"""`eagle3fn COMMAND`: the grammar of the command line; `commands` has a function for each."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from eagle3fn import commands
 from eagle3fn.base.program import exit_code
+from eagle3fn.commands import checking, data, drafts, training
 
 Command = Callable[..., argparse.ArgumentParser]
 """`(name, function, what it does)` → the parser of a new sub-command."""
@@ -29,11 +29,11 @@ _FASTEST = "default: bfloat16 where the device multiplies it, else float32"
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    root = argparse.ArgumentParser(prog="eagle3fn", description=__doc__)
+    root = argparse.ArgumentParser(prog="eagle3fn", description=__doc__, allow_abbrev=False)
     subcommands = root.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[Any], int | None], about: str) -> argparse.ArgumentParser:
-        sub = subcommands.add_parser(name, help=about, description=about)
+        sub = subcommands.add_parser(name, help=about, description=about, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
 
@@ -161,9 +161,16 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_data_commands(command: Command) -> None:
+    _add_synthesize(command)
+    _add_inspect(command)
+    _add_extract(command)
+    _add_vocab(command)
+
+
+def _add_synthesize(command: Command) -> None:
     sub = command(
         "synthesize",
-        commands.synthesize,
+        data.synthesize,
         "let the target answer given prompts, or write its own turns too",
     )
     _add_target(sub, runs=True)
@@ -196,9 +203,11 @@ def _add_data_commands(command: Command) -> None:
     )
     _add_threads(sub)
 
+
+def _add_inspect(command: Command) -> None:
     sub = command(
         "inspect",
-        commands.inspect,
+        data.inspect,
         "show what is trained on of conversations, and what is left out; the tokenizer is enough",
     )
     _add_target(sub, runs=False)
@@ -208,9 +217,11 @@ def _add_data_commands(command: Command) -> None:
     sub.add_argument("--vocab", help="vocabulary map whose coverage is counted")
     sub.add_argument("--json", action="store_true", help="print the numbers as one line of JSON")
 
+
+def _add_extract(command: Command) -> None:
     sub = command(
         "extract",
-        commands.extract,
+        data.extract,
         "run the target over conversations and write its features; resumable",
     )
     _add_target(sub, runs=True)
@@ -231,8 +242,10 @@ def _add_data_commands(command: Command) -> None:
     _add_threads(sub)
     _add_feature_engine(sub)
 
+
+def _add_vocab(command: Command) -> None:
     sub = command(
-        "vocab", commands.vocab, "count the supervised tokens and write the draft vocabulary map"
+        "vocab", data.vocab, "count the supervised tokens and write the draft vocabulary map"
     )
     _add_target(sub, runs=False)
     sub.add_argument("--features", required=True)
@@ -250,7 +263,7 @@ def _add_data_commands(command: Command) -> None:
 
 
 def _add_training_commands(command: Command) -> None:
-    sub = command("train", commands.train, "train the draft; goes on from the newest checkpoint")
+    sub = command("train", training.train, "train the draft; goes on from the newest checkpoint")
     _add_target(sub, runs=False)
     sub.add_argument("--features", required=True)
     sub.add_argument("--vocab", required=True, help="vocabulary map")
@@ -271,7 +284,7 @@ def _add_training_commands(command: Command) -> None:
 
     sub = command(
         "plan",
-        commands.plan,
+        training.plan,
         "bytes that a run holds, moves and writes; exit code 2 if it cannot fit",
     )
     sub.add_argument("--target", help="folder or hub id; its config.json is enough")
@@ -288,7 +301,7 @@ def _add_training_commands(command: Command) -> None:
 def _add_checking_commands(command: Command) -> None:
     sub = command(
         "evaluate",
-        commands.evaluate,
+        checking.evaluate,
         "speculative decoding with an exported draft: losslessness, length, speed",
     )
     _add_target(sub, runs=True)
@@ -321,7 +334,7 @@ def _add_checking_commands(command: Command) -> None:
     _add_engine(sub)
 
     sub = command(
-        "report", commands.report, "gather a run's results in one table, a JSON file and a picture"
+        "report", checking.report, "gather a run's results in one table, a JSON file and a picture"
     )
     sub.add_argument(
         "--run", dest="folder", required=True, help="folder with train/ and evaluation.json"
@@ -329,7 +342,7 @@ def _add_checking_commands(command: Command) -> None:
 
     sub = command(
         "parity",
-        commands.parity,
+        checking.parity,
         "SpecForge's recipe against SpecForge, bit for bit, on drawn tiny problems",
     )
     sub.add_argument(
@@ -347,7 +360,7 @@ def _add_checking_commands(command: Command) -> None:
 
 
 def _add_draft_commands(command: Command) -> None:
-    sub = command("export", commands.export, "write a trained draft as a serving engine reads it")
+    sub = command("export", drafts.export, "write a trained draft as a serving engine reads it")
     sub.add_argument("--draft", required=True, help="exported draft folder, such as RUN/draft")
     sub.add_argument("--out", required=True, help="new folder, or an older export")
     sub.add_argument(
@@ -363,7 +376,7 @@ def _add_draft_commands(command: Command) -> None:
 
     sub = command(
         "convert",
-        commands.convert,
+        drafts.convert,
         "other trainers' drafts, vocabulary maps and features to ours, and maps and features back",
     )
     what = sub.add_mutually_exclusive_group(required=True)

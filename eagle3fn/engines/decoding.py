@@ -11,11 +11,15 @@ and accepted tokens count. `kept_accepted` gives the number as `use.decode` coun
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.engines.process import ANSWER_SECONDS, EngineProcess, engine_version
+from eagle3fn.engines.process import (
+    ANSWER_SECONDS,
+    EngineClient,
+    EngineProcess,
+    engine_version,
+)
 
 
 class Sampling(NamedTuple):
@@ -111,7 +115,7 @@ ENGINES = {
 }
 
 
-class Decoder:
+class Decoder(EngineClient):
     """An engine that holds a target, and a draft if it was given one; a context manager."""
 
     def __init__(self, engine: str, version: str, process: EngineProcess, speculates: bool) -> None:
@@ -119,7 +123,7 @@ class Decoder:
         self.version = version
         self.facts = process.facts
         self.speculates = speculates
-        self._process = process
+        super().__init__(process)
 
     def decode(
         self,
@@ -167,18 +171,6 @@ class Decoder:
                 f"see {self._process.log} and check that the draft is an EAGLE-3 draft of this "
                 "target"
             )
-
-    def __enter__(self) -> "Decoder":
-        self._process.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.__exit__(kind, error, trace)
 
 
 def open_decoder(

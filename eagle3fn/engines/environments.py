@@ -2,7 +2,7 @@
 
     python = make_environment("speculators", Path(".venv-engines"))
 
-Packages come by pip, from wherever pip is told to look. Two engines need a source tree as well,
+Packages come by pip, as it is set up. Two engines need a source tree as well,
 which an environment variable names (`SOURCES`).
 """
 

@@ -11,14 +11,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.engines.process import EngineProcess
+from eagle3fn.engines.process import EngineClient, EngineProcess
 
 
 class Chain(NamedTuple):
@@ -65,13 +64,13 @@ class LogitSettings:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-class LogitEngine:
+class LogitEngine(EngineClient):
     """A program that holds a draft; a context manager."""
 
     def __init__(self, process: EngineProcess, given: bool) -> None:
         self.version = str(process.facts["version"])
         self.given = given
-        self._process = process
+        super().__init__(process)
         self._folder = tempfile.TemporaryDirectory(prefix="eagle3fn-logits-")
 
     def logits(self, prompt_ids: Sequence[int], chain: Chain) -> tuple[Chain, Tensor]:
@@ -108,18 +107,10 @@ class LogitEngine:
             )
         return Chain(**found), logits
 
-    def __enter__(self) -> "LogitEngine":
-        self._process.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the program and remove its files; safe to call again."""
+        super().close()
         self._folder.cleanup()
-        self._process.__exit__(kind, error, trace)
 
 
 def open_logits(

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from eagle3fn.base.errors import UserError
 
@@ -229,6 +229,31 @@ def find_python(engine: str, python: str | Path) -> str:
             f"that has {engine}"
         )
     return found
+
+
+class EngineClient:
+    """What asks an engine's process; a context manager that ends it."""
+
+    def __init__(self, process: EngineProcess) -> None:
+        self._process = process
+
+    def close(self) -> None:
+        """End the process and remove what it needed; safe to call again."""
+        self._process.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._process.__exit__(kind, error, trace)
+        finally:
+            self.close()
 
 
 def last_words(log: Path) -> str:

@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,13 @@ from safetensors.torch import load_file
 from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.errors import UserError
 from eagle3fn.engines.hidden_states import Row, Score
-from eagle3fn.engines.process import ANSWER_SECONDS, START_SECONDS, EngineProcess, engine_version
+from eagle3fn.engines.process import (
+    ANSWER_SECONDS,
+    START_SECONDS,
+    EngineClient,
+    EngineProcess,
+    engine_version,
+)
 
 OLDEST = (0, 18)  # with `extract_hidden_states`
 _ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
@@ -40,7 +45,7 @@ def taps_of(layers: Sequence[int], num_layers: int) -> Taps:
     return Taps(ids, [ids.index(layer + 1) for layer in layers], ids.index(num_layers))
 
 
-class VllmProcess:
+class VllmProcess(EngineClient):
     """vLLM in the environment of another Python; a context manager that ends it.
 
     The constructor reads its version. It loads the target when the first rows are asked for.
@@ -85,7 +90,7 @@ class VllmProcess:
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             }
         program = "vllm_features.py"
-        self._process = EngineProcess("vLLM", python, program, {}, log, environment=environment)
+        super().__init__(EngineProcess("vLLM", python, program, {}, log, environment=environment))
         try:
             facts = self._process.facts
             version = engine_version(facts, OLDEST, "vLLM", str(python))
@@ -141,20 +146,8 @@ class VllmProcess:
 
     def close(self) -> None:
         """End the process and remove its files; safe to call again."""
-        self._process.close()
+        super().close()
         self._folder.cleanup()
-
-    def __enter__(self) -> "VllmProcess":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.__exit__(kind, error, trace)
-        self.close()
 
 
 def read_row(path: str | None, taps: Taps, scores: list[Score], who: str) -> Row:

@@ -26,7 +26,7 @@ def speculators_keys(
         tree: an export's `config.json`.
         target: the target's folder or hub id, as it is served.
         architectures: of the target.
-        tokens: drafted in a round, unless the engine is told another number.
+        tokens: drafted in a round, unless the engine is given another number.
     """
     own = {"draft_vocab_size", "architectures", "eagle_config", "rope_theta", "rope_scaling"}
     layer = {key: value for key, value in tree.items() if key not in own}

@@ -52,8 +52,8 @@ def test_coverage_is_the_share_of_supervised_tokens_in_the_map(tmp_path):
 def test_features_take_the_bytes_that_are_told(tmp_path):
     """Up to the headers of the shards."""
     path = write_talks(tmp_path / "c.jsonl", 8)
-    told = inspect_file(MAKER, path, hidden_size=16).bytes
-    assert told == inspect_file(MAKER, path).tokens * bytes_of_token(16)
+    counted = inspect_file(MAKER, path, hidden_size=16).bytes
+    assert counted == inspect_file(MAKER, path).tokens * bytes_of_token(16)
     extract(
         model_source(tiny_model(), (1, 2, 4)),
         TEMPLATE,
@@ -63,7 +63,7 @@ def test_features_take_the_bytes_that_are_told(tmp_path):
         stored=torch.bfloat16,
     )
     stored = open_features(tmp_path / "out").index["totals"]["bytes"]
-    assert 0 < stored - told < 8 * 600
+    assert 0 < stored - counted < 8 * 600
 
 
 def test_prompt_and_answer_are_shown_apart():
@@ -169,7 +169,7 @@ def test_bad_rows_and_wrong_arguments_are_one_line(tokenizer_folder, tmp_path, c
     assert "1 of 2 rows" in capsys.readouterr().err
     assert call(tokenizer_folder, path, "--skip-bad", "0.5", "--show", "0") == 0
     assert "1 of 2 rows are bad" in capsys.readouterr().out
-    for given, told in (
+    for given, counted in (
         ("enable=false", "no such variable"),
         ("enable", "NAME=VALUE"),
         ('enable="false"', "is a text, which a template takes as true"),
@@ -177,7 +177,7 @@ def test_bad_rows_and_wrong_arguments_are_one_line(tokenizer_folder, tmp_path, c
     ):
         assert call(tokenizer_folder, path, "--template-arg", given) == 2
         error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1
+        assert counted in error and error.count("\n") == 1
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path, capsys):

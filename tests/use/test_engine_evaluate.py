@@ -199,7 +199,7 @@ def test_command(folders: Folders, tmp_path, capsys):
     [
         ((*VLLM, "--device", "cpu"), "--device: has no effect on an engine"),
         ((*VLLM, "--plain", "x"), "--plain: has no effect on an engine"),
-        ((*VLLM, "--untr", "x"), "--untrained: has no effect on an engine"),
+        ((*VLLM, "--untrained", "x"), "--untrained: has no effect on an engine"),
         ((*VLLM, "--threads", "2"), "--threads: has no effect on an engine"),
         (("--engine-python", "x"), "--engine-python: is for --engine vllm or llamacpp"),
         (("--temperature", "0.5"), "--temperature: is for --engine"),

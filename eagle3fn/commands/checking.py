@@ -1,0 +1,187 @@
+"""Commands that check: evaluation here or in an engine, a run's report, parity with SpecForge."""
+
+from pathlib import Path
+from typing import Any
+
+from eagle3fn.base import progress
+from eagle3fn.commands.shared import given_options, named_values, say, template_arguments
+
+
+def evaluate(options: Any) -> None:
+    """Decode prompts plainly and with the draft, by this package or in a serving engine."""
+    _check_evaluate(options)
+    if options.engine:
+        _evaluate_in_engine(options)
+        return
+    import torch
+
+    from eagle3fn.base.device import check_device
+    from eagle3fn.base.files import write_json
+    from eagle3fn.base.thread_timing import sizes_of, thin_products
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.target_source import target_config
+    from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
+
+    check_device(options.device)
+    sizes = sizes_of(target_config(options.target))
+    rows = [1, 1 + options.draft_length]  # a token, and a block that is verified
+    say(
+        take_threads(
+            lambda: thin_products(sizes, rows, torch.float32), options.device, options.threads
+        )
+    )
+    settings = EvalSettings(
+        tasks=options.tasks,
+        max_new=options.max_new,
+        draft_length=options.draft_length,
+        device=options.device,
+        speed_dtype=options.dtype,
+        template_arguments=template_arguments(options),
+    )
+    report = evaluate(
+        options.target,
+        options.draft,
+        read_prompts(options.prompts),
+        settings,
+        untrained_folder=options.untrained,
+        plain_store=options.plain,
+        on_progress=progress.bars("prompt"),
+        prompts_name=Path(options.prompts).name,
+    )
+    progress.close()
+    write_json(options.out, report)
+    if not report["accepted_length"]:
+        print("nothing was drafted: every answer ended with its first token")
+    print(
+        f"{options.out}: lossless {report['lossless']}, "
+        f"accepted length {report['accepted_length']:.3f}, "
+        f"{report['speedup']:.2f} times as fast in {report['speed_dtype']}"
+    )
+
+
+_HERE_ALONE = ("--device", "--plain", "--untrained", "--threads")
+
+
+_ENGINES_ALONE = (
+    "--engine-python",
+    "--engine-arg",
+    "--converter",
+    "--temperature",
+    "--top-p",
+    "--seed",
+)
+
+
+def _check_evaluate(options: Any) -> None:
+    """Refuse options of `evaluate` that would have no effect, by name."""
+    from eagle3fn.base.errors import UserError
+
+    if options.engine:
+        for name in given_options(options, _HERE_ALONE):
+            raise UserError(
+                f"{name}: has no effect on an engine; leave it out, or give the engine's own "
+                "setting with --engine-arg NAME=VALUE"
+            )
+        _check_engine(options)
+    else:
+        for name in given_options(options, _ENGINES_ALONE):
+            raise UserError(f"{name}: is for --engine vllm or llamacpp; name one, or leave it out")
+
+
+def _check_engine(options: Any) -> None:
+    """Refuse what the engine cannot do, and options that would have no effect on it."""
+    from eagle3fn.base.errors import UserError
+
+    if not options.engine_python:
+        raise UserError(
+            f"--engine {options.engine}: name the Python of an environment that has it with "
+            "--engine-python"
+        )
+    if not options.temperature:
+        for name in given_options(options, ("--top-p", "--seed")):
+            raise UserError(f"{name}: greedy decoding draws nothing; give --temperature above 0")
+
+    # GGUF files.
+    files = [Path(options.target).suffix, Path(options.draft).suffix]
+    if options.engine == "vllm" and options.converter:
+        raise UserError("--converter: is for --engine llamacpp; vLLM loads exported folders")
+    if options.engine == "vllm" and files[1] == ".gguf":
+        raise UserError(f"--draft {options.draft}: vLLM loads exported folders; name one")
+    if files == [".gguf", ".gguf"]:
+        for name in given_options(options, ("--dtype", "--converter")):
+            raise UserError(f"{name}: GGUF files are loaded as they are; leave it out")
+
+
+def _engine_dtype(options: Any) -> str | None:
+    """What an engine computes in; None where a GGUF file of the target says it."""
+    gguf = options.engine == "llamacpp" and Path(options.target).suffix == ".gguf"
+    return options.dtype or (None if gguf else "float32")
+
+
+def _evaluate_in_engine(options: Any) -> None:
+    """Decode prompts plainly and with the draft, in a serving engine."""
+    from contextlib import nullcontext
+
+    from eagle3fn.base.files import write_json
+    from eagle3fn.engines.decoding import Sampling
+    from eagle3fn.engines.llamacpp import gguf_files
+    from eagle3fn.use.engine_evaluate import EngineEvalSettings, describe, engine_evaluate
+    from eagle3fn.use.evaluate import read_prompts
+
+    settings = EngineEvalSettings(
+        engine=options.engine,
+        python=options.engine_python,
+        tasks=options.tasks,
+        max_new=options.max_new,
+        draft_length=options.draft_length,
+        dtype=_engine_dtype(options),
+        sampling=Sampling(
+            options.temperature or 0.0,
+            1.0 if options.top_p is None else options.top_p,
+            options.seed or 0,
+        ),
+        arguments=named_values(options.engine_arg or [], "--engine-arg", "enforce_eager=true"),
+        template_arguments=template_arguments(options),
+    )
+    prompts = read_prompts(options.prompts)
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    served = nullcontext((options.target, options.draft))
+    if options.engine == "llamacpp":
+        served = gguf_files(
+            options.target,
+            options.draft,
+            options.converter,
+            options.dtype,
+            out.parent,
+            options.engine_python,
+        )
+    with served as loaded:
+        report = engine_evaluate(
+            options.target,
+            options.draft,
+            prompts,
+            settings,
+            out.with_suffix(""),
+            served=loaded,
+            on_progress=progress.bars("prompt"),
+            prompts_name=Path(options.prompts).name,
+        )
+    progress.close()
+    write_json(out, report)
+    print(f"{out}: {describe(report)}")
+
+
+def report(options: Any) -> None:
+    """Gather a run's results."""
+    from eagle3fn.use.report import write_report
+
+    print(write_report(Path(options.folder)))
+
+
+def parity(options: Any) -> int:
+    """Compare SpecForge's recipe with SpecForge; returns the exit code."""
+    from eagle3fn.specforge.parity import run
+
+    return run(options.cases, options.seed, options.json, options.bisect, progress.bar)

@@ -1,0 +1,292 @@
+"""Commands that make data: conversations, a look at them, features, the vocabulary map."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eagle3fn.base import progress
+from eagle3fn.commands.shared import chat_template, draft_shape, given_options, named_values, say
+
+if TYPE_CHECKING:
+    import torch
+
+    from eagle3fn.data.sources import FeatureSource
+
+
+def synthesize(options: Any) -> None:
+    """Let the target write conversations, or answer given prompts."""
+    from eagle3fn.base.device import check_device, fast_dtype
+    from eagle3fn.base.thread_timing import sizes_of, thin_products
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
+    from eagle3fn.data.synthesize import ANSWER, begun_threads, synthesize
+    from eagle3fn.data.target import load_target
+
+    check_device(options.device)
+    given = {"temperature": options.temperature, "max_new": options.max_new}
+    given = {name: value for name, value in given.items() if value is not None}
+    shared = {"seed": options.seed, "batch": options.batch, "exclude": options.exclude}
+    shared["on_progress"] = progress.bar("conversation")
+
+    model, tokenizer = load_target(options.target, fast_dtype(options.device), options.device)
+    sizes = sizes_of(model.config.to_dict())
+    say(
+        take_threads(
+            lambda: thin_products(sizes, [options.batch], model.dtype),
+            options.device,
+            options.threads,
+            begun_threads(options.out),
+        )
+    )
+    template = chat_template(options, tokenizer)
+    if not options.prompts:
+        answer = ANSWER._replace(**given)
+        count = options.count or 1000
+        written = synthesize(model, template, options.out, count, answer=answer, **shared)
+        print(f"{options.out}: {written} conversations")
+        return
+
+    sampling = GIVEN_ANSWER._replace(**given)
+    names = (options.prompts, options.out, options.count)
+    done = answer_prompts(model, template, *names, sampling=sampling, **shared)
+    print(
+        f"{options.out}: {done.conversations} conversations, {done.answers} answers, {done.cut} of "
+        f"them cut at {sampling.max_new} tokens and kept; {done.excluded} conversations excluded"
+    )
+
+
+def inspect(options: Any) -> None:
+    """Show the samples of conversations, and count."""
+    import json
+    import os
+    import sys
+
+    from eagle3fn.base.cores import own_cores
+    from eagle3fn.data.inspection import describe, inspect_file, numbers, show_sample
+    from eagle3fn.data.samples import SampleMaker
+    from eagle3fn.data.target import load_tokenizer
+    from eagle3fn.data.target_source import known_hidden_size
+    from eagle3fn.data.vocab import load_map
+    from eagle3fn.specforge.feature_files import read_map
+
+    tokenizer = load_tokenizer(options.target)
+    found = inspect_file(
+        SampleMaker(chat_template(options, tokenizer), options.max_length),
+        options.conversations,
+        limit=options.limit,
+        processes=own_cores(),
+        skip_bad=options.skip_bad,
+        show=options.show,
+        row_id=options.id,
+        vocab_map=load_map(options.vocab, read=read_map) if options.vocab else None,
+        hidden_size=known_hidden_size(options.target),
+        on_rows=progress.counter("row"),
+    )
+    progress.close()
+    if options.json:
+        print(json.dumps(numbers(found)))
+        return
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for sample in found.shown:
+        print(show_sample(tokenizer, sample, colour), end="\n\n")
+    for line in found.missing:
+        print(f"not trained: {line}", end="\n\n")
+    print(describe(found, options.conversations))
+
+
+def extract(options: Any) -> None:
+    """Write the target's features of conversations."""
+    import torch
+
+    from eagle3fn.base.cores import own_cores
+    from eagle3fn.base.device import check_device
+    from eagle3fn.base.draft_config import aux_layers
+    from eagle3fn.data.encode import describe_counts
+    from eagle3fn.data.extract import extract
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.own import foreign_note, measure_agreement
+    from eagle3fn.data.target_source import target_config
+
+    _check_extract(options)
+    check_device(options.device)
+    tree = target_config(options.target)
+    layers = aux_layers(draft_shape(options, tree), tree["num_hidden_layers"])
+    opened = _engine_source if options.engine else _model_source
+    with opened(options, tree, layers) as (source, tokenizer):
+        name = str(source.dtype).removeprefix("torch.")
+        say(f"the target computes in {name}, its features are stored in bfloat16")
+        index = extract(
+            source,
+            chat_template(options, tokenizer),
+            options.conversations,
+            options.out,
+            max_length=options.max_length,
+            limit=options.limit,
+            minutes=options.minutes,
+            stored=torch.bfloat16,
+            skip_bad=options.skip_bad,
+            processes=own_cores(),
+            on_rows=progress.counter("row"),
+            on_progress=progress.bar("sample"),
+        )
+    progress.close()
+    totals = index["totals"]
+    rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
+    print(
+        f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
+        f"{totals['supervised']} supervised, {totals['bytes'] / 2**20:.0f} MiB{rest}"
+    )
+    for line in describe_counts(index, Path(options.out) / "rejects.jsonl"):
+        print(line)
+    found = measure_agreement(open_features(options.out), source.head)
+    say(foreign_note(found, options.target, options.conversations))
+
+
+def _check_extract(options: Any) -> None:
+    """Refuse options of `extract` that would have no effect or do not go together, by name."""
+    from eagle3fn.base.errors import UserError
+
+    if not options.engine:
+        for name in given_options(
+            options, ("--engine-python", "--engine-url", "--engine-arg", "--check")
+        ):
+            raise UserError(f"{name}: needs --engine, such as --engine vllm")
+        return
+
+    for name in given_options(options, ("--device",)):
+        raise UserError(f"{name}: the engine chooses its device; leave it out")
+    if bool(options.engine_python) == bool(options.engine_url):
+        raise UserError(
+            f"--engine {options.engine}: needs either --engine-python, a Python that has it, or "
+            "--engine-url, a running server"
+        )
+    if options.engine_url:
+        for name in ("engine_arg", "threads"):
+            if getattr(options, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option}: a running server has its own; give it at its start")
+    if options.engine == "sglang" and options.engine_python:
+        raise UserError("--engine sglang: is asked as running servers alone; give --engine-url")
+    if options.engine == "vllm" and len(options.engine_url or []) > 1:
+        raise UserError("--engine-url: vLLM has one server; give it once")
+
+
+@contextmanager
+def _model_source(
+    options: Any, tree: dict[str, Any], layers: tuple[int, ...]
+) -> "Iterator[tuple[FeatureSource, Any]]":
+    """The target in this process as a source of features, and its tokenizer."""
+    import torch
+
+    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.thread_timing import large_products, sizes_of
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.extract import begun_threads
+    from eagle3fn.data.sources import model_source
+    from eagle3fn.data.target import load_target
+
+    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
+    model, tokenizer = load_target(options.target, dtype, options.device)
+    sizes = sizes_of(tree)
+    say(
+        take_threads(
+            lambda: large_products(sizes.hidden, sizes.intermediate, model.dtype),
+            options.device,
+            options.threads,
+            begun_threads(options.out),
+        )
+    )
+    batch = options.batch or (4 if options.device == "cpu" else 8)
+    yield model_source(model, layers, batch=batch, name=options.target), tokenizer
+
+
+@contextmanager
+def _engine_source(
+    options: Any, tree: dict[str, Any], layers: tuple[int, ...]
+) -> "Iterator[tuple[FeatureSource, Any]]":
+    """An engine as a source of features, and the target's tokenizer."""
+    import torch
+
+    from eagle3fn.data.engine_source import check_room, default_check, engine_source
+    from eagle3fn.data.target import load_tokenizer
+    from eagle3fn.data.target_source import loaded_config
+
+    check_room(loaded_config(options.target), options.max_length, options.engine)
+    arguments = named_values(options.engine_arg or [], "--engine-arg", "tensor_parallel_size=2")
+    check = options.check or default_check(options.target, arguments)
+    tokenizer = load_tokenizer(options.target)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    with _open_engine(options, tree, layers, dtype, arguments) as engine:
+        batch = options.batch or 32
+        source = engine_source(engine, options.target, layers, batch=batch, check=check, say=say)
+        yield source, tokenizer
+
+
+def _open_engine(
+    options: Any,
+    tree: dict[str, Any],
+    layers: tuple[int, ...],
+    dtype: "torch.dtype | None",
+    arguments: dict[str, Any],
+) -> Any:
+    """The engine that the options name, a context manager."""
+    from eagle3fn.engines.sglang import SglangServers
+    from eagle3fn.engines.vllm_process import VllmProcess, taps_of
+    from eagle3fn.engines.vllm_server import VllmServer
+
+    if options.engine == "sglang":
+        return SglangServers(options.engine_url, layers, dtype=dtype)
+    taps = taps_of(layers, tree["num_hidden_layers"])
+    if options.engine_url:
+        (url,) = options.engine_url
+        return VllmServer(url, taps, max_length=options.max_length, dtype=dtype)
+    return VllmProcess(
+        options.engine_python,
+        options.target,
+        taps,
+        f"{Path(options.out)}.vllm.log",
+        max_length=options.max_length,
+        dtype=dtype,
+        arguments=arguments,
+        threads=options.threads,
+    )
+
+
+def vocab(options: Any) -> None:
+    """Count the supervised tokens and write the vocabulary map."""
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.pipeline import split
+    from eagle3fn.data.target_source import check_supported, config_hash, target_config
+    from eagle3fn.data.vocab import (
+        build_map,
+        chosen_size,
+        count_tokens,
+        coverage,
+        held_out_of,
+        save_map,
+    )
+    from eagle3fn.specforge.feature_files import READER
+
+    tree = target_config(options.target)
+    check_supported(options.target)
+    vocab_size = tree["vocab_size"]
+    features = open_features(options.features, vocab_size, tree["hidden_size"], READER)
+    samples = len(features.samples)
+    held_out = held_out_of(samples) if options.held_out is None else options.held_out
+    kept, held = split(samples, held_out)
+
+    counts = count_tokens(features, kept, vocab_size)
+    size = options.size or chosen_size(counts)
+    vocab_map = build_map(counts, min(size, vocab_size))
+    covered = coverage(vocab_map, counts)
+    provenance = {"target": options.target, "covered": covered}
+    provenance["target_hash"] = config_hash(options.target)
+    save_map(options.out, vocab_map, provenance)
+
+    text = f"{options.out}: {len(vocab_map.d2t)} of {vocab_size} tokens, {covered:.2%} of the "
+    text += "supervised ones"
+    if held:
+        unseen = coverage(vocab_map, count_tokens(features, held, vocab_size))
+        text += f", {unseen:.2%} in {len(held)} held-out samples"
+    print(text)

@@ -1,0 +1,67 @@
+"""What several commands share: a line to print, options as values, template and draft."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eagle3fn.base.draft_config import DraftConfig
+    from eagle3fn.data.template import ChatTemplate
+
+
+_JSON_VALUES = {"True": "true", "False": "false", "None": "null"}
+
+
+def say(line: str | None) -> None:
+    """Print a line, if there is one, before the first progress bar."""
+    if line:
+        print(line, flush=True)
+
+
+def named_values(texts: list[str], option: str, example: str) -> dict[str, Any]:
+    """`NAME=VALUE` of an option that is given once a name: JSON values, else texts."""
+    import json
+
+    from eagle3fn.base.errors import UserError
+
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise UserError(f"{option} {text}: must be NAME=VALUE, such as {example}")
+        try:
+            values[name] = json.loads(_JSON_VALUES.get(value) or value)
+        except ValueError:
+            values[name] = value
+    return values
+
+
+def template_arguments(options: Any) -> dict[str, Any]:
+    """The chat template's arguments: JSON values, else texts."""
+    from eagle3fn.data.turns import check_given
+
+    arguments = named_values(options.template_arg, "--template-arg", "enable_thinking=false")
+    check_given(arguments, "--template-arg")
+    return arguments
+
+
+def chat_template(options: Any, tokenizer: Any) -> "ChatTemplate":
+    """The target's chat template, with the options' arguments."""
+    from eagle3fn.data.target import stop_ids
+    from eagle3fn.data.template import ChatTemplate
+
+    stops = stop_ids(options.target, tokenizer)
+    return ChatTemplate(tokenizer, stops, template_arguments(options))
+
+
+def draft_shape(options: Any, tree: dict[str, Any], size: int | None = None) -> "DraftConfig":
+    """The draft's shape: from `--draft-config`, or derived from the target's configuration."""
+    from eagle3fn.base.draft_config import draft_config_from_json, draft_config_from_target
+
+    if options.draft_config:
+        return draft_config_from_json(options.draft_config)
+    return draft_config_from_target(tree, options.target, size)
+
+
+def given_options(options: Any, names: tuple[str, ...]) -> list[str]:
+    """Those of an option's names that are among a command's arguments."""
+    words = {word.partition("=")[0] for word in options.arguments}
+    return [name for name in names if name in words]

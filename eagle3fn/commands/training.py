@@ -1,0 +1,190 @@
+"""Commands that train a draft, and that count what training needs."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from eagle3fn.base import progress
+from eagle3fn.commands.shared import draft_shape, say
+
+if TYPE_CHECKING:
+    from eagle3fn.base.config import Config
+    from eagle3fn.base.draft_config import DraftConfig
+
+
+def train(options: Any) -> None:
+    """Train the draft, or go on."""
+    import torch
+
+    from eagle3fn.base.device import check_device
+    from eagle3fn.base.draft_config import aux_layers
+    from eagle3fn.base.launch import ranks
+    from eagle3fn.base.thread_timing import large_products
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.data.features import check_made_for, open_features, tensors_of
+    from eagle3fn.data.own import foreign_note, measure_agreement
+    from eagle3fn.data.target_source import config_hashes, target_config
+    from eagle3fn.data.target_tensors import read_target_tensors
+    from eagle3fn.data.vocab import load_map, map_size
+    from eagle3fn.specforge.feature_files import READER, read_map
+    from eagle3fn.specforge.recipes import RECIPES
+    from eagle3fn.train.horizon import begun_threads
+    from eagle3fn.train.loop import train
+    from eagle3fn.train.recipe import OURS
+    from eagle3fn.use.model_card import facts_of
+    from eagle3fn.use.publish import check_published, run_events
+
+    recipe = RECIPES[options.recipe] if options.recipe else OURS
+    overrides = list(options.set)
+    if options.on_nonfinite:
+        overrides.append(f"train.on_nonfinite={options.on_nonfinite}")
+
+    with ranks() as world:
+        # The configuration: the draft from the target, its vocabulary's size from the map, and what
+        # nobody names by the size of both, or as the recipe has it.
+        named = _named(options, overrides)
+        tree = target_config(options.target)
+        hashes = config_hashes(options.target)
+        draft = draft_shape(options, tree, map_size(options.vocab, read_map))
+        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
+        device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
+        defaults, said = _unnamed(options, named, draft, len(features.samples), device)
+        config = _config(options, draft, overrides, options.recipe, defaults)
+        dtype = getattr(torch, config.train.dtype)
+        shape = config.draft
+        line = take_threads(
+            lambda: large_products(shape.hidden_size, shape.draft_vocab_size, dtype),
+            config.train.device,
+            options.threads,
+            world.shared(begun_threads(options.out) if world.main else None),
+            world,
+            bits_depend=config.train.reduce == "tree",
+        )
+        if world.main:
+            say(line)
+
+        # A draft to start from, unless the run goes on; then features, map and target, which must
+        # belong together.
+        layers = tree["num_hidden_layers"]
+        _check_start(options, config, layers)
+        vocab_map = load_map(
+            options.vocab,
+            config.draft.vocab_size,
+            config.draft.draft_vocab_size,
+            hashes,
+            read_map,
+        )
+        tensors = read_target_tensors(options.target, dtype, tensors_of(features))
+        check_made_for(features, hashes, aux_layers(config.draft, layers), options.target)
+        if world.main:
+            say(said)
+            found = measure_agreement(features, tensors.head)
+            say(foreign_note(found, options.target, "CONVERSATIONS.jsonl"))
+
+        state = train(
+            config,
+            features,
+            vocab_map,
+            tensors,
+            options.out,
+            minutes=options.minutes,
+            events=run_events(options.out, config, layers, facts_of(features, options.target)),
+            world=world,
+            recipe=recipe,
+        )
+        if world.main:
+            progress.close()
+            print(check_published(options.out, int(state.step), world.size, options.arguments))
+
+
+def _named(options: Any, overrides: list[str]) -> dict[str, Any]:
+    """The settings that a TOML file and overrides name, by section.
+
+    Those by the names of earlier versions are refused.
+    """
+    from eagle3fn.base.toml import override, read_toml
+    from eagle3fn.specforge.recipes import refuse_old_settings
+
+    named = read_toml(options.config) if options.config else {}
+    refuse_old_settings(named, options.config)
+    given: dict[str, Any] = {}
+    for text in overrides:
+        override(given, text)
+        override(named, text)
+    refuse_old_settings(given, "--set")
+    return named
+
+
+def _unnamed(
+    options: Any, named: dict[str, Any], draft: "DraftConfig", samples: int, device: str
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Values for the settings that nobody names, by section, and a text of where they are from."""
+    from eagle3fn.specforge.recipes import SETTINGS
+    from eagle3fn.train.defaults import (
+        begun_settings,
+        by_section,
+        chosen_defaults,
+        describe,
+        not_named,
+    )
+
+    if options.recipe:
+        return SETTINGS, ""
+    begun = begun_settings(options.out)
+    if begun is not None:
+        return begun, f"settings that are not named: as the run began, {options.out}/config.toml"
+    chosen = not_named(chosen_defaults(draft, samples, device), named)
+    return by_section(chosen), describe(chosen)
+
+
+def _config(
+    options: Any,
+    draft: "DraftConfig | None",
+    overrides: list[str],
+    recipe: str | None = None,
+    defaults: dict[str, dict[str, Any]] | None = None,
+) -> "Config":
+    """The run's configuration; losses and optimizers that are not there are refused."""
+    from eagle3fn.base.config import load_config
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.model.checks import check_loss
+    from eagle3fn.specforge.recipes import RECIPE
+    from eagle3fn.train.optimizer import named_optimizer
+
+    config = load_config(options.config, overrides, draft, defaults)
+    loss = config.objective.loss
+    if loss in RECIPE.batch_means and not recipe:
+        raise UserError(
+            f"objective.loss = {loss!r} is a mean over the whole batch: write nla or lk, which are "
+            "such losses by row, or add --recipe specforge"
+        )
+    check_loss(config, RECIPE.batch_means)
+    named_optimizer(config.optimizer)
+    return config
+
+
+def _check_start(options: Any, config: "Config", target_layers: int) -> None:
+    """Refuse a draft to start from that is not the run's; a run that goes on needs none."""
+    from eagle3fn.train.defaults import begun_settings
+    from eagle3fn.train.drafts import check_start
+
+    if begun_settings(options.out) is None:
+        check_start(config, target_layers)
+
+
+def plan(options: Any) -> None:
+    """Print the bytes that a run needs; refuse what does not fit."""
+    from eagle3fn.data.target_source import check_supported, target_config
+    from eagle3fn.train.memory import GIB, check_fits, describe, plan_memory
+
+    tree = target_config(options.target) if options.target else {}
+    if options.target:
+        check_supported(options.target)
+    draft = None
+    if options.target or options.draft_config:
+        draft = draft_shape(options, tree)
+    _named(options, options.set)
+    config = _config(options, draft, options.set)
+
+    tied = bool(tree.get("tie_word_embeddings"))
+    print(describe(plan_memory(config, options.ranks, options.tokens, tied)))
+    check_fits(config, options.ranks, (options.memory or math.inf) * GIB, "--memory", tied)
