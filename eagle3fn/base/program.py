@@ -1,28 +1,71 @@
-"""What every program here ends with: an exit code, and one line on stderr for bad input."""
+"""What every program here ends with: an exit code, and one line on stderr where it did not end."""
 
+import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from safetensors import SafetensorError
 
 from eagle3fn.base import progress
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.output import lasting_output
+from eagle3fn.base.signals import Interrupted, signals_raised
+
+AGAIN = "nothing is half written; call again"
+"""What to do after a signal, where a program does not say more."""
+
+_SMALLER = (
+    "use less at a time (--batch, data.micro_batch), shorter samples (--max-length, "
+    "data.max_length), or a machine with more memory; eagle3fn plan counts what training needs"
+)
 
 
-def exit_code(name: str, run: Callable[[], int | None]) -> int:
+def exit_code(name: str, run: Callable[[], int | None], again: str = AGAIN) -> int:
     """The exit code of a program: what `run` returns, 0 for None.
 
-    A `UserError`, or a failure of a file, becomes 2 and one line on stderr that begins with `name`.
+    A `UserError`, a failure of a file or too little memory becomes 2 and one line on stderr that
+    begins with `name`. A signal becomes 128 and its number, and one line that ends with `again`.
     """
-    try:
-        return run() or 0
-    except UserError as error:
-        message = str(error)
-    except BrokenPipeError:  # the reader of our output has enough
-        sys.stdout = None
-        return 1
-    except (OSError, SafetensorError) as error:
-        message = f"{error}; check that the path is right, writable and has room"
-    progress.close()
-    print(f"{name}: {message}", file=sys.stderr)
-    return 2
+    with lasting_output():
+        try:
+            with signals_raised():
+                return run() or 0
+        except Interrupted as error:
+            message, code = f"{error}; {again}", 128 + error.number
+        except UserError as error:
+            message, code = str(error), 2
+        except (OSError, SafetensorError) as error:
+            message = f"{error}; check that the path is right, writable and has room"
+            code = 2
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message, code = f"out of memory ({_first_line(error)}); {_SMALLER}", 2
+        progress.close()
+        print(f"{name}: {message}", file=sys.stderr)
+        return code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed: Python's, torch's on the host, or one of a device."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or "can't allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an allocator says, without the places in its source."""
+    text = str(error) or type(error).__name__
+    return text.partition("]")[2].strip()[:200] if "enforce fail" in text else text.splitlines()[0]
+
+
+def called_as(arguments: Sequence[str], ranks: int = 0) -> str:
+    """The command line of `eagle3fn` with these arguments, as a user types it.
+
+    `ranks`: processes that torchrun started; 0: those that the environment names.
+    """
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    program = "eagle3fn"
+    if ranks > 1:
+        program = f"torchrun --nproc-per-node {ranks} -m eagle3fn.cli"
+    return f"{program} {shlex.join(arguments)}"

@@ -1,6 +1,7 @@
 """Commands that train a draft, and that count what training needs."""
 
 import math
+import signal
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
@@ -11,13 +12,14 @@ if TYPE_CHECKING:
     from eagle3fn.base.draft_config import DraftConfig
 
 
-def train(options: Any) -> None:
-    """Train the draft, or go on."""
+def train(options: Any) -> int | None:
+    """Train the draft, or go on; the exit code after a signal."""
     import torch
 
     from eagle3fn.base.device import check_device
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.base.launch import ranks
+    from eagle3fn.base.signals import received
     from eagle3fn.base.thread_timing import large_products
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.features import check_made_for, open_features, tensors_of
@@ -94,6 +96,9 @@ def train(options: Any) -> None:
         if world.main:
             progress.close()
             print(check_published(options.out, int(state.step), world.size, options.arguments))
+
+        # Ctrl-C ends a script that calls this too; SIGTERM, which saved as well, is a good end.
+        return 128 + signal.SIGINT if received() == signal.SIGINT else None
 
 
 def _named(options: Any, overrides: list[str]) -> dict[str, Any]:

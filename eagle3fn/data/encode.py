@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.signals import children_spared
 from eagle3fn.data.rejects import MEND_OR_SKIP, Dropped, rejecting
 from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.row_values import name_of
@@ -256,7 +257,8 @@ def _from_pool(
     chunk = first
     while chunk or running:
         while chunk and len(running) < _AHEAD * processes:
-            running.append(pool.submit(_encode_chunk, chunk))
+            with children_spared():  # the first submission starts the processes
+                running.append(pool.submit(_encode_chunk, chunk))
             chunk = list(islice(rows, _CHUNK))
         try:
             yield from running.popleft().result()

@@ -3,12 +3,10 @@
 A resumed run is bit-identical.
 """
 
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +16,7 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import fsync_path, locked
 from eagle3fn.base.launch import World
+from eagle3fn.base.signals import Stop, signals_noted
 from eagle3fn.base.types import Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.pipeline import prefetch
@@ -38,8 +37,6 @@ from eagle3fn.train.track import append_row, cut_rows, metrics_row, nonfinite
 
 ROWS = ("metrics.jsonl", "eval.jsonl")
 T = TypeVar("T")
-Stop = Callable[[], bool]
-"""Whether a stop was requested."""
 
 
 class Events(NamedTuple):
@@ -83,7 +80,7 @@ def train(
     Writes `config.toml` (resolved), `horizon.json`, `metrics.jsonl`, `eval.jsonl` and
     `checkpoints/` into `out`. With `minutes`, the number of steps is chosen from a few timed steps,
     once: a resumed run keeps it. All ranks call; rank 0 alone writes and calls `events`. After
-    SIGTERM on any rank all finish the step, save it, and return its state.
+    Ctrl-C, SIGTERM or SIGHUP on any rank all finish the step, save it, and return its state.
 
     Raises:
         UserError: features, map, target and configuration don't fit together, a checkpoint of
@@ -91,7 +88,7 @@ def train(
     """
     run = prepare(config, features, vocab_map, target, out, world, recipe)
     lock = locked(run.out) if world.main else nullcontext()
-    with lock, sigterm_noted() as stop_requested:
+    with lock:
         # Where to go on; how many steps to make.
         newest = run.world.shared(_newest_checkpoint(run) if world.main else None)
         run, chosen = with_horizon(run, lambda: _first_state(run), minutes)
@@ -110,7 +107,9 @@ def train(
                 cut_rows(run.out / name, last)
 
         if int(state.step) < run.config.train.steps:
-            state = _steps(run, state, loop_state, events, stop_requested)
+            # A signal before this ends the program: nothing is lost that is not on the disk.
+            with signals_noted() as stop_requested:
+                state = _steps(run, state, loop_state, events, stop_requested)
         return state
 
 
@@ -260,23 +259,3 @@ def _nonfinite_message(run: Run, step: int) -> str:
         f"{last}; check these samples, lower optimizer.learning_rate, or leave such updates out "
         "with --on-nonfinite skip"
     )
-
-
-@contextmanager
-def sigterm_noted() -> Iterator[Stop]:
-    """A function that returns whether SIGTERM has come since the block began.
-
-    Outside the main thread it never does.
-
-    The signal then requests a stop: the loop finishes its step, saves it and returns.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield lambda: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,5 @@
 """What a training run shows and publishes: progress, held-out results, the best draft exported."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from eagle3fn.base import progress
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import read_json
+from eagle3fn.base.program import called_as
+from eagle3fn.base.signals import name_of, received
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.train.loop import Events
 from eagle3fn.use.export import export
@@ -33,12 +34,11 @@ def check_published(out: str | Path, step: int, ranks: int, arguments: Sequence[
     total = read_json(out / "horizon.json")["steps"]
 
     if step < total:
-        program = "eagle3fn"
-        if ranks > 1:
-            program = f"torchrun --nproc-per-node {ranks} -m eagle3fn.cli"
+        number = received()
+        by = f" by {name_of(number)}" if number else ""
         return (
-            f"stopped by SIGTERM, step {step} of {total} is saved; "
-            f"resume with {program} {shlex.join(arguments)}"
+            f"stopped{by}, step {step} of {total} is saved; "
+            f"resume with {called_as(arguments, ranks)}"
         )
 
     if not (out / "draft").is_dir():

@@ -27,9 +27,7 @@ def test_resume_command_is_made_of_the_arguments_given(run, monkeypatch, ranks, 
     """Not of those of the process, which may be any program that calls the library."""
     monkeypatch.setattr(sys, "argv", ["notebook", "--port", "8888"])
     line = check_published(run, 3, ranks, ARGUMENTS)
-    assert line == (
-        f"stopped by SIGTERM, step 3 of 10 is saved; resume with {program} train --out 'my run'"
-    )
+    assert line == (f"stopped, step 3 of 10 is saved; resume with {program} train --out 'my run'")
 
 
 def test_the_draft_of_a_finished_run_is_named(run):
