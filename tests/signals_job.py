@@ -1,7 +1,7 @@
 """A signal in each stage, for `test_signals_in_stages.py`: `python -m tests.signals_job FOLDER`.
 
-`FOLDER/seen.json` has, by stage, how it ended after the signal, what was left, and how it ended when
-it was called again.
+`FOLDER/seen.json` has, by stage, how it ended after the signal, what was left, and how it ended
+when it was called again.
 """
 
 import importlib

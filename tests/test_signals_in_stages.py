@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in every stage: one line that names the command that goes on, which then does."""
+"""Ctrl-C and SIGTERM in every stage: one line that names the command, which then goes on."""
 
 import json
 import os
