@@ -10,6 +10,9 @@ from eagle3fn.commands.shared import draft_shape, say
 if TYPE_CHECKING:
     from eagle3fn.base.config import Config
     from eagle3fn.base.draft_config import DraftConfig
+    from eagle3fn.base.types import VocabMap
+    from eagle3fn.data.features import FeatureSet
+    from eagle3fn.data.target_tensors import TargetTensors
 
 
 def train(options: Any) -> int | None:
@@ -17,16 +20,14 @@ def train(options: Any) -> int | None:
     import torch
 
     from eagle3fn.base.device import check_device
-    from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.base.launch import ranks
     from eagle3fn.base.signals import received
     from eagle3fn.base.thread_timing import large_products
     from eagle3fn.base.threads import take_threads
-    from eagle3fn.data.features import check_made_for, open_features, tensors_of
+    from eagle3fn.data.features import open_features
     from eagle3fn.data.own import foreign_note, measure_agreement
-    from eagle3fn.data.target_source import config_hashes, target_config
-    from eagle3fn.data.target_tensors import read_target_tensors
-    from eagle3fn.data.vocab import load_map, map_size
+    from eagle3fn.data.target_source import target_config
+    from eagle3fn.data.vocab import map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
     from eagle3fn.train.horizon import begun_threads
@@ -45,7 +46,6 @@ def train(options: Any) -> int | None:
         # nobody names by the size of both, or as the recipe has it.
         named = _named(options, overrides)
         tree = target_config(options.target)
-        hashes = config_hashes(options.target)
         draft = draft_shape(options, tree, map_size(options.vocab, read_map))
         features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
@@ -68,15 +68,7 @@ def train(options: Any) -> int | None:
         # belong together.
         layers = tree["num_hidden_layers"]
         _check_start(options, config, layers)
-        vocab_map = load_map(
-            options.vocab,
-            config.draft.vocab_size,
-            config.draft.draft_vocab_size,
-            hashes,
-            read_map,
-        )
-        tensors = read_target_tensors(options.target, dtype, tensors_of(features))
-        check_made_for(features, hashes, aux_layers(config.draft, layers), options.target)
+        vocab_map, tensors = _read_matching(options, config, features, layers)
         if world.main:
             say(said)
             found = measure_agreement(features, tensors.head)
@@ -99,6 +91,28 @@ def train(options: Any) -> int | None:
 
         # Ctrl-C ends a script that calls this too; SIGTERM, which saved as well, is a good end.
         return 128 + signal.SIGINT if received() == signal.SIGINT else None
+
+
+def _read_matching(
+    options: Any, config: "Config", features: "FeatureSet", target_layers: int
+) -> "tuple[VocabMap, TargetTensors]":
+    """The map and the target's tensors; refused unless the features are that target's."""
+    import torch
+
+    from eagle3fn.base.draft_config import aux_layers
+    from eagle3fn.data.features import check_made_for, tensors_of
+    from eagle3fn.data.target_source import config_hashes
+    from eagle3fn.data.target_tensors import read_target_tensors
+    from eagle3fn.data.vocab import load_map
+    from eagle3fn.specforge.feature_files import read_map
+
+    draft = config.draft
+    hashes = config_hashes(options.target)
+    vocab_map = load_map(options.vocab, draft.vocab_size, draft.draft_vocab_size, hashes, read_map)
+    dtype = getattr(torch, config.train.dtype)
+    tensors = read_target_tensors(options.target, dtype, tensors_of(features))
+    check_made_for(features, hashes, aux_layers(draft, target_layers), options.target)
+    return vocab_map, tensors
 
 
 def _named(options: Any, overrides: list[str]) -> dict[str, Any]:

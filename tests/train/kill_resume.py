@@ -1,12 +1,14 @@
-"""Kills a tiny training with SIGKILL, resumes it, and compares it with one that was left alone.
+"""Kills a tiny stage with SIGKILL, calls it again, and compares it with one that was left alone.
 
-    python -m tests.train.kill_resume --kills 3 --ranks 2,1
+    scripts/kill_resume.py --kills 3 --ranks 2,1 1,4
+    scripts/kill_resume.py --kills 3 --stage extract
 
-A cycle starts the training on R ranks and kills one rank or all of them at a place drawn by the
-seed: between two micro-batches, in the rest of a step, or in a save. It resumes the training on R2
-ranks, and compares the last state and the metrics by equality. The training is the package's own
+Of a training, a cycle starts it on R ranks and kills one rank or all of them at a place drawn by
+the seed: between two micro-batches, in the rest of a step, or in a save. It resumes the training on
+R2 ranks, and compares the last state and the metrics by equality. The training is the package's own
 loop in real processes; only the notes of where each process is come from here. Ranks are forked
-from this process, which has imported everything and computed nothing.
+from this process, which has imported everything and computed nothing. `tests/kill_stages.py` has the
+other stages.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.sharedctypes import RawArray
@@ -34,6 +37,7 @@ from eagle3fn.data.features import open_features
 from eagle3fn.train import bind, loop
 from eagle3fn.train import step as step_file
 from eagle3fn.train.checkpoint import checkpoints
+from tests import kill_stages
 from tests.factories import make_draft, make_map, make_target, supervised_sample, write_folder
 from tests.train.forked import Ranks
 from tests.train.run_files import rows, same_end
@@ -210,6 +214,7 @@ class Cycle(NamedTuple):
     """What one kill and the resumed run gave."""
 
     place: str
+    ranks: list[int]  # those killed, and those that resumed
     equal: bool  # the last state and all rows are those of the run left alone
     lost: int  # steps that its rows don't have
     repeated: int  # rows whose step was there before
@@ -238,7 +243,7 @@ def run_cycle(number: int, aim: Aim, ranks: list[int], folder: Path) -> Cycle | 
     repeated = len(steps) - len(set(steps))
     if equal:
         shutil.rmtree(out)
-    return Cycle(place, equal, lost, repeated, begun)
+    return Cycle(place, ranks, equal, lost, repeated, begun)
 
 
 def count(cycles: list[Cycle]) -> dict[str, Any]:
@@ -251,7 +256,12 @@ def count(cycles: list[Cycle]) -> dict[str, Any]:
     }
     for place in ("save", "accumulation", "step"):
         counts[f"in_{place}"] = sum(cycle.place == place for cycle in cycles)
-    return counts | {"resumed_from": [cycle.resumed_from for cycle in cycles]}
+    pairs = Counter(" to ".join(map(str, cycle.ranks)) for cycle in cycles)
+    resumed = Counter(f"step {cycle.resumed_from}" for cycle in cycles)
+    return counts | {
+        "ranks": dict(sorted(pairs.items())),
+        "resumed_from": dict(sorted(resumed.items())),
+    }
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -260,7 +270,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kills", type=int, default=3, help="kills that count (default 3)")
     parser.add_argument(
-        "--ranks", default="2", help="ranks killed, or R,R2: killed on R, resumed on R2 (default 2)"
+        "--stage", choices=("train", *kill_stages.STAGES), default="train", help="default train"
+    )
+    parser.add_argument(
+        "--ranks",
+        nargs="+",
+        default=["2"],
+        metavar="R[,R2]",
+        help="of a training: killed on R ranks, resumed on R2 (default 2); of several pairs each "
+        "kill draws one",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -270,21 +288,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    """Run the cycles; 0 if all were equal."""
-    options = make_parser().parse_args()
-    ranks = [int(text) for text in options.ranks.split(",")]
+def run_cycles(options: argparse.Namespace, draw: random.Random, folder: Path) -> list[Cycle]:
+    """Cycles of a training; kills that come too late don't count, ten tries for each that does."""
+    pairs = [[int(number) for number in text.split(",")] for text in options.ranks]
     places = (options.place,) if options.place else PLACES[1:]
-    draw = random.Random(options.seed)
 
-    # The run that nothing happens to.
-    folder = Path(tempfile.mkdtemp(prefix="kill-resume-"))
+    # The run that nothing happens to: the same bits on any number of ranks.
     write_features(folder / "features")
-    run_on(ranks[0], folder / "features", folder / "whole")
+    run_on(pairs[0][0], folder / "features", folder / "whole")
 
-    # Kills that come too late don't count; ten tries for each that does.
     cycles: list[Cycle] = []
     for number in range(10 * options.kills):
+        ranks = draw.choice(pairs)
         done = run_cycle(number, draw_aim(draw, ranks[0], places), ranks, folder)
         if done:
             cycles.append(done)
@@ -292,17 +307,30 @@ def main() -> int:
         print(message, file=sys.stderr, flush=True)
         if len(cycles) == options.kills:
             break
+    return cycles
 
-    counts = count(cycles)
+
+def main() -> int:
+    """Run the cycles; 0 if all were equal and nothing was lost."""
+    options = make_parser().parse_args()
+    draw = random.Random(options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="kill-resume-"))
+    if options.stage == "train":
+        counts = count(run_cycles(options, draw, folder))
+    else:
+        found = kill_stages.run_cycles(options.stage, options.kills, draw, folder)
+        counts = kill_stages.count(found)
+
     if options.json:
         print(json.dumps(counts))
     else:
         for name, value in counts.items():
-            print(f"{name:<14}{value}")
+            print(f"{name:<24}{value}")
 
     all_equal = counts["kills"] == counts["equal"] == options.kills
-    none_wrong = counts["lost"] == counts["repeated"] == 0
-    if not (all_equal and none_wrong):
+    wrong = [counts.get(name, 0) for name in ("lost", "repeated", "left_temporary_files")]
+    if not all_equal or any(wrong):
+        print(f"what differs is in {folder}", file=sys.stderr)
         return 1
     shutil.rmtree(folder)
     return 0
