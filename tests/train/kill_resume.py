@@ -7,8 +7,8 @@ Of a training, a cycle starts it on R ranks and kills one rank or all of them at
 the seed: between two micro-batches, in the rest of a step, or in a save. It resumes the training on
 R2 ranks, and compares the last state and the metrics by equality. The training is the package's own
 loop in real processes; only the notes of where each process is come from here. Ranks are forked
-from this process, which has imported everything and computed nothing. `tests/kill_stages.py` has the
-other stages.
+from this process, which has imported everything and computed nothing. The other stages are in
+`tests/kill_stages.py`.
 """
 
 import argparse
