@@ -10,7 +10,7 @@ import torch
 from eagle3fn.base import progress
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json
+from eagle3fn.base.read import read_json
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.train.loop import Events
 from eagle3fn.use.export import export
