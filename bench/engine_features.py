@@ -35,8 +35,8 @@ from bench import common
 from bench.launch import add_arguments
 from eagle3fn import cli
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_jsonl
 from eagle3fn.base.provenance import provenance
+from eagle3fn.base.read import read_jsonl
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import load_target, stop_ids

@@ -23,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from bench import common
 from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import open_text, read_json, whole_folder, write_json
+from eagle3fn.base.files import whole_folder, write_json
+from eagle3fn.base.read import read_json
 from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.file_kinds import open_unpacked
 from eagle3fn.data.target_source import target_config
 
 HEAD = "lm_head.weight"
@@ -125,8 +127,8 @@ def main() -> None:
     untie(options.target, out / "target")
     count = write_ckpts(options.features, out / "features")
     write_json(out / "draft.json", draft_tree(tree, options.draft_vocab))
-    with open_text(options.conversations) as file:
-        (out / "conversations.jsonl").write_text(file.read(), encoding="utf-8")
+    with open_unpacked(options.conversations) as file:
+        (out / "conversations.jsonl").write_bytes(file.read())
     print(f"{out}: {count} samples, target, draft.json, conversations.jsonl")
 
 

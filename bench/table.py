@@ -9,7 +9,8 @@ from typing import Any
 
 from bench import engines_table
 from bench.common import RESULTS, ROOT
-from eagle3fn.base.files import read_json, write_text
+from eagle3fn.base.files import write_text
+from eagle3fn.base.read import read_json
 
 BEGIN = "<!-- python -m bench.table -->\n\n"
 ENGINES_BEGIN = "<!-- python -m bench.table: engines -->\n\n"

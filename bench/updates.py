@@ -45,8 +45,8 @@ from bench.random_run import BATCH, SAMPLES, UNROLL, Sizes, write_problem
 from bench.replacements import replacements
 from bench.stages import Stages
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_jsonl
 from eagle3fn.base.provenance import provenance
+from eagle3fn.base.read import read_jsonl
 from eagle3fn.base.types import TrainState
 from eagle3fn.specforge import script
 from eagle3fn.specforge.oracle import Oracle, load_oracle

@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.files import read_json, whole_file, whole_folder, write_json
+from eagle3fn.base.files import whole_file, whole_folder, write_json
 from eagle3fn.base.program import exit_code
 from eagle3fn.base.provenance import git_revision
+from eagle3fn.base.read import read_json
 from eagle3fn.base.signals import received, signals_noted
 
 HERE = Path(__file__).resolve().parent

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json
+from eagle3fn.base.read import read_json
 from eagle3fn.base.rope_settings import (
     check_scaling,
     rope_of,

@@ -1,7 +1,8 @@
-"""Files written whole or not at all, and readers that name the line they cannot read.
+"""Files written whole or not at all, places checked before work, folders held by one process.
 
 Every file that the package writes goes through `whole_file` or `whole_folder`, or one of the
-`write_…` functions on them: a reader sees the old content or the new, never a part.
+`write_…` functions on them: a reader sees the old content or the new, never a part. Rows of a log
+are appended by `append_line`.
 """
 
 import gzip
@@ -9,17 +10,95 @@ import hashlib
 import json
 import lzma
 import os
-import shutil
-import tempfile
-import zlib
+import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.temporary import (
+    REPLACED,
+    UNFINISHED,
+    clear,
+    naming,
+    not_written,
+    side_folder,
+    usual_mode,
+)
 
-_OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
+OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
+_LONGEST_NAME = 235  # bytes: the name of what is not finished has 20 more, and 255 are allowed
+
+
+# Places
+
+
+def check_out_file(path: str | Path) -> None:
+    """Refuse a place that no file can be written to. Called before any work.
+
+    Raises:
+        UserError: a folder, device, pipe or socket, or a link; inside of a file; not writable.
+    """
+    found = _check_place(Path(path))
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: is a {kind_of(found)}; name a file that is none, or a new one")
+
+
+def check_out_folder(path: str | Path) -> None:
+    """Refuse a place that no folder can be written to. Called before any work.
+
+    A link to a folder is followed. A folder that a killed call had moved away is put back.
+
+    Raises:
+        UserError: a file, device, pipe or socket, or a link to one; inside of a file; not writable.
+    """
+    real = Path(os.path.realpath(path))
+    clear(real)
+    found = _check_place(real)
+    if found is not None and not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path}: is a {kind_of(found)}; name a folder")
+
+
+def _check_place(path: Path) -> os.stat_result | None:
+    """What is at a path, not followed, once it is sure that something can be written there."""
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise UserError(f"{path}: its name is longer than {_LONGEST_NAME} bytes; name a shorter")
+    found = None
+    with suppress(FileNotFoundError, NotADirectoryError):
+        found = _lstat(path)
+
+    # The folder that it is in, or the first above that is there.
+    above = path.absolute().parent
+    while not os.path.exists(above) and above != above.parent:
+        above = above.parent
+    if not os.path.isdir(above):
+        raise UserError(f"{path}: {above} is no folder; name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {above} is not writable; make it so, or name another place")
+    return found
+
+
+def _lstat(path: Path) -> os.stat_result:
+    try:
+        return path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name another place") from None
+
+
+def kind_of(found: os.stat_result) -> str:
+    """What something is that is no regular file, in words."""
+    kinds = {
+        stat.S_ISDIR: "folder",
+        stat.S_ISLNK: "link",
+        stat.S_ISFIFO: "pipe",
+        stat.S_ISSOCK: "socket",
+        stat.S_ISCHR: "device",
+        stat.S_ISBLK: "device",
+    }
+    return next((name for test, name in kinds.items() if test(found.st_mode)), "file")
 
 
 # Written whole or not at all
@@ -27,64 +106,69 @@ _OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.ope
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it replaces `path` in one rename."""
+    """Yield a temporary path of the same name; on success it replaces `path` in one rename.
+
+    Raises:
+        UserError: `path` is no place for a file (`check_out_file`), or could not be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    check_out_file(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear(path)
+        with side_folder(path, UNFINISHED) as side:
+            temporary = side / path.name
+            temporary.touch()
+            yield temporary
 
-    try:
-        yield temporary
-
-        # mkstemp gives mode 0600; the file gets the mode that a plain `open` would give it. The
-        # process's umask can be read only by setting it.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-
-        # The content must be on the disk before the name is, and the name before this returns.
-        fsync_path(temporary)
-        os.replace(temporary, path)
-        fsync_path(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+            # The content must be on the disk before the name is, and the name before this returns.
+            usual_mode(temporary)
+            fsync_path(temporary)
+            check_out_file(path)
+            os.replace(temporary, path)
+            fsync_path(path.parent)
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`; on success it takes the name `path`.
+    """Yield a temporary folder; on success it takes the name `path`.
 
     A folder of that name is replaced; of a link, the folder that it names.
+
+    Raises:
+        UserError: `path` is no place for a folder (`check_out_folder`), or could not be written.
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-
-    try:
-        yield temporary
-        publish_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    check_out_folder(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with side_folder(path, UNFINISHED) as side:
+            temporary = side / path.name
+            temporary.mkdir()
+            yield temporary
+            publish_folder(temporary, path)
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
     """Flush a folder and its files to the disk, and rename it to `path`.
 
-    A folder of that name is replaced. Modes are set to 0755 for folders and 0644 for files.
+    A folder of that name is replaced. Modes are those of files and folders made plainly.
     """
-    temporary.chmod(0o755)
-    for file in temporary.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)
+    for file in reversed([temporary, *temporary.rglob("*")]):
+        usual_mode(file)
         fsync_path(file)
-    fsync_path(temporary)
 
-    if path.exists():
+    if os.path.lexists(path):
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            raise UserError(f"{path}: is a {kind_of(path.lstat())}; name a folder")
         # A rename does not replace a folder that holds files: move it away, then delete it.
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old)
+        with side_folder(path, REPLACED) as side:
+            os.replace(path, side / path.name)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(side / path.name, path)
+                raise
     else:
         os.replace(temporary, path)
     fsync_path(path.parent)
@@ -112,71 +196,48 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """Write one JSON value a line, compressed by the name's ending, whole or not at all."""
-    opener = _opener(path)
+    opener = OPENERS.get(Path(path).suffix, open)
     with whole_file(path) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-# Read
-
-
-def open_text(path: str | Path) -> IO[str]:
-    """Open plain, `.gz` or `.xz` text for reading, chosen by the name's ending."""
-    return _opener(path)(path, "rt", encoding="utf-8")
-
-
-def _opener(path: str | Path) -> Callable[..., IO[str]]:
-    return _OPENERS.get(Path(path).suffix, open)
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
+def append_line(path: str | Path, text: str) -> None:
+    """Append a line in UTF-8, all of it or nothing. The file is made if it is not there.
 
     Raises:
-        UserError: the file is missing, or is not a file of JSON.
+        UserError: `path` is a link, or no regular file; or the line could not be written.
     """
+    path = Path(path)
+    line = memoryview((text + "\n").encode())
+    handle = _open_own(path, os.O_WRONLY | os.O_APPEND)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); write it anew") from None
+        size = os.fstat(handle).st_size
+        try:
+            while line:
+                line = line[os.write(handle, line) :]
+        except OSError as error:
+            os.ftruncate(handle, size)
+            raise not_written(path, error) from None
+    finally:
+        os.close(handle)
 
 
-def read_jsonl(path: str | Path) -> list[Any]:
-    """Read one JSON value a line (plain, `.gz`, `.xz`); empty lines are skipped.
-
-    Raises:
-        UserError: the file is missing or damaged, or a line is not JSON; the message names the
-            line.
-    """
-    rows = []
+def _open_own(path: Path, flags: int) -> int:
+    """Open a regular file of a run, made if it is not there; a link is not followed."""
+    # Without waiting for the reader of a pipe.
+    flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(_parse_line(path, number, line))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name a JSONL file (plain, .gz or .xz)") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged or not text ({error}); write it anew") from None
-    return rows
-
-
-def _parse_line(path: str | Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); "
-            "mend or delete the line"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        # Numbers of too many digits, and values nested too deeply.
-        raise UserError(
-            f"{path}:{number}: not usable JSON ({error}); mend or delete the line"
-        ) from None
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if not os.path.lexists(path) or stat.S_ISREG(path.lstat().st_mode):
+            raise not_written(path, error) from None
+        handle = None
+    if handle is None or not stat.S_ISREG(os.fstat(handle).st_mode):
+        if handle is not None:
+            os.close(handle)
+        raise UserError(f"{path}: is a {kind_of(path.lstat())}, not a file; remove it")
+    return handle
 
 
 # Digests and locks
@@ -202,17 +263,26 @@ def locked(folder: str | Path) -> Iterator[None]:
     """Hold `folder` (made if need be) for this process, until the block or the process ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or its file `.lock` is no regular file.
     """
     import fcntl
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
+    check_out_folder(folder)
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    handle = _open_own(folder / ".lock", os.O_RDWR)
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{folder}: another process is at work there; wait, or name another folder"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be locked ({error.strerror}); name a folder on another disk"
+            ) from None
         yield
+    finally:
+        os.close(handle)

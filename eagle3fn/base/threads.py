@@ -13,8 +13,9 @@ import torch
 
 from eagle3fn.base.cores import local_ranks, own_cores
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, write_json
+from eagle3fn.base.files import write_json
 from eagle3fn.base.launch import World
+from eagle3fn.base.read import read_json
 from eagle3fn.base.thread_timing import Work, candidates, fastest
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

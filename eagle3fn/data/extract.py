@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, read_json, sha256
+from eagle3fn.base.files import json_sha256, sha256
+from eagle3fn.base.read import read_json
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.data.encode import encode_file
 from eagle3fn.data.features import shard_name, write_index, write_shard

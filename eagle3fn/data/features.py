@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, sha256, whole_file, write_json
+from eagle3fn.base.files import sha256, whole_file, write_json
+from eagle3fn.base.read import read_json
 from eagle3fn.base.types import Sample
 from eagle3fn.data.validate import hidden_fault, token_fault
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, sha256
+from eagle3fn.base.files import sha256
+from eagle3fn.base.read import read_json
 from eagle3fn.data.arrow_rows import arrow_rows, parquet_rows
 from eagle3fn.data.file_kinds import BOM, DAMAGED, kind_of, open_unpacked
 from eagle3fn.data.json_array import BrokenArrayError, array_items

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json
+from eagle3fn.base.read import read_json
 
 _REMEDY = "fetch the target's files again"
 # Keys that two copies of one target may differ in.
@@ -82,7 +82,7 @@ def stored_json(path_or_id: str | Path, name: str) -> dict[str, Any]:
     if file is None:
         return {}
 
-    tree = read_json(file)
+    tree = read_json(file, nan=True)
     if not isinstance(tree, dict):
         raise UserError(f"{file}: not a JSON object; {_REMEDY}")
     return tree

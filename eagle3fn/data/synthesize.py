@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, read_jsonl, write_jsonl
+from eagle3fn.base.files import json_sha256, write_jsonl
+from eagle3fn.base.read import read_jsonl
+from eagle3fn.base.temporary import clear
 from eagle3fn.base.threads import Kept, keep_threads, read_kept
 from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.openings import opening, stub
@@ -145,7 +147,8 @@ class Parts(NamedTuple):
     def finish(self, rows: list[dict]) -> None:
         """Write `out`; then the parts, and what a kill left of one, are deleted."""
         write_jsonl(self.out, rows)
-        for part in self.folder.glob(f"*{self.digest}-*"):
+        for part in self.folder.glob(f"{self.digest}-*"):
+            clear(part)
             part.unlink()
         if self.folder.exists() and {path.name for path in self.folder.iterdir()} <= {_THREADS}:
             (self.folder / _THREADS).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json
+from eagle3fn.base.read import read_json
 from eagle3fn.engines.process import find_python, last_words
 
 CONVERTER = "convert_hf_to_gguf.py"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_jsonl
+from eagle3fn.base.read import read_jsonl
 
 NUMBERS = ("loss", "grad_norm")
 """Fields of a row that are a number."""

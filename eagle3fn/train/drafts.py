@@ -12,7 +12,7 @@ from torch import Tensor
 from eagle3fn.base.config import STARTS, Config
 from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_from_json
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json
+from eagle3fn.base.read import read_json
 from eagle3fn.base.rope_settings import same_scaling
 from eagle3fn.base.switches import check_switches
 from eagle3fn.base.types import Frozen, Params, VocabMap

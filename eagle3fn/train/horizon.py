@@ -11,7 +11,8 @@ import torch
 
 from eagle3fn.base.config import to_dict, with_steps
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, write_json, write_text
+from eagle3fn.base.files import write_json, write_text
+from eagle3fn.base.read import read_json
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState

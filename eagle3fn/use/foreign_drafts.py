@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eagle3fn.base.draft_config import draft_config_from_keys, listed_taps, taps_keys
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json
+from eagle3fn.base.read import read_json
 from eagle3fn.base.rope_settings import rope_of, scaling_of
 from eagle3fn.base.switches import check_switches
 from eagle3fn.model.table import FC, HEAD

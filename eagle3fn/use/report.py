@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, read_jsonl, whole_file, write_json
+from eagle3fn.base.files import whole_file, write_json
 from eagle3fn.base.provenance import processor, versions
+from eagle3fn.base.read import read_json, read_jsonl
 
 _LABEL = 22  # columns
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json, write_json
+from eagle3fn.base.files import write_json
+from eagle3fn.base.read import read_json
 from eagle3fn.data.target import weights_digest
 from eagle3fn.use.decode import until_end
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_json
+from eagle3fn.base.read import read_json
 
 _SAFE = "model.safetensors"
 _PICKLED = "pytorch_model.bin"

@@ -16,7 +16,7 @@ from bench.problem import draft_of
 from bench.random_run import target_tree
 from bench.recipe_step import DRAFT
 from bench.specforge_data import draft_tree
-from eagle3fn.base.files import read_json
+from eagle3fn.base.read import read_json
 from eagle3fn.specforge import script
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.train.track import append_row

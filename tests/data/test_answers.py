@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_jsonl, write_jsonl
+from eagle3fn.base.files import write_jsonl
+from eagle3fn.base.read import read_jsonl
 from eagle3fn.data import answers as module
 from eagle3fn.data.answers import Answered, answer_prompts
 from eagle3fn.data.synthesize import Sampling

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import read_jsonl, write_jsonl
+from eagle3fn.base.files import write_jsonl
+from eagle3fn.base.read import read_jsonl
 from eagle3fn.data import synthesize as module
 from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.synthesize import (
@@ -170,7 +171,7 @@ def test_finished_run_deletes_its_own_parts_alone(killed):
     out, _ = killed
     parts = Path(f"{out}.parts")
     mine = min(parts.iterdir()).name
-    (parts / f".{mine}.abc.tmp").write_text("left by a kill")
+    (parts / f".{mine}.abcdefgh.tmp").mkdir()  # left by a kill
     others = parts / ".other-00000.jsonl.abc.tmp"
     others.write_text("left by a kill of other settings")
     assert synthesize(tiny_model(), tiny_template(), out, 3) == 3

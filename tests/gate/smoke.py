@@ -30,7 +30,7 @@ from bench.problem import Problem, draft_of, draw_params, make_problem
 from bench.sides import one_rank_mesh
 from eagle3fn import specforge
 from eagle3fn.base.draft_config import aux_layers
-from eagle3fn.base.files import read_json
+from eagle3fn.base.read import read_json
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Params, VocabMap
 from eagle3fn.data.online import roll_out

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import eagle3fn
-from eagle3fn.base.files import read_json, read_jsonl
+from eagle3fn.base.read import read_json, read_jsonl
 from eagle3fn.specforge.oracle import COMMIT_FILES
 
 CLAIMS = {
