@@ -9,13 +9,9 @@ import torch
 from eagle3fn.base import progress
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
-<<<<<<< HEAD
-from eagle3fn.base.files import read_json
 from eagle3fn.base.program import called_as
-from eagle3fn.base.signals import name_of, received
-=======
 from eagle3fn.base.read import read_json
->>>>>>> s15-disk
+from eagle3fn.base.signals import name_of, received
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.train.loop import Events
 from eagle3fn.use.export import export
