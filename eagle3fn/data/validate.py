@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+LARGEST = 1e12
+"""The largest feature: in fp32 the square of a norm, and its gradient's 1 / norm³, are normal numbers."""
+
 
 def token_fault(
     ids: Tensor, mask: Tensor, length: int | None = None, vocab_size: int | None = None
@@ -55,4 +58,11 @@ def hidden_fault(
         if not finite.all():
             row = int((~finite).any(-1).nonzero()[0])
             return f"{name} holds NaN or infinity at token {row}"
+        largest = float(value.abs().max())
+        if largest > LARGEST:
+            row = int((value.abs() > LARGEST).any(-1).nonzero()[0])
+            return (
+                f"{name} holds {largest:.1e} at token {row}: must be within {LARGEST:.0e}, beyond "
+                "which a norm is wrong in float32"
+            )
     return None

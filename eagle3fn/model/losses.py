@@ -74,9 +74,10 @@ def _kl(logits: Tensor, p_draft: Tensor) -> Tensor:
 
 
 def _kl_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
-    # kl = log Σ exp(l) - Σ p · l, and log Σ exp(l) = max(l) - log max(s).
-    log_sum = logits.amax(-1) - draft.amax(-1).log()
-    return log_sum - (logits * p_draft).sum(-1), draft.sub_(p_draft)
+    # kl = log Σ exp(l - m) - Σ p · (l - m), with m = max(l) and log Σ exp(l - m) = -log max(s): of
+    # large logits nothing is lost in a difference of two large numbers.
+    below_top = logits - logits.amax(-1, keepdim=True)
+    return -draft.amax(-1).log() - below_top.mul_(p_draft).sum(-1), draft.sub_(p_draft)
 
 
 def _rkl(logits: Tensor, p_draft: Tensor) -> Tensor:

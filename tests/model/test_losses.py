@@ -315,3 +315,21 @@ def test_acceptance_rises_within_twelve_updates(name: str) -> None:
 def test_weights_out_of_range_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(e3.UserError, match=f"objective.{name} = "):
         replace(e3.ObjectiveConfig(), **{name: value})
+
+
+@EVERY
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6, -1e6])
+def test_common_part_of_the_logits_costs_no_accuracy(name: str, offset: float) -> None:
+    """The logits are exact in fp32: only a difference of two large numbers would lose digits."""
+    source = torch.Generator().manual_seed(0)
+    logits = torch.randint(-64, 64, (50, 600), generator=source) / 16
+    p = torch.softmax(torch.randn(50, 900, generator=source), -1)[:, :600]
+    teacher = p / p.sum(-1, keepdim=True), p
+    loss = loss_of(name)
+    want = loss.value(logits.double(), *(x.double() for x in teacher))
+
+    shifted = logits + offset
+    assert torch.allclose(loss.value(shifted, *teacher).double(), want, rtol=2e-6)
+    if loss.closed:
+        found, _ = loss.closed(shifted, torch.softmax(shifted, -1), *teacher)
+        assert torch.allclose(found.double(), want, rtol=2e-6)
