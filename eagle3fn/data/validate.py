@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 1e12
-"""The largest feature: in fp32 the square of a norm, and its gradient's 1 / norm³, are normal numbers."""
+"""The largest feature: in fp32 a row's norm, its square and 1 / norm³ are normal numbers."""
 
 
 def token_fault(

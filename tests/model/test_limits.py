@@ -122,6 +122,6 @@ def test_features_beyond_the_limit_are_refused():
     assert hidden_fault(aux, last, 4, 2, "float32") is None
     aux[2, 5] = -2 * LARGEST
     assert hidden_fault(aux, last, 4, 2, "float32") == (
-        "aux_hidden holds 2.0e+12 at token 2: must be within 1e+12, beyond which a norm is wrong in "
-        "float32"
+        "aux_hidden holds 2.0e+12 at token 2: must be within 1e+12, beyond which a norm is wrong "
+        "in float32"
     )
