@@ -78,7 +78,7 @@ def parse_json(text: str | bytes, nan: bool = False) -> Any:
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} deep") from None
 
-    _check_depth(value)
+    check_depth(value)
     if _SURROGATE.search(text):
         _check_surrogates(value)
     return value
@@ -110,7 +110,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Raise a ValueError if dicts and lists lie within each other more than `DEEPEST` deep."""
     boxes = [[value]]
     for _ in range(DEEPEST + 1):
         inner = []
