@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import kind_of
+from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.places import kind_of
 
 LIMIT = 2**30  # bytes of a file, and of a line
 CONFIG_LIMIT = 2**24  # bytes of a configuration
@@ -38,14 +38,6 @@ class Rows(NamedTuple):
 
 
 # Texts
-
-
-def printable(text: Any, longest: int = 100) -> str:
-    """What a file says, as part of a message: on one line, without control codes, and cut."""
-    shown = []
-    for letter in str(text)[: longest + 1]:
-        shown.append(letter if letter.isprintable() else ascii(letter)[1:-1])
-    return "".join(shown[:longest]) + ("…" if len(shown) > longest else "")
 
 
 def parse_json(text: str | bytes, nan: bool = False) -> Any:

@@ -6,8 +6,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import DEEPEST, check_depth, printable, read_text
+from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.read import DEEPEST, check_depth, read_text
 
 _LIMIT = 2**18  # bytes of a configuration: the parser takes quadratic time for some texts
 _BETWEEN_KEYS = re.compile(r"[,=\[\]{}\n]")

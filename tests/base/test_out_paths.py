@@ -4,24 +4,24 @@ import errno
 import os
 import socket
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from eagle3fn.base import files
+from eagle3fn.base import files, places
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import (
     append_line,
-    check_out_file,
-    check_out_folder,
     locked,
     publish_folder,
     whole_file,
     whole_folder,
     write_text,
 )
+from eagle3fn.base.places import check_out_file, check_out_folder, other_than
 from eagle3fn.base.temporary import side_folder
 
 NO_FILES = ("folder", "pipe", "socket", "device", "link", "link to a folder", "link to a device")
@@ -100,9 +100,43 @@ def test_places_without_a_folder_to_write_in_are_refused(tmp_path, check, monkey
         check(tmp_path / "letter/deep/out")
     with pytest.raises(UserError, match=r"longer than 235 bytes"):
         check(tmp_path / ("é" * 118))
-    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(places.os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"is not writable; make it so"):
         check(tmp_path / "new/out")
+
+
+def put_all(folder: Path) -> None:
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).write_text("ours")
+
+
+def test_a_folder_is_replaced_only_if_it_is_an_older_output(tmp_path):
+    path = tmp_path / "out"
+    put_all(path)
+    refused = r"out: holds a, and only what eagle3fn wrote is replaced; name a new folder"
+    with pytest.raises(UserError, match=refused), whole_folder(path):
+        pass
+    with pytest.raises(UserError, match=refused), whole_folder(path, lambda folder: "a"):
+        pass
+    with whole_folder(path, lambda folder: other_than(folder, ("a", "b"))) as temporary:
+        (temporary / "a").write_text("new")
+    assert state(path).keys() == {"a"}
+
+    # What came into it meanwhile is not lost.
+    foreign = partial(other_than, names=("a", "b"))
+    with pytest.raises(UserError, match="holds thesis, and"), whole_folder(path, foreign):
+        (path / "thesis").write_text("years")
+    assert state(path).keys() == {"a", "thesis"}
+
+
+@pytest.mark.parametrize("kind", ["link", "link to a folder", "folder", "pipe"])
+def test_files_of_an_output_are_regular(tmp_path, kind):
+    path = put(tmp_path, kind)
+    (tmp_path / "draft").mkdir()
+    assert other_than(tmp_path / "draft", ()) is None
+    path.rename(tmp_path / "draft/config.json")
+    assert other_than(tmp_path / "draft", ("config.json",)) == "config.json"
 
 
 # Appending and locks: files of a run, whose links are not followed

@@ -5,11 +5,10 @@ import os
 
 import pytest
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.read import (
     DEEPEST,
     parse_json,
-    printable,
     read_json,
     read_jsonl,
     read_object,
