@@ -27,6 +27,7 @@ from eagle3fn.train.drafts import (
     LAYER_BY_NUMBER,
     WEIGHTS,
     Draft,
+    check_finite,
     load_draft,
 )
 from eagle3fn.use.engine_limits import EAGLE, Engine, check_representable
@@ -185,6 +186,7 @@ def _tensors(
     copies = {}
     for name, value in tensors.items():
         copies[name] = value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+    check_finite(copies, "export")
     return copies
 
 
