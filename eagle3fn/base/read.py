@@ -22,6 +22,7 @@ from eagle3fn.base.places import kind_of
 
 LIMIT = 2**30  # bytes of a file, and of a line
 CONFIG_LIMIT = 2**24  # bytes of a configuration
+UNFINISHED = ", in a line without an end"  # of a reason: of a last row that may yet be written
 DEEPEST = 64  # boxes within boxes
 _DIGITS = 300  # of a whole number: a float holds those of 308
 _UNPACKERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}  # pyright: ignore
@@ -223,7 +224,8 @@ def read_rows(path: str | Path, check: Callable[[Any], str | None] = lambda row:
         try:
             value = parse_json(line)
         except ValueError as error:
-            rows.bad.append((number, f"not JSON ({error})"))
+            cut = "" if line.endswith(b"\n") else UNFINISHED
+            rows.bad.append((number, f"not JSON ({error}){cut}"))
             continue
         reason = check(value)
         if reason is None:
