@@ -1,8 +1,18 @@
 """User errors: one type, raised with what is wrong, where, and what to do."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input or configuration. The message names the file or value, the constraint, the remedy.
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def printable(text: Any, longest: int = 100) -> str:
+    """What a file says, as part of a message: on one line, without control codes, and cut."""
+    shown = []
+    for letter in str(text)[: longest + 1]:
+        shown.append(letter if letter.isprintable() else ascii(letter)[1:-1])
+    return "".join(shown[:longest]) + ("…" if len(shown) > longest else "")

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, places checked before work, folders held by one process.
+"""Files and folders written whole or not at all, rows appended, folders held by one process.
 
 Every file that the package writes goes through `whole_file` or `whole_folder`, or one of the
 `write_…` functions on them: a reader sees the old content or the new, never a part. Rows of a log
@@ -12,11 +12,12 @@ import lzma
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.places import Foreign, anything, check_out_file, check_out_folder, kind_of
 from eagle3fn.base.temporary import (
     REPLACED,
     UNFINISHED,
@@ -28,77 +29,6 @@ from eagle3fn.base.temporary import (
 )
 
 OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
-_LONGEST_NAME = 235  # bytes: the name of what is not finished has 20 more, and 255 are allowed
-
-
-# Places
-
-
-def check_out_file(path: str | Path) -> None:
-    """Refuse a place that no file can be written to. Called before any work.
-
-    Raises:
-        UserError: a folder, device, pipe or socket, or a link; inside of a file; not writable.
-    """
-    found = _check_place(Path(path))
-    if found is not None and not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path}: is a {kind_of(found)}; name a file that is none, or a new one")
-
-
-def check_out_folder(path: str | Path) -> None:
-    """Refuse a place that no folder can be written to. Called before any work.
-
-    A link to a folder is followed. A folder that a killed call had moved away is put back.
-
-    Raises:
-        UserError: a file, device, pipe or socket, or a link to one; inside of a file; not writable.
-    """
-    real = Path(os.path.realpath(path))
-    clear(real)
-    found = _check_place(real)
-    if found is not None and not stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{path}: is a {kind_of(found)}; name a folder")
-
-
-def _check_place(path: Path) -> os.stat_result | None:
-    """What is at a path, not followed, once it is sure that something can be written there."""
-    if len(os.fsencode(path.name)) > _LONGEST_NAME:
-        raise UserError(f"{path}: its name is longer than {_LONGEST_NAME} bytes; name a shorter")
-    found = None
-    with suppress(FileNotFoundError, NotADirectoryError):
-        found = _lstat(path)
-
-    # The folder that it is in, or the first above that is there.
-    above = path.absolute().parent
-    while not os.path.exists(above) and above != above.parent:
-        above = above.parent
-    if not os.path.isdir(above):
-        raise UserError(f"{path}: {above} is no folder; name another place")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: {above} is not writable; make it so, or name another place")
-    return found
-
-
-def _lstat(path: Path) -> os.stat_result:
-    try:
-        return path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name another place") from None
-
-
-def kind_of(found: os.stat_result) -> str:
-    """What something is that is no regular file, in words."""
-    kinds = {
-        stat.S_ISDIR: "folder",
-        stat.S_ISLNK: "link",
-        stat.S_ISFIFO: "pipe",
-        stat.S_ISSOCK: "socket",
-        stat.S_ISCHR: "device",
-        stat.S_ISBLK: "device",
-    }
-    return next((name for test, name in kinds.items() if test(found.st_mode)), "file")
 
 
 # Written whole or not at all
@@ -130,22 +60,24 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path, foreign: Foreign = anything) -> Iterator[Path]:
     """Yield a temporary folder; on success it takes the name `path`.
 
-    A folder of that name is replaced; of a link, the folder that it names.
+    A folder of that name is replaced unless there is something `foreign` in it; of a link, the
+    folder that it names.
 
     Raises:
         UserError: `path` is no place for a folder (`check_out_folder`), or could not be written.
     """
     path = Path(os.path.realpath(path))
-    check_out_folder(path)
+    check_out_folder(path, foreign)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with side_folder(path, UNFINISHED) as side:
             temporary = side / path.name
             temporary.mkdir()
             yield temporary
+            check_out_folder(path, foreign)
             publish_folder(temporary, path)
 
 

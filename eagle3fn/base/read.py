@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import kind_of
+from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.places import kind_of
 
 LIMIT = 2**30  # bytes of a file, and of a line
 CONFIG_LIMIT = 2**24  # bytes of a configuration
+UNFINISHED = ", in a line without an end"  # of a reason: of a last row that may yet be written
 DEEPEST = 64  # boxes within boxes
 _DIGITS = 300  # of a whole number: a float holds those of 308
 _UNPACKERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}  # pyright: ignore
@@ -38,14 +39,6 @@ class Rows(NamedTuple):
 
 
 # Texts
-
-
-def printable(text: Any, longest: int = 100) -> str:
-    """What a file says, as part of a message: on one line, without control codes, and cut."""
-    shown = []
-    for letter in str(text)[: longest + 1]:
-        shown.append(letter if letter.isprintable() else ascii(letter)[1:-1])
-    return "".join(shown[:longest]) + ("…" if len(shown) > longest else "")
 
 
 def parse_json(text: str | bytes, nan: bool = False) -> Any:
@@ -78,7 +71,7 @@ def parse_json(text: str | bytes, nan: bool = False) -> Any:
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} deep") from None
 
-    _check_depth(value)
+    check_depth(value)
     if _SURROGATE.search(text):
         _check_surrogates(value)
     return value
@@ -110,7 +103,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Raise a ValueError if dicts and lists lie within each other more than `DEEPEST` deep."""
     boxes = [[value]]
     for _ in range(DEEPEST + 1):
         inner = []
@@ -230,7 +224,8 @@ def read_rows(path: str | Path, check: Callable[[Any], str | None] = lambda row:
         try:
             value = parse_json(line)
         except ValueError as error:
-            rows.bad.append((number, f"not JSON ({error})"))
+            cut = "" if line.endswith(b"\n") else UNFINISHED
+            rows.bad.append((number, f"not JSON ({error}){cut}"))
             continue
         reason = check(value)
         if reason is None:

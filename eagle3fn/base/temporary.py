@@ -23,7 +23,7 @@ from eagle3fn.base.errors import UserError
 UNFINISHED = ".tmp"
 REPLACED = ".old"
 _RANDOM = r"[a-z0-9_]{8}"  # as tempfile names folders
-_NOT_WRITTEN_BY_TORCH = ("PytorchStreamWriter", "inline_container")
+_NOT_WRITTEN_BY_TORCH = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 _REMEDIES = {
     errno.ENOSPC: "make room",

@@ -1,25 +1,64 @@
 """Configurations as TOML, read and written, and the overrides of a command line."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.read import DEEPEST, check_depth, read_text
+
+_LIMIT = 2**18  # bytes of a configuration: the parser takes quadratic time for some texts
+_BETWEEN_KEYS = re.compile(r"[,=\[\]{}\n]")
 
 
 def read_toml(path: str | Path) -> dict:
     """The nested dicts of a TOML file.
 
     Raises:
-        UserError: the file is missing, or is not TOML.
+        UserError: the file is missing, no regular file, too large, or not TOML of numbers, texts,
+            lists and tables; one line names it.
     """
+    text = read_text(path, _LIMIT)
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML ({error})") from None
+        return _parse(text)
+    except ValueError as error:
+        reason = printable(error, 200)
+        raise UserError(f"{path}: not TOML ({reason}); mend it, or name another") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The tables of a text.
+
+    Raises:
+        ValueError: it is not TOML, or holds what no configuration needs.
+    """
+    # A key of many parts takes quadratic time: it is refused unread.
+    if any(part.count(".") > DEEPEST for part in _BETWEEN_KEYS.split(text)):
+        raise ValueError(f"a key of more than {DEEPEST} parts")
+    try:
+        tree = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} deep") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("a whole number of too many digits") from None
+    check_depth(tree)
+    _check_values(tree)
+    return tree
+
+
+def _check_values(tree: Any) -> None:
+    """Refuse whole numbers that TOML has not, and dates."""
+    if isinstance(tree, (dict, list)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            _check_values(value)
+    elif isinstance(tree, int) and not -(2**63) <= tree < 2**63:
+        raise ValueError("a whole number beyond 64 bits")
+    elif not isinstance(tree, (int, float, str)):
+        raise ValueError(f"{tree}: a date or time, which no setting is")
 
 
 def override(tree: dict, text: str) -> None:
@@ -29,8 +68,13 @@ def override(tree: dict, text: str) -> None:
     `train.device="cuda"` are the same.
 
     Raises:
-        UserError: no section and key, or the tree holds a value where the section should be.
+        UserError: no section and key, the tree holds a value where the section should be, or a
+            text that is not UTF-8.
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"override {text!r}: is not UTF-8; write it so") from None
     name, equals, value = text.partition("=")
     *sections, key = name.strip().split(".")
     if not equals or not sections:
@@ -44,10 +88,13 @@ def override(tree: dict, text: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {text!r}: {section} is a value, not a section")
 
+    # What is no value in TOML, or more than one, is a text.
+    value = value.strip()
     try:
-        tree[key] = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        tree[key] = value.strip()
+        found = _parse(f"value = {value}")
+    except ValueError:
+        found = {}
+    tree[key] = found["value"] if found.keys() == {"value"} else value
 
 
 def to_toml(tree: dict[str, dict[str, Any]]) -> str:
@@ -75,9 +122,11 @@ def _toml_value(value: Any) -> str:
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, str):
         return _quoted(value)
-    return repr(value)
+    if isinstance(value, (int, float)):
+        return repr(value)
+    raise UserError(f"{value!r}: TOML has no such value; leave it out of the configuration")
 
 
 def _quoted(text: str) -> str:
-    """A basic string. JSON's escapes are TOML's too."""
-    return json.dumps(text, ensure_ascii=False)
+    """A basic string. JSON's escapes are TOML's too, which has one more character to escape."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -73,9 +73,11 @@ _ENGINES_ALONE = (
 
 
 def _check_evaluate(options: Any) -> None:
-    """Refuse options of `evaluate` that would have no effect, by name."""
+    """Refuse options of `evaluate` that would have no effect, by name, and places for no file."""
     from eagle3fn.base.errors import UserError
+    from eagle3fn.base.places import check_out_file
 
+    check_out_file(options.out)
     if options.engine:
         for name in given_options(options, _HERE_ALONE):
             raise UserError(

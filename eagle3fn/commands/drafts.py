@@ -14,11 +14,12 @@ def export(options: Any) -> None:
     from eagle3fn.base.errors import UserError
     from eagle3fn.train.drafts import load_draft, stored_dtype
     from eagle3fn.use.engine_limits import ENGINES
-    from eagle3fn.use.export import export_for
+    from eagle3fn.use.export import check_out_draft, export_for
     from eagle3fn.use.model_card import read_facts
 
     engine = ENGINES[options.engine]
     _check_apart(options, "--draft", options.draft)
+    check_out_draft(options.out)
     name = options.target_name or options.target
     if engine.by_number and not name:
         raise UserError(
@@ -104,10 +105,11 @@ def _convert_draft(options: Any) -> None:
     import torch
 
     from eagle3fn.base.types import Frozen
-    from eagle3fn.use.export import export
+    from eagle3fn.use.export import check_out_draft, export
     from eagle3fn.use.foreign_drafts import read_foreign
     from eagle3fn.use.model_card import read_facts
 
+    check_out_draft(options.out)
     found = read_foreign(options.draft, options.origin)
     draft = found.draft
     layers, _ = _target_layers(draft.config, options.target)
@@ -126,7 +128,9 @@ def _convert_map(options: Any) -> None:
     from eagle3fn.data.target_source import config_hash, config_hashes, target_config
     from eagle3fn.data.vocab import load_map
     from eagle3fn.specforge.feature_files import read_map, write_map
-    from eagle3fn.use.convert import read_map_of, write_map_for
+    from eagle3fn.use.convert import check_out_map, read_map_of, write_map_for
+
+    check_out_map(options.out, options.kind, read_map)
 
     # Checked, and where the target is named, as its map.
     provenance: dict[str, Any] = {"converted_from": Path(options.vocab).name}
@@ -145,6 +149,7 @@ def _convert_map(options: Any) -> None:
 
 def _convert_features(options: Any) -> None:
     from eagle3fn.base.errors import UserError
+    from eagle3fn.base.places import anything, check_out_folder
     from eagle3fn.data.features import open_features
     from eagle3fn.specforge.feature_files import write_ckpt
     from eagle3fn.use.convert import LAST_BEFORE_NORM, write_files
@@ -153,6 +158,7 @@ def _convert_features(options: Any) -> None:
         raise UserError(
             f"--for speculators: {LAST_BEFORE_NORM}; let speculators generate its own states"
         )
+    check_out_folder(options.out, anything)
     if options.kind == "eagle3fn":
         _convert_features_to_ours(options)
         return

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from eagle3fn.base.config import STARTS, Config
 from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_from_json
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import read_json
+from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.read import read_object
 from eagle3fn.base.rope_settings import same_scaling
 from eagle3fn.base.switches import check_switches
+from eagle3fn.base.temporary import clear
 from eagle3fn.base.types import Frozen, Params, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.table import EMBED, check_params, shapes
@@ -43,12 +44,13 @@ def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> D
     """Read an exported folder; floating-point tensors come in `dtype` on `device`.
 
     Raises:
-        UserError: a file is missing or damaged, a tensor is missing, unknown or of the wrong shape,
-            or a switch that is not built is on; it names the file.
+        UserError: a file is missing or damaged, a tensor is missing, unknown, of the wrong shape or
+            not finite, or a switch that is not built is on; it names the file.
     """
     folder = Path(folder)
+    clear(folder)  # a kill while it was replaced: the one before comes back
     config = draft_config_from_json(folder / CONFIG)
-    check_switches(read_json(folder / CONFIG), str(folder / CONFIG))
+    check_switches(read_object(folder / CONFIG), str(folder / CONFIG))
     file = folder / WEIGHTS
     return make_draft(config, _read_tensors(file), file, dtype, device)
 
@@ -70,8 +72,9 @@ def make_draft(
         device: where all of them go.
 
     Raises:
-        UserError: a tensor is missing, unknown or of the wrong shape.
+        UserError: a tensor is missing, unknown, of the wrong shape or not finite.
     """
+    check_finite(tensors, file)
     tensors = {own_name(name): value for name, value in tensors.items()}
 
     # Take the map and the shipped embedding out; a draft that trains its own has it as parameter.
@@ -94,6 +97,28 @@ def make_draft(
         vocab=VocabMap(vocab.t2d.to(device), vocab.d2t.to(device)),
         embed_tokens=None if embed is None else embed.to(device, dtype),
     )
+
+
+def check_finite(tensors: dict[str, Tensor], file: str | Path) -> None:
+    """Refuse weights that are no numbers to compute with.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    for name, value in tensors.items():
+        if value.is_complex() or value.is_quantized or value.layout != torch.strided:
+            raise UserError(f"{file}: {printable(name)} is no dense tensor of real numbers")
+        if not value.is_floating_point():
+            continue
+        if value.dtype.itemsize < 2:
+            raise UserError(
+                f"{file}: {printable(name)} is {str(value.dtype).removeprefix('torch.')}, of "
+                "quantised weights; choose a draft in bfloat16 or float32"
+            )
+        if not value.isfinite().all():
+            raise UserError(
+                f"{file}: {printable(name)} holds NaN or infinity; fetch or train the draft again"
+            )
 
 
 def own_name(name: str) -> str:
@@ -150,8 +175,8 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
         UserError: it says none.
     """
     path = Path(folder) / CONFIG
-    tree = read_json(path)
-    name = tree.get("dtype") or tree.get("torch_dtype") if isinstance(tree, dict) else None
+    tree = read_object(path)
+    name = tree.get("dtype") or tree.get("torch_dtype")
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise UserError(

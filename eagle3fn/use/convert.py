@@ -12,6 +12,7 @@ import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file, whole_folder
+from eagle3fn.base.places import anything, check_out_file, check_out_folder, other_than
 from eagle3fn.base.types import Sample, VocabMap
 from eagle3fn.data.features import FeatureSet, read_sample, write_index, write_shard
 from eagle3fn.data.vocab import StoredMap, save_map
@@ -89,28 +90,35 @@ def write_map_for(
         UserError: something else is at `out`.
     """
     out = Path(out)
-    _check_map_out(out, kind, read)
+    check_out_map(out, kind, read)
     if kind == "eagle3fn":
         save_map(out, vocab_map, provenance)
     elif kind == "specforge":
         with whole_file(out) as temporary:
             write_pickle(temporary, vocab_map)
     else:
-        with whole_folder(out) as temporary:
+        with whole_folder(out, _foreign_in_map) as temporary:
             np.save(temporary / _NPY[0], vocab_map.d2t.numpy())
             np.save(temporary / _NPY[1], vocab_map.t2d.numpy())
 
 
-def _check_map_out(out: Path, kind: str, read: ReadMap) -> None:
-    """Refuse to replace what is no older map of this kind."""
-    if not out.exists():
-        return
+def check_out_map(out: str | Path, kind: str, read: ReadMap) -> None:
+    """Refuse a place for a map before work: one that holds anything but an older map of this kind.
+
+    Raises:
+        UserError: names what is there.
+    """
     if kind == "speculators":
-        good = out.is_dir() and {file.name for file in out.iterdir()} <= set(_NPY)
-    else:
-        good = out.is_file() and _is_map(out, read)
-    if not good:
+        check_out_folder(out, _foreign_in_map)
+        return
+    check_out_file(out)
+    if Path(out).exists() and not _is_map(Path(out), read):
         raise UserError(f"{out}: is there and no older map; name another --out")
+
+
+def _foreign_in_map(folder: Path) -> str | None:
+    """The name of something in a folder that is none of speculators' two files of a map."""
+    return other_than(folder, _NPY)
 
 
 def _is_map(path: Path, read: ReadMap) -> bool:
@@ -145,11 +153,11 @@ def write_ours(
         UserError: `out` is there, a damaged sample, or samples of several dtypes.
     """
     out = Path(out)
-    _check_new(out)
+    check_out_folder(out, anything)
     dtype = None
     longest = 0
     sidecars = []
-    with whole_folder(out) as temporary:
+    with whole_folder(out, anything) as temporary:
         for start in range(0, len(features.samples), _PER_SHARD):
             numbers = range(start, min(start + _PER_SHARD, len(features.samples)))
             samples: dict[str, Sample] = {}
@@ -202,9 +210,9 @@ def write_files(
         UserError: `out` is there, or a damaged sample.
     """
     out = Path(out)
-    _check_new(out)
+    check_out_folder(out, anything)
     count = len(features.samples)
-    with whole_folder(out) as temporary:
+    with whole_folder(out, anything) as temporary:
         for number, sample in _samples(features):
             write(temporary / f"data_{number:0{len(str(count))}d}{ending}", sample)
             on_progress(number + 1, count)
@@ -214,8 +222,3 @@ def write_files(
 def _samples(features: FeatureSet) -> Iterator[tuple[int, Sample]]:
     for number in range(len(features.samples)):
         yield number, read_sample(features, number)
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there and not empty; name a new folder")

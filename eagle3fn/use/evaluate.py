@@ -21,7 +21,7 @@ from eagle3fn.use.costs import Costs, best_length, expected_length, measure_cost
 from eagle3fn.use.decode import Decoded, check_pair, check_request, speculate
 from eagle3fn.use.export import Draft, load_draft
 from eagle3fn.use.few_rows import speed_up_few_rows
-from eagle3fn.use.target_answers import greedy_answers, greedy_together
+from eagle3fn.use.target_answers import greedy_answers, greedy_together, read_store
 
 NGRAM = 8
 
@@ -118,16 +118,27 @@ def evaluate(
             "name a file of rows with a prompt"
         )
     used = prompts[: settings.tasks]
+    store = Path(plain_store) if plain_store else None
+
+    # What is wrong with files is found before the target is loaded, and before anything is decoded.
+    if store is not None:
+        read_store(store)
+    untrained = None
+    if untrained_folder is not None:
+        untrained = load_draft(untrained_folder, torch.float32, settings.device)
 
     # Tokens in fp32.
     exact = _load(target_folder, draft_folder, used, torch.float32, settings)
     check_roll_back(exact.model)
+    if untrained is not None:
+        config = exact.model.config.get_text_config()
+        check_pair(untrained.config, config, str(untrained_folder), str(target_folder))
     answers = greedy_answers(
         exact.model,
         exact.prompts,
         settings.max_new,
         exact.end_tokens,
-        Path(plain_store) if plain_store else None,
+        store,
         lambda done: on_progress("plain", done, len(used)),
     )
     decoded = _speculate_all(
@@ -146,8 +157,9 @@ def evaluate(
         "repeated_8gram_share": repeated_share(answers),
     }
 
-    if untrained_folder is not None:
-        found = _decode_untrained(exact, untrained_folder, str(target_folder), settings)
+    if untrained is not None:
+        few = exact._replace(draft=untrained, prompts=exact.prompts[: settings.few])
+        found = _speculate_all(few, settings, settings.draft_length)
         report["untrained_accepted_length"] = accepted_length(found)
 
     # Speed; another dtype's models come after the fp32 ones have been freed.
@@ -192,8 +204,8 @@ def _load(
     dtype: torch.dtype,
     settings: EvalSettings,
 ) -> _Pair:
-    model, tokenizer = load_target(target, dtype, settings.device, settings.attn)
     draft = load_draft(folder, dtype, settings.device)
+    model, tokenizer = load_target(target, dtype, settings.device, settings.attn)
     check_pair(draft.config, model.config.get_text_config(), str(folder), str(target))
 
     # All prompts are checked before the first is decoded.
@@ -214,16 +226,6 @@ def _encode(template: ChatTemplate, text: str) -> Tensor:
     """Token ids `(1, P)` of one user turn in the chat template."""
     prompt = chat_prompt(template, text)
     return template.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-
-
-def _decode_untrained(
-    pair: _Pair, folder: str | Path, target: str, settings: EvalSettings
-) -> list[Decoded]:
-    """The first few prompts with another draft of the same target."""
-    draft = load_draft(folder, torch.float32, settings.device)
-    check_pair(draft.config, pair.model.config.get_text_config(), str(folder), target)
-    few = pair._replace(draft=draft, prompts=pair.prompts[: settings.few])
-    return _speculate_all(few, settings, settings.draft_length)
 
 
 def _same_tokens(

@@ -1,6 +1,7 @@
 """A trained draft as the folder that serving engines load."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eagle3fn.base.draft_config import DraftConfig, draft_config_to_json
+from eagle3fn.base.draft_config import (
+    DraftConfig,
+    draft_config_from_json,
+    draft_config_to_json,
+    taps_keys,
+)
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_folder
+from eagle3fn.base.places import anything, check_out_folder, other_than
+from eagle3fn.base.read import read_object
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.model.table import EMBED, check_params
 from eagle3fn.train.drafts import (
@@ -19,13 +27,60 @@ from eagle3fn.train.drafts import (
     LAYER_BY_NUMBER,
     WEIGHTS,
     Draft,
+    check_finite,
     load_draft,
 )
 from eagle3fn.use.engine_limits import EAGLE, Engine, check_representable
 from eagle3fn.use.layouts import speculators_keys
-from eagle3fn.use.model_card import CARD, Facts, card
+from eagle3fn.use.model_card import CARD, Facts, card, is_ours
 
-__all__ = ["CONFIG", "WEIGHTS", "Draft", "export", "export_for", "load_draft"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Draft",
+    "check_out_draft",
+    "export",
+    "export_for",
+    "foreign_in",
+    "load_draft",
+]
+
+
+def check_out_draft(folder: str | Path) -> None:
+    """Refuse a place for a draft before work: one that holds anything but an export of ours.
+
+    Raises:
+        UserError: names what is there.
+    """
+    check_out_folder(folder, foreign_in)
+
+
+def foreign_in(folder: Path) -> str | None:
+    """The name of something in a folder that is no part of a draft exported here, if there is one.
+
+    A draft is known by its model card, or by a configuration that is, key by key, what is written
+    here: the first versions wrote no card.
+    """
+    other = other_than(folder, (CONFIG, WEIGHTS, CARD))
+    if other is None and not is_ours(folder) and not _is_written_here(folder / CONFIG):
+        other = anything(folder)
+    return other
+
+
+def _is_written_here(path: Path) -> bool:
+    """Whether a configuration is the one that is written for the draft which it describes.
+
+    The taps are not compared: the first versions left default ones out.
+    """
+    try:
+        tree = read_object(path)
+        config = replace(draft_config_from_json(path), aux_layers=(0, 1, 2))
+    except UserError:
+        return False
+    written = draft_config_to_json(config, 3, str(tree.get("dtype")))
+    taps = taps_keys((0, 1, 2)).keys()
+    without = [{key: keys[key] for key in keys.keys() - taps} for keys in (tree, written)]
+    return without[0] == without[1]
 
 
 def export(
@@ -57,7 +112,7 @@ def export(
     """
     check_params(params, config, "export")
     _check_rope(config, any_rope)
-    _check_folder(Path(folder))
+    check_out_draft(folder)
     tree = draft_config_to_json(config, target_layers, str(dtype).removeprefix("torch."))
 
     tensors = _tensors(params, frozen, config, dtype)
@@ -90,7 +145,7 @@ def export_for(
         UserError: what the engine cannot represent, or a folder that holds something else.
     """
     check_representable(draft.config, target_layers, engine)
-    _check_folder(Path(folder))
+    check_out_draft(folder)
     tree = draft_config_to_json(draft.config, target_layers, str(dtype).removeprefix("torch."))
     frozen = Frozen(draft.embed_tokens, torch.empty(0), *draft.vocab)
     tensors = _tensors(draft.params, frozen, draft.config, dtype)
@@ -131,11 +186,12 @@ def _tensors(
     copies = {}
     for name, value in tensors.items():
         copies[name] = value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+    check_finite(copies, "export")
     return copies
 
 
 def _write(folder: Path, tree: dict[str, Any], tensors: dict[str, Tensor], text: str) -> None:
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, foreign_in) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         (temporary / CARD).write_text(text, encoding="utf-8")
@@ -148,25 +204,3 @@ def _check_rope(config: DraftConfig, any_rope: bool) -> None:
             f"only {', '.join(EAGLE.ropes)}; "
             f"export with any_rope=True for engines that support {config.rope_type}"
         )
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse to replace anything but an older export."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; name a folder")
-    files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(files - {CONFIG, WEIGHTS, CARD})
-    if others or (files and not _is_export(folder / CONFIG)):
-        named = f" ({others[0]})" if others else ""
-        raise UserError(
-            f"{folder}: holds files that are not an exported draft{named}; name a new folder"
-        )
-
-
-def _is_export(config: Path) -> bool:
-    """Whether a configuration is a draft's: a target's folder has files of the same names."""
-    try:
-        tree = json.loads(config.read_text(encoding="utf-8"))
-        return any("Eagle3" in str(name) for name in tree["architectures"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

@@ -23,7 +23,7 @@ from eagle3fn.base.read import read_json
 from eagle3fn.base.rope_settings import rope_of, scaling_of
 from eagle3fn.base.switches import check_switches
 from eagle3fn.model.table import FC, HEAD
-from eagle3fn.train.drafts import CONFIG, Draft, make_draft, own_name
+from eagle3fn.train.drafts import CONFIG, Draft, check_finite, make_draft, own_name
 from eagle3fn.use.weight_files import read_weights
 
 ORIGINS = ("specforge", "eagle", "speculators", "hf")
@@ -63,7 +63,7 @@ def read_foreign(folder: str | Path, origin: str | None = None) -> Imported:
     tree = _flat(tree, path)
     tensors, file = read_weights(folder)
     tensors = _own_names(tensors, file)
-    _check_values(tensors, file)
+    check_finite(tensors, file)
     tree = _without_zero_biases(tree, tensors)
     check_switches(tree, str(path), origin or ("" if found == "hf" else found))
     _check_rope(tree, path, said)
@@ -138,20 +138,6 @@ def _own_names(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
         if short not in _OF_THE_TARGET:
             named[short] = value
     return named
-
-
-def _check_values(tensors: dict[str, Tensor], file: Path) -> None:
-    """Refuse weights that are no numbers to compute with."""
-    for name, value in tensors.items():
-        if not value.is_floating_point():
-            continue
-        if value.dtype.itemsize < 2:
-            raise UserError(
-                f"{file}: {name} is {str(value.dtype).removeprefix('torch.')}, of quantised "
-                "weights; choose a draft in bfloat16 or float32"
-            )
-        if not value.isfinite().all():
-            raise UserError(f"{file}: {name} holds NaN or infinity; fetch or train the draft again")
 
 
 def _without_zero_biases(tree: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -6,13 +6,17 @@ It names no path of this machine: a target that is a local folder is known by it
 import json
 import re
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from eagle3fn.base.draft_config import TAPS
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.read import parse_json, read_text
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.use.layouts import how_to_serve
 
 CARD = "README.md"
+_LIBRARY = "library_name: eagle3fn"  # in the front matter of every card of ours
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KEPT = re.compile(r"^<!-- eagle3fn (\{.*\}) -->$", re.M)  # the facts, for `read_facts`
 _DRAFT = "DRAFT"  # stands for the folder, or the name under which it is published
@@ -27,6 +31,17 @@ class Facts(NamedTuple):
     supervised: int | None = None  # tokens that were trained on
     steps: int | None = None
     accepted_length: float | None = None  # held-out, simulated
+
+
+_KINDS = {
+    "target": str,
+    "data": str,
+    "samples": (int, NoneType),
+    "supervised": (int, NoneType),
+    "steps": (int, NoneType),
+    "accepted_length": (int, float, NoneType),
+}
+"""The types of the facts; those of a card may be anything."""
 
 
 def facts_of(features: FeatureSet, target: str) -> Facts:
@@ -59,7 +74,7 @@ def card(tree: dict[str, Any], facts: Facts) -> str:
     lines = ["---"]
     if on_hub:
         lines.append(f"base_model: {name}")
-    lines += ["library_name: eagle3fn", "tags:", "- eagle3", "- speculative-decoding", "- draft"]
+    lines += [_LIBRARY, "tags:", "- eagle3", "- speculative-decoding", "- draft"]
     lines += ["# license: name yours; the target's and the data's may bind you", "---", ""]
 
     # The draft.
@@ -99,14 +114,25 @@ def card(tree: dict[str, Any], facts: Facts) -> str:
     return "\n".join([*lines, f"<!-- eagle3fn {text} -->", ""])
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether the card of a draft's folder was written here."""
+    try:
+        lines = read_text(folder / CARD).splitlines()
+    except UserError:
+        return False
+    front = lines[: lines.index("---", 1)] if "---" in lines[1:] else []
+    return lines[:1] == ["---"] and _LIBRARY in front
+
+
 def read_facts(folder: str | Path) -> Facts:
     """The facts in the card of an exported folder; none are known without a card of ours."""
     try:
-        text = (Path(folder) / CARD).read_text(encoding="utf-8")
-        found = _KEPT.search(text)
-        return Facts(**json.loads(found.group(1))) if found else Facts()
-    except (OSError, ValueError, TypeError):
+        found = _KEPT.search(read_text(Path(folder) / CARD))
+        facts = Facts(**parse_json(found.group(1))) if found else Facts()
+    except (UserError, ValueError, TypeError):
         return Facts()
+    good = all(isinstance(getattr(facts, name), kinds) for name, kinds in _KINDS.items())
+    return facts if good and "\n" not in facts.target + facts.data else Facts()
 
 
 def _rows(tree: dict[str, Any], facts: Facts) -> list[tuple[str, str]]:

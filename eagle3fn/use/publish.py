@@ -12,9 +12,10 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.program import called_as
 from eagle3fn.base.read import read_json
 from eagle3fn.base.signals import name_of, received
+from eagle3fn.base.temporary import clear
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.train.loop import Events
-from eagle3fn.use.export import export
+from eagle3fn.use.export import check_out_draft, export
 from eagle3fn.use.model_card import Facts
 
 
@@ -41,6 +42,7 @@ def check_published(out: str | Path, step: int, ranks: int, arguments: Sequence[
             f"resume with {called_as(arguments, ranks)}"
         )
 
+    clear(out / "draft")  # a kill while it was replaced: the one before comes back
     if not (out / "draft").is_dir():
         raise UserError(
             f"{out}/draft: gone since the run ended at step {step}; train into another folder"
@@ -59,7 +61,12 @@ def run_events(
     `out/untrained` is exported before the first step, `out/draft` whenever the held-out accepted
     length grows. `target_layers` is the target's number of decoder layers, `facts` what the drafts'
     cards say of target and data. Every RoPE variant is exported.
+
+    Raises:
+        UserError: one of the two folders is there, and no draft that was exported here.
     """
+    for name in ("draft", "untrained"):
+        check_out_draft(Path(out) / name)
     show = progress.bar("step")
     dtype = getattr(torch, config.train.dtype)
 

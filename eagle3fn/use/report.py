@@ -1,15 +1,24 @@
 """A run's results gathered: a short table, `report.json`, and a picture of the curves."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import whole_file, write_json
+from eagle3fn.base.places import check_out_file
 from eagle3fn.base.provenance import processor, versions
-from eagle3fn.base.read import read_json, read_jsonl
+from eagle3fn.base.read import read_object
+from eagle3fn.use.report_files import (
+    read_evaluation,
+    read_held_out,
+    read_stages,
+    read_steps,
+    read_supervised,
+)
 
 _LABEL = 22  # columns
 
@@ -20,19 +29,24 @@ def write_report(folder: Path) -> str:
     Reads `features/index.json`, `train/metrics.jsonl`, `train/eval.jsonl` and `evaluation.json`,
     and where they exist `stages.json` (seconds of each stage) and `settings.json`.
 
+    The training may be under way: a last row that is not whole yet is left out.
+
     Raises:
-        UserError: one of them is missing or holds something else; it names the file.
+        UserError: one of them is missing or holds something else; it names the file and the row.
     """
+    for name in ("report.json", "curves.png"):
+        check_out_file(folder / name)
+
     # What the run wrote.
-    steps = _read_rows(folder / "train/metrics.jsonl", ("step", "tokens", "seconds"))
-    held_out = _read_rows(folder / "train/eval.jsonl", ("step",))
+    steps = read_steps(folder / "train/metrics.jsonl")
+    held_out = read_held_out(folder / "train/eval.jsonl")
     if not steps:
         raise UserError(f"{folder}/train/metrics.jsonl: no steps; run eagle3fn train first")
-    evaluation = _read_evaluation(folder / "evaluation.json")
-    supervised = _read_supervised(folder / "features/index.json")
-    stages = _read_stages(folder / "stages.json")
+    evaluation = read_evaluation(folder / "evaluation.json")
+    supervised = read_supervised(folder / "features/index.json")
+    stages = read_stages(folder / "stages.json")
     settings_path = folder / "settings.json"
-    settings = _read_object(settings_path) if settings_path.exists() else {}
+    settings = read_object(settings_path) if settings_path.exists() else {}
 
     # Row 0 is the untrained draft's; a run that holds no samples out has no accepted length.
     trained = [row for row in held_out if row["step"] > 0 and "accepted_length" in row]
@@ -41,7 +55,7 @@ def write_report(folder: Path) -> str:
     report: dict[str, Any] = {
         **evaluation,
         "steps": steps[-1]["step"],
-        "train_tokens_per_s": sum(row["tokens"] for row in steps) / seconds,
+        "train_tokens_per_s": sum(row["tokens"] for row in steps) / seconds if seconds else None,
         "supervised_tokens": supervised,
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
         **stages,
@@ -60,7 +74,7 @@ def _table(report: dict[str, Any]) -> str:
     """What a user wants to know first, then what explains it; lines whose values are there."""
     lines = []
     for label, text in [*_answer_lines(report), *_run_lines(report)]:
-        lines.append(f"{label:{_LABEL}}{text}")
+        lines.append(f"{label:{_LABEL}}{printable(text, 400)}")
     return "\n".join(lines)
 
 
@@ -126,9 +140,10 @@ def _same_text(report: dict[str, Any], dtype: str) -> str:
 
 def _run_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The training, its data and the time."""
+    rate = report["train_tokens_per_s"]
     yield (
         "training",
-        f"{report['steps']} steps, {report['train_tokens_per_s']:.0f} tokens/s, "
+        f"{report['steps']} steps, {'unknown' if rate is None else format(rate, '.0f')} tokens/s, "
         f"on {report['supervised_tokens']} supervised tokens",
     )
     if "repeated_8gram_share" in report:
@@ -139,63 +154,6 @@ def _run_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{path}: holds a {type(found).__name__}, it must be a JSON object; write it anew"
-        )
-    return found
-
-
-def _read_rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, 1):
-        for key in keys:
-            if not isinstance(row, dict) or not _is_number(row.get(key)):
-                raise UserError(f"{path}: row {number} has no number under {key}; train anew")
-    return rows
-
-
-def _read_supervised(path: Path) -> int:
-    totals = _read_object(path).get("totals")
-    if not isinstance(totals, dict) or not _is_number(totals.get("supervised")):
-        raise UserError(f"{path}: no number of supervised tokens; run eagle3fn extract again")
-    return totals["supervised"]
-
-
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    found = _read_object(path)
-    rates = found.get("acceptance_by_position")
-    has_rates = isinstance(rates, list) and all(map(_is_number, rates))
-    if rates is None and "engine" in found:
-        has_rates = True  # the engine does not count the drafted tokens by position
-    if type(found.get("draft_length")) is not int or not has_rates:
-        raise UserError(
-            f"{path}: draft_length or acceptance_by_position is missing; "
-            "run eagle3fn evaluate again"
-        )
-    prompts = found.get("prompts")
-    if prompts is not None and not isinstance(prompts, str):
-        raise UserError(
-            f"{path}: prompts = {prompts!r} must be a name; run eagle3fn evaluate again"
-        )
-    return found
-
-
-def _read_stages(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    stages = _read_object(path)
-    if not all(map(_is_number, stages.values())):
-        raise UserError(f"{path}: must hold the seconds of each stage; mend it or delete it")
-    return {"stage_seconds": stages, "wall_s": sum(stages.values())}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _versions() -> dict[str, str]:
@@ -224,15 +182,14 @@ def _draw(
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
 
-    # Loss: means over windows of a hundredth of the run. Skipped updates have no loss.
+    # Loss: means over windows of a hundredth of the run. Where all updates were skipped is a gap.
     window = max(1, len(steps) // 100)
     places = []
     means = []
     for end in range(window, len(steps) + 1, window):
         losses = [row["loss"] for row in steps[end - window : end] if row.get("loss") is not None]
-        if losses:
-            places.append(steps[end - 1]["step"])
-            means.append(sum(losses) / len(losses))
+        places.append(steps[end - 1]["step"])
+        means.append(sum(losses) / len(losses) if losses else math.nan)
     left.plot(places, means)
     left.set(xlabel="optimizer step", ylabel=f"training loss (mean of {window})", title="Loss")
 
@@ -261,4 +218,4 @@ def prompts_title(report: dict[str, Any]) -> str:
     name = report.get("prompts")
     if not name:
         return "Evaluation prompts"
-    return name.removesuffix(".gz").removesuffix(".xz").removesuffix(".jsonl")
+    return printable(name).removesuffix(".gz").removesuffix(".xz").removesuffix(".jsonl")

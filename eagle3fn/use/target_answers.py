@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import write_json
-from eagle3fn.base.read import read_json
+from eagle3fn.base.files import json_sha256, write_json
+from eagle3fn.base.places import check_out_file
+from eagle3fn.base.read import read_object
 from eagle3fn.data.target import weights_digest
 from eagle3fn.use.decode import until_end
 
@@ -69,15 +70,13 @@ def greedy_answers(
 ) -> list[list[int]]:
     """Greedy answers to all prompts, each `(1, P)`; `on_done` gets the number of prompts answered.
 
-    `store`, a JSON file, keeps the answers for the next draft of the same target. It is written
-    after every few new answers.
+    `store`, a JSON file, keeps the answers for the next draft of the same target, each with its
+    digest. It is written after every few new answers.
 
     Raises:
-        UserError: `store` holds something else.
+        UserError: `store` holds something else, or an answer that was changed.
     """
-    stored: dict[str, list[int]] = {}
-    if store is not None and store.exists():
-        stored = _read_store(store)
+    stored = {} if store is None else read_store(store)
 
     # An answer belongs to the target's weights, its dtype, the limits and the prompt.
     target = weights_digest(model)
@@ -94,19 +93,45 @@ def greedy_answers(
         found = greedy_together(model, asked, max_new, end_tokens)
         stored |= {keys[number]: answer for number, answer in zip(chosen, found, strict=True)}
         if store is not None:
-            write_json(store, stored)
+            write_json(store, {key: _kept(key, answer) for key, answer in stored.items()})
         on_done(len(prompts) - len(new) + start + len(chosen))
-    return [stored[key] for key in keys]
+
+    answers = [stored[key] for key in keys]
+    size = model.get_input_embeddings().num_embeddings
+    for answer in answers:
+        if not 1 <= len(answer) <= max_new or not all(0 <= token < size for token in answer):
+            raise UserError(f"{store}: holds an answer that the target cannot give; delete it")
+    return answers
 
 
-def _read_store(store: Path) -> dict[str, list[int]]:
-    stored = read_json(store) if store.is_file() else None
-    if not isinstance(stored, dict) or not all(map(_is_answer, stored.values())):
-        raise UserError(
-            f"{store}: does not hold the target's kept answers; name another file, or delete it"
-        )
-    return stored
+def read_store(store: Path) -> dict[str, list[int]]:
+    """The kept answers by their keys; none if there is no file yet.
+
+    Those of earlier versions, which are lists without a digest, are left out.
+
+    Raises:
+        UserError: no place for the file, another file, or an answer that was changed.
+    """
+    check_out_file(store)
+    tree = read_object(store) if store.exists() else {}
+    answers = {}
+    for key, entry in tree.items():
+        tokens = entry.get("tokens") if isinstance(entry, dict) else entry
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise UserError(
+                f"{store}: does not hold the target's kept answers; name another file, or delete it"
+            )
+        if tokens is entry:
+            continue
+        if entry != _kept(key, tokens):
+            raise UserError(
+                f"{store}: an answer was changed since it was kept; delete the file, and the "
+                "target answers anew"
+            )
+        answers[key] = tokens
+    return answers
 
 
-def _is_answer(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int for token in value)
+def _kept(key: str, tokens: list[int]) -> dict[str, Any]:
+    """An answer as it is kept, with a digest of it and of what it answers."""
+    return {"tokens": tokens, "sha256": json_sha256([key, tokens])}

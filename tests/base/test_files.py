@@ -23,6 +23,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def any_folder(folder):
+    return None
+
+
 def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
@@ -45,7 +49,7 @@ def test_interrupted_folder_leaves_what_was_there(tmp_path, before):
     if before:
         path.mkdir()
         (path / "old").touch()
-    with pytest.raises(KeyboardInterrupt), whole_folder(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), whole_folder(path, any_folder) as temporary:
         (temporary / "new").touch()
         raise KeyboardInterrupt
     assert names(tmp_path) == (["f"] if before else [])
@@ -63,7 +67,7 @@ def test_whole_folder_replaces_a_folder_and_keeps_the_umask(tmp_path, umask):
     path = tmp_path / "deep" / "f"
     path.mkdir(parents=True)
     (path / "old").touch()
-    with whole_folder(path) as temporary:
+    with whole_folder(path, any_folder) as temporary:
         (temporary / "inner").mkdir()
         (temporary / "inner" / "new").touch(mode=0o600)
     assert names(path.parent) == ["f"]
@@ -112,7 +116,7 @@ def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "old").touch()
     (tmp_path / "link").symlink_to("real")
-    with whole_folder(tmp_path / "link") as temporary:
+    with whole_folder(tmp_path / "link", any_folder) as temporary:
         (temporary / "new").touch()
     assert (tmp_path / "link").is_symlink()
     assert names(tmp_path) == ["link", "real"]

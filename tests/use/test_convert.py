@@ -181,7 +181,7 @@ def test_a_folder_that_is_there_is_not_written_into(tmp_path, capsys):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "one.txt").write_text("dear")
     assert convert("--features", ours, "--out", tmp_path / "letters", "--for", "specforge") == 2
-    assert "name a new folder" in capsys.readouterr().err
+    assert "holds one.txt, and only what eagle3fn wrote" in capsys.readouterr().err
     assert (tmp_path / "letters" / "one.txt").read_text() == "dear"
     assert len(open_features(ours).samples) == 1
 
@@ -241,3 +241,28 @@ def test_states_of_other_rows_or_layers_are_named(tmp_path, target, change, text
     assert convert(*words) == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "--target", "T", "--draft", "D", "--prompts", "P"),
+        ("export", "--draft", "D", "--for", "vllm", "--target", "T"),
+        ("convert", "--draft", "D"),
+        ("convert", "--vocab", "V"),
+        ("convert", "--vocab", "V", "--for", "speculators"),
+        ("convert", "--features", "F", "--target", "T"),
+        ("convert", "--features", "F", "--for", "specforge"),
+    ],
+    ids=" ".join,
+)
+def test_the_place_of_the_output_is_checked_first(tmp_path, capsys, words):
+    """Before anything is read: none of the other files are there."""
+    out = tmp_path / "letters"
+    out.mkdir()
+    (out / "one.txt").write_text("dear")
+    assert main([*words, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "letters: holds one.txt" in said or "letters: is a folder; name a file" in said
+    assert main([*words, "--out", "/dev/null"]) == 2
+    assert "/dev/null: is a device; name a" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_a_targets_folder_is_not_replaced(tmp_path):
     """It has the same file names as an export."""
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(UserError, match="not an exported draft"):
+    with pytest.raises(UserError, match="only what eagle3fn wrote is replaced"):
         write(tmp_path, VLLM)
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
 

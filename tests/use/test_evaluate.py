@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from eagle3fn.base.draft_config import draft_config_from_target
@@ -112,13 +114,93 @@ def test_stored_answers_are_reused(folders: tuple[Path, Path], tmp_path: Path, m
     assert again["lossless"] is True
 
     # One that differs is compared with the target's answer to its prompt alone.
-    store.write_text(
-        json.dumps({key: [*tokens[:-1], tokens[-1] ^ 1] for key, tokens in kept.items()})
-    )
+    changed = {}
+    for key, entry in kept.items():
+        tokens = entry["tokens"]
+        changed[key] = target_answers._kept(key, [*tokens[:-1], tokens[-1] ^ 1])
+    store.write_text(json.dumps(changed))
     assert evaluate(*folders, ["one", "two"], quick, plain_store=store)["lossless"] is True
     assert calls == [1, 1]
     evaluate(*folders, ["three", "four"], quick, plain_store=store)
     assert calls == [1, 1, 2]
+
+    # Those of earlier versions, without a digest, are not used: the target answers anew.
+    store.write_text(json.dumps({key: entry["tokens"] for key, entry in kept.items()}))
+    evaluate(*folders, ["one", "two"], quick, plain_store=store)
+    assert calls == [1, 1, 2, 2]
+    assert json.loads(store.read_text()) == kept
+
+
+def swap_keys(kept: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(kept, reversed(kept.values()), strict=True))
+
+
+def with_last(token: Any) -> Any:
+    def change(kept: dict[str, Any]) -> dict[str, Any]:
+        key = min(kept)
+        tokens = [*kept[key]["tokens"][:-1], token]
+        return kept | {key: kept[key] | {"tokens": tokens}}
+
+    return change
+
+
+def answered(tokens: list[int]) -> Any:
+    return lambda kept: {key: target_answers._kept(key, tokens) for key in kept}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_last(5), "an answer was changed since it was kept; delete the file"),
+        (swap_keys, "an answer was changed since it was kept"),
+        (with_last("5"), "does not hold the target's kept answers"),
+        (with_last(True), "does not hold the target's kept answers"),
+        (lambda kept: kept | {"a": 3}, "does not hold the target's kept answers"),
+        (lambda kept: [kept], "must be a JSON object"),
+        (answered([VOCAB]), "holds an answer that the target cannot give"),
+        (answered([-1]), "holds an answer that the target cannot give"),
+        (answered([]), "holds an answer that the target cannot give"),
+        (answered([1] * 13), "holds an answer that the target cannot give"),
+    ],
+)
+def test_damaged_answers_are_refused_by_file(folders, kept_answers, tmp_path, change, message):
+    store = tmp_path / "plain.json"
+    store.write_text(json.dumps(change(kept_answers)))
+    with pytest.raises(UserError, match=rf"plain\.json: .*{message}"):
+        evaluate(*folders, ["one", "two"], replace(SMALL, tasks=2), plain_store=store)
+
+
+@pytest.fixture(scope="module")
+def kept_answers(folders: tuple[Path, Path], tmp_path_factory: Any) -> dict[str, Any]:
+    store = tmp_path_factory.mktemp("kept") / "plain.json"
+    evaluate(*folders, ["one", "two"], replace(SMALL, tasks=2), plain_store=store)
+    return json.loads(store.read_text())
+
+
+def with_nan(folder: Path, name: str, out: Path) -> Path:
+    """A copy of a model's folder with a NaN in one tensor."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_files_are_checked_before_anything_is_decoded(folders, tmp_path, monkeypatch):
+    def load(*_: Any) -> None:
+        raise AssertionError("the target is loaded")
+
+    monkeypatch.setattr(module, "load_target", load)
+    target, draft = folders
+    with pytest.raises(UserError, match=r"typo/config\.json: no such file"):
+        evaluate(target, draft, ["one"], SMALL, untrained_folder=tmp_path / "typo")
+    with pytest.raises(UserError, match=r"typo/config\.json: no such file"):
+        evaluate(target, tmp_path / "typo", ["one"], SMALL)
+    with pytest.raises(UserError, match=r"is a folder; name a file"):
+        evaluate(target, draft, ["one"], SMALL, plain_store=tmp_path)
+    broken = with_nan(draft, "lm_head.weight", tmp_path / "nan")
+    with pytest.raises(UserError, match=r"model\.safetensors: lm_head\.weight holds NaN"):
+        evaluate(target, broken, ["one"], SMALL)
 
 
 def test_answers_together_are_those_alone():

@@ -172,9 +172,67 @@ def test_a_failed_export_leaves_the_old_one(tmp_path):
 
 def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match="not an exported draft"):
+    with pytest.raises(UserError, match=r"holds thesis\.txt, and only what eagle3fn wrote is"):
         write(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years"
+
+
+def to_strangers(folder):
+    """Make an export what another trainer writes: another card, another configuration."""
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# As eagle3fn's\n")
+    with_another_configuration(folder)
+
+
+def add_a_folder(folder):
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    (folder / "README.md/thesis").write_text("years")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        to_strangers,
+        add_a_folder,
+        lambda folder: (folder / "thesis").write_text("years"),
+        lambda folder: (folder / "README.md").rename(folder / "LICENSE"),
+    ],
+    ids=["another trainer's", "a folder in it", "a file in it", "a file renamed"],
+)
+def test_a_draft_that_was_not_exported_here_is_not_replaced(tmp_path, change):
+    write(tmp_path / "draft")
+    change(tmp_path / "draft")
+    before = sorted(path.stat().st_ino for path in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="only what eagle3fn wrote is replaced"):
+        write(tmp_path / "draft")
+    assert sorted(path.stat().st_ino for path in tmp_path.rglob("*")) == before
+
+
+def with_another_configuration(folder):
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {"transformers_version": "4.57.1"}))
+
+
+def of_the_first_version(folder):
+    (folder / "README.md").unlink()
+    tree = json.loads((folder / "config.json").read_text())
+    without = {key: tree[key] for key in tree.keys() - {TAPS, "eagle_config"}}
+    (folder / "config.json").write_text(json.dumps(without))
+
+
+def with_a_damaged_configuration(folder):
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "change", [with_another_configuration, of_the_first_version, with_a_damaged_configuration]
+)
+def test_older_exports_are_replaced(tmp_path, change):
+    write(tmp_path / "draft")
+    new = (tmp_path / "draft/model.safetensors").read_bytes()
+    change(tmp_path / "draft")
+    write(tmp_path / "draft")
+    assert (tmp_path / "draft/model.safetensors").read_bytes() == new
 
 
 def drop(name):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
-from eagle3fn.use.publish import check_published
+from eagle3fn.testing.builders import Case
+from eagle3fn.use.publish import check_published, run_events
 
 ARGUMENTS = ["train", "--out", "my run"]
 
@@ -38,3 +40,17 @@ def test_the_draft_of_a_finished_run_is_named(run):
 def test_a_missing_draft_is_refused(run):
     with pytest.raises(UserError, match="draft: gone since the run ended at step 10"):
         check_published(run, 10, 1, ARGUMENTS)
+
+
+def test_a_draft_that_a_kill_moved_away_is_back(run):
+    (run / ".draft.abcdefgh.old/draft").mkdir(parents=True)
+    assert check_published(run, 10, 1, ARGUMENTS).startswith(f"{run}/draft: the best draft")
+
+
+@pytest.mark.parametrize("name", ["draft", "untrained"])
+def test_a_strangers_folder_is_refused_before_the_training(run, name):
+    (run / name).mkdir()
+    (run / name / "config.json").write_text('{"architectures": ["LlamaForCausalLMEagle3"]}')
+    with pytest.raises(UserError, match=rf"{name}: holds config\.json, and only what eagle3fn"):
+        run_events(run, Config(Case().draft()), 8)
+    assert (run / name / "config.json").exists()

@@ -1,6 +1,7 @@
 """A run's report: table, numbers, the plot's titles; damaged files are named."""
 
 import json
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ def test_table_says_no_where_it_is_slower_or_not_the_same(tmp_path):
     ]
 
 
+FULL_EVALUATION = FILES["evaluation.json"] | SPEED
+
+
 @pytest.mark.parametrize("extra", [{}, {"loss": 3.5}], ids=["without loss", "with loss"])
 def test_held_out_length_is_the_best_after_training(tmp_path, extra):
     """Rows with and without a loss are read; the untrained draft's row does not count."""
@@ -116,12 +120,22 @@ def test_held_out_length_is_the_best_after_training(tmp_path, extra):
     assert read_report(tmp_path)["held_out_accepted_length"] == 1.5
 
 
-def test_a_skipped_update_has_no_loss_to_draw(tmp_path):
+def test_a_skipped_update_is_a_gap_in_the_curve(tmp_path, monkeypatch):
+    drawn = []
+    original = Axes.plot
+
+    def recorded(axes: Axes, *args: Any, **options: Any) -> Any:
+        drawn.append(args)
+        return original(axes, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", recorded)
     skipped = {**STEP, "step": 2, "loss": None}
     write_run(tmp_path, {"train/metrics.jsonl": [STEP, skipped, {**STEP, "step": 3}]})
     write_report(tmp_path)
     assert read_report(tmp_path)["steps"] == 3
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    steps, losses = drawn[0]
+    assert steps == [1, 2, 3] and str(losses) == "[2.0, nan, 2.0]"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +181,20 @@ def test_report_without_installed_metadata(tmp_path, monkeypatch):
     [
         ("evaluation.json", [1]),
         ("evaluation.json", {"draft_length": 5}),
+        *(
+            ("evaluation.json", FULL_EVALUATION | {name: value})
+            for name in FULL_EVALUATION
+            for value in ({}, "\x1b[2J" if FULL_EVALUATION[name] is True else [None])
+        ),
+        ("evaluation.json", FULL_EVALUATION | {"speedup": 1e300}),
+        ("evaluation.json", FULL_EVALUATION | {"lossless": None}),
+        *(
+            (
+                "evaluation.json",
+                {key: FULL_EVALUATION[key] for key in FULL_EVALUATION if key != name},
+            )
+            for name in ("tokens_per_s", "speed_tasks", "tasks", "timed_tokens", "accepted_length")
+        ),
         ("evaluation.json", FILES["evaluation.json"] | {"acceptance_by_position": 3}),
         ("evaluation.json", FILES["evaluation.json"] | {"prompts": 3}),
         ("stages.json", [1]),
@@ -174,16 +202,73 @@ def test_report_without_installed_metadata(tmp_path, monkeypatch):
         ("settings.json", 3),
         ("features/index.json", [1]),
         ("features/index.json", {"totals": {}}),
+        ("features/index.json", {"totals": {"supervised": -1}}),
+        ("stages.json", {"train": -1}),
         ("train/metrics.jsonl", []),
-        ("train/metrics.jsonl", [STEP, 3]),
-        ("train/metrics.jsonl", [STEP, {"step": 2}]),
-        ("train/eval.jsonl", [{"accepted_length": 1.5}]),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, value):
     write_run(tmp_path, {name: value})
-    with pytest.raises(UserError, match=rf"{name.replace('.', '[.]')}: "):
+    with pytest.raises(UserError, match=rf"{name.replace('.', '[.]')}: ") as caught:
         write_report(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("metrics", 3, "no object"),
+        ("metrics", {"step": 2}, "no number under tokens"),
+        ("metrics", STEP | {"loss": "2"}, "no number under loss"),
+        ("metrics", STEP | {"seconds": -1}, "no number under seconds"),
+        ("metrics", STEP | {"tokens": 1e300}, "no number under tokens"),
+        ("metrics", STEP | {"step": 1.5}, "no number under step"),
+        ("metrics", STEP | {"loss": math.nan}, "not JSON .NaN is no number"),
+        ("eval", {"accepted_length": 1.5}, "no number under step"),
+        ("eval", {"step": 1, "accepted_length": None}, "no number under accepted_length"),
+        ("eval", [], "no object"),
+    ],
+)
+def test_damaged_rows_are_named(tmp_path, name, row, reason):
+    name = f"train/{name}.jsonl"
+    write_run(tmp_path, {name: [*FILES[name], row, *FILES[name]]})
+    with pytest.raises(UserError, match=rf"{name}:2: {reason}.*; mend or delete the row"):
+        write_report(tmp_path)
+
+
+def test_a_report_of_a_training_under_way_leaves_out_a_row_that_is_not_whole(tmp_path):
+    write_run(tmp_path)
+    path = tmp_path / "train/metrics.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps({**STEP, "step": 2}) + "\n" + json.dumps({**STEP, "step": 3})[:-9])
+    write_report(tmp_path)
+    assert read_report(tmp_path)["steps"] == 2
+
+
+def test_steps_too_short_to_time_have_no_rate(tmp_path):
+    write_run(tmp_path, {"train/metrics.jsonl": [{**STEP, "seconds": 0.0}]})
+    assert "training              1 steps, unknown tokens/s" in write_report(tmp_path)
+    assert read_report(tmp_path)["train_tokens_per_s"] is None
+
+
+def test_what_a_file_says_is_shown_without_control_codes(tmp_path):
+    evil = {"engine_version": "1\n\x1b[2J", "prompts": "a\nb"}
+    write_run(tmp_path, {"evaluation.json": ENGINE | evil})
+    assert "llamacpp 1\\n\\x1b[2J, 3 prompts" in write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["report.json", "curves.png"])
+def test_places_are_checked_before_anything_is_read(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}: is a folder; name a file"):
+        write_report(tmp_path)
+
+
+def test_what_a_killed_report_left_is_removed(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / ".curves.png.abcdefgh.tmp").mkdir()
+    write_report(tmp_path)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 ENGINE = {

@@ -1,0 +1,112 @@
+"""Places of outputs, checked before work: what is there and is no older output is not replaced."""
+
+import os
+import stat
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+
+from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.temporary import clear
+
+Foreign = Callable[[Path], str | None]
+"""The name of something in a folder that is of no older output; None: a new one may replace it."""
+
+_LONGEST_NAME = 235  # bytes: the name of what is not finished has 20 more, and 255 are allowed
+
+
+def check_out_file(path: str | Path) -> None:
+    """Refuse a place that no file can be written to. Called before any work.
+
+    Raises:
+        UserError: a folder, device, pipe or socket, or a link; inside of a file; not writable.
+    """
+    found = _check_place(Path(path))
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: is a {kind_of(found)}; name a file that is none, or a new one")
+
+
+def check_out_folder(path: str | Path, foreign: Foreign | None = None) -> None:
+    """Refuse a place that no folder can be written to. Called before any work.
+
+    A link to a folder is followed. A folder that a killed call had moved away is put back.
+
+    Args:
+        path: the place.
+        foreign: of a folder that is written as a whole: what is in the one that is there and may
+            not be replaced. None: files are written into the folder.
+
+    Raises:
+        UserError: a file, device, pipe or socket, or a link to one; inside of a file; not writable;
+            a folder that holds something else.
+    """
+    real = Path(os.path.realpath(path))
+    clear(real)
+    found = _check_place(real)
+    if found is None:
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path}: is a {kind_of(found)}; name a folder")
+    name = foreign(real) if foreign else None
+    if name is not None:
+        raise UserError(
+            f"{path}: holds {printable(name)}, and only what eagle3fn wrote is replaced; "
+            "name a new folder, or remove this one"
+        )
+
+
+def anything(folder: Path) -> str | None:
+    """A `Foreign` for outputs that replace no older one: only an empty folder is replaced."""
+    return min(os.listdir(folder), default=None)
+
+
+def other_than(folder: Path, names: Collection[str]) -> str | None:
+    """The name of something in a folder that is no regular file of these names, if there is one."""
+    with os.scandir(folder) as entries:
+        found = [
+            entry.name
+            for entry in entries
+            if entry.name not in names or not entry.is_file(follow_symlinks=False)
+        ]
+    return min(found, default=None)
+
+
+def _check_place(path: Path) -> os.stat_result | None:
+    """What is at a path, not followed, once it is sure that something can be written there."""
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise UserError(f"{path}: its name is longer than {_LONGEST_NAME} bytes; name a shorter")
+    found = None
+    with suppress(FileNotFoundError, NotADirectoryError):
+        found = _lstat(path)
+
+    # The folder that it is in, or the first above that is there.
+    above = path.absolute().parent
+    while not os.path.exists(above) and above != above.parent:
+        above = above.parent
+    if not os.path.isdir(above):
+        raise UserError(f"{path}: {above} is no folder; name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {above} is not writable; make it so, or name another place")
+    return found
+
+
+def _lstat(path: Path) -> os.stat_result:
+    try:
+        return path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name another place") from None
+
+
+def kind_of(found: os.stat_result) -> str:
+    """What something is that is no regular file, in words."""
+    kinds = {
+        stat.S_ISDIR: "folder",
+        stat.S_ISLNK: "link",
+        stat.S_ISFIFO: "pipe",
+        stat.S_ISSOCK: "socket",
+        stat.S_ISCHR: "device",
+        stat.S_ISBLK: "device",
+    }
+    return next((name for test, name in kinds.items() if test(found.st_mode)), "file")

@@ -1,0 +1,167 @@
+"""The files that a report gathers, read and checked: a damaged one is named, and its row."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.read import UNFINISHED, read_object, read_rows
+
+_LARGEST = 1e15  # what a run counts or measures is less
+
+Check = Callable[[Any], bool]
+
+
+# Kinds of values
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _is_seconds(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_rates(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+# The rows of a training
+
+_STEP: dict[str, Check] = {"step": _is_count, "tokens": _is_count, "seconds": _is_seconds}
+_HELD_OUT: dict[str, Check] = {"step": _is_count}
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`; one of a skipped update has no loss.
+
+    Raises:
+        UserError: missing, or a row is damaged; a last one that is not whole yet is left out.
+    """
+    return _rows(path, _STEP, {"loss": _or_none(_is_number)})
+
+
+def read_held_out(path: Path) -> list[dict[str, Any]]:
+    """The rows of `eval.jsonl`; those of a run that holds no samples out have no accepted length.
+
+    Raises:
+        UserError: as `read_steps`.
+    """
+    return _rows(path, _HELD_OUT, {"accepted_length": _is_number})
+
+
+def _rows(path: Path, needed: dict[str, Check], optional: dict[str, Check]) -> list[dict[str, Any]]:
+    def fault(row: Any) -> str | None:
+        if not isinstance(row, dict):
+            return "no object"
+        wrong = [key for key, good in needed.items() if key not in row or not good(row[key])]
+        wrong += [key for key, good in optional.items() if key in row and not good(row[key])]
+        return f"no number under {wrong[0]}" if wrong else None
+
+    rows = read_rows(path, fault)
+    for number, reason in rows.bad:
+        if not reason.endswith(UNFINISHED):
+            raise UserError(f"{path}:{number}: {reason}; mend or delete the row, or train anew")
+    return rows.good
+
+
+# Single files
+
+
+def read_supervised(path: Path) -> int:
+    """The number of supervised tokens in a feature folder's index."""
+    totals = read_object(path).get("totals")
+    if not isinstance(totals, dict) or not _is_count(totals.get("supervised")):
+        raise UserError(f"{path}: no number of supervised tokens; run eagle3fn extract again")
+    return totals["supervised"]
+
+
+def read_stages(path: Path) -> dict[str, Any]:
+    """The seconds of each stage and of all of them; nothing without the file."""
+    if not path.exists():
+        return {}
+    stages = read_object(path)
+    if not all(map(_is_seconds, stages.values())):
+        raise UserError(f"{path}: must hold the seconds of each stage; mend it or delete it")
+    return {"stage_seconds": stages, "wall_s": sum(stages.values())}
+
+
+_EVALUATION: dict[str, Check] = {
+    "draft_length": _is_count,
+    "accepted_length": _or_none(_is_number),
+    "acceptance_by_position": _or_none(_is_rates),
+    "prompts": _or_none(_is_text),
+    "lossless": _or_none(_is_flag),
+    "lossless_note": _is_text,
+    "tasks": _is_count,
+    "speedup": _is_number,
+    "tokens_per_s": _is_number,
+    "plain_tokens_per_s": _is_number,
+    "speed_dtype": _or_none(_is_text),
+    "speed_tasks": _is_count,
+    "speed_draft_length": _is_count,
+    "speed_accepted_length": _is_number,
+    "break_even_accepted_length": _is_number,
+    "untrained_accepted_length": _is_number,
+    "timed_tokens": _is_count,
+    "differing_tokens": _is_count,
+    "repeated_8gram_share": _is_number,
+    "threads": _is_count,
+    "device": _is_text,
+    "engine": _is_text,
+    "engine_version": _is_text,
+    "engine_accepted_length": _or_none(_is_number),
+}
+"""What a report reads of an evaluation, where it is there."""
+
+_TOGETHER = {
+    "speedup": ("tokens_per_s", "plain_tokens_per_s", "speed_tasks"),
+    "lossless": ("tasks",),
+    "break_even_accepted_length": ("speed_accepted_length", "speed_draft_length"),
+    "differing_tokens": ("timed_tokens",),
+    "engine": ("engine_version",),
+}
+"""What must be there with another value."""
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """The evaluation, here or in an engine, that `eagle3fn evaluate` wrote.
+
+    Raises:
+        UserError: missing, or one of its values is, or is of another kind; it names the value.
+    """
+    found = read_object(path)
+    needed = ["draft_length", "accepted_length", "acceptance_by_position"]
+    for name, others in _TOGETHER.items():
+        needed += others if name in found else ()
+    if found.get("lossless", True) is None:
+        needed.append("lossless_note")
+
+    for name in needed:
+        if name not in found:
+            raise UserError(f"{path}: {name} is missing; run eagle3fn evaluate again")
+    for name, good in _EVALUATION.items():
+        if name in found and not good(found[name]):
+            raise UserError(
+                f"{path}: {name} is no value that evaluate writes; run eagle3fn evaluate again"
+            )
+    if found["acceptance_by_position"] is None and "engine" not in found:
+        raise UserError(f"{path}: acceptance_by_position is missing; run eagle3fn evaluate again")
+    return found
