@@ -51,6 +51,7 @@ MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite",
 RENAMED = {"optimizer.horizon": "optimizer.schedule_steps"}
 GONE = {"data.mask_alignment": "serving", "data.order": "shuffled"}
 
+_NAME = "step-" + "[0-9]" * 8  # of a checkpoint's folder
 _ELSEWHERE = "train into another folder"
 
 
@@ -89,7 +90,7 @@ def save_checkpoint(
         # One temporary folder, in which every rank writes its file of the state, and hashes it.
         with together():
             if world.main:
-                shutil.rmtree(temporary, ignore_errors=True)
+                _remove(temporary)
             world.barrier()
             writer = FileSystemWriter(temporary)
             save(_tensors(state), storage_writer=writer, no_dist=world.size == 1)
@@ -123,7 +124,7 @@ def save_checkpoint(
                 write_json(temporary / META, meta | {"digest": digest_of(meta)})
                 publish_folder(temporary, path)
                 for old in checkpoints(folder)[:-keep]:
-                    shutil.rmtree(old)
+                    _remove(old)
     finally:
         if world.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -155,13 +156,39 @@ def _together(world: World, what: str, remedy: str) -> Iterator[None]:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(meta.parent for meta in Path(folder).glob(f"step-{'[0-9]' * 8}/{META}"))
+    return sorted(meta.parent for meta in Path(folder).glob(f"{_NAME}/{META}"))
 
 
-def remove_unfinished(folder: str | Path) -> None:
-    """Delete what killed saves left; rank 0 alone."""
-    for left in Path(folder).glob(".step-*"):
-        shutil.rmtree(left)
+def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[Path]]:
+    """The newest complete checkpoint, and the folders after it that are none; rank 0 alone calls.
+
+    What killed saves left is deleted.
+
+    Raises:
+        UserError: there are checkpoints, and none is complete.
+    """
+    folder = Path(folder)
+    for left in folder.glob(f".{_NAME}.tmp"):
+        _remove(left)
+
+    newest = max(checkpoints(folder), default=None)
+    incomplete = [
+        path for path in sorted(folder.glob(_NAME)) if newest is None or path.name > newest.name
+    ]
+    if incomplete and newest is None:
+        raise UserError(
+            f"{incomplete[-1]}: no {META} in it, and no other checkpoint is complete, so the run "
+            f"cannot go on; delete {folder} to begin it again, or train into another folder"
+        )
+    return newest, incomplete
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or a link or file in its place."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def load_checkpoint(

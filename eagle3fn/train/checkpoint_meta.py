@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, read_json
+from eagle3fn.base.files import json_sha256
+from eagle3fn.base.read import printable, read_object
 
 SCHEMA = 2
 META = "meta.json"
@@ -43,23 +44,27 @@ def read_meta(path: Path) -> dict[str, Any]:
         UserError: missing, damaged, of another schema or with a value of a wrong type.
     """
     try:
-        meta = read_json(path / META)
-        schema = meta["schema"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({META}: {error}); {older(path)}") from None
+        meta = read_object(path / META)
+        _check_type("schema", meta.get("schema"), int)
+    except ValueError as error:
+        raise _damaged(path, error) from None
 
-    if type(schema) is not int or schema != SCHEMA:
+    if meta["schema"] != SCHEMA:
         raise UserError(
-            f"{path}: a checkpoint of schema {schema!r:.80}, this version reads {SCHEMA}; finish "
+            f"{path}: a checkpoint of schema {meta['schema']}, this version reads {SCHEMA}; finish "
             "the run with the version that began it, or train into another folder"
         )
     if meta.get("digest") != digest_of(meta):
-        raise UserError(f"{path}: damaged (the bytes of {META} have changed); {older(path)}")
+        raise _damaged(path, "its bytes have changed")
     try:
         _check(meta)
     except ValueError as error:
-        raise UserError(f"{path}: damaged ({META}: {error}); {older(path)}") from None
+        raise _damaged(path, error) from None
     return meta
+
+
+def _damaged(path: Path, reason: Any) -> UserError:
+    return UserError(f"{path}: damaged ({META}: {reason}); {older(path)}")
 
 
 def random_state(text: str) -> torch.Tensor:
@@ -92,7 +97,7 @@ def _check(meta: dict[str, Any]) -> None:
     for name, value in meta["files"].items():
         _check_type(f"files.{name}", value, str)
         if name in (".", "..") or not set(name).isdisjoint("/\\\0"):
-            raise ValueError(f"files has {name!r:.80}, which is no name in the folder")
+            raise ValueError(f"files has {printable(name)}, which is no name in the folder")
     random_state(meta["rng"])
 
 
@@ -100,11 +105,4 @@ def _check_type(name: str, value: Any, kind: type) -> None:
     """Refuse a value of another type; `True` is no number, and no number is below 0."""
     if type(value) is not kind or (kind is int and not 0 <= value < 2**63):
         what = "whole number from 0 on" if kind is int else kind.__name__
-        raise ValueError(f"{name!r:.80} is {_short(value)}, must be a {what}")
-
-
-def _short(value: Any) -> str:
-    try:
-        return f"{value!r:.80}"
-    except (RecursionError, ValueError):  # nested too deep, or too many digits
-        return f"a {type(value).__name__}"
+        raise ValueError(f"{printable(name)} is {printable(repr(value))}, must be a {what}")

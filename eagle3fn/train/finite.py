@@ -14,13 +14,10 @@ from eagle3fn.base.types import TrainState
 
 def watched(state: TrainState) -> dict[str, Tensor]:
     """The leaves that are finite only if the whole state is: the parameters, which are cast from
-    the masters, and the optimizer's floating ones.
+    the masters, and the optimizer's floating ones. Those of specs too.
     """
-    return {
-        name: leaf
-        for name, leaf in named_leaves(state._replace(masters={})).items()
-        if leaf.is_floating_point()
-    }
+    leaves = named_leaves(state._replace(masters={}))
+    return {name: leaf for name, leaf in leaves.items() if leaf.dtype.is_floating_point}
 
 
 def finite(leaves: Iterable[Tensor], mesh: DeviceMesh | None = None) -> Tensor:
