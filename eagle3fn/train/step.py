@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import HIGHEST_RATE, Config
 from eagle3fn.base.dtypes import wide
 from eagle3fn.base.entries import entry_by_entry, is_transformed
 from eagle3fn.base.errors import UserError
@@ -138,6 +138,11 @@ def _step(
     if rate is None:
         rate = made_schedule(recipe.schedule, config.optimizer, config.train.steps)(number)
     rate = float(rate)
+    if not abs(rate) <= HIGHEST_RATE:
+        raise UserError(
+            f"step: the learning rate of update {number + 1} is {rate}: must be finite and at most "
+            f"{HIGHEST_RATE:g}; give another rate, or mend the schedule"
+        )
 
     # This rank's gradients, then each rank's rows of all ranks' sum.
     params = full_params(state.params)
