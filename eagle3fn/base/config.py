@@ -14,6 +14,20 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.toml import override, read_toml
 
 
+MOST_STEPS = 10**8 - 1
+"""Of a run: a checkpoint's folder is named by eight digits."""
+
+HIGHEST_RATE = 1e30
+"""Of an update: with the factors below its products are numbers of fp32."""
+
+_LARGEST_FACTOR = 1e6  # weight decay, Muon's factor
+_HIGHEST_BETA = 1 - 1e-7
+_MOST = 2**31 - 1  # of a setting that has no bound of its own
+_LONGEST_UNROLL = 128  # its masks alone are `(B, K, S)`, and drafts of a server are below 20 tokens
+_MOST_PREFETCHED = 1024  # batches held in memory
+_LARGEST_BATCH = 2**24  # the numbers of its samples are a list
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The training objective.
@@ -52,12 +66,9 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         _check_choices(self, "objective")
-        require(self.ttt_length >= 1, "objective.ttt_length", self.ttt_length, "at least 1")
+        _within(self, "objective", ttt_length=(1, _LONGEST_UNROLL), teacher_chunk=(1, _MOST))
         require(0 < self.decay <= 1, "objective.decay", self.decay, "in (0, 1]")
         require(0 < self.survival <= 1, "objective.survival", self.survival, "in (0, 1]")
-        require(
-            self.teacher_chunk >= 1, "objective.teacher_chunk", self.teacher_chunk, "at least 1"
-        )
         require(0 <= self.kl_scale <= 1, "objective.kl_scale", self.kl_scale, "in [0, 1]")
         require(
             0 <= self.kl_decay < math.inf,
@@ -112,14 +123,19 @@ class OptimizerConfig:
         _check_choices(self, "optimizer")
         for name in ("learning_rate", "max_grad_norm", "matrix_factor"):
             require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0")
-        for name in ("learning_rate", "max_grad_norm", "eps", "weight_decay", "matrix_factor"):
+        for name in ("learning_rate", "max_grad_norm", "eps"):
             value = getattr(self, name)
-            require(0 <= value < math.inf, f"optimizer.{name}", value, "at least 0 and finite")
+            words = f"at least 0 and at most {HIGHEST_RATE:g}"
+            require(0 <= value <= HIGHEST_RATE, f"optimizer.{name}", value, words)
+        for name in ("weight_decay", "matrix_factor"):
+            value = getattr(self, name)
+            words = f"at least 0 and at most {_LARGEST_FACTOR:g}"
+            require(0 <= value <= _LARGEST_FACTOR, f"optimizer.{name}", value, words)
         for name in ("warmup_ratio", "beta1", "beta2", "momentum"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
-        span = self.schedule_steps
-        require(span >= 0, "optimizer.schedule_steps", span, "at least 0 (0: train.steps)")
+            words = "in [0, 1), and no nearer to 1 than 1e-7"
+            require(0 <= value <= _HIGHEST_BETA, f"optimizer.{name}", value, words)
+        _within(self, "optimizer", schedule_steps=(0, _MOST))
 
         # A setting that would change nothing is refused; a user's own optimizer may read any.
         for setting in ("matrices", "momentum", "matrix_factor") if self.name == "adamw" else ():
@@ -151,16 +167,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        require(self.max_length >= 3, "data.max_length", self.max_length, "at least 3")
-        require(self.micro_batch >= 1, "data.micro_batch", self.micro_batch, "at least 1")
+        _within(self, "data", max_length=(3, _MOST), micro_batch=(1, _LARGEST_BATCH))
+        _within(self, "data", global_batch=(1, _LARGEST_BATCH), held_out=(0, _MOST))
+        _within(self, "data", prefetch=(0, _MOST_PREFETCHED))
         require(
-            self.global_batch >= 1 and self.global_batch % self.micro_batch == 0,
+            self.global_batch % self.micro_batch == 0,
             "data.global_batch",
             self.global_batch,
             f"a multiple of data.micro_batch = {self.micro_batch}",
         )
-        require(self.held_out >= 0, "data.held_out", self.held_out, "at least 0")
-        require(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0")
 
 
 STARTS = ("target", "random")
@@ -204,12 +219,9 @@ class TrainConfig:
         _check_choices(self, "train")
         words = f"{' or '.join(map(repr, STARTS))}, or the folder of an exported draft"
         require(bool(self.init), "train.init", self.init, words)
-        for name in ("epochs", "eval_every", "checkpoint_every", "keep_last"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _within(self, "train", epochs=(1, _MOST), steps=(0, MOST_STEPS), keep_last=(1, _MOST))
+        _within(self, "train", eval_every=(1, _MOST), checkpoint_every=(1, _MOST))
         require(0 <= self.seed < 2**40, "train.seed", self.seed, "in [0, 2**40)")
-        require(
-            self.steps >= 0, "train.steps", self.steps, "at least 0 (0: as many as epochs need)"
-        )
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,14 @@ def require(holds: bool, name: str, value: Any, constraint: str) -> None:
     """Raise a UserError that names the value and its constraint unless `holds`."""
     if not holds:
         raise UserError(f"{name} = {value!r}: must be {constraint}")
+
+
+def _within(config: Any, section: str, **bounds: tuple[int, int]) -> None:
+    """Refuse a whole number outside of its bounds."""
+    for name, (least, most) in bounds.items():
+        value = getattr(config, name)
+        require(least <= value, f"{section}.{name}", value, f"at least {least}")
+        require(value <= most, f"{section}.{name}", value, f"at most {most}")
 
 
 def _check_choices(config: Any, section: str) -> None:
@@ -337,7 +357,7 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         return value
     if origin is dict and isinstance(value, dict):
         return value
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value

@@ -21,21 +21,29 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from eagle3fn.base.config import Config, to_dict
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, publish_folder, sha256, write_json
+from eagle3fn.base.files import publish_folder, sha256, write_json
 from eagle3fn.base.launch import World
+from eagle3fn.base.named import in_one_line
 from eagle3fn.base.tree import like, named_leaves
 from eagle3fn.base.types import TrainState
-from eagle3fn.train.shard import full_params
+from eagle3fn.train.checkpoint_meta import (
+    META,
+    SCHEMA,
+    digest_of,
+    older,
+    random_state,
+    read_meta,
+)
+from eagle3fn.train.finite import finite
+from eagle3fn.train.shard import full_params, local
+from eagle3fn.train.stored_state import METADATA, read_leaves
 
-SCHEMA = 2
 DRAFT = "draft.safetensors"
-META = "meta.json"
 
 # Settings that do not touch the bits: a resumed run may change them.
 MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite", "data.prefetch"}
@@ -43,6 +51,7 @@ MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite",
 RENAMED = {"optimizer.horizon": "optimizer.schedule_steps"}
 GONE = {"data.mask_alignment": "serving", "data.order": "shuffled"}
 
+_NAME = "step-" + "[0-9]" * 8  # of a checkpoint's folder
 _ELSEWHERE = "train into another folder"
 
 
@@ -81,7 +90,7 @@ def save_checkpoint(
         # One temporary folder, in which every rank writes its file of the state, and hashes it.
         with together():
             if world.main:
-                shutil.rmtree(temporary, ignore_errors=True)
+                _remove(temporary)
             world.barrier()
             writer = FileSystemWriter(temporary)
             save(_tensors(state), storage_writer=writer, no_dist=world.size == 1)
@@ -95,7 +104,7 @@ def save_checkpoint(
             if world.main:
                 whole = {name: leaf.detach().cpu().contiguous() for name, leaf in params.items()}
                 save_file(whole, temporary / DRAFT)
-                files = {name: sha256(temporary / name) for name in (DRAFT, ".metadata")}
+                files = {name: sha256(temporary / name) for name in (DRAFT, METADATA)}
                 for part in written:
                     files |= part
                 random = bytes(torch.get_rng_state().tolist())
@@ -115,7 +124,7 @@ def save_checkpoint(
                 write_json(temporary / META, meta | {"digest": digest_of(meta)})
                 publish_folder(temporary, path)
                 for old in checkpoints(folder)[:-keep]:
-                    shutil.rmtree(old)
+                    _remove(old)
     finally:
         if world.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -136,8 +145,8 @@ def _together(world: World, what: str, remedy: str) -> Iterator[None]:
             yield
     except CheckpointException as error:  # of any rank; raised on all of them
         number, (found, _) = min(error.failures.items())
-        reason = f"rank {number}: {found}"
-    except (OSError, SafetensorError) as error:
+        reason = f"rank {number}: {in_one_line(found)}"
+    except (OSError, SafetensorError, ValueError) as error:
         reason = f"rank {world.rank}: {error}"
 
     for found in world.every(reason):
@@ -147,13 +156,39 @@ def _together(world: World, what: str, remedy: str) -> Iterator[None]:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(meta.parent for meta in Path(folder).glob(f"step-{'[0-9]' * 8}/{META}"))
+    return sorted(meta.parent for meta in Path(folder).glob(f"{_NAME}/{META}"))
 
 
-def remove_unfinished(folder: str | Path) -> None:
-    """Delete what killed saves left; rank 0 alone."""
-    for left in Path(folder).glob(".step-*"):
-        shutil.rmtree(left)
+def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[Path]]:
+    """The newest complete checkpoint, and the folders after it that are none; rank 0 alone calls.
+
+    What killed saves left is deleted.
+
+    Raises:
+        UserError: there are checkpoints, and none is complete.
+    """
+    folder = Path(folder)
+    for left in folder.glob(f".{_NAME}.tmp"):
+        _remove(left)
+
+    newest = max(checkpoints(folder), default=None)
+    incomplete = [
+        path for path in sorted(folder.glob(_NAME)) if newest is None or path.name > newest.name
+    ]
+    if incomplete and newest is None:
+        raise UserError(
+            f"{incomplete[-1]}: no {META} in it, and no other checkpoint is complete, so the run "
+            f"cannot go on; delete {folder} to begin it again, or train into another folder"
+        )
+    return newest, incomplete
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or a link or file in its place."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def load_checkpoint(
@@ -171,7 +206,7 @@ def load_checkpoint(
             under `reduce = "tree"`, or damaged; on every rank.
     """
     path = Path(path)
-    meta = _read_meta(path)
+    meta = read_meta(path)
     threads = torch.get_num_threads()
 
     # Refuse what would not go on to the same bits.
@@ -191,41 +226,26 @@ def load_checkpoint(
         )
 
     # Compare hashes; each rank takes its share of the files.
-    with _together(world, f"{path}: damaged", _older(path)):
-        for name in sorted(meta["files"])[world.rank :: world.size]:
-            if sha256(path / name) != meta["files"][name]:
+    with _together(world, f"{path}: damaged", older(path)):
+        for name in sorted(meta["files"].keys() | {METADATA})[world.rank :: world.size]:
+            if not (path / name).is_file():
+                raise OSError(f"{name} is no file")
+            if sha256(path / name) != meta["files"].get(name):
                 raise OSError(f"the bytes of {name} have changed")
 
     leaves = _tensors(into)
-    with _together(world, f"{path}: not readable", _older(path)):
-        load(leaves, storage_reader=FileSystemReader(path), no_dist=world.size == 1)
-    rng = torch.tensor(list(base64.b64decode(meta["rng"])), dtype=torch.uint8)
-    return Resumed(like(into, leaves), meta["extra"], rng)
+    with _together(world, f"{path}: not readable", older(path)):
+        read_leaves(path, leaves, meta["files"], no_dist=world.size == 1)
 
-
-def digest_of(meta: dict[str, Any]) -> str:
-    """Hash of the contents of `meta.json`, without this hash itself."""
-    return json_sha256({name: value for name, value in meta.items() if name != "digest"})
-
-
-def _older(path: Path) -> str:
-    return f"delete {path} to resume from an older one"
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((path / META).read_bytes())
-        schema = meta["schema"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({META}: {error}); {_older(path)}") from None
-    if schema != SCHEMA:
-        raise UserError(
-            f"{path}: a checkpoint of schema {schema!r}, this version reads {SCHEMA}; finish the "
-            f"run with the version that began it, or {_ELSEWHERE}"
-        )
-    if meta.get("digest") != digest_of(meta):
-        raise UserError(f"{path}: damaged (the bytes of {META} have changed); {_older(path)}")
-    return meta
+    # What was saved is finite, and of the step that is named.
+    with _together(world, f"{path}: damaged", older(path)):
+        floats = {name: leaf for name, leaf in leaves.items() if leaf.is_floating_point()}
+        for name, good in zip(floats, finite(local(list(floats.values()))).tolist(), strict=True):
+            if not good:
+                raise ValueError(f"{name} holds NaN or infinity")
+        if int(leaves["step"]) != meta["cursor"]["step"]:
+            raise ValueError(f"the state's step is {int(leaves['step'])}, not {META}'s")
+    return Resumed(like(into, leaves), meta["extra"], random_state(meta["rng"]))
 
 
 def _same_config(written: dict[str, Any], config: Config, path: Path) -> None:
@@ -246,7 +266,7 @@ def _same_config(written: dict[str, Any], config: Config, path: Path) -> None:
             change = f"is {now.get(name)!r}; {_ELSEWHERE}, or set it back"
             if name in GONE:
                 change = f"a setting that is gone; {_ELSEWHERE}"
-            was = f"{name} was {old.get(name)!r}, {change}"
+            was = f"{name} was {old.get(name)!r:.200}, {change}"
             raise UserError(f"{path}: a checkpoint of another configuration: {was}")
 
 

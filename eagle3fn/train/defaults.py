@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import Config, from_dict
 from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.errors import UserError
 from eagle3fn.base.toml import read_toml
 from eagle3fn.data.vocab import held_out_of
 from eagle3fn.train.checkpoint import checkpoints
@@ -106,6 +107,9 @@ def begun_settings(out: str | Path) -> dict[str, dict[str, Any]] | None:
     A run goes on with what it began with: it must not choose anew, from other data or by the rules
     of a later version. The draft and the number of steps have files of their own to be kept by.
     None if no run has begun there.
+
+    Raises:
+        UserError: `config.toml` is damaged; names it and the setting.
     """
     path = Path(out) / "config.toml"
     if not path.is_file() or not checkpoints(Path(out) / "checkpoints"):
@@ -119,7 +123,10 @@ def begun_settings(out: str | Path) -> dict[str, dict[str, Any]] | None:
             continue
         known = {field.name for field in fields(kind)} - {"steps"}
         values = begun.get(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {section} is no section; set it back, or train elsewhere")
         tree[section] = {key: value for key, value in values.items() if key in known}
+        from_dict(kind, tree[section], str(path), f"{section}.")
     return tree
 
 

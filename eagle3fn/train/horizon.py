@@ -2,6 +2,8 @@
 need.
 """
 
+import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from eagle3fn.base.config import to_dict, with_steps
+from eagle3fn.base.config import MOST_STEPS, to_dict, with_steps
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json, write_text
-from eagle3fn.base.read import read_json
+from eagle3fn.base.read import printable, read_object
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState
@@ -45,6 +47,8 @@ def with_horizon(
             f"--minutes and train.steps = {settings.steps} both choose the number of steps; "
             "leave one out"
         )
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"--minutes {minutes}: must be above 0 and finite")
     chosen = "epochs" if minutes is None else "minutes"
     if settings.steps:
         chosen = "steps"
@@ -63,7 +67,7 @@ def with_horizon(
         steps = begun.steps
     elif minutes is not None:
         seconds = seconds_per_step(run, first_state())
-        steps = run.world.shared(max(1, int(minutes * 60 / seconds)))
+        steps = run.world.shared(min(max(1, int(minutes * 60 / seconds)), MOST_STEPS))
     else:
         steps = max(1, settings.epochs * len(run.train) // run.config.data.global_batch)
     return _with_steps(run, steps), chosen
@@ -106,12 +110,18 @@ class _Begun(NamedTuple):
 
 
 def _begun(path: Path) -> _Begun | None:
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    found = read_json(path)
-    if isinstance(found, dict) and type(found.get("steps")) is int:
-        return _Begun(found["steps"], found.get("chosen_by", ""))
-    raise UserError(f"{path}: no number of steps in it; delete it, or train into another folder")
+    found = read_object(path)
+    steps = found.get("steps")
+    chosen_by = found.get("chosen_by", "")
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        fault = f"steps = {printable(repr(steps))}: must be a number of steps"
+    elif chosen_by not in ("", "steps", "minutes", "epochs"):
+        fault = f"chosen_by = {printable(repr(chosen_by))}: must be steps, minutes or epochs"
+    else:
+        return _Begun(steps, chosen_by)
+    raise UserError(f"{path}: {fault}; delete it, or train into another folder")
 
 
 def seconds_per_step(run: Run, state: TrainState) -> float:

@@ -12,39 +12,40 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from eagle3fn.base import progress
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import fsync_path, locked
 from eagle3fn.base.launch import World
+from eagle3fn.base.read import printable
 from eagle3fn.base.signals import Stop, signals_noted
 from eagle3fn.base.types import Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.pipeline import prefetch
 from eagle3fn.data.target_tensors import TargetTensors
-from eagle3fn.train.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-)
+from eagle3fn.train.bad_updates import check_dropped, check_first, check_update
+from eagle3fn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import with_horizon, write_horizon
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import empty_state, gather
 from eagle3fn.train.step import Metrics
-from eagle3fn.train.track import append_row, cut_rows, metrics_row, nonfinite
+from eagle3fn.train.track import append_row, cut_rows, metrics_row
 
 ROWS = ("metrics.jsonl", "eval.jsonl")
 T = TypeVar("T")
 
 
 class Events(NamedTuple):
-    """What the loop calls: with each metrics row, each held-out row, and each best draft."""
+    """What the loop calls: with each metrics row, each held-out row, each best draft, and each
+    line about what it found and left out.
+    """
 
     on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
     on_eval: Callable[[dict[str, Any]], None] = lambda row: None
     on_best: Callable[[Params, Frozen, dict[str, Any]], None] = lambda params, frozen, row: None
+    on_notice: Callable[[str], None] = progress.say
 
 
 class PendingStep(NamedTuple):
@@ -60,6 +61,11 @@ class LoopState(NamedTuple):
 
     best: float = 0.0  # the best held-out value so far
     skipped: int = 0  # updates dropped so far
+    in_a_row: int = 0  # of these, the last ones without a made one between them
+
+
+_TYPES = {"best": (float, int), "skipped": (int,), "in_a_row": (int,)}
+"""Of the fields of `LoopState`, in a checkpoint's JSON."""
 
 
 def train(
@@ -90,7 +96,7 @@ def train(
     lock = locked(run.out) if world.main else nullcontext()
     with lock:
         # Where to go on; how many steps to make.
-        newest = run.world.shared(_newest_checkpoint(run) if world.main else None)
+        newest = run.world.shared(_newest(run, events) if world.main else None)
         run, chosen = with_horizon(run, lambda: _first_state(run), minutes)
 
         # The state: read, or made.
@@ -104,7 +110,9 @@ def train(
             # Without a checkpoint step 0 is evaluated again, so its row goes too.
             last = int(state.step) or -1
             for name in ROWS:
-                cut_rows(run.out / name, last)
+                line = cut_rows(run.out / name, last, every_step=name == ROWS[0])
+                if line:
+                    events.on_notice(line)
 
         if int(state.step) < run.config.train.steps:
             # A signal before this ends the program: nothing is lost that is not on the disk.
@@ -114,21 +122,36 @@ def train(
 
 
 def _first_state(run: Run) -> TrainState:
-    return run.fns.init_state(run.fns.init(run.config.train.seed))
+    state = run.fns.init_state(run.fns.init(run.config.train.seed))
+    check_first(run, state)
+    return state
 
 
-def _newest_checkpoint(run: Run) -> Path | None:
-    """The newest checkpoint, if there is one; what killed saves left is removed."""
-    folder = run.out / "checkpoints"
-    remove_unfinished(folder)
-    return max(checkpoints(folder), default=None)
+def _newest(run: Run, events: Events) -> Path | None:
+    """The newest checkpoint, if there is one; what is newer and none is said."""
+    newest, incomplete = newest_checkpoint(run.out / "checkpoints")
+    if incomplete:
+        names = ", ".join(path.name for path in incomplete)
+        events.on_notice(f"{names}: not complete, so the run goes on from {newest}")
+    return newest
 
 
 def _resume(run: Run, path: Path) -> tuple[TrainState, LoopState]:
     empty = empty_state(run.config, run.device, run.mesh, run.recipe)
     state, extra, rng = load_checkpoint(path, empty, run.config, run.data, run.world)
     torch.set_rng_state(rng)
-    return state, LoopState(**extra)
+    return state, _loop_state(extra, path)
+
+
+def _loop_state(extra: dict[str, Any], path: Path) -> LoopState:
+    """What a checkpoint has of the loop, checked."""
+    for name, value in extra.items():
+        if type(value) not in _TYPES.get(name, ()) or not 0 <= value < 2**53:
+            raise UserError(
+                f"{path}: damaged (meta.json: extra.{printable(name)} is "
+                f"{printable(repr(value))}); delete {path} to resume from an older one"
+            )
+    return LoopState(**extra)
 
 
 def _steps(
@@ -198,19 +221,23 @@ def _report(
     """Write and report the metrics of all steps but the newest, or with `wait` of that one too.
 
     Raises:
-        UserError: a loss or gradient norm that is not finite.
+        UserError: a loss, gradient norm or state that is not finite, or too many dropped updates.
     """
     kept_back = 0 if wait else 1
     while len(pending) > kept_back:
         number, begin, metrics = pending.popleft()
-        if nonfinite(metrics) and not metrics["skipped"]:
-            raise UserError(_nonfinite_message(run, number - 1))
+        check_update(run, number, metrics)
 
-        loop_state = loop_state._replace(skipped=loop_state.skipped + metrics["skipped"])
+        skipped = metrics["skipped"]
+        loop_state = loop_state._replace(
+            skipped=loop_state.skipped + skipped,
+            in_a_row=loop_state.in_a_row + 1 if skipped else 0,
+        )
         if run.world.main:
             row = metrics_row(number, metrics, time.perf_counter() - begin, loop_state.skipped)
             append_row(run.out / "metrics.jsonl", row)
             events.on_step(row, run.config.train.steps)
+        check_dropped(run, number, loop_state.in_a_row)
 
         # On a device the next step began when this one ended.
         if pending:
@@ -247,15 +274,3 @@ def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events
         if value > loop_state.best or step == 0:
             events.on_best(params, run.frozen, row)
     return loop_state._replace(best=max(value, loop_state.best))
-
-
-def _nonfinite_message(run: Run, step: int) -> str:
-    chosen = run.recipe.order(len(run.train), run.config, step)
-    names = [str(run.features.samples[run.train[i]]["id"]) for i in chosen]
-    found = checkpoints(run.out / "checkpoints")
-    last = f"last good checkpoint: {found[-1]}" if found else "no checkpoint was written yet"
-    return (
-        f"step {step + 1}: the loss or its gradient is not finite; samples {', '.join(names)}; "
-        f"{last}; check these samples, lower optimizer.learning_rate, or leave such updates out "
-        "with --on-nonfinite skip"
-    )

@@ -62,6 +62,12 @@ def plan_memory(
     several = config.data.global_batch // config.data.micro_batch > ranks
     gradients = values * (2 * wide if several else narrow)
 
+    # An update that may be dropped is computed next to the state before it.
+    optimizer_state = _held_bytes(state.opt)
+    kept = {}
+    if config.train.on_nonfinite == "skip":
+        kept["state before an update"] = params + masters + optimizer_state
+
     # Frozen: the target's head, its embedding where it is another tensor and the draft has none of
     # its own, the map.
     tables = 1 if tied or draft.own_embedding else 2
@@ -77,11 +83,12 @@ def plan_memory(
         held={
             "parameters": params,
             "masters": masters,
-            "optimizer state": _held_bytes(state.opt),
+            "optimizer state": optimizer_state,
             "gathered parameters": values * narrow if ranks > 1 else 0,
             "gradients": gradients,
             "frozen tensors": frozen,
-        },
+        }
+        | kept,
         moved={
             "gathering parameters": (ranks - 1) * params,
             "reducing gradients": (ranks - 1) * masters,

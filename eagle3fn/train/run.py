@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from eagle3fn.base.config import Config, to_dict
+from eagle3fn.base.config import MOST_STEPS, Config, to_dict
 from eagle3fn.base.device import check_device, send
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
@@ -84,6 +84,7 @@ def prepare(
 
     frozen = make_frozen(target, vocab_map, config, device)
     kept, held_out = split(len(features.samples), config.data.held_out)
+    _check_batch(config, len(kept))
     _check_lengths(config, features)
     _check_trained(config, features, kept, recipe.align_mask)
 
@@ -158,6 +159,21 @@ def _settings(config: Config) -> dict[str, Any]:
     return every | (
         {"number of threads": torch.get_num_threads()} if config.train.reduce == "tree" else {}
     )
+
+
+def _check_batch(config: Config, samples: int) -> None:
+    """Refuse an update of more samples than all epochs have, and more updates than can be named."""
+    batch, epochs = config.data.global_batch, config.train.epochs
+    if batch > samples * epochs:
+        raise UserError(
+            f"data.global_batch = {batch}: an update would have more than the {samples} samples "
+            f"of {epochs} epochs; set it to {samples} at most, or extract more"
+        )
+    if not config.train.steps and samples * epochs // batch > MOST_STEPS:
+        raise UserError(
+            f"train.epochs = {epochs}: {samples} samples make more than {MOST_STEPS} updates; set "
+            "train.steps"
+        )
 
 
 def _check_lengths(config: Config, features: FeatureSet) -> None:

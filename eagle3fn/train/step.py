@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import HIGHEST_RATE, Config
 from eagle3fn.base.dtypes import wide
 from eagle3fn.base.entries import entry_by_entry, is_transformed
 from eagle3fn.base.errors import UserError
@@ -18,7 +18,8 @@ from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_micro_batches
 from eagle3fn.model.forward import ForwardLoss, forward_loss
-from eagle3fn.train.optimizer import UpdateInfo, clip, made_schedule
+from eagle3fn.train.finite import finite, watched
+from eagle3fn.train.optimizer import Optimizer, UpdateInfo, clip, made_schedule
 from eagle3fn.train.recipe import OURS, Recipe, optimizer_of
 from eagle3fn.train.reduce import check_ranks, global_norm, over_ranks, to_shards, total
 from eagle3fn.train.shard import (
@@ -36,6 +37,9 @@ from eagle3fn.train.shard import (
 
 Metrics = dict[str, Any]
 """What `step` reports of an update, by name."""
+
+_DROPPED = {"learning_rate": 0.0, "skipped": 1}
+"""What the metrics of a dropped update say."""
 
 _NO_DERIVATIVE = (
     "step has no derivative; differentiate forward_loss under objective.numerics = 'plain' and an "
@@ -86,8 +90,9 @@ def step(
     Returns:
         The next state, placed as the given one, and metrics over the global batch, the same on all
         ranks: `loss` `()`, `aux` (`Aux`, summed), `tokens` `()` int64, `grad_norm` `()` before the
-        clip, the `learning_rate` applied, and `skipped`: 1 if `train.on_nonfinite = "skip"` dropped
-        the update, whose step is counted all the same.
+        clip, the `learning_rate` applied, `finite` `(L,)` bool, whether each leaf of the updated
+        state is (`train.finite.watched` names them), and `skipped`: 1 if `train.on_nonfinite =
+        "skip"` dropped the update, whose step is counted all the same.
 
     Raises:
         UserError: no micro-batch, several without `row_counts`, `train.steps` not set, a state
@@ -133,6 +138,11 @@ def _step(
     if rate is None:
         rate = made_schedule(recipe.schedule, config.optimizer, config.train.steps)(number)
     rate = float(rate)
+    if not abs(rate) <= HIGHEST_RATE:
+        raise UserError(
+            f"step: the learning rate of update {number + 1} is {rate}: must be finite and at most "
+            f"{HIGHEST_RATE:g}; give another rate, or mend the schedule"
+        )
 
     # This rank's gradients, then each rank's rows of all ranks' sum.
     params = full_params(state.params)
@@ -149,24 +159,41 @@ def _step(
 
     # Drop an update that is not finite, where that is wanted.
     before = take(state, mesh) if donate else state
-    if config.train.on_nonfinite == "skip" and not _is_finite(metrics["loss"], norm):
-        dropped = {"learning_rate": 0.0, "skipped": 1}
-        return before._replace(step=before.step + 1), metrics | dropped
-
-    # The optimizer's update of this rank's rows, and the parameters cast from the new masters.
     parts = local(before)
+    skips = config.train.on_nonfinite == "skip"
+    dropped = before._replace(step=before.step + 1)
+    if skips and not _is_finite(metrics["loss"], norm):
+        kept = torch.ones(len(watched(parts)), dtype=torch.bool, device=norm.device)
+        return dropped, metrics | {"finite": kept} | _DROPPED
+
+    # The optimizer's update of this rank's rows. The state before it is written into only if the
+    # update will not be dropped.
+    overwrite = donate and not skips
     grads = clip(grads, norm, config.optimizer.max_grad_norm, donate)
     leaves = leaves_of(config)
-    info = UpdateInfo(number, rate, leaves, partial(on_whole, leaves=leaves, mesh=mesh), donate)
+    info = UpdateInfo(number, rate, leaves, partial(on_whole, leaves=leaves, mesh=mesh), overwrite)
+    after = _updated(parts, grads, info, optimizer_of(config, recipe))
+
+    # A finite gradient can make a state that is not, by its rate or its square.
+    metrics["finite"] = finite(watched(after).values(), mesh)
+    if skips and not metrics["finite"].all():
+        return dropped, metrics | _DROPPED
+    return place(after, before, mesh), metrics
+
+
+def _updated(
+    parts: TrainState, grads: Params, info: UpdateInfo, optimizer: Optimizer
+) -> TrainState:
+    """The state after an update: new masters and moments, and the parameters cast from these."""
     kinds = {name: (leaf.shape, leaf.dtype) for name, leaf in parts.masters.items()}
-    updated = optimizer_of(config, recipe).update(grads, parts.opt, parts.masters, info)
+    updated = optimizer.update(grads, parts.opt, parts.masters, info)
     masters, opt = _checked(updated, kinds)
 
     params = {}
     for name, master in masters.items():
         old = parts.params[name]
-        params[name] = old.copy_(master) if donate else master.to(old.dtype)
-    return place(TrainState(params, masters, opt, parts.step + 1), before, mesh), metrics
+        params[name] = old.copy_(master) if info.donate else master.to(old.dtype)
+    return TrainState(params, masters, opt, parts.step + 1)
 
 
 def _checked(updated: Any, kinds: dict[str, tuple[torch.Size, torch.dtype]]) -> tuple[Params, Any]:

@@ -1,13 +1,17 @@
 """What a run records: one JSON line a step, made from the sums of `Aux`."""
 
 import json
+import math
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from eagle3fn.base.files import write_text
+from eagle3fn.base.files import append_line, write_text
+from eagle3fn.base.read import Rows, read_rows
 from eagle3fn.base.types import Aux
+
+_SHOWN = 3  # lines that a message names
 
 
 def readable(aux: Aux) -> dict[str, Any]:
@@ -45,29 +49,74 @@ def metrics_row(
     return row | {"tokens": tokens, "skipped": skipped, "seconds": round(seconds, 4)}
 
 
-def nonfinite(metrics: dict[str, Any]) -> bool:
-    """True if the loss or the gradient norm is not a finite number."""
-    return not bool(torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"]))
-
-
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line and flush it."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append one JSON line; a number that is not finite, which JSON has not, is null there."""
+    append_line(path, json.dumps(_with_nulls(row), allow_nan=False))
 
 
-def cut_rows(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a line half written: a resumed run writes them again."""
-    if not path.exists():
-        return
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nulls(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    kept = ""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(row, dict) or row.get("step", step + 1) > step:
-            break
-        kept += line + "\n"
-    write_text(path, kept)
+
+def cut_rows(path: Path, step: int, every_step: bool = False) -> str:
+    """Keep the rows up to `step`, in the order of their steps: a resumed run writes the others
+    again. The file is made if it is not there.
+
+    A row is a JSON object with a whole number from 0 on as `step`; of two rows of a step the first
+    is kept. A damaged last line is what a kill leaves, and lies after `step`.
+
+    Args:
+        path: of `metrics.jsonl` or `eval.jsonl`.
+        step: the last one kept; -1 keeps none.
+        every_step: there must be a row for each step from 1 on.
+
+    Returns:
+        What was left out or is lost, in one line; "" if nothing is.
+
+    Raises:
+        UserError: `path` is no regular file, or cannot be written.
+    """
+    seen: set[int] = set()
+    rows = Rows([], [])
+    if os.path.lexists(path):
+        rows = read_rows(path, partial(_fault, seen))
+    kept = sorted((row for row in rows.good if row["step"] <= step), key=lambda row: row["step"])
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    if step < 0:
+        lines = len(rows.good) + len(rows.bad)
+        return f"{path}: begun again without its {lines} rows, no checkpoint is there" if lines else ""
+
+    # What is damaged, and what is missing.
+    faults = [f"line {number} ({reason})" for number, reason in _before_the_end(rows)]
+    said = []
+    if faults:
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        said.append(f"{', '.join(faults[:_SHOWN])}{more} left out")
+    lost = sorted({*range(1, step + 1)} - seen) if every_step else []
+    if lost:
+        said.append(f"{len(lost)} rows are lost, of step {lost[0]} first")
+    elif not kept:
+        said.append(f"no row up to step {step} is there")
+    return f"{path}: {'; '.join(said)}; all others are kept" if said else ""
+
+
+def _fault(seen: set[int], row: Any) -> str | None:
+    """Why a value is no row; the steps of rows are added to `seen`."""
+    step = row.get("step") if isinstance(row, dict) else None
+    if type(step) is not int or step < 0:
+        return "no row of a step"
+    if step in seen:
+        return f"step {step} once more"
+    seen.add(step)
+    return None
+
+
+def _before_the_end(rows: Rows) -> list[tuple[int, str]]:
+    """The lines that are no rows, but for the last one of the file."""
+    lines = len(rows.good) + len(rows.bad)
+    return [(number, reason) for number, reason in rows.bad if number < lines]

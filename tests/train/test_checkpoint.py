@@ -6,7 +6,6 @@ Those of several ranks are checked by `ranks_job` and `faults_job`.
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,40 +13,12 @@ from safetensors.torch import load_file
 
 import eagle3fn as e3
 from eagle3fn.base.tree import equal
-from eagle3fn.base.types import TrainState
-from eagle3fn.train.checkpoint import checkpoints, digest_of, load_checkpoint, save_checkpoint
-from tests.factories import make_batch, make_config, make_frozen
-
-DATA = {"features": "a", "vocabulary map": "b"}
-
-
-class Saved(NamedTuple):
-    """A configuration, a state after one step, and its checkpoint."""
-
-    config: e3.Config
-    state: TrainState
-    path: Path
-
+from eagle3fn.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from tests.train.saved_checkpoint import DATA, Saved, make_saved, other_state, rewrite_meta
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Saved:
-    config = make_config("bfloat16", train={"reduce": "tree"})
-    fns = e3.bind(config, make_frozen(config))
-    state, _ = fns.step(fns.init_state(fns.init(0)), make_batch(1, (6, 4)))
-    torch.manual_seed(5)
-    path = save_checkpoint(tmp_path, state, config, DATA, {"best": 1.5}, keep=2)
-    return Saved(config, state, path)
-
-
-def other_state(config: e3.Config) -> TrainState:
-    """A state of the same shapes and other values, to read into."""
-    return e3.init_state(e3.init_params(config.draft, 1, torch.bfloat16, "cpu"), config=config)
-
-
-def rewrite_meta(path: Path, **values: Any) -> None:
-    """Change what `meta.json` holds, its digest with it."""
-    meta = json.loads((path / "meta.json").read_text()) | values
-    (path / "meta.json").write_text(json.dumps(meta | {"digest": digest_of(meta)}))
+    return make_saved(tmp_path)
 
 
 def rewrite_as_older(path: Path, **data: str) -> None:

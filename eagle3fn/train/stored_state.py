@@ -1,0 +1,203 @@
+"""Reading the files that `torch.distributed.checkpoint` wrote, without running what they hold.
+
+torch unpickles `.metadata`, and entries of it that are no tensors: either would run what a file
+names. Here the pickle is read as records (`pickle_records`). They must describe the leaves that are
+read, in files of the checkpoint; torch's own objects are made from what was checked. The tensors
+are then loaded by torch, which reads them with `weights_only`.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    _StorageInfo,  # pyright: ignore[reportPrivateUsage]
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from eagle3fn.train.pickle_records import Named, Pairs, Record, read_records
+
+METADATA = ".metadata"
+_MOST_BYTES = 2**28  # of the metadata: a few hundred a leaf and rank
+_TYPES = "torch.distributed.checkpoint.metadata"
+_FILES = "torch.distributed.checkpoint.filesystem"
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, given the metadata."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata that was checked; torch's method would unpickle it."""
+        return self._metadata
+
+
+def read_leaves(
+    folder: Path, leaves: dict[str, Tensor], files: Iterable[str], no_dist: bool
+) -> None:
+    """Read a stored state into `leaves`, which are whole tensors or DTensors; all ranks call.
+
+    `files` are the names of the checkpoint's files, in `folder`.
+
+    Raises:
+        ValueError: the metadata is none, or describes other leaves or other files.
+        CheckpointException: of torch, what any rank could not read.
+    """
+    metadata = read_metadata(folder, leaves, files)
+    load(leaves, storage_reader=_Reader(folder, metadata), no_dist=no_dist)
+
+
+def read_metadata(folder: Path, leaves: dict[str, Tensor], files: Iterable[str]) -> Metadata:
+    """The metadata of a stored state whose leaves are those given.
+
+    Raises:
+        ValueError: as `read_leaves`.
+    """
+    path = folder / METADATA
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{METADATA} has more than {_MOST_BYTES:,} bytes")
+    try:
+        stored = _fields(read_records(path.read_bytes()), _TYPES, "Metadata")
+        entries = _entries(stored.get("state_dict_metadata"), leaves)
+        places = _places(stored.get("storage_data"), {*files})
+        for name, entry in entries.items():
+            _check_chunks(name, entry, places)
+    except ValueError as error:
+        raise ValueError(f"{METADATA}: {error}") from None
+    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())  # pyright: ignore
+
+
+def _entries(found: Any, leaves: dict[str, Tensor]) -> dict[str, TensorStorageMetadata]:
+    """The stored leaves, which must have the names, shapes and dtypes of `leaves`."""
+    entries = {}
+    for name, value in _pairs(found, "state_dict_metadata"):
+        if not isinstance(name, str) or name not in leaves:
+            raise ValueError(f"{name!r:.80} is no leaf of the state")
+        entries[name] = _entry(name, value)
+
+    for name, leaf in leaves.items():
+        if name not in entries:
+            raise ValueError(f"{name} is missing")
+        entry = entries[name]
+        if entry.size != leaf.shape or entry.properties.dtype != leaf.dtype:
+            raise ValueError(
+                f"{name} is {entry.properties.dtype} of shape {tuple(entry.size)}, must be "
+                f"{leaf.dtype} of shape {tuple(leaf.shape)}"
+            )
+    return entries
+
+
+def _entry(name: str, value: Any) -> TensorStorageMetadata:
+    fields = _fields(value, _TYPES, "TensorStorageMetadata")
+    properties = fields.get("properties")
+    is_properties = isinstance(properties, Record) and properties.kind == Named(
+        _TYPES, "TensorProperties"
+    )
+    state = properties.state if is_properties and properties is not None else None
+    if not isinstance(state, tuple) or not state:
+        raise ValueError(f"{name} has no properties")
+
+    chunks = fields.get("chunks")
+    if not isinstance(chunks, list):
+        raise ValueError(f"{name} has no chunks")
+    made = []
+    for chunk in chunks:
+        parts = _fields(chunk, _TYPES, "ChunkStorageMetadata")
+        made.append(ChunkStorageMetadata(_size(parts.get("offsets")), _size(parts.get("sizes"))))
+    return TensorStorageMetadata(
+        TensorProperties(dtype=_dtype(state[0])), _size(fields.get("size")), made
+    )
+
+
+def _places(found: Any, files: set[str]) -> dict[MetadataIndex, _StorageInfo]:
+    """Where each chunk's bytes are."""
+    places = {}
+    for key, value in _pairs(found, "storage_data"):
+        index = _fields(key, _TYPES, "MetadataIndex")
+        place = _fields(value, _FILES, "_StorageInfo")
+        file = place.get("relative_path")
+        if not isinstance(file, str) or file not in files:
+            raise ValueError(f"{file!r:.80} is no file of the checkpoint")
+        if place.get("transform_descriptors"):
+            raise ValueError(f"{file} has transformed tensors")
+        name = index.get("fqn")
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r:.80} is no leaf of the state")
+        where = _StorageInfo(file, _count(place.get("offset")), _count(place.get("length")))
+        places[MetadataIndex(name, _size(index.get("offset")))] = where
+    return places
+
+
+def _check_chunks(
+    name: str, entry: TensorStorageMetadata, places: dict[MetadataIndex, _StorageInfo]
+) -> None:
+    """Refuse chunks that are not the leaf's rows, each once, one block after another."""
+    row = 0
+    for chunk in sorted(entry.chunks, key=lambda chunk: (*chunk.offsets, *chunk.sizes)):
+        whole_rows = chunk.sizes[1:] == entry.size[1:] and not any(chunk.offsets[1:])
+        if len(chunk.offsets) != len(entry.size) or not whole_rows:
+            raise ValueError(f"{name} has a chunk that is not made of rows")
+        if MetadataIndex(name, chunk.offsets) not in places:
+            raise ValueError(f"{name} has a chunk in no file")
+        if entry.size and chunk.offsets[0] != row:
+            raise ValueError(f"{name} has not every row once")
+        row += chunk.sizes[0] if entry.size else 1
+    if row != (entry.size[0] if entry.size else 1):
+        raise ValueError(f"{name} has not every row once")
+
+
+def _fields(value: Any, module: str, kind: str) -> dict[str, Any]:
+    """The fields of a record of this class."""
+    if not isinstance(value, Record) or value.kind != Named(module, kind) or value.arguments != ():
+        raise ValueError(f"a {kind} is missing")
+    fields = {}
+    for name, field in _pairs(value.state, kind):
+        if not isinstance(name, str):
+            raise ValueError(f"a {kind} with the field {name!r:.80}")
+        fields[name] = field
+    return fields
+
+
+def _pairs(value: Any, name: str) -> list[tuple[Any, Any]]:
+    if not isinstance(value, Pairs) or len(value) % 2:
+        raise ValueError(f"{name} is no dict")
+    return list(zip(value[::2], value[1::2], strict=True))
+
+
+def _size(value: Any) -> torch.Size:
+    is_size = isinstance(value, Record) and value.kind == Named("torch", "Size")
+    arguments = value.arguments if is_size else None
+    if not isinstance(arguments, tuple) or len(arguments) != 1:
+        raise ValueError("a shape is missing")
+    if not isinstance(arguments[0], tuple):
+        raise ValueError("a shape is no tuple")
+    return torch.Size([_count(number) for number in arguments[0]])
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("a size or place is no whole number from 0 on")
+    return value
+
+
+def _dtype(value: Any) -> torch.dtype:
+    dtype = None
+    if isinstance(value, Named) and value.module == "torch" and isinstance(value.name, str):
+        dtype = getattr(torch, value.name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError("a dtype is missing")
+    return dtype
