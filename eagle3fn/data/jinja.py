@@ -5,17 +5,31 @@ that are null, prints today's date, and changes with its version; features would
 """
 
 import json
+from collections.abc import Iterator
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Template, TemplateError, meta, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from eagle3fn.data.jinja_limits import (
+    LONGEST_SOURCE,
+    Budget,
+    LimitedCode,
+    Limiter,
+    charge_method,
+    charge_operator,
+    check_indent,
+    is_method,
+    limited_filters,
+    limited_format,
+)
 
 if TYPE_CHECKING:
     from eagle3fn.data.prefixes import PrefixProgram
@@ -57,13 +71,43 @@ class Program:
         """The text for `messages`, `tools`, `add_generation_prompt` and the template's own names.
 
         Raises:
+            TemplateLimitError: it takes too much time or memory.
             TemplateError: the template refuses them; other errors come from its expressions.
         """
-        return self._template.render(variables)
+        return "".join(rendered_parts(self._template, variables))
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's, which reads what templates read most without asking whether they may."""
+    """Jinja's with limits, which reads what templates read most without asking whether they may."""
+
+    code_generator_class = LimitedCode
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.budget = Budget()
+        self.charge = self.budget.charge  # `Limiter` and `LimitedCode` call these two by name
+        self.text = self.budget.text
+        self.filters.update(limited_filters(self.budget, self.filters))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        if not is_method(__obj):
+            return super().call(__context, __obj, *args, **kwargs)
+        for name in _OF_THE_PROGRAM:
+            kwargs.pop(name, None)
+        charge_method(__self.budget, __obj, args, kwargs)
+        return __obj(*args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        charge_operator(self.budget, operator, left, right)
+        return super().call_binop(context, operator, left, right)
+
+    def call_filter(self, *args: Any, **options: Any) -> Any:
+        return self.budget.checked(super().call_filter(*args, **options))  # of each of `map`
+
+    def wrap_str_format(self, value: Any) -> Any:
+        found = super().wrap_str_format(value)
+        return found and limited_format(self.budget, found, value.__self__)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -77,24 +121,33 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 _ABSENT = object()
+_OF_THE_PROGRAM = ("_loop_vars", "_block_vars")  # what compiled templates give to a call
 _OF_DICTS = frozenset(dir(dict))
 _FORMATS = ("format", "format_map")  # of strings: they read attributes of what they are given
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> _Sandbox:
     """What templates are written for: trimmed blocks, JSON that is not escaped, two functions."""
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = partial(_to_json, environment.budget)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _fixed_date
     environment.globals["namespace"] = _Namespace
+    del environment.globals["lipsum"]  # random words
     return environment
 
 
 def parse(source: str) -> nodes.Template:
-    """A template as a tree."""
+    """A template as a tree.
+
+    Raises:
+        TemplateError: the text is no template; other errors are Python's, of numbers that are too
+            long and of expressions that are too deep.
+    """
+    if len(source) > LONGEST_SOURCE:
+        raise TemplateSyntaxError(f"longer than {LONGEST_SOURCE} characters", 1)
     return _environment().parse(source)
 
 
@@ -102,12 +155,23 @@ def compiled(source: str | nodes.Template) -> Template:
     """A template as a program.
 
     Raises:
-        TemplateError: the text is no template.
+        TemplateError, or another error: as `parse`.
     """
-    template = _environment().from_string(source)
+    tree = parse(source) if isinstance(source, str) else source
+    template = _environment().from_string(Limiter().visit(tree))
     # As a plain dict: it is copied at each call.
     template.globals = dict(template.globals)
     return template
+
+
+def rendered_parts(template: Template, variables: dict[str, Any]) -> Iterator[str]:
+    """The pieces of text that a template writes.
+
+    Raises:
+        TemplateError: as `Program.render`.
+    """
+    template.environment.budget.start(variables)  # pyright: ignore[reportAttributeAccessIssue]
+    return template.root_render_func(template.new_context(variables))
 
 
 def _arguments(tree: nodes.Template) -> set[str]:
@@ -157,19 +221,20 @@ def _check_name(name: Any) -> None:
 
 
 def _to_json(
+    budget: Budget,
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None and separators is None:
+        return encoder.encode(value)
+    check_indent(indent)
+    return "".join(map(budget.text, encoder.iterencode(value)))
 
 
 def _raise(message: str) -> None:

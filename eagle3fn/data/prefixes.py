@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Template, nodes
 
-from eagle3fn.data.jinja import compiled, parse
+from eagle3fn.data.jinja import compiled, parse, rendered_parts
 
 _BEGIN = "eagle3fn_message_begins"
 _END = "eagle3fn_message_ends"
@@ -53,7 +53,7 @@ class PrefixProgram:
         marks: dict[str, Callable[[], str]] = {_BEGIN: watch.begin, _END: watch.end}
         variables = {**variables, **marks, "messages": _Watched(messages, 0, watch)}
         try:
-            for part in self._template.root_render_func(self._template.new_context(variables)):
+            for part in rendered_parts(self._template, variables):
                 watch.add(part)
         except Exception:  # whatever it is: rendering without a watch tells it
             return None

@@ -7,12 +7,14 @@ conversations, not by a list of families.
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.jinja import Program
+from eagle3fn.data.jinja_limits import TemplateLimitError
 from eagle3fn.data.prefixes import Prefixes
 from eagle3fn.data.probes import (
     ANSWER,
@@ -59,6 +61,11 @@ class NoChatTemplateError(UserError):
     """The target has no chat template that can be used: no fault of a row."""
 
 
+def reason_of(error: Exception) -> str:
+    """An error of a template in a few words."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class ChatTemplate:
     """A tokenizer's chat template with fixed arguments.
 
@@ -101,19 +108,48 @@ class ChatTemplate:
         """The template on messages in its own form.
 
         Raises:
-            UserError: no template, or it refuses the messages; `where` names the row.
+            NoChatTemplateError: no template, or a faulty one; names its file.
+            UserError: it refuses the messages; `where` names the row.
         """
+        program = self._program_of(options)
         try:
-            return self._program_of(options).render(
-                {**self._marks, **options, "messages": messages}
-            )
-        except NoChatTemplateError:
-            raise
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            return program.render({**self._marks, **options, "messages": messages})
+        except TemplateLimitError as error:
+            raise self._faulty(str(error)) from None
+        except Exception as error:  # a template's expressions raise what they like
+            if type(error) is not TemplateError and self._fails_always:
+                raise self._faulty(f"fails on any conversation ({reason_of(error)})") from None
             raise UserError(
-                f"{where}: the chat template refuses these turns ({reason}); mend or delete the row"
+                f"{where}: the chat template refuses these turns ({reason_of(error)}); mend or "
+                "delete the row"
             ) from None
+
+    def _faulty(self, what: str) -> "NoChatTemplateError":
+        return NoChatTemplateError(f"{self._file}: its chat template {what}; mend it")
+
+    @property
+    def _file(self) -> str:
+        """The file that the template is in, where that is known; else the tokenizer's name."""
+        for name in ("chat_template.jinja", "tokenizer_config.json"):
+            if (Path(self.name) / name).is_file():
+                return str(Path(self.name) / name)
+        return self.name
+
+    @cached_property
+    def _fails_always(self) -> bool:
+        """Whether the template fails on plain conversations too, by other than its own refusal."""
+        question, answer = asked()
+        as_parts = {**question, "content": [{"type": "text", "text": question["content"]}]}
+        for messages in ([question], [as_parts], [question, answer]):
+            for more in ({"add_generation_prompt": True}, {"tools": [TOOL]}):
+                variables = {**self._marks, **self.arguments, **more, "messages": messages}
+                try:
+                    self._program_of(more).render(variables)
+                except Exception as error:
+                    if type(error) is not TemplateError:
+                        continue
+                return False
+        return True
 
     def prefixes(self, messages: list[dict[str, Any]], **options: Any) -> Prefixes | None:
         """The texts of all beginnings of a conversation; None if they must be rendered each."""
@@ -228,10 +264,8 @@ class ChatTemplate:
         template = self.tokenizer.chat_template
         try:
             return Program(template[name] if isinstance(template, dict) else template)
-        except TemplateError as error:
-            raise NoChatTemplateError(
-                f"{self.name}: its chat template is no Jinja template ({error}); mend it"
-            ) from None
+        except Exception as error:  # Jinja's own, and Python's of what Jinja made of it
+            raise self._faulty(f"is no Jinja template ({reason_of(error)})") from None
 
     @cached_property
     def _marks(self) -> dict[str, Any]:
