@@ -44,7 +44,17 @@ def result_of(folder: Path, writes: tuple[str, ...]) -> dict[str, str]:
 
 def _digest(path: Path) -> str:
     """Of a file: of its values where some of it differs from call to call."""
+    if path.stat().st_size > 1 << 28:
+        return f"{path.stat().st_size} bytes"
     data = path.read_bytes()
+    try:
+        data = _values(path, data)
+    except (ValueError, RecursionError, RuntimeError, AttributeError):
+        pass  # not readable: its bytes
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _values(path: Path, data: bytes) -> bytes:
     if path.suffix == ".json":
         data = json.dumps(_stable(json.loads(data)), sort_keys=True).encode()
     elif path.suffix == ".jsonl":
@@ -54,7 +64,7 @@ def _digest(path: Path) -> str:
         tree = torch.load(io.BytesIO(data), weights_only=True)
         parts = [(name, value.dtype, value.tolist()) for name, value in tree.items()]
         data = repr(parts).encode()
-    return hashlib.sha256(data).hexdigest()[:16]
+    return data
 
 
 def _row(line: bytes) -> Any:
@@ -75,16 +85,27 @@ def _stable(tree: Any) -> Any:
 
 def unfinite(folder: Path, writes: tuple[str, ...]) -> str:
     """The first tensor below `writes` that holds NaN or infinity, by file and name; or ""."""
-    from safetensors import safe_open
-
     for name in writes:
         top = folder / name
         for path in [top, *sorted(top.rglob("*"))]:
             if path.suffix != ".safetensors" or not path.is_file():
                 continue
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    value = file.get_tensor(key)
-                    if value.is_floating_point() and not torch.isfinite(value).all():
-                        return f"{path.relative_to(folder)}: {key:.60}"
+            bad = _first_unfinite(path)
+            if bad:
+                return f"{path.relative_to(folder)}: {bad:.60}"
+    return ""
+
+
+def _first_unfinite(path: Path) -> str:
+    """The first tensor of a file; "" if all are finite, or the file cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                value = file.get_tensor(name)
+                if value.is_floating_point() and not torch.isfinite(value.float()).all():
+                    return name
+    except (SafetensorError, OSError, ValueError):
+        return ""
     return ""

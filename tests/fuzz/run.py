@@ -4,9 +4,7 @@ import importlib
 import json
 import os
 import shutil
-import sys
-import tempfile
-import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,9 +89,11 @@ def run_one(ground: Ground, seed: int, number: int, keep: bool = False) -> Verdi
     shutil.rmtree(folder, ignore_errors=True)
     case = draw(seed, number, ground.world)
     try:
-        return run_case(
-            case, ground.world, folder, ground.main, ground.limits, ground.baseline
-        )
+        return run_case(case, ground.world, folder, ground.main, ground.limits, ground.baseline)
+    except Exception as error:
+        traceback.print_exc()
+        what = f"these tests themselves failed: {error!r:.200}"
+        return Verdict(number, case.kind, case.task, case.file, "", False, OTHER, what, [])
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -136,8 +136,6 @@ def _be_worker(ground: Ground, seed: int, numbers: range, writer: int) -> None:
                 file.flush()
         os._exit(0)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         os._exit(1)
 
