@@ -26,7 +26,10 @@ _VOLATILE = {
     # What `hashes` of other files are.
     "digest",
 }
-_LEFT_OUT = (".lock", "checkpoints", "finished", ".png", "horizon.json", "rejects.jsonl")
+_LEFT_OUT = (
+    *(".lock", "checkpoints", "finished", ".png", "horizon.json", "rejects.jsonl"),
+    ".moved",  # of `texts.mutate_entry`
+)
 
 
 def result_of(folder: Path, writes: tuple[str, ...]) -> dict[str, str]:

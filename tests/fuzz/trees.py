@@ -111,8 +111,10 @@ def _nudge(holder: Any, key: Any, where: str, random: Random) -> str:
         holder[key] = random.choice([value[:-1], value + "x", value.upper(), value[::-1]])
     elif isinstance(value, list):
         holder[key] = random.choice([value[:-1], value + value[:1], value[::-1]])
-    else:
+    elif isinstance(value, dict):
         value["another key"] = 1
+    else:
+        holder[key] = 0
     return f"{where} is {holder[key]!r:.60}"
 
 
