@@ -7,7 +7,7 @@ A case copies what a command reads, mutates one file, calls the command and judg
     clear_errors    exit code 2 and one line that says what is wrong
     unharmed        the same result as with the file as it was
     changed         another result, where the file says what is asked for
-    other           all else: a traceback, a hang, a silently wrong result, code of the file that ran
+    other           all else: a traceback, a hang, a silently wrong result, code that ran
 
 `--only N` repeats case N of a seed and keeps its folder.
 """
@@ -24,9 +24,11 @@ from pathlib import Path
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases; the exit code is 1 if any is `other`."""
     options = _parser().parse_args(arguments)
-    from tests.fuzz.case import OTHER, Verdict
+    from tests.fuzz.case import Verdict
+    from tests.fuzz.ground import prepare
+    from tests.fuzz.judge import OTHER, VERDICTS
     from tests.fuzz.process import Limits
-    from tests.fuzz.run import VERDICTS, counts, prepare, run_many, run_one
+    from tests.fuzz.run import counts, run_many, run_one
 
     limits = Limits(cpu_s=options.cpu_seconds)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=options.folder))

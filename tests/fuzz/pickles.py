@@ -70,35 +70,34 @@ def _save(tree: Any, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _odd_tensors(value: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Other things where a tensor should be."""
-    return {
-        "on the meta device": lambda: value.to("meta"),
-        "quantised": lambda: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8),
-        "sparse": lambda: value.float().to_sparse(),
-        "compressed sparse": lambda: torch.eye(3).to_sparse_csr(),
-        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-        "complex": lambda: value.to(torch.complex64),
-        "of bools": lambda: value.bool(),
-        "of float8": lambda: value.float().to(torch.float8_e4m3fn),
-        "of int8": lambda: value.to(torch.int8),
-        "a number": lambda: 7,
-        "a list": lambda: value.tolist() if value.numel() < 10_000 else [1],
-        "null": lambda: None,
-        "a text": lambda: "text",
-        "0-d": lambda: torch.tensor(1),
-        "empty": lambda: value.flatten()[:0].clone(),
-        "longer": lambda: torch.cat([value, value], -1 if value.ndim == 1 else 1),
-        "shorter": lambda: value[..., :-1].clone(),
-        "of five axes": lambda: value[None, None, None],
-        "a parameter": lambda: torch.nn.Parameter(value.float()),
-        "expanded": lambda: torch.zeros(1).expand(2**40),
-        "negative ids": lambda: -value - 1,
-        "large ids": lambda: value + 10**9,
-        "fp64": lambda: value.double(),
-        "conjugate": lambda: value.to(torch.complex64).conj(),
-        "transposed": lambda: value.transpose(0, -1),
-    }
+_ODD: dict[str, Callable[[torch.Tensor], Any]] = {
+    "on the meta device": lambda value: value.to("meta"),
+    "quantised": lambda value: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8),
+    "sparse": lambda value: value.float().to_sparse(),
+    "compressed sparse": lambda value: torch.eye(3).to_sparse_csr(),
+    "nested": lambda value: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "complex": lambda value: value.to(torch.complex64),
+    "of bools": torch.Tensor.bool,
+    "of float8": lambda value: value.float().to(torch.float8_e4m3fn),
+    "of int8": lambda value: value.to(torch.int8),
+    "a number": lambda value: 7,
+    "a list": lambda value: value.tolist() if value.numel() < 10_000 else [1],
+    "null": lambda value: None,
+    "a text": lambda value: "text",
+    "0-d": lambda value: torch.tensor(1),
+    "empty": lambda value: value.flatten()[:0].clone(),
+    "longer": lambda value: torch.cat([value, value], -1 if value.ndim == 1 else 1),
+    "shorter": lambda value: value[..., :-1].clone(),
+    "of five axes": lambda value: value[None, None, None],
+    "a parameter": lambda value: torch.nn.Parameter(value.float()),
+    "expanded": lambda value: torch.zeros(1).expand(2**40),
+    "negative ids": lambda value: -value.long() - 1,
+    "large ids": lambda value: value.long() + 10**9,
+    "fp64": torch.Tensor.double,
+    "conjugate": lambda value: value.to(torch.complex64).conj(),
+    "transposed": lambda value: value.transpose(0, -1),
+}
+"""What may stand where a tensor should be."""
 
 
 def _tree(data: bytes, random: Random) -> tuple[bytes, str]:
@@ -107,9 +106,8 @@ def _tree(data: bytes, random: Random) -> tuple[bytes, str]:
     name = random.choice(list(tree))
     kind = random.choice(("field", "field", "field", "missing", "renamed", "more", "container"))
     if kind == "field":
-        odd = _odd_tensors(tree[name])
-        kind = random.choice(list(odd))
-        tree[name] = odd[kind]()
+        kind = random.choice(list(_ODD))
+        tree[name] = _ODD[kind](tree[name])
     elif kind == "missing":
         del tree[name]
     elif kind == "renamed":
@@ -233,7 +231,16 @@ def _contents(path: Path, random: Random) -> str:
         held[key] = held[random.choice(list(held))]
     elif hasattr(entry, "__dict__") and vars(entry):
         name = random.choice(list(vars(entry)))
-        values = (-1, 2**62, "../../../outside/victim.json", "/dev/zero", None, 0, [], torch.Size([1]))
+        values = (
+            -1,
+            2**62,
+            "../../../outside/victim.json",
+            "/dev/zero",
+            None,
+            0,
+            [],
+            torch.Size([1]),
+        )
         value = random.choice(values)
         object.__setattr__(entry, name, value)
         way = f"{name} is {value!r}"
@@ -253,5 +260,3 @@ def _opcodes(path: Path, random: Random) -> str:
     new = "os" + "x" * (len(old) - 2)
     path.write_bytes(data.replace(old.encode(), new.encode()))
     return f"{old} is called {new}"
-
-

@@ -143,12 +143,12 @@ def _be_child(work: Callable[[], int | None], paths: dict[str, Path], limits: Li
 def _redirect(paths: dict[str, Path]) -> None:
     """Empty input, and output to files."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     for number, name in ((1, "out"), (2, "err")):
         handle = os.open(paths[name], os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND, 0o644)
         os.dup2(handle, number)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _limit(limits: Limits) -> None:

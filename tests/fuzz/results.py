@@ -3,10 +3,13 @@
 import hashlib
 import io
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.fuzz.tasks import Task
 
 _VOLATILE = {
     # Seconds, and what is chosen or made by them.
@@ -32,10 +35,16 @@ _LEFT_OUT = (
 )
 
 
-def result_of(folder: Path, writes: tuple[str, ...]) -> dict[str, str]:
-    """A digest of each file below `writes`, by its path there."""
+Result = dict[str, str]
+"""Digests by the files' names; of what is printed, by `stdout`."""
+
+
+def result_of(task: Task, folder: Path, printed: str) -> Result:
+    """What a call of `task` in `folder` made: files, or what it printed if it writes none."""
     found = {}
-    for name in writes:
+    if not task.writes:
+        found["stdout"] = hashlib.sha256(printed.encode()).hexdigest()[:16]
+    for name in task.writes:
         top = folder / name
         paths = sorted(top.rglob("*")) if top.is_dir() else [top]
         for path in paths:
@@ -50,10 +59,8 @@ def _digest(path: Path) -> str:
     if path.stat().st_size > 1 << 28:
         return f"{path.stat().st_size} bytes"
     data = path.read_bytes()
-    try:
-        data = _values(path, data)
-    except (ValueError, RecursionError, RuntimeError, AttributeError):
-        pass  # not readable: its bytes
+    with suppress(ValueError, RecursionError, RuntimeError, AttributeError):
+        data = _values(path, data)  # if it can be read, else its bytes
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -1,91 +1,16 @@
 """Many cases in a few processes, and their counts."""
 
-import gc
-import importlib
 import json
 import os
 import shutil
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tests.fuzz.case import (
-    CHANGED,
-    CLEAR,
-    OTHER,
-    UNHARMED,
-    Baseline,
-    Main,
-    Verdict,
-    copy_inputs,
-    draw,
-    result_with_text,
-    run_case,
-)
-from tests.fuzz.process import Limits, call
-from tests.fuzz.tasks import TASKS
-from tests.fuzz.world import write_world
-
-VERDICTS = (CLEAR, UNHARMED, CHANGED, OTHER)
-
-
-class Ground(NamedTuple):
-    """What the cases stand on."""
-
-    folder: Path  # of all that is written here
-    world: Path
-    baseline: Baseline
-    main: Main
-    limits: Limits
-
-
-def prepare(folder: Path, main: Main, limits: Limits) -> Ground:
-    """Write the world, learn what the commands import, and the results of unmutated files.
-
-    Raises:
-        RuntimeError: a command fails on its unmutated files, or gives two results.
-    """
-    world = folder / "world"
-    world.mkdir(parents=True)
-    ended = call(lambda: write_world(world), folder / "world-said", Limits(cpu_s=120))
-    if ended.code:
-        raise RuntimeError(f"the world was not written: {ended.err[-2000:]}")
-    _import(ended.imported)
-
-    baseline: Baseline = {}
-    for name, task in TASKS.items():
-        for choice in task.choices:
-            inner = folder / "unmutated"
-            inner.mkdir()
-            copy_inputs(task, choice, world, inner)
-            arguments = task.call(choice)
-
-            def work(inner: Path = inner, arguments: list[str] = arguments) -> int:
-                os.chdir(inner)
-                return main(arguments)
-
-            ended = call(work, folder / "unmutated-said", limits)
-            _import(ended.imported)
-            if ended.code:
-                raise RuntimeError(f"{name} {choice}: exit code {ended.code}: {ended.err[-2000:]}")
-            baseline[name, choice] = result_with_text(task, ended, inner)
-            shutil.rmtree(inner)
-
-    # What is here stays: the forks then copy fewer pages.
-    gc.collect()
-    gc.freeze()
-    return Ground(folder, world, baseline, main, limits)
-
-
-def _import(names: list[str]) -> None:
-    """Import what a fork imported, so that the next forks have it."""
-    for name in sorted(names):
-        try:
-            importlib.import_module(name)
-        except BaseException:  # noqa: S112
-            continue
+from tests.fuzz.case import Verdict, draw, run_case
+from tests.fuzz.ground import Ground
+from tests.fuzz.judge import OTHER, VERDICTS
 
 
 def run_one(ground: Ground, seed: int, number: int, keep: bool = False) -> Verdict:
@@ -94,11 +19,12 @@ def run_one(ground: Ground, seed: int, number: int, keep: bool = False) -> Verdi
     shutil.rmtree(folder, ignore_errors=True)
     case = draw(seed, number, ground.world)
     try:
-        return run_case(case, ground.world, folder, ground.main, ground.limits, ground.baseline)
+        return run_case(case, folder, ground)
     except Exception as error:
         traceback.print_exc()
         what = f"these tests themselves failed: {error!r:.200}"
-        return Verdict(number, case.kind, case.task, case.file, "", False, OTHER, what, [])
+        first = case.files[0]
+        return Verdict(number, first.kind, case.task, first.path, "", False, OTHER, what, [])
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)

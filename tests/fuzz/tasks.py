@@ -5,10 +5,6 @@ Paths are relative to a folder that holds what the command reads.
 
 from typing import NamedTuple
 
-LENGTH = ("--max-length", "128")
-TARGET = ("--target", "target")
-ONE = ("--threads", "1")
-
 
 class Task(NamedTuple):
     """A command, what it reads, and what it writes.
@@ -16,15 +12,19 @@ class Task(NamedTuple):
     `{}` in an argument stands for the file that the case names, where there is a choice.
     """
 
-    arguments: tuple[str, ...]
+    command: str
     reads: tuple[str, ...]  # names in the world's folder
-    writes: tuple[str, ...]  # paths whose content is the result, besides what is printed
+    writes: tuple[str, ...]  # paths whose content is the result; without: what is printed
     choices: tuple[str, ...] = ("",)  # the files for `{}`
-    printed: bool = False  # whether what is printed belongs to the result
+
+    @property
+    def name(self) -> str:
+        """The sub-command."""
+        return self.command.partition(" ")[0]
 
     def call(self, choice: str) -> list[str]:
         """The command's arguments."""
-        return [argument.format(choice) for argument in self.arguments]
+        return [argument.format(choice) for argument in self.command.split()]
 
     def folders(self, choice: str) -> list[str]:
         """All that the command reads, of the world's folder."""
@@ -34,149 +34,128 @@ class Task(NamedTuple):
 TALKS = ("talks.jsonl", "talks.jsonl.gz", "talks.jsonl.xz", "talks.json", "talks.parquet")
 TARGETS = ("target", "sharded")
 FOREIGN = ("foreign-hf", "foreign-eagle", "foreign-shards", "foreign-speculators")
+CKPTS = ("ckpts", "ckpts-gz")
+
+_TARGET = "--target target"
+_COMPUTED = "--max-length 128 --threads 1 --dtype float32 --batch 16"
+_TRAIN = "--features features --vocab vocab.safetensors --threads 1 --config"
+_DECODED = "--tasks 2 --max-new 6 --draft-length 2 --threads 1 --dtype float32"
 
 TASKS = {
+    # Data.
     "inspect": Task(
-        ("inspect", *TARGET, "--conversations", "{}", "--json", *LENGTH),
-        ("target",),
-        (),
-        TALKS,
-        printed=True,
+        f"inspect {_TARGET} --conversations {{}} --json --max-length 128", ("target",), (), TALKS
     ),
     "inspect-vocab": Task(
-        ("inspect", *TARGET, "--conversations", "talks.jsonl", "--json", "--vocab", "{}", *LENGTH),
+        f"inspect {_TARGET} --conversations talks.jsonl --json --vocab {{}} --max-length 128",
         ("target", "talks.jsonl"),
         (),
         ("vocab.safetensors",),
-        printed=True,
     ),
     "extract": Task(
-        ("extract", *TARGET, "--conversations", "{}", "--out", "made", *LENGTH, *ONE)
-        + ("--dtype", "float32", "--batch", "16", "--limit", "10"),
+        f"extract {_TARGET} --conversations {{}} --out made {_COMPUTED} --limit 10",
         ("target",),
         ("made",),
         TALKS,
     ),
     "extract-target": Task(
-        ("extract", "--target", "{}", "--conversations", "talks.jsonl", "--out", "made", *LENGTH)
-        + (*ONE, "--dtype", "float32", "--batch", "16", "--limit", "4"),
+        f"extract --target {{}} --conversations talks.jsonl --out made {_COMPUTED} --limit 4",
         ("talks.jsonl",),
         ("made",),
         TARGETS,
     ),
     "extract-draft": Task(
-        ("extract", *TARGET, "--conversations", "talks.jsonl", "--out", "made", *LENGTH, *ONE)
-        + ("--dtype", "float32", "--draft-config", "draft.json", "--limit", "4"),
+        f"extract {_TARGET} --conversations talks.jsonl --out made {_COMPUTED} --limit 4 "
+        "--draft-config draft.json",
         ("target", "talks.jsonl", "draft.json"),
         ("made",),
     ),
     "extract-on": Task(
-        ("extract", *TARGET, "--conversations", "talks.jsonl", "--out", "features", *LENGTH, *ONE)
-        + ("--dtype", "float32", "--batch", "16"),
+        f"extract {_TARGET} --conversations talks.jsonl --out features {_COMPUTED}",
         ("target", "talks.jsonl", "features"),
         ("features",),
     ),
     "vocab": Task(
-        ("vocab", *TARGET, "--features", "{}", "--out", "made.safetensors", "--size", "200"),
+        f"vocab {_TARGET} --features {{}} --out made.safetensors --size 200",
         ("target",),
         ("made.safetensors",),
-        ("features", "ckpts", "ckpts-gz"),
+        ("features", *CKPTS),
     ),
+    "synthesize": Task(
+        f"synthesize {_TARGET} --prompts prompts.jsonl --out made.jsonl --threads 1 --count 2 "
+        "--max-new 6 --temperature 0",
+        ("target", "prompts.jsonl"),
+        ("made.jsonl",),
+    ),
+    # Training.
     "train": Task(
-        ("train", "--target", "{}", "--features", "features", "--vocab", "vocab.safetensors")
-        + ("--out", "made", "--config", "config.toml", *ONE),
+        f"train --target {{}} {_TRAIN} config.toml --out made",
         ("features", "vocab.safetensors", "config.toml"),
         ("made",),
         TARGETS,
     ),
     "train-draft": Task(
-        ("train", *TARGET, "--features", "features", "--vocab", "vocab.safetensors")
-        + ("--out", "made", "--config", "config.toml", "--draft-config", "draft.json", *ONE),
+        f"train {_TARGET} {_TRAIN} config.toml --out made --draft-config draft.json",
         ("target", "features", "vocab.safetensors", "config.toml", "draft.json"),
         ("made",),
     ),
     "train-from": Task(
-        ("train", *TARGET, "--features", "features", "--vocab", "vocab.safetensors")
-        + ("--out", "made", "--config", "config.toml", "--set", "train.init=draft", *ONE),
+        f"train {_TARGET} {_TRAIN} config.toml --out made --set train.init=draft",
         ("target", "features", "vocab.safetensors", "config.toml", "draft"),
         ("made",),
     ),
     "train-specforge": Task(
-        ("train", *TARGET, "--features", "{}", "--vocab", "map.pt", "--recipe", "specforge")
-        + ("--out", "made", "--set", "train.steps=2", *ONE),
+        f"train {_TARGET} --features {{}} --vocab map.pt --recipe specforge --out made "
+        "--set train.steps=2 --threads 1",
         ("target", "map.pt"),
         ("made",),
-        ("ckpts", "ckpts-gz"),
+        CKPTS,
     ),
     "resume": Task(
-        ("train", *TARGET, "--features", "features", "--vocab", "vocab.safetensors")
-        + ("--out", "run/train", "--config", "run.toml", *ONE),
+        f"train {_TARGET} {_TRAIN} run.toml --out run/train",
         ("target", "features", "vocab.safetensors", "run.toml", "run"),
         ("run/train",),
     ),
+    "plan": Task(
+        f"plan {_TARGET} --config config.toml --draft-config draft.json",
+        ("target", "config.toml", "draft.json"),
+        (),
+    ),
+    # Checks of a draft.
     "evaluate": Task(
-        ("evaluate", *TARGET, "--draft", "draft", "--prompts", "prompts.jsonl", "--out")
-        + ("made.json", "--tasks", "2", "--max-new", "6", "--draft-length", "2", *ONE)
-        + ("--dtype", "float32"),
+        f"evaluate {_TARGET} --draft draft --prompts prompts.jsonl --out made.json {_DECODED}",
         ("target", "draft", "prompts.jsonl"),
         ("made.json",),
     ),
     "evaluate-plain": Task(
-        ("evaluate", *TARGET, "--draft", "draft", "--prompts", "prompts.jsonl", "--out")
-        + ("made.json", "--tasks", "2", "--max-new", "6", "--draft-length", "2", *ONE)
-        + ("--dtype", "float32", "--plain", "plain.json", "--untrained", "untrained"),
+        f"evaluate {_TARGET} --draft draft --prompts prompts.jsonl --out made.json {_DECODED} "
+        "--plain plain.json --untrained untrained",
         ("target", "draft", "untrained", "prompts.jsonl", "plain.json"),
         ("made.json",),
     ),
-    "report": Task(
-        ("report", "--run", "run"),
-        ("run", "features"),
-        ("run/report.json",),
-        printed=True,
-    ),
+    "report": Task("report --run run", ("run", "features"), ("run/report.json",)),
+    # Drafts, maps and features of other programs.
     "export-vllm": Task(
-        ("export", "--draft", "draft", "--out", "made", "--for", "vllm", *TARGET),
-        ("draft", "target"),
-        ("made",),
+        f"export --draft draft --out made --for vllm {_TARGET}", ("draft", "target"), ("made",)
     ),
     "export-speculators": Task(
-        ("export", "--draft", "draft", "--out", "made", "--for", "speculators", *TARGET),
+        f"export --draft draft --out made --for speculators {_TARGET}",
         ("draft", "target"),
         ("made",),
     ),
     "convert-draft": Task(
-        ("convert", "--draft", "{}", "--out", "made", *TARGET),
-        ("target",),
-        ("made",),
-        FOREIGN,
+        f"convert --draft {{}} --out made {_TARGET}", ("target",), ("made",), FOREIGN
     ),
     "convert-map": Task(
-        ("convert", "--vocab", "{}", "--out", "made.pt", "--for", "specforge", *TARGET),
+        f"convert --vocab {{}} --out made.pt --for specforge {_TARGET}",
         ("target",),
         ("made.pt",),
         ("vocab.safetensors", "map.pt", "draft"),
     ),
     "convert-to-specforge": Task(
-        ("convert", "--features", "features", "--out", "made", "--for", "specforge"),
-        ("features",),
-        ("made",),
+        "convert --features features --out made --for specforge", ("features",), ("made",)
     ),
     "convert-to-ours": Task(
-        ("convert", "--features", "{}", "--out", "made", *TARGET),
-        ("target",),
-        ("made",),
-        ("ckpts", "ckpts-gz"),
-    ),
-    "plan": Task(
-        ("plan", *TARGET, "--config", "config.toml", "--draft-config", "draft.json"),
-        ("target", "config.toml", "draft.json"),
-        (),
-        printed=True,
-    ),
-    "synthesize": Task(
-        ("synthesize", *TARGET, "--prompts", "prompts.jsonl", "--out", "made.jsonl", *ONE)
-        + ("--count", "2", "--max-new", "6", "--temperature", "0"),
-        ("target", "prompts.jsonl"),
-        ("made.jsonl",),
+        f"convert --features {{}} --out made {_TARGET}", ("target",), ("made",), CKPTS
     ),
 }

@@ -62,7 +62,9 @@ def _fields(path: Path, random: Random) -> str:
     else:
         place = 0 if kind == "start" else 1
         offsets = entry["data_offsets"]
-        offsets[place] = random.choice((0, offsets[place] + 4, offsets[place] - 4, 2**63, len(data)))
+        offsets[place] = random.choice(
+            (0, offsets[place] + 4, offsets[place] - 4, 2**63, len(data))
+        )
     _write(path, json.dumps(tree).encode(), data)
     return f"{name}: {kind}, {tree[name]}"
 
@@ -112,11 +114,16 @@ def change_values(tensors: dict[str, Tensor], name: str, random: Random) -> str:
     return f"value {place} of {name} is {flat[place].item()}"
 
 
+_WHOLE = ("missing", "renamed", "twice", "longer", "empty", "float64", "int8", "0-d")
+
+
 def _whole(path: Path, random: Random) -> str:
     """A tensor missing, renamed, doubled, of another shape or dtype."""
     tensors, metadata = read_all(path)
     name = random.choice(list(tensors))
-    kind = random.choice(("missing", "renamed", "twice", "longer", "empty", "float64", "int8", "0-d"))
+    kind = random.choice(
+        ("missing", "renamed", "twice", "longer", "empty", "float64", "int8", "0-d")
+    )
     value = tensors[name]
     if kind == "missing":
         del tensors[name]

@@ -259,7 +259,9 @@ def mutate_toml(path: Path, random: Random) -> str:
     elif kind == "unknown":
         new = [line, f"unknown = {value}"]
     else:
-        new = [line.replace(key, random.choice(("a.b.c", "'a b'", "x" * 5000, ".".join("a" * 1000))))]
+        new = [
+            line.replace(key, random.choice(("a.b.c", "'a b'", "x" * 5000, ".".join("a" * 1000))))
+        ]
     lines[number : number + 1] = new
     path.write_text("\n".join(lines) + "\n")
     return f"line {number + 1} ({key:.30}): {kind}, {new!r:.60}"

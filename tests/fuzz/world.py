@@ -1,13 +1,13 @@
 """A small whole world of this program's files: a target, conversations, and all made of them.
 
-    target, sharded             the same weights in one file and in several
-    talks.*, prompts.jsonl      conversations in five forms; prompts
-    features, ckpts, ckpts-gz   features of ours and SpecForge's
-    vocab.safetensors, map.pt   a vocabulary map of ours and SpecForge's
-    config.toml, run.toml       settings; draft.json: a draft's shape
-    run                         a run of six updates that was cut off after the fourth
-    draft, untrained            exported drafts; foreign-*: of other trainers
-    plain.json                  the target's kept answers
+target, sharded             the same weights in one file and in several
+talks.*, prompts.jsonl      conversations in five forms; prompts
+features, ckpts, ckpts-gz   features of ours and SpecForge's
+vocab.safetensors, map.pt   a vocabulary map of ours and SpecForge's
+config.toml, run.toml       settings; draft.json: a draft's shape
+run                         a run of six updates that was cut off after the fourth
+draft, untrained            exported drafts; foreign-*: of other trainers
+plain.json                  the target's kept answers
 """
 
 import gzip
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.factories import CHATML, talk, tiny_model, tiny_tokenizer
-from tests.fuzz.tasks import LENGTH, ONE, TARGET, TASKS
+from tests.fuzz.tasks import TASKS
 
 CONVERSATIONS = 66  # two shards
 LAYERS = 7
@@ -59,12 +59,12 @@ def write_world(folder: Path) -> None:
     _write_drafts()
 
 
-def _eagle3fn(*arguments: str) -> None:
+def _eagle3fn(command: str) -> None:
     from eagle3fn.cli import main
 
-    code = main(list(arguments))
+    code = main(command.split())
     if code:
-        raise RuntimeError(f"eagle3fn {' '.join(arguments)}: exit code {code}")
+        raise RuntimeError(f"eagle3fn {command}: exit code {code}")
 
 
 def _write_target() -> None:
@@ -102,15 +102,15 @@ def _write_texts() -> None:
 
 
 def _write_features() -> None:
-    _eagle3fn(*TASKS["extract-on"].arguments)
-    vocab = ("--out", "vocab.safetensors", "--size", "200")
-    _eagle3fn("vocab", *TARGET, "--features", "features", *vocab)
+    _eagle3fn(TASKS["extract-on"].command)
+    vocab = "--features features --out vocab.safetensors --size 200"
+    _eagle3fn(f"vocab --target target {vocab}")
 
     # SpecForge's, of fewer conversations.
-    few = ("--conversations", "talks.jsonl", "--limit", "8", "--out", "few", *LENGTH, *ONE)
-    _eagle3fn("extract", *TARGET, *few, "--dtype", "bfloat16")
-    _eagle3fn("convert", "--features", "few", "--out", "ckpts", "--for", "specforge")
-    _eagle3fn("convert", "--vocab", "vocab.safetensors", "--out", "map.pt", "--for", "specforge")
+    few = "--conversations talks.jsonl --limit 8 --max-length 128 --threads 1 --dtype bfloat16"
+    _eagle3fn(f"extract --target target --out few {few}")
+    _eagle3fn("convert --features few --out ckpts --for specforge")
+    _eagle3fn("convert --vocab vocab.safetensors --out map.pt --for specforge")
     Path("ckpts-gz").mkdir()
     for path in sorted(Path("ckpts").iterdir()):
         Path("ckpts-gz", f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
@@ -118,7 +118,7 @@ def _write_features() -> None:
 
 def _write_run() -> None:
     """A run of six updates, as if it had been killed after its last checkpoint was begun."""
-    _eagle3fn(*TASKS["resume"].arguments)
+    _eagle3fn(TASKS["resume"].command)
     train = Path("run/train")
     shutil.copytree(train / "draft", "draft")
     shutil.copytree(train / "untrained", "untrained")
@@ -126,7 +126,7 @@ def _write_run() -> None:
     newest = max((train / "checkpoints").iterdir())
     shutil.rmtree(newest)
 
-    _eagle3fn(*TASKS["evaluate-plain"].arguments)
+    _eagle3fn(TASKS["evaluate-plain"].command)
     os.replace("made.json", "run/evaluation.json")
     Path("run/features").symlink_to("../features")
     Path("run/stages.json").write_text(json.dumps({"extract": 1.5, "train": 2.0}))
