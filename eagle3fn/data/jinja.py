@@ -90,7 +90,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.text = self.budget.text
         self.filters.update(limited_filters(self.budget, self.filters))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_method(__obj):
             return super().call(__context, __obj, *args, **kwargs)
         for name in _OF_THE_PROGRAM:

@@ -444,7 +444,7 @@ def is_method(function: Any) -> bool:
     kind = type(function)
     if kind in _DESCRIPTORS:
         raise SecurityError(f"{function.__name__} cannot be called so in a chat template")
-    return kind is BuiltinMethodType or kind is MethodType and isinstance(function.__self__, str)
+    return kind is BuiltinMethodType or (kind is MethodType and isinstance(function.__self__, str))
 
 
 def charge_method(

@@ -117,8 +117,8 @@ def _tree(data: bytes, random: Random) -> tuple[bytes, str]:
     else:
         tree = random.choice(([tree], list(tree.values()), {"data": tree}, torch.ones(2), 7, {}))
         name = "the whole"
-    legacy = random.random() < 0.15
-    return _save(tree, _use_new_zipfile_serialization=not legacy), f"{name}: {kind}"
+    older = random.random() < 0.15
+    return _save(tree, _use_new_zipfile_serialization=not older), f"{name}: {kind}"
 
 
 def _values(data: bytes, random: Random) -> tuple[bytes, str]:

@@ -16,6 +16,7 @@ from eagle3fn.base.tree import equal
 from eagle3fn.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from tests.train.saved_checkpoint import DATA, Saved, make_saved, other_state, rewrite_meta
 
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Saved:
     return make_saved(tmp_path)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import eagle3fn as e3
-from eagle3fn.base.files import locked
+from eagle3fn.base.files import locked, write_json
 from eagle3fn.base.toml import read_toml
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.defaults import begun_settings
@@ -22,7 +22,6 @@ from eagle3fn.use.report import write_report
 from tests.train.run_files import rows, same_end
 from tests.train.run_problem import Problem, make_problem, train_in
 from tests.train.saved_checkpoint import rewrite_meta
-from tests.use.test_report import write_run
 
 STEPS = 4
 STOPPED = 3  # after the checkpoint of step 2
@@ -277,8 +276,9 @@ def test_second_training_into_a_folder_is_refused_and_harms_nothing(begun):
 
 def test_report_of_a_run_that_goes_on(begun, tmp_path):
     """Written after each step, while the run's folder is held."""
-    write_run(tmp_path)
-    shutil.rmtree(tmp_path / "train")
+    evaluation = {"draft_length": 5, "accepted_length": 1.5, "acceptance_by_position": [0.5]}
+    write_json(tmp_path / "evaluation.json", evaluation)
+    write_json(tmp_path / "features/index.json", {"totals": {"supervised": 40}})
     begun = begun._replace(out=begun.out.rename(tmp_path / "train"))
     seen = []
 
