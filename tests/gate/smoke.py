@@ -53,7 +53,8 @@ from eagle3fn.testing.gate_part import (
 )
 from eagle3fn.testing.triton_interpreter import mend_interpreter
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
-from eagle3fn.train.optimizer import OPTIMIZERS, muon
+from eagle3fn.train.finite import watched
+from eagle3fn.train.optimizer import OPTIMIZERS, Optimizer, muon
 from eagle3fn.train.orthogonal import newton_schulz, rational
 from eagle3fn.train.shard import empty_state
 from eagle3fn.use.decode import speculate
@@ -215,6 +216,11 @@ def check_tables(size: Size) -> Iterator[Named]:
     if not tiny:
         return
 
+    for way in WAYS:
+        for skips in (False, True):
+            overflow = partial(check_overflow, size, way, skips)
+            about = "dropped" if skips else "reported"
+            yield Named(f"{size.name} overflow {about} {way.name}", overflow)
     for name in OPTIMIZERS:
         for mesh in (False, True):
             where = " mesh" if mesh else ""
@@ -239,6 +245,36 @@ WAYS = (
     Way("mesh", mesh=True, donate=False),
     Way("mesh donated", mesh=True, donate=True),
 )
+
+
+def check_overflow(size: Size, way: Way, skips: bool) -> dict[str, float]:
+    """An update that makes one leaf infinite, by a finite gradient: reported, or dropped."""
+    name = "norm.weight"
+
+    def update(grads: Params, state: Any, params: Params, info: Any) -> Any:
+        params = {leaf: value + 1 for leaf, value in params.items()}
+        params[name][-1] = torch.inf
+        return params, state
+
+    problem = problem_in(size, "fast", torch.bfloat16, size.device)
+    train = replace(problem.config.train, on_nonfinite="skip" if skips else "stop")
+    config = replace(problem.config, train=train)
+    mesh = one_rank_mesh(size.device) if way.mesh else None
+    optimizer = Optimizer(lambda params, roles: {}, update)
+    fns = e3.bind(config, problem.frozen, mesh, optimizer=optimizer)
+    state = fns.init_state(problem.params)
+    before = tree_map(torch.clone, e3.gather(state))
+    after, metrics = fns.step(state, problem.batch, donate=way.donate)
+
+    assert bool(torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"]))
+    flags = zip(watched(before), metrics["finite"].tolist(), strict=True)
+    bad = [leaf for leaf, good in flags if not good]
+    assert bad == [f"params.{name}"], bad
+    assert metrics["skipped"] == int(skips)
+    if skips:
+        expected = before._replace(step=before.step + 1)
+        assert equal(e3.gather(after), expected), "a dropped update changed the state"
+    return {}
 
 
 def check_survival(fewer: Size, numerics: str, dtype: torch.dtype) -> Iterator[Named]:

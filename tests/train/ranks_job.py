@@ -29,6 +29,7 @@ from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model.table import Role
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
+from eagle3fn.train.finite import watched
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.optimizer import OPTIMIZERS, Leaf, Optimizer
 from eagle3fn.train.recipe import OURS
@@ -119,6 +120,35 @@ def each_whole_leaf_is_computed_by_one_rank(mesh: DeviceMesh, world: World) -> N
     computed = [shape for shapes in every for shape in shapes]
     assert sorted(computed) == sorted(leaf.shape for leaf in leaves.values())
     assert [(8, 8)] in every or mesh.size() == 1
+
+
+def state_that_one_rank_makes_infinite_is_seen_by_all(mesh: DeviceMesh, world: World) -> None:
+    """And dropped by all."""
+    name = "lm_head.weight"
+    mine = world.rank == mesh.size() - 1
+
+    def update(grads: Params, state: Any, params: Params, info: Any) -> Any:
+        params = {leaf: value + 1 for leaf, value in params.items()}
+        if mine:
+            params[name][-1] = torch.nan
+        return params, state
+
+    optimizer = Optimizer(lambda params, roles: {}, update)
+    for on_nonfinite in ("stop", "skip"):
+        made = uneven_config()
+        config = replace(made, train=replace(made.train, on_nonfinite=on_nonfinite))
+        fns = e3.bind(config, make_frozen(config), mesh, optimizer=optimizer)
+        state = fns.init_state(fns.init(0))
+        before = tree_map(torch.clone, e3.gather(state))
+        after, metrics = fns.step(state, micro_batches(0, 1, mesh), donate=True)
+
+        flags = metrics["finite"].tolist()
+        bad = [leaf for leaf, good in zip(watched(before), flags, strict=True) if not good]
+        assert gathered(bad, mesh) == [bad] * mesh.size()
+        assert bad == ["params.lm_head.weight"], bad
+        if on_nonfinite == "skip":
+            assert metrics["skipped"] == 1
+            assert equal(e3.gather(after), before._replace(step=before.step + 1))
 
 
 def own_optimizer_may_have_leaves_without_axes(mesh: DeviceMesh, world: World) -> None:
@@ -413,6 +443,7 @@ CHECKS: list[tuple[Check, tuple[int, ...]]] = [
     (every_optimizer_has_the_bits_of_one_process, (1, 2, 4)),
     (each_whole_leaf_is_computed_by_one_rank, (1, 2, 3, 4)),
     (own_optimizer_may_have_leaves_without_axes, (2,)),
+    (state_that_one_rank_makes_infinite_is_seen_by_all, (2, 3)),
     (plain_numerics_have_the_bits_of_one_process, (1, 2)),
     (no_rank_waits_before_its_last_micro_batch, (3,)),
     (donating_keeps_the_bits, (2,)),
