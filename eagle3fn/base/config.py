@@ -13,7 +13,6 @@ from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.toml import override, read_toml
 
-
 MOST_STEPS = 10**8 - 1
 """Of a run: a checkpoint's folder is named by eight digits."""
 
