@@ -22,7 +22,7 @@ from eagle3fn.use.report import write_report
 from tests.train.run_files import rows, same_end
 from tests.train.run_problem import Problem, make_problem, train_in
 from tests.train.saved_checkpoint import rewrite_meta
-from tests.use.test_report import write_run
+from tests.use.finished_run import write_run
 
 STEPS = 4
 STOPPED = 3  # after the checkpoint of step 2
@@ -137,7 +137,9 @@ def test_rows_that_are_lost_are_said(begun):
     lines = begun.lines("metrics.jsonl")
     (begun.out / "metrics.jsonl").write_bytes(b"\xff\xfe\n" + "\n".join(lines[1:]).encode())
     (said,) = begun.go_on()
-    assert "line 1 (not JSON (not UTF-8, byte 1)) left out; 1 rows are lost, of step 1 first" in said
+    assert (
+        "line 1 (not JSON (not UTF-8, byte 1)) left out; 1 rows are lost, of step 1 first" in said
+    )
     assert [row["step"] for row in rows(begun.out / "metrics.jsonl")] == [2, 3, 4]
 
 
