@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import eagle3fn as e3
-from eagle3fn.base.files import locked, write_json
+from eagle3fn.base.files import locked
 from eagle3fn.base.toml import read_toml
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.defaults import begun_settings
@@ -22,6 +22,7 @@ from eagle3fn.use.report import write_report
 from tests.train.run_files import rows, same_end
 from tests.train.run_problem import Problem, make_problem, train_in
 from tests.train.saved_checkpoint import rewrite_meta
+from tests.use.finished_run import write_run
 
 STEPS = 4
 STOPPED = 3  # after the checkpoint of step 2
@@ -136,7 +137,9 @@ def test_rows_that_are_lost_are_said(begun):
     lines = begun.lines("metrics.jsonl")
     (begun.out / "metrics.jsonl").write_bytes(b"\xff\xfe\n" + "\n".join(lines[1:]).encode())
     (said,) = begun.go_on()
-    assert "line 1 (not JSON (not UTF-8, byte 1)) left out; 1 rows are lost, of step 1 first" in said
+    assert (
+        "line 1 (not JSON (not UTF-8, byte 1)) left out; 1 rows are lost, of step 1 first" in said
+    )
     assert [row["step"] for row in rows(begun.out / "metrics.jsonl")] == [2, 3, 4]
 
 
@@ -276,9 +279,8 @@ def test_second_training_into_a_folder_is_refused_and_harms_nothing(begun):
 
 def test_report_of_a_run_that_goes_on(begun, tmp_path):
     """Written after each step, while the run's folder is held."""
-    evaluation = {"draft_length": 5, "accepted_length": 1.5, "acceptance_by_position": [0.5]}
-    write_json(tmp_path / "evaluation.json", evaluation)
-    write_json(tmp_path / "features/index.json", {"totals": {"supervised": 40}})
+    write_run(tmp_path)
+    shutil.rmtree(tmp_path / "train")
     begun = begun._replace(out=begun.out.rename(tmp_path / "train"))
     seen = []
 
