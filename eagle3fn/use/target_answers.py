@@ -12,7 +12,7 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
 from eagle3fn.base.read import read_json
-from eagle3fn.data.target import weights_digest
+from eagle3fn.data.target_files import loaded_digest
 from eagle3fn.use.decode import until_end
 
 _TOGETHER = 10  # prompts decoded together
@@ -80,7 +80,7 @@ def greedy_answers(
         stored = _read_store(store)
 
     # An answer belongs to the target's weights, its dtype, the limits and the prompt.
-    target = weights_digest(model)
+    target = loaded_digest(model, store and store.with_suffix(".target.json"))
     keys = []
     for prompt in prompts:
         request = (target, str(model.dtype), max_new, sorted(end_tokens), prompt.tolist())
