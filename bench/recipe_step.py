@@ -19,7 +19,8 @@ import torch
 
 from bench import common
 from eagle3fn.base.config import Config
-from eagle3fn.base.draft_config import DraftConfig, draft_config_from_json
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.files import write_json
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Frozen, TrainState

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from eagle3fn.base.draft_config import DraftConfig
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.toml import override, read_toml
 
 MOST_STEPS = 10**8 - 1
@@ -247,7 +247,7 @@ class Config:
 def require(holds: bool, name: str, value: Any, constraint: str) -> None:
     """Raise a UserError that names the value and its constraint unless `holds`."""
     if not holds:
-        raise UserError(f"{name} = {value!r}: must be {constraint}")
+        raise UserError(f"{name} = {shown(value)}: must be {constraint}")
 
 
 def _within(config: Any, section: str, **bounds: tuple[int, int]) -> None:
@@ -295,7 +295,7 @@ def load_config(
     for section, values in (defaults or {}).items():
         given = tree.get(section, {})
         if not isinstance(given, dict):
-            raise UserError(f"{path}: {section} = {given!r}: must be a section, [{section}]")
+            raise UserError(f"{path}: {section} = {shown(given)}: must be a section, [{section}]")
         tree[section] = {**values, **given}
 
     if "draft" not in tree:
@@ -317,7 +317,8 @@ def from_dict(kind: Any, tree: dict, where: str, prefix: str = "") -> Any:
     unknown = sorted(set(tree) - set(hints))
     if unknown:
         known = ", ".join(prefix + name for name in hints)
-        raise UserError(f"{where}: unknown key {prefix}{unknown[0]}; known: {known}")
+        key = prefix + printable(unknown[0])
+        raise UserError(f"{where}: unknown key {key}; known: {known}")
 
     values = {}
     for key, value in tree.items():
@@ -360,7 +361,8 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise UserError(f"{where}: {name} = {value!r}: must be {getattr(hint, '__name__', hint)}")
+    kind = getattr(hint, "__name__", hint)
+    raise UserError(f"{where}: {name} = {shown(value)}: must be {kind}")
 
 
 def to_dict(config: Any) -> dict:

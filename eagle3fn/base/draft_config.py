@@ -3,16 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import read_json
+from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.rope_settings import (
     check_scaling,
-    rope_of,
     scaling_as_trained,
     scaling_of,
+    theta_of,
     type_of,
 )
 
@@ -21,14 +19,17 @@ _VISION_KEYS = ("vision_config", "vision_tower", "image_token_id")
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value < 2**31
 
 
 _KINDS = {
-    int: (_count, "a whole number, at least 1"),
-    int | None: (lambda value: value is None or _count(value), "a whole number, at least 1"),
+    int: (_count, "a whole number, at least 1 and below 2**31"),
+    int | None: (
+        lambda value: value is None or _count(value),
+        "a whole number, at least 1 and below 2**31",
+    ),
     float: (
-        lambda value: isinstance(value, (int, float)) and 0 < value < math.inf,
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
         "a finite number above 0",
     ),
     bool: (lambda value: type(value) is bool, "true or false"),
@@ -69,7 +70,7 @@ class DraftConfig:
             value = getattr(self, field.name)
             holds, words = _KINDS.get(field.type, (None, ""))
             if holds and not holds(value):
-                raise UserError(f"draft.{field.name} = {value!r}: must be {words}")
+                raise UserError(f"draft.{field.name} = {shown(value)}: must be {words}")
 
         # Values that must go together.
         if self.num_attention_heads % self.num_key_value_heads:
@@ -88,7 +89,7 @@ class DraftConfig:
             )
         if self.aux_layers is not None:
             _check_taps(self.aux_layers)
-        check_scaling(self.rope_scaling)
+        check_scaling(self.rope_scaling, self.rope_theta, self.head_dim)
 
     @property
     def rope_type(self) -> str:
@@ -147,20 +148,26 @@ def switches() -> list[Field[Any]]:
     return [field for field in fields(DraftConfig) if field.name not in others]
 
 
+def _given(tree: dict[str, Any], name: str, default: Callable[[], Any]) -> Any:
+    """The value of a key, unless it is missing or null."""
+    value = tree.get(name)
+    return default() if value is None else value
+
+
 def listed_taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
     """The tapped layers that are listed, in the order of the list, None if none are.
 
     Engines differ in where they look: under `eagle_config` are the layers whose outputs are taken,
     at the top those whose inputs are, one higher.
     """
-    eagle = tree.get("eagle_config") or {}
+    eagle = _given(tree, "eagle_config", dict)
     if not isinstance(eagle, dict):
-        raise UserError(f"eagle_config = {eagle!r}: must list three layers under {TAPS}")
+        raise UserError(f"eagle_config = {shown(eagle)}: must list three layers under {TAPS}")
     for place, keys in (("eagle_config.", eagle), ("", tree)):
         layers = keys.get(TAPS) or None
         whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
         if layers is not None and not (whole and len(layers) == 3):
-            raise UserError(f"{place}{TAPS} = {layers!r}: must list three layers; mend it")
+            raise UserError(f"{place}{TAPS} = {shown(layers)}: must list three layers; mend it")
 
     outputs = eagle.get(TAPS) or None
     inputs = tree.get(TAPS) or None
@@ -184,16 +191,16 @@ def taps_keys(layers: tuple[int, ...]) -> dict[str, Any]:
 
 
 _READ: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "num_key_value_heads": lambda tree: (
-        tree.get("num_key_value_heads") or tree["num_attention_heads"]
+    "num_key_value_heads": lambda tree: _given(
+        tree, "num_key_value_heads", lambda: tree["num_attention_heads"]
     ),
-    "head_dim": lambda tree: (
-        tree.get("head_dim") or tree["hidden_size"] // tree["num_attention_heads"]
+    "head_dim": lambda tree: _given(
+        tree, "head_dim", lambda: tree["hidden_size"] // tree["num_attention_heads"]
     ),
-    "target_hidden_size": lambda tree: tree.get("target_hidden_size") or tree["hidden_size"],
-    "rope_theta": lambda tree: float(
-        tree.get("rope_theta") or rope_of(tree).get("rope_theta") or 10_000.0
+    "target_hidden_size": lambda tree: _given(
+        tree, "target_hidden_size", lambda: tree["hidden_size"]
     ),
+    "rope_theta": theta_of,
     "rope_scaling": scaling_of,
     "aux_layers": listed_taps,
 }
@@ -221,26 +228,8 @@ def draft_config_from_keys(tree: dict[str, Any], where: str) -> DraftConfig:
         raise UserError(f"{where}: {error}") from None
     except KeyError as error:
         raise UserError(f"{where}: {error.args[0]} is missing from the configuration") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{where}: a size in the configuration is not a number ({error})") from None
-
-
-def draft_config_from_json(path: str | Path) -> DraftConfig:
-    """Read an EAGLE-3 draft's `config.json`, as training frameworks and exported drafts have it.
-
-    Keys that are no field's are not read: engines' configurations have many.
-
-    Raises:
-        UserError: unreadable, not an EAGLE-3 draft, or a value is missing or impossible.
-    """
-    tree = read_json(path)
-    names = tree.get("architectures") if isinstance(tree, dict) else None
-    if not isinstance(names, list) or not any("Eagle3" in str(name) for name in names):
-        raise UserError(
-            f"{path}: architectures = {names!r}: "
-            'a draft configuration has ["LlamaForCausalLMEagle3"]'
-        )
-    return draft_config_from_keys(tree, str(path))
 
 
 def draft_config_from_target(
@@ -255,7 +244,10 @@ def draft_config_from_target(
         UserError: a vision-language target, or a size is missing.
     """
     refuse_vision(tree, where)
-    size = draft_vocab_size or min(DEFAULT_DRAFT_VOCAB, tree.get("vocab_size", DEFAULT_DRAFT_VOCAB))
+    size = draft_vocab_size
+    if size is None:
+        whole = tree.get("vocab_size")
+        size = min(DEFAULT_DRAFT_VOCAB, whole) if type(whole) is int else DEFAULT_DRAFT_VOCAB
     shared = {key: tree[key] for key in _KEYS if key in tree}
     return draft_config_from_keys(shared | {"draft_vocab_size": size}, where)
 
@@ -318,6 +310,10 @@ def _check_taps(layers: tuple[int, ...]) -> None:
     """Refuse taps that engines would gather in another order, or once where they are twice."""
     if len(layers) != 3:
         raise UserError(f"draft.aux_layers = {layers}: must name three target layers")
+    if not all(0 <= layer < 2**31 for layer in layers):
+        raise UserError(
+            f"draft.aux_layers = {printable(layers)}: must be layers of a target, counted from 0"
+        )
     if len(set(layers)) != 3:
         raise UserError(
             f"draft.aux_layers = {layers}: a layer is named twice, engines gather each once; "

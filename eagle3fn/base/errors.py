@@ -16,3 +16,8 @@ def printable(text: Any, longest: int = 100) -> str:
     for letter in str(text)[: longest + 1]:
         shown.append(letter if letter.isprintable() else ascii(letter)[1:-1])
     return "".join(shown[:longest]) + ("…" if len(shown) > longest else "")
+
+
+def shown(value: Any) -> str:
+    """A value of a file as part of a message: on one line, and cut."""
+    return printable(repr(value))

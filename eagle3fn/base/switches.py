@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from eagle3fn.base.draft_config import TAPS, switches
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable, shown
 
 
 class Switch(NamedTuple):
@@ -65,7 +65,7 @@ def check_switches(tree: Mapping[str, Any], where: str, origin: str = "") -> Non
         if not isinstance(value, kind):
             words = "an object" if kind is dict else "a list"
             raise UserError(
-                f"{where}: {name} = {value!r}: must be {words}; mend a copy of the file"
+                f"{where}: {name} = {shown(value)}: must be {words}; mend a copy of the file"
             )
     built = {field.name for field in switches()}
     for prefix, keys in (("", tree), ("eagle_config.", eagle)):
@@ -74,7 +74,7 @@ def check_switches(tree: Mapping[str, Any], where: str, origin: str = "") -> Non
             if switch.name not in built and value is not None and value not in switch.off:
                 raise _is_on(where, prefix + switch.name, value, switch.meaning)
         if _NORM_OUTPUT not in built and keys.get(_NORM_OUTPUT) is not None:
-            _check_norm_output(bool(keys[_NORM_OUTPUT]), where, prefix + _NORM_OUTPUT, origin)
+            _check_norm_output(keys[_NORM_OUTPUT], where, prefix + _NORM_OUTPUT, origin)
 
     # A window of attention, in the ways in which configurations name one.
     if tree.get("sliding_window") and tree.get("use_sliding_window") is not False:
@@ -85,13 +85,15 @@ def check_switches(tree: Mapping[str, Any], where: str, origin: str = "") -> Non
     known = {switch.name for switch in SWITCHES} | _PLAIN_KEYS | built
     for key in sorted(eagle.keys() - known):
         raise UserError(
-            f"{where}: eagle_config.{key} = {eagle[key]!r}: not known here; take it out of a copy "
-            "of the file if it leaves the draft's function as it is"
+            f"{where}: eagle_config.{printable(key)} = {shown(eagle[key])}: not known here; take "
+            "it out of a copy of the file if it leaves the draft's function as it is"
         )
 
 
-def _check_norm_output(value: bool, where: str, name: str, origin: str) -> None:
+def _check_norm_output(value: Any, where: str, name: str, origin: str) -> None:
     """`norm_output` is on by default at SpecForge, and another switch elsewhere, off by default."""
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {name} = {shown(value)}: must be true or false; mend it")
     if not origin:
         raise UserError(
             f"{where}: {name} = {value}: at vLLM, SGLang and speculators true means that "
@@ -106,6 +108,6 @@ def _check_norm_output(value: bool, where: str, name: str, origin: str) -> None:
 
 def _is_on(where: str, name: str, value: Any, meaning: str) -> UserError:
     return UserError(
-        f"{where}: {name} = {value!r}: {meaning}; drafts with it are not supported, choose one "
-        "without it"
+        f"{where}: {name} = {shown(value)}: {meaning}; drafts with it are not supported, choose "
+        "one without it"
     )

@@ -28,12 +28,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from eagle3fn.base.config import Config, ObjectiveConfig, require
-from eagle3fn.base.draft_config import (
-    DraftConfig,
-    aux_layers,
-    draft_config_from_json,
-    draft_config_from_target,
-)
+from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_from_target
+from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.program import exit_code
@@ -395,7 +391,7 @@ def run(
     tree = target_config(options.target_model_path)
     layers = tree["num_hidden_layers"]
     if options.draft_model_config:
-        draft = draft_config_from_json(options.draft_model_config)
+        draft = draft_config_from_json(options.draft_model_config, "specforge")
     else:
         draft = draft_config_from_target(tree, options.target_model_path)
 

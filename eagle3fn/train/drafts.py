@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle3fn.base.config import STARTS, Config
-from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_from_json
-from eagle3fn.base.errors import UserError, printable
-from eagle3fn.base.read import read_object
+from eagle3fn.base.draft_config import DraftConfig, aux_layers
+from eagle3fn.base.draft_json import draft_config_from_json
+from eagle3fn.base.errors import UserError, printable, shown
+from eagle3fn.base.read import open_regular, read_object
 from eagle3fn.base.rope_settings import same_scaling
-from eagle3fn.base.switches import check_switches
 from eagle3fn.base.temporary import clear
 from eagle3fn.base.types import Frozen, Params, VocabMap
 from eagle3fn.data.vocab import check_map
@@ -50,7 +50,6 @@ def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> D
     folder = Path(folder)
     clear(folder)  # a kill while it was replaced: the one before comes back
     config = draft_config_from_json(folder / CONFIG)
-    check_switches(read_object(folder / CONFIG), str(folder / CONFIG))
     file = folder / WEIGHTS
     return make_draft(config, _read_tensors(file), file, dtype, device)
 
@@ -78,7 +77,8 @@ def make_draft(
     tensors = {own_name(name): value for name, value in tensors.items()}
 
     # Take the map and the shipped embedding out; a draft that trains its own has it as parameter.
-    vocab = _vocab_map(tensors.pop("t2d", None), tensors.pop("d2t", None), config, file)
+    t2d = tensors.pop("t2d", None)
+    d2t = tensors.pop("d2t", None)
     embed = None if config.own_embedding else tensors.pop(EMBED, None)
     embed_shape = (config.vocab_size, config.hidden_size)
     if embed is not None and tuple(embed.shape) != embed_shape:
@@ -90,6 +90,7 @@ def make_draft(
     known = {name: tensors[name] for name in shapes(config) if name in tensors}
     params = known | tensors
     check_params(params, config, str(file))
+    vocab = _vocab_map(t2d, d2t, config, file)
 
     return Draft(
         config=config,
@@ -110,6 +111,8 @@ def check_finite(tensors: dict[str, Tensor], file: str | Path) -> None:
             raise UserError(f"{file}: {printable(name)} is no dense tensor of real numbers")
         if not value.is_floating_point():
             continue
+        if name in ("d2t", "t2d"):
+            raise UserError(f"{file}: {name} is {value.dtype}; must be whole numbers, or booleans")
         if value.dtype.itemsize < 2:
             raise UserError(
                 f"{file}: {printable(name)} is {str(value.dtype).removeprefix('torch.')}, of "
@@ -129,12 +132,11 @@ def own_name(name: str) -> str:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
+    open_regular(file).close()
     try:
         return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; name a folder written by export") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged or not a file ({error}); export it anew") from None
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+        raise UserError(f"{file}: damaged ({printable(error, 200)}); export it anew") from None
 
 
 def _vocab_map(t2d: Tensor | None, d2t: Tensor | None, config: DraftConfig, file: Path) -> VocabMap:
@@ -180,8 +182,8 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise UserError(
-            f"{path}: dtype = {name!r}: must be one of torch's that a draft computes in, such as "
-            "bfloat16"
+            f"{path}: dtype = {shown(name)}: must be one of torch's that a draft computes in, "
+            "such as bfloat16"
         )
     return dtype
 

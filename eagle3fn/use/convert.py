@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import whole_file, whole_folder
 from eagle3fn.base.places import anything, check_out_file, check_out_folder, other_than
 from eagle3fn.base.types import Sample, VocabMap
@@ -47,7 +47,7 @@ def read_map_of(path: str | Path, read: ReadMap) -> StoredMap:
 
     # speculators writes D into the names, where it makes the files itself.
     pairs = sorted(path.glob("d2t*.npy"))
-    pairs = [file for file in pairs if _other(file).is_file()]
+    pairs = [file for file in pairs if file.is_file() and _other(file).is_file()]
     if len(pairs) != 1:
         found = (
             f"{len(pairs)} pairs of d2t*.npy and t2d*.npy" if pairs else "no d2t.npy with t2d.npy"
@@ -168,8 +168,8 @@ def write_ours(
                 dtype = dtype or sample.last_hidden.dtype
                 if sample.last_hidden.dtype != dtype:
                     raise UserError(
-                        f"{features.folder / name}: {sample.last_hidden.dtype}, the samples before "
-                        f"it are {dtype}; convert the folders of each dtype apart"
+                        f"{features.folder / printable(name)}: {sample.last_hidden.dtype}, the "
+                        f"samples before it are {dtype}; convert the folders of each dtype apart"
                     )
                 length = len(sample.input_ids)
                 longest = max(longest, length)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3fn.base.config import require
-from eagle3fn.base.draft_config import draft_config_from_json
+from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import load_tokenizer, stop_ids
@@ -177,7 +177,7 @@ def encode_prompts(
 
     # A GGUF file of a draft is left to the engine.
     if Path(draft).suffix != ".gguf":
-        config = draft_config_from_json(Path(draft) / "config.json")
+        config = draft_config_from_json(Path(draft) / "config.json", None)
         check_pair(config, text_config, str(draft), str(target))
         limits.append(config.max_position_embeddings)
 

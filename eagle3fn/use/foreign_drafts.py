@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.draft_config import draft_config_from_keys, listed_taps, taps_keys
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import read_json
-from eagle3fn.base.rope_settings import rope_of, scaling_of
+from eagle3fn.base.errors import UserError, printable, shown
+from eagle3fn.base.read import CONFIG_LIMIT, read_object
+from eagle3fn.base.rope_settings import rope_of, scaling_of, theta_of
 from eagle3fn.base.switches import check_switches
 from eagle3fn.model.table import FC, HEAD
 from eagle3fn.train.drafts import CONFIG, Draft, check_finite, make_draft, own_name
@@ -52,9 +52,7 @@ def read_foreign(folder: str | Path, origin: str | None = None) -> Imported:
     """
     folder = Path(folder)
     path = folder / CONFIG
-    tree = read_json(path)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: must hold an object; name a draft's folder")
+    tree = read_object(path, CONFIG_LIMIT)
     found = _origin_of(tree, path)
     if origin and (origin == "speculators") != (found == "speculators"):
         raise UserError(f"{path}: looks as one of {found}, not of {origin}; leave --from out")
@@ -94,19 +92,22 @@ def _origin_of(tree: dict[str, Any], path: Path) -> str:
     if kind is not None:
         if kind != "eagle3":
             raise UserError(
-                f"{path}: speculators_model_type = {kind!r}: another algorithm; name an eagle3 one"
+                f"{path}: speculators_model_type = {shown(kind)}: another algorithm; "
+                "name an eagle3 one"
             )
         return "speculators"
     names = tree.get("architectures") or []
     if not isinstance(names, list):
-        raise UserError(f"{path}: architectures = {names!r}: must be a list; mend a copy of it")
+        raise UserError(
+            f"{path}: architectures = {shown(names)}: must be a list; mend a copy of it"
+        )
     if any("Eagle3" in str(name) for name in names):
         return "hf"
     if "draft_vocab_size" in tree:
         return "eagle"
     raise UserError(
-        f"{path}: architectures = {names!r} and no draft_vocab_size: not an EAGLE-3 draft; name a "
-        "folder of SpecForge, EAGLE, speculators, or one published for vLLM or SGLang"
+        f"{path}: architectures = {shown(names)} and no draft_vocab_size: not an EAGLE-3 draft; "
+        "name a folder of SpecForge, EAGLE, speculators, or one published for vLLM or SGLang"
     )
 
 
@@ -114,7 +115,9 @@ def _flat(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     """The keys as an export has them; speculators keeps those of the layer apart."""
     layer = tree.get("transformer_layer_config")
     if (layer is not None or "speculators_model_type" in tree) and not isinstance(layer, dict):
-        raise UserError(f"{path}: transformer_layer_config = {layer!r}: must be an object; mend it")
+        raise UserError(
+            f"{path}: transformer_layer_config = {shown(layer)}: must be an object; mend it"
+        )
     own = {key: value for key, value in tree.items() if value is not None}
     flat = {**(layer or {}), **own} if isinstance(layer, dict) else own
 
@@ -122,7 +125,7 @@ def _flat(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = (layer or flat).get("model_type", "llama")
     if kind not in ("llama", "eagle"):
         raise UserError(
-            f"{path}: model_type = {kind!r}: its layer is another one, only llama's is built; "
+            f"{path}: model_type = {shown(kind)}: its layer is another one, only llama's is built; "
             "choose a draft with that"
         )
     return flat | {"architectures": ["LlamaForCausalLMEagle3"]}
@@ -134,7 +137,10 @@ def _own_names(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     for name, value in tensors.items():
         short = own_name(name.removeprefix(_PREFIX))
         if short in named:
-            raise UserError(f"{file}: holds {short} under two names, {name} is one; remove one")
+            raise UserError(
+                f"{file}: holds {printable(short)} under two names, {printable(name)} is one; "
+                "remove one"
+            )
         if short not in _OF_THE_TARGET:
             named[short] = value
     return named
@@ -153,21 +159,26 @@ def _without_zero_biases(tree: dict[str, Any], tensors: dict[str, Tensor]) -> di
 
 def _check_rope(tree: dict[str, Any], path: Path, origin: str) -> None:
     """Refuse a rotation that is not computed here."""
-    scaling = scaling_of(tree) or {}
+    try:
+        scaling = scaling_of(tree) or {}
+        base = theta_of(tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(scaling, dict):
-        raise UserError(f"{path}: rope_scaling = {scaling!r}: must be an object; mend a copy of it")
+        raise UserError(
+            f"{path}: rope_scaling = {shown(scaling)}: must be an object; mend a copy of it"
+        )
     for where in (tree, rope_of(tree), scaling):
         part = where.get("partial_rotary_factor")
         if part not in (None, 1, 1.0):
             raise UserError(
-                f"{path}: partial_rotary_factor = {part!r}: a part of each head is rotated, here "
-                "all of it is; choose a draft without it, and for an older export of eagle3fn's "
-                "own, which was trained with all, take the key out of its config.json"
+                f"{path}: partial_rotary_factor = {shown(part)}: a part of each head is rotated, "
+                "here all of it is; choose a draft without it, and for an older export of "
+                "eagle3fn's own, which was trained with all, take the key out of its config.json"
             )
-    base = tree.get("rope_theta") or rope_of(tree).get("rope_theta") or _EAGLE_BASE
-    if origin == "eagle" and scaling and float(base) != _EAGLE_BASE:
+    if origin == "eagle" and scaling and base != _EAGLE_BASE:
         raise UserError(
-            f"{path}: rope_theta = {base!r} with rope_scaling: EAGLE then rotates by base "
+            f"{path}: rope_theta = {shown(base)} with rope_scaling: EAGLE then rotates by base "
             f"{_EAGLE_BASE:g} whatever is written; write that into a copy of the file"
         )
 

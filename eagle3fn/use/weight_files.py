@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import read_json
+from eagle3fn.base.errors import UserError, printable, shown
+from eagle3fn.base.read import open_regular, read_json
 
 _SAFE = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
@@ -65,21 +65,20 @@ def _shards(
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(names.values())):
         if Path(file).name != file:
-            raise UserError(f"{index}: names {file!r}: must be a file of its folder")
+            raise UserError(f"{index}: names {shown(file)}: must be a file of its folder")
         tensors |= _read(folder / file, read)
     missing = sorted(names.keys() - tensors.keys())
     if missing:
-        raise UserError(f"{index}: {missing[0]} is in no shard; fetch the draft again")
+        raise UserError(f"{index}: {printable(missing[0])} is in no shard; fetch the draft again")
     return tensors
 
 
 def _read(file: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    open_regular(file).close()
     try:
         return read(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; fetch the draft again") from None
     except _DAMAGED as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
         if "weights_only" in reason:
             reason = "it holds more than tensors"  # torch's advice would run the file's code
         raise UserError(

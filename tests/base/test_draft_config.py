@@ -7,12 +7,8 @@ import pytest
 
 from eagle3fn.base import draft_config
 from eagle3fn.base.config import from_dict, to_dict
-from eagle3fn.base.draft_config import (
-    DraftConfig,
-    draft_config_from_json,
-    draft_config_from_target,
-    draft_config_to_json,
-)
+from eagle3fn.base.draft_config import DraftConfig, draft_config_from_target, draft_config_to_json
+from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.testing.strategies import switch_values
 
@@ -47,7 +43,7 @@ def test_tapped_layers_are_read(tmp_path, eagle, layers):
 
 @pytest.mark.parametrize("eagle", [[1, 2, 4], "x", {KEY: 3}, {KEY: [1, 2, "4"]}, {KEY: [1, 2]}])
 def test_other_lists_of_layers_are_refused(tmp_path, eagle):
-    with pytest.raises(UserError, match=r"config.json: .*must (list|name) three"):
+    with pytest.raises(UserError, match=r"config.json: .*must (list three|be an object)"):
         draft_config_from_json(written(tmp_path, eagle_config=eagle))
 
 
@@ -110,6 +106,20 @@ def test_switches_that_are_on_are_written(tmp_path, switched, on):
         ({"window": True}, "draft.window = True: must be a whole number"),
         ({"hidden_size": 2.0}, "draft.hidden_size = 2.0: must be a whole number, at least 1"),
         ({"rms_norm_eps": 0}, "draft.rms_norm_eps = 0: must be a finite number above 0"),
+        ({"rms_norm_eps": True}, "draft.rms_norm_eps = True: must be a finite number above 0"),
+        ({"hidden_size": 2**63}, r"draft.hidden_size = 9\d+: must be .* below 2\*\*31"),
+        ({"vocab_size": 10**299}, r"draft.vocab_size = 10{99}…: must be .* below 2\*\*31"),
+        ({"num_key_value_heads": 0}, "draft.num_key_value_heads = 0: must be a whole number"),
+        ({"head_dim": False}, "draft.head_dim = False: must be a whole number"),
+        ({"target_hidden_size": 0}, "draft.target_hidden_size = 0: must be a whole number"),
+        ({"rope_theta": "1e4"}, "rope_theta = '1e4': must be a number above 0"),
+        ({"rope_theta": 0}, "rope_theta = 0: must be a number above 0"),
+        ({"rope_theta": 10**299}, "rope_theta = 10{99}…: must be a number above 0"),
+        ({"rope_theta": 2, "rope_parameters": {"rope_theta": 3}}, "rope_theta = 2, and 3 in rope_"),
+        ({"rope_parameters": [3]}, r"rope_parameters = \[3\]: must be an object"),
+        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters = 3: must be an object"),
+        ({KEY: [10**20, 10**21, 10**22]}, "draft.aux_layers = .*must be layers of a target"),
+        ({"eagle_config": []}, r"eagle_config = \[\]: must list three"),
     ],
 )
 def test_values_of_another_type_are_refused(tmp_path, switched, values, message):
@@ -123,3 +133,75 @@ def test_every_combination_of_switches_is_drawn(switched):
     assert found[0] == {}
     assert {"fc_norm": True, "window": 1} in found and {"window": 3} in found
     assert len(found) == 2 * 3
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        (False, "rope_scaling = False: its rope_type must be one of"),
+        ("yarn", "rope_scaling = 'yarn': its rope_type must be one of"),
+        ({"rope_type": ["yarn"]}, ".*: its rope_type must be one of"),
+        ({"rope_type": {}}, ".*: its rope_type must be one of"),
+        (LINEAR | {"factor": True}, "rope_scaling.factor = True: must be a finite number above 0"),
+        (LINEAR | {"factor": "2"}, "rope_scaling.factor = '2': must be a finite number above 0"),
+        (LINEAR | {"factor": 10**299}, "rope_scaling.factor = 10{99}…: must be a finite number"),
+        (LINEAR | {"factor": None}, "rope_scaling.factor = None: must be a finite number above 0"),
+        ({"rope_type": "linear"}, "rope_scaling.factor = None: linear needs a finite number"),
+        (LINEAR | {"type": "yarn"}, "rope_scaling.type = 'yarn': must be rope_type's 'linear'"),
+        (LINEAR | {"more": {"a": 1}}, "rope_scaling.more = .*: must be a number, a text or a list"),
+        (LINEAR | {"a\nb": [None]}, r"rope_scaling.a\\nb = \[None\]: must be a number, a text"),
+        (YARN | {"beta_fast": "32"}, "rope_scaling.beta_fast = '32': must be a finite number"),
+        (YARN | {"beta_slow": 0}, "rope_scaling.beta_slow = 0: must be a finite number above 0"),
+        (YARN | {"attention_factor": [1]}, r"rope_scaling.attention_factor = \[1\]: must be"),
+        (YARN | {"mscale": -1}, "rope_scaling.mscale = -1: must be a finite number, at least 0"),
+        (YARN | {"mscale_all_dim": {}}, "rope_scaling.mscale_all_dim = {}: must be a finite"),
+        (YARN | {"truncate": "no"}, "rope_scaling.truncate = 'no': must be true or false"),
+        (YARN | {"original_max_position_embeddings": "4k"}, ".*original_max_.* = '4k': must be"),
+    ],
+    ids=str,
+)
+def test_scaling_that_cannot_be_computed_is_refused(tmp_path, scaling, message):
+    with pytest.raises(UserError, match=rf"config.json: draft.{message}") as caught:
+        draft_config_from_json(written(tmp_path, rope_scaling=scaling))
+    assert "\n" not in str(caught.value)
+
+
+def test_scaling_that_would_divide_by_zero_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"rope_theta = 1.0: must be above 1 for yarn"):
+        draft_config_from_json(written(tmp_path, rope_scaling=YARN, rope_theta=1))
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    with pytest.raises(UserError, match=r"head_dim = 2: must be above 2 for dynamic"):
+        draft_config_from_json(written(tmp_path, rope_scaling=dynamic, head_dim=2))
+
+
+def test_null_is_a_value_that_is_not_given(tmp_path):
+    scaling = YARN | {"attention_factor": None, "mscale": 0, "truncate": False}
+    nulls = dict.fromkeys(("head_dim", "num_key_value_heads", "rope_theta", "rope_parameters"))
+    config = draft_config_from_json(written(tmp_path, rope_scaling=scaling, **nulls))
+    assert (config.head_dim, config.num_key_value_heads, config.rope_theta) == (4, 2, 10_000.0)
+    assert config.rope_scaling == scaling
+    assert draft_config_from_json(written(tmp_path, rope_scaling={})).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_act": "gelu"},
+        {"num_hidden_layers": 2},
+        {"norm_before_residual": True},
+        {"eagle_config": {"norm_before_residual": True}},
+        {"sliding_window": 128},
+    ],
+    ids=str,
+)
+def test_switches_that_are_not_built_are_refused_by_name(tmp_path, values):
+    """In every draft's configuration, a shape to train too; an engine may compute them."""
+    (name,) = values.get("eagle_config", values)
+    path = written(tmp_path, **values)
+    with pytest.raises(UserError, match=rf"config.json: (eagle_config.)?{name} = .*not supported"):
+        draft_config_from_json(path)
+    assert draft_config_from_json(path, None).hidden_size == 8

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bench import recipe_step
 from bench.recipe_step import DRAFT, recipe_config
 from eagle3fn import specforge
-from eagle3fn.base.draft_config import draft_config_from_json
+from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.specforge import compare_runs, script
 from eagle3fn.specforge.oracle import Oracle, OracleMissingError

@@ -283,7 +283,7 @@ def test_missing_and_damaged_files_are_named(tmp_path, change, text):
         ({"architectures": ["LlamaForCausalLM"]}, "not an EAGLE-3 draft"),
         ({"speculators_model_type": "dflash"}, "another algorithm"),
         ({"speculators_model_type": "eagle3"}, "transformer_layer_config = None"),
-        ([], "must hold an object"),
+        ([], "must be a JSON object"),
         ({"architectures": 5}, "architectures = 5: must be a list"),
         (TREE | {"eagle_config": [1]}, r"eagle_config = \[1\]: must be an object"),
         (TREE | {"layer_types": 7}, "layer_types = 7: must be a list"),
