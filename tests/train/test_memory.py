@@ -94,6 +94,7 @@ def test_planned_bytes_of_features_are_those_written(tmp_path):
 def test_plan_is_the_same_from_a_target_a_draft_and_a_configuration(tmp_path, capsys, tree):
     (tmp_path / "config.json").write_text(json.dumps(tree))
     draft = {**tree, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 32_000}
+    draft["num_hidden_layers"] = 1
     (tmp_path / "draft.json").write_text(json.dumps(draft))
     config = e3.Config(e3.draft_config_from_target(tree, "tree"))
     (tmp_path / "plain.toml").write_text(to_toml(to_dict(config)))
