@@ -1,5 +1,6 @@
 """What a training run shows and publishes: progress, held-out results, the best draft exported."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def run_events(
 
     def on_best(params: Params, frozen: Frozen, row: dict[str, Any]) -> None:
         folder = Path(out) / ("draft" if row["step"] else "untrained")
-        now = facts._replace(steps=row["step"], accepted_length=row.get("accepted_length"))
+        length = row.get("accepted_length")
+        if length is not None and not math.isfinite(length):
+            length = None
+        now = facts._replace(steps=row["step"], accepted_length=length)
         export(params, frozen, config.draft, folder, target_layers, dtype, True, now)
 
     return Events(on_step=on_step, on_eval=on_eval, on_best=on_best)

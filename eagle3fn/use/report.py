@@ -49,7 +49,8 @@ def write_report(folder: Path) -> str:
     settings = read_object(settings_path) if settings_path.exists() else {}
 
     # Row 0 is the untrained draft's; a run that holds no samples out has no accepted length.
-    trained = [row for row in held_out if row["step"] > 0 and "accepted_length" in row]
+    measured = [row for row in held_out if row.get("accepted_length") is not None]
+    trained = [row for row in measured if row["step"] > 0]
     seconds = sum(row["seconds"] for row in steps)
 
     report: dict[str, Any] = {
@@ -194,7 +195,7 @@ def _draw(
     left.set(xlabel="optimizer step", ylabel=f"training loss (mean of {window})", title="Loss")
 
     # Held-out samples: every evaluation that measured a length, the untrained draft's included.
-    rows = [row for row in held_out if "accepted_length" in row]
+    rows = [row for row in held_out if row.get("accepted_length") is not None]
     middle.plot([row["step"] for row in rows], [row["accepted_length"] for row in rows], marker=".")
     middle.set(
         xlabel="optimizer step", ylabel="simulated accepted length", title="Held-out conversations"

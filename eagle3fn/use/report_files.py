@@ -59,12 +59,14 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def read_held_out(path: Path) -> list[dict[str, Any]]:
-    """The rows of `eval.jsonl`; those of a run that holds no samples out have no accepted length.
+    """The rows of `eval.jsonl`.
+
+    Those of a run that holds no samples out have no accepted length; null is one not finite.
 
     Raises:
         UserError: as `read_steps`.
     """
-    return _rows(path, _HELD_OUT, {"accepted_length": _is_number})
+    return _rows(path, _HELD_OUT, {"accepted_length": _or_none(_is_number)})
 
 
 def _rows(path: Path, needed: dict[str, Check], optional: dict[str, Check]) -> list[dict[str, Any]]:
