@@ -12,7 +12,29 @@ from matplotlib.axes import Axes
 import eagle3fn
 from eagle3fn.base.errors import UserError
 from eagle3fn.use.report import write_report
-from tests.use.finished_run import FILES, STEP, write_run
+
+STEP = {"step": 1, "loss": 2.0, "tokens": 30, "seconds": 0.5}
+FILES: dict[str, Any] = {
+    "evaluation.json": {
+        "draft_length": 5,
+        "accepted_length": 1.5,
+        "acceptance_by_position": [0.5, 0.25],
+    },
+    "features/index.json": {"totals": {"supervised": 40}},
+    "train/metrics.jsonl": [STEP],
+    "train/eval.jsonl": [{"step": 1, "accepted_length": 1.25}],
+}
+
+
+def write_run(folder: Path, files: dict[str, Any] | None = None) -> None:
+    """A finished run; `files` are added or take the place of those above."""
+    for name, value in {**FILES, **(files or {})}.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(value)
+        if path.suffix == ".jsonl":
+            text = "".join(json.dumps(row) + "\n" for row in value)
+        path.write_text(text)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
