@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.places import Foreign, anything, check_out_file, check_out_folder, kind_of
+from eagle3fn.base.read import open_regular
 from eagle3fn.base.temporary import (
     REPLACED,
     UNFINISHED,
@@ -176,8 +177,12 @@ def _open_own(path: Path, flags: int) -> int:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
+    """Hex digest of a file's bytes.
+
+    Raises:
+        UserError: missing, or no regular file.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.files import sha256
 from eagle3fn.base.read import (
     DEEPEST,
     parse_json,
@@ -13,6 +14,7 @@ from eagle3fn.base.read import (
     read_jsonl,
     read_object,
     read_rows,
+    read_text,
 )
 
 DAMAGED = {
@@ -83,7 +85,7 @@ def test_damaged_compressed_jsonl_is_refused(tmp_path, data):
         read_jsonl(tmp_path / "a.jsonl.gz")
 
 
-@pytest.mark.parametrize("reader", [read_json, read_jsonl])
+@pytest.mark.parametrize("reader", [read_json, read_jsonl, read_text, sha256])
 @pytest.mark.parametrize("kind", ["none", "folder", "pipe", "device", "link to a pipe"])
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path, reader, kind):
     path = tmp_path / "a.json"

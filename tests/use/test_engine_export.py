@@ -230,3 +230,20 @@ def test_an_export_with_files_of_the_users_is_not_replaced(tmp_path):
         write(tmp_path, VLLM)
     (tmp_path / "notes.txt").unlink()
     write(tmp_path, SGLANG)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        '{"target": 3}',
+        '{"steps": "many"}',
+        '{"accepted_length": NaN}',
+        '{"data": "a\\nb"}',
+        '{"other": 1}',
+        "{",
+        "[" * 1000,
+    ],
+)
+def test_facts_of_a_damaged_card_are_not_known(tmp_path, facts):
+    (tmp_path / "README.md").write_text(f"<!-- eagle3fn {facts} -->\n")
+    assert read_facts(tmp_path) == Facts()

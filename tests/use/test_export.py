@@ -1,6 +1,7 @@
 """An export is what serving engines read, and loads back unchanged."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -435,3 +436,47 @@ def test_rope_is_written_as_it_was_trained(tmp_path, name):
     before = rope_table(config, 40, torch.float32, cpu)
     after = rope_table(load_draft(tmp_path, torch.float32).config, 40, torch.float32, cpu)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "missing"])
+def test_weights_that_are_no_file_are_refused_without_waiting(tmp_path, kind):
+    write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    said = "no such file" if kind == "missing" else f"is a {kind}; name a regular file"
+    with pytest.raises(UserError, match=rf"model\.safetensors: {said}"):
+        load_draft(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("norm.weight", torch.full((16,), torch.nan), r"norm\.weight holds NaN or infinity"),
+        ("norm.weight", torch.full((16,), -torch.inf), r"norm\.weight holds NaN or infinity"),
+        ("norm.weight", torch.ones(16, dtype=torch.complex64), r"norm\.weight is no dense tensor"),
+        ("norm.weight", torch.ones(16).to(torch.float8_e4m3fn), r"norm\.weight is float8_e4m3fn"),
+        ("a\n\x1b[2J", torch.full((16,), torch.nan), r"a\\n\\x1b\[2J holds NaN or infinity"),
+        ("d2t", torch.full((8,), 0.5), r"d2t is torch\.float32; must be whole numbers"),
+    ],
+    ids=["NaN", "infinity", "complex", "quantised", "evil name", "d2t"],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, name, value, message):
+    write(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {name: value}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"model\.safetensors: {message}"):
+        load_draft(tmp_path, torch.float32)
+
+
+def test_parameters_that_are_not_finite_are_not_exported(tmp_path):
+    params = tiny_params(PLAIN)
+    params["fc.weight"] = params["fc.weight"] * torch.nan
+    with pytest.raises(UserError, match=r"export: fc\.weight holds NaN or infinity"):
+        export(params, tiny_frozen(PLAIN), PLAIN.draft(), tmp_path / "draft", LAYERS, torch.float32)
+    assert not (tmp_path / "draft").exists()

@@ -289,6 +289,9 @@ def test_missing_and_damaged_files_are_named(tmp_path, change, text):
         (TREE | {"layer_types": 7}, "layer_types = 7: must be a list"),
         (TREE | {"rope_scaling": "x"}, "rope_scaling = 'x': must be an object"),
         (TREE | {"transformer_layer_config": 3}, "transformer_layer_config = 3"),
+        (TREE | {"rope_theta": "x"}, "rope_theta = 'x': must be a number"),
+        (TREE | {"rope_parameters": [1]}, r"rope_parameters = \[1\]: must be an object"),
+        (TREE | {"norm_output": "no"}, "norm_output = 'no': must be true or false"),
     ],
 )
 def test_what_is_no_draft_is_named(tmp_path, tree, text):
