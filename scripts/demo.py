@@ -258,11 +258,16 @@ def convert(folder: Path, target: Path) -> None:
     print("target     converted to safetensors", flush=True)
     dequantize = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF, quantization_config=dequantize, dtype=torch.bfloat16
+        folder,
+        gguf_file=GGUF,
+        quantization_config=dequantize,
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
     )
     with whole_folder(target) as temporary:
         model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(temporary)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
+        tokenizer.save_pretrained(temporary)
 
 
 def seconds_of(out: Path) -> dict[str, float]:

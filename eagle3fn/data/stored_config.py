@@ -3,12 +3,13 @@
 transformers is imported here inside functions, never when the file is loaded.
 """
 
+import os
 import struct
 from pathlib import Path
 from typing import IO, Any
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import read_json
+from eagle3fn.base.read import CONFIG_LIMIT, open_regular, read_json
 
 _REMEDY = "fetch the target's files again"
 # Keys that two copies of one target may differ in.
@@ -44,48 +45,32 @@ def _stable(tree: Any) -> Any:
     return tree
 
 
-def stored_stops(path_or_id: str | Path) -> set[int]:
-    """The stop tokens of generation_config.json, or of config.json where it names none.
-
-    Raises:
-        UserError: damaged, or not an id.
-    """
-    if Path(path_or_id).suffix == ".gguf":
-        return token_ids(gguf_config(Path(path_or_id)).get("eos_token_id"))
-
-    found = token_ids(stored_json(path_or_id, "generation_config.json").get("eos_token_id"))
-    if found:
-        return found
-    tree = stored_json(path_or_id, "config.json")
-    text = tree.get("text_config")
-    inner = text.get("eos_token_id") if isinstance(text, dict) else None
-    return token_ids(tree.get("eos_token_id", inner))
-
-
-def token_ids(value: Any) -> set[int]:
-    """`eos_token_id` as a set: of one id, of a list of them, or of none."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return {one for one in values if type(one) is int and one >= 0}
-
-
 def stored_json(path_or_id: str | Path, name: str) -> dict[str, Any]:
     """A JSON object of a folder or an id; empty if there is no such file.
 
     Raises:
         UserError: damaged, or not an id.
     """
-    path = Path(path_or_id)
-    if path.is_dir():
-        file = path / name if (path / name).is_file() else None
-    else:
-        file = _cached(str(path_or_id), name)
+    file = stored_file(path_or_id, name)
     if file is None:
         return {}
-
-    tree = read_json(file, nan=True)
+    tree = read_json(file, CONFIG_LIMIT, nan=True)
     if not isinstance(tree, dict):
         raise UserError(f"{file}: not a JSON object; {_REMEDY}")
     return tree
+
+
+def stored_file(path_or_id: str | Path, name: str) -> Path | None:
+    """A file of a folder or an id; None if there is no such file.
+
+    Raises:
+        UserError: not an id.
+    """
+    path = Path(path_or_id)
+    if not path.is_dir():
+        found = _cached(str(path_or_id), name)
+        return None if found is None else Path(found)
+    return path / name if os.path.lexists(path / name) else None
 
 
 def _cached(name: str, file: str) -> str | None:
@@ -109,6 +94,9 @@ def _cached(name: str, file: str) -> str | None:
 
 # GGUF: a header of typed keys and values before the tensors. https://github.com/ggml-org/ggml
 # describes it in docs/gguf.md.
+
+GGUF_DAMAGED = (OSError, ValueError, KeyError, TypeError, struct.error, RecursionError)
+"""What reading a damaged header raises."""
 
 _NUMBERS = {
     0: "<B",
@@ -136,12 +124,12 @@ def gguf_config(path: Path) -> dict[str, Any]:
         UserError: missing or damaged.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if file.read(4) != b"GGUF" or _number(file, "<I") < 2:
                 raise ValueError("not a GGUF file of version 2 or later")
             _number(file, "<Q")  # tensors
             values = dict(_pair(file) for _ in range(_number(file, "<Q")))
-    except (OSError, ValueError, struct.error, KeyError) as error:
+    except GGUF_DAMAGED as error:
         raise UserError(f"{path}: missing or damaged ({error}); {_REMEDY}") from None
 
     kind = values.get("general.architecture")
@@ -159,6 +147,8 @@ def _number(file: IO[bytes], form: str) -> Any:
 
 def _string(file: IO[bytes]) -> str:
     length = _number(file, "<Q")
+    if length > os.fstat(file.fileno()).st_size:
+        raise ValueError("it ends in its header")
     data = file.read(length)
     if len(data) < length:
         raise ValueError("it ends in its header")

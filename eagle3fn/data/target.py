@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.stored_config import stored_stops, token_ids
+from eagle3fn.data.target_loading import load_tokenizer as load_tokenizer
 from eagle3fn.data.target_model import load_model
-from eagle3fn.data.target_source import load_errors, not_loadable, source_of
 from eagle3fn.data.target_tensors import check_stored
+from eagle3fn.data.target_values import stored_stops, token_ids
 
 _PROBED_VALUES = 64
 
@@ -39,22 +39,6 @@ def load_target(
     model, tokenizer = load_model(path_or_id, dtype, device, attn)
     check_stored(path_or_id, model)
     return model, tokenizer
-
-
-def load_tokenizer(path_or_id: str | Path) -> Any:
-    """The target's tokenizer alone; a folder needs no config.json and no weights.
-
-    Raises:
-        UserError: not loadable.
-    """
-    from transformers import AutoTokenizer
-
-    has_config = not Path(path_or_id).is_dir() or (Path(path_or_id) / "config.json").is_file()
-    name, extra = source_of(path_or_id) if has_config else (str(path_or_id), {})
-    try:
-        return AutoTokenizer.from_pretrained(name, **extra)
-    except load_errors() as error:
-        raise not_loadable(path_or_id, error) from None
 
 
 def stop_ids(target: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -11,14 +11,8 @@ import torch
 
 from eagle3fn.base.device import check_device
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.target_source import (
-    load_errors,
-    loaded_config,
-    no_fit,
-    not_loadable,
-    source_of,
-    weights_folder,
-)
+from eagle3fn.data.target_loading import load_tokenizer, load_weights
+from eagle3fn.data.target_source import loaded_config, no_fit, source_of, weights_folder
 from eagle3fn.data.teacher_check import check_teacher
 from eagle3fn.data.weights import check_weights, weight_files
 
@@ -39,23 +33,22 @@ def load_model(
             not fit or are not all there; a biased head; logits that are not
             `last_hidden @ head.T`.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     check_device(device)
     loaded_config(path_or_id)
-    name, gguf = source_of(path_or_id)
+    _, gguf = source_of(path_or_id)
     if not gguf:
         weight_files(weights_folder(path_or_id))  # training reads them: refused before all else
     logging.disable_progress_bar()
+    tokenizer = load_tokenizer(path_or_id)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **gguf)
-        model, loading = _loaded(name, attn, dtype=dtype, **gguf)
-    except load_errors() as error:
+        model, loading = load_weights(path_or_id, attn, dtype)
+    except UserError:
         # transformers' own message rarely names the damaged file; `check_weights` does.
-        if not gguf and Path(name).is_dir():
-            check_weights(Path(name))
-        raise not_loadable(path_or_id, error) from None
+        if Path(path_or_id).is_dir():
+            check_weights(Path(path_or_id))
+        raise
 
     # transformers draws at random what the files lack.
     parameters = {key for key, _ in model.named_parameters()}
@@ -70,21 +63,6 @@ def load_model(
     # The teacher must be this model.
     check_teacher(model, str(path_or_id))
     return model, tokenizer
-
-
-def _loaded(name: str, attn: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model by its `attn` implementation or else by "eager", and the loading report."""
-    from transformers import AutoModelForCausalLM
-
-    loader: Any = AutoModelForCausalLM
-    options["output_loading_info"] = True
-    try:
-        return loader.from_pretrained(name, attn_implementation=attn, **options)
-    except ValueError as error:
-        unsupported = attn in str(error) or "attention implementation" in str(error)
-        if attn == "eager" or not unsupported:
-            raise
-    return loader.from_pretrained(name, attn_implementation="eager", **options)
 
 
 def check_unbiased(model: Any, path_or_id: str | Path, keys: Iterable[str] = ()) -> None:

@@ -3,11 +3,8 @@
 transformers is imported here inside functions, never when the file is loaded.
 """
 
-import struct
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from eagle3fn.base.draft_config import refuse_vision
 from eagle3fn.base.errors import UserError
@@ -65,30 +62,13 @@ def weights_folder(path_or_id: str | Path) -> Path:
         raise not_loadable(path_or_id, error) from None
 
 
-def load_errors() -> tuple[type[Exception], ...]:
-    """What transformers raises on damaged files and on values that it didn't expect."""
-    errors: tuple[type[Exception], ...] = (
-        OSError,
-        ValueError,
-        LookupError,
-        ImportError,
-        RuntimeError,
-        AttributeError,
-        TypeError,
-        SafetensorError,
-        struct.error,
-    )
-    try:
-        from huggingface_hub.errors import StrictDataclassError
-    except ImportError:
-        return errors
-    return (*errors, StrictDataclassError)
-
-
-def not_loadable(path_or_id: str | Path, error: Exception) -> UserError:
-    """The refusal of a target that transformers refuses by one of `load_errors`."""
-    if "ignore_mismatched_sizes" in str(error):
-        return no_fit(path_or_id, "tensors in its files have other shapes than config.json says")
+def not_loadable(path_or_id: str | Path, error: BaseException) -> UserError:
+    """The refusal of a target that transformers refuses."""
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{path_or_id}: brings code of its own, which is never run; choose a target of a type "
+            "that transformers has"
+        )
 
     # The first line of the message, and the second where the first only announces it.
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -124,27 +104,25 @@ def loaded_config(path_or_id: str | Path) -> Any:
     Raises:
         UserError: as `target_config`.
     """
-    from transformers import AutoConfig
+    from eagle3fn.data.target_loading import load_config
 
-    name, extra = source_of(path_or_id)
-    try:
-        config = AutoConfig.from_pretrained(name, **extra)
-    except load_errors() as error:
-        raise not_loadable(_config_of(path_or_id), error) from None
+    config = load_config(path_or_id)
     tree = config.to_dict()
-    refuse_vision(tree, str(path_or_id))
+    where = config_file(path_or_id)
+    refuse_vision(tree, where)
     for key in _SIZES:
         if type(tree.get(key)) is not int:
             raise UserError(
-                f"{path_or_id}: model_type {config.model_type!r}: no {key} in its configuration; "
+                f"{where}: model_type {config.model_type!r}: no {key} in its configuration; "
                 "such targets are not supported, choose another"
             )
     return config
 
 
-def _config_of(path_or_id: str | Path) -> str | Path:
+def config_file(path_or_id: str | Path) -> str:
+    """The file of a target's configuration, for errors; an id or a GGUF file by itself."""
     path = Path(path_or_id)
-    return path / "config.json" if path.is_dir() else path_or_id
+    return str(path / "config.json" if path.is_dir() else path_or_id)
 
 
 def check_supported(path_or_id: str | Path) -> None:
@@ -156,7 +134,8 @@ def check_supported(path_or_id: str | Path) -> None:
         UserError: as `target_config`; names the model type and how far the logits are off.
     """
     config = loaded_config(path_or_id)
-    check_architecture(architecture(config, str(path_or_id)), str(path_or_id))
+    where = config_file(path_or_id)
+    check_architecture(architecture(config, where), where)
 
 
 def known_hidden_size(path_or_id: str | Path) -> int | None:

@@ -13,7 +13,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen, VocabMap
 from eagle3fn.data.decoder import check_present, final_norm
 from eagle3fn.data.target_model import check_unbiased, load_model
-from eagle3fn.data.target_source import loaded_config, weights_folder
+from eagle3fn.data.target_source import config_file, loaded_config, weights_folder
 from eagle3fn.data.teacher_check import (
     architecture,
     check_architecture,
@@ -245,7 +245,7 @@ def _read_files(path_or_id: str | Path, wanted: _Wanted | None) -> tuple[Any, Ta
     # The architecture: where the norm is, and whether the teacher's logits are the target's.
     where = str(path_or_id)
     config = loaded_config(path_or_id)
-    model = architecture(config, where)
+    model = architecture(config, config_file(path_or_id))
     folder = weights_folder(path_or_id)
     files = weight_files(folder)
     check_unbiased(model, path_or_id, files)

@@ -382,7 +382,7 @@ def test_vision_target_is_refused_with_its_setting(saved):
     _, folder = saved
     edit(folder, vision_config={"depth": 1})
     for reader in (target_config, load, read):
-        with pytest.raises(UserError, match=r"t: .*vision_config: vision-language targets are not"):
+        with pytest.raises(UserError, match=r"t/config.json: .*vision_config: vision-language targets are"):
             reader(folder)
 
 
@@ -391,13 +391,13 @@ def test_path_or_id_without_a_target_is_refused(tmp_path):
         target_config(tmp_path)
     with pytest.raises(UserError, match=r"none.gguf: no such file; name"):
         target_config(tmp_path / "none.gguf")
-    with pytest.raises(UserError, match=r"not loadable as a target.*name a folder"):
+    with pytest.raises(UserError, match=r"no folder, and not reachable.*name a folder"):
         target_config(tmp_path / "not" / "there")
 
 
 def test_configuration_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"not loadable as a target.*name a folder"):
+    with pytest.raises(UserError, match=r"config.json: not readable as JSON .*write it anew"):
         target_config(tmp_path)
 
 

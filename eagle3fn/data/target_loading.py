@@ -1,0 +1,162 @@
+"""Configuration, tokenizer and model by transformers: the one place that calls `from_pretrained`.
+
+No code of a target's folder is ever run, and nobody is asked whether it may: remote code is
+refused, and so are pickled weights. Whatever the library raises becomes one line that names the
+file. transformers is imported here inside functions, never when the file is loaded.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.program import is_out_of_memory
+from eagle3fn.data.target_source import config_file, no_fit, not_loadable, source_of
+from eagle3fn.data.target_values import check_config, check_generation, check_tokenizer
+
+_NEVER: dict[str, Any] = {"trust_remote_code": False}
+_PROBE = "a text, é 1\n"
+
+
+def load_config(path_or_id: str | Path) -> Any:
+    """The target's configuration as transformers' object.
+
+    Raises:
+        UserError: not loadable; a model type that transformers does not have; an impossible value.
+    """
+    from transformers import AutoConfig
+
+    name, extra = source_of(path_or_id)
+    if not extra:
+        check_config(path_or_id)
+    with _refusing(config_file(path_or_id)):
+        return AutoConfig.from_pretrained(name, **extra, **_NEVER)
+
+
+def load_tokenizer(path_or_id: str | Path) -> Any:
+    """The target's tokenizer alone; a folder needs no config.json and no weights.
+
+    Raises:
+        UserError: not loadable, or it cannot read and write a short text; names its file.
+    """
+    from transformers import AutoTokenizer
+
+    has_config = not Path(path_or_id).is_dir() or (Path(path_or_id) / "config.json").is_file()
+    name, extra = source_of(path_or_id) if has_config else (str(path_or_id), {})
+    if not extra:
+        check_tokenizer(path_or_id)
+    with _refusing(_tokenizer_file(path_or_id)), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(name, **extra, **_NEVER)
+        _try(tokenizer)
+    return tokenizer
+
+
+def load_weights(path_or_id: str | Path, attn: str, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """The model by its `attn` implementation or else by "eager", and transformers' report of it.
+
+    Raises:
+        UserError: not loadable.
+    """
+    name, extra = source_of(path_or_id)
+    if not extra:
+        check_generation(path_or_id)
+        extra = {"use_safetensors": True}  # no pickles
+    with _refusing(path_or_id):
+        return _by_attention(name, attn, dtype=dtype, **extra, **_NEVER)
+
+
+def _by_attention(name: str, attn: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    options["output_loading_info"] = True
+    try:
+        return loader.from_pretrained(name, attn_implementation=attn, **options)
+    except ValueError as error:
+        unsupported = attn in str(error) or "attention implementation" in str(error)
+        if attn == "eager" or not unsupported:
+            raise
+    return loader.from_pretrained(name, attn_implementation="eager", **options)
+
+
+def build(config: Any) -> Any:
+    """The model of a configuration, of the library's own code, with parameters as it draws them."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, **_NEVER)
+
+
+def _try(tokenizer: Any) -> None:
+    """Do with a tokenizer what is done with it later."""
+    marks = "".join(tokenizer.special_tokens_map.values())
+    ids = tokenizer(_PROBE + marks, add_special_tokens=False).input_ids
+    if not isinstance(tokenizer.decode(ids, skip_special_tokens=False), str):
+        raise ValueError("it decodes to no text")
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if type(number) is not int or not isinstance(token.content, str):
+            raise ValueError("an added token has no number or no text")
+
+
+def _tokenizer_file(path_or_id: str | Path) -> str:
+    """The file that a fault of the tokenizer is looked for in first."""
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        if (Path(path_or_id) / name).is_file():
+            return str(Path(path_or_id) / name)
+    return str(path_or_id)
+
+
+# What the libraries raise and print
+
+
+@contextmanager
+def _refusing(where: str | Path) -> Iterator[None]:
+    """Turn whatever the library raises into a refusal of the target.
+
+    It raises what comes of a value that it did not expect, and its Rust part panics.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        if is_out_of_memory(error) or not (panic or isinstance(error, Exception)):
+            raise
+        if "ignore_mismatched_sizes" in str(error):
+            what = "tensors in its files have other shapes than config.json says"
+            raise no_fit(where, what) from None
+        raise not_loadable(where, error) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what is printed to the process's stderr; print it afterwards, unless this fails.
+
+    Panics of Rust print a backtrace there, past Python's `sys.stderr`.
+    """
+    try:
+        sys.stderr.flush()
+        own = os.dup(2)
+    except (OSError, AttributeError, ValueError):  # there is none
+        yield
+        return
+
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+            sys.stderr.flush()
+            printed = True
+        except BaseException:
+            printed = False
+            raise
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+        if printed:
+            kept.seek(0)
+            os.write(2, kept.read())
