@@ -100,6 +100,7 @@ def engine_source(
         identity={"config": record["config_hash"], "weights": weights, "engine": engine.record},
         features=rows.features,
         index={"engine": engine.record},
+        files=str(target),
     )
 
 

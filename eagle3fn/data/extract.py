@@ -3,25 +3,28 @@
 An extraction that was cut off, or ended with its time, goes on at its next shard.
 """
 
-import hashlib
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, sha256
-from eagle3fn.base.read import read_json
+from eagle3fn.base.files import json_sha256, locked, sha256
+from eagle3fn.base.read import printable, read_json
 from eagle3fn.base.threads import Kept, read_kept
+from eagle3fn.base.types import Sample
 from eagle3fn.data.encode import encode_file
-from eagle3fn.data.features import shard_name, write_index, write_shard
+from eagle3fn.data.features import shard_name, tokens_digest, write_index, write_shard
 from eagle3fn.data.row_files import data_files, rows_digest
-from eagle3fn.data.sample_file import pack
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.sources import FeatureSource, check_extraction
+from eagle3fn.data.target_files import KEPT, target_digest
 from eagle3fn.data.template import ChatTemplate
+from eagle3fn.data.validate import hidden_fault
 
 SAMPLE_RULE = 2
 """Version of what a sample is: features of another rule are not mixed with those of this one."""
@@ -92,9 +95,46 @@ def extract(
         "samples_per_shard": samples_per_shard,
     }
 
-    # A folder holds the features of one fingerprint.
+    # A folder holds the features of one fingerprint, and is written by one process.
+    with locked(out), _nothing_left(out):
+        return _extract(
+            source,
+            template,
+            conversations,
+            out,
+            settings,
+            stamps=stamps,
+            stored=stored_dtype,
+            limit=limit,
+            minutes=minutes,
+            skip_bad=skip_bad,
+            processes=processes,
+            on_rows=on_rows,
+            on_progress=on_progress,
+        )
+
+
+def _extract(
+    source: FeatureSource,
+    template: ChatTemplate,
+    conversations: str | Path,
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    stamps: list[tuple[str, int, int]],
+    stored: torch.dtype,
+    limit: int | None,
+    minutes: float | None,
+    skip_bad: float | None,
+    processes: int,
+    on_rows: Callable[[int], None],
+    on_progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """`extract` into a folder that this process holds."""
+    max_length = settings["max_length"]
     fingerprint = json_sha256(settings)
-    _refuse_other(out, fingerprint)
+    files = None if source.files is None else target_digest(source.files, out / KEPT)
+    _refuse_other(out, fingerprint, files)
 
     # All conversations are encoded first: a malformed one is refused before the target runs.
     encoded = encode_file(
@@ -117,16 +157,17 @@ def extract(
         (out / "rejects.jsonl").unlink(missing_ok=True)  # of an earlier call that left rows out
     with encoded.samples as samples:
         total = len(samples)
-        shards = _Shards(out, fingerprint, source, samples_per_shard, stored_dtype)
+        per_shard = settings["samples_per_shard"]
+        shards = _Shards(out, fingerprint, files, source, per_shard, stored)
         sidecars = shards.write(samples, minutes, on_progress)
 
     made = sum(len(sidecar["samples"]) for sidecar in sidecars)
     index = {
         "fingerprint": fingerprint,
         "data_hash": settings["conversations"],
-        "target": source.target,
+        "target": source.target if files is None else {**source.target, "files": files},
         **source.index,
-        "dtype": _name(stored_dtype),
+        "dtype": _name(stored),
         "computed_in": _name(source.dtype),
         "max_length": max_length,
         "template_arguments": template.arguments,
@@ -134,6 +175,17 @@ def extract(
         "remaining": total - made,
     }
     return write_index(out, index, sidecars)
+
+
+@contextmanager
+def _nothing_left(out: Path) -> Iterator[None]:
+    """After a refusal, remove a folder that holds no features yet."""
+    try:
+        yield
+    except UserError:
+        if {path.name for path in out.iterdir()} <= {".lock", KEPT}:
+            shutil.rmtree(out)
+        raise
 
 
 def _stamps(conversations: str | Path) -> list[tuple[str, int, int]]:
@@ -147,6 +199,7 @@ class _Shards(NamedTuple):
 
     out: Path
     fingerprint: str
+    files: str | None  # digest of the target's files
     source: FeatureSource
     samples_per_shard: int
     stored: torch.dtype
@@ -182,14 +235,39 @@ class _Shards(NamedTuple):
     ) -> dict[str, Any]:
         """Compute the features and write a shard; its sidecar."""
         features = self.source.features(group, self.stored)
+        for entry, sample in zip(entries, features, strict=True):
+            self._check_finite(entry, sample)
         keys = [entry["key"] for entry in entries]
+        files = {} if self.files is None else {"target_files": self.files}
         sidecar = {
             "fingerprint": self.fingerprint,
+            **files,
             **self.source.sidecar(),
             "samples": entries,
         }
         named = dict(zip(keys, features, strict=True))
         return write_shard(self.out, number, named, sidecar)
+
+
+    def _check_finite(self, entry: dict[str, Any], sample: Sample) -> None:
+        """Refuse features that training would refuse, by the layer that they come from."""
+        last = sample.last_hidden
+        what = hidden_fault(
+            sample.aux_hidden, last, entry["length"], last.shape[-1], _name(self.stored)
+        )
+        if what is None:
+            return
+        layer = "after its last layer"
+        for number, state in zip(self.source.layers, sample.aux_hidden.chunk(3, -1), strict=True):
+            if hidden_fault(sample.aux_hidden, state, entry["length"], None, None):
+                layer = f"after layer {number}"
+                break
+        raise UserError(
+            f"sample {printable(repr(entry['id']))}: {what}: the target's state {layer} is no "
+            f"number that {_name(self.stored)} holds and training takes, computed in "
+            f"{_name(self.source.dtype)}; look at the target's weights, compute it in float32 "
+            "(--dtype), or leave the row out"
+        )
 
 
 def _dtypes(computed: torch.dtype, stored: torch.dtype) -> str:
@@ -231,8 +309,11 @@ class _Clock:
         return self.end is not None and self.before + self.longest >= self.end
 
 
-def _refuse_other(out: Path, fingerprint: str) -> None:
-    """Refuse a folder that holds an index or a shard of another fingerprint."""
+def _refuse_other(out: Path, fingerprint: str, files: str | None) -> None:
+    """Refuse a folder that holds an index or a shard of another fingerprint or target.
+
+    `files` is the digest of the target's files. Folders of earlier versions have none.
+    """
     for path in [out / "index.json", *sorted(out.glob("shard-*.json"))]:
         if not path.is_file():
             continue
@@ -243,6 +324,13 @@ def _refuse_other(out: Path, fingerprint: str) -> None:
             raise UserError(
                 f"{path}: made from other conversations, another target or other settings; "
                 f"remove the folder {out} or choose another"
+            )
+        target = tree.get("target") if path.name == "index.json" else None
+        found = target.get("files") if isinstance(target, dict) else tree.get("target_files")
+        if files and found not in (None, files):
+            raise UserError(
+                f"{path}: made with other files of the target: its weights, tokenizer or chat "
+                f"template have changed; remove the folder {out} or choose another"
             )
 
 
@@ -256,7 +344,7 @@ def _entry(key: int, row: Encoded) -> dict[str, Any]:
         "key": str(key),
         "length": len(row.input_ids),
         "supervised": int(row.token_mask.sum()),
-        "tokens": hashlib.sha256(pack(row).data).hexdigest()[:16],
+        "tokens": tokens_digest(row.id, row.input_ids, row.token_mask),
     }
 
 

@@ -9,6 +9,7 @@
 A folder without an index can be opened by a `Reader`, which is given from outside.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import sha256, whole_file, write_json
-from eagle3fn.base.read import read_json
+from eagle3fn.base.files import json_sha256, sha256, whole_file, write_json
+from eagle3fn.base.read import printable, read_json
 from eagle3fn.base.types import Sample
+from eagle3fn.data.sample_file import pack
+from eagle3fn.data.samples import Encoded
 from eagle3fn.data.validate import hidden_fault, token_fault
 
 SCHEMA = 1
@@ -72,7 +75,8 @@ class FeatureSet(NamedTuple):
     index: dict[str, Any]
     vocab_size: int | None  # V, if known
     hidden_size: int | None  # Ht, if known
-    verified: set[str]  # shards whose bytes were compared with the index's hash
+    # Shards whose bytes were compared with the index's hash, as the file was: inode, bytes, time.
+    verified: dict[str, tuple[int, int, int]]
     reader: Reader | None = None
 
 
@@ -87,6 +91,11 @@ def shard_name(number: int) -> str:
 def _stored_name(key: str, field: str) -> str:
     """The name in a shard of a sample's tensor."""
     return f"{key}.{_STORED[field]}"
+
+
+def tokens_digest(name: str, ids: Tensor, mask: Tensor) -> str:
+    """Hex digest of a sample's id, `input_ids` and `token_mask`, as its entry has it."""
+    return hashlib.sha256(pack(Encoded(name, ids, mask)).data).hexdigest()[:16]
 
 
 def write_shard(
@@ -138,8 +147,14 @@ def write_index(
         "bytes": sum(shard["bytes"] for shard in shards),
     }
     index = {"schema": SCHEMA, **index, "totals": totals, "shards": shards, "samples": samples}
+    index["sha256"] = _own_hash(index)
     write_json(folder / "index.json", index)
     return index
+
+
+def _own_hash(index: dict[str, Any]) -> str:
+    """The hash of an index, of all that it holds but this hash."""
+    return json_sha256({key: value for key, value in index.items() if key != "sha256"})
 
 
 # Opening
@@ -170,7 +185,7 @@ def open_features(
         raise UserError(f"{folder}: {lacking} there; {REMEDY} or name another folder")
     names = [str(path.relative_to(folder)) for path in paths]
     samples = [{"id": name, "shard": name} for name in names]
-    return FeatureSet(folder, samples, {}, vocab_size, hidden_size, set(), reader)
+    return FeatureSet(folder, samples, {}, vocab_size, hidden_size, {}, reader)
 
 
 def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -> FeatureSet:
@@ -203,13 +218,15 @@ def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -
                 f"{path}: made with target {target.get('name')!r}, "
                 f"{name} {target[name]}, not {size}; name that target or {REMEDY}"
             )
+    if index.get("sha256", "") not in ("", _own_hash(index)):
+        raise UserError(f"{path}: has been changed since it was written; {REMEDY}")
     return FeatureSet(
         folder=folder,
         samples=index["samples"],
         index=index,
         vocab_size=target["vocab_size"],
         hidden_size=target["hidden_size"],
-        verified=set(),
+        verified={},
     )
 
 
@@ -222,12 +239,51 @@ def _check_index(index: dict[str, Any], path: Path) -> None:
 
     if not index["samples"]:
         raise UserError(f"{path}: no samples; {REMEDY} on more conversations")
-    files = {shard["file"] for shard in index["shards"]}
-    for number, entry in enumerate(index["samples"]):
-        if entry["shard"] not in files:
+    _check_names(index, path)
+    _check_totals(index, path)
+
+
+def _check_names(index: dict[str, Any], path: Path) -> None:
+    """Refuse shards outside of the folder, and samples of no shard or there twice."""
+    known = set()
+    for number, shard in enumerate(index["shards"]):
+        file = shard["file"]
+        plain = Path(file).name == file and file.isprintable() and file not in ("", ".", "..")
+        if not plain or file in known:
             raise UserError(
-                f"{path}: samples[{number}].shard is {entry['shard']!r}: "
+                f"{path}: shards[{number}].file is {printable(repr(file))}: must be the name of a "
+                f"file in this folder, listed once; {REMEDY}"
+            )
+        known.add(file)
+    keys = set()
+    for number, entry in enumerate(index["samples"]):
+        if entry["shard"] not in known:
+            raise UserError(
+                f"{path}: samples[{number}].shard is {printable(repr(entry['shard']))}: "
                 f"must be one of its shards; {REMEDY}"
+            )
+        place = (entry["shard"], entry["key"])
+        if place in keys:
+            raise UserError(
+                f"{path}: samples[{number}].key is {printable(repr(entry['key']))}: "
+                f"another sample has it; {REMEDY}"
+            )
+        keys.add(place)
+
+
+def _check_totals(index: dict[str, Any], path: Path) -> None:
+    """Refuse totals that are not those of the samples and shards listed."""
+    totals = index["totals"] if isinstance(index["totals"], dict) else {}
+    found = {
+        "samples": len(index["samples"]),
+        "tokens": sum(entry["length"] for entry in index["samples"]),
+        "bytes": sum(shard["bytes"] for shard in index["shards"]),
+    }
+    for name, value in found.items():
+        if totals.get(name, value) != value:
+            raise UserError(
+                f"{path}: totals.{name} is {printable(repr(totals[name]))}, but {value} are "
+                f"listed; {REMEDY}"
             )
 
 
@@ -302,13 +358,45 @@ def check_shards(features: FeatureSet) -> None:
 
 
 def _verify(features: FeatureSet, shard: dict[str, Any]) -> None:
-    if sha256(features.folder / shard["file"]) != shard["sha256"]:
-        raise UserError(f"{features.folder / shard['file']}: its bytes have changed; {REMEDY}")
-    features.verified.add(shard["file"])
+    """Compare a shard's bytes with the index's hash, and its tensors with the index's samples."""
+    path = features.folder / shard["file"]
+    stamp = _stamp(path)
+    if sha256(path) != shard["sha256"]:
+        raise UserError(f"{path}: its bytes have changed; {REMEDY}")
+
+    entries = [entry for entry in features.samples if entry["shard"] == shard["file"]]
+    listed = {_stored_name(entry["key"], field) for entry in entries for field in _STORED}
+    others = _names_in(path) ^ listed
+    if others:
+        raise UserError(
+            f"{features.folder / 'index.json'}: samples are missing, or not those of {path.name} "
+            f"({printable(min(others))}); {REMEDY}"
+        )
+    features.verified[shard["file"]] = stamp
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What differs when a file is replaced or written."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: missing or damaged ({error.strerror}); {REMEDY}") from None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _names_in(path: Path) -> set[str]:
+    """The names of a shard's tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); {REMEDY}") from None
 
 
 def read_sample(features: FeatureSet, number: int) -> Sample:
-    """Sample `number`, checked; the first one of a shard has the shard's hash compared too.
+    """Sample `number`, checked.
+
+    The shard's hash is compared at its first sample, and again after the file has changed.
 
     Raises:
         UserError: a file missing, damaged or changed; wrong shapes or dtypes, NaN or infinity, an
@@ -367,7 +455,7 @@ def read_last_hidden(features: FeatureSet, number: int) -> tuple[Tensor, Tensor,
 
 
 def _verify_once(features: FeatureSet, file: str) -> None:
-    if file in features.verified:
+    if features.verified.get(file) == _stamp(features.folder / file):
         return
     for shard in features.index["shards"]:
         if shard["file"] == file:
@@ -381,13 +469,15 @@ def _tensors(path: Path, entry: dict[str, Any], fields: tuple[str, ...]) -> list
             return [file.get_tensor(_stored_name(entry["key"], field)) for field in fields]
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: missing or damaged at sample {entry['id']!r} ({error}); {REMEDY}"
+            f"{path}: missing or damaged at sample {printable(repr(entry['id']))} ({error}); {REMEDY}"
         ) from None
 
 
 def _check_tokens(features: FeatureSet, number: int, ids: Tensor, mask: Tensor) -> None:
-    length = features.samples[number].get("length")
-    what = token_fault(ids, mask, length, features.vocab_size)
+    entry = features.samples[number]
+    what = token_fault(ids, mask, entry.get("length"), features.vocab_size)
+    if what is None and entry.get("tokens", "") not in ("", tokens_digest(entry["id"], ids, mask)):
+        what = "its tokens are not those that the index has a digest of"
     if what:
         raise _fault(features, number, what)
 
@@ -396,5 +486,5 @@ def _fault(features: FeatureSet, number: int, what: str) -> UserError:
     entry = features.samples[number]
     remedy = READER_REMEDY if features.reader else REMEDY
     return UserError(
-        f"{features.folder / entry['shard']}: sample {entry['id']!r}: {what}; {remedy}"
+        f"{features.folder / entry['shard']}: sample {printable(repr(entry['id']))}: {what}; {remedy}"
     )

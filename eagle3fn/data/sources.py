@@ -33,6 +33,8 @@ class FeatureSource(NamedTuple):
     features: Callable[[Sequence[Encoded], torch.dtype], list[Sample]]
     index: dict[str, Any] = {}  # noqa: RUF012  further entries of the index
     sidecar: Callable[[], dict[str, Any]] = dict  # what a shard's sidecar keeps of its making
+    # The target's folder, GGUF file or id: its files are compared where a folder is gone on with.
+    files: str | None = None
 
 
 def model_source(
@@ -62,6 +64,7 @@ def model_source(
         identity={"config": record["config_hash"], "weights": weights_digest(model)},
         features=lambda group, stored: run_target(model, group, layers, batch, stored),
         sidecar=lambda: {"threads": torch.get_num_threads()},
+        files=str(model.config.name_or_path) or None,
     )
 
 

@@ -30,7 +30,8 @@ def run(conversations, out, template=TEMPLATE, **changes):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.iterdir() if path.name != ".lock")
+    return {path.name: path.read_bytes() for path in files}
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """The feature folder's reader: round trips, and every damage named with its file."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import sha256
+from eagle3fn.data import features as module
 from eagle3fn.data.features import (
     Reader,
     check_made_for,
@@ -15,6 +18,7 @@ from eagle3fn.data.features import (
     read_sample,
     read_tokens,
     tensors_of,
+    tokens_digest,
 )
 from eagle3fn.data.vocab import count_tokens
 from tests.factories import random_sample, write_folder
@@ -102,19 +106,44 @@ def test_changed_bytes_are_found_by_the_hash(tmp_path):
         read_sample(opened, 0)
 
 
-def test_each_shard_is_hashed_once_for_each_opening(tmp_path):
+def test_each_shard_is_hashed_once_while_its_file_stays(tmp_path, monkeypatch):
     folder = write_folder(tmp_path, [random_sample(6, i) for i in range(5)])
+    hashed = []
+    monkeypatch.setattr(module, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     opened = open_features(folder)
-    read_sample(opened, 0)
+    for number in (0, 1, 4, 2, 3, 0):
+        read_sample(opened, number)
+    assert hashed == ["shard-00000.safetensors", "shard-00001.safetensors"]
 
-    # The first shard was hashed with its first sample: a later change is not seen.
-    change_last_byte(tmp_path / "shard-00000.safetensors")
-    change_last_byte(tmp_path / "shard-00001.safetensors")
-    read_sample(opened, 1)
-    with pytest.raises(UserError, match=r"shard-00001.safetensors: its bytes have changed"):
-        read_sample(opened, 4)
-    with pytest.raises(UserError, match=r"shard-00000.safetensors: its bytes have changed"):
-        read_sample(open_features(folder), 0)
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_shard_that_changes_while_it_is_in_use_is_noticed(tmp_path, replace):
+    """Replaced by another folder's shard of the same size, and written in place."""
+    opened = open_features(write_folder(tmp_path / "a", [random_sample(6, i) for i in range(5)]))
+    write_folder(tmp_path / "b", [random_sample(6, i + 10) for i in range(5)])
+    read_sample(opened, 0)
+    shard = tmp_path / "a" / "shard-00000.safetensors"
+    if replace:
+        os.replace(tmp_path / "b" / shard.name, shard)
+    else:
+        change_last_byte(shard)
+    with pytest.raises(UserError, match=rf"shard-00000.safetensors: its bytes have.*{AGAIN}"):
+        read_sample(opened, 1)
+
+
+def test_shard_that_is_written_again_alike_is_read_on(tmp_path):
+    opened = open_features(write_folder(tmp_path, [random_sample(6, i) for i in range(5)]))
+    first = read_sample(opened, 0)
+    write_folder(tmp_path, [random_sample(6, i) for i in range(5)])
+    assert same(read_sample(opened, 0), first)
+
+
+def test_shard_that_vanishes_while_it_is_in_use_is_named(tmp_path):
+    opened = open_features(write_folder(tmp_path, [random_sample(6, i) for i in range(5)]))
+    read_sample(opened, 0)
+    (tmp_path / "shard-00000.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"shard-00000.safetensors: missing or damaged.*{AGAIN}"):
+        read_sample(opened, 1)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +201,86 @@ def test_index_that_is_no_json_is_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match=r"index.json: not readable"):
         open_features(tmp_path)
+
+
+def left_out(samples):
+    return samples[1:]
+
+
+def doubled(samples):
+    return [samples[0], *samples]
+
+
+def swapped(samples):
+    one, other, *rest = samples
+    return [one | {"key": other["key"]}, other | {"key": one["key"]}, *rest]
+
+
+def made_longer(samples):
+    return [samples[0] | {"supervised": 1 + samples[0]["supervised"]}, *samples[1:]]
+
+
+def change_index(folder, has_hash, **changes):
+    """Change entries of an index; one of an earlier version has no hash of itself."""
+    path = folder / "index.json"
+    tree = json.loads(path.read_text())
+    tree |= {key: change(tree[key]) for key, change in changes.items()}
+    if not has_hash:
+        del tree["sha256"]
+    path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize("has_hash", [True, False])
+@pytest.mark.parametrize("change", [left_out, doubled, swapped, made_longer])
+def test_index_with_other_samples_is_refused(tmp_path, change, has_hash):
+    """By its hash; without one by keys, totals and, when a shard is read, by its tensors."""
+    folder = write_folder(tmp_path, [random_sample(6, i) for i in range(5)])
+    for entry in json.loads((folder / "index.json").read_text())["samples"]:
+        assert entry["length"] == 6  # swapped keys are found by the digest of tokens alone
+    change_index(folder, has_hash, samples=change)
+    if change is made_longer and not has_hash:
+        open_features(folder)  # a number that nothing is read by
+        return
+    if change is swapped and not has_hash:
+        entry_digests(folder)
+    with pytest.raises(UserError, match=rf"(index.json|shard-00000.safetensors): .*{AGAIN}"):
+        opened = open_features(folder)
+        for number in range(len(opened.samples)):
+            read_sample(opened, number)
+
+
+def entry_digests(folder):
+    """Give entries their digests of tokens, as `extract` does, by the ids that they have."""
+    right = {f"row{i}": random_sample(6, i) for i in range(5)}
+    path = folder / "index.json"
+    tree = json.loads(path.read_text())
+    for entry in tree["samples"]:
+        sample = right[entry["id"]]
+        entry["tokens"] = tokens_digest(entry["id"], sample.input_ids, sample.token_mask)
+    path.write_text(json.dumps(tree))
+
+
+def test_sample_that_the_index_lacks_is_found_by_its_tensors(tmp_path):
+    """Where totals fit, too."""
+    folder = write_folder(tmp_path, [random_sample(6, i) for i in range(5)])
+    change_index(folder, False, samples=left_out, totals=lambda _: {})
+    with pytest.raises(UserError, match=rf"index.json: samples are missing.*0\..*{AGAIN}"):
+        read_sample(open_features(folder), 0)
+
+
+@pytest.mark.parametrize("name", ["../a/shard-00000.safetensors", "{}", "..", "a\nb", "x/../y"])
+def test_shard_outside_of_the_folder_is_refused(tmp_path, name):
+    folder = write_folder(tmp_path / "a", [random_sample(6, i) for i in range(2)])
+    name = name.format(folder / "shard-00000.safetensors")
+    change_index(
+        folder,
+        False,
+        shards=lambda shards: [shards[0] | {"file": name}],
+        samples=lambda samples: [entry | {"shard": name} for entry in samples],
+    )
+    with pytest.raises(UserError, match=rf"shards\[0\].file is .*must be the name.*{AGAIN}") as it:
+        open_features(folder)
+    assert "\n" not in str(it.value)
 
 
 def lacking(key):
@@ -238,10 +347,8 @@ def test_sizes_of_another_target_are_refused(tmp_path):
 
 
 def test_features_of_another_configuration_or_other_layers_are_refused(tmp_path):
-    path = write_folder(tmp_path, [GOOD]) / "index.json"
-    index = json.loads(path.read_text())
-    index["target"] |= {"config_hash": "a" * 64, "aux_layers": [1, 2, 4]}
-    path.write_text(json.dumps(index))
+    more = {"config_hash": "a" * 64, "aux_layers": [1, 2, 4]}
+    change_index(write_folder(tmp_path, [GOOD]), False, target=lambda target: target | more)
     opened = open_features(tmp_path)
     check_made_for(opened, ["c" * 64, "a" * 64], (1, 2, 4), "the run")
     refusal = rf"index.json: .*config_hash a{{12}}.*the run.*b{{12}}.*{AGAIN}"
@@ -259,6 +366,7 @@ def test_record_of_the_targets_tensors_is_read_and_checked(tmp_path):
     path = write_folder(tmp_path, [GOOD]) / "index.json"
     assert tensors_of(open_features(tmp_path)) is None
     index = json.loads(path.read_text())
+    del index["sha256"]
     for record, what in (
         (RECORD, None),
         (RECORD | {"dtype": "nix"}, "target.tensors.dtype is 'nix'"),
