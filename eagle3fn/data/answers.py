@@ -26,9 +26,10 @@ from eagle3fn.data.synthesize import (
     batch_generator,
     generate,
     grams_of_file,
+    hold_parts,
     without,
 )
-from eagle3fn.data.target import weights_digest
+from eagle3fn.data.target_files import KEPT, loaded_digest
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.turns import Conversation, Turn, conversation_of
 
@@ -104,18 +105,19 @@ def answer_prompts(
     if batch > 1:
         check_batch(model)
     forbidden = grams_of_file(exclude) if exclude else set()
-    parts = Parts(out, _digest(model, template, rows, sampling, seed, batch))
+    with hold_parts(out):
+        parts = Parts(out, _digest(model, template, out, rows, sampling, seed, batch))
 
-    answered = []
-    for index, start in enumerate(range(0, len(rows), batch)):
-        group = rows[start : start + batch]
-        generator = batch_generator(seed, index)
-        write = partial(_answer_batch, model, template, tokens, group, sampling, generator)
-        answered += parts.batch(index, write)
-        on_progress(len(answered), len(rows))
+        answered = []
+        for index, start in enumerate(range(0, len(rows), batch)):
+            group = rows[start : start + batch]
+            generator = batch_generator(seed, index)
+            write = partial(_answer_batch, model, template, tokens, group, sampling, generator)
+            answered += parts.batch(index, write)
+            on_progress(len(answered), len(rows))
 
-    kept = without(answered, forbidden)
-    parts.finish(kept)
+        kept = without(answered, forbidden)
+        parts.finish(kept)
     return Answered(
         conversations=len(kept),
         answers=sum(row["answers"] for row in kept),
@@ -127,13 +129,15 @@ def answer_prompts(
 def _digest(
     model: Any,
     template: ChatTemplate,
+    out: str | Path,
     rows: list[Prompt],
     sampling: Sampling,
     seed: int,
     batch: int,
 ) -> str:
     given = [(row.id, row.conversation[:-1]) for row in rows]  # without the unused keys
-    target = [weights_digest(model), template.tokenizer.chat_template, template.arguments]
+    digest = loaded_digest(model, Parts(out, "").folder / KEPT)
+    target = [digest, template.tokenizer.chat_template, template.arguments]
     return json_sha256([*target, sampling, seed, batch, given])[:12]
 
 

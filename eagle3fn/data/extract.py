@@ -3,22 +3,21 @@
 An extraction that was cut off, or ended with its time, goes on at its next shard.
 """
 
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256, locked, sha256
+from eagle3fn.base.files import json_sha256, sha256
 from eagle3fn.base.read import printable, read_json
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
 from eagle3fn.data.encode import encode_file
 from eagle3fn.data.features import shard_name, tokens_digest, write_index, write_shard
+from eagle3fn.data.held import held
 from eagle3fn.data.row_files import data_files, rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.sources import FeatureSource, check_extraction
@@ -96,7 +95,7 @@ def extract(
     }
 
     # A folder holds the features of one fingerprint, and is written by one process.
-    with locked(out), _nothing_left(out):
+    with held(out):
         return _extract(
             source,
             template,
@@ -177,17 +176,6 @@ def _extract(
     return write_index(out, index, sidecars)
 
 
-@contextmanager
-def _nothing_left(out: Path) -> Iterator[None]:
-    """After a refusal, remove a folder that holds no features yet."""
-    try:
-        yield
-    except UserError:
-        if {path.name for path in out.iterdir()} <= {".lock", KEPT}:
-            shutil.rmtree(out)
-        raise
-
-
 def _stamps(conversations: str | Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of the files of rows."""
     found = [(file.name, file.stat()) for file in data_files(conversations)]
@@ -248,7 +236,6 @@ class _Shards(NamedTuple):
         named = dict(zip(keys, features, strict=True))
         return write_shard(self.out, number, named, sidecar)
 
-
     def _check_finite(self, entry: dict[str, Any], sample: Sample) -> None:
         """Refuse features that training would refuse, by the layer that they come from."""
         last = sample.last_hidden
@@ -259,7 +246,7 @@ class _Shards(NamedTuple):
             return
         layer = "after its last layer"
         for number, state in zip(self.source.layers, sample.aux_hidden.chunk(3, -1), strict=True):
-            if hidden_fault(sample.aux_hidden, state, entry["length"], None, None):
+            if hidden_fault(state.repeat(1, 3), state, entry["length"], None, None):
                 layer = f"after layer {number}"
                 break
         raise UserError(

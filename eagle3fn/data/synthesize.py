@@ -8,6 +8,7 @@ are kept out by their 13-grams (as in arXiv 2005.14165, appendix C).
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,13 @@ from eagle3fn.base.read import read_jsonl
 from eagle3fn.base.temporary import clear
 from eagle3fn.base.threads import Kept, keep_threads, read_kept
 from eagle3fn.data.cache_check import check_batch
+from eagle3fn.data.held import held
 from eagle3fn.data.openings import opening, stub
 from eagle3fn.data.rejects import rejecting, usable
 from eagle3fn.data.row_files import FileRow, read_rows
 from eagle3fn.data.samples import Tokens
-from eagle3fn.data.target import cache_name, stop_ids, weights_digest
+from eagle3fn.data.target import cache_name, stop_ids
+from eagle3fn.data.target_files import KEPT, loaded_digest
 from eagle3fn.data.template import ChatTemplate
 
 # A target is refused if after this many batches less than this share of its turns are usable.
@@ -97,15 +100,34 @@ def synthesize(
     """
     if batch > 1:
         check_batch(model)
-    answer = answer or ANSWER
-    target = [weights_digest(model), template.tokenizer.chat_template, template.arguments]
-    digest = json_sha256([*target, USER_TURN, answer, seed, batch])[:12]
-    parts = Parts(out, digest)
     forbidden = grams_of_file(exclude) if exclude else set()
+    with hold_parts(out):
+        parts = Parts(out, _digest(model, template, out, answer or ANSWER, seed, batch))
+        batches = _batches(model, template, parts, answer or ANSWER, seed, batch)
+        rows = _chosen(batches, forbidden, count, batch, on_progress)
+        parts.finish(rows)
+    return len(rows)
 
+
+def _digest(
+    model: Any, template: ChatTemplate, out: str | Path, answer: Sampling, seed: int, batch: int
+) -> str:
+    target = [loaded_digest(model, Parts(out, "").folder / KEPT)]
+    target += [template.tokenizer.chat_template, template.arguments]
+    return json_sha256([*target, USER_TURN, answer, seed, batch])[:12]
+
+
+def _chosen(
+    batches: Iterator[list[dict]],
+    forbidden: "Grams",
+    count: int,
+    batch: int,
+    on_progress: Callable[[int, int], None],
+) -> list[dict]:
+    """The first `count` conversations, or a few more, whose user turns differ."""
     rows: list[dict] = []
     users: set[str] = set()
-    for tried, written in enumerate(_batches(model, template, parts, answer, seed, batch), 1):
+    for tried, written in enumerate(batches, 1):
         for row in without(written, forbidden):
             user = row["conversations"][0]["content"]
             if user not in users:
@@ -120,9 +142,7 @@ def synthesize(
                 "they must end by themselves, differ and be free of the excluded texts; "
                 "take an instruction-tuned target, or exclude less"
             )
-
-    parts.finish(rows)
-    return len(rows)
+    return rows
 
 
 class Parts(NamedTuple):
@@ -150,9 +170,15 @@ class Parts(NamedTuple):
         for part in self.folder.glob(f"{self.digest}-*"):
             clear(part)
             part.unlink()
-        if self.folder.exists() and {path.name for path in self.folder.iterdir()} <= {_THREADS}:
-            (self.folder / _THREADS).unlink(missing_ok=True)
-            self.folder.rmdir()
+
+
+def hold_parts(out: str | Path) -> AbstractContextManager[None]:
+    """Hold the batches of `out`; afterwards their folder is removed, unless some are left in it.
+
+    Raises:
+        UserError: another process writes `out`.
+    """
+    return held(Parts(out, "").folder, [_THREADS])
 
 
 def begun_threads(out: str | Path) -> Kept | None:

@@ -12,6 +12,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, sha256, write_json
 from eagle3fn.base.read import CONFIG_LIMIT, read_json
 from eagle3fn.data.stored_config import stored_file
+from eagle3fn.data.target import weights_digest
 from eagle3fn.data.target_source import weights_folder
 from eagle3fn.data.weights import weight_files
 
@@ -88,10 +89,13 @@ def target_digest(path_or_id: str | Path, keep: str | Path | None = None) -> str
     return json_sha256(hashes)
 
 
-def loaded_digest(model: Any, keep: str | Path | None = None) -> str | None:
-    """`target_digest` of the files that a model was loaded from; None where it is from none."""
+def loaded_digest(model: Any, keep: str | Path | None = None) -> str:
+    """Hex digest of a model's weights, and of the files that it was loaded from, if there are any.
+
+    `keep`: as in `target_digest`.
+    """
     name = str(model.config.name_or_path)
-    return target_digest(name, keep) if name else None
+    return json_sha256([weights_digest(model), target_digest(name, keep) if name else None])
 
 
 def _stamp(file: Path) -> list[int]:

@@ -13,7 +13,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, write_json
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import read_object
-from eagle3fn.data.target import weights_digest
+from eagle3fn.data.target_files import loaded_digest
 from eagle3fn.use.decode import until_end
 
 _TOGETHER = 10  # prompts decoded together
@@ -79,7 +79,7 @@ def greedy_answers(
     stored = {} if store is None else read_store(store)
 
     # An answer belongs to the target's weights, its dtype, the limits and the prompt.
-    target = weights_digest(model)
+    target = loaded_digest(model, store and store.with_suffix(".target.json"))
     keys = []
     for prompt in prompts:
         request = (target, str(model.dtype), max_new, sorted(end_tokens), prompt.tolist())

@@ -158,7 +158,7 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     assert not again.exists()
     parts = Path(f"{again}.parts")
     assert len(list(parts.glob("*.jsonl"))) == 2
-    assert not list(parts.glob(".*"))
+    assert not list(parts.glob(".*.tmp"))
 
     # Batches that are there are not written again.
     written = []

@@ -1,21 +1,29 @@
 """Extraction: right features, resumption to identical files, refusals before the target runs."""
 
 import json
+import math
+import os
 import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import sha256
 from eagle3fn.data import extract as module
+from eagle3fn.data import sources, target_files
 from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.encode import encode_all
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import check_shards, open_features, read_sample
 from eagle3fn.data.samples import NO_ANSWER, TOO_LONG, SampleMaker
 from eagle3fn.data.sources import model_source
-from tests.factories import talk, tiny_model, tiny_template, write_talks
+from eagle3fn.data.target import load_target
+from eagle3fn.data.target_files import KEPT, target_digest
+from eagle3fn.data.template import ChatTemplate
+from tests.factories import talk, tiny_model, tiny_template, tiny_tokenizer, write_talks
 
 LAYERS = (1, 2, 4)
 MODEL = tiny_model()
@@ -310,3 +318,163 @@ def test_tokenizer_of_another_target_is_refused(tmp_path):
     refusal = r"c.jsonl:1 \(id row0\): token id \d+.*vocabulary has 100.*take the tokenizer"
     with pytest.raises(UserError, match=refusal):
         extract(model_source(smaller, LAYERS), TEMPLATE, talks, tmp_path / "out", max_length=90)
+
+
+# The target's files
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A target in a folder, and its features of four conversations in two shards."""
+    tiny_model(num_hidden_layers=5).save_pretrained(tmp_path / "target")
+    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    write_talks(tmp_path / "c.jsonl", 4)
+    from_files(tmp_path)
+    return tmp_path / "target"
+
+
+def from_files(tmp_path, **changes):
+    model, tokenizer = load_target(tmp_path / "target", torch.float32)
+    options = {"max_length": 90, "samples_per_shard": 2, **changes}
+    source = model_source(model, LAYERS, batch=2)
+    template = ChatTemplate(tokenizer, (1,))
+    return extract(source, template, tmp_path / "c.jsonl", tmp_path / "out", **options)
+
+
+def swap_letters(target):
+    path = target / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    vocab = tree["model"]["vocab"]
+    vocab["X"], vocab["Y"] = vocab["Y"], vocab["X"]
+    path.write_text(json.dumps(tree))
+
+
+def change_a_late_weight(target):
+    path = target / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.3.mlp.down_proj.weight"][-1, -1] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("change", [swap_letters, change_a_late_weight])
+@pytest.mark.parametrize("without", ["index.json", "shard-00000.json"])
+def test_features_of_other_files_of_the_target_are_not_gone_on_with(
+    target, tmp_path, change, without
+):
+    """The tokens are the same, and so is the fingerprint of earlier versions."""
+    change(target)
+    (tmp_path / "out" / without).unlink()
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=r"other files of the target: .*remove the folder") as it:
+        from_files(tmp_path)
+    assert "\n" not in str(it.value)
+    assert contents(tmp_path / "out") | {KEPT: b""} == before | {KEPT: b""}
+
+
+def test_features_without_a_digest_of_the_targets_files_are_gone_on_with(target, tmp_path):
+    """As earlier versions wrote them; what is made now has it."""
+    out = tmp_path / "out"
+    (out / "index.json").unlink()
+    (out / KEPT).unlink()
+    for path in out.glob("shard-*.json"):
+        tree = json.loads(path.read_text())
+        del tree["target_files"]
+        path.write_text(json.dumps(tree))
+    (out / "shard-00001.json").unlink()
+
+    with runs_counted() as runs:
+        index = from_files(tmp_path)
+    assert len(runs) == 1  # of two shards
+    assert index["target"]["files"] == target_digest(target)
+    assert open_features(out).index == index
+
+
+@contextmanager
+def runs_counted():
+    """The groups that the source is asked for."""
+    runs = []
+    original = sources.run_target
+    sources.run_target = lambda *args: runs.append(1) or original(*args)
+    try:
+        yield runs
+    finally:
+        sources.run_target = original
+
+
+def test_a_targets_files_are_hashed_once_while_they_stay(target, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        target_files, "sha256", lambda path: hashed.append(path.name) or sha256(path)
+    )
+    keep = tmp_path / "kept.json"
+    digest = target_digest(target, keep)
+    assert {"model.safetensors", "tokenizer.json", "generation_config.json"} <= set(hashed)
+    hashed.clear()
+    assert target_digest(target, keep) == digest and not hashed
+
+    # Another time is reason enough to hash again; a file of hashes that is damaged is none.
+    os.utime(target / "tokenizer.json", ns=(1, 1))
+    assert target_digest(target, keep) == digest and hashed == ["tokenizer.json"]
+    for text in ("{", "[]", '{"a": 1}', '{"a": {"stamp": []}}'):
+        keep.write_text(text)
+        assert target_digest(target, keep) == digest
+
+
+# Two at once
+
+
+def test_the_second_of_two_extractions_into_a_folder_is_refused(tmp_path):
+    talks = write_talks(tmp_path / "c.jsonl", 4)
+    others = write_talks(tmp_path / "other.jsonl", 5)
+    refusals = []
+
+    def second():
+        with pytest.raises(UserError, match=r"out: another process is at work there") as it:
+            run(others, tmp_path / "out")
+        refusals.append(str(it.value))
+
+    with before_each_run(second):
+        run(talks, tmp_path / "out")
+    assert refusals and all("\n" not in line for line in refusals)
+    run(talks, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# Features that training refuses
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (2, math.nan, "after layer 2"),
+        (4, math.inf, "after layer 4"),
+        (1, 1e13, "after layer 1"),
+        (None, math.inf, "after its last layer"),
+    ],
+)
+def test_features_that_training_refuses_are_not_written(tmp_path, place, value, named):
+    """Sample and layer are named; shards that were finished before are kept."""
+    talks = write_talks(tmp_path / "c.jsonl", 4)
+    source = model_source(MODEL, LAYERS, batch=2)
+
+    def spoiled(group, stored):
+        samples = source.features(group, stored)
+        if len(group) == 1:  # the second shard
+            sample = samples[0]
+            state = sample.last_hidden
+            if place is not None:
+                state = sample.aux_hidden.chunk(3, -1)[LAYERS.index(place)]
+            state[2, 3] = value
+        return samples
+
+    with pytest.raises(UserError, match=rf"sample '.*': .*at token 2.*{named} ") as it:
+        extract(
+            source._replace(features=spoiled),
+            TEMPLATE,
+            talks,
+            tmp_path / "out",
+            max_length=90,
+            samples_per_shard=3,
+        )
+    assert "\n" not in str(it.value) and "float32" in str(it.value)
+    assert sorted(contents(tmp_path / "out")) == ["shard-00000.json", "shard-00000.safetensors"]

@@ -170,12 +170,27 @@ def test_batches_of_other_settings_are_not_taken_up(killed, monkeypatch, change)
 def test_finished_run_deletes_its_own_parts_alone(killed):
     out, _ = killed
     parts = Path(f"{out}.parts")
-    mine = min(parts.iterdir()).name
+    mine = min(parts.glob("*.jsonl")).name
     (parts / f".{mine}.abcdefgh.tmp").mkdir()  # left by a kill
     others = parts / ".other-00000.jsonl.abc.tmp"
     others.write_text("left by a kill of other settings")
     assert synthesize(tiny_model(), tiny_template(), out, 3) == 3
-    assert {path.name for path in parts.iterdir()} == {others.name, "threads.json"}
+    assert {path.name for path in parts.iterdir()} == {others.name, "threads.json", ".lock"}
+
+
+def test_second_of_two_runs_for_one_file_is_refused(tmp_path, monkeypatch):
+    """While the first one is at work; when it has ended, nothing but its file is left."""
+    fake_batches(monkeypatch)
+    refused = []
+
+    def second(done, total):
+        with pytest.raises(UserError, match=r"c.jsonl.parts: another process is at work there"):
+            synthesize(tiny_model(), tiny_template(), tmp_path / "c.jsonl", 1)
+        refused.append(done)
+
+    assert synthesize(tiny_model(), tiny_template(), tmp_path / "c.jsonl", 2, on_progress=second)
+    assert refused == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 
 def test_empty_folder_of_parts_is_removed(killed):

@@ -382,7 +382,9 @@ def test_vision_target_is_refused_with_its_setting(saved):
     _, folder = saved
     edit(folder, vision_config={"depth": 1})
     for reader in (target_config, load, read):
-        with pytest.raises(UserError, match=r"t/config.json: .*vision_config: vision-language targets are"):
+        with pytest.raises(
+            UserError, match=r"t/config.json: .*vision_config: vision-language targets are"
+        ):
             reader(folder)
 
 
