@@ -89,7 +89,9 @@ def cut_rows(path: Path, step: int, every_step: bool = False) -> str:
 
     if step < 0:
         lines = len(rows.good) + len(rows.bad)
-        return f"{path}: begun again without its {lines} rows, no checkpoint is there" if lines else ""
+        return (
+            f"{path}: begun again without its {lines} rows, no checkpoint is there" if lines else ""
+        )
 
     # What is damaged, and what is missing.
     faults = [f"line {number} ({reason})" for number, reason in _before_the_end(rows)]

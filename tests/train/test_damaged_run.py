@@ -136,7 +136,9 @@ def test_rows_that_are_lost_are_said(begun):
     lines = begun.lines("metrics.jsonl")
     (begun.out / "metrics.jsonl").write_bytes(b"\xff\xfe\n" + "\n".join(lines[1:]).encode())
     (said,) = begun.go_on()
-    assert "line 1 (not JSON (not UTF-8, byte 1)) left out; 1 rows are lost, of step 1 first" in said
+    assert (
+        "line 1 (not JSON (not UTF-8, byte 1)) left out; 1 rows are lost, of step 1 first" in said
+    )
     assert [row["step"] for row in rows(begun.out / "metrics.jsonl")] == [2, 3, 4]
 
 
