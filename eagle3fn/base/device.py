@@ -16,7 +16,7 @@ def check_device(name: str) -> str:
     """
     try:
         torch.zeros(1, device=name).tolist()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         line = str(error).splitlines()[0]
         reason = "torch has none of that name" if line.startswith("Expected one of") else line
         raise UserError(

@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 def synthesize(options: Any) -> None:
     """Let the target write conversations, or answer given prompts."""
     from eagle3fn.base.device import check_device, fast_dtype
+    from eagle3fn.base.places import check_out_file
     from eagle3fn.base.thread_timing import sizes_of, thin_products
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
-    from eagle3fn.data.synthesize import ANSWER, begun_threads, synthesize
+    from eagle3fn.data.synthesize import ANSWER, begun_threads, hold_parts, synthesize
     from eagle3fn.data.target import load_target
 
     check_device(options.device)
+    check_out_file(options.out)
+    with hold_parts(options.out):
+        pass  # refused before the target is loaded
     given = {"temperature": options.temperature, "max_new": options.max_new}
     given = {name: value for name, value in given.items() if value is not None}
     shared = {"seed": options.seed, "batch": options.batch, "exclude": options.exclude}
@@ -105,11 +109,14 @@ def extract(options: Any) -> None:
     from eagle3fn.data.encode import describe_counts
     from eagle3fn.data.extract import extract
     from eagle3fn.data.features import open_features
+    from eagle3fn.data.held import held
     from eagle3fn.data.own import foreign_note, measure_agreement
     from eagle3fn.data.target_source import target_config
 
     _check_extract(options)
     check_device(options.device)
+    with held(options.out):
+        pass  # refused before the target is loaded
     tree = target_config(options.target)
     layers = aux_layers(draft_shape(options, tree), tree["num_hidden_layers"])
     opened = _engine_source if options.engine else _model_source
@@ -255,9 +262,11 @@ def _open_engine(
 
 def vocab(options: Any) -> None:
     """Count the supervised tokens and write the vocabulary map."""
-    from eagle3fn.data.features import open_features
+    from eagle3fn.base.places import check_out_file
+    from eagle3fn.data.features import check_made_for, open_features
     from eagle3fn.data.pipeline import split
-    from eagle3fn.data.target_source import check_supported, config_hash, target_config
+    from eagle3fn.data.target_files import check_weights_of
+    from eagle3fn.data.target_source import check_supported, config_hashes, target_config
     from eagle3fn.data.vocab import (
         build_map,
         chosen_size,
@@ -268,10 +277,14 @@ def vocab(options: Any) -> None:
     )
     from eagle3fn.specforge.feature_files import READER
 
+    check_out_file(options.out)
     tree = target_config(options.target)
     check_supported(options.target)
     vocab_size = tree["vocab_size"]
     features = open_features(options.features, vocab_size, tree["hidden_size"], READER)
+    hashes = config_hashes(options.target)
+    check_made_for(features, hashes, None, options.target)
+    check_weights_of(features, options.target)
     samples = len(features.samples)
     held_out = held_out_of(samples) if options.held_out is None else options.held_out
     kept, held = split(samples, held_out)
@@ -281,7 +294,7 @@ def vocab(options: Any) -> None:
     vocab_map = build_map(counts, min(size, vocab_size))
     covered = coverage(vocab_map, counts)
     provenance = {"target": options.target, "covered": covered}
-    provenance["target_hash"] = config_hash(options.target)
+    provenance["target_hash"] = hashes[0]
     save_map(options.out, vocab_map, provenance)
 
     text = f"{options.out}: {len(vocab_map.d2t)} of {vocab_size} tokens, {covered:.2%} of the "

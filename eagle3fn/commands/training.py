@@ -101,6 +101,7 @@ def _read_matching(
 
     from eagle3fn.base.draft_config import aux_layers
     from eagle3fn.data.features import check_made_for, tensors_of
+    from eagle3fn.data.target_files import check_weights_of
     from eagle3fn.data.target_source import config_hashes
     from eagle3fn.data.target_tensors import read_target_tensors
     from eagle3fn.data.vocab import load_map
@@ -112,6 +113,7 @@ def _read_matching(
     dtype = getattr(torch, config.train.dtype)
     tensors = read_target_tensors(options.target, dtype, tensors_of(features))
     check_made_for(features, hashes, aux_layers(draft, target_layers), options.target)
+    check_weights_of(features, options.target)
     return vocab_map, tensors
 
 

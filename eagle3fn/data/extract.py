@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import json_sha256, sha256
-from eagle3fn.base.read import printable, read_json
+from eagle3fn.base.read import read_json
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
 from eagle3fn.data.encode import encode_file
@@ -21,7 +21,7 @@ from eagle3fn.data.held import held
 from eagle3fn.data.row_files import data_files, rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.sources import FeatureSource, check_extraction
-from eagle3fn.data.target_files import KEPT, target_digest
+from eagle3fn.data.target_files import KEPT, target_digests
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.validate import hidden_fault
 
@@ -132,7 +132,10 @@ def _extract(
     """`extract` into a folder that this process holds."""
     max_length = settings["max_length"]
     fingerprint = json_sha256(settings)
-    files = None if source.files is None else target_digest(source.files, out / KEPT)
+    digests = {}
+    if source.files is not None:
+        digests = target_digests(source.files, out / KEPT)._asdict()
+    files = digests.get("files")
     _refuse_other(out, fingerprint, files)
 
     # All conversations are encoded first: a malformed one is refused before the target runs.
@@ -164,7 +167,7 @@ def _extract(
     index = {
         "fingerprint": fingerprint,
         "data_hash": settings["conversations"],
-        "target": source.target if files is None else {**source.target, "files": files},
+        "target": {**source.target, **digests},
         **source.index,
         "dtype": _name(stored),
         "computed_in": _name(source.dtype),

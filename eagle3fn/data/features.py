@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import json_sha256, sha256, whole_file, write_json
-from eagle3fn.base.read import printable, read_json
+from eagle3fn.base.read import read_json
 from eagle3fn.base.types import Sample
 from eagle3fn.data.sample_file import pack
 from eagle3fn.data.samples import Encoded
@@ -308,12 +308,12 @@ def _check_types(tree: Any, types: dict[str, type], where: str, path: Path) -> N
 
 
 def check_made_for(
-    features: FeatureSet, hashes: Sequence[str], aux_layers: Sequence[int], where: str
+    features: FeatureSet, hashes: Sequence[str], aux_layers: Sequence[int] | None, where: str
 ) -> None:
     """Refuse features made with a target of another configuration or with other tapped layers.
 
     `where` names what has `hashes` (`data.target_source.config_hashes`), one of which must be the
-    index's, and `aux_layers`, as in `the run`. What the index doesn't hold is not compared, so
+    index's, and `aux_layers`, if any are needed, as in `the run`. What the index doesn't hold is not compared, so
     files of a `Reader` pass.
 
     Raises:
@@ -328,10 +328,10 @@ def check_made_for(
             f"{path}: made with a target of config_hash {str(found)[:12]}, "
             f"{where} has {hashes[0][:12]}; name that target or {REMEDY} into another folder"
         )
-    layers = target.get("aux_layers", list(aux_layers))
-    if layers != list(aux_layers):
+    layers = target.get("aux_layers")
+    if None not in (layers, aux_layers) and layers != list(aux_layers or ()):
         raise UserError(
-            f"{path}: made with aux_layers {layers}, {where} has {list(aux_layers)}; "
+            f"{path}: made with aux_layers {layers}, {where} has {list(aux_layers or ())}; "
             f"set those layers or {REMEDY} into another folder"
         )
 

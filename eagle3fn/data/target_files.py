@@ -5,12 +5,14 @@ hash of gigabytes is kept with the file's size, times and inode, so that it is n
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, sha256, write_json
 from eagle3fn.base.read import CONFIG_LIMIT, read_json
+from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.stored_config import stored_file
 from eagle3fn.data.target import weights_digest
 from eagle3fn.data.target_source import weights_folder
@@ -35,8 +37,33 @@ _NAMES = (
 )
 
 
+class TargetDigests(NamedTuple):
+    """Hex digests of names and bytes."""
+
+    files: str  # of all files that make a target what it is
+    weights: str  # of its weights alone
+
+
 def target_files(path_or_id: str | Path) -> dict[str, Path]:
-    """The files that make a target what it is, by name.
+    """The files that make a target what it is, by name, but those of its weights.
+
+    Raises:
+        UserError: no such target.
+    """
+    if Path(path_or_id).suffix == ".gguf":
+        return {}
+    found = {}
+    for name in _NAMES:
+        file = stored_file(path_or_id, name)
+        if file is not None:
+            found[name] = file
+    for file in sorted(weights_folder(path_or_id).glob("additional_chat_templates/*.jinja")):
+        found[f"{file.parent.name}/{file.name}"] = file
+    return found
+
+
+def weights_of(path_or_id: str | Path) -> dict[str, Path]:
+    """The files of a target's weights, by name.
 
     Raises:
         UserError: no such target, no safetensors, or a damaged index.
@@ -44,64 +71,83 @@ def target_files(path_or_id: str | Path) -> dict[str, Path]:
     path = Path(path_or_id)
     if path.suffix == ".gguf":
         return {path.name: path}
-
-    found = {}
-    for name in _NAMES:
-        file = stored_file(path_or_id, name)
-        if file is not None:
-            found[name] = file
     folder = weights_folder(path_or_id)
-    for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        found[f"{file.parent.name}/{file.name}"] = file
-    for name in sorted(set(weight_files(folder).values())):
-        found[name] = folder / name
-    return found
+    return {name: folder / name for name in sorted(set(weight_files(folder).values()))}
 
 
-def target_digest(path_or_id: str | Path, keep: str | Path | None = None) -> str:
-    """Hex digest of the names and bytes of a target's files.
+def target_digests(
+    path_or_id: str | Path, keep: str | Path | None = None, write: bool = True
+) -> TargetDigests:
+    """Digests of a target's files.
 
     Args:
         path_or_id: the target's folder, GGUF file or id.
         keep: a JSON file that keeps the hash of each file for the next call.
+        write: whether `keep` is written; else it is read alone.
 
     Raises:
-        UserError: as `target_files`; a file is not readable.
+        UserError: as `weights_of`; a file is not readable.
     """
     kept = _read_kept(keep)
-    hashes = {}
-    entries = {}
-    for name, file in target_files(path_or_id).items():
-        try:
-            stamp = _stamp(file)
-            entry = kept.get(str(file.absolute()))
-            if not isinstance(entry, dict) or entry.get("stamp") != stamp:
-                entry = {"stamp": stamp, "sha256": sha256(file)}
-        except OSError as error:
-            raise UserError(
-                f"{file}: not readable ({error.strerror}); fetch the target's files again"
-            ) from None
-        hashes[name] = entry["sha256"]
-        entries[str(file.absolute())] = entry
+    entries: dict[str, Any] = {}
 
-    if keep is not None and any(kept.get(name) != entry for name, entry in entries.items()):
+    def hashes(files: Mapping[str, Path]) -> dict[str, str]:
+        found = {}
+        for name, file in files.items():
+            entry = _hashed(file, kept.get(str(file.absolute())))
+            entries[str(file.absolute())] = entry
+            found[name] = entry["sha256"]
+        return found
+
+    weights = json_sha256(hashes(weights_of(path_or_id)))
+    others = hashes(target_files(path_or_id))
+    if keep is not None and write and any(kept.get(file) != entries[file] for file in entries):
         write_json(keep, entries)
-    return json_sha256(hashes)
+    return TargetDigests(json_sha256([weights, others]), weights)
+
+
+def _hashed(file: Path, kept: Any) -> dict[str, Any]:
+    """What changes when a file does, and its hash; the kept one, if nothing has changed."""
+    try:
+        found = os.stat(file)
+        stamp = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        if isinstance(kept, dict) and kept.get("stamp") == stamp:
+            return kept
+        return {"stamp": stamp, "sha256": sha256(file)}
+    except OSError as error:
+        raise UserError(
+            f"{file}: not readable ({error.strerror}); fetch the target's files again"
+        ) from None
+
+
+def check_weights_of(features: FeatureSet, path_or_id: str | Path) -> None:
+    """Refuse features that were made with other weights than a target has now.
+
+    Hashes that the feature folder keeps are used. Folders of earlier versions have no digest of the
+    weights, and pass.
+
+    Raises:
+        UserError: another digest; or as `target_digests`.
+    """
+    made_with = features.index.get("target", {}).get("weights")
+    if made_with is None:
+        return
+    if made_with != target_digests(path_or_id, features.folder / KEPT, write=False).weights:
+        raise UserError(
+            f"{features.folder / 'index.json'}: made with other weights than {path_or_id} has "
+            "now; name the target that they were made with, or run eagle3fn extract again into "
+            "another folder"
+        )
 
 
 def loaded_digest(model: Any, keep: str | Path | None = None) -> str:
     """Hex digest of a model's weights, and of the files that it was loaded from, if there are any.
 
-    `keep`: as in `target_digest`.
+    `keep`: as in `target_digests`.
     """
     name = str(model.config.name_or_path)
-    return json_sha256([weights_digest(model), target_digest(name, keep) if name else None])
-
-
-def _stamp(file: Path) -> list[int]:
-    """What changes when a file does."""
-    found = os.stat(file)
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    files = target_digests(name, keep).files if name else None
+    return json_sha256([weights_digest(model), files])
 
 
 def _read_kept(keep: str | Path | None) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import LIMIT, open_regular, printable, read_object
+from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.read import LIMIT, open_regular, read_object
 from eagle3fn.data.stored_config import gguf_config, stored_file, stored_json
 
 _REMEDY = "fetch the target's files again, or mend it"

@@ -5,20 +5,25 @@ Features are one file a sample, `.ckpt` or `.ckpt.gz`, a dict stored by `torch.s
 
 import gzip
 import io
+import os
 import pickle
 import struct
+import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import whole_file
+from eagle3fn.base.read import open_regular
 from eagle3fn.base.types import Sample, VocabMap
 from eagle3fn.data import vocab
 from eagle3fn.data.features import READER_REMEDY as _REMEDY
 from eagle3fn.data.features import Reader
+from eagle3fn.specforge.stored_tensors import load_tensors, tensor_fault
 
 ENDINGS = (".ckpt", ".ckpt.gz")
 DAMAGED = (
@@ -33,10 +38,13 @@ DAMAGED = (
     ArithmeticError,
     struct.error,
     zlib.error,
+    zipfile.BadZipFile,
     pickle.UnpicklingError,
 )
 """What `torch.load` and its unpickler raise on files that `torch.save` did not write."""
 
+_MOST_PACKED = 64  # bytes out of one, of a file that gzip made of features
+_SMALL = 2**26  # bytes that any file may hold
 _READABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error)  # whose text helps a reader
 
 
@@ -44,11 +52,19 @@ _READABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error)  # whose t
 
 
 def find_ckpts(folder: str | Path) -> list[Path]:
-    """Every feature file in `folder`, at any depth, sorted by path as text: SpecForge's order."""
+    """Every feature file in `folder`, at any depth, sorted by path as text: SpecForge's order.
+
+    Raises:
+        UserError: a link to nothing, pipe or device among them.
+    """
     found = []
     for path in Path(folder).rglob("*"):
-        if path.name.endswith(ENDINGS) and path.is_file():
-            found.append(path)
+        if not path.name.endswith(ENDINGS) or path.is_dir():
+            continue
+        if not path.is_file():
+            kind = "a link to nothing" if path.is_symlink() else "no regular file"
+            raise UserError(f"{path}: is {kind}; delete it or restore the file")
+        found.append(path)
     return sorted(found, key=str)
 
 
@@ -85,13 +101,13 @@ def read_ckpt_tokens(path: Path) -> tuple[Tensor, Tensor]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        if path.name.endswith(".gz"):
-            data = io.BytesIO(gzip.decompress(path.read_bytes()))
-            tree = torch.load(data, map_location="cpu", weights_only=True)
-        else:
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; restore it or open the folder anew") from None
+        with open_regular(path) as file:
+            if path.name.endswith(".gz"):
+                tree = load_tensors(io.BytesIO(_unpacked(file)))
+            else:
+                tree = load_tensors(file, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; restore it or open the folder anew") from None
     except DAMAGED as error:
         raise UserError(
             f"{path}: damaged or not a dict of tensors ({_reason(error)}); {_REMEDY}"
@@ -99,6 +115,16 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not a dict of tensors; {_REMEDY}")
     return tree
+
+
+def _unpacked(file: IO[bytes]) -> bytes:
+    """The content of a gzip file; refused where it is much larger than features can be."""
+    most = _SMALL + _MOST_PACKED * os.fstat(file.fileno()).st_size
+    with gzip.open(file) as unpacked:
+        data = unpacked.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"unpacks to more than {most} bytes")
+    return data
 
 
 def _reason(error: Exception) -> str:
@@ -114,21 +140,23 @@ def _reason(error: Exception) -> str:
     return "not tensors stored by torch.save"
 
 
-def _is_zip(path: Path) -> bool:
-    """Whether `torch.save` wrote its present format, which alone can be mapped into memory."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
-
-
 def _field(tree: dict[str, Any], key: str, path: Path) -> Tensor:
     if not isinstance(tree.get(key), Tensor):
         raise UserError(f"{path}: no tensor {key}; {_REMEDY}")
-    return tree[key]
+    fault = tensor_fault(tree[key])
+    if fault:
+        raise UserError(f"{path}: {key} {fault}; {_REMEDY}")
+    return tree[key].detach()
 
 
 def _tokens(tree: dict[str, Any], key: str, path: Path) -> Tensor:
-    """`(S,)` int64, from `(S,)` or `(1, S)`."""
-    return _field(tree, key, path).flatten().long()
+    """`(S,)` int64, from `(S,)` or `(1, S)` of whole numbers."""
+    value = _field(tree, key, path).flatten()
+    if value.is_floating_point() and not torch.equal(value, value.long().to(value.dtype)):
+        raise UserError(f"{path}: {key} is {value.dtype} and holds fractions; {_REMEDY}")
+    if value.is_floating_point() and key == "input_ids":
+        raise UserError(f"{path}: {key} is {value.dtype}: must be of whole numbers; {_REMEDY}")
+    return value.long()
 
 
 def _hidden(tree: dict[str, Any], key: str, path: Path) -> Tensor:
@@ -161,7 +189,13 @@ def write_ckpt(path: Path, sample: Sample) -> None:
         "hidden_state": sample.last_hidden[None],
     }
     # A tensor that is a part of a larger one would be stored with all of it.
-    torch.save({name: value.clone() for name, value in tree.items()}, path)
+    _save({name: value.clone() for name, value in tree.items()}, path)
+
+
+def _save(tree: dict[str, Tensor], path: Path) -> None:
+    """Write by `torch.save`, whole or not at all, with the same bytes whatever the file's name."""
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(tree, file)
 
 
 # Vocabulary maps
@@ -176,14 +210,14 @@ def read_map(path: Path) -> vocab.StoredMap:
         UserError: missing or damaged.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             # Ours begin with the length of a JSON object, in eight bytes, and the object.
             is_ours = file.read(9)[8:] == b"{"
             file.seek(0)
             # From the open file: torch chooses another format by a path's ending.
-            tree = None if is_ours else torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {vocab.REMEDY}") from None
+            tree = None if is_ours else load_tensors(file)
+    except UserError as error:
+        raise UserError(f"{error}; {vocab.REMEDY}") from None
     except DAMAGED as error:
         raise UserError(
             f"{path}: damaged or not a vocabulary map ({_reason(error)}); {vocab.REMEDY}"
@@ -191,9 +225,14 @@ def read_map(path: Path) -> vocab.StoredMap:
 
     if is_ours:
         return vocab.read_map(path)
-    return vocab.StoredMap(tree if isinstance(tree, dict) else {}, provenance={})
+    tensors = tree if isinstance(tree, dict) else {}
+    for name in VocabMap._fields:
+        fault = tensor_fault(tensors[name]) if isinstance(tensors.get(name), Tensor) else None
+        if fault:
+            raise UserError(f"{path}: {name} {fault}; {vocab.REMEDY}")
+    return vocab.StoredMap(tensors, provenance={})
 
 
 def write_map(path: Path, vocab_map: VocabMap) -> None:
     """Write a map as SpecForge and EAGLE read it from their caches: `{"d2t", "t2d"}`."""
-    torch.save({"d2t": vocab_map.d2t.clone(), "t2d": vocab_map.t2d.clone()}, path)
+    _save({"d2t": vocab_map.d2t.clone(), "t2d": vocab_map.t2d.clone()}, path)

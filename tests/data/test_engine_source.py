@@ -14,7 +14,7 @@ from eagle3fn.data.engine_source import check_room, default_check, engine_source
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample, tensors_of
 from eagle3fn.data.sources import model_source
-from eagle3fn.data.target_files import target_digest
+from eagle3fn.data.target_files import target_digests
 from eagle3fn.data.target_tensors import read_stored_target, read_target_tensors
 from eagle3fn.engines.hidden_states import Score
 from tests.engines.made_rows import CUT, LAYERS, make_target, row_of
@@ -66,10 +66,14 @@ def test_features_and_target_are_those_of_the_model_itself(made, tmp_path, check
 
     theirs = open_features(tmp_path / "engine")
     ours = open_features(tmp_path / "model")
-    assert theirs.index["target"] == ours.index["target"] | {
-        "config_hash": theirs.index["target"]["config_hash"],
-        "files": target_digest(made.target),
-    }
+    assert (
+        theirs.index["target"]
+        == ours.index["target"]
+        | {
+            "config_hash": theirs.index["target"]["config_hash"],
+        }
+        | target_digests(made.target)._asdict()
+    )
     assert index["engine"] == {"name": "toy", "version": "1.0"}
     assert engine.asked == [1, 2, 1, 2, 1, 2]
     for number in range(8):

@@ -21,7 +21,7 @@ from eagle3fn.data.features import check_shards, open_features, read_sample
 from eagle3fn.data.samples import NO_ANSWER, TOO_LONG, SampleMaker
 from eagle3fn.data.sources import model_source
 from eagle3fn.data.target import load_target
-from eagle3fn.data.target_files import KEPT, target_digest
+from eagle3fn.data.target_files import KEPT, check_weights_of, target_digests
 from eagle3fn.data.template import ChatTemplate
 from tests.factories import talk, tiny_model, tiny_template, tiny_tokenizer, write_talks
 
@@ -385,7 +385,7 @@ def test_features_without_a_digest_of_the_targets_files_are_gone_on_with(target,
     with runs_counted() as runs:
         index = from_files(tmp_path)
     assert len(runs) == 1  # of two shards
-    assert index["target"]["files"] == target_digest(target)
+    assert index["target"]["files"] == target_digests(target).files
     assert open_features(out).index == index
 
 
@@ -407,17 +407,29 @@ def test_a_targets_files_are_hashed_once_while_they_stay(target, tmp_path, monke
         target_files, "sha256", lambda path: hashed.append(path.name) or sha256(path)
     )
     keep = tmp_path / "kept.json"
-    digest = target_digest(target, keep)
+    digest = target_digests(target, keep)
     assert {"model.safetensors", "tokenizer.json", "generation_config.json"} <= set(hashed)
     hashed.clear()
-    assert target_digest(target, keep) == digest and not hashed
+    assert target_digests(target, keep) == digest and not hashed
 
     # Another time is reason enough to hash again; a file of hashes that is damaged is none.
     os.utime(target / "tokenizer.json", ns=(1, 1))
-    assert target_digest(target, keep) == digest and hashed == ["tokenizer.json"]
+    assert target_digests(target, keep) == digest and hashed == ["tokenizer.json"]
     for text in ("{", "[]", '{"a": 1}', '{"a": {"stamp": []}}'):
         keep.write_text(text)
-        assert target_digest(target, keep) == digest
+        assert target_digests(target, keep) == digest
+
+
+def test_features_of_other_weights_are_not_trained_on(target, tmp_path):
+    """Where embedding, head and norm are the same; another tokenizer harms no training."""
+    features = open_features(tmp_path / "out")
+    swap_letters(target)
+    check_weights_of(features, target)
+    change_a_late_weight(target)
+    with pytest.raises(UserError, match=r"index.json: made with other weights than .*target has"):
+        check_weights_of(features, target)
+    del features.index["target"]["weights"]  # as earlier versions wrote it
+    check_weights_of(features, target)
 
 
 # Two at once

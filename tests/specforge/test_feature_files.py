@@ -2,7 +2,11 @@
 
 import gzip
 import io
-from collections.abc import Sequence
+import os
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,8 @@ from eagle3fn.data.features import (
     read_tokens,
 )
 from eagle3fn.data.vocab import build_map, count_tokens, load_map, map_size, save_map
-from eagle3fn.specforge.feature_files import find_ckpts, read_ckpt
+from eagle3fn.specforge import feature_files
+from eagle3fn.specforge.feature_files import find_ckpts, read_ckpt, write_ckpt, write_map
 from tests.factories import random_sample
 
 GOOD = random_sample(6, 1)
@@ -147,6 +152,116 @@ def test_unsound_files_are_refused(
     with pytest.raises(UserError, match=rf"a.ckpt.*{named}.*delete"):
         read_sample(open_ckpts(tmp_path), 0)
     assert capsys.readouterr().out == "", "code in the file has run"
+
+
+IDS, STATE = GOOD.input_ids, GOOD.last_hidden.float()
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.ckpt.gz"])
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("hidden_state", lambda: STATE.to("meta"), "(more than tensors|has no values)"),
+        (
+            "hidden_state",
+            lambda: torch.quantize_per_tensor(STATE, 0.1, 0, torch.qint8),
+            "more than tensor",
+        ),
+        ("hidden_state", lambda: torch.nested.nested_tensor([STATE, STATE]), "more than tensors"),
+        ("hidden_state", lambda: STATE.to_sparse(), "more than tensors"),
+        ("hidden_state", lambda: STATE.to_sparse_csr(), "more than tensors"),
+        ("hidden_state", lambda: torch.complex(STATE, STATE), "more than tensors"),
+        ("hidden_state", lambda: torch.complex(STATE, STATE).conj(), "more than tensors"),
+        (
+            "hidden_state",
+            lambda: torch.zeros(1).expand(10**6, 10**6),
+            "hidden_state has shape.*more than",
+        ),
+        ("input_ids", lambda: IDS.float() + 0.5, "input_ids is torch.float32 and holds fractions"),
+        ("input_ids", lambda: IDS.float(), "input_ids is torch.float32: must be of whole numbers"),
+        ("input_ids", lambda: IDS.to("meta"), "(more than tensors|has no values)"),
+        (
+            "loss_mask",
+            lambda: GOOD.token_mask / 2,
+            "loss_mask is torch.float32 and holds fractions",
+        ),
+        ("loss_mask", lambda: torch.device("cpu"), "more than tensors: torch.device"),
+        ("loss_mask", lambda: Counter([1]), "more than tensors: collections.Counter"),
+    ],
+)
+def test_other_than_plain_tensors_are_refused_by_file_and_field(
+    tmp_path: Path, name: str, field: str, value: Callable[[], Any], named: str
+) -> None:
+    data = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # torch's, of kinds that are not finished
+        torch.save(stored(GOOD) | {field: value()}, data)
+    bytes_of = gzip.compress(data.getvalue()) if name.endswith(".gz") else data.getvalue()
+    (tmp_path / name).write_bytes(bytes_of)
+    with pytest.raises(UserError, match=rf"{name}: .*{named}.*delete") as caught:
+        read_sample(open_ckpts(tmp_path), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_of_whole_floats_and_parameters_are_read(tmp_path: Path) -> None:
+    state = torch.nn.Parameter(GOOD.last_hidden[None])
+    tree = stored(GOOD) | {"loss_mask": GOOD.token_mask.float(), "hidden_state": state}
+    torch.save(tree, tmp_path / "a.ckpt")
+    assert same(read_sample(open_ckpts(tmp_path), 0), GOOD)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_no_class_but_tensors_is_made(tmp_path: Path, legacy: bool) -> None:
+    """Not even one that torch's reader takes, in either of its formats."""
+    torch.save(
+        stored(GOOD) | {"more": Counter("a")},
+        tmp_path / "a.ckpt",
+        _use_new_zipfile_serialization=not legacy,
+    )
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["more"] == Counter("a")
+    with pytest.raises(UserError, match=r"a.ckpt: .*more than tensors: collections.Counter"):
+        read_sample(open_ckpts(tmp_path), 0)
+
+
+def test_a_file_that_unpacks_to_far_more_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_files, "_SMALL", 1000)
+    torch.save(stored(GOOD) | {"hidden_state": torch.zeros(1, 6, 20_000)}, tmp_path / "big")
+    data = (tmp_path / "big").read_bytes()
+    (tmp_path / "a.ckpt.gz").write_bytes(gzip.compress(data))
+    with zipfile.ZipFile(tmp_path / "b.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+        with zipfile.ZipFile(tmp_path / "big") as plain:
+            for entry in plain.namelist():
+                packed.writestr(entry, plain.read(entry))
+    for number, named in enumerate(("a.ckpt.gz: .*unpacks to more", "b.ckpt: .*is compressed")):
+        with pytest.raises(UserError, match=rf"{named}.*delete"):
+            read_sample(open_ckpts(tmp_path), number)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_no_file_among_the_features_is_named(tmp_path: Path, kind: str) -> None:
+    torch.save(stored(GOOD), tmp_path / "a.ckpt")
+    path = tmp_path / "b.ckpt"
+    path.symlink_to("nowhere") if kind == "link" else os.mkfifo(path)
+    with pytest.raises(UserError, match=r"b.ckpt: is (a link to nothing|no regular file); delete"):
+        open_ckpts(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_map_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "map.pt")
+    with pytest.raises(UserError, match=r"map.pt: is a .*pipe.*again"):
+        load(tmp_path / "map.pt")
+
+
+def test_written_files_are_whole_and_alike(tmp_path: Path) -> None:
+    for name in ("a.ckpt", "other.ckpt"):
+        write_ckpt(tmp_path / name, GOOD)
+        write_map(tmp_path / f"{name}.pt", MAP)
+    assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "other.ckpt").read_bytes()
+    assert (tmp_path / "a.ckpt.pt").read_bytes() == (tmp_path / "other.ckpt.pt").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
+    with pytest.raises(UserError, match=r"a.ckpt"):
+        write_ckpt(tmp_path / "a.ckpt" / "b", GOOD)
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.ckpt.gz"])
