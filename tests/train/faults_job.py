@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from eagle3fn import cli
+from eagle3fn.base.files import locked
 from eagle3fn.data.pipeline import sample_indices
 from eagle3fn.data.target_source import target_config
 from eagle3fn.data.vocab import save_map
@@ -215,6 +216,11 @@ def main(root: Path) -> None:
         run(root, "overflow", *plain, before=overflowing(2)),
         run(root, "overflow", *skip, before=overflowing(2)),
     ]
+
+    # Two at once: the second start ends.
+    shutil.copytree(root / "half", root / "held")
+    with locked(root / "held"):
+        seen["held"] = [run(root, "held")]
 
     full_disk(root, seen)
     (root / "seen.json").write_text(json.dumps(seen, indent=2))

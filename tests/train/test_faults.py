@@ -80,6 +80,15 @@ def test_sigterm_on_one_rank_saves_and_ends_all_with_exit_code_0(root):
     assert goes_on(root, "sigterm")
 
 
+def test_second_start_of_a_run_that_goes_on_ends_all_its_ranks(root):
+    (fault,) = seen(root, "held")
+    assert all(fault["codes"])
+    assert fault["text"].count("another process is at work there") == 1, fault["text"]
+    assert fault["text"].count("eagle3fn train: ") == 1
+    assert "Traceback" not in fault["text"]
+    assert same_end(root / "held", root / "half", 3)
+
+
 def test_loss_that_is_not_finite_stops_all_ranks(root):
     stopped, _ = seen(root, "overflow")
     assert all(stopped["codes"])

@@ -101,14 +101,14 @@ def test_dropped_update_is_counted_and_the_run_goes_on(problem, tmp_path):
 @pytest.mark.parametrize(("steps", "last"), [(30, MOST_DROPPED), (3, 3)])
 def test_run_that_drops_all_updates_ends(problem, tmp_path, steps, last):
     out = tmp_path / "run"
-    dropping = with_train(problem, on_nonfinite="skip", steps=steps)
+    dropping = with_train(problem, on_nonfinite="skip", steps=steps, eval_every=10)
     message = rf"step {last}: the last {last} updates were all dropped.*last good checkpoint"
     with pytest.raises(e3.UserError, match=message):
         train_in(out, dropping, recipe=BAD)
     assert len(rows(out / "metrics.jsonl")) == last
 
     # Nothing was trained, and nothing was called the best draft.
-    assert steps_of(out / "eval.jsonl") == list(range(0, last, 2))
+    assert steps_of(out / "eval.jsonl") == list(range(0, last, 10))
 
 
 def test_dropped_updates_are_counted_across_a_resume(problem, tmp_path):
@@ -122,7 +122,9 @@ def test_dropped_updates_are_counted_across_a_resume(problem, tmp_path):
             raise Stop
 
     out = tmp_path / "run"
-    dropping = with_train(problem, on_nonfinite="skip", steps=30)
+    dropping = with_train(
+        problem, on_nonfinite="skip", steps=30, checkpoint_every=7, eval_every=30
+    )
     with pytest.raises(Stop):
         train_in(out, dropping, recipe=BAD, events=Events(on_step=stop))
     with pytest.raises(e3.UserError, match=f"step {MOST_DROPPED}: the last {MOST_DROPPED} updates"):

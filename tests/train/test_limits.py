@@ -86,17 +86,17 @@ def test_draft_vocabulary_of_one_token_learns_nothing_and_is_right(tmp_path, num
 @pytest.mark.parametrize("numerics", ["fast", "plain"])
 def test_draft_vocabulary_of_two_tokens(tmp_path, numerics):
     found = trained(tmp_path / "run", problem_of(tmp_path / "f", kept=2, numerics=numerics))
-    assert any(row["loss"] > 0 for row in found)
-    assert all(0 <= rate < 1 for row in found for rate in row["acceptance"])
+    assert all(0 <= rate <= 1 for row in found for rate in row["acceptance"])
+    assert found[0]["loss"] > 0
 
 
 @pytest.mark.parametrize("numerics", ["fast", "plain"])
 def test_unroll_longer_than_the_samples(tmp_path, numerics):
     """Steps beyond a sample's end train nothing."""
-    problem = problem_of(tmp_path / "f", ttt_length=40, numerics=numerics)
+    problem = problem_of(tmp_path / "f", ttt_length=20, numerics=numerics)
     found = trained(tmp_path / "run", problem)
     assert all(row["losses"][0] > 0 for row in found)
-    assert all(row["losses"][12:] == [0.0] * 28 for row in found)
+    assert all(row["losses"][12:] == [0.0] * 8 for row in found)
 
 
 @pytest.mark.parametrize("numerics", ["fast", "plain"])
@@ -130,12 +130,12 @@ def test_rates_that_explode_end_the_run_with_the_last_good_state_kept(tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("scale", [1e-38, 1e38])
+@pytest.mark.parametrize("scale", [1e-38, 1e11])
 def test_features_near_the_ends_of_bf16(tmp_path, scale, dtype):
-    """Right where the numbers can be held, and else a clear end."""
-    problem = problem_of(tmp_path / "f", scale=scale, dtype=dtype)
-    if scale < 1:
-        trained(tmp_path / "run", problem)
-    else:
-        text = ended(tmp_path / "run", problem)
-        assert "not finite" in text or "NaN or infinity" in text
+    trained(tmp_path / "run", problem_of(tmp_path / "f", scale=scale, dtype=dtype))
+
+
+def test_features_that_overflow_are_refused_by_their_sample(tmp_path):
+    text = ended(tmp_path / "run", problem_of(tmp_path / "f", scale=1e38))
+    assert "sample 'row" in text
+    assert "aux_hidden" in text
