@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 
 _SHOWN = 48  # characters
 
@@ -36,12 +36,12 @@ def json_value(text: Any, where: str) -> Any:
 
 
 def name_of(row: Any) -> str | None:
-    """A row's `id`, if it is a text or a number: on one line, at most 100 characters."""
+    """A row's `id`, if it is a text or a number: on one line, without control codes, and cut."""
     value = row.get("id") if isinstance(row, dict) else None
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
     text = str(value).encode("utf-8", "replace").decode()
-    return " ".join(text.split())[:100] or None
+    return printable(" ".join(text.split())) or None
 
 
 def text_of(content: str | Sequence[str]) -> str:

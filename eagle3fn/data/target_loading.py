@@ -94,6 +94,8 @@ def _try(tokenizer: Any) -> None:
     """Do with a tokenizer what is done with it later."""
     marks = "".join(tokenizer.special_tokens_map.values())
     ids = tokenizer(_PROBE + marks, add_special_tokens=False).input_ids
+    if not ids:
+        raise ValueError("it makes no tokens of a text")
     if not isinstance(tokenizer.decode(ids, skip_special_tokens=False), str):
         raise ValueError("it decodes to no text")
     for number, token in tokenizer.added_tokens_decoder.items():

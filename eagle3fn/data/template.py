@@ -32,7 +32,7 @@ from eagle3fn.data.probes import (
     reply,
     styled_call,
 )
-from eagle3fn.data.row_values import text_of
+from eagle3fn.data.row_values import text_of, unicode_text
 from eagle3fn.data.turns import Turn
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
@@ -113,7 +113,10 @@ class ChatTemplate:
         """
         program = self._program_of(options)
         try:
-            return program.render({**self._marks, **options, "messages": messages})
+            text = program.render({**self._marks, **options, "messages": messages})
+            return text if text.isascii() else unicode_text(text, "text", where)
+        except UserError:
+            raise
         except TemplateLimitError as error:
             raise self._faulty(str(error)) from None
         except Exception as error:  # a template's expressions raise what they like

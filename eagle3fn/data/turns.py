@@ -5,6 +5,7 @@ Read are OpenAI's `messages`, ShareGPT's `conversations`, `prompt` with `complet
 nothing here are listed in `Conversation.unused`, so that they can be listed.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -321,6 +322,7 @@ def check_given(arguments: Mapping[str, Any], where: str) -> None:
     for name, value in arguments.items():
         if name in RESERVED:
             raise UserError(f"{where}: {name} is no argument of the template to give; delete it")
+        unicode_text(json.dumps({name: value}, ensure_ascii=False), "template argument", where)
         if isinstance(value, str) and value.lower() in ("true", "false"):
             raise UserError(
                 f"{where}: {name} = {value!r} is a text, which a template takes as true; "

@@ -113,6 +113,8 @@ def check_map(
         raise UserError(
             f"{where}: t2d has shape {tuple(t2d.shape)}: must be ({vocab_size},); {REMEDY}"
         )
+    if d2t.numel() == 0:
+        raise UserError(f"{where}: d2t is empty: a draft must have a token to propose; {REMEDY}")
     if d2t.shape != (draft_size,):
         raise UserError(
             f"{where}: d2t has shape {tuple(d2t.shape)}: must be ({draft_size},); "

@@ -7,8 +7,8 @@ An engine that holds the target as well takes a prompt and says on which feature
 that holds the draft alone is given them.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.engines.process import EngineClient, EngineProcess
+from eagle3fn.engines.process import EngineClient, EngineProcess, scratch
 
 
 class Chain(NamedTuple):
@@ -71,7 +71,8 @@ class LogitEngine(EngineClient):
         self.version = str(process.facts["version"])
         self.given = given
         super().__init__(process)
-        self._folder = tempfile.TemporaryDirectory(prefix="eagle3fn-logits-")
+        self._own = ExitStack()
+        self._folder = self._own.enter_context(scratch("logits"))
 
     def logits(self, prompt_ids: Sequence[int], chain: Chain) -> tuple[Chain, Tensor]:
         """The draft's logits of each step of a proposal.
@@ -87,7 +88,7 @@ class LogitEngine(EngineClient):
         Raises:
             UserError: the program reports a fault, died, or took too long.
         """
-        out = Path(self._folder.name) / "out.safetensors"
+        out = self._folder / "out.safetensors"
         request: dict[str, Any] = {"prompt": list(prompt_ids), "out": str(out)}
         if self.given:
             rows = out.with_name("rows.safetensors")
@@ -110,7 +111,7 @@ class LogitEngine(EngineClient):
     def close(self) -> None:
         """End the program and remove its files; safe to call again."""
         super().close()
-        self._folder.cleanup()
+        self._own.close()
 
 
 def open_logits(

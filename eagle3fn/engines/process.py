@@ -17,13 +17,16 @@ import select
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.temporary import UNFINISHED, clear, side_folder
 
 PROGRAMS = Path(__file__).parent / "programs"
 START_SECONDS = 1800.0  # for loading a large target
@@ -254,6 +257,18 @@ class EngineClient:
             self._process.__exit__(kind, error, trace)
         finally:
             self.close()
+
+
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """A folder in the system's folder of temporary files, removed when the block ends.
+
+    Those of this name that killed processes left are removed first.
+    """
+    place = Path(tempfile.gettempdir(), f"eagle3fn-{name}")
+    clear(place)
+    with side_folder(place, UNFINISHED) as folder:
+        yield folder
 
 
 def last_words(log: Path) -> str:

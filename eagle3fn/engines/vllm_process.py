@@ -7,8 +7,8 @@ order of their ids, each once.
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from eagle3fn.engines.process import (
     EngineClient,
     EngineProcess,
     engine_version,
+    scratch,
 )
 
 OLDEST = (0, 18)  # with `extract_hidden_states`
@@ -108,7 +109,8 @@ class VllmProcess(EngineClient):
             "device": device,
             "arguments": arguments or {},
         }
-        self._folder = tempfile.TemporaryDirectory(prefix="eagle3fn-vllm-")
+        self._own = ExitStack()
+        self._folder = self._own.enter_context(scratch("vllm"))
         self._taps = taps
         self._seconds = seconds
         self._loaded = False
@@ -117,7 +119,7 @@ class VllmProcess(EngineClient):
             "dtype": str(self.dtype).removeprefix("torch."),
             "max_length": max_length,
             "ids": taps.ids,
-            "folder": self._folder.name,
+            "folder": str(self._folder),
             "arguments": arguments or {},
         }
 
@@ -147,7 +149,7 @@ class VllmProcess(EngineClient):
     def close(self) -> None:
         """End the process and remove its files; safe to call again."""
         super().close()
-        self._folder.cleanup()
+        self._own.close()
 
 
 def read_row(path: str | None, taps: Taps, scores: list[Score], who: str) -> Row:

@@ -1,12 +1,12 @@
 """Checks of a draft, and of its variants, in several engines: results, table, verdict."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.engines.environments import Place
+from eagle3fn.engines.process import scratch
 from eagle3fn.use.engine_check import CheckSettings, Pair, check_engine, load_pair, run_ours
 from eagle3fn.use.engine_limits import unrepresentable
 from eagle3fn.use.engine_variants import variants, write_variant
@@ -52,8 +52,8 @@ def check_drafts(
     pair = load_pair(target, prompts, settings)
     Path(work).mkdir(parents=True, exist_ok=True)
     results: Results = {}
-    with tempfile.TemporaryDirectory(prefix="eagle3fn-engines-") as made:
-        for name, folder in _folders(pair, Path(draft), Path(made), with_variants):
+    with scratch("engines") as made:
+        for name, folder in _folders(pair, Path(draft), made, with_variants):
             say(f"{name}: this package")
             results[name] = _check_one(pair, folder, places, settings, Path(work), say)
     return results

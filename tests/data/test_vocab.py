@@ -168,3 +168,11 @@ def test_target_hash_that_is_no_string_is_compared_as_another_target(tmp_path):
     save_map(path, MAP, {"target_hash": 7})
     with pytest.raises(UserError, match=r"map.safetensors: made for another target \(7\).*again"):
         load_map(path, 5, 3, "abc")
+
+
+def test_an_empty_map_is_refused(tmp_path):
+    """It is consistent, but proposes nothing."""
+    empty = VocabMap(torch.zeros(5, dtype=torch.bool), torch.zeros(0, dtype=torch.int64))
+    save_map(tmp_path / "map.safetensors", empty, {})
+    with pytest.raises(UserError, match=r"map.safetensors: d2t is empty: .*build the map again"):
+        load_map(tmp_path / "map.safetensors")

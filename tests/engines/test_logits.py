@@ -84,3 +84,13 @@ def test_rows_that_share_memory_are_given_too(begin):
         chain, _ = held.logits([1], given)
     assert torch.equal(chain.aux, whole[1:4])
     assert chain.drafted.tolist() == [3, 4]
+
+
+def test_a_closed_engine_leaves_no_program_and_no_folder(begin):
+    held = begin("eagle")
+    held.logits([1, 2, 3], CHAIN)
+    program, folder = held._process._process, held._folder
+    assert folder.is_dir() and program.poll() is None
+    for _ in range(2):
+        held.close()
+        assert not folder.exists() and program.poll() is not None

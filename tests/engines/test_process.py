@@ -9,7 +9,7 @@ import pytest
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.engines import process
-from eagle3fn.engines.process import EngineProcess, engine_version
+from eagle3fn.engines.process import EngineProcess, engine_version, scratch
 
 PROGRAM = """
 import os, signal, sys, time
@@ -172,3 +172,41 @@ def test_an_old_engine_is_refused(version, refused):
         return
     with pytest.raises(UserError, match=r"toy 0\.9\.12 .*: too old, 0.10 or later is needed"):
         engine_version(facts, (0, 10), "toy", "py")
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from eagle3fn.engines import process
+process.PROGRAMS = Path(sys.argv[1])
+engine = process.EngineProcess("toy", sys.executable, "program.py", {{}}, sys.argv[2])
+print(engine._process.pid, flush=True)
+engine.ask({{"value": "time.sleep(600)"}})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends the program")
+def test_a_busy_program_ends_with_its_parent(begin, tmp_path):
+    """It does not read its stdin, so that it cannot see that this is closed."""
+    begin()  # writes the program
+    arguments = [sys.executable, "-c", PARENT.format(), str(tmp_path), str(tmp_path / "log2")]
+    parent = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert Path(f"/proc/{pid}").exists()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert ended(pid)
+
+
+def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / ".eagle3fn-vllm.abcdefgh.tmp"
+    left.mkdir()
+    (left / "states").write_bytes(b"much")
+    (tmp_path / "eagle3fn-vllm").mkdir()  # not ours
+    with scratch("vllm") as first, scratch("vllm") as second:
+        assert not left.exists()
+        assert first.is_dir() and second.is_dir() and first != second
+    assert [path.name for path in tmp_path.iterdir()] == ["eagle3fn-vllm"]

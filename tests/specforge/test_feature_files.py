@@ -344,6 +344,8 @@ def test_our_map_is_read_too_and_its_target_checked(tmp_path: Path, name: str) -
         ({"d2t": MAP.d2t, "t2d": [1]}, "no tensor t2d"),
         ([1], "no tensor t2d"),
         ({"d2t": MAP.d2t[:2], "t2d": MAP.t2d}, "d2t has shape"),
+        ({"d2t": MAP.d2t.to("meta"), "t2d": MAP.t2d}, "more than tensors"),
+        ({"d2t": MAP.d2t.to_sparse(), "t2d": MAP.t2d}, "more than tensors"),
         ({"d2t": MAP.d2t + torch.arange(3), "t2d": MAP.t2d}, "different tokens"),
         ({"d2t": MAP.d2t, "t2d": Code()}, "damaged"),
     ],
