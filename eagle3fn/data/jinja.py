@@ -18,11 +18,8 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from eagle3fn.data.jinja_limits import (
-    LONGEST_SOURCE,
-    Budget,
-    LimitedCode,
-    Limiter,
+from eagle3fn.data.jinja_budget import LONGEST_SOURCE, Budget
+from eagle3fn.data.jinja_calls import (
     charge_method,
     charge_operator,
     check_indent,
@@ -30,6 +27,7 @@ from eagle3fn.data.jinja_limits import (
     limited_filters,
     limited_format,
 )
+from eagle3fn.data.jinja_tree import LimitedCode, limited
 
 if TYPE_CHECKING:
     from eagle3fn.data.prefixes import PrefixProgram
@@ -86,7 +84,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.budget = Budget()
-        self.charge = self.budget.charge  # `Limiter` and `LimitedCode` call these two by name
+        self.charge = self.budget.charge  # the program calls these two by name
         self.text = self.budget.text
         self.filters.update(limited_filters(self.budget, self.filters))
 
@@ -158,7 +156,7 @@ def compiled(source: str | nodes.Template) -> Template:
         TemplateError, or another error: as `parse`.
     """
     tree = parse(source) if isinstance(source, str) else source
-    template = _environment().from_string(Limiter().visit(tree))
+    template = _environment().from_string(limited(tree))
     # As a plain dict: it is copied at each call.
     template.globals = dict(template.globals)
     return template

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.jinja import Program
-from eagle3fn.data.jinja_limits import TemplateLimitError
+from eagle3fn.data.jinja_budget import TemplateLimitError
 from eagle3fn.data.prefixes import Prefixes
 from eagle3fn.data.probes import (
     ANSWER,

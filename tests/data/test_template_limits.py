@@ -3,9 +3,9 @@
 import pytest
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data import jinja_limits
+from eagle3fn.data import jinja_budget
 from eagle3fn.data.jinja import Program
-from eagle3fn.data.jinja_limits import TemplateLimitError, weight
+from eagle3fn.data.jinja_budget import TemplateLimitError, weight
 from eagle3fn.data.template import ChatTemplate, NoChatTemplateError
 from tests.data import chat_templates as own
 
@@ -25,7 +25,7 @@ HUGE = {
     "precision": "{{ '%.999999999f' | format(1.5) }}",
     "format": "{{ '{:>99999999999}'.format(1) }}",
     "nested format": "{{ '{:>{}}'.format(1, 10**10) }}",
-    "format from a filter": "{{ 'x' | attr('format') }}{{ ('{0:99999999999}' | attr('format'))(1) }}",
+    "format from a filter": "{{ ('{0:99999999999}' | attr('format'))(1) }}",
     "center": "{{ 'x' | center(10**10) }}",
     "center by name": "{{ 'x' | center(width=10**10) }}",
     "center, a method": "{{ 'x'.center(10**10) }}",
@@ -69,7 +69,7 @@ HUGE = {
 
 @pytest.mark.parametrize("name", HUGE)
 def test_what_makes_too_much_is_refused_by_its_template(name, monkeypatch):
-    monkeypatch.setattr(jinja_limits, "CHARACTERS", 2**22)  # sooner
+    monkeypatch.setattr(jinja_budget, "CHARACTERS", 2**22)  # sooner
     source = "{% set x = 'abc' %}" + HUGE[name]
     made = ChatTemplate(own.merging_tokenizer(source))
     with pytest.raises(UserError) as caught:
@@ -84,8 +84,9 @@ ENDLESS = {
     "{{ f(60) }}",
     "blocks": "{% set ns = namespace(n=60) %}{% block a scoped %}{% set ns.n = ns.n - 1 %}"
     "{% if ns.n %}{{ self.a() }}{{ self.a() }}{% endif %}{% set ns.n = ns.n + 1 %}{% endblock %}",
-    "calls": "{% macro f(n) %}{{ caller(n) }}{{ caller(n) }}{% endmacro %}{% macro g(n) %}{% if n %}"
-    "{% call(m) f(n - 1) %}{{ g(m) }}{% endcall %}{% endif %}{% endmacro %}{{ g(20) }}",
+    "calls": "{% macro f(n) %}{{ caller(n) }}{{ caller(n) }}{% endmacro %}"
+    "{% macro g(n) %}{% if n %}{% call(m) f(n - 1) %}{{ g(m) }}{% endcall %}{% endif %}"
+    "{% endmacro %}{{ g(20) }}",
     "recursive loops": "{% for n in [40, 40] recursive %}{% if n %}{{ loop([n - 1, n - 1]) }}"
     "{% endif %}{% endfor %}",
 }
@@ -94,14 +95,14 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_an_end_is_stopped_by_time(name, monkeypatch):
     """By the clock alone: the budget of characters is far away."""
-    monkeypatch.setattr(jinja_limits, "SECONDS", 0.02)
+    monkeypatch.setattr(jinja_budget, "SECONDS", 0.02)
     with pytest.raises(TemplateLimitError, match="takes longer than"):
         Program(ENDLESS[name]).render({"messages": TURNS})
 
 
 def test_a_template_without_an_end_is_stopped_by_its_budget(monkeypatch):
     """Without a clock."""
-    monkeypatch.setattr(jinja_limits, "CHARACTERS", 2000)
+    monkeypatch.setattr(jinja_budget, "CHARACTERS", 2000)
     for source in ENDLESS.values():
         with pytest.raises(TemplateLimitError, match="makes more than 2000 characters"):
             Program(source).render({"messages": TURNS})
@@ -110,13 +111,13 @@ def test_a_template_without_an_end_is_stopped_by_its_budget(monkeypatch):
 def test_a_process_that_was_stopped_has_more_time(monkeypatch):
     """A clock that jumped is no long rendering: only processor time counts."""
     clock = iter([0.0] + [1000.0 * number for number in range(1, 10**6)])
-    monkeypatch.setattr(jinja_limits.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(jinja_budget.time, "monotonic", lambda: next(clock))
     source = "{% for i in range(20000) %}{{ i }}{% endfor %}"
     assert Program(source).render({}).endswith("19999")
 
 
 def test_a_long_conversation_has_a_larger_budget(monkeypatch):
-    monkeypatch.setattr(jinja_limits, "CHARACTERS", 1000)
+    monkeypatch.setattr(jinja_budget, "CHARACTERS", 1000)
     long = [{"role": "user", "content": "x" * 5000}] * 20
     assert len(Program(own.PLAIN).render({"messages": long})) > 100_000
 
@@ -149,7 +150,7 @@ FAULTY = {
     "attributes": "{{ messages" + ".a" * 50000 + " }}",
     "blocks": "{% for a in b %}" * 60 + "{% endfor %}" * 60,
     "digits": "{{ " + "1" * 5000 + " }}",
-    "length": "x" * (jinja_limits.LONGEST_SOURCE + 1),
+    "length": "x" * (jinja_budget.LONGEST_SOURCE + 1),
     "sandbox": "{{ messages.append(1) }}",
     "class": "{{ ''.__class__.__mro__ }}",
     "descriptor": "{{ dict.get({}, 1) }}",
@@ -194,8 +195,9 @@ def test_what_templates_use_writes_the_same_text():
         "{% macro f(x) %}<{{ x }}{{ caller and caller() }}>{% endmacro %}{{ f('a' ~ 'b') }}"
         "{% call f(1) %}c{% endcall %}"
         "{% with a = 'b' ~ 'c' %}{{ a }}{% endwith %}{% filter upper %}abc{% endfilter %}"
-        "{% for i in [1, 2] recursive %}{{ i }}{% if i == 1 %}{{ loop([5, 6]) }}{% endif %}{% endfor %}"
-        "{% set ns = namespace(a='') %}{% for i in range(3) %}{% set ns.a = ns.a + 'x' %}{% endfor %}"
+        "{% for i in [1, 2] recursive %}{{ i }}{% if i == 1 %}{{ loop([5, 6]) }}{% endif %}"
+        "{% endfor %}{% set ns = namespace(a='') %}"
+        "{% for i in range(3) %}{% set ns.a = ns.a + 'x' %}{% endfor %}"
         "{{ ns.a }}{% set b %}{{ ns.a }}!{% endset %}{{ b }}{{ 'abc' | striptags | wordwrap(2) }}"
         "{{ " + " ~ ".join(["ns.a"] * 40) + " }}{{ [" + ", ".join(["b"] * 40) + "] | length }}"
     )

@@ -168,8 +168,8 @@ IDS, STATE = GOOD.input_ids, GOOD.last_hidden.float()
             "more than tensor",
         ),
         ("hidden_state", lambda: torch.nested.nested_tensor([STATE, STATE]), "more than tensors"),
-        ("hidden_state", lambda: STATE.to_sparse(), "more than tensors"),
-        ("hidden_state", lambda: STATE.to_sparse_csr(), "more than tensors"),
+        ("hidden_state", STATE.to_sparse, "more than tensors"),
+        ("hidden_state", STATE.to_sparse_csr, "more than tensors"),
         ("hidden_state", lambda: torch.complex(STATE, STATE), "more than tensors"),
         ("hidden_state", lambda: torch.complex(STATE, STATE).conj(), "more than tensors"),
         (
@@ -178,7 +178,7 @@ IDS, STATE = GOOD.input_ids, GOOD.last_hidden.float()
             "hidden_state has shape.*more than",
         ),
         ("input_ids", lambda: IDS.float() + 0.5, "input_ids is torch.float32 and holds fractions"),
-        ("input_ids", lambda: IDS.float(), "input_ids is torch.float32: must be of whole numbers"),
+        ("input_ids", IDS.float, "input_ids is torch.float32: must be of whole numbers"),
         ("input_ids", lambda: IDS.to("meta"), "(more than tensors|has no values)"),
         (
             "loss_mask",
@@ -229,10 +229,12 @@ def test_a_file_that_unpacks_to_far_more_is_refused(
     torch.save(stored(GOOD) | {"hidden_state": torch.zeros(1, 6, 20_000)}, tmp_path / "big")
     data = (tmp_path / "big").read_bytes()
     (tmp_path / "a.ckpt.gz").write_bytes(gzip.compress(data))
-    with zipfile.ZipFile(tmp_path / "b.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
-        with zipfile.ZipFile(tmp_path / "big") as plain:
-            for entry in plain.namelist():
-                packed.writestr(entry, plain.read(entry))
+    with (
+        zipfile.ZipFile(tmp_path / "big") as plain,
+        zipfile.ZipFile(tmp_path / "b.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.namelist():
+            packed.writestr(entry, plain.read(entry))
     for number, named in enumerate(("a.ckpt.gz: .*unpacks to more", "b.ckpt: .*is compressed")):
         with pytest.raises(UserError, match=rf"{named}.*delete"):
             read_sample(open_ckpts(tmp_path), number)
