@@ -52,7 +52,7 @@ def test_impossible_settings_are_refused_by_name(problem, tmp_path, section, nam
 def test_minutes_that_are_none_are_refused(problem, tmp_path, minutes):
     train = replace(problem.config.train, steps=0)
     other = problem._replace(config=replace(problem.config, train=train))
-    with pytest.raises(e3.UserError, match="--minutes .*: must be above 0"):
+    with pytest.raises(e3.UserError, match=r"--minutes .*: must be above 0"):
         train_in(tmp_path / "run", other, minutes=minutes)
 
 

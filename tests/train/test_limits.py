@@ -1,4 +1,4 @@
-"""Whole runs at the limits of their numbers: right, or a clear end with the last good state kept."""
+"""Whole runs at the limits of their numbers: right, or an end with the last good state kept."""
 
 from dataclasses import replace
 from pathlib import Path
