@@ -14,6 +14,7 @@ import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -127,7 +128,7 @@ def _check_surrogates(value: Any) -> None:
 # Files
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file for reading, unless it is a folder, pipe, socket or device.
 
     Raises:

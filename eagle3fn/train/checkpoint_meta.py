@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import json_sha256
-from eagle3fn.base.read import printable, read_object
+from eagle3fn.base.read import read_object
 
 SCHEMA = 2
 META = "meta.json"

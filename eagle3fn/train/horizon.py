@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from eagle3fn.base.config import MOST_STEPS, to_dict, with_steps
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import write_json, write_text
-from eagle3fn.base.read import printable, read_object
+from eagle3fn.base.read import read_object
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState

@@ -14,10 +14,9 @@ import torch
 
 from eagle3fn.base import progress
 from eagle3fn.base.config import Config
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import fsync_path, locked
 from eagle3fn.base.launch import World
-from eagle3fn.base.read import printable
 from eagle3fn.base.signals import Stop, signals_noted
 from eagle3fn.base.types import Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet

@@ -163,7 +163,9 @@ def answered(tokens: list[int]) -> Any:
         (answered([1] * 13), "holds an answer that the target cannot give"),
     ],
 )
-def test_damaged_answers_are_refused_by_file(folders, kept_answers, tmp_path, change, message):
+def test_damaged_answers_are_refused_by_file(
+    folders: tuple[Path, Path], kept_answers, tmp_path, change, message
+):
     store = tmp_path / "plain.json"
     store.write_text(json.dumps(change(kept_answers)))
     with pytest.raises(UserError, match=rf"plain\.json: .*{message}"):
@@ -186,7 +188,9 @@ def with_nan(folder: Path, name: str, out: Path) -> Path:
     return out
 
 
-def test_files_are_checked_before_anything_is_decoded(folders, tmp_path, monkeypatch):
+def test_files_are_checked_before_anything_is_decoded(
+    folders: tuple[Path, Path], tmp_path, monkeypatch
+):
     def load(*_: Any) -> None:
         raise AssertionError("the target is loaded")
 
