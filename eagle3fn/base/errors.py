@@ -10,12 +10,15 @@ class UserError(ValueError):
     """
 
 
+def one_line(text: str) -> str:
+    """A text without line breaks and control codes: they are written as `\\n`, `\\x1b`."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def printable(text: Any, longest: int = 100) -> str:
     """What a file says, as part of a message: on one line, without control codes, and cut."""
-    shown = []
-    for letter in str(text)[: longest + 1]:
-        shown.append(letter if letter.isprintable() else ascii(letter)[1:-1])
-    return "".join(shown[:longest]) + ("…" if len(shown) > longest else "")
+    text = str(text)
+    return one_line(text[:longest]) + ("…" if len(text) > longest else "")
 
 
 def shown(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from safetensors import SafetensorError
 
 from eagle3fn.base import progress
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, one_line
 from eagle3fn.base.output import lasting_output
 from eagle3fn.base.signals import Interrupted, signals_raised
 
@@ -25,7 +25,8 @@ def exit_code(name: str, run: Callable[[], int | None], again: str = AGAIN) -> i
     """The exit code of a program: what `run` returns, 0 for None.
 
     A `UserError`, a failure of a file or too little memory becomes 2 and one line on stderr that
-    begins with `name`. A signal becomes 128 and its number, and one line that ends with `again`.
+    begins with `name`; line breaks and control codes, of a file's text in it, are escaped. A signal
+    becomes 128 and its number, and one line that ends with `again`.
     """
     with lasting_output():
         try:
@@ -43,7 +44,7 @@ def exit_code(name: str, run: Callable[[], int | None], again: str = AGAIN) -> i
                 raise
             message, code = f"out of memory ({_first_line(error)}); {_SMALLER}", 2
         progress.close()
-        print(f"{name}: {message}", file=sys.stderr)
+        print(f"{name}: {one_line(message)}", file=sys.stderr)
         return code
 
 

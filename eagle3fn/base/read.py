@@ -245,6 +245,10 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             file = unpack(packed) if unpack else packed
             while line := file.readline(LIMIT):
                 number += 1
+                if len(line) == LIMIT:
+                    raise UserError(
+                        f"{path}:{number}: longer than {LIMIT} bytes, which no row is; mend it"
+                    )
                 if line.strip():
                     yield number, line
         except DAMAGED as error:

@@ -1,5 +1,6 @@
 """Commands that bring drafts, maps and features to engines and other trainers, and back."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def _check_apart(options: Any, option: str, path: str) -> None:
     """Refuse to write over what is read."""
     from eagle3fn.base.errors import UserError
 
-    if Path(options.out).resolve() == Path(path).resolve():
+    if os.path.realpath(options.out) == os.path.realpath(path):
         raise UserError(f"--out {options.out}: is {option} too, and would replace it; name another")
 
 

@@ -129,3 +129,11 @@ def test_object_is_asked_for(tmp_path):
 )
 def test_texts_of_files_are_shown_on_one_line_without_codes(text, shown):
     assert printable(text) == shown
+
+
+def test_row_without_an_end_is_refused_before_all_of_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("eagle3fn.base.read.LIMIT", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + bytes(1000))
+    with pytest.raises(UserError, match=r"a.jsonl:2: longer than 100 bytes"):
+        read_rows(path)

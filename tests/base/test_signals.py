@@ -200,3 +200,12 @@ def test_user_error_is_code_2(capsys):
 
     assert exit_code("x", fail) == 2
     assert capsys.readouterr().err == "x: bad.json: no such file\n"
+
+
+def test_texts_of_files_stay_on_the_one_line(capsys):
+    def run() -> int:
+        raise UserError("a.json: schema a\nb\x1b[2J\u2028\ud800 is not 1 – write it anew")
+
+    assert exit_code("x", run) == 2
+    said = capsys.readouterr().err
+    assert said == "x: a.json: schema a\\nb\\x1b[2J\\u2028\\ud800 is not 1 – write it anew\n"

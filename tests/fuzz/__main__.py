@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 
@@ -106,6 +107,7 @@ def _show(seed: int, verdict) -> None:
     )
 
 
+warnings.filterwarnings("ignore", module=r"tests\.fuzz")  # odd tensors are made on purpose
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",

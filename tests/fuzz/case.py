@@ -13,6 +13,7 @@ from tests.fuzz.judge import CLEAR, Judged, judge, remarks
 from tests.fuzz.kinds import KINDS, Rule, draw_mutator, find
 from tests.fuzz.rows import Rows
 from tests.fuzz.tasks import TASKS
+from tests.fuzz.texts import NO_FILE
 
 OUT_KIND = "what is written"
 """Not a file that is read: something lies where a command writes."""
@@ -150,7 +151,7 @@ def run_case(case: Case, folder: Path, ground: Ground) -> Verdict:
         case.task,
         case.choice,
         [file.path for file in case.files],
-        _rule(case, matched),
+        _rule(case, matched, mutation),
         case.files[0].kind == "sidecar",
         rows,
     )
@@ -161,8 +162,14 @@ def run_case(case: Case, folder: Path, ground: Ground) -> Verdict:
     )
 
 
-def _rule(case: Case, matched: bool) -> Rule:
-    """What another result would be; of two files the looser rule counts."""
+def _rule(case: Case, matched: bool, mutation: str) -> Rule:
+    """What another result would be; of two files the looser rule counts.
+
+    A folder, a pipe or a device in a file's place is no file that says something, and not as if
+    there were none.
+    """
+    if any(f"entry: {name}" == mutation for name in NO_FILE):
+        return Rule.NEVER
     rules = []
     for file in case.files:
         rules.append(Rule.KEPT if file.kind == OUT_KIND else KINDS[file.kind].tasks[case.task])

@@ -19,7 +19,7 @@ from tests.fuzz.texts import (
     mutate_template,
     mutate_toml,
 )
-from tests.fuzz.trees import mutate_json
+from tests.fuzz.trees import mutate_json, mutate_remote_code
 
 
 class Rule(Enum):
@@ -79,10 +79,14 @@ KINDS = {
     "conversations, parquet": Kind("talks.parquet", (mutate_parquet,), {"inspect": MAY}),
     "prompts": Kind("prompts.jsonl", ROWS, {"evaluate": MAY, "synthesize": MAY}),
     # The target.
-    "target's config.json": Kind("target/config.json", JSON, _TARGET_JSON),
+    "target's config.json": Kind(
+        "target/config.json", (*JSON * 4, mutate_remote_code), _TARGET_JSON
+    ),
     "generation_config.json": Kind("target/generation_config.json", JSON, _TOKENIZER),
     "tokenizer.json": Kind("target/tokenizer.json", JSON, _TOKENIZER),
-    "tokenizer_config.json": Kind("target/tokenizer_config.json", JSON, _TOKENIZER),
+    "tokenizer_config.json": Kind(
+        "target/tokenizer_config.json", (*JSON * 4, mutate_remote_code), _TOKENIZER
+    ),
     "special_tokens_map.json": Kind("target/special_tokens_map.json", JSON, _TOKENIZER),
     "chat template": Kind("target/chat_template.jinja", (mutate_template,), _TOKENIZER),
     "target's weights": Kind("target/model.safetensors", TENSORS, _WEIGHTS),

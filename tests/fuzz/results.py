@@ -50,7 +50,7 @@ def result_of(task: Task, folder: Path, printed: str) -> Result:
         for path in paths:
             inner = path.relative_to(top)
             if path.is_file() and not any(left in str(inner) for left in _LEFT_OUT):
-                found[str(inner)] = _digest(path)
+                found[str(inner) if top.is_dir() else top.name] = _digest(path)
     return found
 
 

@@ -44,8 +44,14 @@ def take(folder: Path) -> State:
 
 
 def compare(before: State, folder: Path, task: Task, path: Path, mutation: str) -> Changes:
-    """What changed; `path` is the mutated file."""
+    """What changed; `path` is the mutated file.
+
+    Where a command is told to write through a link, new files may be elsewhere.
+    """
     now = take(folder)
+    outside = now.outside
+    if path.is_symlink():
+        outside = {name: data for name, data in outside.items() if name in before.outside}
     new = now.inside.keys() - before.inside.keys()
     own = (*task.writes, *_WRITTEN)
     written = []
@@ -54,7 +60,7 @@ def compare(before: State, folder: Path, task: Task, path: Path, mutation: str) 
             written.append(name)
     return Changes(
         canary=any(name.rpartition("/")[2] == CANARY for name in new),
-        outside=now.outside != before.outside,
+        outside=outside != before.outside,
         left=sorted(name for name in new if name.endswith((".tmp", ".old"))),
         written=written,
         somebody=mutation == SOMEBODYS and not (path / "victim.json").is_file(),

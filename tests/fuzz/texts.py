@@ -123,6 +123,8 @@ ENTRIES: dict[str, Callable[[Path], None]] = {
     "a link to the file": lambda path: path.symlink_to(f"{path.name}.moved"),
     "8 GiB of zeros": _sparse,
 }
+NO_FILE = [name for name in ENTRIES if name not in ("missing", "a link to the file")]
+"""What no call may take for a file that is not there."""
 
 
 # Rows
@@ -131,6 +133,9 @@ ENTRIES: dict[str, Callable[[Path], None]] = {
 def mutate_rows(path: Path, random: Random) -> str:
     """Change the rows of a JSONL file, which may be compressed."""
     unpack, pack = _PACKED.get(path.suffix, (bytes, bytes))
+    if path.suffix in _PACKED and random.random() < 0.06:
+        path.write_bytes(pack(bytes(1 << 20)) * 4096)
+        return "4 GiB of zeros, compressed"
     lines = unpack(path.read_bytes()).decode().splitlines()
     done = random.choices(list(_ROWS), _ROW_WEIGHTS)[0]
     lines = _ROWS[done](lines, random)

@@ -163,3 +163,27 @@ def mutate_json(path: Path, random: Random) -> str:
     tree, done = mutate_tree(json.loads(path.read_text(encoding="utf-8")), random)
     path.write_text(dump(tree), encoding="utf-8", errors="surrogatepass")
     return done
+
+
+def mutate_remote_code(path: Path, random: Random) -> str:
+    """A target that says that it needs code of its folder; the code would make the canary."""
+    code = path.with_name("evil.py")
+    code.write_text(_EVIL)
+    tree = json.loads(path.read_text())
+    auto = "AutoTokenizer" if "tokenizer" in path.name else "AutoModelForCausalLM"
+    tree["auto_map"] = {"AutoConfig": "evil.Config", auto: "evil.Model"}
+    if "tokenizer" in path.name:
+        tree["auto_map"] = {auto: ["evil.Model", None]}
+    own = random.random() < 0.7
+    if own:
+        tree["model_type"] = "evil"
+        tree["architectures"] = ["Model"]
+        tree["tokenizer_class"] = "Model"
+    path.write_text(json.dumps(tree))
+    return f"code of its folder is asked for{', of an own type' if own else ''}"
+
+
+_EVIL = """import os
+os.makedirs("CANARY", exist_ok=True)
+from transformers import LlamaConfig as Config, LlamaForCausalLM as Model
+"""

@@ -177,6 +177,12 @@ def test_a_folder_that_is_there_is_not_written_into(tmp_path, capsys):
     assert convert("--features", ours, "--out", ours, "--for", "specforge") == 2
     assert "would replace it; name another" in capsys.readouterr().err
 
+    # A link that leads to itself is no place.
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert convert("--features", ours, "--out", loop, "--for", "specforge") == 2
+    assert capsys.readouterr().err.startswith(f"eagle3fn convert: {loop}")
+
     # Nor into a stranger's.
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "one.txt").write_text("dear")
