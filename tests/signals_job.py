@@ -55,6 +55,9 @@ def signal_in(stage: str, number: int) -> Callable[[], None]:
 
 def main(root: Path) -> None:
     """Each stage: with the signal, and again without."""
+    # Ctrl-C is ignored in what a shell starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     world = root / "world"
     write_world(world)
     seen = {}

@@ -6,13 +6,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.program import called_as, exit_code
-from eagle3fn.base.signals import children_spared, received, signals_noted, signals_raised
+from eagle3fn.base.signals import ENDING, children_spared, received, signals_noted, signals_raised
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Ctrl-C is ignored in what a shell starts in the background, such as these tests."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def send(number: int) -> None:

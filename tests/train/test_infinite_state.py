@@ -122,9 +122,7 @@ def test_dropped_updates_are_counted_across_a_resume(problem, tmp_path):
             raise Stop
 
     out = tmp_path / "run"
-    dropping = with_train(
-        problem, on_nonfinite="skip", steps=30, checkpoint_every=7, eval_every=30
-    )
+    dropping = with_train(problem, on_nonfinite="skip", steps=30, checkpoint_every=7, eval_every=30)
     with pytest.raises(Stop):
         train_in(out, dropping, recipe=BAD, events=Events(on_step=stop))
     with pytest.raises(e3.UserError, match=f"step {MOST_DROPPED}: the last {MOST_DROPPED} updates"):
