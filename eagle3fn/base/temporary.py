@@ -122,8 +122,9 @@ def naming(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         if not str(error).startswith("Error while serializing"):
             raise
-        reason = str(error).removeprefix("Error while serializing: ")
-        raise UserError(f"{path}: not written ({reason}); make room, then call again") from None
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise not_written(path, OSError(code, os.strerror(code))) from None
     except RuntimeError as error:
         if not any(name in str(error) for name in _NOT_WRITTEN_BY_TORCH):
             raise

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from eagle3fn.base import files, places
@@ -306,6 +307,15 @@ WRITERS = {
     "safetensors": lambda path: save_file({"a": torch.ones(10)}, path / "missing"),
     "by hand": write_by_hand,
 }
+
+
+def test_the_remedy_is_that_of_the_fault_whoever_writes(tmp_path):
+    for said, remedy in (("full (os error 28)", "make room"), ("large (os error 27)", "ulimit -f")):
+        message = rf"a: not written \(.*\); .*{remedy}"
+        with pytest.raises(UserError, match=message), whole_file(tmp_path / "a"):
+            raise SafetensorError(f"Error while serializing: I/O error: {said}")
+    with pytest.raises(SafetensorError), whole_file(tmp_path / "a"):
+        raise SafetensorError("Error while deserializing header: of another file")
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
