@@ -40,7 +40,8 @@ from eagle3fn.data.encode import encode_all
 from eagle3fn.data.engine_source import engine_source
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.sources import FeatureSource, model_source
-from eagle3fn.data.target import load_target, load_tokenizer, stop_ids
+from eagle3fn.data.target import load_target, stop_ids
+from eagle3fn.data.target_loading import load_tokenizer
 from eagle3fn.data.target_source import target_config
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.engines.vllm_process import VllmProcess, taps_of

@@ -69,7 +69,7 @@ def inspect(options: Any) -> None:
     from eagle3fn.base.cores import own_cores
     from eagle3fn.data.inspection import describe, inspect_file, numbers, show_sample
     from eagle3fn.data.samples import SampleMaker
-    from eagle3fn.data.target import load_tokenizer
+    from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import known_hidden_size
     from eagle3fn.data.vocab import load_map
     from eagle3fn.specforge.feature_files import read_map
@@ -216,7 +216,7 @@ def _engine_source(
     import torch
 
     from eagle3fn.data.engine_source import check_room, default_check, engine_source
-    from eagle3fn.data.target import load_tokenizer
+    from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
 
     check_room(loaded_config(options.target), options.max_length, options.engine)

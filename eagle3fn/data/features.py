@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError, printable
-from eagle3fn.base.files import json_sha256, sha256, whole_file, write_json
+from eagle3fn.base.files import sha256, whole_file, write_json
 from eagle3fn.base.types import Sample
 from eagle3fn.data.feature_index import REMEDY, SCHEMA, own_hash, read_index
 from eagle3fn.data.sample_file import pack
@@ -209,8 +208,8 @@ def check_made_for(
     """Refuse features made with a target of another configuration or with other tapped layers.
 
     `where` names what has `hashes` (`data.target_source.config_hashes`), one of which must be the
-    index's, and `aux_layers`, if any are needed, as in `the run`. What the index doesn't hold is not compared, so
-    files of a `Reader` pass.
+    index's, and `aux_layers`, if any are needed, as in `the run`. What the index doesn't hold is
+    not compared, so files of a `Reader` pass.
 
     Raises:
         UserError: they differ; names the index and both values.
@@ -365,7 +364,8 @@ def _tensors(path: Path, entry: dict[str, Any], fields: tuple[str, ...]) -> list
             return [file.get_tensor(_stored_name(entry["key"], field)) for field in fields]
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: missing or damaged at sample {printable(repr(entry['id']))} ({error}); {REMEDY}"
+            f"{path}: missing or damaged at sample {printable(repr(entry['id']))} ({error}); "
+            f"{REMEDY}"
         ) from None
 
 
@@ -382,5 +382,6 @@ def _fault(features: FeatureSet, number: int, what: str) -> UserError:
     entry = features.samples[number]
     remedy = READER_REMEDY if features.reader else REMEDY
     return UserError(
-        f"{features.folder / entry['shard']}: sample {printable(repr(entry['id']))}: {what}; {remedy}"
+        f"{features.folder / entry['shard']}: sample {printable(repr(entry['id']))}: {what}; "
+        f"{remedy}"
     )

@@ -2,7 +2,7 @@
 
 A rendering has a budget of characters. Text that is written, values that are assigned or given to a
 call, and each turn of a loop, macro or block are charged to it (`data.jinja_tree`); what would make
-much out of little (`*`, `%`, `center`, `join`, …) is charged before it is done (`data.jinja_calls`).
+much out of little (`*`, `%`, `center`, `join`) is charged before it is done (`data.jinja_calls`).
 At turns the time is looked at.
 
 What is not charged at once is bounded by the template's own length: an expression makes at most

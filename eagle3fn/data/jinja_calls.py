@@ -1,4 +1,4 @@
-"""What a chat template calls, charged to its budget before it is done: operators, filters, methods."""
+"""What a template calls, charged to its budget before it is done: operators, filters, methods."""
 
 import functools
 import re

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.target_loading import load_tokenizer as load_tokenizer
 from eagle3fn.data.target_model import load_model
 from eagle3fn.data.target_tensors import check_stored
 from eagle3fn.data.target_values import stored_stops, token_ids

@@ -68,7 +68,7 @@ class _Machine:
             self.do(opcode.name, argument)
         raise ValueError("a pickle without an end")
 
-    def do(self, opcode: str, argument: Any) -> None:
+    def do(self, opcode: str, argument: Any) -> None:  # noqa: C901, PLR0912
         """Carry out one opcode."""
         stack = self.stack
         if opcode in _IGNORED:

@@ -15,7 +15,8 @@ from eagle3fn.base.config import require
 from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.synthesize import chat_prompt
-from eagle3fn.data.target import load_tokenizer, stop_ids
+from eagle3fn.data.target import stop_ids
+from eagle3fn.data.target_loading import load_tokenizer
 from eagle3fn.data.target_source import loaded_config
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.engines.decoding import (

@@ -21,7 +21,8 @@ from eagle3fn.data import target_loading
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.stored_config import gguf_config
 from eagle3fn.data.synthesize import Sampling, generate
-from eagle3fn.data.target import load_target, load_tokenizer, stop_ids
+from eagle3fn.data.target import load_target, stop_ids
+from eagle3fn.data.target_loading import load_tokenizer
 from eagle3fn.data.target_source import check_supported, config_hashes, target_config
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.turns import conversation_of
