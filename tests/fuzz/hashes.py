@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3fn.base.files import sha256
+from eagle3fn.data.feature_index import own_hash
 from eagle3fn.train.checkpoint import META, digest_of
 
 
@@ -17,7 +18,7 @@ def match(path: Path) -> bool:
         return _match_checkpoint(path)
     if path.name.endswith(".safetensors"):
         return _match_shard(path)
-    return False
+    return path.name == "index.json" and _edit(path, _match_index)
 
 
 def _match_checkpoint(path: Path) -> bool:
@@ -36,9 +37,14 @@ def _match_shard(path: Path) -> bool:
         for shard in index["shards"]:
             if shard["file"] == path.name:
                 shard.update(entry)
+        _match_index(index)
 
     matched = _edit(path.with_suffix(".json"), lambda sidecar: sidecar.update(entry))
     return _edit(path.parent / "index.json", change) and matched
+
+
+def _match_index(index: dict[str, Any]) -> None:
+    index["sha256"] = own_hash(index)
 
 
 def _edit(path: Path, change: Callable[[Any], None]) -> bool:

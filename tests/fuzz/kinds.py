@@ -107,6 +107,9 @@ KINDS = {
         "features/shard-*.safetensors", TENSORS, {**_FEATURES, "extract-on": NEVER}, True
     ),
     "sidecar": Kind("features/shard-*.json", JSON, {"extract-on": NEVER}),
+    "target's kept hashes": Kind(
+        "features/target-files.json", JSON, {"extract-on": NEVER, "train": NEVER, "resume": NEVER}
+    ),
     "map": Kind(
         "vocab.safetensors",
         TENSORS,

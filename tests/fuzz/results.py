@@ -31,6 +31,7 @@ _VOLATILE = {
 }
 _LEFT_OUT = (
     *(".lock", "checkpoints", "finished", ".png", "horizon.json", "rejects.jsonl"),
+    "target-files.json",  # hashes by absolute paths
     ".moved",  # of `texts.mutate_entry`
 )
 
@@ -98,7 +99,8 @@ def unfinite(folder: Path, writes: tuple[str, ...]) -> str:
     for name in writes:
         top = folder / name
         for path in [top, *sorted(top.rglob("*"))]:
-            if path.suffix != ".safetensors" or not path.is_file():
+            left_out = any(left in str(path.relative_to(folder)) for left in _LEFT_OUT)
+            if path.suffix != ".safetensors" or not path.is_file() or left_out:
                 continue
             bad = _first_unfinite(path)
             if bad:
