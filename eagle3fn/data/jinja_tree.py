@@ -51,12 +51,13 @@ class _Limiter(NodeTransformer):
         """Charge what a name is given; in a namespace, what it has grown by."""
         self.generic_visit(node)
         if _grows(node.node):
-            node.node = _charged(node.node)
+            charged = _charged(node.node)
             if isinstance(node.target, nodes.NSRef):
                 place = nodes.Name(node.target.name, "load", lineno=node.lineno)
                 before = nodes.Getattr(place, node.target.attr, "load", lineno=node.lineno)
-                node.node.name = GROWN
-                node.node.args = [before]
+                charged.name = GROWN
+                charged.args = [before]
+            node.node = charged
         return node
 
     def visit_With(self, node: nodes.With) -> nodes.Node:
@@ -105,7 +106,7 @@ def _grows(node: nodes.Node) -> bool:
     return isinstance(node, _GROWING) or next(node.find_all(_GROWING), None) is not None
 
 
-def _charged(node: nodes.Expr) -> nodes.Filter:
+def _charged(node: Any) -> nodes.Filter:
     return nodes.Filter(node, CHECKED, [], [], None, None, lineno=node.lineno)
 
 

@@ -152,13 +152,8 @@ def _quiet() -> Iterator[None]:
         try:
             yield
             sys.stderr.flush()
-            printed = True
-        except BaseException:
-            printed = False
-            raise
         finally:
             os.dup2(own, 2)
             os.close(own)
-        if printed:
-            kept.seek(0)
-            os.write(2, kept.read())
+        kept.seek(0)
+        os.write(2, kept.read())

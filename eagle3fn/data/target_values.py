@@ -91,8 +91,8 @@ def _check_tokens(tree: dict[str, Any], where: str) -> None:
     """Each must be an id, -1 for none, or a list of ids, or null."""
     for name in _TOKENS:
         value = tree.get(name)
-        many = name == "eos_token_id" and isinstance(value, list)
-        for one in value if many else [value]:
+        many = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        for one in many:
             if one is not None and not (type(one) is int and -1 <= one < 2**31):
                 raise UserError(
                     f"{where}: {name} = {printable(repr(value))}: must be a token id"

@@ -212,14 +212,13 @@ def test_panic_of_the_library_is_one_line_without_its_noise(target, monkeypatch,
 def nobody_asked(monkeypatch):
     """Nothing is read from the terminal, and the folder's code does not run."""
 
-    def asked(*_args):
-        raise AssertionError("stdin was read")
-
-    monkeypatch.setattr(builtins, "input", asked)
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda *_args: asked.append(1) or "y")
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.delenv("EAGLE3FN_RAN", raising=False)
     yield
-    assert "EAGLE3FN_RAN" not in os.environ
+    assert not asked, "stdin was read"
+    assert "EAGLE3FN_RAN" not in os.environ, "code of the folder has run"
 
 
 CODE = "import os\nos.environ['EAGLE3FN_RAN'] = '1'\n"
@@ -240,7 +239,7 @@ def test_code_of_a_targets_folder_is_never_run(target, nobody_asked, name):
                 reader(target)
     if name != "config.json":
         edit(target / "tokenizer_config.json", tokenizer_class="Mine", auto_map=MAPPED)
-        with pytest.raises(UserError, match=r"tokenizer.json: .*code of its own, .* never run|not"):
+        with pytest.raises(UserError, match=r"tokenizer.json: .*code of its own, which is never run"):
             load_tokenizer(target)
 
 
