@@ -124,7 +124,7 @@ def read_kept(path: Path) -> Kept | None:
     Raises:
         UserError: unreadable, or no number.
     """
-    tree = read_json(path) if path.exists() else None
+    tree = read_json(path) if os.path.lexists(path) else None
     count = tree.get("threads") if isinstance(tree, dict) else None
     if count is None:
         return None

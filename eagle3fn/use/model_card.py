@@ -4,6 +4,7 @@ It names no path of this machine: a target that is a local folder is known by it
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from types import NoneType
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from eagle3fn.base.draft_config import TAPS
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import parse_json, read_text
+from eagle3fn.base.read import open_regular, parse_json, read_text
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.use.layouts import how_to_serve
 
@@ -125,9 +126,16 @@ def is_ours(folder: Path) -> bool:
 
 
 def read_facts(folder: str | Path) -> Facts:
-    """The facts in the card of an exported folder; none are known without a card of ours."""
+    """The facts in the card of an exported folder; none are known without a card of ours.
+
+    Raises:
+        UserError: what lies in the card's place is no regular file.
+    """
+    card = Path(folder) / CARD
+    if os.path.lexists(card):
+        open_regular(card).close()
     try:
-        found = _KEPT.search(read_text(Path(folder) / CARD))
+        found = _KEPT.search(read_text(card))
         facts = Facts(**parse_json(found.group(1))) if found else Facts()
     except (UserError, ValueError, TypeError):
         return Facts()

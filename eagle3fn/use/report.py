@@ -46,7 +46,7 @@ def write_report(folder: Path) -> str:
     supervised = read_supervised(folder / "features/index.json")
     stages = read_stages(folder / "stages.json")
     settings_path = folder / "settings.json"
-    settings = read_object(settings_path) if settings_path.exists() else {}
+    settings = read_object(settings_path) if os.path.lexists(settings_path) else {}
 
     # Row 0 is the untrained draft's; a run that holds no samples out has no accepted length.
     measured = [row for row in held_out if row.get("accepted_length") is not None]

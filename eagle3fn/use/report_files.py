@@ -1,5 +1,6 @@
 """The files that a report gathers, read and checked: a damaged one is named, and its row."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def read_supervised(path: Path) -> int:
 
 def read_stages(path: Path) -> dict[str, Any]:
     """The seconds of each stage and of all of them; nothing without the file."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     stages = read_object(path)
     if not all(map(_is_seconds, stages.values())):

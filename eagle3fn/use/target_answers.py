@@ -1,6 +1,7 @@
 """The target's own greedy answers by transformers' `generate`, to compare with."""
 
 import hashlib
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def read_store(store: Path) -> dict[str, list[int]]:
         UserError: no place for the file, another file, or an answer that was changed.
     """
     check_out_file(store)
-    tree = read_object(store) if store.exists() else {}
+    tree = read_object(store) if os.path.lexists(store) else {}
     answers = {}
     for key, entry in tree.items():
         tokens = entry.get("tokens") if isinstance(entry, dict) else entry

@@ -109,7 +109,7 @@ def _folder(path: Path) -> None:
 
 def _sparse(path: Path) -> None:
     with path.open("wb") as file:
-        file.truncate(8 << 30)
+        file.truncate(2 << 30)
 
 
 ENTRIES: dict[str, Callable[[Path], None]] = {
@@ -121,7 +121,7 @@ ENTRIES: dict[str, Callable[[Path], None]] = {
     "a dangling link": lambda path: path.symlink_to("nowhere"),
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a link to the file": lambda path: path.symlink_to(f"{path.name}.moved"),
-    "8 GiB of zeros": _sparse,
+    "2 GiB of zeros": _sparse,
 }
 NO_FILE = [name for name in ENTRIES if name not in ("missing", "a link to the file")]
 """What no call may take for a file that is not there."""

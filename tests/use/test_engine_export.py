@@ -1,6 +1,7 @@
 """A draft written for an engine: its layout, what the engine cannot represent, the model card."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -247,3 +248,11 @@ def test_an_export_with_files_of_the_users_is_not_replaced(tmp_path):
 def test_facts_of_a_damaged_card_are_not_known(tmp_path, facts):
     (tmp_path / "README.md").write_text(f"<!-- eagle3fn {facts} -->\n")
     assert read_facts(tmp_path) == Facts()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link"])
+def test_a_card_that_is_no_file_is_refused(tmp_path, kind):
+    card = tmp_path / "README.md"
+    {"pipe": os.mkfifo, "folder": os.mkdir}.get(kind, lambda path: path.symlink_to("x"))(card)
+    with pytest.raises(UserError, match=r"README\.md: (is a|no such file)"):
+        read_facts(tmp_path)

@@ -193,6 +193,15 @@ def test_damaged_files_are_named(tmp_path, name, value):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["settings.json", "stages.json"])
+def test_a_link_that_leads_nowhere_is_not_as_if_the_file_were_missing(tmp_path, name):
+    write_run(tmp_path, {})
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"{name}: no such file"):
+        write_report(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "row", "reason"),
     [
