@@ -239,7 +239,9 @@ def test_code_of_a_targets_folder_is_never_run(target, nobody_asked, name):
                 reader(target)
     if name != "config.json":
         edit(target / "tokenizer_config.json", tokenizer_class="Mine", auto_map=MAPPED)
-        with pytest.raises(UserError, match=r"tokenizer.json: .*code of its own, which is never run"):
+        with pytest.raises(
+            UserError, match=r"tokenizer.json: .*code of its own, which is never run"
+        ):
             load_tokenizer(target)
 
 

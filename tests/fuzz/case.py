@@ -77,7 +77,8 @@ def draw(seed: int, number: int, world: Path) -> Case:
             if task in kind.tasks and other != name:
                 others += [(other, path) for path in _paths(other, task, choice, world)]
         if others:
-            files.append(_file(*random.choice(others), random))
+            other, path = random.choice(others)
+            files.append(_file(other, path, random))
     return Case(number, task, choice, files, random)
 
 

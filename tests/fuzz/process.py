@@ -154,8 +154,9 @@ def _redirect(paths: dict[str, Path]) -> None:
 def _limit(limits: Limits) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 2))
-    resource.setrlimit(resource.RLIMIT_AS, (used + limits.memory,) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size,) * 2)
+    memory = used + limits.memory
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error in place of a signal, as in a shell

@@ -68,8 +68,13 @@ def _eagle3fn(command: str) -> None:
 
 
 def _write_target() -> None:
-    changes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    model = tiny_model(num_hidden_layers=LAYERS, num_key_value_heads=2, **changes)
+    model = tiny_model(
+        num_hidden_layers=LAYERS,
+        num_key_value_heads=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+    )
     model.generation_config.eos_token_id = 1
     model.save_pretrained("target")
     model.save_pretrained("sharded", max_shard_size="40KB")
