@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+)
 
 import eagle3fn as e3
 from eagle3fn.base.tree import equal
@@ -157,6 +161,23 @@ def twice(metadata: Any) -> None:
     chunks.append(copy.deepcopy(chunks[0]))
 
 
+def overlapping(metadata: Any) -> None:
+    """As many rows as the leaf has, but some of them twice."""
+    entry = metadata.state_dict_metadata[LEAF]
+    half = torch.Size([entry.size[0] // 2, entry.size[1]])
+    places = metadata.storage_data
+    for row in (0, 1):
+        places[MetadataIndex(LEAF, [row, 0])] = places[MetadataIndex(LEAF, [0, 0])]
+    chunks = [ChunkStorageMetadata(torch.Size([row, 0]), half) for row in (0, 1)]
+    metadata.state_dict_metadata[LEAF].chunks = chunks
+
+
+def another_class(metadata: Any) -> None:
+    entry = BytesStorageMetadata()
+    vars(entry).update(vars(metadata.state_dict_metadata[LEAF]))
+    metadata.state_dict_metadata[LEAF] = entry
+
+
 def other_dtype(metadata: Any) -> None:
     metadata.state_dict_metadata[LEAF].properties.dtype = torch.float64
 
@@ -170,6 +191,8 @@ CHANGES = {
     "no chunks": (entry_with(chunks=[]), f"{LEAF} has not every row once"),
     "chunks of another type": (entry_with(chunks=None), f"{LEAF} has no chunks"),
     "twice": (twice, f"{LEAF} has not every row once"),
+    "overlapping": (overlapping, f"{LEAF} has not every row once"),
+    "another class": (another_class, "a TensorStorageMetadata is missing"),
     "a part": (chunk_with(sizes=torch.Size([1, 48])), f"{LEAF} has not every row once"),
     "columns": (chunk_with(sizes=torch.Size([16, 1])), f"{LEAF} has a chunk that is not made of"),
     "dtype": (other_dtype, f"{LEAF} is torch.float64"),
