@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +16,24 @@ import pytest
 import eagle3fn as e3
 from eagle3fn.base.files import locked
 from eagle3fn.base.toml import read_toml
+from eagle3fn.data.features import open_features
 from eagle3fn.train import loop
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.defaults import begun_settings
 from eagle3fn.train.loop import Events
 from eagle3fn.train.track import append_row, cut_rows
 from eagle3fn.use.report import write_report
+from tests.factories import supervised_sample, write_folder
 from tests.train.run_files import rows, same_end
-from tests.train.run_problem import Problem, make_problem, train_in
+from tests.train.run_problem import (
+    HELD_OUT_LENGTHS,
+    HIDDEN,
+    LENGTHS,
+    VOCAB,
+    Problem,
+    make_problem,
+    train_in,
+)
 from tests.train.saved_checkpoint import rewrite_meta
 from tests.use.finished_run import write_run
 
@@ -292,6 +304,29 @@ def test_report_of_a_run_that_goes_on(begun, tmp_path):
 
     train_in(begun.out, begun.problem, events=Events(on_step=report))
     assert seen == [3, 4]
+    assert begun.is_whole
+
+
+def test_features_that_are_rewritten_end_the_run_at_their_next_sample(begun, tmp_path):
+    """By those of another target, of the same names and sizes; the last good state is kept."""
+    config = begun.problem.config
+    folder = shutil.copytree(begun.problem.features.folder, tmp_path / "features")
+    data = replace(config.data, prefetch=0)
+    problem = begun.problem._replace(
+        config=replace(config, data=data), features=open_features(folder)
+    )
+
+    def rewrite(row: dict[str, Any], total: int) -> None:
+        lengths = (*LENGTHS, *HELD_OUT_LENGTHS)
+        others = [supervised_sample(n, 50 + i, VOCAB, HIDDEN) for i, n in enumerate(lengths)]
+        write_folder(folder, others, VOCAB, HIDDEN)
+
+    with pytest.raises(e3.UserError) as caught:
+        train_in(begun.out, problem, events=Events(on_step=rewrite))
+    assert re.match(rf"{folder}/shard-\d+\.safetensors: its bytes have changed", str(caught.value))
+    assert [row["step"] for row in rows(begun.out / "metrics.jsonl")] == [1, 2, 3]
+    assert checkpoints(begun.out / "checkpoints")[-1].name == "step-00000003"
+    assert begun.go_on() == []
     assert begun.is_whole
 
 
