@@ -268,6 +268,14 @@ def test_sample_that_the_index_lacks_is_found_by_its_tensors(tmp_path):
         read_sample(open_features(folder), 0)
 
 
+def test_sample_that_is_listed_twice_is_refused(tmp_path):
+    """Where totals fit, too."""
+    folder = write_folder(tmp_path, [random_sample(6, i) for i in range(5)])
+    change_index(folder, False, samples=doubled, totals=lambda _: {})
+    with pytest.raises(UserError, match=rf"samples\[1\].key is '0': another sample.*{AGAIN}"):
+        open_features(folder)
+
+
 @pytest.mark.parametrize("name", ["../a/shard-00000.safetensors", "{}", "..", "a\nb", "x/../y"])
 def test_shard_outside_of_the_folder_is_refused(tmp_path, name):
     folder = write_folder(tmp_path / "a", [random_sample(6, i) for i in range(2)])

@@ -181,7 +181,7 @@ from eagle3fn.engines import process
 process.PROGRAMS = Path(sys.argv[1])
 engine = process.EngineProcess("toy", sys.executable, "program.py", {{}}, sys.argv[2])
 print(engine._process.pid, flush=True)
-engine.ask({{"value": "time.sleep(600)"}})
+engine.ask({{"value": f"os.mkdir({{sys.argv[3]!r}}) or time.sleep(600)"}})
 """
 
 
@@ -189,10 +189,14 @@ engine.ask({{"value": "time.sleep(600)"}})
 def test_a_busy_program_ends_with_its_parent(begin, tmp_path):
     """It does not read its stdin, so that it cannot see that this is closed."""
     begin()  # writes the program
-    arguments = [sys.executable, "-c", PARENT.format(), str(tmp_path), str(tmp_path / "log2")]
+    busy = tmp_path / "busy"
+    paths = [str(tmp_path), str(tmp_path / "log2"), str(busy)]
+    arguments = [sys.executable, "-c", PARENT.format(), *paths]
     parent = subprocess.Popen(arguments, stdout=subprocess.PIPE)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
+    while not busy.exists() and parent.poll() is None:
+        time.sleep(0.01)
     assert Path(f"/proc/{pid}").exists()
     parent.kill()
     parent.wait()
