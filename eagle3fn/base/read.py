@@ -147,6 +147,18 @@ def open_regular(path: str | Path) -> BufferedReader:
     return os.fdopen(handle, "rb")
 
 
+def check_regular(path: str | Path) -> None:
+    """Refuse what is there and is no regular file, before a library opens it and waits.
+
+    What is missing is left to that library.
+
+    Raises:
+        UserError: a folder, pipe, socket, device, or a link that leads nowhere; not readable.
+    """
+    if os.path.lexists(path):
+        open_regular(path).close()
+
+
 def read_text(path: str | Path, limit: int = CONFIG_LIMIT) -> str:
     """The text of a file in UTF-8.
 

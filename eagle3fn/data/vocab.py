@@ -13,6 +13,7 @@ from torch import Tensor
 from eagle3fn.base.draft_config import DEFAULT_DRAFT_VOCAB
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file
+from eagle3fn.base.read import check_regular, parse_json
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.features import FeatureSet, read_tokens
 
@@ -157,11 +158,12 @@ def read_map(path: Path) -> StoredMap:
     Raises:
         UserError: missing or damaged.
     """
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        return StoredMap(tensors, json.loads(metadata.get("provenance", "{}")))
+        return StoredMap(tensors, parse_json(metadata.get("provenance", "{}")))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {REMEDY}") from None
     except (OSError, ValueError, SafetensorError) as error:

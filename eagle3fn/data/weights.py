@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import read_json
+from eagle3fn.base.read import check_regular, read_json
 
 _REMEDY = "fetch the target's files again"
 _PROBED_BYTES = 64
@@ -115,6 +115,7 @@ def _keys(path: Path) -> list[str]:
 
 
 def _open(path: Path) -> Any:
+    check_regular(path)
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:

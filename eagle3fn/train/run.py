@@ -206,12 +206,12 @@ def _check_trained(
 def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
     """Hashes of what a run reads: the feature index and the vocabulary map.
 
-    The shards' own hashes are left out, so that a damaged shard may be extracted again. Files of a
-    `Reader` have no index: their names and sizes stand in for it.
+    The shards' own hashes are left out, and the index's, which depends on them, so that a damaged
+    shard may be extracted again. Files of a `Reader` have no index: their names and sizes stand in
+    for it.
     """
-    index: Any = {
-        key: value for key, value in features.index.items() if key not in ("shards", "totals")
-    }
+    left_out = ("shards", "totals", "sha256")
+    index: Any = {key: value for key, value in features.index.items() if key not in left_out}
     if not index:
         index = [
             (sample["id"], (features.folder / sample["shard"]).stat().st_size)

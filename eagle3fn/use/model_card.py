@@ -4,7 +4,6 @@ It names no path of this machine: a target that is a local folder is known by it
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from types import NoneType
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from eagle3fn.base.draft_config import TAPS
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import open_regular, parse_json, read_text
+from eagle3fn.base.read import check_regular, parse_json, read_text
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.use.layouts import how_to_serve
 
@@ -132,8 +131,7 @@ def read_facts(folder: str | Path) -> Facts:
         UserError: what lies in the card's place is no regular file.
     """
     card = Path(folder) / CARD
-    if os.path.lexists(card):
-        open_regular(card).close()
+    check_regular(card)
     try:
         found = _KEPT.search(read_text(card))
         facts = Facts(**parse_json(found.group(1))) if found else Facts()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.read import check_regular
 from eagle3fn.base.types import Sample
 from eagle3fn.data.arrow_rows import arrow_rows
 from eagle3fn.data.features import READER_REMEDY, Reader
@@ -103,6 +104,7 @@ def _tokens(path: Path, rows: list[_Tokens]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _sample(path: Path, rows: list[_Tokens], norm: Callable[[Tensor], Tensor]) -> Sample:
     row = _row(path, rows)
+    check_regular(path)
     try:
         tree = load_file(path)
         ids = tree["token_ids"]

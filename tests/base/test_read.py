@@ -9,6 +9,7 @@ from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import sha256
 from eagle3fn.base.read import (
     DEEPEST,
+    check_regular,
     parse_json,
     read_json,
     read_jsonl,
@@ -16,6 +17,8 @@ from eagle3fn.base.read import (
     read_rows,
     read_text,
 )
+from eagle3fn.data.vocab import load_map
+from eagle3fn.data.weights import weight_files
 
 DAMAGED = {
     "cut": (b'{"a": 1', "Expecting"),
@@ -137,3 +140,22 @@ def test_row_without_an_end_is_refused_before_all_of_it_is_read(tmp_path, monkey
     path.write_bytes(b'{"a": 1}\n' + bytes(1000))
     with pytest.raises(UserError, match=r"a.jsonl:2: longer than 100 bytes"):
         read_rows(path)
+
+
+READERS = {
+    "a map": lambda path: load_map(path, 5, 3),
+    "a target's weights": lambda path: weight_files(path.parent),
+    "a file": check_regular,
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "link to nothing"])
+def test_what_is_no_file_is_refused_before_a_library_opens_it(tmp_path, read, kind):
+    path = tmp_path / "model.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if "device" in kind else "nowhere")
+    with pytest.raises(UserError, match=r"model\.safetensors: (is a|no such file)"):
+        read(path)
