@@ -138,8 +138,8 @@ def open_regular(path: str | Path) -> BufferedReader:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        raise UserError(f"{path}: not readable ({error})") from None
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode):
         os.close(handle)

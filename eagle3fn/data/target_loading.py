@@ -5,7 +5,9 @@ refused, and so are pickled weights. Whatever the library raises becomes one lin
 file. transformers is imported here inside functions, never when the file is loaded.
 """
 
+import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,12 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, one_line
 from eagle3fn.base.program import is_out_of_memory
+from eagle3fn.base.read import check_regular
 from eagle3fn.data.target_source import config_file, no_fit, not_loadable, source_of
 from eagle3fn.data.target_values import check_config, check_generation, check_tokenizer
 
 _NEVER: dict[str, Any] = {"trust_remote_code": False}
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PROBE = "a text, é 1\n"
 
 
@@ -65,7 +69,9 @@ def load_weights(path_or_id: str | Path, attn: str, dtype: Any) -> tuple[Any, di
     if not extra:
         check_generation(path_or_id)
         extra = {"use_safetensors": True}  # no pickles
-    with _refusing(path_or_id):
+    for file in sorted(Path(path_or_id).glob("*.safetensors*")):
+        check_regular(file)
+    with _refusing(path_or_id), _escaped_log():
         return _by_attention(name, attn, dtype=dtype, **extra, **_NEVER)
 
 
@@ -132,6 +138,27 @@ def _refusing(where: str | Path) -> Iterator[None]:
             what = "tensors in its files have other shapes than config.json says"
             raise no_fit(where, what) from None
         raise not_loadable(where, error) from None
+
+
+@contextmanager
+def _escaped_log() -> Iterator[None]:
+    """Keep control codes of what files say, such as names of tensors, out of transformers' log."""
+    from transformers.utils import logging as library
+
+    def escape(record: logging.LogRecord) -> bool:
+        lines = _COLOUR.sub("", record.getMessage()).split("\n")
+        record.msg = "\n".join(map(one_line, lines))
+        record.args = ()
+        return True
+
+    handlers = library.get_logger("transformers").handlers
+    for handler in handlers:
+        handler.addFilter(escape)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(escape)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ It names no path of this machine: a target that is a local folder is known by it
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from types import NoneType
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from eagle3fn.base.draft_config import TAPS
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.read import check_regular, parse_json, read_text
+from eagle3fn.base.read import parse_json, read_text
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.use.layouts import how_to_serve
 
@@ -128,14 +129,15 @@ def read_facts(folder: str | Path) -> Facts:
     """The facts in the card of an exported folder; none are known without a card of ours.
 
     Raises:
-        UserError: what lies in the card's place is no regular file.
+        UserError: what lies in the card's place cannot be read as text.
     """
     card = Path(folder) / CARD
-    check_regular(card)
+    found = _KEPT.search(read_text(card)) if os.path.lexists(card) else None
+    if found is None:
+        return Facts()
     try:
-        found = _KEPT.search(read_text(card))
-        facts = Facts(**parse_json(found.group(1))) if found else Facts()
-    except (UserError, ValueError, TypeError):
+        facts = Facts(**parse_json(found.group(1)))
+    except (ValueError, TypeError):
         return Facts()
     good = all(isinstance(getattr(facts, name), kinds) for name, kinds in _KINDS.items())
     return facts if good and "\n" not in facts.target + facts.data else Facts()

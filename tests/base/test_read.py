@@ -10,6 +10,7 @@ from eagle3fn.base.files import sha256
 from eagle3fn.base.read import (
     DEEPEST,
     check_regular,
+    open_regular,
     parse_json,
     read_json,
     read_jsonl,
@@ -159,3 +160,9 @@ def test_what_is_no_file_is_refused_before_a_library_opens_it(tmp_path, read, ki
         path.symlink_to("/dev/zero" if "device" in kind else "nowhere")
     with pytest.raises(UserError, match=r"model\.safetensors: (is a|no such file)"):
         read(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "n" * 5000])
+def test_impossible_name_is_one_line(name):
+    with pytest.raises(UserError, match="not readable"):
+        open_regular(name)

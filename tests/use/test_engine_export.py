@@ -250,9 +250,17 @@ def test_facts_of_a_damaged_card_are_not_known(tmp_path, facts):
     assert read_facts(tmp_path) == Facts()
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link"])
-def test_a_card_that_is_no_file_is_refused(tmp_path, kind):
-    card = tmp_path / "README.md"
-    {"pipe": os.mkfifo, "folder": os.mkdir}.get(kind, lambda path: path.symlink_to("x"))(card)
-    with pytest.raises(UserError, match=r"README\.md: (is a|no such file)"):
+NO_CARDS = {
+    "pipe": os.mkfifo,
+    "folder": os.mkdir,
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "large": lambda path: path.write_bytes(bytes(2**24 + 1)),
+    "bytes": lambda path: path.write_bytes(b"\xff"),
+}
+
+
+@pytest.mark.parametrize("make", NO_CARDS.values(), ids=NO_CARDS)
+def test_a_card_that_is_no_text_is_refused(tmp_path, make):
+    make(tmp_path / "README.md")
+    with pytest.raises(UserError, match=r"README\.md: (is a|no such file|larger|not UTF-8)"):
         read_facts(tmp_path)
