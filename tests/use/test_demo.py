@@ -40,6 +40,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     script = load_demo()
     finished = SimpleNamespace(returncode=0, stdout="r1")
     monkeypatch.setattr(script.subprocess, "run", lambda *args, **kwargs: finished)
+    monkeypatch.setattr(script, "call", lambda command: (0, "r1"))
     monkeypatch.setattr(script, "convert", lambda *args: None)
     return script
 
@@ -82,11 +83,11 @@ def test_a_killed_demo_leaves_no_truncated_file(demo, tmp_path, monkeypatch):
 def test_a_stage_is_called_by_its_command_and_shows_one_line(demo, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def run(command: list[str], **_: Any) -> Any:
+    def call(command: list[str]) -> tuple[int, str]:
         calls.append(command)
-        return SimpleNamespace(returncode=0, stdout="a line\nmap: 8 tokens\n")
+        return 0, "a line\nmap: 8 tokens\n"
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(demo, "call", call)
     demo.stage(tmp_path, "vocab", tmp_path / "vocab", {"--out": tmp_path / "vocab", "--size": 8})
     expected = ["-m", "eagle3fn.cli", "vocab", "--out", str(tmp_path / "vocab"), "--size", "8"]
     assert calls == [[sys.executable, *expected]]
@@ -101,12 +102,29 @@ def test_a_stage_is_called_by_its_command_and_shows_one_line(demo, tmp_path, mon
 
 
 def test_a_failed_stage_ends_the_demo_with_its_code(demo, tmp_path, monkeypatch):
-    failed = SimpleNamespace(returncode=2, stdout="")
-    monkeypatch.setattr(demo.subprocess, "run", lambda *args, **kwargs: failed)
+    monkeypatch.setattr(demo, "call", lambda command: (2, ""))
     with pytest.raises(SystemExit) as caught:
         demo.stage(tmp_path, "vocab", tmp_path / "vocab", {})
     assert caught.value.code == 2
     assert not (tmp_path / "stages.json").exists()
+
+
+SAVES = """
+import os, signal, sys, time
+def save(number, frame):
+    print("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_signal_is_passed_on_to_the_stage_whose_end_is_waited_for(capsys):
+    code, printed = load_demo().call([sys.executable, "-c", SAVES])
+    assert code == 143
+    assert printed == "saved\n"
+    assert "scripts/demo.sh goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
