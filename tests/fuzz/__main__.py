@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
 
             def on_done(verdict: Verdict) -> None:
+                if options.log:
+                    with Path(options.log).open("a") as log:
+                        log.write(json.dumps(verdict._asdict()) + "\n")
                 if verdict.verdict == OTHER or options.all:
                     _show(options.seed, verdict)
 
@@ -53,9 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
             shutil.rmtree(folder, ignore_errors=True)
 
     found = counts(verdicts)
-    if options.log:
-        lines = [json.dumps(verdict._asdict()) + "\n" for verdict in verdicts]
-        Path(options.log).write_text("".join(lines))
     if options.json:
         print(json.dumps(found))
     else:
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--all", action="store_true", help="print every case, not `other` alone")
-    parser.add_argument("--log", help="JSONL file for every case")
+    parser.add_argument("--log", help="JSONL file, to which every case is appended")
     parser.add_argument("--folder", help="where temporary files go")
     parser.add_argument(
         "--cpu-seconds", type=int, default=20, help="of a case, before it is a hang (default 20)"

@@ -29,6 +29,7 @@ _VOLATILE = {
     # What `hashes` of other files are.
     "digest",
 }
+_MANY = 1 << 20  # values of a tensor, none of the world's has so many
 _LEFT_OUT = (
     *(".lock", "checkpoints", "finished", ".png", "horizon.json", "rejects.jsonl"),
     "target-files.json",  # hashes by absolute paths
@@ -73,7 +74,10 @@ def _values(path: Path, data: bytes) -> bytes:
         data = json.dumps(rows, sort_keys=True).encode()
     elif path.suffix in (".ckpt", ".pt"):
         tree = torch.load(io.BytesIO(data), weights_only=True)
-        parts = [(name, value.dtype, value.tolist()) for name, value in tree.items()]
+        parts = []
+        for name, value in tree.items():
+            large = value.numel() > _MANY  # such as one value, expanded
+            parts.append((name, value.dtype, value.shape, None if large else value.tolist()))
         data = repr(parts).encode()
     return data
 

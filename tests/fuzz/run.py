@@ -11,6 +11,7 @@ from typing import Any
 from tests.fuzz.case import Verdict, draw, run_case
 from tests.fuzz.ground import Ground
 from tests.fuzz.judge import OTHER, VERDICTS
+from tests.fuzz.process import limit_memory
 
 
 def run_one(ground: Ground, seed: int, number: int, keep: bool = False) -> Verdict:
@@ -59,6 +60,7 @@ def run_many(
 
 def _be_worker(ground: Ground, seed: int, numbers: range, writer: int) -> None:
     """What a worker does: it never returns."""
+    limit_memory(2 * ground.limits.memory)
     try:
         with os.fdopen(writer, "w") as file:
             for number in numbers:
