@@ -124,11 +124,11 @@ class OptimizerConfig:
             require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0")
         for name in ("learning_rate", "max_grad_norm", "eps"):
             value = getattr(self, name)
-            words = f"at least 0 and at most {HIGHEST_RATE:g}"
+            words = f"finite, from 0 to {HIGHEST_RATE:g}"
             require(0 <= value <= HIGHEST_RATE, f"optimizer.{name}", value, words)
         for name in ("weight_decay", "matrix_factor"):
             value = getattr(self, name)
-            words = f"at least 0 and at most {_LARGEST_FACTOR:g}"
+            words = f"finite, from 0 to {_LARGEST_FACTOR:g}"
             require(0 <= value <= _LARGEST_FACTOR, f"optimizer.{name}", value, words)
         for name in ("warmup_ratio", "beta1", "beta2", "momentum"):
             value = getattr(self, name)
