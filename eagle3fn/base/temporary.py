@@ -69,14 +69,19 @@ def clear(path: Path) -> None:
         if handle is None:
             continue
         try:
-            moved = left / path.name
-            if name.endswith(REPLACED) and os.path.lexists(moved) and not os.path.lexists(path):
-                os.replace(moved, path)
-            shutil.rmtree(left, ignore_errors=True)
-        except OSError:
-            pass  # such as on a disk that is now read-only: it stays for a later call
+            # What cannot be cleared, as on a disk that is now read-only, stays for a later call.
+            with suppress(OSError):
+                _clear_one(left, path)
         finally:
             os.close(handle)
+
+
+def _clear_one(left: Path, path: Path) -> None:
+    """Remove a side folder; what it had moved away is put back where nothing took its place."""
+    moved = left / path.name
+    if left.name.endswith(REPLACED) and os.path.lexists(moved) and not os.path.lexists(path):
+        os.replace(moved, path)
+    shutil.rmtree(left, ignore_errors=True)
 
 
 def _lock(folder: Path) -> int | None:
@@ -85,12 +90,13 @@ def _lock(folder: Path) -> int | None:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
-    try:
+    # Another process's lock, or a folder that is gone by now, is no error: it is not ours to clear.
+    is_ours = False
+    with suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(handle), os.lstat(folder)):
-            return handle
-    except OSError:
-        pass
+        is_ours = os.path.samestat(os.fstat(handle), os.lstat(folder))
+    if is_ours:
+        return handle
     os.close(handle)
     return None
 

@@ -148,6 +148,8 @@ class ChatTemplate:
                 variables = {**self._marks, **self.arguments, **more, "messages": messages}
                 try:
                     self._program_of(more).render(variables)
+                except TemplateLimitError as error:  # the next one would take as long
+                    raise self._faulty(str(error)) from None
                 except Exception as error:
                     if type(error) is not TemplateError:
                         continue
@@ -407,5 +409,7 @@ class ChatTemplate:
     def _try(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
             return self.render(messages, "", **self.arguments, **options)
+        except NoChatTemplateError:
+            raise
         except UserError:
             return ""

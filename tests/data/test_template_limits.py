@@ -8,6 +8,7 @@ from eagle3fn.data.jinja import Program
 from eagle3fn.data.jinja_budget import TemplateLimitError, weight
 from eagle3fn.data.template import ChatTemplate, NoChatTemplateError
 from tests.data import chat_templates as own
+from tests.factories import CHATML, tiny_template
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 DOUBLE = "{% set x = x + x %}"
@@ -106,6 +107,23 @@ def test_a_template_without_an_end_is_stopped_by_its_budget(monkeypatch):
     for source in ENDLESS.values():
         with pytest.raises(TemplateLimitError, match="makes more than 2000 characters"):
             Program(source).render({"messages": TURNS})
+
+
+def test_a_template_is_not_tried_again_where_a_probe_was_stopped(monkeypatch):
+    """Each of some ten probes would take as long."""
+    monkeypatch.setattr(jinja_budget, "CHARACTERS", 2000)
+    starts: list[None] = []
+    start = jinja_budget.Budget.start
+
+    def counted(self, variables):
+        starts.append(None)
+        start(self, variables)
+
+    template = tiny_template(CHATML + "{% for i in range(99999) %}x{% endfor %}")
+    monkeypatch.setattr(jinja_budget.Budget, "start", counted)
+    with pytest.raises(NoChatTemplateError, match="makes more than 2000 characters"):
+        template.content("text")
+    assert len(starts) <= 4  # two of them read constants of the source
 
 
 def test_a_process_that_was_stopped_has_more_time(monkeypatch):

@@ -71,7 +71,7 @@ def _problem(ended: Ended, after: Changes) -> str:
 def _judge_result(given: Judged, ended: Ended, inner: Path, ground: Ground) -> tuple[str, str]:
     """A call that ended well: is its result the same, and if not, may it be another one?"""
     task = TASKS[given.task]
-    bad = unfinite(inner, task.writes)
+    bad = unfinite(inner, task.writes, given.paths)
     if bad:
         return OTHER, f"the result is not finite: {bad}"
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,18 @@ def result_of(task: Task, folder: Path, printed: str) -> Result:
         for path in paths:
             inner = path.relative_to(top)
             if path.is_file() and not any(left in str(inner) for left in _LEFT_OUT):
-                found[str(inner) if top.is_dir() else top.name] = _digest(path)
+                found[str(inner) if top.is_dir() else top.name] = _digest(path, folder)
     return found
 
 
-def _digest(path: Path) -> str:
-    """Of a file: of its values where some of it differs from call to call."""
+def _digest(path: Path, folder: Path) -> str:
+    """Of a file in a case's folder: of its values where some of it differs from call to call."""
     if path.stat().st_size > 1 << 28:
         return f"{path.stat().st_size} bytes"
     data = path.read_bytes()
     with suppress(ValueError, RecursionError, RuntimeError, AttributeError):
         data = _values(path, data)  # if it can be read, else its bytes
+    data = data.replace(str(folder).encode(), b"FOLDER")  # such as the path of the target
     return hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -98,17 +100,21 @@ def _stable(tree: Any) -> Any:
     return tree
 
 
-def unfinite(folder: Path, writes: tuple[str, ...]) -> str:
-    """The first tensor below `writes` that holds NaN or infinity, by file and name; or ""."""
+def unfinite(folder: Path, writes: tuple[str, ...], given: Collection[str] = ()) -> str:
+    """The first tensor below `writes` that holds NaN or infinity, by file and name; or "".
+
+    Files of the paths `given` are not results.
+    """
     for name in writes:
         top = folder / name
         for path in [top, *sorted(top.rglob("*"))]:
-            left_out = any(left in str(path.relative_to(folder)) for left in _LEFT_OUT)
+            inner = str(path.relative_to(folder))
+            left_out = inner in given or any(left in inner for left in _LEFT_OUT)
             if path.suffix != ".safetensors" or not path.is_file() or left_out:
                 continue
             bad = _first_unfinite(path)
             if bad:
-                return f"{path.relative_to(folder)}: {bad:.60}"
+                return f"{inner}: {bad:.60}"
     return ""
 
 

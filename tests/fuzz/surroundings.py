@@ -46,7 +46,7 @@ def take(folder: Path) -> State:
 def compare(before: State, folder: Path, task: Task, path: Path, mutation: str) -> Changes:
     """What changed; `path` is the mutated file.
 
-    Where a command is told to write through a link, new files may be elsewhere.
+    If the mutated file is a link, new files elsewhere are what the command was told to write.
     """
     now = take(folder)
     outside = now.outside

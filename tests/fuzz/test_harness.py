@@ -198,6 +198,7 @@ def test_result_that_is_not_finite_is_other(tmp_path):
         {"a": torch.ones(2), "b": torch.tensor([1, torch.nan])}, tmp_path / "made/x.safetensors"
     )
     assert unfinite(tmp_path, ("made",)) == "made/x.safetensors: b"
+    assert unfinite(tmp_path, ("made",), ["made/x.safetensors"]) == ""
     save_file({"a": torch.ones(2)}, tmp_path / "made/x.safetensors")
     assert unfinite(tmp_path, ("made",)) == ""
 
