@@ -23,6 +23,7 @@ from eagle3fn.base.temporary import (
     REPLACED,
     UNFINISHED,
     clear,
+    clear_in,
     naming,
     not_written,
     side_folder,
@@ -199,6 +200,8 @@ def json_sha256(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 def locked(folder: str | Path) -> Iterator[None]:
     """Hold `folder` (made if need be) for this process, until the block or the process ends.
 
+    What killed calls left in it is removed.
+
     Raises:
         UserError: another process holds it, or its file `.lock` is no regular file.
     """
@@ -220,6 +223,7 @@ def locked(folder: str | Path) -> Iterator[None]:
             raise UserError(
                 f"{folder}: cannot be locked ({error.strerror}); name a folder on another disk"
             ) from None
+        clear_in(folder)
         yield
     finally:
         os.close(handle)

@@ -58,20 +58,30 @@ def clear(path: Path) -> None:
     Where such a call had moved the old folder away and not yet put the new one in its place, the
     old one is put back.
     """
-    names = []
-    with suppress(OSError):
-        names = os.listdir(path.parent)
+    _clear(path.parent, re.escape(path.name))
 
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.{_RANDOM}({UNFINISHED}|{REPLACED})")
-    for name in names:
-        left = path.parent / name
-        handle = _lock(left) if pattern.fullmatch(name) else None
-        if handle is None:
+
+def clear_in(folder: Path) -> None:
+    """`clear` for every name in a folder."""
+    _clear(folder, ".+")
+
+
+def _clear(folder: Path, name: str) -> None:
+    """Clear away the side folders of the names that a pattern matches."""
+    found = []
+    with suppress(OSError):
+        found = os.listdir(folder)
+
+    pattern = re.compile(rf"\.({name})\.{_RANDOM}({UNFINISHED}|{REPLACED})")
+    for side in found:
+        matched = pattern.fullmatch(side)
+        handle = _lock(folder / side) if matched else None
+        if matched is None or handle is None:
             continue
         try:
             # What cannot be cleared, as on a disk that is now read-only, stays for a later call.
             with suppress(OSError):
-                _clear_one(left, path)
+                _clear_one(folder / side, folder / matched[1])
         finally:
             os.close(handle)
 

@@ -218,6 +218,16 @@ def test_what_a_kill_left_is_removed_by_the_next_write_of_that_name(tmp_path, wr
     assert others.exists() and mine.exists()
 
 
+def test_what_kills_left_in_a_folder_is_removed_when_it_is_held(tmp_path):
+    """A kill after the rename leaves a side folder of a name that is not written again."""
+    left = [unfinished(tmp_path / name) for name in ("shard-1", "shard-1.json", "index.json")]
+    notes = tmp_path / ".shard-1.notes.tmp"
+    notes.mkdir()
+    with whole_file(tmp_path / "report.json") as living, locked(tmp_path):
+        assert not any(path.exists() for path in left)
+        assert living.exists() and notes.exists()
+
+
 @pytest.mark.parametrize("write", [whole_file, whole_folder])
 def test_what_is_being_written_is_not_removed_by_another(tmp_path, write):
     path = tmp_path / "a"
