@@ -508,3 +508,7 @@ def _optimizer(tally: Tally, size: Size) -> None:
         blocks += -(-rows // block_rows)
     tally.passes("AdamW", "seven passes", times(n * F, 11, 7), 7 * blocks)
     tally.passes("AdamW", "bf16 weights", Bytes(n * F, n * C), count)
+
+    # Of weights and both moments, the smallest and the largest value; six kernels for each of the
+    # two dtypes look at these, and two join the flags.
+    tally.passes("AdamW", "whether finite", Bytes(n * (C + 2 * F), 0), 3 * count + 14)
