@@ -14,7 +14,7 @@ REMEDY = "run eagle3fn extract again"
 
 # What an index must hold, and of which types.
 _INDEX_KEYS = ("schema", "target", "dtype", "max_length", "samples", "shards", "totals")
-_INDEX_TYPES = {"target": dict, "dtype": str, "samples": list, "shards": list}
+_INDEX_TYPES = {"totals": dict, "target": dict, "dtype": str, "samples": list, "shards": list}
 _SAMPLE_TYPES = {"id": str, "key": str, "shard": str, "length": int}
 _SHARD_TYPES = {"file": str, "bytes": int, "sha256": str}
 _TARGET_TYPES = {"vocab_size": int, "hidden_size": int}
@@ -96,7 +96,7 @@ def _check_names(index: dict[str, Any], path: Path) -> None:
 
 def _check_totals(index: dict[str, Any], path: Path) -> None:
     """Refuse totals that are not those of the samples and shards listed."""
-    totals = index["totals"] if isinstance(index["totals"], dict) else {}
+    totals = index["totals"]
     found = {
         "samples": len(index["samples"]),
         "tokens": sum(entry["length"] for entry in index["samples"]),

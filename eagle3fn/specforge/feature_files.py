@@ -19,11 +19,12 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file
 from eagle3fn.base.read import open_regular
+from eagle3fn.base.stored_tensors import load_tensors, tensor_fault
+from eagle3fn.base.temporary import UNFINISHED
 from eagle3fn.base.types import Sample, VocabMap
 from eagle3fn.data import vocab
 from eagle3fn.data.features import READER_REMEDY as _REMEDY
 from eagle3fn.data.features import Reader
-from eagle3fn.specforge.stored_tensors import load_tensors, tensor_fault
 
 ENDINGS = (".ckpt", ".ckpt.gz")
 DAMAGED = (
@@ -55,14 +56,18 @@ def find_ckpts(folder: str | Path) -> list[Path]:
     """Every feature file in `folder`, at any depth, sorted by path as text: SpecForge's order.
 
     Raises:
-        UserError: a link to nothing, pipe or device among them.
+        UserError: a link to nothing, folder, pipe or device among them.
     """
     found = []
     for path in Path(folder).rglob("*"):
-        if not path.name.endswith(ENDINGS) or path.is_dir():
+        if not path.name.endswith(ENDINGS) or path.parent.name.endswith(UNFINISHED):
             continue
         if not path.is_file():
-            kind = "a link to nothing" if path.is_symlink() else "no regular file"
+            kind = "no regular file"
+            if path.is_dir():
+                kind = "a folder"
+            elif path.is_symlink():
+                kind = "a link to nothing"
             raise UserError(f"{path}: is {kind}; delete it or restore the file")
         found.append(path)
     return sorted(found, key=str)

@@ -1,6 +1,6 @@
 """The tensors of a model's folder: safetensors or a plain pickle of tensors, whole or in shards.
 
-A pickle is read with `weights_only`: nothing in it is run.
+Of a pickle only plain tensors are read: nothing in it is run.
 """
 
 import pickle
@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.read import open_regular, read_json
+from eagle3fn.base.stored_tensors import load_tensors, tensor_fault
 
 _SAFE = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
@@ -87,10 +87,12 @@ def _read(file: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Te
 
 
 def _unpickled(file: Path) -> dict[str, Any]:
-    tree = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(tree, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-        for name, value in tree.items()
-    ):
-        raise ValueError("not a dict of named, dense tensors")
+    with open_regular(file) as opened:
+        tree = load_tensors(opened, str(file))
+    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
+        raise ValueError("not a dict of named tensors")
+    for name, value in tree.items():
+        fault = tensor_fault(value)
+        if fault:
+            raise ValueError(f"{name} {fault}")
     return tree

@@ -460,3 +460,10 @@ def test_folder_without_samples_is_refused_with_what_was_looked_for(
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=rf"{name}: {looked_for} there; {AGAIN} or name another"):
         open_features(tmp_path / name, reader=reader)
+
+
+def test_totals_that_are_no_object_are_refused(tmp_path):
+    folder = write_folder(tmp_path, [random_sample(6, 0)])
+    change_index(folder, False, totals=lambda _: 10**30)
+    with pytest.raises(UserError, match=r"index.json: totals is 10+: must be a dict"):
+        open_features(folder)

@@ -60,8 +60,17 @@ def test_files_are_sorted_by_path_as_text(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    (tmp_path / "folder.ckpt").mkdir()
+    # What another process is writing now.
+    (tmp_path / ".v.ckpt.12345678.tmp").mkdir()
+    (tmp_path / ".v.ckpt.12345678.tmp/v.ckpt").touch()
     assert find_ckpts(tmp_path) == [tmp_path / name for name in names]
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").touch()
+    (tmp_path / "b.ckpt").mkdir()
+    with pytest.raises(UserError, match=r"b.ckpt: is a folder; delete it or restore the file"):
+        find_ckpts(tmp_path)
 
 
 def test_files_are_read_in_path_order(tmp_path: Path) -> None:

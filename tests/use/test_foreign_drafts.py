@@ -325,7 +325,7 @@ def test_weights_that_are_no_draft_are_named(tmp_path, changed, text):
 def test_a_pickle_of_names_that_are_none_is_refused(tmp_path):
     folder = eagle(tmp_path)
     torch.save(TENSORS | {5: torch.ones(1)}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="not a dict of named, dense tensors"):
+    with pytest.raises(UserError, match="not a dict of named tensors"):
         read_foreign(folder)
 
 
@@ -435,3 +435,22 @@ def test_a_dtype_that_no_draft_has_is_refused(tmp_path, dtype, capsys):
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert f"dtype = {dtype!r}: must be one of torch's" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.ones(16).to_sparse(), "is sparse|holds more than tensors"),
+        (torch.ones(16, device="meta"), "meta|holds more than tensors"),
+        (torch.ones(16, dtype=torch.complex64), "is complex|holds more than tensors"),
+        (
+            torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+            "is nested|holds more than tensors",
+        ),
+    ],
+)
+def test_a_pickle_of_other_tensors_than_plain_ones_is_refused(tmp_path, value, text):
+    folder = eagle(tmp_path)
+    torch.save(TENSORS | {"norm.weight": value}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"pytorch_model\.bin: damaged or not .*({text})"):
+        read_foreign(folder)
