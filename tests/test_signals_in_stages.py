@@ -13,7 +13,7 @@ import pytest
 
 from tests.signals_job import PLACES
 from tests.stages import STEPS, commands
-from tests.train.start_ranks import ROOT
+from tests.train.start_ranks import ROOT, run_job
 
 TIMES = 600
 
@@ -22,14 +22,7 @@ TIMES = 600
 def root(tmp_path_factory) -> Path:
     """A folder in which all signals have come; `seen.json` has how each stage ended."""
     folder = tmp_path_factory.mktemp("signals")
-    log = folder / "job.log"
-    command = [sys.executable, "-m", "tests.signals_job", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        ended = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=False
-        )
-    assert ended.returncode == 0, log.read_text()
+    run_job("tests.signals_job", folder)
     return folder
 
 

@@ -39,6 +39,21 @@ def processes(ranks: int, *command: object, timeout: float = 240) -> Ended:
     return _run([[sys.executable, *map(str, command)]] * ranks, settings, timeout)
 
 
+def run_job(module: str, folder: Path) -> None:
+    """`python -m module folder` in a process of one thread, which must end well."""
+    log = folder / "job.log"
+    with log.open("w") as file:
+        ended = subprocess.run(
+            [sys.executable, "-m", module, str(folder)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=file,
+            check=False,
+        )
+    assert ended.returncode == 0, log.read_text()
+
+
 def _run(commands: list[list[str]], settings: list[dict[str, str]], timeout: float) -> Ended:
     """Run all commands at once, each with its own settings in the environment."""
     begin = time.perf_counter()

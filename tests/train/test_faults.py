@@ -1,7 +1,6 @@
 """Faults on two ranks: each ends with one message, and the run resumes from its last checkpoint."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,21 +11,14 @@ import torch
 
 from tests.train.faults_job import LAST, STEPS
 from tests.train.run_files import read_leaves, rows, same_end
-from tests.train.start_ranks import ROOT
+from tests.train.start_ranks import ROOT, run_job
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A folder in which all faults have happened; `seen.json` has how each run ended."""
     folder = tmp_path_factory.mktemp("faults")
-    log = folder / "job.log"
-    command = [sys.executable, "-m", "tests.train.faults_job", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        ended = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=False
-        )
-    assert ended.returncode == 0, log.read_text()
+    run_job("tests.train.faults_job", folder)
     return folder
 
 
