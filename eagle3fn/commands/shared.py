@@ -17,18 +17,23 @@ def say(line: str | None) -> None:
 
 
 def named_values(texts: list[str], option: str, example: str) -> dict[str, Any]:
-    """`NAME=VALUE` of an option that is given once a name: JSON values, else texts."""
-    import json
+    """`NAME=VALUE` of an option that is given once a name: JSON values, else texts.
 
-    from eagle3fn.base.errors import UserError
+    Raises:
+        UserError: no NAME=VALUE, or a name that is given twice.
+    """
+    from eagle3fn.base.errors import UserError, printable
+    from eagle3fn.base.read import parse_json
 
     values = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            raise UserError(f"{option} {text}: must be NAME=VALUE, such as {example}")
+            raise UserError(f"{option} {printable(text)}: must be NAME=VALUE, such as {example}")
+        if name in values:
+            raise UserError(f"{option}: {printable(name)} is given twice; delete one of them")
         try:
-            values[name] = json.loads(_JSON_VALUES.get(value) or value)
+            values[name] = parse_json(_JSON_VALUES.get(value) or value)
         except ValueError:
             values[name] = value
     return values

@@ -34,11 +34,17 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_
 
 
 def check_config(path_or_id: str | Path) -> None:
-    """Refuse a config.json whose model has code of its own, or no possible size.
+    """Refuse a config.json whose model has code of its own, no possible size, or an adapter.
 
     Raises:
         UserError: names the file and the value.
     """
+    adapter = stored_file(path_or_id, "adapter_config.json")
+    if adapter is not None:
+        raise UserError(
+            f"{adapter}: an adapter lies next to the weights, which are read without it; merge it "
+            "into them (peft: merge_and_unload) and name the merged folder, or take it out"
+        )
     where, tree = _object(path_or_id, "config.json")
     kind = tree.get("model_type")
     if "auto_map" in tree and not _is_known(kind):

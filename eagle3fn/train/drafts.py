@@ -118,10 +118,26 @@ def check_finite(tensors: dict[str, Tensor], file: str | Path) -> None:
                 f"{file}: {printable(name)} is {str(value.dtype).removeprefix('torch.')}, of "
                 "quantised weights; choose a draft in bfloat16 or float32"
             )
-        if not value.isfinite().all():
-            raise UserError(
-                f"{file}: {printable(name)} holds NaN or infinity; fetch or train the draft again"
-            )
+        _check_values(name, value, file)
+
+
+def check_files_finite(folder: str | Path) -> None:
+    """Refuse a draft's folder whose safetensors hold NaN or infinity, in whatever layout they are.
+
+    Raises:
+        UserError: names file and tensor; a file is damaged.
+    """
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        for name, value in _read_tensors(file).items():
+            if value.is_floating_point() and value.dtype.itemsize >= 2:
+                _check_values(name, value, file)
+
+
+def _check_values(name: str, value: Tensor, file: str | Path) -> None:
+    if not value.isfinite().all():
+        raise UserError(
+            f"{file}: {printable(name)} holds NaN or infinity; fetch or train the draft again"
+        )
 
 
 def own_name(name: str) -> str:

@@ -33,6 +33,7 @@ from eagle3fn.engines.decoding import (
     total,
     verifications,
 )
+from eagle3fn.train.drafts import check_files_finite
 from eagle3fn.use.decode import check_pair
 from eagle3fn.use.evaluate import Progress, differing_tokens, repeated_share
 
@@ -166,7 +167,8 @@ def encode_prompts(
     """The prompts' token ids and the stop ids; all that can be checked before an engine starts.
 
     Raises:
-        UserError: no prompts, or one beyond the position limit; a draft of another target.
+        UserError: no prompts, or one beyond the position limit; a draft of another target, or with
+            weights that are not finite.
     """
     if not prompts or not all(text.strip() for text in prompts):
         raise UserError(
@@ -179,6 +181,7 @@ def encode_prompts(
     # A GGUF file of a draft is left to the engine.
     if Path(draft).suffix != ".gguf":
         config = draft_config_from_json(Path(draft) / "config.json", None)
+        check_files_finite(draft)
         check_pair(config, text_config, str(draft), str(target))
         limits.append(config.max_position_embeddings)
 

@@ -170,14 +170,20 @@ def test_bad_rows_and_wrong_arguments_are_one_line(tokenizer_folder, tmp_path, c
     assert call(tokenizer_folder, path, "--skip-bad", "0.5", "--show", "0") == 0
     assert "1 of 2 rows are bad" in capsys.readouterr().out
     for given, counted in (
-        ("enable=false", "no such variable"),
-        ("enable", "NAME=VALUE"),
-        ('enable="false"', "is a text, which a template takes as true"),
-        ("add_generation_prompt=false", "no argument of the template to give"),
+        (["enable=false"], "no such variable"),
+        (["enable"], "NAME=VALUE"),
+        (["a\n\x1b[2J"], r"--template-arg a\n\x1b[2J: must be NAME=VALUE"),
+        (['enable="false"'], "is a text, which a template takes as true"),
+        (["add_generation_prompt=false"], "no argument of the template to give"),
+        (["enable=1", "enable=2"], "enable is given twice"),
+        (["enable=\udcff"], "--template-arg: template argument"),  # a byte that is not UTF-8
+        (["\ud800=1"], "--template-arg: template argument"),
+        (["enable=" + "[" * 5000], "no such variable"),
     ):
-        assert call(tokenizer_folder, path, "--template-arg", given) == 2
+        options = [word for one in given for word in ("--template-arg", one)]
+        assert call(tokenizer_folder, path, *options) == 2
         error = capsys.readouterr().err
-        assert counted in error and error.count("\n") == 1
+        assert counted in error and error.count("\n") == 1 and "\x1b" not in error
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path, capsys):

@@ -378,6 +378,14 @@ def test_truncated_gguf_file_is_refused(tmp_path):
 # Targets that are refused
 
 
+def test_adapter_next_to_the_weights_is_refused(saved):
+    _, folder = saved
+    write_json(folder / "adapter_config.json", {})
+    for loaded in (load, target_config):
+        with pytest.raises(UserError, match=r"adapter_config\.json: an adapter lies .* merge it"):
+            loaded(folder)
+
+
 def test_vision_target_is_refused_with_its_setting(saved):
     _, folder = saved
     edit(folder, vision_config={"depth": 1})

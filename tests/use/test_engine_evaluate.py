@@ -1,12 +1,15 @@
 """Evaluation in an engine, with a stand-in for it: the report, its lines, what is refused."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.cli import main
@@ -152,6 +155,17 @@ def test_a_draft_of_another_target_is_refused(folders: Folders, tmp_path):
     write_draft(tmp_path / "other", vocab_size=130)
     with pytest.raises(UserError, match=r"other: made for a target of vocab_size 130"):
         engine_evaluate(folders[0], tmp_path / "other", PROMPTS, SETTINGS, tmp_path / "out")
+
+
+def test_a_draft_that_holds_nan_is_refused_before_the_engine_starts(folders: Folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "nan")
+    file = tmp_path / "nan/model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][0, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"nan/model\.safetensors: lm_head\.weight holds NaN"):
+        engine_evaluate(folders[0], tmp_path / "nan", PROMPTS, SETTINGS, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(

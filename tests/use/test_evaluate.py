@@ -131,6 +131,30 @@ def test_stored_answers_are_reused(folders: tuple[Path, Path], tmp_path: Path, m
     assert json.loads(store.read_text()) == kept
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_answers_of_other_files_of_the_target_are_not_used(
+    folders: tuple[Path, Path], tmp_path: Path, name: str
+):
+    """The last value of the last tensor, or a tokenizer's file that reads the same."""
+    target = tmp_path / "target"
+    shutil.copytree(folders[0], target)
+    store = tmp_path / "plain.json"
+    quick = replace(SMALL, tasks=1, speed_tasks=1)
+    evaluate(target, folders[1], ["one"], quick, plain_store=store)
+    first = json.loads(store.read_text())
+
+    file = target / name
+    data = bytearray(file.read_bytes())
+    if name == "tokenizer.json":
+        data += b"\n"
+    else:
+        data[-4] ^= 1
+    file.write_bytes(data)
+    evaluate(target, folders[1], ["one"], quick, plain_store=store)
+    both = json.loads(store.read_text())
+    assert len(first) == 1 and len(both) == 2 and first.items() < both.items()
+
+
 def swap_keys(kept: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(kept, reversed(kept.values()), strict=True))
 
