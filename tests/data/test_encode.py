@@ -35,6 +35,15 @@ def equal(left, right):
     )
 
 
+def test_a_rows_id_draws_nothing_on_the_terminal(tmp_path):
+    path = write_rows(tmp_path / "c.jsonl", [{"id": "a\n\x1b[2J\x07" + "b" * 200}, {"id": "\ud800"}])
+    with pytest.raises(UserError) as raised:
+        encode_file(MAKER, path, 300)
+    text = str(raised.value)
+    assert r"c.jsonl:1 (id a \x1b[2J\x07bbb" in text and "…)" in text
+    assert text.isprintable() and "b" * 100 not in text
+
+
 def test_rows_without_a_sample_are_counted_by_reason(tmp_path):
     rows = [
         {"messages": talk("a", "b")},
