@@ -288,6 +288,7 @@ def test_quota_of_the_first_version_of_control_groups(tmp_path: Path) -> None:
 # What is measured
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_measured_products_have_the_sizes_of_the_work() -> None:
     config = {"hidden_size": 8, "num_hidden_layers": 3, "vocab_size": 50}
     assert thread_timing.sizes_of(config | {"intermediate_size": 24}) == Sizes(8, 24, 3, 50)

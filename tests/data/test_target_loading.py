@@ -43,11 +43,11 @@ def test_names_of_tensors_draw_nothing_on_the_terminal(tmp_path):
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    library.add_handler(handler)
+    library.get_logger("transformers").addHandler(handler)
     try:
         load_weights(tmp_path, "eager", "float32")
     finally:
-        library.remove_handler(handler)
+        library.get_logger("transformers").removeHandler(handler)
     text = "".join(said)
     assert "a\\x1b[2J" in text and "\x1b" not in text
     assert not handler.filters

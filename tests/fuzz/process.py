@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 POLL_S = 0.004
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -116,6 +118,7 @@ def _be_child(work: Callable[[], int | None], paths: dict[str, Path], limits: Li
     before = set(sys.modules)
     try:
         os.setsid()
+        torch.set_num_threads(1)  # a fork's pool is made anew, which two threads at once may not do
         _redirect(paths)
         _limit(limits)
         code = work() or 0

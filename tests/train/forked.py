@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 POLL_S = 0.005
 
 
@@ -72,6 +74,8 @@ def _be_rank(work: Callable[[int], Any], rank: int, count: int, port: int, log: 
     """What the fork does: it never returns."""
     code = 1
     try:
+        torch.set_num_threads(1)  # a fork's pool is made anew, which two threads at once may not do
+
         # Print to the log.
         handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(handle, 1)

@@ -469,7 +469,10 @@ def test_weights_that_are_no_file_are_refused_without_waiting(tmp_path, kind):
 def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, name, value, message):
     write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {name: value}, tmp_path / "model.safetensors")
+    try:
+        save_file(tensors | {name: value}, tmp_path / "model.safetensors")
+    except KeyError:  # safetensors 0.6.1 has no complex numbers
+        pytest.skip(f"this release of safetensors cannot write {value.dtype}")
     with pytest.raises(UserError, match=rf"model\.safetensors: {message}"):
         load_draft(tmp_path, torch.float32)
 
