@@ -102,19 +102,19 @@ def synthesize(
         check_batch(model)
     forbidden = grams_of_file(exclude) if exclude else set()
     with hold_parts(out):
-        parts = Parts(out, _digest(model, template, out, answer or ANSWER, seed, batch))
-        batches = _batches(model, template, parts, answer or ANSWER, seed, batch)
+        settings = (answer or ANSWER, seed, batch)
+        parts = Parts(out, parts_digest(model, template, out, USER_TURN, *settings))
+        batches = _batches(model, template, parts, *settings)
         rows = _chosen(batches, forbidden, count, batch, on_progress)
         parts.finish(rows)
     return len(rows)
 
 
-def _digest(
-    model: Any, template: ChatTemplate, out: str | Path, answer: Sampling, seed: int, batch: int
-) -> str:
-    target = [loaded_digest(model, Parts(out, "").folder / KEPT)]
-    target += [template.tokenizer.chat_template, template.arguments]
-    return json_sha256([*target, USER_TURN, answer, seed, batch])[:12]
+def parts_digest(model: Any, template: ChatTemplate, out: str | Path, *settings: Any) -> str:
+    """Digest of all that the batches of `out` are made from: target, template and settings."""
+    target = loaded_digest(model, Parts(out, "").folder / KEPT)
+    made_from = [target, template.tokenizer.chat_template, template.arguments, *settings]
+    return json_sha256(made_from)[:12]
 
 
 def _chosen(
@@ -178,7 +178,7 @@ def hold_parts(out: str | Path) -> AbstractContextManager[None]:
     Raises:
         UserError: another process writes `out`.
     """
-    return held(Parts(out, "").folder, [_THREADS])
+    return held(Parts(out, "").folder, [_THREADS], ours=True)
 
 
 def begun_threads(out: str | Path) -> Kept | None:

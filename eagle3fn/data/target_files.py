@@ -15,7 +15,7 @@ from eagle3fn.base.read import CONFIG_LIMIT, read_json
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.stored_config import stored_file
 from eagle3fn.data.target import weights_digest
-from eagle3fn.data.target_source import weights_folder
+from eagle3fn.data.target_source import model_config_hash, weights_folder
 from eagle3fn.data.weights import weight_files
 
 KEPT = "target-files.json"
@@ -141,13 +141,13 @@ def check_weights_of(features: FeatureSet, path_or_id: str | Path) -> None:
 
 
 def loaded_digest(model: Any, keep: str | Path | None = None) -> str:
-    """Hex digest of a model's weights, and of the files that it was loaded from, if there are any.
+    """Hex digest of a model's weights and configuration, and of its files, if there are any.
 
     `keep`: as in `target_digests`.
     """
     name = str(model.config.name_or_path)
     files = target_digests(name, keep).files if name else None
-    return json_sha256([weights_digest(model), files])
+    return json_sha256([weights_digest(model), model_config_hash(model), files])
 
 
 def _read_kept(keep: str | Path | None) -> dict[str, Any]:
