@@ -192,8 +192,10 @@ def _model_source(
     from eagle3fn.data.extract import begun_threads
     from eagle3fn.data.sources import model_source
     from eagle3fn.data.target import load_target
+    from eagle3fn.data.target_files import target_stamps
 
     dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
+    stamps = target_stamps(options.target)
     model, tokenizer = load_target(options.target, dtype, options.device)
     sizes = sizes_of(tree)
     say(
@@ -205,7 +207,8 @@ def _model_source(
         )
     )
     batch = options.batch or (4 if options.device == "cpu" else 8)
-    yield model_source(model, layers, batch=batch, name=options.target), tokenizer
+    source = model_source(model, layers, batch=batch, name=options.target, stamps=stamps)
+    yield source, tokenizer
 
 
 @contextmanager
@@ -216,6 +219,7 @@ def _engine_source(
     import torch
 
     from eagle3fn.data.engine_source import check_room, default_check, engine_source
+    from eagle3fn.data.target_files import target_stamps
     from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
 
@@ -224,9 +228,12 @@ def _engine_source(
     check = options.check or default_check(options.target, arguments)
     tokenizer = load_tokenizer(options.target)
     dtype = getattr(torch, options.dtype) if options.dtype else None
+    stamps = target_stamps(options.target)
     with _open_engine(options, tree, layers, dtype, arguments) as engine:
         batch = options.batch or 32
-        source = engine_source(engine, options.target, layers, batch=batch, check=check, say=say)
+        source = engine_source(
+            engine, options.target, layers, batch=batch, check=check, say=say, stamps=stamps
+        )
         yield source, tokenizer
 
 

@@ -37,6 +37,10 @@ _NAMES = (
 )
 
 
+Stamps = dict[str, tuple[int, int, int]]
+"""What changes when a file is written or replaced, by its name."""
+
+
 class TargetDigests(NamedTuple):
     """Hex digests of names and bytes."""
 
@@ -108,16 +112,50 @@ def target_digests(
 
 def _hashed(file: Path, kept: Any) -> dict[str, Any]:
     """What changes when a file does, and its hash; the kept one, if nothing has changed."""
+    found = _stat(file)
+    stamp = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    if isinstance(kept, dict) and kept.get("stamp") == stamp:
+        return kept
+    return {"stamp": stamp, "sha256": sha256(file)}
+
+
+def _stat(file: Path) -> os.stat_result:
     try:
-        found = os.stat(file)
-        stamp = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-        if isinstance(kept, dict) and kept.get("stamp") == stamp:
-            return kept
-        return {"stamp": stamp, "sha256": sha256(file)}
+        return os.stat(file)
     except OSError as error:
         raise UserError(
             f"{file}: not readable ({error.strerror}); fetch the target's files again"
         ) from None
+
+
+def target_stamps(path_or_id: str | Path) -> Stamps:
+    """Inodes, sizes and times of all files of a target, config.json among them.
+
+    Raises:
+        UserError: as `weights_of`; a file is not readable.
+    """
+    files = {**target_files(path_or_id), **weights_of(path_or_id)}
+    config = None if Path(path_or_id).suffix == ".gguf" else stored_file(path_or_id, "config.json")
+    if config is not None:
+        files["config.json"] = config
+    stamps = {}
+    for name, file in files.items():
+        found = _stat(file)
+        stamps[name] = (found.st_ino, found.st_size, found.st_mtime_ns)
+    return stamps
+
+
+def check_unchanged(path_or_id: str | Path, stamps: Stamps) -> None:
+    """Refuse a target whose files are others than when `target_stamps` gave `stamps`.
+
+    Raises:
+        UserError: they are.
+    """
+    if target_stamps(path_or_id) != stamps:
+        raise UserError(
+            f"{path_or_id}: the target's files changed while they were read; wait until they are "
+            "written, and call again"
+        )
 
 
 def check_weights_of(features: FeatureSet, path_or_id: str | Path) -> None:
