@@ -17,15 +17,20 @@ if TYPE_CHECKING:
 def synthesize(options: Any) -> None:
     """Let the target write conversations, or answer given prompts."""
     from eagle3fn.base.device import check_device, fast_dtype
-    from eagle3fn.base.places import check_out_file
     from eagle3fn.base.thread_timing import sizes_of, thin_products
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
-    from eagle3fn.data.synthesize import ANSWER, begun_threads, hold_parts, synthesize
+    from eagle3fn.data.synthesize import (
+        ANSWER,
+        begun_threads,
+        check_out_conversations,
+        hold_parts,
+        synthesize,
+    )
     from eagle3fn.data.target import load_target
 
     check_device(options.device)
-    check_out_file(options.out)
+    check_out_conversations(options.out)
     with hold_parts(options.out):
         pass  # refused before the target is loaded
     given = {"temperature": options.temperature, "max_new": options.max_new}
@@ -269,7 +274,6 @@ def _open_engine(
 
 def vocab(options: Any) -> None:
     """Count the supervised tokens and write the vocabulary map."""
-    from eagle3fn.base.places import check_out_file
     from eagle3fn.data.features import check_made_for, open_features
     from eagle3fn.data.pipeline import split
     from eagle3fn.data.target_files import check_weights_of
@@ -280,11 +284,13 @@ def vocab(options: Any) -> None:
         count_tokens,
         coverage,
         held_out_of,
+        read_map,
         save_map,
     )
     from eagle3fn.specforge.feature_files import READER
+    from eagle3fn.use.convert import check_out_map
 
-    check_out_file(options.out)
+    check_out_map(options.out, "eagle3fn", read_map)
     tree = target_config(options.target)
     check_supported(options.target)
     vocab_size = tree["vocab_size"]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, sha256, write_json
+from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import CONFIG_LIMIT, read_json
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.stored_config import stored_file
@@ -186,6 +187,20 @@ def loaded_digest(model: Any, keep: str | Path | None = None) -> str:
     name = str(model.config.name_or_path)
     files = target_digests(name, keep).files if name else None
     return json_sha256([weights_digest(model), model_config_hash(model), files])
+
+
+def check_kept(keep: str | Path) -> None:
+    """Refuse a place for hashes that holds something else.
+
+    Raises:
+        UserError: as `check_out_file`; or what is there are no hashes.
+    """
+    check_out_file(keep)
+    if os.path.lexists(keep) and not _read_kept(keep):
+        raise UserError(
+            f"{keep}: is there, and does not hold hashes of a target's files, which would replace "
+            "it; move it, or name another file"
+        )
 
 
 def _read_kept(keep: str | Path | None) -> dict[str, Any]:

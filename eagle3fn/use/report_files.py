@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import UNFINISHED, read_object, read_rows
 
 _LARGEST = 1e15  # what a run counts or measures is less
@@ -142,6 +144,22 @@ _TOGETHER = {
     "engine": ("engine_version",),
 }
 """What must be there with another value."""
+
+
+def check_out_evaluation(path: str | Path) -> None:
+    """Refuse a place for an evaluation: a file that holds something else.
+
+    Raises:
+        UserError: as `check_out_file`; or what is there is no older evaluation.
+    """
+    check_out_file(path)
+    if not os.path.lexists(path) or not os.path.getsize(path):
+        return
+    found = {}
+    with suppress(UserError):
+        found = read_object(path)
+    if not {"draft_length", "accepted_length"} <= found.keys():
+        raise UserError(f"{path}: is there and no older evaluation; name another file")
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
