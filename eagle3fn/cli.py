@@ -7,6 +7,7 @@ from typing import Any
 
 from eagle3fn.base.program import called_as, exit_code
 from eagle3fn.commands import checking, data, drafts, training
+from eagle3fn.commands.shared import check_places
 
 Command = Callable[..., argparse.ArgumentParser]
 """`(name, function, what it does)` → the parser of a new sub-command."""
@@ -22,7 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command in GO_ON:
         again = "what is finished is kept; go on with"
     again += f" {called_as(arguments)}"
-    return exit_code(f"eagle3fn {options.command}", lambda: options.run(options), again)
+    return exit_code(f"eagle3fn {options.command}", lambda: _run(options), again)
+
+
+def _run(options: Any) -> int | None:
+    """Do what a sub-command does; no output of it is one of its inputs."""
+    check_places(options)
+    return options.run(options)
 
 
 GO_ON = ("synthesize", "extract", "train")

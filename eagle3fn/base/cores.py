@@ -20,8 +20,20 @@ def own_cores() -> int:
 
 def local_ranks() -> int:
     """Ranks that torchrun started on this machine; 1 without it."""
-    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(text)) if text.isdigit() else 1
+    return _ranks("LOCAL_WORLD_SIZE")
+
+
+def all_ranks() -> int:
+    """Ranks that torchrun started on all machines; 1 without it."""
+    return _ranks("WORLD_SIZE")
+
+
+def _ranks(name: str) -> int:
+    """A number of ranks in the environment; 1 where it is none."""
+    try:
+        return max(1, int(os.environ.get(name, "1")))
+    except ValueError:
+        return 1
 
 
 def quota(root: Path = Path("/")) -> float:

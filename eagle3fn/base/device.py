@@ -5,7 +5,9 @@ import platform
 import torch
 from torch import Tensor
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
+
+_LONGEST_REASON = 120  # characters
 
 
 def check_device(name: str) -> str:
@@ -18,7 +20,8 @@ def check_device(name: str) -> str:
         torch.zeros(1, device=name).tolist()
     except (RuntimeError, AssertionError, ImportError) as error:
         line = str(error).splitlines()[0]
-        reason = "torch has none of that name" if line.startswith("Expected one of") else line
+        unknown = line.startswith("Expected one of")
+        reason = "torch has none of that name" if unknown else printable(line, _LONGEST_REASON)
         raise UserError(
             f"device {name!r}: not usable here ({reason}); name cpu or cuda, or a card as cuda:1"
         ) from None

@@ -30,6 +30,10 @@ from eagle3fn.base.temporary import (
     usual_mode,
 )
 
+LOCK = ".lock"
+"""The file in a folder by which one process holds it."""
+_LOCK_TRIES = 100  # each but the last is in vain because another process removed the folder
+
 OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -144,7 +148,8 @@ def append_line(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     line = memoryview((text + "\n").encode())
-    handle = _open_own(path, os.O_WRONLY | os.O_APPEND)
+    with naming(path):
+        handle = _open_own(path, os.O_WRONLY | os.O_APPEND)
     try:
         size = os.fstat(handle).st_size
         try:
@@ -158,11 +163,18 @@ def append_line(path: str | Path, text: str) -> None:
 
 
 def _open_own(path: Path, flags: int) -> int:
-    """Open a regular file of a run, made if it is not there; a link is not followed."""
+    """Open a regular file of a run, made if it is not there; a link is not followed.
+
+    Raises:
+        FileNotFoundError: its folder is not there.
+        UserError: no regular file, or not to be opened.
+    """
     # Without waiting for the reader of a pipe.
     flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         handle = os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         if not os.path.lexists(path) or stat.S_ISREG(path.lstat().st_mode):
             raise not_written(path, error) from None
@@ -197,33 +209,76 @@ def json_sha256(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path) -> Iterator[bool]:
     """Hold `folder` (made if need be) for this process, until the block or the process ends.
 
-    What killed calls left in it is removed.
+    A link to a folder is followed. What killed calls left in the folder is removed. Yields whether
+    this call made the folder.
 
     Raises:
         UserError: another process holds it, or its file `.lock` is no regular file.
     """
-    import fcntl
-
     folder = Path(folder)
     check_out_folder(folder)
+    if folder.is_symlink():
+        folder = Path(os.path.realpath(folder))
     with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    handle = _open_own(folder / ".lock", os.O_RDWR)
+        handle, is_new = _lock_folder(folder)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is at work there; wait, or name another folder"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be locked ({error.strerror}); name a folder on another disk"
-            ) from None
         clear_in(folder)
-        yield
+        yield is_new
     finally:
         os.close(handle)
+
+
+def _lock_folder(folder: Path) -> tuple[int, bool]:
+    """A handle that holds a folder's lock, and whether the folder was made here.
+
+    Another process may remove the folder that it held at any time before the lock is ours: the file
+    that was locked must be the one that is there.
+    """
+    path = folder / LOCK
+    for _ in range(_LOCK_TRIES):
+        try:
+            is_new = _make_folder(folder)
+            handle = _open_own(path, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+
+        try:
+            _flock(handle, folder)
+            if os.path.samestat(os.fstat(handle), os.lstat(path)):
+                return handle, is_new
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    raise _held_by_another(folder)
+
+
+def _make_folder(folder: Path) -> bool:
+    """Make a folder unless there is one; whether it was made."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _flock(handle: int, folder: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _held_by_another(folder) from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be locked ({error.strerror}); name a folder on another disk"
+        ) from None
+
+
+def _held_by_another(folder: Path) -> UserError:
+    return UserError(f"{folder}: another process is at work there; wait, or name another folder")

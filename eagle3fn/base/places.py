@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,6 +53,47 @@ def check_out_folder(path: str | Path, foreign: Foreign | None = None) -> None:
             f"{path}: holds {printable(name)}, and only what eagle3fn wrote is replaced; "
             "name a new folder, or remove this one"
         )
+
+
+def check_apart(
+    outputs: Mapping[str, str | Path],
+    inputs: Mapping[str, str | Path],
+    target: str | Path | None = None,
+) -> None:
+    """Refuse outputs that are inputs, or each other, or lie in the target's folder.
+
+    Args:
+        outputs: by option, what is written.
+        inputs: by option, what is read, but the target.
+        target: its folder, GGUF file or id.
+
+    Raises:
+        UserError: names the two options.
+    """
+    read = dict(inputs) if target is None else {**inputs, "--target": target}
+    written = list(outputs.items())
+    for place, (option, path) in enumerate(written):
+        for other, there in [*read.items(), *written[:place]]:
+            if _is_same(path, there):
+                raise UserError(
+                    f"{option} {path}: is {other} too, and would replace it; name another"
+                )
+        if target is not None and os.path.isdir(target) and _is_in(path, target):
+            raise UserError(
+                f"{option} {path}: lies in the target's folder, which is only read; name another "
+                "place"
+            )
+
+
+def _is_same(path: str | Path, other: str | Path) -> bool:
+    """Whether two paths are of one file or folder, by a link too."""
+    if os.path.realpath(path) == os.path.realpath(other):
+        return True
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
+
+
+def _is_in(path: str | Path, folder: str | Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def anything(folder: Path) -> str | None:

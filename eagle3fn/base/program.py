@@ -1,6 +1,5 @@
 """What every program here ends with: an exit code, and one line on stderr where it did not end."""
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -8,6 +7,7 @@ from collections.abc import Callable, Sequence
 from safetensors import SafetensorError
 
 from eagle3fn.base import progress
+from eagle3fn.base.cores import all_ranks
 from eagle3fn.base.errors import UserError, one_line
 from eagle3fn.base.output import lasting_output
 from eagle3fn.base.signals import Interrupted, signals_raised
@@ -65,7 +65,7 @@ def called_as(arguments: Sequence[str], ranks: int = 0) -> str:
 
     `ranks`: processes that torchrun started; 0: those that the environment names.
     """
-    ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = ranks or all_ranks()
     program = "eagle3fn"
     if ranks > 1:
         program = f"torchrun --nproc-per-node {ranks} -m eagle3fn.cli"

@@ -75,9 +75,9 @@ _ENGINES_ALONE = (
 def _check_evaluate(options: Any) -> None:
     """Refuse options of `evaluate` that would have no effect, by name, and places for no file."""
     from eagle3fn.base.errors import UserError
-    from eagle3fn.base.places import check_out_file
+    from eagle3fn.use.report_files import check_out_evaluation
 
-    check_out_file(options.out)
+    check_out_evaluation(options.out)
     if options.engine:
         for name in given_options(options, _HERE_ALONE):
             raise UserError(

@@ -17,15 +17,20 @@ if TYPE_CHECKING:
 def synthesize(options: Any) -> None:
     """Let the target write conversations, or answer given prompts."""
     from eagle3fn.base.device import check_device, fast_dtype
-    from eagle3fn.base.places import check_out_file
     from eagle3fn.base.thread_timing import sizes_of, thin_products
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.answers import GIVEN_ANSWER, answer_prompts
-    from eagle3fn.data.synthesize import ANSWER, begun_threads, hold_parts, synthesize
+    from eagle3fn.data.synthesize import (
+        ANSWER,
+        begun_threads,
+        check_out_conversations,
+        hold_parts,
+        synthesize,
+    )
     from eagle3fn.data.target import load_target
 
     check_device(options.device)
-    check_out_file(options.out)
+    check_out_conversations(options.out)
     with hold_parts(options.out):
         pass  # refused before the target is loaded
     given = {"temperature": options.temperature, "max_new": options.max_new}
@@ -192,8 +197,10 @@ def _model_source(
     from eagle3fn.data.extract import begun_threads
     from eagle3fn.data.sources import model_source
     from eagle3fn.data.target import load_target
+    from eagle3fn.data.target_files import target_stamps
 
     dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
+    stamps = target_stamps(options.target)
     model, tokenizer = load_target(options.target, dtype, options.device)
     sizes = sizes_of(tree)
     say(
@@ -205,7 +212,8 @@ def _model_source(
         )
     )
     batch = options.batch or (4 if options.device == "cpu" else 8)
-    yield model_source(model, layers, batch=batch, name=options.target), tokenizer
+    source = model_source(model, layers, batch=batch, name=options.target, stamps=stamps)
+    yield source, tokenizer
 
 
 @contextmanager
@@ -216,6 +224,7 @@ def _engine_source(
     import torch
 
     from eagle3fn.data.engine_source import check_room, default_check, engine_source
+    from eagle3fn.data.target_files import target_stamps
     from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
 
@@ -224,9 +233,12 @@ def _engine_source(
     check = options.check or default_check(options.target, arguments)
     tokenizer = load_tokenizer(options.target)
     dtype = getattr(torch, options.dtype) if options.dtype else None
+    stamps = target_stamps(options.target)
     with _open_engine(options, tree, layers, dtype, arguments) as engine:
         batch = options.batch or 32
-        source = engine_source(engine, options.target, layers, batch=batch, check=check, say=say)
+        source = engine_source(
+            engine, options.target, layers, batch=batch, check=check, say=say, stamps=stamps
+        )
         yield source, tokenizer
 
 
@@ -262,7 +274,6 @@ def _open_engine(
 
 def vocab(options: Any) -> None:
     """Count the supervised tokens and write the vocabulary map."""
-    from eagle3fn.base.places import check_out_file
     from eagle3fn.data.features import check_made_for, open_features
     from eagle3fn.data.pipeline import split
     from eagle3fn.data.target_files import check_weights_of
@@ -273,11 +284,13 @@ def vocab(options: Any) -> None:
         count_tokens,
         coverage,
         held_out_of,
+        read_map,
         save_map,
     )
     from eagle3fn.specforge.feature_files import READER
+    from eagle3fn.use.convert import check_out_map
 
-    check_out_file(options.out)
+    check_out_map(options.out, "eagle3fn", read_map)
     tree = target_config(options.target)
     check_supported(options.target)
     vocab_size = tree["vocab_size"]

@@ -1,6 +1,5 @@
 """Commands that bring drafts, maps and features to engines and other trainers, and back."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ def export(options: Any) -> None:
     from eagle3fn.use.model_card import read_facts
 
     engine = ENGINES[options.engine]
-    _check_apart(options, "--draft", options.draft)
     check_out_draft(options.out)
     name = options.target_name or options.target
     if engine.by_number and not name:
@@ -70,14 +68,6 @@ def _target_layers(draft: "DraftConfig", target: str | None) -> tuple[int, dict[
     return tree["num_hidden_layers"], tree
 
 
-def _check_apart(options: Any, option: str, path: str) -> None:
-    """Refuse to write over what is read."""
-    from eagle3fn.base.errors import UserError
-
-    if os.path.realpath(options.out) == os.path.realpath(path):
-        raise UserError(f"--out {options.out}: is {option} too, and would replace it; name another")
-
-
 def convert(options: Any) -> None:
     """Bring drafts, maps or features of other trainers to ours, or maps and features to theirs."""
     from eagle3fn.base.errors import UserError
@@ -86,10 +76,6 @@ def convert(options: Any) -> None:
         raise UserError(
             "--from: of drafts alone; files of maps and features are known by themselves"
         )
-    given = ("--draft", "--vocab", "--features")
-    for option, path in zip(given, (options.draft, options.vocab, options.features), strict=True):
-        if path:
-            _check_apart(options, option, path)
     if options.draft:
         if options.kind != "eagle3fn":
             raise UserError(

@@ -7,7 +7,41 @@ if TYPE_CHECKING:
     from eagle3fn.data.template import ChatTemplate
 
 
+_OUTPUTS = ("out", "plain")
+_INPUTS = (
+    "conversations",
+    "prompts",
+    "exclude",
+    "features",
+    "vocab",
+    "draft",
+    "untrained",
+    "config",
+    "draft_config",
+    "converter",
+)
 _JSON_VALUES = {"True": "true", "False": "false", "None": "null"}
+
+
+def check_places(options: Any) -> None:
+    """Refuse a command's outputs that are among what it reads, or are each other.
+
+    Raises:
+        UserError: as `base.places.check_apart`.
+    """
+    from eagle3fn.base.places import check_apart
+
+    check_apart(
+        _given_paths(options, _OUTPUTS),
+        _given_paths(options, _INPUTS),
+        getattr(options, "target", None),
+    )
+
+
+def _given_paths(options: Any, names: tuple[str, ...]) -> dict[str, str]:
+    """The paths that are given under these names, by option."""
+    found = {f"--{name.replace('_', '-')}": getattr(options, name, None) for name in names}
+    return {option: path for option, path in found.items() if path}
 
 
 def say(line: str | None) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.files import json_sha256
 from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.rejects import rejecting, usable
 from eagle3fn.data.rendering import Rendering
@@ -27,9 +26,9 @@ from eagle3fn.data.synthesize import (
     generate,
     grams_of_file,
     hold_parts,
+    parts_digest,
     without,
 )
-from eagle3fn.data.target_files import KEPT, loaded_digest
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.turns import Conversation, Turn, conversation_of
 
@@ -106,7 +105,9 @@ def answer_prompts(
         check_batch(model)
     forbidden = grams_of_file(exclude) if exclude else set()
     with hold_parts(out):
-        parts = Parts(out, _digest(model, template, out, rows, sampling, seed, batch))
+        asked = [(row.id, row.conversation[:-1]) for row in rows]  # without the unused keys
+        digest = parts_digest(model, template, out, sampling, seed, batch, asked)
+        parts = Parts(out, digest)
 
         answered = []
         for index, start in enumerate(range(0, len(rows), batch)):
@@ -124,21 +125,6 @@ def answer_prompts(
         cut=sum(row.get("cut", 0) for row in kept),
         excluded=len(answered) - len(kept),
     )
-
-
-def _digest(
-    model: Any,
-    template: ChatTemplate,
-    out: str | Path,
-    rows: list[Prompt],
-    sampling: Sampling,
-    seed: int,
-    batch: int,
-) -> str:
-    given = [(row.id, row.conversation[:-1]) for row in rows]  # without the unused keys
-    digest = loaded_digest(model, Parts(out, "").folder / KEPT)
-    target = [digest, template.tokenizer.chat_template, template.arguments]
-    return json_sha256([*target, sampling, seed, batch, given])[:12]
 
 
 # Reading

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.target import cache_name, empty_cache
+from eagle3fn.data.target_model import nan_named
 
 _STRIDE = 7  # between tokens
 
@@ -35,10 +36,12 @@ def check_roll_back(model: Any) -> None:
     except Exception as caught:
         fault = _first_line(caught)
     if fault:
-        raise UserError(
-            f"{_name(model)}: its cache cannot be rolled back ({fault}), as speculative decoding "
-            "must where a drafted token is wrong; choose a target without recurrent layers"
-        )
+        with nan_named(model, model.config.name_or_path):
+            raise UserError(
+                f"{_name(model)}: its cache cannot be rolled back ({fault}), as speculative "
+                "decoding must where a drafted token is wrong; choose a target without recurrent "
+                "layers"
+            )
 
 
 @torch.no_grad()
@@ -77,10 +80,11 @@ def check_batch(model: Any) -> None:
     except Exception as caught:
         fault = _first_line(caught)
     if fault:
-        raise UserError(
-            f"{_name(model)}: rows of a batch cannot be padded and dropped ({fault}); "
-            "set batch to 1 (--batch 1)"
-        )
+        with nan_named(model, model.config.name_or_path):
+            raise UserError(
+                f"{_name(model)}: rows of a batch cannot be padded and dropped ({fault}); "
+                "set batch to 1 (--batch 1)"
+            )
 
 
 def _tokens(model: Any, count: int) -> Tensor:

@@ -17,6 +17,7 @@ from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import FeatureSource, target_record
 from eagle3fn.data.target import load_target
+from eagle3fn.data.target_files import Stamps
 from eagle3fn.data.target_source import config_hash, loaded_config, weights_folder
 from eagle3fn.data.target_tensors import StoredTarget, read_stored_target
 from eagle3fn.data.weights import files_digest, weight_files
@@ -62,6 +63,7 @@ def engine_source(
     batch: int = 32,
     check: str = "logits",
     say: Callable[[str], None] = lambda line: None,
+    stamps: Stamps | None = None,
 ) -> FeatureSource:
     """An engine that has a target, or loads it, as a source of features.
 
@@ -76,6 +78,7 @@ def engine_source(
             transformers, or "logits", the engine's own log-probabilities with
             `log_softmax(last_hidden @ head.T)`.
         say: called with one line on how the first row compares.
+        stamps: of the target's files, as in `data.sources.model_source`.
 
     Raises:
         UserError: as `data.target_tensors.read_stored_target`.
@@ -101,6 +104,7 @@ def engine_source(
         features=rows.features,
         index={"engine": engine.record},
         files=str(target),
+        stamps=stamps,
     )
 
 

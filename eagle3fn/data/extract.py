@@ -21,7 +21,7 @@ from eagle3fn.data.held import held
 from eagle3fn.data.row_files import data_files, rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.sources import FeatureSource, check_extraction
-from eagle3fn.data.target_files import KEPT, target_digests
+from eagle3fn.data.target_files import KEPT, check_unchanged, target_digests
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.validate import hidden_fault
 
@@ -76,7 +76,7 @@ def extract(
     Raises:
         UserError: malformed conversations; no sample; `max_length` above the target's limit; a
             layer outside the target; `out` holds another extraction; an engine fails, or gives what
-            cannot be right: finished shards are kept.
+            cannot be right, or the target's files change: finished shards are kept.
     """
     out = Path(out)
     check_extraction(source.config, source.layers, max_length)
@@ -135,6 +135,7 @@ def _extract(
     digests = {}
     if source.files is not None:
         digests = target_digests(source.files, out / KEPT)._asdict()
+    _check_unchanged(source)
     files = digests.get("files")
     _refuse_other(out, fingerprint, files)
 
@@ -162,6 +163,7 @@ def _extract(
         per_shard = settings["samples_per_shard"]
         shards = _Shards(out, fingerprint, files, source, per_shard, stored)
         sidecars = shards.write(samples, minutes, on_progress)
+    _check_unchanged(source)
 
     made = sum(len(sidecar["samples"]) for sidecar in sidecars)
     index = {
@@ -177,6 +179,12 @@ def _extract(
         "remaining": total - made,
     }
     return write_index(out, index, sidecars)
+
+
+def _check_unchanged(source: FeatureSource) -> None:
+    """Refuse a target whose files have changed since before it was loaded."""
+    if source.files is not None and source.stamps is not None:
+        check_unchanged(source.files, source.stamps)
 
 
 def _stamps(conversations: str | Path) -> list[tuple[str, int, int]]:

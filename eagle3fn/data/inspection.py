@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, one_line
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.encode import EncodedRow, describe_counts, encode_file
 from eagle3fn.data.samples import Encoded, SampleMaker
@@ -188,6 +188,8 @@ def _size(count: int) -> str:
 def show_sample(tokenizer: Any, sample: Encoded, colour: bool) -> str:
     """A sample as text, prompt and answer apart, line by line.
 
+    What is not printable is escaped, but tabs: a conversation draws nothing on the terminal.
+
     Args:
         tokenizer: decodes the tokens.
         sample: the sample.
@@ -196,9 +198,9 @@ def show_sample(tokenizer: Any, sample: Encoded, colour: bool) -> str:
     ids = sample.input_ids
     mask = sample.token_mask
     supervised = int(mask.sum())
-    lines = [f"── {sample.id} · {len(ids)} tokens, {supervised} supervised"]
+    lines = [f"── {one_line(sample.id)} · {len(ids)} tokens, {supervised} supervised"]
     for begin, end in _runs(mask):
-        text = tokenizer.decode(ids[begin:end].tolist())
+        text = _escaped(tokenizer.decode(ids[begin:end].tolist()))
         name = "answer" if mask[begin] else "prompt"
         if mask[begin] and not colour:
             text = f"⟦{text}⟧"
@@ -211,6 +213,11 @@ def show_sample(tokenizer: Any, sample: Encoded, colour: bool) -> str:
     return "\n".join(lines)
 
 
+def _escaped(text: str) -> str:
+    """A text with escapes in place of what is not printable, but line breaks and tabs."""
+    return "".join(letter if letter in "\n\t" else one_line(letter) for letter in text)
+
+
 def _literals(tokenizer: Any, ids: Tensor) -> list[str]:
     """Lines that tell texts of special tokens from the tokens."""
     text = tokenizer.decode(ids.tolist())
@@ -218,7 +225,8 @@ def _literals(tokenizer: Any, ids: Tensor) -> list[str]:
     for number, token in tokenizer.added_tokens_decoder.items():
         as_text = text.count(token.content) - int((ids == number).sum())
         if token.special and as_text > 0:
-            lines.append(f"       │ {token.content} stands there {as_text} times as text, no token")
+            mark = one_line(token.content)
+            lines.append(f"       │ {mark} stands there {as_text} times as text, no token")
     return lines
 
 

@@ -6,6 +6,7 @@ that are null, prints today's date, and changes with its version; features would
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,8 @@ class Program:
             TemplateLimitError: it takes too much time or memory.
             TemplateError: the template refuses them; other errors come from its expressions.
         """
-        return "".join(rendered_parts(self._template, variables))
+        with rendering(self._template, variables) as parts:
+            return "".join(parts)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -162,14 +164,17 @@ def compiled(source: str | nodes.Template) -> Template:
     return template
 
 
-def rendered_parts(template: Template, variables: dict[str, Any]) -> Iterator[str]:
-    """The pieces of text that a template writes.
+@contextmanager
+def rendering(template: Template, variables: dict[str, Any]) -> Iterator[Iterator[str]]:
+    """The pieces of text that a template writes, to be taken within the block.
 
     Raises:
         TemplateError: as `Program.render`.
     """
-    template.environment.budget.start(variables)  # pyright: ignore[reportAttributeAccessIssue]
-    return template.root_render_func(template.new_context(variables))
+    budget: Budget = template.environment.budget  # pyright: ignore[reportAttributeAccessIssue]
+    budget.start(variables)
+    with budget.timed():
+        yield template.root_render_func(template.new_context(variables))
 
 
 def _arguments(tree: nodes.Template) -> set[str]:

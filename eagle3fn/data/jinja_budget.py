@@ -3,29 +3,31 @@
 A rendering has a budget of characters. Text that is written, values that are assigned or given to a
 call, and each turn of a loop, macro or block are charged to it (`data.jinja_tree`); what would make
 much out of little (`*`, `%`, `center`, `join`) is charged before it is done (`data.jinja_calls`).
-At turns the time is looked at.
+The time is looked at whenever something is charged, and in a process's main thread by a timer too.
 
 What is not charged at once is bounded by the template's own length: an expression makes at most
 16 times its largest value before its parts are charged too. So a rendering holds at most a few
-gigabytes, and ends some seconds after its time at the latest, however it is written.
+gigabytes. It ends some seconds after its time: a timer does not interrupt one operation of Python,
+such as a sort, which takes no more values than the budget allows.
 """
 
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.utils import Namespace
 
 SECONDS = 10.0
-"""Of a rendering: one takes milliseconds."""
+"""Of processor time, of a rendering: one takes milliseconds."""
 CHARACTERS = 2**26
 """Of a rendering; `_A_CHARACTER` times the conversation's where that is more."""
 LONGEST_SOURCE = 2**20
 """Characters of a template; the longest in use have 30 thousand."""
 
-_STEP = 2**12  # characters between two looks at the time
-_LARGE = 2**16  # characters of a value after which the time is looked at always
 _A_CHARACTER = 32  # charged for a character of the conversation, at most
 _OBJECT = 8  # characters that a value counts for
 
@@ -44,10 +46,27 @@ class Budget:
         """A new rendering, of these variables."""
         self._variables: Mapping[str, Any] | None = variables
         self._left = CHARACTERS
-        self._step = _STEP
-        self._look = CHARACTERS - _STEP  # what is left when the time is looked at again
-        self._end = time.monotonic() + SECONDS
-        self._used: float | None = None  # processor time when the end was reached
+        self._begin = time.thread_time()
+        self._end = time.monotonic() + SECONDS  # when the processor time is looked at
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Within the block a timer looks at the time too, in what charges nothing.
+
+        Not outside the main thread, nor where somebody else has a timer of processor time.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or signal.getsignal(signal.SIGPROF) is not signal.SIG_DFL:
+            yield
+            return
+
+        signal.signal(signal.SIGPROF, lambda _number, _frame: self._check_time())
+        signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS / 4)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
     def charge(self, count: int) -> None:
         """Charge so many characters; one more turn of a loop, macro or block is one.
@@ -56,15 +75,13 @@ class Budget:
             TemplateLimitError: there are not so many left, or no time.
         """
         self._left = left = self._left - count
-        if left < self._look:
-            self._check(count)
+        if left < 0 or time.monotonic() > self._end:
+            self._check()
 
     def text(self, value: Any) -> str:
         """A value as it is written."""
         text = value if type(value) is str else str(value)
-        self._left = left = self._left - len(text)
-        if left < self._look:
-            self._check(len(text))
+        self.charge(len(text))
         return text
 
     def checked(self, value: Any) -> Any:
@@ -92,24 +109,20 @@ class Budget:
         self._variables = None
         return True
 
-    def _check(self, count: int) -> None:
+    def _check(self) -> None:
         if self._left < 0:
             self._grant()
         if self._left < 0:
             raise TemplateLimitError(f"makes more than {CHARACTERS} characters")
+        self._check_time()
 
-        # A process that was stopped, or waited for a processor, has more time.
+    def _check_time(self) -> None:
+        """A process that was stopped, or waited for a processor, has more time."""
         now = time.monotonic()
         if now > self._end:
-            used = time.thread_time()
-            if self._used is not None and used - self._used > SECONDS / 4:
+            if time.thread_time() - self._begin > SECONDS:
                 raise TemplateLimitError(f"takes longer than {SECONDS:.0f} seconds")
-            self._used = used if self._used is None else self._used
             self._end = now + SECONDS / 4
-
-        # Where values are large, each turn may take long.
-        self._step = 0 if count > _LARGE else self._step
-        self._look = self._left - self._step
 
 
 def weight(value: Any, limit: int = 2 * CHARACTERS) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Template, nodes
 
-from eagle3fn.data.jinja import compiled, parse, rendered_parts
+from eagle3fn.data.jinja import compiled, parse, rendering
 
 _BEGIN = "eagle3fn_message_begins"
 _END = "eagle3fn_message_ends"
@@ -53,8 +53,9 @@ class PrefixProgram:
         marks: dict[str, Callable[[], str]] = {_BEGIN: watch.begin, _END: watch.end}
         variables = {**variables, **marks, "messages": _Watched(messages, 0, watch)}
         try:
-            for part in rendered_parts(self._template, variables):
-                watch.add(part)
+            with rendering(self._template, variables) as parts:
+                for part in parts:
+                    watch.add(part)
         except Exception:  # whatever it is: rendering without a watch tells it
             return None
 

@@ -14,6 +14,7 @@ from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.target import weights_digest
+from eagle3fn.data.target_files import Stamps
 from eagle3fn.data.target_source import model_config_hash
 from eagle3fn.data.target_tensors import tensors_record
 
@@ -35,10 +36,16 @@ class FeatureSource(NamedTuple):
     sidecar: Callable[[], dict[str, Any]] = dict  # what a shard's sidecar keeps of its making
     # The target's folder, GGUF file or id: its files are compared where a folder is gone on with.
     files: str | None = None
+    stamps: Stamps | None = None  # of the files, from before they were loaded
 
 
 def model_source(
-    model: Any, layers: Sequence[int], *, batch: int = 8, name: str | None = None
+    model: Any,
+    layers: Sequence[int],
+    *,
+    batch: int = 8,
+    name: str | None = None,
+    stamps: Stamps | None = None,
 ) -> FeatureSource:
     """A Hugging Face model in this process.
 
@@ -47,6 +54,8 @@ def model_source(
         layers: the three tapped decoder layers, counted from 0.
         batch: samples in one run of the target.
         name: the target's name in the index; None, where it was loaded from.
+        stamps: `data.target_files.target_stamps` from before it was loaded: an extraction refuses
+            files that have changed since.
     """
     record = target_record(
         model.config,
@@ -65,6 +74,7 @@ def model_source(
         features=lambda group, stored: run_target(model, group, layers, batch, stored),
         sidecar=lambda: {"threads": torch.get_num_threads()},
         files=str(model.config.name_or_path) or None,
+        stamps=stamps,
     )
 
 

@@ -6,6 +6,7 @@ are kept out by their 13-grams (as in arXiv 2005.14165, appendix C).
 """
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, write_jsonl
+from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import read_jsonl
 from eagle3fn.base.temporary import clear
 from eagle3fn.base.threads import Kept, keep_threads, read_kept
@@ -41,6 +43,7 @@ _SHORTEST_ANSWER = 16  # tokens
 _LIKELIEST = 256  # tokens that a draw chooses from
 _COMPACT_EVERY = 8  # tokens
 _THREADS = "threads.json"
+_OWN_ID = re.compile(r"\d+-\d+")  # seed and number
 _PLACEHOLDER = "\x02user turn\x02"  # found again in a rendered template
 
 
@@ -102,19 +105,19 @@ def synthesize(
         check_batch(model)
     forbidden = grams_of_file(exclude) if exclude else set()
     with hold_parts(out):
-        parts = Parts(out, _digest(model, template, out, answer or ANSWER, seed, batch))
-        batches = _batches(model, template, parts, answer or ANSWER, seed, batch)
+        settings = (answer or ANSWER, seed, batch)
+        parts = Parts(out, parts_digest(model, template, out, USER_TURN, *settings))
+        batches = _batches(model, template, parts, *settings)
         rows = _chosen(batches, forbidden, count, batch, on_progress)
         parts.finish(rows)
     return len(rows)
 
 
-def _digest(
-    model: Any, template: ChatTemplate, out: str | Path, answer: Sampling, seed: int, batch: int
-) -> str:
-    target = [loaded_digest(model, Parts(out, "").folder / KEPT)]
-    target += [template.tokenizer.chat_template, template.arguments]
-    return json_sha256([*target, USER_TURN, answer, seed, batch])[:12]
+def parts_digest(model: Any, template: ChatTemplate, out: str | Path, *settings: Any) -> str:
+    """Digest of all that the batches of `out` are made from: target, template and settings."""
+    target = loaded_digest(model, Parts(out, "").folder / KEPT)
+    made_from = [target, template.tokenizer.chat_template, template.arguments, *settings]
+    return json_sha256(made_from)[:12]
 
 
 def _chosen(
@@ -172,13 +175,33 @@ class Parts(NamedTuple):
             part.unlink()
 
 
+def check_out_conversations(out: str | Path) -> None:
+    """Refuse a place for conversations: a file whose rows were not written here.
+
+    Raises:
+        UserError: as `base.places.check_out_file`; there are other rows, or none can be read.
+    """
+    check_out_file(out)
+    if not os.path.lexists(out) or not os.path.getsize(out):
+        return
+    first = next(iter(read_rows(out)), None)
+    row = first.value if first is not None and isinstance(first.value, dict) else {}
+    is_own = isinstance(row.get("id"), str) and _OWN_ID.fullmatch(row["id"])
+    is_answer = type(row.get("answers")) is int and type(row.get("cut")) is int
+    if not (is_own or is_answer):
+        raise UserError(
+            f"{out}: holds rows that eagle3fn synthesize did not write; name a new file, or "
+            "remove this one"
+        )
+
+
 def hold_parts(out: str | Path) -> AbstractContextManager[None]:
     """Hold the batches of `out`; afterwards their folder is removed, unless some are left in it.
 
     Raises:
         UserError: another process writes `out`.
     """
-    return held(Parts(out, "").folder, [_THREADS])
+    return held(Parts(out, "").folder, [_THREADS], ours=True)
 
 
 def begun_threads(out: str | Path) -> Kept | None:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, sha256, write_json
+from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import CONFIG_LIMIT, read_json
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.stored_config import stored_file
 from eagle3fn.data.target import weights_digest
-from eagle3fn.data.target_source import weights_folder
+from eagle3fn.data.target_source import model_config_hash, weights_folder
 from eagle3fn.data.weights import weight_files
 
 KEPT = "target-files.json"
@@ -35,6 +36,10 @@ _NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+Stamps = dict[str, tuple[int, int, int]]
+"""What changes when a file is written or replaced, by its name."""
 
 
 class TargetDigests(NamedTuple):
@@ -108,16 +113,50 @@ def target_digests(
 
 def _hashed(file: Path, kept: Any) -> dict[str, Any]:
     """What changes when a file does, and its hash; the kept one, if nothing has changed."""
+    found = _stat(file)
+    stamp = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    if isinstance(kept, dict) and kept.get("stamp") == stamp:
+        return kept
+    return {"stamp": stamp, "sha256": sha256(file)}
+
+
+def _stat(file: Path) -> os.stat_result:
     try:
-        found = os.stat(file)
-        stamp = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-        if isinstance(kept, dict) and kept.get("stamp") == stamp:
-            return kept
-        return {"stamp": stamp, "sha256": sha256(file)}
+        return os.stat(file)
     except OSError as error:
         raise UserError(
             f"{file}: not readable ({error.strerror}); fetch the target's files again"
         ) from None
+
+
+def target_stamps(path_or_id: str | Path) -> Stamps:
+    """Inodes, sizes and times of all files of a target, config.json among them.
+
+    Raises:
+        UserError: as `weights_of`; a file is not readable.
+    """
+    files = {**target_files(path_or_id), **weights_of(path_or_id)}
+    config = None if Path(path_or_id).suffix == ".gguf" else stored_file(path_or_id, "config.json")
+    if config is not None:
+        files["config.json"] = config
+    stamps = {}
+    for name, file in files.items():
+        found = _stat(file)
+        stamps[name] = (found.st_ino, found.st_size, found.st_mtime_ns)
+    return stamps
+
+
+def check_unchanged(path_or_id: str | Path, stamps: Stamps) -> None:
+    """Refuse a target whose files are others than when `target_stamps` gave `stamps`.
+
+    Raises:
+        UserError: they are.
+    """
+    if target_stamps(path_or_id) != stamps:
+        raise UserError(
+            f"{path_or_id}: the target's files changed while they were read; wait until they are "
+            "written, and call again"
+        )
 
 
 def check_weights_of(features: FeatureSet, path_or_id: str | Path) -> None:
@@ -141,13 +180,27 @@ def check_weights_of(features: FeatureSet, path_or_id: str | Path) -> None:
 
 
 def loaded_digest(model: Any, keep: str | Path | None = None) -> str:
-    """Hex digest of a model's weights, and of the files that it was loaded from, if there are any.
+    """Hex digest of a model's weights and configuration, and of its files, if there are any.
 
     `keep`: as in `target_digests`.
     """
     name = str(model.config.name_or_path)
     files = target_digests(name, keep).files if name else None
-    return json_sha256([weights_digest(model), files])
+    return json_sha256([weights_digest(model), model_config_hash(model), files])
+
+
+def check_kept(keep: str | Path) -> None:
+    """Refuse a place for hashes that holds something else.
+
+    Raises:
+        UserError: as `check_out_file`; or what is there are no hashes.
+    """
+    check_out_file(keep)
+    if os.path.lexists(keep) and not _read_kept(keep):
+        raise UserError(
+            f"{keep}: is there, and does not hold hashes of a target's files, which would replace "
+            "it; move it, or name another file"
+        )
 
 
 def _read_kept(keep: str | Path | None) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 transformers is imported here inside functions, never when the file is loaded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.data.target_loading import load_tokenizer, load_weights
 from eagle3fn.data.target_source import loaded_config, no_fit, source_of, weights_folder
 from eagle3fn.data.teacher_check import check_teacher
-from eagle3fn.data.weights import check_weights, weight_files
+from eagle3fn.data.weights import check_floating, check_weights, is_finite, weight_files
 
 
 def load_model(
@@ -36,10 +37,13 @@ def load_model(
     from transformers.utils import logging
 
     check_device(device)
-    loaded_config(path_or_id)
+    config = loaded_config(path_or_id)
     _, gguf = source_of(path_or_id)
     if not gguf:
-        weight_files(weights_folder(path_or_id))  # training reads them: refused before all else
+        folder = weights_folder(path_or_id)
+        files = weight_files(folder)  # training reads them: refused before all else
+        if getattr(config, "quantization_config", None) is None:
+            check_floating(folder, files)
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(path_or_id)
     try:
@@ -61,8 +65,28 @@ def load_model(
         model.config.name_or_path = str(path_or_id)  # the file, not its folder
 
     # The teacher must be this model.
-    check_teacher(model, str(path_or_id))
+    with nan_named(model, str(path_or_id)):
+        check_teacher(model, str(path_or_id))
     return model, tokenizer
+
+
+@contextmanager
+def nan_named(model: Any, where: str) -> Iterator[None]:
+    """Raise a refusal within the block as one of the weights that hold NaN, if some do.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    try:
+        yield
+    except UserError:
+        for name, value in model.named_parameters():
+            if not is_finite(value):
+                raise UserError(
+                    f"{where}: {name} holds NaN or infinity in "
+                    f"{str(value.dtype).removeprefix('torch.')}; fetch the target's files again"
+                ) from None
+        raise
 
 
 def check_unbiased(model: Any, path_or_id: str | Path, keys: Iterable[str] = ()) -> None:

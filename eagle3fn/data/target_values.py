@@ -1,5 +1,6 @@
 """What a target's JSON files may say: values that the library would hang, fail or abort on."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ _SIZES = {
 
 Far above those in use: a model is built, without weights, before anything else is found wrong.
 """
+_BASES = ("rope_theta", "rope_local_base_freq")
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok")
 _MOST_EXPERTS = 2**16
 
@@ -34,7 +37,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_
 
 
 def check_config(path_or_id: str | Path) -> None:
-    """Refuse a config.json whose model has code of its own, no possible size, or an adapter.
+    """Refuse a config.json whose model has code of its own, no possible number, or an adapter.
 
     Raises:
         UserError: names the file and the value.
@@ -55,6 +58,7 @@ def check_config(path_or_id: str | Path) -> None:
     for name, value in _values(tree):
         if type(value) is int and abs(value) > _LARGEST:
             raise UserError(f"{where}: {name} = {value:.3g}: larger than any size; {_REMEDY}")
+        _check_number(where, name, value)
     for part in ("", "text_config"):
         sizes = tree.get(part) if part else tree
         _check_sizes(sizes if isinstance(sizes, dict) else {}, where)
@@ -64,6 +68,17 @@ def check_config(path_or_id: str | Path) -> None:
             "targets are not supported, choose a causal language model"
         )
     _check_tokens(tree, where)
+
+
+def _check_number(where: str, name: str, value: Any) -> None:
+    """Refuse a base of RoPE or an epsilon that gives no numbers, at whatever depth it is."""
+    last = name.rpartition(".")[2]
+    if type(value) not in (int, float):
+        return
+    if last in _BASES and not 0 < value < math.inf:
+        raise UserError(f"{where}: {name} = {value}: must be a number above 0; {_REMEDY}")
+    if last in _EPSILONS and not 0 <= value <= 1:
+        raise UserError(f"{where}: {name} = {value}: must be in [0, 1]; {_REMEDY}")
 
 
 def _is_known(kind: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.read import check_regular, read_json
 
 _REMEDY = "fetch the target's files again"
@@ -60,6 +60,34 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index}: no weight_map of tensor names to file names; {_REMEDY}")
     return found
+
+
+def check_floating(folder: Path, files: dict[str, str]) -> None:
+    """Refuse weights of a target that is not quantised that are stored as whole numbers.
+
+    Args:
+        folder: the target's.
+        files: as `weight_files` gives them.
+
+    Raises:
+        UserError: names file and tensor; a file missing or damaged.
+    """
+    for name in sorted(set(files.values())):
+        with _open(folder / name) as file:
+            for key in file.keys():  # noqa: SIM118
+                dtype = file.get_slice(key).get_dtype()
+                if key.endswith(".weight") and dtype.startswith(("I", "U", "BOOL")):
+                    raise UserError(
+                        f"{folder / name}: {printable(key)} is stored as {dtype}, whole numbers, "
+                        f"and config.json has no quantization_config; {_REMEDY}"
+                    )
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity; takes no memory. True of quantised ones."""
+    if not value.is_floating_point() or value.dtype.itemsize < 2 or not value.numel():
+        return True
+    return all(bool(bound.isfinite()) for bound in value.aminmax())
 
 
 def files_digest(folder: Path) -> str:
@@ -143,7 +171,7 @@ def read_tensor(folder: Path, files: dict[str, str], key: str, shape: tuple[int,
 
     Raises:
         UserError: a file missing or damaged or without the tensor, a quantised tensor, another
-            shape.
+            shape, NaN or infinity.
     """
     path = folder / files[key]
     with _open(path) as file:
@@ -159,4 +187,6 @@ def read_tensor(folder: Path, files: dict[str, str], key: str, shape: tuple[int,
         raise UserError(
             f"{path}: {key} has shape {tuple(value.shape)}: config.json says {shape}; {_REMEDY}"
         )
+    if not is_finite(value):
+        raise UserError(f"{path}: {key} holds NaN or infinity; {_REMEDY}")
     return value

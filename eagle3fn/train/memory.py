@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from eagle3fn.base.config import Config
+from eagle3fn.base.cores import local_ranks
 from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import named_leaves
@@ -167,4 +168,4 @@ def memory_of(device: str) -> float:
     if kind.type == "cuda":
         return torch.cuda.get_device_properties(kind).total_memory
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return pages / local_ranks()

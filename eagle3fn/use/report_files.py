@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import UNFINISHED, read_object, read_rows
 
 _LARGEST = 1e15  # what a run counts or measures is less
+_LONGEST = 1000  # draft positions
 
 Check = Callable[[Any], bool]
 
@@ -24,7 +27,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST
 
 
-def _is_seconds(value: Any) -> bool:
+def _is_amount(value: Any) -> bool:
     return _is_number(value) and value >= 0
 
 
@@ -37,7 +40,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_rates(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) <= _LONGEST and all(map(_is_amount, value))
 
 
 def _or_none(check: Check) -> Check:
@@ -46,7 +49,7 @@ def _or_none(check: Check) -> Check:
 
 # The rows of a training
 
-_STEP: dict[str, Check] = {"step": _is_count, "tokens": _is_count, "seconds": _is_seconds}
+_STEP: dict[str, Check] = {"step": _is_count, "tokens": _is_count, "seconds": _is_amount}
 _HELD_OUT: dict[str, Check] = {"step": _is_count}
 
 
@@ -67,7 +70,7 @@ def read_held_out(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: as `read_steps`.
     """
-    return _rows(path, _HELD_OUT, {"accepted_length": _or_none(_is_number)})
+    return _rows(path, _HELD_OUT, {"accepted_length": _or_none(_is_amount)})
 
 
 def _rows(path: Path, needed: dict[str, Check], optional: dict[str, Check]) -> list[dict[str, Any]]:
@@ -101,36 +104,37 @@ def read_stages(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     stages = read_object(path)
-    if not all(map(_is_seconds, stages.values())):
+    if not all(map(_is_amount, stages.values())):
         raise UserError(f"{path}: must hold the seconds of each stage; mend it or delete it")
     return {"stage_seconds": stages, "wall_s": sum(stages.values())}
 
 
 _EVALUATION: dict[str, Check] = {
     "draft_length": _is_count,
-    "accepted_length": _or_none(_is_number),
+    "accepted_length": _or_none(_is_amount),
     "acceptance_by_position": _or_none(_is_rates),
     "prompts": _or_none(_is_text),
     "lossless": _or_none(_is_flag),
     "lossless_note": _is_text,
     "tasks": _is_count,
-    "speedup": _is_number,
-    "tokens_per_s": _is_number,
-    "plain_tokens_per_s": _is_number,
+    "speedup": _is_amount,
+    "tokens_per_s": _is_amount,
+    "plain_tokens_per_s": _is_amount,
     "speed_dtype": _or_none(_is_text),
     "speed_tasks": _is_count,
     "speed_draft_length": _is_count,
-    "speed_accepted_length": _is_number,
-    "break_even_accepted_length": _is_number,
-    "untrained_accepted_length": _is_number,
+    "speed_accepted_length": _is_amount,
+    "break_even_accepted_length": _is_amount,
+    "untrained_accepted_length": _is_amount,
     "timed_tokens": _is_count,
     "differing_tokens": _is_count,
-    "repeated_8gram_share": _is_number,
+    "repeated_8gram_share": _is_amount,
     "threads": _is_count,
+    "wall_s": _is_amount,
     "device": _is_text,
     "engine": _is_text,
     "engine_version": _is_text,
-    "engine_accepted_length": _or_none(_is_number),
+    "engine_accepted_length": _or_none(_is_amount),
 }
 """What a report reads of an evaluation, where it is there."""
 
@@ -142,6 +146,22 @@ _TOGETHER = {
     "engine": ("engine_version",),
 }
 """What must be there with another value."""
+
+
+def check_out_evaluation(path: str | Path) -> None:
+    """Refuse a place for an evaluation: a file that holds something else.
+
+    Raises:
+        UserError: as `check_out_file`; or what is there is no older evaluation.
+    """
+    check_out_file(path)
+    if not os.path.lexists(path) or not os.path.getsize(path):
+        return
+    found = {}
+    with suppress(UserError):
+        found = read_object(path)
+    if not {"draft_length", "accepted_length"} <= found.keys():
+        raise UserError(f"{path}: is there and no older evaluation; name another file")
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, write_json
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import read_object
-from eagle3fn.data.target_files import loaded_digest
+from eagle3fn.data.target_files import check_kept, loaded_digest
 from eagle3fn.use.decode import until_end
 
 _TOGETHER = 10  # prompts decoded together
@@ -77,10 +77,11 @@ def greedy_answers(
     Raises:
         UserError: `store` holds something else, or an answer that was changed.
     """
+    keep = None if store is None else kept_hashes(store)
     stored = {} if store is None else read_store(store)
 
     # An answer belongs to the target's weights, its dtype, the limits and the prompt.
-    target = loaded_digest(model, store and store.with_suffix(".target.json"))
+    target = loaded_digest(model, keep)
     keys = []
     for prompt in prompts:
         request = (target, str(model.dtype), max_new, sorted(end_tokens), prompt.tolist())
@@ -105,15 +106,22 @@ def greedy_answers(
     return answers
 
 
+def kept_hashes(store: Path) -> Path:
+    """The file next to a store that keeps hashes of the target's files."""
+    return store.with_suffix(".target.json")
+
+
 def read_store(store: Path) -> dict[str, list[int]]:
     """The kept answers by their keys; none if there is no file yet.
 
     Those of earlier versions, which are lists without a digest, are left out.
 
     Raises:
-        UserError: no place for the file, another file, or an answer that was changed.
+        UserError: no place for the file, another file, or an answer that was changed; something
+            else is in the place of `kept_hashes`.
     """
     check_out_file(store)
+    check_kept(kept_hashes(store))
     tree = read_object(store) if os.path.lexists(store) else {}
     answers = {}
     for key, entry in tree.items():

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from eagle3fn.base.cores import local_ranks
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.program import called_as, exit_code
 from eagle3fn.base.signals import ENDING, children_spared, received, signals_noted, signals_raised
+from eagle3fn.train.memory import memory_of
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +131,16 @@ def test_command_is_called_again_as_it_was(monkeypatch):
     assert called_as(["train", "--out", "my run"]) == "eagle3fn train --out 'my run'"
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert called_as(["train"]) == "torchrun --nproc-per-node 4 -m eagle3fn.cli train"
+
+
+@pytest.mark.parametrize("value", ["", "abc", "0", "-3", "1.5", "²", "9" * 5000])
+def test_a_number_of_ranks_that_is_none_is_one(monkeypatch, value):
+    """`WORLD_SIZE=` in the environment, as a script leaves it."""
+    monkeypatch.setenv("WORLD_SIZE", value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    assert called_as(["train"]) == "eagle3fn train"
+    assert local_ranks() == 1
+    assert memory_of("cpu") > 0
 
 
 # Output

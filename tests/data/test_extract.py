@@ -371,6 +371,40 @@ def test_features_of_other_files_of_the_target_are_not_gone_on_with(
     assert contents(tmp_path / "out") | {KEPT: b""} == before | {KEPT: b""}
 
 
+def swap_in_another_file(target):
+    """A rename, as tools that write whole files do; size and time are the old ones."""
+    before = (target / "model.safetensors").stat()
+    shutil.copytree(target, target.with_name("other"))
+    change_a_late_weight(target.with_name("other"))
+    os.utime(target.with_name("other") / "model.safetensors", ns=(0, before.st_mtime_ns))
+    os.replace(target.with_name("other") / "model.safetensors", target / "model.safetensors")
+
+
+@pytest.mark.parametrize("when", ["loaded", "extracted"])
+@pytest.mark.parametrize("change", [swap_letters, swap_in_another_file])
+def test_a_target_whose_files_change_while_it_is_read_is_refused(target, tmp_path, change, when):
+    stamps = target_files.target_stamps(target)
+    model, tokenizer = load_target(target, torch.float32)
+    if when == "loaded":
+        change(target)
+    source = model_source(model, LAYERS, batch=2, stamps=stamps)
+
+    def changed(done, total):
+        if when == "extracted" and done == total:
+            change(target)
+
+    with pytest.raises(UserError, match="the target's files changed while they were read; wait"):
+        extract(
+            source,
+            ChatTemplate(tokenizer, (1,)),
+            tmp_path / "c.jsonl",
+            tmp_path / "new",
+            max_length=90,
+            on_progress=changed,
+        )
+    assert not (tmp_path / "new/index.json").exists()
+
+
 def test_features_without_a_digest_of_the_targets_files_are_gone_on_with(target, tmp_path):
     """As earlier versions wrote them; what is made now has it."""
     out = tmp_path / "out"

@@ -84,6 +84,17 @@ def test_prompt_and_answer_are_shown_apart():
     assert "⟦" not in "".join(coloured)
 
 
+@pytest.mark.parametrize("colour", [False, True])
+def test_what_a_conversation_says_draws_nothing_on_the_terminal(colour):
+    said = "a\x1b[2Jb\x9b1mc\u202ed\u2066e\rf\tg\x07"
+    sample = _sample({"messages": talk(said, said)})._replace(id="x\x1b[2J")
+    text = show_sample(TEMPLATE.tokenizer, sample, colour)
+    text = text.replace("\x1b[32m", "").replace("\x1b[2m", "").replace("\x1b[0m", "")
+    assert all(letter.isprintable() or letter in "\n\t" for letter in text)
+    assert text.count(r"a\x1b[2Jb\x9b1mc\u202ed\u2066e\rf" + "\tg\\x07") == 2
+    assert text.startswith(r"── x\x1b[2J ·")
+
+
 def _sample(row):
     from eagle3fn.data.turns import conversation_of
 

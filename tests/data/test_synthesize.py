@@ -152,7 +152,9 @@ def test_killed_run_takes_up_its_finished_batches(killed):
     assert [row["id"] for row in read_jsonl(out)] == ["0-0", "0-1", "0-2"]
 
 
-@pytest.mark.parametrize("change", ["target", "template", "sampling", "seed", "batch"])
+@pytest.mark.parametrize(
+    "change", ["target", "configuration", "template", "sampling", "seed", "batch"]
+)
 def test_batches_of_other_settings_are_not_taken_up(killed, monkeypatch, change):
     out, written = killed
     model = tiny_model()
@@ -161,6 +163,8 @@ def test_batches_of_other_settings_are_not_taken_up(killed, monkeypatch, change)
     settings = {name: value for name, value in settings.items() if name == change}
     if change == "target":
         model.model.norm.weight += 1
+    if change == "configuration":
+        model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5000.0}
     if change == "sampling":
         monkeypatch.setattr(module, "ANSWER", Sampling(0, 1, 8))
     assert synthesize(model, template, out, 1, **settings) == 1

@@ -20,6 +20,7 @@ from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.sources import model_source
 from eagle3fn.data.stored_config import gguf_config
 from eagle3fn.data.target import load_target, stop_ids, weights_digest
+from eagle3fn.data.target_files import loaded_digest
 from eagle3fn.data.target_source import config_hash, config_hashes, model_config_hash, target_config
 from eagle3fn.data.target_tensors import read_target_tensors, tensors_record
 from eagle3fn.data.template import ChatTemplate
@@ -217,6 +218,16 @@ def test_configurations_digest_is_of_what_the_file_says(saved, tmp_path):
     assert config_hash(folder) != before
     edit(tmp_path / "copy", rms_norm_eps=1e-5)
     assert config_hash(tmp_path / "copy") != before
+
+
+def test_a_loaded_targets_digest_is_of_its_configuration_too(saved):
+    """Answers and batches of another RoPE are not taken for this target's."""
+    _, folder = saved
+    before = loaded_digest(load(folder)[0])
+    edit(folder, use_cache=False)
+    assert loaded_digest(load(folder)[0]) == before
+    edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    assert loaded_digest(load(folder)[0]) != before
 
 
 def test_an_earlier_versions_digest_is_still_the_targets(saved):

@@ -3,6 +3,7 @@
 import builtins
 import copy
 import json
+import math
 import os
 import pickle
 import random
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.draft_config import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.thread_timing import sizes_of
 from eagle3fn.data import target_loading
+from eagle3fn.data.cache_check import check_batch, check_roll_back
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.stored_config import gguf_config
 from eagle3fn.data.synthesize import Sampling, generate
@@ -203,6 +205,69 @@ def test_panic_of_the_library_is_one_line_without_its_noise(target, monkeypatch,
     monkeypatch.setattr(target_loading, "_try", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_tokenizer(target)
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope_parameters", YARN | {"rope_theta": math.nan}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
+        ("rope_parameters", {"full_attention": {"rope_theta": math.inf}}),
+        ("rope_theta", -10000.0),
+        ("text_config", {"rope_theta": -1}),
+        ("rms_norm_eps", math.nan),
+        ("rms_norm_eps", -1e-6),
+        ("rms_norm_eps", 1.5),
+    ],
+)
+def test_a_base_or_an_epsilon_that_gives_no_numbers_is_refused(target, name, value):
+    edit(target / "config.json", **{name: value})
+    message = r"config.json: \S*(rope_theta|rms_norm_eps) = \S+: must be "
+    for reader in (target_config, load_target):
+        with pytest.raises(UserError, match=message):
+            reader(target)
+
+
+def change_weights(target, change):
+    path = target / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+WEIGHTS = ("model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("key", WEIGHTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_target_whose_weights_are_no_numbers_is_refused_as_that(target, key, value):
+    def change(tensors):
+        tensors[key].view(-1)[0] = value
+
+    change_weights(target, change)
+    with pytest.raises(UserError, match=rf"{key} holds NaN or infinity"):
+        load_target(target, torch.float32)
+
+
+@pytest.mark.parametrize("check", [check_roll_back, check_batch])
+def test_a_cache_that_fails_by_nan_is_not_blamed(check):
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"layers.0.mlp.up_proj.weight holds NaN or infinity"):
+        check(model)
+
+
+@pytest.mark.parametrize("key", WEIGHTS)
+def test_weights_stored_as_whole_numbers_are_refused(target, key):
+    def change(tensors):
+        tensors[key] = tensors[key].mul(100).to(torch.int32)
+
+    change_weights(target, change)
+    with pytest.raises(UserError, match=rf"model.safetensors: {key} is stored as I32"):
+        load_target(target, torch.float32)
 
 
 # No code runs

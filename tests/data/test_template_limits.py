@@ -1,5 +1,8 @@
 """Templates that would take too much time or memory, and faulty ones: one line, with the file."""
 
+import signal
+import time
+
 import pytest
 
 from eagle3fn.base.errors import UserError
@@ -91,6 +94,31 @@ ENDLESS = {
     "recursive loops": "{% for n in [40, 40] recursive %}{% if n %}{{ loop([n - 1, n - 1]) }}"
     "{% endif %}{% endfor %}",
 }
+
+
+LONG = {
+    "filters": "{% for i in range(300) %}{{ (range(100000)|list)|sort|length }}{% endfor %}",
+    "comparisons": "{% set a = range(100000)|list %}{% set b = range(100000)|list %}"
+    + "{% if a == b %}{% endif %}" * 2000,
+    "a chain": "{% set a = range(100000)|list %}{{ a" + "|sort" * 100 + "|length }}",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_template_whose_single_expressions_take_long_is_stopped_by_time(name, monkeypatch):
+    """What it makes is little, and little of it is charged."""
+    program = Program(LONG[name])
+    monkeypatch.setattr(jinja_budget, "SECONDS", 0.05)
+    before = time.thread_time()
+    with pytest.raises(TemplateLimitError, match="takes longer than"):
+        program.render({"messages": TURNS})
+    assert time.thread_time() - before < 1
+
+
+def test_a_rendering_leaves_no_timer():
+    Program(own.PLAIN).render({"messages": TURNS})
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+    assert signal.getsignal(signal.SIGPROF) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("name", ENDLESS)

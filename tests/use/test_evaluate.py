@@ -226,6 +226,9 @@ def test_files_are_checked_before_anything_is_decoded(
         evaluate(target, tmp_path / "typo", ["one"], SMALL)
     with pytest.raises(UserError, match=r"is a folder; name a file"):
         evaluate(target, draft, ["one"], SMALL, plain_store=tmp_path)
+    (tmp_path / "plain.target.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"plain\.target\.json: is there, and does not hold hash"):
+        evaluate(target, draft, ["one"], SMALL, plain_store=tmp_path / "plain.json")
     broken = with_nan(draft, "lm_head.weight", tmp_path / "nan")
     with pytest.raises(UserError, match=r"model\.safetensors: lm_head\.weight holds NaN"):
         evaluate(target, broken, ["one"], SMALL)

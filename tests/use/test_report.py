@@ -166,6 +166,10 @@ def test_report_without_installed_metadata(tmp_path, monkeypatch):
             for value in ({}, "\x1b[2J" if FULL_EVALUATION[name] is True else [None])
         ),
         ("evaluation.json", FULL_EVALUATION | {"speedup": 1e300}),
+        ("evaluation.json", FULL_EVALUATION | {"speedup": -1.0}),
+        ("evaluation.json", FULL_EVALUATION | {"accepted_length": -1.0}),
+        ("evaluation.json", FULL_EVALUATION | {"acceptance_by_position": [0.5] * 1001}),
+        ("evaluation.json", FILES["evaluation.json"] | {"wall_s": "w"}),
         ("evaluation.json", FULL_EVALUATION | {"lossless": None}),
         *(
             (
