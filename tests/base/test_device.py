@@ -51,7 +51,15 @@ def test_other_devices_do_not() -> None:
     assert not multiplies_bf16("meta")
 
 
-ABSENT = ["auto", "gpu", "meta", "hpu", "cuda:99", "", *([] if torch.cuda.is_available() else ["cuda"])]
+ABSENT = [
+    "auto",
+    "gpu",
+    "meta",
+    "hpu",
+    "cuda:99",
+    "",
+    *([] if torch.cuda.is_available() else ["cuda"]),
+]
 
 
 @pytest.mark.parametrize("name", ABSENT)

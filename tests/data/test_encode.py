@@ -36,7 +36,9 @@ def equal(left, right):
 
 
 def test_a_rows_id_draws_nothing_on_the_terminal(tmp_path):
-    path = write_rows(tmp_path / "c.jsonl", [{"id": "a\n\x1b[2J\x07" + "b" * 200}, {"id": "\ud800"}])
+    path = write_rows(
+        tmp_path / "c.jsonl", [{"id": "a\n\x1b[2J\x07" + "b" * 200}, {"id": "\ud800"}]
+    )
     with pytest.raises(UserError) as raised:
         encode_file(MAKER, path, 300)
     text = str(raised.value)
