@@ -95,7 +95,8 @@ def train(
 
     Raises:
         UserError: features, map, target and configuration don't fit together, a checkpoint of
-            another run, another process training in `out`, or a loss, of training or held out, that is not finite.
+            another run, another process training in `out`, or a loss that is not finite, the
+            held-out one too.
     """
     run = prepare(config, features, vocab_map, target, out, world, recipe)
     lock = locked(run.out) if world.main else nullcontext()
