@@ -54,6 +54,17 @@ def check_out_folder(path: str | Path, foreign: Foreign | None = None) -> None:
         )
 
 
+def check_own_folder(path: str | Path) -> None:
+    """Refuse what is in the place of a folder that a run writes within its own, a link too.
+
+    Raises:
+        UserError: it is there, and no folder.
+    """
+    path = Path(path)
+    if os.path.lexists(path) and not stat.S_ISDIR(path.lstat().st_mode):
+        raise UserError(f"{path}: is a {kind_of(path.lstat())}, not a folder; remove it")
+
+
 def anything(folder: Path) -> str | None:
     """A `Foreign` for outputs that replace no older one: only an empty folder is replaced."""
     return min(os.listdir(folder), default=None)

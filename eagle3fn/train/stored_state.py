@@ -93,9 +93,8 @@ def _read_chunk(
     if fault:
         raise ValueError(f"{name} {fault}")
     if tensor.dtype != dtype or tensor.shape != sizes:
-        raise ValueError(
-            f"{name} is {tensor.dtype} of {[*tensor.shape]}, not {dtype} of {[*sizes]}"
-        )
+        found = f"{tensor.dtype} of {[*tensor.shape]}"
+        raise ValueError(f"{name} is {found}, must be {dtype} of {[*sizes]}")
     return tensor
 
 

@@ -232,6 +232,63 @@ def test_what_a_killed_save_left_is_removed_and_links_are_not_followed(begun, tm
     assert begun.is_whole
 
 
+def test_what_a_kill_left_while_a_checkpoint_was_published_is_removed(begun):
+    """A kill between the rename and the removal of what was replaced; before it, that comes back."""
+    folder = begun.out / "checkpoints"
+    newest = folder / "step-00000002"
+    shutil.copytree(newest, folder / f".{newest.name}.abcdefgh.old/{newest.name}")
+    (folder / f".{newest.name}.abcdefgh.tmp/{newest.name}").mkdir(parents=True)
+    (folder / ".step-00000001.abcdefgh.old").mkdir()
+    (folder / "step-00000001").rename(folder / ".step-00000001.abcdefgh.old/step-00000001")
+    assert begun.go_on() == []
+    assert not list(folder.glob(".*"))
+    assert begun.is_whole
+
+
+def test_somebody_elses_file_in_a_checkpoints_place_is_not_replaced(begun):
+    rows_before = begun.lines("metrics.jsonl")
+    folder = begun.out / "checkpoints/step-00000003"
+    folder.mkdir()
+    (folder / "meta.json.part").touch()
+    (folder / "__0_0.distcp").touch()
+    assert f"{folder}: holds meta.json.part, and only what eagle3fn wrote" in begun.refused()
+    assert begun.lines("metrics.jsonl") == rows_before
+
+    # What a checkpoint has is replaced.
+    (folder / "meta.json.part").unlink()
+    (said,) = begun.go_on()
+    assert said.startswith("step-00000003: not complete")
+    assert begun.is_whole
+
+
+def test_somebody_elses_file_in_an_older_checkpoint_is_not_removed_with_it(begun):
+    path = begun.out / "checkpoints/step-00000001/thesis.txt"
+    path.write_text("years")
+    begun.go_on()
+    assert path.read_text() == "years"
+    assert begun.is_whole
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-00000003"])
+@pytest.mark.parametrize("kind", ["link", "file", "dangling link"])
+def test_what_is_no_folder_in_the_place_of_checkpoints_is_refused(begun, tmp_path, name, kind):
+    """A link would be followed: another run's checkpoints would be removed."""
+    path = begun.out / name
+    other = tmp_path / "other"
+    if path.exists():
+        path.rename(other)
+    else:
+        other.mkdir()
+    before = sorted(other.rglob("*"))
+    if kind == "file":
+        path.touch()
+    else:
+        path.symlink_to(other if kind == "link" else tmp_path / "nowhere")
+    kind = "file" if kind == "file" else "link"
+    assert f"{path}: is a {kind}, not a folder; remove it" in begun.refused()
+    assert sorted(other.rglob("*")) == before
+
+
 def bad_values(kind: type) -> list[Any]:
     """Values that a setting of this type must not have."""
     values: list[Any] = [None, [], {}, [[]], -1, 10**30, "x", True, 1.5]
