@@ -36,9 +36,9 @@ from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import empty_state, gather
 from eagle3fn.train.step import Metrics
-from eagle3fn.train.track import append_row, cut_rows, metrics_row
+from eagle3fn.train.track import HELD_OUT, STEPS, append_row, cut_rows, metrics_row
 
-ROWS = ("metrics.jsonl", "eval.jsonl")
+ROWS = {"metrics.jsonl": STEPS, "eval.jsonl": HELD_OUT}
 T = TypeVar("T")
 
 
@@ -115,8 +115,8 @@ def train(
             write_horizon(run, chosen)
             # Without a checkpoint step 0 is evaluated again, so its row goes too.
             last = int(state.step) or -1
-            for name in ROWS:
-                line = cut_rows(run.out / name, last, every_step=name == ROWS[0])
+            for name, kind in ROWS.items():
+                line = cut_rows(run.out / name, last, kind)
                 if line:
                     events.on_notice(line)
 
