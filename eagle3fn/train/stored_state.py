@@ -59,6 +59,7 @@ class _Reader(FileSystemReader):
         for item in plan.items:
             place = self.storage_data[item.storage_index]
             entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
+            assert isinstance(entry, TensorStorageMetadata)
             chunk = _read_chunk(self._folder, item.storage_index, place, entry)
             part = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
             leaf = planner.resolve_tensor(item).detach()
