@@ -135,6 +135,13 @@ class OptimizerConfig:
             words = "in [0, 1), and no nearer to 1 than 1e-7"
             require(0 <= value <= _HIGHEST_BETA, f"optimizer.{name}", value, words)
         _within(self, "optimizer", schedule_steps=(0, _MOST))
+        require(
+            self.weight_decay * self.learning_rate <= 1,
+            "optimizer.weight_decay",
+            self.weight_decay,
+            f"at most 1 / optimizer.learning_rate = {1 / self.learning_rate:g}: an update cannot "
+            "take more of a parameter than there is",
+        )
 
         # A setting that would change nothing is refused; a user's own optimizer may read any.
         for setting in ("matrices", "momentum", "matrix_factor") if self.name == "adamw" else ():

@@ -15,6 +15,7 @@ from eagle3fn.base.rope_settings import (
 )
 
 DEFAULT_DRAFT_VOCAB = 32_000
+_LARGEST_EPS = 1.0  # a norm's values have a mean square of about 1: more would divide by the eps
 _VISION_KEYS = ("vision_config", "vision_tower", "image_token_id")
 
 
@@ -71,6 +72,11 @@ class DraftConfig:
             holds, words = _KINDS.get(field.type, (None, ""))
             if holds and not holds(value):
                 raise UserError(f"draft.{field.name} = {shown(value)}: must be {words}")
+
+        if self.rms_norm_eps > _LARGEST_EPS:
+            raise UserError(
+                f"draft.rms_norm_eps = {shown(self.rms_norm_eps)}: must be at most {_LARGEST_EPS:g}"
+            )
 
         # Values that must go together.
         if self.num_attention_heads % self.num_key_value_heads:

@@ -3,7 +3,6 @@
 import os
 import stat
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from eagle3fn.base.errors import UserError, printable
@@ -96,6 +95,17 @@ def _is_in(path: str | Path, folder: str | Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
+def check_own_folder(path: str | Path) -> None:
+    """Refuse what is in the place of a folder that a run writes within its own, a link too.
+
+    Raises:
+        UserError: it is there, and no folder.
+    """
+    path = Path(path)
+    if os.path.lexists(path) and not stat.S_ISDIR(path.lstat().st_mode):
+        raise UserError(f"{path}: is a {kind_of(path.lstat())}, not a folder; remove it")
+
+
 def anything(folder: Path) -> str | None:
     """A `Foreign` for outputs that replace no older one: only an empty folder is replaced."""
     return min(os.listdir(folder), default=None)
@@ -116,9 +126,12 @@ def _check_place(path: Path) -> os.stat_result | None:
     """What is at a path, not followed, once it is sure that something can be written there."""
     if len(os.fsencode(path.name)) > _LONGEST_NAME:
         raise UserError(f"{path}: its name is longer than {_LONGEST_NAME} bytes; name a shorter")
-    found = None
-    with suppress(FileNotFoundError, NotADirectoryError):
-        found = _lstat(path)
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name another place") from None
 
     # The folder that it is in, or the first above that is there.
     above = path.absolute().parent
@@ -129,15 +142,6 @@ def _check_place(path: Path) -> os.stat_result | None:
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{path}: {above} is not writable; make it so, or name another place")
     return found
-
-
-def _lstat(path: Path) -> os.stat_result:
-    try:
-        return path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name another place") from None
 
 
 def kind_of(found: os.stat_result) -> str:

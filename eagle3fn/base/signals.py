@@ -1,7 +1,7 @@
 """Signals that ask a program to end: Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal sends.
 
 The first one ends what runs: a training makes its step and saves it, any other stage leaves what it
-has finished. A second Ctrl-C ends the process at once.
+has finished. A second Ctrl-C ends the process at once; a first one after another signal does not.
 """
 
 import os
@@ -90,14 +90,13 @@ def children_spared() -> Iterator[None]:
 
 
 def _is_first(number: int) -> bool:
-    """Record a signal; a Ctrl-C that is not the first signal does not return."""
+    """Record a signal, and tell whether it is the first; a second Ctrl-C does not return."""
+    is_second = number == signal.SIGINT and signal.SIGINT in _received
     _received.append(number)
-    if len(_received) == 1:
-        return True
-    if number == signal.SIGINT:
+    if is_second:
         os.write(2, b"\nstopped at once by a second Ctrl-C\n")
         os._exit(128 + number)
-    return False
+    return len(_received) == 1
 
 
 @contextmanager

@@ -56,6 +56,10 @@ def _names(file: IO[bytes], is_zip: bool) -> Iterator[str]:
                     raise ValueError(
                         f"{entry.filename}: is compressed, which torch.save never does"
                     )
+            # Entries that overlap would take more memory than the file has bytes.
+            entries = sum(entry.file_size for entry in archive.infolist())
+            if entries > file.seek(0, io.SEEK_END):
+                raise ValueError("its entries are larger than the file")
             found = [one for one in archive.infolist() if one.filename.endswith("/data.pkl")]
             if len(found) != 1 or found[0].file_size > _LARGEST_PICKLE:
                 raise ValueError("no data.pkl of a few tensors in it")

@@ -2,7 +2,7 @@
 
 A file or folder `NAME` is made in `.NAME.RANDOM.tmp/`, and what it replaces waits in
 `.NAME.RANDOM.old/`. Such a folder is locked for as long as its process lives: one that can be
-locked was left by a kill.
+locked, and holds nothing but `NAME`, was left by a kill.
 """
 
 import errno
@@ -38,7 +38,11 @@ _REMEDIES = {
 
 @contextmanager
 def side_folder(path: Path, ending: str) -> Iterator[Path]:
-    """A locked folder `.NAME.RANDOM` + `ending` next to `path`; removed when the block ends."""
+    """A locked folder `.NAME.RANDOM` + `ending` next to `path`; removed when the block ends.
+
+    Only what is named as `path` is to be made in it: of a folder that a kill leaves, anything else
+    is somebody else's.
+    """
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=ending, dir=path.parent))
         handle = _lock(folder)
@@ -67,7 +71,10 @@ def clear_in(folder: Path) -> None:
 
 
 def _clear(folder: Path, name: str) -> None:
-    """Clear away the side folders of the names that a pattern matches."""
+    """Clear away the side folders of the names that a pattern matches.
+
+    One with anything else in it is somebody else's, and stays.
+    """
     found = []
     with suppress(OSError):
         found = os.listdir(folder)
@@ -81,7 +88,8 @@ def _clear(folder: Path, name: str) -> None:
         try:
             # What cannot be cleared, as on a disk that is now read-only, stays for a later call.
             with suppress(OSError):
-                _clear_one(folder / side, folder / matched[1])
+                if {*os.listdir(folder / side)} <= {matched[1]}:
+                    _clear_one(folder / side, folder / matched[1])
         finally:
             os.close(handle)
 

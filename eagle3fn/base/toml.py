@@ -6,11 +6,23 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.read import DEEPEST, check_depth, read_text
 
 _LIMIT = 2**18  # bytes of a configuration: the parser takes quadratic time for some texts
 _BETWEEN_KEYS = re.compile(r"[,=\[\]{}\n]")
+# Texts and comments. An end that is missing is the end of the line, or of the file: so nothing is
+# read twice.
+_NO_KEYS = re.compile(
+    r"""
+    \"{3} (?: \\.? | [^\\] )*? (?: \"{3,5} | \Z )
+    | '{3} .*? (?: '{3,5} | \Z )
+    | \" (?: \\[^\n] | [^\"\\\n] )* \"?
+    | ' [^'\n]* '?
+    | \# [^\n]*
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 
 
 def read_toml(path: str | Path) -> dict:
@@ -35,7 +47,8 @@ def _parse(text: str) -> dict[str, Any]:
         ValueError: it is not TOML, or holds what no configuration needs.
     """
     # A key of many parts takes quadratic time: it is refused unread.
-    if any(part.count(".") > DEEPEST for part in _BETWEEN_KEYS.split(text)):
+    parts = _BETWEEN_KEYS.split(_NO_KEYS.sub("_", text))
+    if any(part.count(".") >= DEEPEST for part in parts):
         raise ValueError(f"a key of more than {DEEPEST} parts")
     try:
         tree = tomllib.loads(text)
@@ -68,8 +81,8 @@ def override(tree: dict, text: str) -> None:
     `train.device="cuda"` are the same.
 
     Raises:
-        UserError: no section and key, the tree holds a value where the section should be, or a
-            text that is not UTF-8.
+        UserError: no section and key, a key of too many parts, the tree holds a value where the
+            section should be, or a text that is not UTF-8.
     """
     try:
         text.encode("utf-8")
@@ -80,6 +93,10 @@ def override(tree: dict, text: str) -> None:
     if not equals or not sections:
         raise UserError(
             f"override {text!r}: must read section.key=value, as in objective.ttt_length=5"
+        )
+    if len(sections) >= DEEPEST:
+        raise UserError(
+            f"override {shown(text)}: a key of more than {DEEPEST} parts; name a setting"
         )
 
     # Go down to the section, which is made if it is not there.

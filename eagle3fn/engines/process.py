@@ -268,7 +268,9 @@ def scratch(name: str) -> Iterator[Path]:
     place = Path(tempfile.gettempdir(), f"eagle3fn-{name}")
     clear(place)
     with side_folder(place, UNFINISHED) as folder:
-        yield folder
+        made = folder / place.name
+        made.mkdir()
+        yield made
 
 
 def last_words(log: Path) -> str:

@@ -1,5 +1,6 @@
 """Updates and states that are not finite: what ends a run, and in which words."""
 
+import math
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ def check_first(run: Run, state: TrainState) -> None:
     Raises:
         UserError: names the tensor.
     """
+    init = run.config.train.init
+    mend = "mend the tensors that it is taken from, or set train.init='random'"
+    if init == "random":
+        mend = "lower draft.initializer_range, or mend the recipe that makes it"
     found = finite(watched(local(state)).values(), run.mesh)
     if not found.all():
         raise UserError(
-            f"train.init = {run.config.train.init!r}: the first {_named(run, found)} NaN or "
-            "infinity; mend the tensors that it is taken from, or set train.init='random'"
+            f"train.init = {init!r}: the first {_named(run, found)} NaN or infinity; {mend}"
         )
 
 
@@ -51,6 +55,38 @@ def check_update(run: Run, number: int, metrics: dict[str, Any]) -> None:
             f"{_named(run, metrics['finite'])} NaN or infinity; {_last_good(run)}; lower "
             f"optimizer.learning_rate or optimizer.max_grad_norm, {skip}"
         )
+
+
+def check_held_out(run: Run, row: dict[str, Any]) -> None:
+    """Refuse a state whose held-out loss is not finite, though its values are.
+
+    `row` is that of an evaluation; without held-out samples it has no loss.
+
+    Raises:
+        UserError: names the step and the last good checkpoint.
+    """
+    if math.isfinite(row.get("loss", 0.0)):
+        return
+    step = row["step"]
+    if step == 0:
+        raise UserError(
+            "step 0: the held-out loss is not finite before any update; check the held-out samples "
+            f"(the last data.held_out = {len(run.held_out)}) and train.init, or set "
+            "train.dtype='float32'"
+        )
+    raise UserError(
+        f"step {step}: the held-out loss is not finite; {_last_good(run)}; lower "
+        "optimizer.learning_rate"
+    )
+
+
+def told_dropped(skipped: int) -> str:
+    """One line on the updates that a run has dropped."""
+    updates = "1 update was" if skipped == 1 else f"{skipped} updates were"
+    return (
+        f"{updates} dropped (train.on_nonfinite = 'skip'): the loss, gradient or state was not "
+        "finite; metrics.jsonl has no loss at these steps"
+    )
 
 
 def check_dropped(run: Run, number: int, in_a_row: int) -> None:

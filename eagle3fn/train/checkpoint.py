@@ -8,6 +8,8 @@ temporary folder, which rank 0 renames when every file is on the disk.
 
 import base64
 import json
+import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import publish_folder, sha256, write_json
 from eagle3fn.base.launch import World
 from eagle3fn.base.named import in_one_line
+from eagle3fn.base.places import check_out_folder, check_own_folder, other_than
+from eagle3fn.base.temporary import clear_in
 from eagle3fn.base.tree import like, named_leaves
 from eagle3fn.base.types import TrainState
 from eagle3fn.train.checkpoint_meta import (
@@ -52,6 +56,7 @@ RENAMED = {"optimizer.horizon": "optimizer.schedule_steps"}
 GONE = {"data.mask_alignment": "serving", "data.order": "shuffled"}
 
 _NAME = "step-" + "[0-9]" * 8  # of a checkpoint's folder
+_STORED = re.compile(r"__\d+_\d+\.distcp")  # what torch writes of a rank's leaves
 _ELSEWHERE = "train into another folder"
 
 
@@ -122,9 +127,11 @@ def save_checkpoint(
                     "files": files,
                 }
                 write_json(temporary / META, meta | {"digest": digest_of(meta)})
+                check_out_folder(path, _foreign)
                 publish_folder(temporary, path)
                 for old in checkpoints(folder)[:-keep]:
-                    _remove(old)
+                    if _foreign(old) is None:
+                        _remove(old)
     finally:
         if world.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -165,9 +172,12 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[Path]]:
     What killed saves left is deleted.
 
     Raises:
-        UserError: there are checkpoints, and none is complete.
+        UserError: there are checkpoints, and none is complete; one that is not complete, in whose
+            place another will be written, holds something else; `folder` is no folder.
     """
     folder = Path(folder)
+    check_own_folder(folder)
+    clear_in(folder)
     for left in folder.glob(f".{_NAME}.tmp"):
         _remove(left)
 
@@ -180,7 +190,16 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[Path]]:
             f"{incomplete[-1]}: no {META} in it, and no other checkpoint is complete, so the run "
             f"cannot go on; delete {folder} to begin it again, or train into another folder"
         )
+    for path in incomplete:
+        check_own_folder(path)
+        check_out_folder(path, _foreign)
     return newest, incomplete
+
+
+def _foreign(folder: Path) -> str | None:
+    """The name of something in a folder that no checkpoint has, if there is one."""
+    stored = {name for name in os.listdir(folder) if _STORED.fullmatch(name)}
+    return other_than(folder, stored | {DRAFT, META, METADATA})
 
 
 def _remove(path: Path) -> None:

@@ -22,7 +22,13 @@ from eagle3fn.base.types import Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.pipeline import prefetch
 from eagle3fn.data.target_tensors import TargetTensors
-from eagle3fn.train.bad_updates import check_dropped, check_first, check_update
+from eagle3fn.train.bad_updates import (
+    check_dropped,
+    check_first,
+    check_held_out,
+    check_update,
+    told_dropped,
+)
 from eagle3fn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import with_horizon, write_horizon
@@ -30,9 +36,9 @@ from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import empty_state, gather
 from eagle3fn.train.step import Metrics
-from eagle3fn.train.track import append_row, cut_rows, metrics_row
+from eagle3fn.train.track import HELD_OUT, STEPS, append_row, cut_rows, metrics_row
 
-ROWS = ("metrics.jsonl", "eval.jsonl")
+ROWS = {"metrics.jsonl": STEPS, "eval.jsonl": HELD_OUT}
 T = TypeVar("T")
 
 
@@ -89,7 +95,8 @@ def train(
 
     Raises:
         UserError: features, map, target and configuration don't fit together, a checkpoint of
-            another run, another process training in `out`, or a loss that is not finite.
+            another run, another process training in `out`, or a loss that is not finite, the
+            held-out one too.
     """
     run = prepare(config, features, vocab_map, target, out, world, recipe)
     lock = locked(run.out) if world.main else nullcontext()
@@ -108,15 +115,17 @@ def train(
             write_horizon(run, chosen)
             # Without a checkpoint step 0 is evaluated again, so its row goes too.
             last = int(state.step) or -1
-            for name in ROWS:
-                line = cut_rows(run.out / name, last, every_step=name == ROWS[0])
+            for name, kind in ROWS.items():
+                line = cut_rows(run.out / name, last, kind)
                 if line:
                     events.on_notice(line)
 
         if int(state.step) < run.config.train.steps:
             # A signal before this ends the program: nothing is lost that is not on the disk.
             with signals_noted() as stop_requested:
-                state = _steps(run, state, loop_state, events, stop_requested)
+                state, loop_state = _steps(run, state, loop_state, events, stop_requested)
+        if world.main and loop_state.skipped:
+            events.on_notice(told_dropped(loop_state.skipped))
         return state
 
 
@@ -155,7 +164,7 @@ def _loop_state(extra: dict[str, Any], path: Path) -> LoopState:
 
 def _steps(
     run: Run, state: TrainState, loop_state: LoopState, events: Events, stop_requested: Stop
-) -> TrainState:
+) -> tuple[TrainState, LoopState]:
     """Train until the last step, or until a stop is requested on any rank."""
     settings = run.config.train
     total = settings.steps
@@ -192,7 +201,7 @@ def _steps(
                 _save(run, state, loop_state)
             if stop:
                 break
-    return state
+    return state, loop_state
 
 
 def _or_else(source: Iterator[T], before: Callable[[], object]) -> Iterator[T]:
@@ -258,11 +267,15 @@ def _save(run: Run, state: TrainState, loop_state: LoopState) -> None:
 def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events) -> LoopState:
     """Evaluate, report, and return the loop's state with the best value so far.
 
-    The same on all ranks.
+    The same on all ranks. A state that fails is neither reported nor exported.
+
+    Raises:
+        UserError: a held-out loss that is not finite.
     """
     params = gather(state.params)
     step = int(state.step)
     row = {"step": step, **evaluate_held_out(run, params)}
+    check_held_out(run, row)
 
     # Without held-out samples the newest draft is the best: 1 + step grows. An untrained one never
     # is, though it is reported.

@@ -16,7 +16,7 @@ class Named(NamedTuple):
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Record:
     """An object: what made it, from which arguments, and the state that it was given then."""
 
@@ -28,7 +28,10 @@ class Record:
 class Pairs(list):
     """A dict's keys and values, alternating: nothing is hashed."""
 
+    __slots__ = ()
 
+
+_MOST_OPCODES = 2**20  # a leaf and rank have about a hundred
 _VALUES = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": Pairs, "EMPTY_TUPLE": tuple}
@@ -45,7 +48,7 @@ def read_records(raw: bytes) -> Any:
         dict, `Named` for what a name stands for, `Record` for every other object.
 
     Raises:
-        ValueError: not a pickle, or one that holds something else.
+        ValueError: not a pickle, or one that holds something else, or more than any checkpoint.
     """
     try:
         return _Machine().run(raw)
@@ -62,7 +65,9 @@ class _Machine:
         self.memo: list[Any] = []
 
     def run(self, raw: bytes) -> Any:
-        for opcode, argument, _ in genops(raw):
+        for number, (opcode, argument, _) in enumerate(genops(raw)):
+            if number == _MOST_OPCODES:
+                raise ValueError(f"a pickle of more than {_MOST_OPCODES:,} opcodes")
             if opcode.name == "STOP":
                 return self.stack.pop()
             self.do(opcode.name, argument)

@@ -65,9 +65,9 @@ def prepare(
 
     Raises:
         UserError: tensors that don't fit the configuration, a device that is not there, samples
-            beyond the position limit, none to train on, or none with a trained row; a number of
-            ranks that the global batch or `train.reduce` does not fit, or ranks that were started
-            differently.
+            beyond the position limit, none to train on, or none with a supervised row, of those to
+            train on or of those held out; a number of ranks that the global batch or
+            `train.reduce` does not fit, or ranks that were started differently.
     """
     # Refuse what cannot work before anything large is made.
     if not recipe.name and recipe != OURS:
@@ -87,6 +87,7 @@ def prepare(
     _check_batch(config, len(kept))
     _check_lengths(config, features)
     _check_trained(config, features, kept, recipe.align_mask)
+    _check_evaluated(config, features, held_out, recipe.align_mask)
 
     # All ranks must have been started alike.
     mesh = world.mesh(device)
@@ -192,15 +193,37 @@ def _check_trained(
 ) -> None:
     """Refuse data whose first samples train no row at all."""
     looked_at = kept[:_SAMPLES_CHECKED]
-    for number in looked_at:
-        _, token_mask = read_tokens(features, number)
-        if align_mask(token_mask[: config.data.max_length]).any():
-            return
+    if _any_row(config, features, looked_at, align_mask):
+        return
     raise UserError(
         f"{features.folder}: no row to train in the first {len(looked_at)} samples, cut to "
         f"data.max_length = {config.data.max_length}; raise it, or extract conversations with "
         "longer answers"
     )
+
+
+def _check_evaluated(
+    config: Config, features: FeatureSet, held_out: list[int], align_mask: AlignMask
+) -> None:
+    """Refuse held-out samples of which no row counts: every draft would have the same value."""
+    if not held_out or _any_row(config, features, held_out, align_mask):
+        return
+    raise UserError(
+        f"data.held_out = {len(held_out)}: no supervised row in these last samples of "
+        f"{features.folder}, cut to data.max_length = {config.data.max_length}; hold out more "
+        "samples, raise data.max_length, or set data.held_out=0"
+    )
+
+
+def _any_row(
+    config: Config, features: FeatureSet, numbers: list[int], align_mask: AlignMask
+) -> bool:
+    """Whether any of these samples has a supervised row."""
+    for number in numbers:
+        _, token_mask = read_tokens(features, number)
+        if align_mask(token_mask[: config.data.max_length]).any():
+            return True
+    return False
 
 
 def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:

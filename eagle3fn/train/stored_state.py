@@ -3,15 +3,17 @@
 torch unpickles `.metadata`, and entries of it that are no tensors: either would run what a file
 names. Here the pickle is read as records (`pickle_records`). They must describe the leaves that are
 read, in files of the checkpoint; torch's own objects are made from what was checked. The tensors
-are then loaded by torch, which reads them with `weights_only`.
+are then read as plain tensors (`stored_tensors`), each of the dtype and shape that it must have.
 """
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     _StorageInfo,  # pyright: ignore[reportPrivateUsage]
@@ -24,26 +26,77 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.futures import Future
 
+from eagle3fn.base.errors import shown
+from eagle3fn.base.read import open_regular
+from eagle3fn.base.stored_tensors import load_tensors, tensor_fault
 from eagle3fn.train.pickle_records import Named, Pairs, Record, read_records
 
 METADATA = ".metadata"
-_MOST_BYTES = 2**28  # of the metadata: a few hundred a leaf and rank
+_MOST_BYTES = 2**24  # of the metadata: about a thousand a leaf and rank
+_MOST_AROUND = 2**16  # bytes: what `torch.save` writes around a tensor's values
 _TYPES = "torch.distributed.checkpoint.metadata"
 _FILES = "torch.distributed.checkpoint.filesystem"
 
 
 class _Reader(FileSystemReader):
-    """torch's reader, given the metadata."""
+    """torch's reader, given the metadata; tensors are read by us."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
+        self._folder = folder
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata that was checked; torch's method would unpickle it."""
         return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy what a plan asks for into the leaves; torch's method would take any tensor."""
+        for item in plan.items:
+            place = self.storage_data[item.storage_index]
+            entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
+            assert isinstance(entry, TensorStorageMetadata)
+            chunk = _read_chunk(self._folder, item.storage_index, place, entry)
+            part = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
+            leaf = planner.resolve_tensor(item).detach()
+            leaf.copy_(part)
+            planner.commit_tensor(item, leaf)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _read_chunk(
+    folder: Path, index: MetadataIndex, place: _StorageInfo, entry: TensorStorageMetadata
+) -> Tensor:
+    """The tensor of a chunk, which must be what the metadata says; no more memory is taken.
+
+    Raises:
+        ValueError: it is something else; or torch's own errors, where it is damaged.
+    """
+    name = f"{index.fqn} in {place.relative_path}"
+    # A rank without rows has an empty chunk, which may have another's place.
+    found = (chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset)
+    sizes = max(found, key=torch.Size.numel)
+    dtype = entry.properties.dtype
+    if place.length > sizes.numel() * dtype.itemsize + _MOST_AROUND:
+        raise ValueError(f"{name} has {place.length:,} bytes, too many for {dtype} of {[*sizes]}")
+    with open_regular(folder / place.relative_path) as file:
+        file.seek(place.offset)
+        stored = io.BytesIO(file.read(place.length))
+
+    tensor = load_tensors(stored)
+    fault = tensor_fault(tensor)
+    if fault:
+        raise ValueError(f"{name} {fault}")
+    if tensor.dtype != dtype or tensor.shape != sizes:
+        found = f"{tensor.dtype} of {[*tensor.shape]}"
+        raise ValueError(f"{name} is {found}, must be {dtype} of {[*sizes]}")
+    return tensor
 
 
 def read_leaves(
@@ -85,8 +138,8 @@ def _entries(found: Any, leaves: dict[str, Tensor]) -> dict[str, TensorStorageMe
     """The stored leaves, which must have the names, shapes and dtypes of `leaves`."""
     entries = {}
     for name, value in _pairs(found, "state_dict_metadata"):
-        if not isinstance(name, str) or name not in leaves:
-            raise ValueError(f"{name!r:.80} is no leaf of the state")
+        if _text(name, "a leaf's name") not in leaves:
+            raise ValueError(f"{shown(name)} is no leaf of the state")
         entries[name] = _entry(name, value)
 
     for name, leaf in leaves.items():
@@ -104,11 +157,9 @@ def _entries(found: Any, leaves: dict[str, Tensor]) -> dict[str, TensorStorageMe
 def _entry(name: str, value: Any) -> TensorStorageMetadata:
     fields = _fields(value, _TYPES, "TensorStorageMetadata")
     properties = fields.get("properties")
-    is_properties = isinstance(properties, Record) and properties.kind == Named(
-        _TYPES, "TensorProperties"
-    )
-    state = properties.state if is_properties and properties is not None else None
-    if not isinstance(state, tuple) or not state:
+    if not isinstance(properties, Record) or properties.kind != Named(_TYPES, "TensorProperties"):
+        raise ValueError(f"{name} has no properties")
+    if not isinstance(properties.state, tuple) or not properties.state:
         raise ValueError(f"{name} has no properties")
 
     chunks = fields.get("chunks")
@@ -119,7 +170,7 @@ def _entry(name: str, value: Any) -> TensorStorageMetadata:
         parts = _fields(chunk, _TYPES, "ChunkStorageMetadata")
         made.append(ChunkStorageMetadata(_size(parts.get("offsets")), _size(parts.get("sizes"))))
     return TensorStorageMetadata(
-        TensorProperties(dtype=_dtype(state[0])), _size(fields.get("size")), made
+        TensorProperties(dtype=_dtype(properties.state[0])), _size(fields.get("size")), made
     )
 
 
@@ -129,14 +180,12 @@ def _places(found: Any, files: set[str]) -> dict[MetadataIndex, _StorageInfo]:
     for key, value in _pairs(found, "storage_data"):
         index = _fields(key, _TYPES, "MetadataIndex")
         place = _fields(value, _FILES, "_StorageInfo")
-        file = place.get("relative_path")
-        if not isinstance(file, str) or file not in files:
-            raise ValueError(f"{file!r:.80} is no file of the checkpoint")
+        file = _text(place.get("relative_path"), "a file's name")
+        if file not in files:
+            raise ValueError(f"{shown(file)} is no file of the checkpoint")
         if place.get("transform_descriptors"):
             raise ValueError(f"{file} has transformed tensors")
-        name = index.get("fqn")
-        if not isinstance(name, str):
-            raise ValueError(f"{name!r:.80} is no leaf of the state")
+        name = _text(index.get("fqn"), "a leaf's name")
         where = _StorageInfo(file, _count(place.get("offset")), _count(place.get("length")))
         places[MetadataIndex(name, _size(index.get("offset")))] = where
     return places
@@ -166,9 +215,7 @@ def _fields(value: Any, module: str, kind: str) -> dict[str, Any]:
         raise ValueError(f"a {kind} is missing")
     fields = {}
     for name, field in _pairs(value.state, kind):
-        if not isinstance(name, str):
-            raise ValueError(f"a {kind} with the field {name!r:.80}")
-        fields[name] = field
+        fields[_text(name, f"a field's name of a {kind}")] = field
     return fields
 
 
@@ -176,6 +223,13 @@ def _pairs(value: Any, name: str) -> list[tuple[Any, Any]]:
     if not isinstance(value, Pairs) or len(value) % 2:
         raise ValueError(f"{name} is no dict")
     return list(zip(value[::2], value[1::2], strict=True))
+
+
+def _text(value: Any, what: str) -> str:
+    """A text. What is none is not shown: it may be of any size and depth."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is no text")
+    return value
 
 
 def _size(value: Any) -> torch.Size:

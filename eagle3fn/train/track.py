@@ -5,13 +5,38 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eagle3fn.base.files import append_line, write_text
+from eagle3fn.base.kinds import Check, is_amount, is_count, is_number, or_none
 from eagle3fn.base.read import Rows, read_rows
 from eagle3fn.base.types import Aux
 
 _SHOWN = 3  # lines that a message names
+
+
+class RowKind(NamedTuple):
+    """What a row of a file must hold, and of which kind other values are where they are there."""
+
+    needed: dict[str, Check]
+    optional: dict[str, Check]
+
+    def fault(self, row: Any) -> str | None:
+        """Why a value is no such row; None if it is one."""
+        if not isinstance(row, dict):
+            return "no object"
+        wrong = [key for key, good in self.needed.items() if key not in row or not good(row[key])]
+        wrong += [key for key, good in self.optional.items() if key in row and not good(row[key])]
+        return f"no number under {wrong[0]}" if wrong else None
+
+
+STEPS = RowKind(
+    {"step": is_count, "tokens": is_count, "seconds": is_amount}, {"loss": or_none(is_number)}
+)
+"""Of `metrics.jsonl`: the row of a skipped update has no loss."""
+
+HELD_OUT = RowKind({"step": is_count}, {"accepted_length": or_none(is_amount)})
+"""Of `eval.jsonl`: the row of a run that holds no samples out has no accepted length."""
 
 
 def readable(aux: Aux) -> dict[str, Any]:
@@ -62,17 +87,17 @@ def _with_nulls(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cut_rows(path: Path, step: int, every_step: bool = False) -> str:
+def cut_rows(path: Path, step: int, kind: RowKind) -> str:
     """Keep the rows up to `step`, in the order of their steps: a resumed run writes the others
     again. The file is made if it is not there.
 
-    A row is a JSON object with a whole number from 0 on as `step`; of two rows of a step the first
-    is kept. A damaged last line is what a kill leaves, and lies after `step`.
+    Of two rows of a step the first is kept. A damaged last line is what a kill leaves, and lies
+    after `step`.
 
     Args:
         path: of `metrics.jsonl` or `eval.jsonl`.
         step: the last one kept; -1 keeps none.
-        every_step: there must be a row for each step from 1 on.
+        kind: of the rows; of `STEPS` there must be one for each step from 1 on.
 
     Returns:
         What was left out or is lost, in one line; "" if nothing is.
@@ -83,7 +108,7 @@ def cut_rows(path: Path, step: int, every_step: bool = False) -> str:
     seen: set[int] = set()
     rows = Rows([], [])
     if os.path.lexists(path):
-        rows = read_rows(path, partial(_fault, seen))
+        rows = read_rows(path, partial(_fault, kind, seen))
     kept = sorted((row for row in rows.good if row["step"] <= step), key=lambda row: row["step"])
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -99,23 +124,24 @@ def cut_rows(path: Path, step: int, every_step: bool = False) -> str:
     if faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         said.append(f"{', '.join(faults[:_SHOWN])}{more} left out")
-    lost = sorted({*range(1, step + 1)} - seen) if every_step else []
+    lost = sorted({*range(1, step + 1)} - seen) if kind is STEPS else []
     if lost:
         said.append(f"{len(lost)} rows are lost, of step {lost[0]} first")
     elif not kept:
         said.append(f"no row up to step {step} is there")
-    return f"{path}: {'; '.join(said)}; all others are kept" if said else ""
+    if said and kept:
+        said.append("all others are kept")
+    return f"{path}: {'; '.join(said)}" if said else ""
 
 
-def _fault(seen: set[int], row: Any) -> str | None:
+def _fault(kind: RowKind, seen: set[int], row: Any) -> str | None:
     """Why a value is no row; the steps of rows are added to `seen`."""
-    step = row.get("step") if isinstance(row, dict) else None
-    if type(step) is not int or step < 0:
-        return "no row of a step"
-    if step in seen:
-        return f"step {step} once more"
-    seen.add(step)
-    return None
+    reason = kind.fault(row)
+    if reason is None and row["step"] in seen:
+        reason = f"step {row['step']} once more"
+    if reason is None:
+        seen.add(row["step"])
+    return reason
 
 
 def _before_the_end(rows: Rows) -> list[tuple[int, str]]:

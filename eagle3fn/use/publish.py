@@ -10,6 +10,7 @@ import torch
 from eagle3fn.base import progress
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.places import check_own_folder
 from eagle3fn.base.program import called_as
 from eagle3fn.base.read import read_json
 from eagle3fn.base.signals import name_of, received
@@ -64,9 +65,11 @@ def run_events(
     cards say of target and data. Every RoPE variant is exported.
 
     Raises:
-        UserError: one of the two folders is there, and no draft that was exported here.
+        UserError: one of the two folders is there, and no draft that was exported here, or is a
+            link.
     """
     for name in ("draft", "untrained"):
+        check_own_folder(Path(out) / name)
         check_out_draft(Path(out) / name)
     show = progress.bar("step")
     dtype = getattr(torch, config.train.dtype)

@@ -1,56 +1,25 @@
 """The files that a report gathers, read and checked: a damaged one is named, and its row."""
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.kinds import (
+    Check,
+    is_amount,
+    is_count,
+    is_flag,
+    is_rates,
+    is_text,
+    or_none,
+)
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import UNFINISHED, read_object, read_rows
-
-_LARGEST = 1e15  # what a run counts or measures is less
-_LONGEST = 1000  # draft positions
-
-Check = Callable[[Any], bool]
-
-
-# Kinds of values
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= _LARGEST
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _LARGEST
-
-
-def _is_amount(value: Any) -> bool:
-    return _is_number(value) and value >= 0
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_rates(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= _LONGEST and all(map(_is_amount, value))
-
-
-def _or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
+from eagle3fn.train.track import HELD_OUT, STEPS, RowKind
 
 # The rows of a training
-
-_STEP: dict[str, Check] = {"step": _is_count, "tokens": _is_count, "seconds": _is_amount}
-_HELD_OUT: dict[str, Check] = {"step": _is_count}
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -59,7 +28,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: missing, or a row is damaged; a last one that is not whole yet is left out.
     """
-    return _rows(path, _STEP, {"loss": _or_none(_is_number)})
+    return _rows(path, STEPS)
 
 
 def read_held_out(path: Path) -> list[dict[str, Any]]:
@@ -70,18 +39,11 @@ def read_held_out(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: as `read_steps`.
     """
-    return _rows(path, _HELD_OUT, {"accepted_length": _or_none(_is_amount)})
+    return _rows(path, HELD_OUT)
 
 
-def _rows(path: Path, needed: dict[str, Check], optional: dict[str, Check]) -> list[dict[str, Any]]:
-    def fault(row: Any) -> str | None:
-        if not isinstance(row, dict):
-            return "no object"
-        wrong = [key for key, good in needed.items() if key not in row or not good(row[key])]
-        wrong += [key for key, good in optional.items() if key in row and not good(row[key])]
-        return f"no number under {wrong[0]}" if wrong else None
-
-    rows = read_rows(path, fault)
+def _rows(path: Path, kind: RowKind) -> list[dict[str, Any]]:
+    rows = read_rows(path, kind.fault)
     for number, reason in rows.bad:
         if not reason.endswith(UNFINISHED):
             raise UserError(f"{path}:{number}: {reason}; mend or delete the row, or train anew")
@@ -94,7 +56,7 @@ def _rows(path: Path, needed: dict[str, Check], optional: dict[str, Check]) -> l
 def read_supervised(path: Path) -> int:
     """The number of supervised tokens in a feature folder's index."""
     totals = read_object(path).get("totals")
-    if not isinstance(totals, dict) or not _is_count(totals.get("supervised")):
+    if not isinstance(totals, dict) or not is_count(totals.get("supervised")):
         raise UserError(f"{path}: no number of supervised tokens; run eagle3fn extract again")
     return totals["supervised"]
 
@@ -104,37 +66,37 @@ def read_stages(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     stages = read_object(path)
-    if not all(map(_is_amount, stages.values())):
+    if not all(map(is_amount, stages.values())):
         raise UserError(f"{path}: must hold the seconds of each stage; mend it or delete it")
     return {"stage_seconds": stages, "wall_s": sum(stages.values())}
 
 
 _EVALUATION: dict[str, Check] = {
-    "draft_length": _is_count,
-    "accepted_length": _or_none(_is_amount),
-    "acceptance_by_position": _or_none(_is_rates),
-    "prompts": _or_none(_is_text),
-    "lossless": _or_none(_is_flag),
-    "lossless_note": _is_text,
-    "tasks": _is_count,
-    "speedup": _is_amount,
-    "tokens_per_s": _is_amount,
-    "plain_tokens_per_s": _is_amount,
-    "speed_dtype": _or_none(_is_text),
-    "speed_tasks": _is_count,
-    "speed_draft_length": _is_count,
-    "speed_accepted_length": _is_amount,
-    "break_even_accepted_length": _is_amount,
-    "untrained_accepted_length": _is_amount,
-    "timed_tokens": _is_count,
-    "differing_tokens": _is_count,
-    "repeated_8gram_share": _is_amount,
-    "threads": _is_count,
-    "wall_s": _is_amount,
-    "device": _is_text,
-    "engine": _is_text,
-    "engine_version": _is_text,
-    "engine_accepted_length": _or_none(_is_amount),
+    "draft_length": is_count,
+    "accepted_length": or_none(is_amount),
+    "acceptance_by_position": or_none(is_rates),
+    "prompts": or_none(is_text),
+    "lossless": or_none(is_flag),
+    "lossless_note": is_text,
+    "tasks": is_count,
+    "speedup": is_amount,
+    "tokens_per_s": is_amount,
+    "plain_tokens_per_s": is_amount,
+    "speed_dtype": or_none(is_text),
+    "speed_tasks": is_count,
+    "speed_draft_length": is_count,
+    "speed_accepted_length": is_amount,
+    "break_even_accepted_length": is_amount,
+    "untrained_accepted_length": is_amount,
+    "timed_tokens": is_count,
+    "differing_tokens": is_count,
+    "repeated_8gram_share": is_amount,
+    "threads": is_count,
+    "wall_s": is_amount,
+    "device": is_text,
+    "engine": is_text,
+    "engine_version": is_text,
+    "engine_accepted_length": or_none(is_amount),
 }
 """What a report reads of an evaluation, where it is there."""
 

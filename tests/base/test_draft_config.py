@@ -106,6 +106,7 @@ def test_switches_that_are_on_are_written(tmp_path, switched, on):
         ({"window": True}, "draft.window = True: must be a whole number"),
         ({"hidden_size": 2.0}, "draft.hidden_size = 2.0: must be a whole number, at least 1"),
         ({"rms_norm_eps": 0}, "draft.rms_norm_eps = 0: must be a finite number above 0"),
+        ({"rms_norm_eps": 1.5}, "draft.rms_norm_eps = 1.5: must be at most 1"),
         ({"rms_norm_eps": True}, "draft.rms_norm_eps = True: must be a finite number above 0"),
         ({"hidden_size": 2**63}, r"draft.hidden_size = 9\d+: must be .* below 2\*\*31"),
         ({"vocab_size": 10**299}, r"draft.vocab_size = 10{99}…: must be .* below 2\*\*31"),

@@ -228,6 +228,21 @@ def test_what_kills_left_in_a_folder_is_removed_when_it_is_held(tmp_path):
         assert living.exists() and notes.exists()
 
 
+def test_folders_of_somebody_else_are_kept_though_their_names_look_ours(tmp_path):
+    """Only what lies under its place's own name was made by a killed call."""
+    for ending in ("tmp", "old"):
+        folder = tmp_path / f".cache.download.{ending}"
+        folder.mkdir()
+        (folder / "mine").write_text("years")
+        (folder / "cache").write_text("half")
+    with locked(tmp_path):
+        pass
+    with whole_folder(tmp_path / "cache") as folder:
+        (folder / "new").touch()
+    for ending in ("tmp", "old"):
+        assert state(tmp_path / f".cache.download.{ending}").keys() == {"mine", "cache"}
+
+
 @pytest.mark.parametrize("write", [whole_file, whole_folder])
 def test_what_is_being_written_is_not_removed_by_another(tmp_path, write):
     path = tmp_path / "a"

@@ -103,15 +103,18 @@ exit_code("x", run)
 """
 
 
-def test_second_ctrl_c_ends_at_once():
+@pytest.mark.parametrize("before", [[signal.SIGINT], [signal.SIGTERM, signal.SIGINT]])
+def test_second_ctrl_c_ends_at_once(before):
+    """A Ctrl-C after a SIGTERM is the first one."""
     process = subprocess.Popen(
         [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout
     process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
+    for number in before:
+        process.send_signal(number)
+        time.sleep(0.3)
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

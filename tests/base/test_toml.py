@@ -1,7 +1,9 @@
 """TOML that is read back to an equal value, and overrides of a command line."""
 
 import os
+import time
 import tomllib
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -51,6 +53,12 @@ def test_override_without_section_key_and_value_is_refused(text):
         override({}, text)
 
 
+def test_override_of_a_key_of_many_parts_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"a key of more than 64 parts") as caught:
+        override({}, "train.init" + ".a" * 3000 + "=1")
+    assert len(str(caught.value)) < 200
+
+
 def test_override_of_a_value_as_a_section_is_refused():
     with pytest.raises(UserError, match=r"data is a value, not a section"):
         override({"data": 3}, "data.order=stored")
@@ -85,6 +93,52 @@ def test_toml_beyond_any_configuration_is_refused_in_one_line(tmp_path, text, re
     with pytest.raises(UserError, match=f"a.toml: .*{reason}") as caught:
         read_toml(tmp_path / "a.toml")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+DOTS = "." * 70
+KEY = "a" + ".a" * 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a = 1 # {DOTS}",
+        f"# don't {DOTS}\na = 1",
+        f'a = "{DOTS}"',
+        f"a = '{DOTS}'",
+        f'a = "\\"{DOTS}" # {DOTS}',
+        f'a = """{DOTS}\n\\"""{DOTS}"""""',
+        f"a = '''{DOTS}\n'{DOTS}'''",
+        f'"{DOTS}" = 1',
+        f"[a.'{DOTS}']",
+        f'a = ["{DOTS}", {{b = "{DOTS}"}}]',
+        "a" + ".a" * 63 + " = 1",
+    ],
+)
+def test_dots_of_texts_and_comments_are_no_keys(tmp_path, text):
+    (tmp_path / "a.toml").write_text(text)
+    assert read_toml(tmp_path / "a.toml") == tomllib.loads(text)
+
+
+BEFORE = ["'#'", '""""""', '"""b"""""', "'''b'''''", '"\\""', '"""\\\\"""', "'\\'", '"#"']
+
+
+@pytest.mark.parametrize("value", BEFORE)
+@pytest.mark.parametrize("key", [f"{KEY} = 1", f"[{KEY}]", f"[[{KEY}]]", f"'b'.{KEY} = 1"])
+def test_no_text_hides_a_key_after_it(tmp_path, value, key):
+    for text in (f"a = {value}\n{key}", f"# ''' \"\"\"\n{key}", f"b = {{a = {value}, {KEY} = 1}}"):
+        (tmp_path / "a.toml").write_text(text)
+        with pytest.raises(UserError, match="a key of more than 64 parts"):
+            read_toml(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize("part", ['"""', "'''", '\\"""', '"\\', "'", '"', "\\", '"""\\', '\\"'])
+def test_texts_without_an_end_take_no_time(tmp_path, part):
+    (tmp_path / "a.toml").write_text("a = " + part * (2**17 // len(part)))
+    begin = time.perf_counter()
+    with suppress(UserError):
+        read_toml(tmp_path / "a.toml")
+    assert time.perf_counter() - begin < 2
 
 
 def test_toml_that_is_no_text_or_no_file_is_refused(tmp_path):

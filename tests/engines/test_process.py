@@ -207,8 +207,8 @@ def test_a_busy_program_ends_with_its_parent(begin, tmp_path):
 def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path))
     left = tmp_path / ".eagle3fn-vllm.abcdefgh.tmp"
-    left.mkdir()
-    (left / "states").write_bytes(b"much")
+    (left / "eagle3fn-vllm").mkdir(parents=True)
+    (left / "eagle3fn-vllm/states").write_bytes(b"much")
     (tmp_path / "eagle3fn-vllm").mkdir()  # not ours
     with scratch("vllm") as first, scratch("vllm") as second:
         assert not left.exists()

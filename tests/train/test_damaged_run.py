@@ -20,7 +20,7 @@ from eagle3fn.data.features import open_features
 from eagle3fn.train import loop
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.defaults import begun_settings
-from eagle3fn.train.loop import Events
+from eagle3fn.train.loop import ROWS, Events
 from eagle3fn.train.track import append_row, cut_rows
 from eagle3fn.use.report import write_report
 from tests.factories import supervised_sample, write_folder
@@ -113,17 +113,24 @@ def test_half_a_row_at_the_end_is_what_a_kill_leaves(begun):
     assert begun.is_whole
 
 
+def step_row(step: str, value: str = "1.5") -> str:
+    """A row of either file, as JSON."""
+    row = f'"tokens": 1, "seconds": 1.5, "loss": {value}, "accepted_length": {value}'
+    return f'{{"step": {step}, {row}}}'
+
+
 INSERTED = [
     ('{"step" 5}', "not JSON (Expecting ':' delimiter, column 9))"),
-    ("[1, 2]", "no row of a step)"),
-    ('{"loss": 1.0}', "no row of a step)"),
-    ('{"step": true}', "no row of a step)"),
-    ('{"step": -1}', "no row of a step)"),
-    ('{"step": 1.0}', "no row of a step)"),
+    ("[1, 2]", "no object)"),
+    ('{"loss": 1.0}', "no number under step)"),
+    (step_row("true"), "no number under step)"),
+    (step_row("-1"), "no number under step)"),
+    (step_row("1.0"), "no number under step)"),
+    (step_row("4", '"x"'), "no number under"),
     ('{"step": NaN}', "not JSON (NaN is no number of JSON))"),
     ("[" * 5000, "not JSON (nested more than 64 deep))"),
     ("9" * 5000, "not JSON (a whole number of 5000 digits))"),
-    ('{"step": 2, "loss": 5.0}', "step 2 once more)"),
+    (step_row("2"), "step 2 once more)"),
 ]
 
 
@@ -133,8 +140,9 @@ def test_lines_that_are_no_rows_are_said_and_the_rows_kept(begun, name, text, re
     """A line came between the others, and the last one is half written."""
     lines = begun.lines(name)
     begun.write(name, [*lines[:2], text, *lines[2:], lines[0][:20]])
-    said = cut_rows(begun.out / name, 2)
-    assert said == f"{begun.out / name}: line 3 ({reason} left out; all others are kept"
+    said = cut_rows(begun.out / name, 2, ROWS[name])
+    assert said.startswith(f"{begun.out / name}: line 3 ({reason}")
+    assert said.endswith(") left out; all others are kept")
     assert begun.lines(name) == [line for line in lines if json.loads(line)["step"] <= 2]
 
 
@@ -144,6 +152,15 @@ def test_damaged_line_is_said_once_and_the_run_goes_on(begun):
     (said,) = begun.go_on()
     assert said.startswith(f"{begun.out}/metrics.jsonl: line 2 (not JSON")
     assert begun.is_whole
+
+
+def test_rows_that_report_would_refuse_are_said_and_left_out(begun):
+    lines = begun.lines("metrics.jsonl")
+    damaged = json.dumps(json.loads(lines[1]) | {"loss": "x"})
+    begun.write("metrics.jsonl", [lines[0], damaged, lines[2]])
+    (said,) = begun.go_on()
+    assert "line 2 (no number under loss) left out; 1 rows are lost, of step 2 first" in said
+    assert [row["step"] for row in rows(begun.out / "metrics.jsonl")] == [1, 3, 4]
 
 
 def test_rows_that_are_lost_are_said(begun):
@@ -168,6 +185,8 @@ def test_run_without_its_rows_goes_on(begun, name, lost):
     (begun.out / name).unlink()
     (said,) = begun.go_on()
     assert said.startswith(f"{begun.out / name}: ")
+    assert "are lost" in said or said.endswith("no row up to step 2 is there")
+    assert "kept" not in said
     assert [row["step"] for row in rows(begun.out / name)] == lost
     other = {"metrics.jsonl": "eval.jsonl", "eval.jsonl": "metrics.jsonl"}[name]
     assert same_end(begun.out, begun.whole, STEPS, (other,))
@@ -230,6 +249,63 @@ def test_what_a_killed_save_left_is_removed_and_links_are_not_followed(begun, tm
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["kept"]
     assert not list(folder.glob(".*"))
     assert begun.is_whole
+
+
+def test_what_a_kill_left_while_a_checkpoint_was_published_is_removed(begun):
+    """After the rename, what was replaced is removed; before it, that comes back."""
+    folder = begun.out / "checkpoints"
+    newest = folder / "step-00000002"
+    shutil.copytree(newest, folder / f".{newest.name}.abcdefgh.old/{newest.name}")
+    (folder / f".{newest.name}.abcdefgh.tmp/{newest.name}").mkdir(parents=True)
+    (folder / ".step-00000001.abcdefgh.old").mkdir()
+    (folder / "step-00000001").rename(folder / ".step-00000001.abcdefgh.old/step-00000001")
+    assert begun.go_on() == []
+    assert not list(folder.glob(".*"))
+    assert begun.is_whole
+
+
+def test_somebody_elses_file_in_a_checkpoints_place_is_not_replaced(begun):
+    rows_before = begun.lines("metrics.jsonl")
+    folder = begun.out / "checkpoints/step-00000003"
+    folder.mkdir()
+    (folder / "meta.json.part").touch()
+    (folder / "__0_0.distcp").touch()
+    assert f"{folder}: holds meta.json.part, and only what eagle3fn wrote" in begun.refused()
+    assert begun.lines("metrics.jsonl") == rows_before
+
+    # What a checkpoint has is replaced.
+    (folder / "meta.json.part").unlink()
+    (said,) = begun.go_on()
+    assert said.startswith("step-00000003: not complete")
+    assert begun.is_whole
+
+
+def test_somebody_elses_file_in_an_older_checkpoint_is_not_removed_with_it(begun):
+    path = begun.out / "checkpoints/step-00000001/thesis.txt"
+    path.write_text("years")
+    begun.go_on()
+    assert path.read_text() == "years"
+    assert begun.is_whole
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-00000003"])
+@pytest.mark.parametrize("kind", ["link", "file", "dangling link"])
+def test_what_is_no_folder_in_the_place_of_checkpoints_is_refused(begun, tmp_path, name, kind):
+    """A link would be followed: another run's checkpoints would be removed."""
+    path = begun.out / name
+    other = tmp_path / "other"
+    if path.exists():
+        path.rename(other)
+    else:
+        other.mkdir()
+    before = sorted(other.rglob("*"))
+    if kind == "file":
+        path.touch()
+    else:
+        path.symlink_to(other if kind == "link" else tmp_path / "nowhere")
+    kind = "file" if kind == "file" else "link"
+    assert f"{path}: is a {kind}, not a folder; remove it" in begun.refused()
+    assert sorted(other.rglob("*")) == before
 
 
 def bad_values(kind: type) -> list[Any]:

@@ -29,6 +29,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
         ("objective", "teacher_chunk", 10**30),
         ("optimizer", "schedule_steps", 10**30),
         ("optimizer", "weight_decay", 1e30),
+        ("optimizer", "weight_decay", 1e5),
         ("optimizer", "beta2", 1 - 1e-12),
         ("train", "checkpoint_every", 0),
         ("train", "eval_every", -1),

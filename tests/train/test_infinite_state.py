@@ -1,6 +1,7 @@
 """An update that makes the state infinite, though its loss and gradient are finite."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.loop import Events
 from eagle3fn.train.optimizer import Optimizer, adamw
 from eagle3fn.train.recipe import OURS, Recipe, start
+from eagle3fn.train.track import append_row
 from tests.factories import make_batch, make_config, make_frozen
 from tests.train.run_files import read_leaves, rows, same_end
 from tests.train.run_problem import Problem, make_problem, train_in
@@ -98,6 +100,21 @@ def test_dropped_update_is_counted_and_the_run_goes_on(problem, tmp_path):
     assert all(leaf.isfinite().all() for leaf in leaves.values())
 
 
+def test_dropped_updates_are_told_at_the_end(problem, tmp_path):
+    said: list[str] = []
+    events = Events(on_notice=said.append)
+    skipping = with_train(problem, on_nonfinite="skip")
+    train_in(tmp_path / "good", skipping, recipe=GOOD, events=events)
+    assert said == []
+    train_in(tmp_path / "run", skipping, recipe=BAD_AT_4, events=events)
+    (line,) = said
+    assert line.startswith("1 update was dropped (train.on_nonfinite = 'skip'): ")
+
+    # Of a run that is called again after its end too.
+    train_in(tmp_path / "run", skipping, recipe=BAD_AT_4, events=events)
+    assert said == [line, line]
+
+
 @pytest.mark.parametrize(("steps", "last"), [(30, MOST_DROPPED), (3, 3)])
 def test_run_that_drops_all_updates_ends(problem, tmp_path, steps, last):
     out = tmp_path / "run"
@@ -135,9 +152,16 @@ def test_first_state_that_is_not_finite_is_refused(problem, tmp_path):
         params["norm.weight"][1] = torch.nan
         return params
 
-    message = r"the first params\.norm\.weight holds NaN or infinity; mend"
+    recipe = OURS._replace(name="broken", start=broken)
+    message = r"the first params\.norm\.weight holds NaN or infinity; mend .*train.init='random'"
     with pytest.raises(e3.UserError, match=message):
-        train_in(tmp_path / "run", problem, recipe=OURS._replace(name="broken", start=broken))
+        train_in(tmp_path / "run", with_train(problem, init="target"), recipe=recipe)
+
+    # What a remedy names is not what is there.
+    drawn = with_train(problem, init="random")
+    with pytest.raises(e3.UserError, match=r"infinity; lower draft\.initializer_range") as caught:
+        train_in(tmp_path / "drawn", drawn, recipe=recipe)
+    assert "set train.init" not in str(caught.value)
 
 
 # One step.
@@ -218,10 +242,58 @@ def test_settings_that_are_no_rates_are_refused():
             fns.step(state, make_batch(0, (7, 5)), rate=rate)
 
 
-def test_rows_that_are_not_finite_are_null_in_the_file(problem, tmp_path, monkeypatch):
-    """A held-out sample may overflow where no other does; NaN is no JSON."""
-    monkeypatch.setattr(loop, "evaluate_held_out", lambda run, params: {"loss": float("nan")})
+def test_rows_that_are_not_finite_are_null_in_the_file(tmp_path):
+    """NaN is no JSON."""
+    append_row(tmp_path / "eval.jsonl", {"step": 2, "losses": [math.nan, 1.0]})
+    assert json.loads((tmp_path / "eval.jsonl").read_text()) == {"step": 2, "losses": [None, 1.0]}
+
+
+# A state that is finite, and computes nothing.
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_state_whose_held_out_loss_is_not_finite_is_neither_saved_nor_exported(
+    problem, tmp_path, on_nonfinite
+):
+    """A rate of 1e30 leaves finite weights near 1e30, whose products are not."""
+    problem = with_train(problem, eval_every=1, checkpoint_every=1, on_nonfinite=on_nonfinite)
+    rate = replace(problem.config.optimizer, learning_rate=1e30, warmup_ratio=0.0)
+    problem = problem._replace(config=replace(problem.config, optimizer=rate))
     out = tmp_path / "run"
-    train_in(out, problem, recipe=GOOD)
-    assert "NaN" not in (out / "eval.jsonl").read_text()
-    assert json.loads((out / "eval.jsonl").read_text().splitlines()[0]) == {"step": 0, "loss": None}
+    exported = []
+    events = Events(on_best=lambda params, frozen, row: exported.append(row["step"]))
+    with pytest.raises(e3.UserError) as caught:
+        train_in(out, problem, events=events)
+    assert str(caught.value) == (
+        "step 1: the held-out loss is not finite; no checkpoint was written yet; lower "
+        "optimizer.learning_rate"
+    )
+    assert checkpoints(out / "checkpoints") == []
+    assert steps_of(out / "eval.jsonl") == [0]
+    assert exported == [0]
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (0, r"step 0: the held-out loss is not finite before any update; check the held-out"),
+        (4, r"step 4: the held-out loss is not finite; last good checkpoint: .*/step-00000002; "),
+    ],
+)
+def test_held_out_loss_that_is_not_finite_ends_the_run_at_its_step(
+    problem, tmp_path, monkeypatch, step, message
+):
+    evaluate = loop.evaluate_held_out
+    losses = iter([0.0] * (step // 2) + [math.nan])
+
+    def broken(run: Any, params: Params) -> dict[str, Any]:
+        row = evaluate(run, params)
+        return row | {"loss": row["loss"] + next(losses)}
+
+    monkeypatch.setattr(loop, "evaluate_held_out", broken)
+    with pytest.raises(e3.UserError, match=message) as caught:
+        train_in(tmp_path / "run", problem, recipe=GOOD)
+    assert len(str(caught.value).splitlines()) == 1
+    assert step not in steps_of(tmp_path / "run/eval.jsonl")
+    saved = [path.name for path in checkpoints(tmp_path / "run/checkpoints")]
+    assert saved == ["step-00000002"][: step // 2]

@@ -100,7 +100,7 @@ def test_unroll_longer_than_the_samples(tmp_path, numerics):
 
 
 @pytest.mark.parametrize("numerics", ["fast", "plain"])
-@pytest.mark.parametrize("lengths", [(1, 2, 9, 1, 1), (1, 1, 9, 12, 1)])
+@pytest.mark.parametrize("lengths", [(1, 2, 9, 1, 8), (1, 1, 9, 12, 8)])
 def test_conversations_of_one_token_train_nothing(tmp_path, lengths, numerics):
     problem = problem_of(tmp_path / "f", lengths=lengths, numerics=numerics)
     found = trained(tmp_path / "run", problem)
@@ -110,6 +110,21 @@ def test_conversations_of_one_token_train_nothing(tmp_path, lengths, numerics):
 def test_run_of_one_token_conversations_alone_is_refused(tmp_path):
     problem = problem_of(tmp_path / "f", lengths=(1, 1, 1, 1, 9))
     assert "no row to train" in ended(tmp_path / "run", problem)
+
+
+def test_run_whose_held_out_samples_have_no_supervised_row_is_refused(tmp_path):
+    """They would give every draft the accepted length 1."""
+    problem = problem_of(tmp_path / "f", lengths=(9, 12, 7, 10, 1))
+    text = ended(tmp_path / "run", problem)
+    assert text.startswith("data.held_out = 1: no supervised row in these last samples of ")
+    assert "set data.held_out=0" in text
+    assert not (tmp_path / "run").exists()
+
+    # One of them is enough; and none need be held out.
+    for held_out in (0, 2):
+        data = replace(problem.config.data, held_out=held_out)
+        other = problem._replace(config=replace(problem.config, data=data))
+        train_in(tmp_path / f"run-{held_out}", other)
 
 
 def test_tiny_rate_changes_nothing(tmp_path):

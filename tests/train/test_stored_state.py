@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import random
+import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +253,121 @@ def test_a_value_that_refers_to_itself_many_times_is_no_hang(saved):
     raw = pickle.dumps(value, 4)
     rewrite_file(saved.path, ".metadata", b"\x80\x04}" + raw[2:-1] + b"Ns.")
     assert "a Metadata is missing" in refused(saved)
+
+
+class Shared:
+    """A key that is no text. Shown whole, it has `2**64` parts."""
+
+    def __reduce__(self) -> Any:
+        value: Any = ()
+        for _ in range(64):
+            value = (value, value)
+        return tuple, (value,)
+
+
+def put_shared(metadata: Any, place: str) -> None:
+    """As a name somewhere in the metadata."""
+    index, stored = next(iter(metadata.storage_data.items()))
+    if place == "field":
+        vars(metadata)[Shared()] = 1
+    elif place == "leaf":
+        metadata.state_dict_metadata[Shared()] = metadata.state_dict_metadata[LEAF]
+    elif place == "leaf of a file":
+        metadata.storage_data[replace(index, fqn=Shared())] = stored
+    else:
+        metadata.storage_data[index] = replace(stored, relative_path=Shared())
+
+
+@pytest.mark.parametrize("place", ["field", "leaf", "file", "leaf of a file"])
+def test_a_name_that_is_no_text_is_refused_and_not_shown(saved, place):
+    rewrite_metadata(saved.path, lambda metadata: put_shared(metadata, place))
+    assert "is no text" in refused(saved)
+
+
+def test_a_name_that_is_nested_deeply_is_refused_and_not_shown(saved):
+    module = b"torch.distributed.checkpoint.metadata"
+    made = b"\x8c%c%b\x8c\x08Metadata\x93)\x81" % (len(module), module)
+    deep = b")" + b"\x85" * 50_000
+    rewrite_file(saved.path, ".metadata", b"\x80\x04" + made + b"}" + deep + b"Nsb.")
+    assert "a field's name of a Metadata is no text" in refused(saved)
+
+
+def test_metadata_of_more_than_any_checkpoint_is_refused_before_it_is_made(saved):
+    rewrite_file(saved.path, ".metadata", b"\x80\x04" + b"}" * 2**22 + b".")
+    assert "a pickle of more than 1,048,576 opcodes" in refused(saved)
+    rewrite_file(saved.path, ".metadata", b"\x80\x04" + b" " * 2**24)
+    assert "more than 16,777,216 bytes" in refused(saved)
+
+
+# The tensors of its files
+
+
+def rewrite_leaf(saved: Saved, content: bytes) -> None:
+    """Put other bytes in place of a leaf's, under matching hashes."""
+    name = next(file.name for file in saved.path.glob("__0_*"))
+    before = (saved.path / name).read_bytes()
+
+    def change(metadata: Any) -> None:
+        index = MetadataIndex(LEAF, [0, 0])
+        metadata.storage_data[index] = replace(
+            metadata.storage_data[index], offset=len(before), length=len(content)
+        )
+
+    rewrite_metadata(saved.path, change)
+    rewrite_file(saved.path, name, before + content)
+
+
+def stored(value: Any) -> bytes:
+    """What `torch.save` writes of it."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def deflated(content: bytes) -> bytes:
+    """The same archive, its entries compressed."""
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as old,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    return file.getvalue()
+
+
+def overlapping_entries(content: bytes) -> bytes:
+    """The same archive, whose directory has each entry many times."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        directory = content[archive.start_dir : content.rindex(b"PK\x06\x06")]
+        entries = len(archive.infolist())
+    end = struct.pack(
+        "<4s4H2LH", b"PK\5\6", 0, 0, 9 * entries, 9 * entries, 9 * len(directory), 0, 0
+    )
+    start = content.index(directory)
+    end = end[:16] + struct.pack("<L", start) + end[20:]
+    return content[:start] + directory * 9 + end
+
+
+SHAPE = (16, 48)
+TENSORS = {
+    "compressed": (lambda: deflated(stored(torch.zeros(SHAPE))), "is compressed"),
+    "overlapping": (lambda: overlapping_entries(stored(torch.zeros(SHAPE))), "larger than the"),
+    "complex": (lambda: stored(torch.zeros(SHAPE, dtype=torch.complex64)), "more than tensors"),
+    "another dtype": (lambda: stored(torch.zeros(SHAPE).half()), "is torch.float16 of [16, 48]"),
+    "another shape": (lambda: stored(torch.zeros(48, 16)), "is torch.float32 of [48, 16]"),
+    "expanded": (lambda: stored(torch.zeros(1).expand(SHAPE)), "more than the file holds"),
+    "too large": (lambda: stored(torch.zeros(SHAPE)) + bytes(2**17), "bytes, too many for"),
+    "a dict": (lambda: stored({"a": torch.zeros(SHAPE)}), "is a dict, not a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_that_is_not_what_the_metadata_says_is_refused(saved, name):
+    make, message = TENSORS[name]
+    assert saved.state.masters["fc.weight"].shape == SHAPE
+    rewrite_leaf(saved, make())
+    assert message in refused(saved)
 
 
 # meta.json

@@ -48,6 +48,14 @@ def test_a_draft_that_a_kill_moved_away_is_back(run):
 
 
 @pytest.mark.parametrize("name", ["draft", "untrained"])
+def test_a_link_to_another_runs_draft_is_refused_before_the_training(run, tmp_path, name):
+    (tmp_path / "other/draft").mkdir(parents=True)
+    (run / name).symlink_to(tmp_path / "other/draft")
+    with pytest.raises(UserError, match=rf"{name}: is a link, not a folder; remove it"):
+        run_events(run, Config(Case().draft()), 8)
+
+
+@pytest.mark.parametrize("name", ["draft", "untrained"])
 def test_a_strangers_folder_is_refused_before_the_training(run, name):
     (run / name).mkdir()
     (run / name / "config.json").write_text('{"architectures": ["LlamaForCausalLMEagle3"]}')
