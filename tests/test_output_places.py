@@ -93,6 +93,10 @@ def test_an_output_that_is_an_input_is_refused(folder, capsys, line, message):
             "synthesize --target TARGET --out talks.jsonl",
             "talks.jsonl: holds rows that eagle3fn synthesize did not write",
         ),
+        (
+            "train --target TARGET --features features --vocab map --out talks.jsonl",
+            "talks.jsonl: is a file; name a folder",
+        ),
         (f"{EVALUATE} --out talks.jsonl", "talks.jsonl: is there and no older evaluation"),
         (f"{EVALUATE} --out mine.json", "mine.json: is there and no older evaluation"),
     ],

@@ -21,6 +21,7 @@ def train(options: Any) -> int | None:
 
     from eagle3fn.base.device import check_device
     from eagle3fn.base.launch import ranks
+    from eagle3fn.base.places import check_out_folder
     from eagle3fn.base.signals import received
     from eagle3fn.base.thread_timing import large_products
     from eagle3fn.base.threads import take_threads
@@ -36,6 +37,7 @@ def train(options: Any) -> int | None:
     from eagle3fn.use.model_card import facts_of
     from eagle3fn.use.publish import check_published, run_events
 
+    check_out_folder(options.out)
     recipe = RECIPES[options.recipe] if options.recipe else OURS
     overrides = list(options.set)
     if options.on_nonfinite:
