@@ -31,7 +31,7 @@ class Pairs(list):
     __slots__ = ()
 
 
-_MOST_OPCODES = 2**20  # a leaf and rank have about a hundred
+_MOST_OPCODES = 2**22  # a leaf and rank have about a hundred
 _VALUES = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": Pairs, "EMPTY_TUPLE": tuple}

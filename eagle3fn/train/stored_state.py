@@ -36,7 +36,7 @@ from eagle3fn.base.stored_tensors import load_tensors, tensor_fault
 from eagle3fn.train.pickle_records import Named, Pairs, Record, read_records
 
 METADATA = ".metadata"
-_MOST_BYTES = 2**24  # of the metadata: about a thousand a leaf and rank
+_MOST_BYTES = 2**25  # of the metadata: about a thousand a leaf and rank
 _MOST_AROUND = 2**16  # bytes: what `torch.save` writes around a tensor's values
 _TYPES = "torch.distributed.checkpoint.metadata"
 _FILES = "torch.distributed.checkpoint.filesystem"

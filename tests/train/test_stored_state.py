@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 import eagle3fn as e3
 from eagle3fn.base.tree import equal
+from eagle3fn.train import pickle_records
 from eagle3fn.train.pickle_records import Named, read_records
 from tests.train.saved_checkpoint import (
     Saved,
@@ -292,11 +293,12 @@ def test_a_name_that_is_nested_deeply_is_refused_and_not_shown(saved):
     assert "a field's name of a Metadata is no text" in refused(saved)
 
 
-def test_metadata_of_more_than_any_checkpoint_is_refused_before_it_is_made(saved):
-    rewrite_file(saved.path, ".metadata", b"\x80\x04" + b"}" * 2**22 + b".")
-    assert "a pickle of more than 1,048,576 opcodes" in refused(saved)
-    rewrite_file(saved.path, ".metadata", b"\x80\x04" + b" " * 2**24)
-    assert "more than 16,777,216 bytes" in refused(saved)
+def test_metadata_of_more_than_any_checkpoint_is_refused_before_it_is_made(saved, monkeypatch):
+    monkeypatch.setattr(pickle_records, "_MOST_OPCODES", 2**10)
+    rewrite_file(saved.path, ".metadata", b"\x80\x04" + b"}" * 2**10 + b".")
+    assert "a pickle of more than 1,024 opcodes" in refused(saved)
+    rewrite_file(saved.path, ".metadata", b"\x80\x04" + b" " * 2**25)
+    assert "more than 33,554,432 bytes" in refused(saved)
 
 
 # The tensors of its files
