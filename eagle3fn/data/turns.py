@@ -286,10 +286,17 @@ def _content(content: Any, where: str) -> tuple[list[str], list[str]]:
     texts = []
     thoughts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else "text"
         if isinstance(part, str):
             texts.append(unicode_text(part, "content", where))
-        elif kind in _TEXT_PARTS:
+            continue
+        if not isinstance(part, dict):
+            raise UserError(
+                f"{where}: a part of content {shown(part)}: must be a text or a JSON object; "
+                "mend or delete the row"
+            )
+
+        kind = part.get("type")
+        if kind in _TEXT_PARTS:
             texts.append(unicode_text(part.get("text"), "content", where))
         elif kind in _REASONING_PARTS:
             thoughts.append(unicode_text(part.get(kind, part.get("text")), "content", where))

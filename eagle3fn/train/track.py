@@ -91,8 +91,8 @@ def cut_rows(path: Path, step: int, kind: RowKind) -> str:
     """Keep the rows up to `step`, in the order of their steps: a resumed run writes the others
     again. The file is made if it is not there.
 
-    Of two rows of a step the first is kept. A damaged last line is what a kill leaves, and lies
-    after `step`.
+    Of two rows of a step the first is kept. Damaged lines are said, the last one too: it may be a
+    row that was not written to its end, or one that was changed.
 
     Args:
         path: of `metrics.jsonl` or `eval.jsonl`.
@@ -119,7 +119,7 @@ def cut_rows(path: Path, step: int, kind: RowKind) -> str:
         )
 
     # What is damaged, and what is missing.
-    faults = [f"line {number} ({reason})" for number, reason in _before_the_end(rows)]
+    faults = [f"line {number} ({reason})" for number, reason in rows.bad]
     said = []
     if faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
@@ -142,9 +142,3 @@ def _fault(kind: RowKind, seen: set[int], row: Any) -> str | None:
     if reason is None:
         seen.add(row["step"])
     return reason
-
-
-def _before_the_end(rows: Rows) -> list[tuple[int, str]]:
-    """The lines that are no rows, but for the last one of the file."""
-    lines = len(rows.good) + len(rows.bad)
-    return [(number, reason) for number, reason in rows.bad if number < lines]

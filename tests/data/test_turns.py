@@ -126,6 +126,8 @@ def test_forms_of_a_text():
         (row_with(turn(reasoning_content="\ud83d")), "turn 2: reasoning_content .*UTF-8"),
         (row_with(turn(reasoning_content=7)), "reasoning_content 7: must be a string"),
         (row_with(turn(reasoning_content="x", thinking="y")), "two different thoughts"),
+        (row_with(turn(content=["a", 7])), "a part of content 7: must be a text or a JSON object"),
+        (row_with(turn(content=[None])), "a part of content None: must be a text"),
         (row_with(turn(content=[{"type": "image_url"}])), "a part of type 'image_url': only text"),
         (row_with(turn(weight=0.5)), "turn 2: weight 0.5: must be 0 or 1"),
         (row_with(turn(weight=True)), "weight True: must be 0 or 1"),

@@ -94,7 +94,7 @@ def _judge_result(given: Judged, ended: Ended, inner: Path, ground: Ground) -> t
     if given.rule in (Rule.NEVER, Rule.KEPT):
         return OTHER, f"silently {other}"
     if given.rule is Rule.SAID:
-        said = Path(given.paths[0]).name in ended.out + ended.err
+        said = any(Path(path).name in ended.out + ended.err for path in given.paths)
         if given.rows.lost() and not said:
             return OTHER, f"{given.rows.lost()} rows are lost silently"
     return CHANGED, other

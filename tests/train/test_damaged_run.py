@@ -106,11 +106,20 @@ def test_run_that_is_not_damaged_says_nothing(begun):
     assert begun.is_whole
 
 
-def test_half_a_row_at_the_end_is_what_a_kill_leaves(begun):
+def test_half_a_row_at_the_end_is_said_and_left_out(begun):
     with (begun.out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    assert begun.go_on() == []
+    (said,) = begun.go_on()
+    assert said.endswith("in a line without an end) left out; all others are kept")
     assert begun.is_whole
+
+
+def test_last_row_of_zeros_is_said(begun):
+    """A disk that lost its power leaves zeros in place of what was not flushed."""
+    lines = begun.lines("eval.jsonl")
+    (begun.out / "eval.jsonl").write_text("\n".join([*lines[:-1], "\0" * len(lines[-1])]))
+    said = cut_rows(begun.out / "eval.jsonl", 2, ROWS["eval.jsonl"])
+    assert f"line {len(lines)} (not JSON" in said
 
 
 def step_row(step: str, value: str = "1.5") -> str:
