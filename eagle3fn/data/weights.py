@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.read import check_regular, read_json
 
 _REMEDY = "fetch the target's files again"
@@ -59,6 +59,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     found = tree.get("weight_map") if isinstance(tree, dict) else None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index}: no weight_map of tensor names to file names; {_REMEDY}")
+    for name in found.values():
+        if not name or not name.isprintable() or name != Path(name).name:
+            raise UserError(f"{index}: {shown(name)} is no name of a file next to it; {_REMEDY}")
     return found
 
 

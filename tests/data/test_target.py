@@ -344,6 +344,9 @@ def test_damaged_weights_are_refused(saved, reader, data):
         {"weight_map": 3},
         {"weight_map": []},
         {"weight_map": {"model.embed_tokens.weight": 3}},
+        {"weight_map": {"model.embed_tokens.weight": "a\0b\x1b[2J"}},
+        {"weight_map": {"model.embed_tokens.weight": "../model.safetensors"}},
+        {"weight_map": {"model.embed_tokens.weight": ""}},
         None,
     ],
 )
