@@ -143,7 +143,8 @@ def run_case(case: Case, folder: Path, ground: Ground) -> Verdict:
     copy_inputs(task, case.choice, ground.world, inner)
     mutation, matched = mutate(case, inner)
     first = case.files[0]
-    rows = Rows(inner / first.path)
+    listed = [file.path for file in case.files if file.path.endswith(".jsonl")]
+    rows = Rows(inner / (listed or [first.path])[0])
     before = surroundings.take(folder)
 
     ended = ground.call(inner, task.call(case.choice), folder / "said")
