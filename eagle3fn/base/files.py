@@ -247,15 +247,21 @@ def _lock_folder(folder: Path) -> tuple[int, bool]:
 
         try:
             _flock(handle, folder)
-            if os.path.samestat(os.fstat(handle), os.lstat(path)):
-                return handle, is_new
-        except FileNotFoundError:
-            pass
-        except BaseException:
+        except UserError:
             os.close(handle)
             raise
+        if _is_at(handle, path):
+            return handle, is_new
         os.close(handle)
     raise _held_by_another(folder)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:  # removed meanwhile
+        return False
 
 
 def _make_folder(folder: Path) -> bool:

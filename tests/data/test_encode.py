@@ -90,8 +90,8 @@ def test_all_bad_rows_are_counted_and_refused_together(tmp_path):
     path = write_rows(tmp_path / "c.jsonl", rows)
     with pytest.raises(UserError, match="3 of 30 rows are bad") as refused:
         encode_file(MAKER, path, 300)
-    told = "c.jsonl:10 (id 10), :20 (id 20), :30 (id 30): turn 2: content None"
-    assert told in str(refused.value)
+    named = "c.jsonl:10 (id 10), :20 (id 20), :30 (id 30): turn 2: content None"
+    assert named in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -192,15 +192,15 @@ def test_target_without_a_template_is_no_fault_of_the_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "named"),
     [
         ({"prompt": "a", "response": "b"}, "have no assistant turn; .*not read: response; give"),
         ({"messages": talk("a" * 200, "b")}, "within the maximal length; raise --max-length"),
         ({"messages": talk("a", "b"), "train": False}, "weight.*; give an answer weight 1"),
     ],
 )
-def test_file_without_a_sample_is_refused_with_its_reason_and_remedy(tmp_path, row, told):
-    with pytest.raises(UserError, match=f"no sample: 2 of 2 conversations dropped: 2 .*{told}"):
+def test_file_without_a_sample_is_refused_with_its_reason_and_remedy(tmp_path, row, named):
+    with pytest.raises(UserError, match=f"no sample: 2 of 2 conversations dropped: 2 .*{named}"):
         encode_file(MAKER, write_rows(tmp_path / "c.jsonl", [row, row]), 300)
 
 
