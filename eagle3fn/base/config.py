@@ -249,6 +249,14 @@ class Config:
             "'sum' with optimizer.accumulation = 'params', whose sums in the parameters' dtype "
             "differ from the ranks' in fp32",
         )
+        window = self.draft.draft_window
+        require(
+            window is None or window >= self.objective.ttt_length,
+            "draft.draft_window",
+            window,
+            f"at least objective.ttt_length = {self.objective.ttt_length}: a row attends to its "
+            "own keys of every unroll step",
+        )
 
 
 def require(holds: bool, name: str, value: Any, constraint: str) -> None:

@@ -15,6 +15,9 @@ from eagle3fn.base.rope_settings import (
 )
 
 DEFAULT_DRAFT_VOCAB = 32_000
+DEFAULT_TAPS = 3
+MOST_LAYERS = 8
+_MOST_TAPS = 16
 _LARGEST_EPS = 1.0  # a norm's values have a mean square of about 1: more would divide by the eps
 _VISION_KEYS = ("vision_config", "vision_tower", "image_token_id")
 
@@ -40,13 +43,26 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """One decoder layer.
+    """The draft's shape: one decoder layer, or more, and its switches.
 
-    `aux_layers` are the target's tapped layers, three different ones in ascending order, counted
-    from 0; None means `1, L//2 - 1, L - 4` of the target's L layers.
+    `aux_layers` are the target's tapped layers, different ones in ascending order, counted from 0;
+    None means `1, L//2 - 1, L - 4` of the target's L layers.
 
-    A field added at the end is a switch of the draft (`switches`): with a default, and of a name
-    that is no key of `config.json` yet, as targets' keys are often copied into a draft's.
+    A field added at the end is a switch of the draft (`switches`), with a default that is off. A
+    draft's `config.json` has it under its name, unless `_READ` and `_written` have another.
+
+    Attributes:
+        norm_before_fc: one RMSNorm over all taps together before the projection.
+        fc_norm: an RMSNorm for each tap before the projection, after `norm_before_fc`.
+        norm_output: the hidden state that goes on to the next unroll step is the normed one, which
+            the head reads too.
+        norm_before_residual: the first layer's residual is its normed hidden state.
+        attention_bias: biases in the four projections of attention.
+        qk_norm: an RMSNorm over each query and key head before it is rotated, as in Qwen3.
+        num_hidden_layers: decoder layers; those after the first read hidden states alone.
+        draft_window: positions that a row attends to, its own among them; None: all before it.
+        train_embedding: the embedding is the draft's own, trained and exported; of a draft of
+            another width than its target it always is.
     """
 
     hidden_size: int  # H
@@ -63,6 +79,16 @@ class DraftConfig:
     rope_scaling: dict[str, Any] | None = None
     aux_layers: tuple[int, ...] | None = None
     initializer_range: float = 0.02
+
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    norm_before_residual: bool = False
+    attention_bias: bool = False
+    qk_norm: bool = False
+    num_hidden_layers: int = 1
+    draft_window: int | None = None
+    train_embedding: bool = False
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
@@ -95,7 +121,27 @@ class DraftConfig:
             )
         if self.aux_layers is not None:
             _check_taps(self.aux_layers)
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise UserError(
+                f"draft.num_hidden_layers = {self.num_hidden_layers}: must be at most "
+                f"{MOST_LAYERS}; a draft of more decodes no faster than its target"
+            )
         check_scaling(self.rope_scaling, self.rope_theta, self.head_dim)
+
+    @property
+    def taps(self) -> int:
+        """How many of the target's layers are tapped."""
+        return DEFAULT_TAPS if self.aux_layers is None else len(self.aux_layers)
+
+    @property
+    def tap_numbers(self) -> range:
+        """The taps' numbers, from 0."""
+        return range(self.taps)
+
+    @property
+    def later_layers(self) -> range:
+        """The numbers of the layers after the first."""
+        return range(1, self.num_hidden_layers)
 
     @property
     def rope_type(self) -> str:
@@ -106,6 +152,7 @@ class DraftConfig:
     def sizes(self) -> dict[str, int]:
         """The sizes of its tensors by shape letter."""
         return {
+            "A": self.taps,
             "H": self.hidden_size,
             "Ht": self.target_hidden_size,
             "I": self.intermediate_size,
@@ -117,9 +164,14 @@ class DraftConfig:
         }
 
     @property
-    def own_embedding(self) -> bool:
-        """Whether the draft trains an embedding: the target's has another width."""
+    def other_width(self) -> bool:
+        """Whether the target's hidden states and embedding have another width than the draft's."""
         return self.target_hidden_size != self.hidden_size
+
+    @property
+    def own_embedding(self) -> bool:
+        """Whether the draft trains an embedding."""
+        return self.train_embedding or self.other_width
 
 
 # The configuration as `config.json`. A field's key is its name; here is what is more than that.
@@ -142,13 +194,17 @@ _KEYS = (
 """Keys that are always written, in this order. A target has them too, `draft_vocab_size` apart."""
 
 TAPS = "eagle_aux_hidden_state_layer_ids"
+_COUNT = "num_aux_hidden_states"
+ORIGIN = "draft_trained_by"
+OURS = "eagle3fn"
+"""Written with `norm_output`, which means something else in SpecForge's files."""
 
 
 def switches() -> list[Field[Any]]:
     """The fields that are the draft's alone, and change what it computes.
 
-    They are read from a draft's `config.json` and written where they differ from their default. A
-    target's key of that name is not read.
+    They are read from a draft's `config.json`, at its top or under `eagle_config`, and written
+    where they differ from their default. A target's key of that name is not read.
     """
     others = {*_KEYS, "target_hidden_size", "aux_layers"}
     return [field for field in fields(DraftConfig) if field.name not in others]
@@ -166,33 +222,94 @@ def listed_taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
     Engines differ in where they look: under `eagle_config` are the layers whose outputs are taken,
     at the top those whose inputs are, one higher.
     """
-    eagle = _given(tree, "eagle_config", dict)
-    if not isinstance(eagle, dict):
-        raise UserError(f"eagle_config = {shown(eagle)}: must list three layers under {TAPS}")
+    eagle = _eagle_keys(tree)
     for place, keys in (("eagle_config.", eagle), ("", tree)):
         layers = keys.get(TAPS) or None
         whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
-        if layers is not None and not (whole and len(layers) == 3):
-            raise UserError(f"{place}{TAPS} = {shown(layers)}: must list three layers; mend it")
+        if layers is not None and not whole:
+            raise UserError(f"{place}{TAPS} = {shown(layers)}: must list layers by number; mend it")
 
     outputs = eagle.get(TAPS) or None
     inputs = tree.get(TAPS) or None
-    if inputs is None:
-        return None if outputs is None else tuple(outputs)
-    below = [layer - 1 for layer in inputs]
-    if outputs not in (None, below):
+    below = None if inputs is None else [layer - 1 for layer in inputs]
+    if None not in (outputs, below) and outputs != below:
         raise UserError(
             f"{TAPS} = {inputs} must be one above eagle_config's {outputs}; "
             "mend the one that is wrong"
         )
-    return tuple(below)
+
+    # Their number is said too where it is not three.
+    listed = below or outputs
+    count = eagle.get(_COUNT, tree.get(_COUNT))
+    found = DEFAULT_TAPS if listed is None else len(listed)
+    if count is not None and count != found:
+        raise UserError(
+            f"{_COUNT} = {shown(count)}, but {TAPS} lists {found if listed else 'none'}; mend the "
+            "one that is wrong"
+        )
+    return None if listed is None else tuple(listed)
 
 
 def taps_keys(layers: tuple[int, ...]) -> dict[str, Any]:
-    """Three taps as `config.json` has them, under both conventions: see `listed_taps`."""
-    return {
+    """Taps as `config.json` has them, under both conventions: see `listed_taps`."""
+    keys: dict[str, Any] = {
         "eagle_config": {TAPS: list(layers), "use_aux_hidden_state": True},
         TAPS: [layer + 1 for layer in layers],
+    }
+    if len(layers) != DEFAULT_TAPS:
+        keys[_COUNT] = len(layers)
+    return keys
+
+
+def _eagle_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """The keys under `eagle_config`."""
+    eagle = _given(tree, "eagle_config", dict)
+    if not isinstance(eagle, dict):
+        raise UserError(f"eagle_config = {shown(eagle)}: must be an object with {TAPS}")
+    return eagle
+
+
+# A window of attention: engines read it by layer.
+_WINDOW = "sliding_window"
+_LAYER_TYPES = "layer_types"
+_WITH_WINDOW = "sliding_attention"
+_WITHOUT_WINDOW = "full_attention"
+
+
+def _window_of(tree: dict[str, Any]) -> Any:
+    """The window that a draft's layers have, None for full attention.
+
+    Raises:
+        UserError: layers with and without one, or a window that no layer is said to have.
+    """
+    kinds = _given(tree, _LAYER_TYPES, list)
+    if not isinstance(kinds, list):
+        raise UserError(f"{_LAYER_TYPES} = {shown(kinds)}: must be a list; mend it")
+    for kind in kinds:
+        if kind not in (_WITH_WINDOW, _WITHOUT_WINDOW):
+            raise UserError(f"{_LAYER_TYPES} = {shown(kinds)}: attention of another kind")
+
+    window = tree.get(_WINDOW)
+    if tree.get("use_sliding_window") is False:
+        window = None
+    if window is None or set(kinds) == {_WITHOUT_WINDOW}:
+        if _WITH_WINDOW in kinds:
+            raise UserError(f"{_LAYER_TYPES} = {shown(kinds)} without {_WINDOW}; mend the file")
+        return None
+    if set(kinds) != {_WITH_WINDOW}:
+        raise UserError(
+            f"{_WINDOW} = {shown(window)}, {_LAYER_TYPES} = {shown(kinds)}: which layers have the "
+            f"window? All must, by {_LAYER_TYPES}, or none; mend a copy of the file"
+        )
+    return window
+
+
+def _window_keys(window: int, layers: int) -> dict[str, Any]:
+    """A window as `config.json` has it: see `_window_of`."""
+    return {
+        _WINDOW: window,
+        "use_sliding_window": True,
+        _LAYER_TYPES: [_WITH_WINDOW] * layers,
     }
 
 
@@ -209,6 +326,7 @@ _READ: dict[str, Callable[[dict[str, Any]], Any]] = {
     "rope_theta": theta_of,
     "rope_scaling": scaling_of,
     "aux_layers": listed_taps,
+    "draft_window": _window_of,
 }
 """Fields that are more than the key of their name."""
 
@@ -223,10 +341,16 @@ def draft_config_from_keys(tree: dict[str, Any], where: str) -> DraftConfig:
     """
     try:
         values = {}
+        eagle = _eagle_keys(tree)
+        own = {field.name for field in switches()}
         for field in fields(DraftConfig):
             name = field.name
             if name in _READ:
                 values[name] = _READ[name](tree)
+            elif name in own:
+                # Null is off. Engines look under `eagle_config` first.
+                value = _given(eagle, name, lambda key=name: tree.get(key))
+                values[name] = field.default if value is None else value
             elif name in tree or field.default is MISSING:
                 values[name] = tree[name]
         return DraftConfig(**values)
@@ -270,7 +394,7 @@ def refuse_vision(tree: dict[str, Any], where: str) -> None:
 
 
 def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) -> dict[str, Any]:
-    """The content of `config.json`: a Llama configuration of one layer with EAGLE-3's keys.
+    """The content of `config.json`: a Llama configuration with EAGLE-3's keys.
 
     Args:
         config: the draft's shape.
@@ -286,7 +410,7 @@ def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) ->
     tree: dict[str, Any] = {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
-        "num_hidden_layers": 1,
+        "num_hidden_layers": config.num_hidden_layers,
         **{key: values[key] for key in _KEYS},
         "hidden_act": "silu",
         "attention_bias": False,
@@ -302,10 +426,18 @@ def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) ->
     # The taps, always and under both conventions: an engine guesses where it finds none.
     tree |= taps_keys(aux_layers(config, target_layers))
 
-    # Switches that are as engines assume are left out.
+    # Switches that are as engines assume are left out, unless they have a key already.
     for field in switches():
-        if values[field.name] != field.default:
-            tree[field.name] = values[field.name]
+        name = field.name
+        value = values[name]
+        if value == field.default:
+            continue
+        if name == "draft_window":
+            tree |= _window_keys(value, config.num_hidden_layers)
+        else:
+            tree[name] = value
+    if config.norm_output:
+        tree[ORIGIN] = OURS
     return tree
 
 
@@ -314,16 +446,18 @@ def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) ->
 
 def _check_taps(layers: tuple[int, ...]) -> None:
     """Refuse taps that engines would gather in another order, or once where they are twice."""
-    if len(layers) != 3:
-        raise UserError(f"draft.aux_layers = {layers}: must name three target layers")
+    if not 1 <= len(layers) <= _MOST_TAPS:
+        raise UserError(
+            f"draft.aux_layers = {printable(layers)}: must name 1 to {_MOST_TAPS} target layers"
+        )
     if not all(0 <= layer < 2**31 for layer in layers):
         raise UserError(
             f"draft.aux_layers = {printable(layers)}: must be layers of a target, counted from 0"
         )
-    if len(set(layers)) != 3:
+    if len(set(layers)) != len(layers):
         raise UserError(
             f"draft.aux_layers = {layers}: a layer is named twice, engines gather each once; "
-            "name three different layers, in ascending order"
+            "name different layers, in ascending order"
         )
     if list(layers) != sorted(layers):
         raise UserError(
@@ -333,8 +467,8 @@ def _check_taps(layers: tuple[int, ...]) -> None:
         )
 
 
-def aux_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int]:
-    """The three tapped decoder layers, counted from 0, of a target with `target_layers` layers.
+def aux_layers(config: DraftConfig, target_layers: int) -> tuple[int, ...]:
+    """The tapped decoder layers, counted from 0, of a target with `target_layers` layers.
 
     They are those that the configuration names, or `1, L//2 - 1, L - 4` of L layers.
 
@@ -343,14 +477,16 @@ def aux_layers(config: DraftConfig, target_layers: int) -> tuple[int, int, int]:
             default, which is from 7 layers on three different ones.
     """
     count = target_layers
-    named = config.aux_layers is not None
-    low, middle, high = config.aux_layers or (1, count // 2 - 1, count - 4)
-    if named and not all(0 <= layer < count for layer in (low, middle, high)):
-        raise UserError(
-            f"draft.aux_layers = {(low, middle, high)}: each must be in [0, {count}); "
-            "name three layers of the target with --set draft.aux_layers=[a,b,c]"
-        )
-    if not named and not 0 <= low < middle < high:
+    if config.aux_layers is not None:
+        if not all(0 <= layer < count for layer in config.aux_layers):
+            raise UserError(
+                f"draft.aux_layers = {config.aux_layers}: each must be in [0, {count}); "
+                "name layers of the target with --set draft.aux_layers=[a,b,c]"
+            )
+        return config.aux_layers
+
+    low, middle, high = 1, count // 2 - 1, count - 4
+    if not 0 <= low < middle < high:
         raise UserError(
             f"draft.aux_layers: the default ones are {(low, middle, high)} for a target of {count} "
             f"layers, which engines cannot gather; {_shallow_remedy(count)}"

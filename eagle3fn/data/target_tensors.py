@@ -58,13 +58,13 @@ def make_frozen(
     Args:
         target: as `read_target_tensors` returns it.
         vocab_map: as `load_map` returns it.
-        config: `train.dtype` is read, `train.device`, and whether the draft trains an embedding of
-            its own: then the target's is left out.
+        config: `train.dtype` is read, `train.device`, and whether the draft has another width: then
+            the target's embedding is left out. One that the draft trains starts from it.
         device: in place of `train.device`.
     """
     dtype = getattr(torch, config.train.dtype)
     device = device or config.train.device
-    embedding = None if config.draft.own_embedding else target.embed_tokens.to(device, dtype)
+    embedding = None if config.draft.other_width else target.embed_tokens.to(device, dtype)
     return Frozen(
         embed_tokens=embedding,
         target_head=target.head.to(device, dtype),

@@ -27,7 +27,7 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     check_params(params, draft)
 
     width = draft.target_hidden_size
-    _check("batch.aux_hidden", batch.aux_hidden, None, ("B", "S", 3 * width))
+    _check("batch.aux_hidden", batch.aux_hidden, None, ("B", "S", draft.taps * width))
     b, s, _ = batch.aux_hidden.shape
     k = config.objective.ttt_length
     if s > draft.max_position_embeddings:
@@ -69,11 +69,13 @@ def check_frozen(frozen: Frozen, config: Config) -> None:
     draft = config.draft
     v, d = draft.vocab_size, draft.draft_vocab_size
     width = draft.target_hidden_size
-    if draft.own_embedding != (frozen.embed_tokens is None):
-        rule = "is None: give the target's embedding"
-        if draft.own_embedding:
-            rule = "must be None: the draft trains its own"
-        raise UserError(f"frozen.embed_tokens {rule} (hidden_size {draft.hidden_size})")
+    if frozen.embed_tokens is None and not draft.own_embedding:
+        raise UserError("frozen.embed_tokens is None: give the target's embedding")
+    if frozen.embed_tokens is not None and draft.other_width:
+        raise UserError(
+            "frozen.embed_tokens must be None: the draft trains its own, of hidden_size "
+            f"{draft.hidden_size}"
+        )
     for name in ("target_head", "t2d", "d2t"):
         if getattr(frozen, name) is None:
             raise UserError(f"frozen.{name} is None: give the tensor")

@@ -28,6 +28,7 @@ from eagle3fn.model.flash_attention import flash_attention, has_flash_kernel
 from eagle3fn.model.fused_layers import fused_rms_norm, mlp, norm_linear
 from eagle3fn.model.head_loss import Pairs, Scores, head_and_loss
 from eagle3fn.model.losses import RowLoss, survival_rate
+from eagle3fn.model.plain import embedding
 from eagle3fn.model.unroll import Ops
 from eagle3fn.model.visibility import Visible
 
@@ -43,23 +44,32 @@ def _plan(batch: Batch) -> RowPlan:
 
 # The layer
 
-# Matrices with one input, stacked. Queries, keys and values are projections of the embedding and
-# the hidden state, next to each other: their matrix is split by columns.
-_QKV_EMBED = "qkv of the embedding"  # (q + 2·kv, H)
-_QKV_HIDDEN = "qkv of the hidden state"  # (q + 2·kv, H)
-_GATE_UP = "gate and up"  # (2·I, H)
+# Matrices with one input, stacked, and their biases. Queries, keys and values of the first layer
+# are projections of the embedding and the hidden state, next to each other: their matrix is split
+# by columns. With these names a layer's are `layer.q + name`.
+_QKV_EMBED = " … of the embedding"  # (q + 2·kv, H)
+_QKV_HIDDEN = " … of the hidden state"  # (q + 2·kv, H)
+_QKV_BIAS = " … biases"  # (q + 2·kv,)
+_GATE_UP = " … gate and up"  # (2·I, H)
 
 
-def _stacked(params: Params) -> Params:
-    qkv = torch.cat([params[table.Q], params[table.K], params[table.V]])
-    embed, hidden = qkv.chunk(2, dim=1)
-    gate_up = torch.cat([params[table.GATE], params[table.UP]])
-    return params | {_QKV_EMBED: embed, _QKV_HIDDEN: hidden, _GATE_UP: gate_up}
+def _stacked(params: Params, draft: DraftConfig) -> Params:
+    stacked = dict(params)
+    for layer in table.layers(draft):
+        qkv = torch.cat([params[layer.q], params[layer.k], params[layer.v]])
+        if layer.number == 0:
+            stacked[layer.q + _QKV_EMBED], qkv = qkv.chunk(2, dim=1)
+        stacked[layer.q + _QKV_HIDDEN] = qkv
+        if draft.attention_bias:
+            biases = [params[layer.q_bias], params[layer.k_bias], params[layer.v_bias]]
+            stacked[layer.q + _QKV_BIAS] = torch.cat(biases)
+        stacked[layer.q + _GATE_UP] = torch.cat([params[layer.gate], params[layer.up]])
+    return stacked
 
 
 class _Tokens(NamedTuple):
-    """What the next token's embedding gives to queries, keys and values, of every entry of
-    `next_ids`.
+    """What the next token's embedding gives to queries, keys and values of the first layer, of
+    every entry of `next_ids`; their biases are in it.
     """
 
     projected: Tensor  # (B·(S + K - 1), q + 2·kv)
@@ -72,36 +82,82 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(weights: Params, batch: Batch, draft: DraftConfig, frozen: Frozen) -> _Tokens:
-    matrix = weights[table.EMBED] if frozen.embed_tokens is None else frozen.embed_tokens
-    embeds = F.embedding(batch.next_ids, matrix).to(weights[_QKV_EMBED].dtype)
-    normed = fused_rms_norm(embeds, weights[table.INPUT_NORM], draft.rms_norm_eps)
-    projected = F.linear(normed, weights[_QKV_EMBED]).flatten(0, 1)
+    layer = table.FIRST
+    matrix = weights[layer.q + _QKV_EMBED]
+    embeds = F.embedding(batch.next_ids, embedding(weights, draft, frozen)).to(matrix.dtype)
+    normed = fused_rms_norm(embeds, weights[layer.input_norm], draft.rms_norm_eps)
+    projected = F.linear(normed, matrix, weights.get(layer.q + _QKV_BIAS)).flatten(0, 1)
     return _Tokens(projected, batch.next_ids.shape[1], batch.aux_hidden.shape[1])
 
 
 def _qkv(
-    weights: Params, draft: DraftConfig, tokens: _Tokens, hidden: Tensor, rows: Tensor, step: int
+    weights: Params,
+    draft: DraftConfig,
+    layer: table.Layer,
+    tokens: _Tokens,
+    hidden: Tensor,
+    rows: Tensor,
+    step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of the rows `(T, N, E)`; keys and values, of every place `(B, S, J, E)` at step 0,
     then of the rows `(T, J, E)`.
     """
     n, j, e = draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim
-    norm, matrix = weights[table.HIDDEN_NORM], weights[_QKV_HIDDEN]
-    place = tokens.at(rows, step)
     if step > 0:
-        heads = norm_linear(hidden, norm, matrix, tokens.projected, place, draft.rms_norm_eps)
+        heads = _of_rows(weights, draft, layer, tokens, hidden, rows, step)
         heads = heads.view(len(rows), n + 2 * j, e)
         value = heads[:, n + j :].clone()  # a view would keep the queries alive
         return heads[:, :n], heads[:, n : n + j], value
 
     # Step 0: the products are split, by rows of the matrix.
     b, s, _ = hidden.shape
-    normed = fused_rms_norm(hidden.flatten(0, 1), norm, draft.rms_norm_eps)
-    from_tokens = tokens.projected.view(b, -1, len(matrix))[:, :s, n * e :].flatten(0, 1)
-    kv = torch.addmm(from_tokens, normed, matrix[n * e :].T).view(b, s, 2 * j, e)
-    from_tokens = tokens.projected[:, : n * e].index_select(0, place)
-    query = torch.addmm(from_tokens, normed[rows], matrix[: n * e].T)
+    matrix, bias = weights[layer.q + _QKV_HIDDEN], weights.get(layer.q + _QKV_BIAS)
+    normed = _normed(weights, draft, layer, hidden.flatten(0, 1))
+    if layer.number:
+        to_query = None if bias is None else bias[: n * e]
+        to_kv = None if bias is None else bias[n * e :]
+    else:
+        to_query = tokens.projected[:, : n * e].index_select(0, tokens.at(rows, step))
+        to_kv = tokens.projected.view(b, -1, len(matrix))[:, :s, n * e :].flatten(0, 1)
+    kv = _product(normed, matrix[n * e :], to_kv).view(b, s, 2 * j, e)
+    query = _product(normed[rows], matrix[: n * e], to_query)
     return query.view(len(rows), n, e), kv[:, :, :j], kv[:, :, j:]
+
+
+def _of_rows(
+    weights: Params,
+    draft: DraftConfig,
+    layer: table.Layer,
+    tokens: _Tokens,
+    hidden: Tensor,
+    rows: Tensor,
+    step: int,
+) -> Tensor:
+    """Queries, keys and values of rows `(T, H)` next to each other, `(T, q + 2·kv)`."""
+    matrix = weights[layer.q + _QKV_HIDDEN]
+    if layer.number:
+        normed = _normed(weights, draft, layer, hidden)
+        return _product(normed, matrix, weights.get(layer.q + _QKV_BIAS))
+
+    place = tokens.at(rows, step)
+    if draft.norm_before_residual:
+        return _product(hidden, matrix, tokens.projected.index_select(0, place))
+    norm = weights[layer.hidden_norm]
+    return norm_linear(hidden, norm, matrix, tokens.projected, place, draft.rms_norm_eps)
+
+
+def _normed(weights: Params, draft: DraftConfig, layer: table.Layer, hidden: Tensor) -> Tensor:
+    """What the layer's projections read of hidden states."""
+    if layer.number:
+        return fused_rms_norm(hidden, weights[layer.input_norm], draft.rms_norm_eps)
+    if draft.norm_before_residual:
+        return hidden  # normed already
+    return fused_rms_norm(hidden, weights[layer.hidden_norm], draft.rms_norm_eps)
+
+
+def _product(x: Tensor, matrix: Tensor, added: Tensor | None) -> Tensor:
+    """`x · matrixᵀ`, plus a vector or rows that are added."""
+    return x @ matrix.T if added is None else torch.addmm(added, x, matrix.T)
 
 
 class _Sight(NamedTuple):
@@ -111,11 +167,17 @@ class _Sight(NamedTuple):
     blocks: Blocks | None  # None: all before them, by the flash kernel
 
 
-def _sight(seen: Visible, rows: Tensor, key: Tensor, attention_mask: Tensor) -> _Sight:
+def _sight(
+    seen: Visible,
+    rows: Tensor,
+    attention_mask: Tensor,
+    draft: DraftConfig,
+    dtype: torch.dtype,
+) -> _Sight:
     """The flash kernel where there is one, else blocks, which are cut on the host."""
-    if seen.first is None and has_flash_kernel(key.device, key.dtype, key.shape[-1]):
+    if seen.first is None and has_flash_kernel(rows.device, dtype, draft.head_dim):
         return _Sight(rows, None)
-    return _Sight(rows, make_blocks(rows, key.shape[1], seen))
+    return _Sight(rows, make_blocks(rows, attention_mask.shape[1], seen))
 
 
 def _attend(query: Tensor, keys: list[Tensor], values: list[Tensor], sight: _Sight) -> Tensor:
@@ -125,12 +187,16 @@ def _attend(query: Tensor, keys: list[Tensor], values: list[Tensor], sight: _Sig
     return block_attention(*parts, sight.blocks)
 
 
-def _output(weights: Params, hidden: Tensor, attended: Tensor) -> Tensor:
-    return torch.addmm(hidden, attended.flatten(1), weights[table.O].T)
+def _output(weights: Params, layer: table.Layer, hidden: Tensor, attended: Tensor) -> Tensor:
+    bias = weights.get(layer.o_bias)
+    if bias is not None:
+        hidden = hidden + bias
+    return torch.addmm(hidden, attended.flatten(1), weights[layer.o].T)
 
 
-def _mlp(weights: Params, hidden: Tensor, eps: float) -> Tensor:
-    return mlp(hidden, weights[table.POST_NORM], weights[_GATE_UP], weights[table.DOWN], eps)
+def _mlp(weights: Params, layer: table.Layer, hidden: Tensor, eps: float) -> Tensor:
+    gate_up, down = weights[layer.q + _GATE_UP], weights[layer.down]
+    return mlp(hidden, weights[layer.post_norm], gate_up, down, eps)
 
 
 # Head, loss and metrics

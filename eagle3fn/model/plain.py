@@ -37,22 +37,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def heads(
-    weights: Params, draft: DraftConfig, embeds: Tensor, hidden: Tensor
+    weights: Params, draft: DraftConfig, layer: table.Layer, embeds: Tensor | None, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries `(B, N, S, E)`, keys and values `(B, J, S, E)`, not yet rotated.
 
-    The layer reads the next token's embedding and the hidden state, both `(B, S, H)`, each normed
-    by a weight of its own: `x = [norm(embeds), norm(hidden)]`, `(B, S, 2·H)`.
+    The first layer reads the next token's embedding and the hidden state, both `(B, S, H)`, each
+    normed by a weight of its own: `x = [norm(embeds), norm(hidden)]`, `(B, S, 2·H)`. Under
+    `norm_before_residual` the hidden state is normed already. Later layers read `norm(hidden)`.
     """
-    embeds = rms_norm(embeds, weights[table.INPUT_NORM], draft.rms_norm_eps)
-    hidden = rms_norm(hidden, weights[table.HIDDEN_NORM], draft.rms_norm_eps)
-    x = torch.cat([embeds, hidden], dim=-1)
+    if embeds is None:
+        x = rms_norm(hidden, weights[layer.input_norm], draft.rms_norm_eps)
+    else:
+        embeds = rms_norm(embeds, weights[layer.input_norm], draft.rms_norm_eps)
+        if not draft.norm_before_residual:
+            hidden = rms_norm(hidden, weights[layer.hidden_norm], draft.rms_norm_eps)
+        x = torch.cat([embeds, hidden], dim=-1)
 
-    def projected(name: str) -> Tensor:
-        rows = F.linear(x, weights[name])
+    def projected(matrix: str, bias: str) -> Tensor:
+        rows = F.linear(x, weights[matrix], weights.get(bias))
         return rows.view(*x.shape[:2], -1, draft.head_dim).transpose(1, 2)
 
-    return projected(table.Q), projected(table.K), projected(table.V)
+    query = projected(layer.q, layer.q_bias)
+    key = projected(layer.k, layer.k_bias)
+    return query, key, projected(layer.v, layer.v_bias)
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
@@ -63,17 +70,17 @@ def repeat_heads(x: Tensor, groups: int) -> Tensor:
     return x[:, :, None].expand(b, j, groups, s, e).reshape(b, j * groups, s, e)
 
 
-def output(weights: Params, hidden: Tensor, attended: Tensor) -> Tensor:
+def output(weights: Params, layer: table.Layer, hidden: Tensor, attended: Tensor) -> Tensor:
     """`hidden + W_o · attended`, of `(B, S, H)` and heads `(B, N, S, E)`."""
     rows = attended.transpose(1, 2).flatten(2)
-    return hidden + F.linear(rows, weights[table.O])
+    return hidden + F.linear(rows, weights[layer.o], weights.get(layer.o_bias))
 
 
-def mlp(weights: Params, hidden: Tensor, eps: float) -> Tensor:
+def mlp(weights: Params, layer: table.Layer, hidden: Tensor, eps: float) -> Tensor:
     """`h + W_down · (silu(W_gate · x) · W_up · x)` with `x = norm(h)`, of `(B, S, H)`."""
-    x = rms_norm(hidden, weights[table.POST_NORM], eps)
-    inner = F.silu(F.linear(x, weights[table.GATE])) * F.linear(x, weights[table.UP])
-    return hidden + F.linear(inner, weights[table.DOWN])
+    x = rms_norm(hidden, weights[layer.post_norm], eps)
+    inner = F.silu(F.linear(x, weights[layer.gate])) * F.linear(x, weights[layer.up])
+    return hidden + F.linear(inner, weights[layer.down])
 
 
 def logits(params: Params, draft: DraftConfig, hidden: Tensor) -> Tensor:
@@ -101,8 +108,14 @@ def additive_mask(seen: Visible, attention_mask: Tensor, dtype: torch.dtype) -> 
     return zero.masked_fill(padding, low) + zero.masked_fill(hidden[:, None], low)
 
 
-def _sight(seen: Visible, rows: Tensor | None, key: Tensor, attention_mask: Tensor) -> Tensor:
-    return additive_mask(seen, attention_mask, key.dtype)
+def _sight(
+    seen: Visible,
+    rows: Tensor | None,
+    attention_mask: Tensor,
+    draft: DraftConfig,
+    dtype: torch.dtype,
+) -> Tensor:
+    return additive_mask(seen, attention_mask, dtype)
 
 
 def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:
@@ -131,11 +144,19 @@ def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor
 # Tokens and rows
 
 
+def embedding(weights: Params, draft: DraftConfig, frozen: Frozen) -> Tensor:
+    """The draft's own embedding `(V, H)` if it trains one, else the target's."""
+    if draft.own_embedding:
+        return weights[table.EMBED]
+    assert frozen.embed_tokens is not None  # checked with the batch
+    return frozen.embed_tokens
+
+
 def _tokens(
     weights: Params, batch: Batch, draft: DraftConfig, frozen: Frozen
 ) -> Callable[[int], Tensor]:
     """A function of an unroll step that gives the rows' embeddings `(B, S, H)`."""
-    matrix = weights[table.EMBED] if frozen.embed_tokens is None else frozen.embed_tokens
+    matrix = embedding(weights, draft, frozen)
     dtype = weights[table.FC].dtype
     s = batch.aux_hidden.shape[1]
     return lambda step: F.embedding(batch.next_ids[:, step : step + s], matrix).to(dtype)
@@ -144,13 +165,15 @@ def _tokens(
 def _qkv(
     weights: Params,
     draft: DraftConfig,
+    layer: table.Layer,
     tokens: Callable[[int], Tensor],
     hidden: Tensor,
     rows: Tensor | None,
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert rows is None, "the plain operations compute every row"
-    return heads(weights, draft, tokens(step), hidden)
+    embeds = None if layer.number else tokens(step)
+    return heads(weights, draft, layer, embeds, hidden)
 
 
 # Head, loss and metrics
@@ -255,7 +278,7 @@ def _aux(steps: list[_Step], rate: float) -> Aux:
 
 
 PLAIN = Ops(
-    weights=lambda params: params,
+    weights=lambda params, draft: params,
     tokens=_tokens,
     plan=lambda batch: None,
     norm=rms_norm,

@@ -1,6 +1,6 @@
 """Which keys of step 0 a row attends to: the one question that every kind of attention asks."""
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +24,10 @@ def visible(config: DraftConfig, place: Place, step: int) -> Visible:
     """What the row at `place` of its sample sees at an unroll step, where its position is `place +
     step`.
 
-    Full causal attention: every key up to its own place.
+    Every key up to its own place; with a window of `W` positions, those from `place + step - W + 1`
+    on. The row's own keys lie within a window of at least K.
     """
-    return Visible(first=None, last=place)
+    first: Any = None
+    if config.draft_window is not None:
+        first = place + step - config.draft_window + 1
+    return Visible(first=first, last=place)

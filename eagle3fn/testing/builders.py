@@ -54,8 +54,13 @@ class Case:
     eps: float = 1e-6
     theta: float = 10_000.0
     own_positions: bool = False
+    taps: int = 3
+    """The target's tapped layers: its first ones."""
+
     switches: tuple[tuple[str, Any], ...] = ()
-    """Fields of `DraftConfig` that change what the draft computes, each with its value."""
+    """Fields of `DraftConfig` that change what the draft computes, each with its value. A window is
+    at least `steps`, as a configuration must have it.
+    """
 
     seed: int = 0
 
@@ -79,6 +84,9 @@ class Case:
 
     def draft(self) -> DraftConfig:
         """The draft's shape."""
+        switches = dict(self.switches)
+        if "draft_window" in switches:
+            switches["draft_window"] = max(switches["draft_window"], self.steps)
         return DraftConfig(
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -91,7 +99,8 @@ class Case:
             max_position_embeddings=64,
             rms_norm_eps=self.eps,
             rope_theta=self.theta,
-            **dict(self.switches),
+            aux_layers=None if self.taps == 3 else tuple(range(self.taps)),
+            **switches,
         )
 
     def config(self, optimizer: OptimizerConfig | None = None, total_steps: int = 10) -> Config:
@@ -137,7 +146,8 @@ def tiny_params(case: Case) -> Params:
         if weight.role == "norm":
             params[name] = (1 + normal(shape, 0.1, source, torch.float64)).to(case.torch_dtype)
         else:
-            scale = 1.0 if weight.role == "embedding" else shape[1] ** -0.5
+            scales = {"embedding": 1.0, "bias": 0.3}
+            scale = scales.get(weight.role) or shape[1] ** -0.5
             params[name] = normal(shape, scale, source, case.torch_dtype)
     return params
 
@@ -164,7 +174,7 @@ def tiny_frozen(case: Case) -> Frozen:
         preferred = t2d == (case.tokens == "inside")
         head = torch.where(preferred[:, None], head, head / 2)
 
-    # A draft that is not as wide as its target trains an embedding of its own.
+    # A draft that is not as wide as its target has no use for the target's embedding.
     if case.target_hidden != case.hidden:
         return Frozen(None, head, t2d, d2t)
     return Frozen(head if case.tied else embed, head, t2d, d2t)
@@ -176,7 +186,7 @@ class Unaligned(NamedTuple):
     input_ids: Tensor  # (B, S) int64
     attention_mask: Tensor  # (B, S) int64
     row_mask: Tensor  # (B, S) int64, of step 0
-    aux_hidden: Tensor  # (B, S, 3·Ht)
+    aux_hidden: Tensor  # (B, S, A·Ht)
     last_hidden: Tensor  # (B, S, Ht)
     position_ids: Tensor | None = None  # (B, S) int64
     row_counts: Tensor | None = None  # (K,) fp32, as in `Batch`
@@ -207,7 +217,7 @@ def tiny_unaligned(case: Case, index: int = 0) -> Unaligned:
     # The order of the draws is part of the case.
     chosen = torch.rand(samples, longest, generator=source) < 0.7
     ids = torch.randint(0, case.vocab, (samples, longest), generator=source)
-    aux_shape = (samples, longest, 3 * case.target_hidden)
+    aux_shape = (samples, longest, case.taps * case.target_hidden)
     aux = normal(aux_shape, 1.0, source, case.torch_dtype)
     last_shape = (samples, longest, case.target_hidden)
     last = normal(last_shape, 2.0, source, case.torch_dtype)

@@ -42,7 +42,27 @@ def _first(value: int, others: range) -> tuple[int, ...]:
 LONGEST = _weighted({length: 11 if 4 <= length <= 10 else 1 for length in range(1, 33)})
 
 # What a switch of the draft is drawn from, by its field's type; those of other types are not drawn.
-SWITCH_VALUES: dict[Any, Sequence[Any]] = {bool: (False, True), int | None: (None, 1, 3)}
+SWITCH_VALUES: dict[Any, Sequence[Any]] = {
+    bool: (False, True),
+    int: (1, 2, 3),
+    int | None: (None, 1, 3, 9),
+}
+
+
+def switch_values(fields: Sequence[Field[Any]]) -> tuple[tuple[tuple[str, Any], ...], ...]:
+    """No switch, each value of each switch alone, and the last values of all of them together;
+    those that have their default are left out.
+    """
+    alone = []
+    together = []
+    for field in fields:
+        others = [value for value in SWITCH_VALUES.get(field.type, ()) if value != field.default]
+        alone += [((field.name, value),) for value in others]
+        together += [(field.name, value) for value in others[-1:]]
+    return ((), *alone, tuple(together))
+
+
+VALUES: dict[Any, Sequence[Any]] = {bool: (False, True), int | None: (None, 1, 3)}
 
 
 def switch_values(fields: Sequence[Field[Any]]) -> tuple[tuple[tuple[str, Any], ...], ...]:
@@ -78,13 +98,15 @@ VALUES: dict[str, Sequence[Any]] = {
     "eps": (1e-6, 1e-5, 1e-2),
     "theta": (10_000.0, 500_000.0, 100.0),
     "own_positions": (False, True),
+    "taps": (3, 3, 3, 1, 2, 5),
     "switches": switch_values(switches()),
     "seed": range(10**6 + 1),
 }
 """The values of every field of `Case`, the simplest first: what a failing case shrinks to.
 
 A value that is listed several times is drawn so much more often. `_values` narrows the fields that
-depend on others; `lengths` lists the longest sample's length. fp64 is for those who pin it. A draft
+depend on others; `lengths` lists the longest sample's length; of `switches` any may be drawn
+together. fp64 is for those who pin it. A draft
 that is not as wide as its target trains an embedding of its own.
 """
 
@@ -185,6 +207,8 @@ def _complete(pins: dict[str, Any], pick: Pick) -> Case:
             continue
         if name == "lengths":
             chosen[name] = _lengths(pick)
+        elif name == "switches":
+            chosen[name] = _switches(pick)
         else:
             chosen[name] = pick(name, _values(name, chosen))
     return Case(**chosen)
@@ -215,6 +239,20 @@ def _values(name: str, chosen: dict[str, Any]) -> Sequence[Any]:
             return (same, same, 20)
 
     return VALUES[name]
+
+
+def _switches(pick: Pick) -> tuple[tuple[str, Any], ...]:
+    """In a third of the cases none; else any together, each of them off in two of three."""
+    if not pick("any switch", (False, True, True)):
+        return ()
+    chosen = []
+    for field in switches():
+        off = (field.default,)
+        others = [value for value in SWITCH_VALUES.get(field.type, ()) if value not in off]
+        value = pick(f"switch {field.name}", off * 2 * max(len(others), 1) + tuple(others))
+        if value != field.default:
+            chosen.append((field.name, value))
+    return tuple(chosen)
 
 
 def _lengths(pick: Pick) -> tuple[int, ...]:

@@ -69,15 +69,15 @@ def plan_memory(
     if config.train.on_nonfinite == "skip":
         kept["state before an update"] = params + masters + optimizer_state
 
-    # Frozen: the target's head, its embedding where it is another tensor and the draft has none of
-    # its own, the map.
-    tables = 1 if tied or draft.own_embedding else 2
+    # Frozen: the target's head, its embedding where it is another tensor and as wide as the draft,
+    # the map.
+    tables = 1 if tied or draft.other_width else 2
     frozen = tables * draft.vocab_size * draft.target_hidden_size * narrow
     frozen += draft.vocab_size * torch.bool.itemsize
     frozen += draft.draft_vocab_size * torch.int64.itemsize
 
     # On disk a checkpoint has the state, and the parameters once more as safetensors.
-    token = 4 * draft.target_hidden_size * _FEATURE_BYTES + _TOKEN_BYTES
+    token = (draft.taps + 1) * draft.target_hidden_size * _FEATURE_BYTES + _TOKEN_BYTES
     return MemoryPlan(
         ranks=ranks,
         params=values,

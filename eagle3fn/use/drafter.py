@@ -19,7 +19,7 @@ from eagle3fn.model import table
 from eagle3fn.model.plain import PLAIN, heads, logits
 from eagle3fn.model.rope import rope_table
 from eagle3fn.model.table import EMBED, FC
-from eagle3fn.model.unroll import project, rotated
+from eagle3fn.model.unroll import carried, project, residual, rotated
 from eagle3fn.model.visibility import visible
 from eagle3fn.use.export import Draft
 
@@ -51,17 +51,19 @@ class Drafter:
         draft_ids = torch.arange(self.config.draft_vocab_size, device=weight.device)
         self.target_ids = draft.vocab.d2t + draft_ids
 
-        # RoPE tables (length, E) and the cache (1, J, length, E)
+        # RoPE tables (length, E), and each layer's keys and values (1, J, length, E)
         self.cos, self.sin = rope_table(self.config, length, weight.dtype, weight.device)
-        shape = (2, 1, self.config.num_key_value_heads, length, self.config.head_dim)
-        self.keys, self.values = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.layers = table.layers(self.config)
+        shape = (1, self.config.num_key_value_heads, length, self.config.head_dim)
+        caches = (len(self.layers), 2, *shape)
+        self.caches = torch.empty(caches, dtype=weight.dtype, device=weight.device)
         self.committed = 0  # rows of the cache that hold the target's features
 
     def commit(self, aux: Tensor, tokens: Tensor) -> Tensor:
         """Append committed rows.
 
         Args:
-            aux: the target's features of the rows, `(1, R, 3·Ht)`.
+            aux: the target's features of the rows, `(1, R, A·Ht)`.
             tokens: the token after each row, `(1, R)`.
 
         Returns:
@@ -78,6 +80,7 @@ class Drafter:
         `hidden` `(1, 1, H)` is the row's before it, `token` `(1, 1)` the token which that row
         predicted. Returns the row's hidden state `(1, 1, H)`.
         """
+        hidden = carried(self.params, self.config, hidden, PLAIN)
         return self._rows(hidden, token, self.committed + step - 1, step)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -103,27 +106,62 @@ class Drafter:
     def _rows(self, hidden: Tensor, tokens: Tensor, start: int, step: int = 0) -> Tensor:
         """Store keys and values of the rows at positions `start` …; return the last row's output.
 
-        `hidden` is `(1, R, H)`, `tokens` `(1, R)`; `step` >= 1 is a drafted row's number. Earlier
-        rows' outputs are not needed: they attend to nothing that changes, and only the last row
-        predicts.
+        `hidden` is `(1, R, H)`, `tokens` `(1, R)`; `step` >= 1 is a drafted row's number. Only the
+        last row predicts; those before it are needed up to the last layer's keys.
         """
-        end = start + tokens.shape[1]
         embeds = F.embedding(tokens, self.embed_tokens).to(hidden.dtype)  # (1, R, H)
+        for layer in self.layers:
+            read = None if layer.number else embeds
+            last_only = layer is self.layers[-1]
+            hidden = self._layer(layer, read, hidden, start, step, last_only)
+        return hidden
+
+    def _layer(
+        self,
+        layer: table.Layer,
+        embeds: Tensor | None,
+        hidden: Tensor,
+        start: int,
+        step: int,
+        last_only: bool,
+    ) -> Tensor:
+        """One layer of `_rows`; the output of all rows `(1, R, H)`, or of the last one alone."""
+        config, params = self.config, self.params
+        end = start + hidden.shape[1]
         angles = self.cos[start:end], self.sin[start:end]
+        hidden = residual(params, config, layer, hidden, PLAIN)
 
         # Keys and values of all rows go into the cache.
-        query, key, value = heads(self.params, self.config, embeds, hidden)
-        query = rotated(self.params, self.config, table.Q, query, angles, PLAIN)
-        self.keys[:, :, start:end] = rotated(self.params, self.config, table.K, key, angles, PLAIN)
-        self.values[:, :, start:end] = value
+        query, key, value = heads(params, config, layer, embeds, hidden)
+        query = rotated(params, config, layer.q_norm, query, angles, PLAIN)
+        keys, values = self.caches[layer.number]
+        keys[:, :, start:end] = rotated(params, config, layer.k_norm, key, angles, PLAIN)
+        values[:, :, start:end] = value
 
-        # The last row attends to the committed rows that it sees, and to all drafted ones up to
-        # itself: they are its own keys of the unroll's later steps.
-        place = end - 1 - step
-        first = visible(self.config, place, step).first
-        seen = slice(0 if first is None else min(max(int(first), 0), place + 1), end)
+        # The rows that predict, or that later layers read.
+        if last_only:
+            hidden = hidden[:, -1:]
+            query = query[:, :, -1:]
+        seen = self._seen(end - query.shape[2], end, step)
         attended = F.scaled_dot_product_attention(
-            query[:, :, -1:], self.keys[:, :, seen], self.values[:, :, seen], enable_gqa=True
-        )  # (1, N, 1, E)
-        out = PLAIN.output(self.params, hidden[:, -1:], attended)
-        return PLAIN.mlp(self.params, out, self.config.rms_norm_eps)
+            query, keys[:, :, :end], values[:, :, :end], attn_mask=seen, enable_gqa=True
+        )  # (1, N, r, E)
+        out = PLAIN.output(params, layer, hidden, attended)
+        return PLAIN.mlp(params, layer, out, config.rms_norm_eps)
+
+    def _seen(self, start: int, end: int, step: int) -> Tensor | None:
+        """Which of the cache's first rows the rows `start … end - 1` attend to, `(r, end)` bool;
+        None: all of them.
+
+        Those are the committed rows that they see, and all drafted ones up to themselves, which are
+        their own keys of the unroll's later steps.
+        """
+        if end - start == 1 and self.config.draft_window is None:
+            return None
+        row = torch.arange(start, end, device=self.caches.device)[:, None]  # (r, 1)
+        column = torch.arange(end, device=row.device)
+        seen = column <= row
+        first = visible(self.config, row - step, step).first
+        if first is not None:
+            seen &= column >= torch.minimum(torch.as_tensor(first), row - step + 1)
+        return seen

@@ -170,7 +170,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """What is written, by name, on the CPU."""
     tensors = {name: value.to(dtype) for name, value in params.items()}
-    if frozen.embed_tokens is not None:
+    if frozen.embed_tokens is not None and EMBED not in tensors:
         tensors[EMBED] = frozen.embed_tokens.to(dtype)
 
     # A full vocabulary needs no map.
