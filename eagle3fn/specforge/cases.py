@@ -22,7 +22,9 @@ def for_specforge(case: Case) -> Case:
     loss = case.loss
     if loss not in BATCH_MEANS:
         loss = _NEAREST_LOSS.get(loss, "kl")
-    return replace(case, target_hidden=case.hidden, normalization="rows", loss=loss, switches=())
+    return replace(
+        case, target_hidden=case.hidden, normalization="rows", loss=loss, switches=(), taps=3
+    )
 
 
 def specforge_cases(**pins: Any) -> "SearchStrategy[Case]":

@@ -65,15 +65,6 @@ def switch_values(fields: Sequence[Field[Any]]) -> tuple[tuple[tuple[str, Any], 
 VALUES: dict[Any, Sequence[Any]] = {bool: (False, True), int | None: (None, 1, 3)}
 
 
-def switch_values(fields: Sequence[Field[Any]]) -> tuple[tuple[tuple[str, Any], ...], ...]:
-    """Every combination of these switches; those that have their default are left out."""
-    sets = [()]
-    for field in fields:
-        others = [value for value in SWITCH_VALUES.get(field.type, ()) if value != field.default]
-        sets += [(*chosen, (field.name, value)) for chosen in sets for value in others]
-    return tuple(sets)
-
-
 VALUES: dict[str, Sequence[Any]] = {
     "heads": ((4, 2), (1, 1), (2, 1), (3, 1), (2, 2), (6, 2)),
     "head_dim": (6, 4, 8),

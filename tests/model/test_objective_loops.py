@@ -16,7 +16,7 @@ from eagle3fn.testing.builders import (
     tiny_params,
     tiny_unaligned,
 )
-from eagle3fn.testing.strategies import cases
+from eagle3fn.testing.strategies import VALUES, cases
 from tests.reference.loops import LOSSES, objective_by_loops
 
 
@@ -51,7 +51,7 @@ def check(case: Case, numerics: Any = "plain") -> None:
 
 @settings(max_examples=max(8, settings().max_examples // 8))  # loops over numbers are slow
 @given(
-    cases(dtype="float64", switches=(), loss=st.sampled_from(list(LOSSES))),
+    cases(dtype="float64", loss=st.sampled_from(list(LOSSES))),
     st.sampled_from(["drawn", "full", "one", "empty"]),
 )
 def test_plain_numerics_equal_plain_loops(case: Case, mask: Any) -> None:
@@ -74,3 +74,11 @@ def test_fast_numerics_equal_plain_loops(normalization: Any, steps: int, loss: s
         eps=1e-2,
     )
     check(case, numerics="fast")
+
+
+@pytest.mark.parametrize("numerics", ["plain", "fast"])
+@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("switches", VALUES["switches"], ids=str)
+def test_each_switch_equals_plain_loops(switches: Any, taps: int, numerics: Any) -> None:
+    case = Case(dtype="float64", steps=3, lengths=(8, 4), taps=taps, switches=switches, mask="full")
+    check(case, numerics=numerics)

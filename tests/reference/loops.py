@@ -4,10 +4,12 @@ It reads slowly and runs slowly. For row `t` of unroll step `i`, both counted fr
 
     e_i(t) = embedding of token t + i + 1, or of token 0 past the end
     h_0(t) = W_fc · taps(t)
-    h_{i+1}(t) = layer(e_i(t), h_i(t)), attending to the keys of
-        - step 0, at rows 0 … t
+    h_{i+1}(t) = layers(e_i(t), h_i(t)), each attending to the keys of
+        - step 0, at rows 0 … t; with a window of W those from t + i - W + 1 on
         - steps 1 … i, at row t alone
     logits_i(t) = W_head · norm(h_{i+1}(t))
+
+The switches of the draft are read where they act.
 
 The row is trained if the row mask is 1 at `t + i`. Its label is the target's distribution for token
 `t + i + 2`, which the target's last hidden state of token `t + i + 1` gives.
@@ -139,55 +141,120 @@ def unroll(
 ) -> list[list[Tensor]]:
     """Logits `(D,)` of one sample, by unroll step and row."""
     s = len(sample.input_ids)
+    embedding = params[table.EMBED] if draft.own_embedding else frozen.embed_tokens
+    assert embedding is not None
+    positions = range(s) if sample.position_ids is None else sample.position_ids.tolist()
+
+    hidden = [projected(params, draft, taps) for taps in sample.aux_hidden]
+    past: list[Past] = [Past([], []) for _ in range(draft.num_hidden_layers)]
+    logits = []
+    for i in range(steps):
+        tokens = [int(sample.input_ids[t + i + 1]) if t + i + 1 < s else 0 for t in range(s)]
+        embeds: list[Tensor] | None = [embedding[token] for token in tokens]
+        for number in range(draft.num_hidden_layers):
+            prefix = f"layers.{number}" if number else "midlayer"
+            part = {
+                name.removeprefix(f"{prefix}."): value
+                for name, value in params.items()
+                if name.startswith(f"{prefix}.")
+            }
+            hidden = layer(part, draft, embeds, hidden, past[number], positions, i)
+            embeds = None  # of the first layer alone
+
+        eps = draft.rms_norm_eps
+        normed = [norm(h, params["norm.weight"], eps) for h in hidden]
+        logits.append([params["lm_head.weight"] @ h for h in normed])
+        if draft.norm_output:
+            hidden = normed
+    return logits
+
+
+def projected(params: Params, draft: DraftConfig, taps: Tensor) -> Tensor:
+    """A row's taps `(A·Ht,)`, normed by the switches, to its hidden state `(H,)`."""
+    eps = draft.rms_norm_eps
+    if draft.norm_before_fc:
+        taps = norm(taps, params["input_norm.weight"], eps)
+    if draft.fc_norm:
+        width = draft.target_hidden_size
+        each = [taps[i * width : (i + 1) * width] for i in range(draft.taps)]
+        each = [norm(x, params[f"fc_norm.{i}.weight"], eps) for i, x in enumerate(each)]
+        taps = torch.cat(each)
+    return params["fc.weight"] @ taps
+
+
+class Past(NamedTuple):
+    """One layer's keys and values by step, row and key-value head."""
+
+    keys: list[list[list[Tensor]]]
+    values: list[list[list[Tensor]]]
+
+
+def layer(
+    part: Params,
+    draft: DraftConfig,
+    embeds: list[Tensor] | None,
+    hidden: list[Tensor],
+    past: Past,
+    positions: Sequence[int],
+    step: int,
+) -> list[Tensor]:
+    """One decoder layer, whose weights are `part`, on the hidden states `(H,)` of all rows."""
+    s = len(hidden)
     size = draft.head_dim
     heads = draft.num_attention_heads
     kv_heads = draft.num_key_value_heads
     eps = draft.rms_norm_eps
-    embedding = params[table.EMBED] if frozen.embed_tokens is None else frozen.embed_tokens
-    positions = range(s) if sample.position_ids is None else sample.position_ids.tolist()
 
-    hidden = [params[table.FC] @ taps for taps in sample.aux_hidden]
-    keys: list[list[list[Tensor]]] = []  # by step, row, key-value head
-    values: list[list[list[Tensor]]] = []
-    logits = []
-    for i in range(steps):
-        # The layer's input, and this step's key and value, row by row.
-        inputs = []
-        keys.append([])
-        values.append([])
-        for t in range(s):
-            token = int(sample.input_ids[t + i + 1]) if t + i + 1 < s else 0
-            left = norm(embedding[token], params[table.INPUT_NORM], eps)
-            right = norm(hidden[t], params[table.HIDDEN_NORM], eps)
-            x = torch.cat([left, right])
-            key = (params[table.K] @ x).view(kv_heads, size)
-            value = (params[table.V] @ x).view(kv_heads, size)
-            inputs.append(x)
-            keys[i].append([rotate(head, positions[t] + i, draft.rope_theta) for head in key])
-            values[i].append(list(value))
+    def product(name: str, x: Tensor) -> Tensor:
+        bias = part.get(f"self_attn.{name}_proj.bias", 0.0)
+        return part[f"self_attn.{name}_proj.weight"] @ x + bias
 
-        # Attention, head by head, then the MLP.
-        for t in range(s):
-            query = (params[table.Q] @ inputs[t]).view(heads, size)
-            attended = []
-            for head in range(heads):
-                j = head // (heads // kv_heads)
-                seen_keys = [keys[0][u][j] for u in range(t + 1)]
-                seen_values = [values[0][u][j] for u in range(t + 1)]
-                for step in range(1, i + 1):
-                    seen_keys.append(keys[step][t][j])
-                    seen_values.append(values[step][t][j])
-                rotated = rotate(query[head], positions[t] + i, draft.rope_theta)
-                attended.append(attend(rotated, seen_keys, seen_values))
-            hidden[t] = hidden[t] + params[table.O] @ torch.cat(attended)
+    def turned(name: str, head: Tensor, t: int) -> Tensor:
+        if draft.qk_norm:
+            head = norm(head, part[f"self_attn.{name}_norm.weight"], eps)
+        return rotate(head, positions[t] + step, draft.rope_theta)
 
-            x = norm(hidden[t], params[table.POST_NORM], eps)
-            gate = params[table.GATE] @ x
-            up = params[table.UP] @ x
-            hidden[t] = hidden[t] + params[table.DOWN] @ (gate / (1 + (-gate).exp()) * up)
+    # The layer's input, and this step's keys and values, row by row.
+    inputs = []
+    residual = []
+    past.keys.append([])
+    past.values.append([])
+    for t in range(s):
+        residual.append(hidden[t])
+        if embeds is None:
+            x = norm(hidden[t], part["input_layernorm.weight"], eps)
+        else:
+            right = norm(hidden[t], part["hidden_norm.weight"], eps)
+            x = torch.cat([norm(embeds[t], part["input_layernorm.weight"], eps), right])
+            if draft.norm_before_residual:
+                residual[t] = right
+        inputs.append(x)
+        keys = product("k", x).view(kv_heads, size)
+        past.keys[step].append([turned("k", head, t) for head in keys])
+        past.values[step].append(list(product("v", x).view(kv_heads, size)))
 
-        logits.append([params[table.HEAD] @ norm(h, params[table.NORM], eps) for h in hidden])
-    return logits
+    # Attention, head by head, then the MLP.
+    out = []
+    for t in range(s):
+        window = draft.draft_window or s + step
+        seen = [u for u in range(t + 1) if u > t + step - window]
+        query = product("q", inputs[t]).view(heads, size)
+        attended = []
+        for head in range(heads):
+            j = head // (heads // kv_heads)
+            seen_keys = [past.keys[0][u][j] for u in seen]
+            seen_values = [past.values[0][u][j] for u in seen]
+            for i in range(1, step + 1):
+                seen_keys.append(past.keys[i][t][j])
+                seen_values.append(past.values[i][t][j])
+            attended.append(attend(turned("q", query[head], t), seen_keys, seen_values))
+        h = residual[t] + product("o", torch.cat(attended))
+
+        x = norm(h, part["post_attention_layernorm.weight"], eps)
+        gate = part["mlp.gate_proj.weight"] @ x
+        up = part["mlp.up_proj.weight"] @ x
+        out.append(h + part["mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up))
+    return out
 
 
 def add_rows(

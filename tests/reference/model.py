@@ -216,7 +216,7 @@ class Draft(nn.Module):
             frozen = embed_tokens.detach().clone()
             self.embed_tokens.weight = nn.Parameter(frozen, requires_grad=False)
         self.midlayer = Layer(config)
-        self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(config.taps * config.target_hidden_size, config.hidden_size, bias=False)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("t2d", t2d)
