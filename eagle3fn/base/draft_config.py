@@ -194,7 +194,7 @@ _KEYS = (
 """Keys that are always written, in this order. A target has them too, `draft_vocab_size` apart."""
 
 TAPS = "eagle_aux_hidden_state_layer_ids"
-_COUNT = "num_aux_hidden_states"
+TAP_COUNT = "num_aux_hidden_states"
 ORIGIN = "draft_trained_by"
 OURS = "eagle3fn"
 """Written with `norm_output`, which means something else in SpecForge's files."""
@@ -240,12 +240,12 @@ def listed_taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
 
     # Their number is said too where it is not three.
     listed = below or outputs
-    count = eagle.get(_COUNT, tree.get(_COUNT))
+    count = eagle.get(TAP_COUNT, tree.get(TAP_COUNT))
     found = DEFAULT_TAPS if listed is None else len(listed)
     if count is not None and count != found:
         raise UserError(
-            f"{_COUNT} = {shown(count)}, but {TAPS} lists {found if listed else 'none'}; mend the "
-            "one that is wrong"
+            f"{TAP_COUNT} = {shown(count)}, but {TAPS} lists {found if listed else 'none'}; mend "
+            "the one that is wrong"
         )
     return None if listed is None else tuple(listed)
 
@@ -257,7 +257,7 @@ def taps_keys(layers: tuple[int, ...]) -> dict[str, Any]:
         TAPS: [layer + 1 for layer in layers],
     }
     if len(layers) != DEFAULT_TAPS:
-        keys[_COUNT] = len(layers)
+        keys[TAP_COUNT] = len(layers)
     return keys
 
 
@@ -270,46 +270,36 @@ def _eagle_keys(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 # A window of attention: engines read it by layer.
-_WINDOW = "sliding_window"
-_LAYER_TYPES = "layer_types"
-_WITH_WINDOW = "sliding_attention"
-_WITHOUT_WINDOW = "full_attention"
+WINDOW = "sliding_window"
+LAYER_TYPES = "layer_types"
+WITH_WINDOW = "sliding_attention"
 
 
 def _window_of(tree: dict[str, Any]) -> Any:
-    """The window that a draft's layers have, None for full attention.
-
-    Raises:
-        UserError: layers with and without one, or a window that no layer is said to have.
-    """
-    kinds = _given(tree, _LAYER_TYPES, list)
-    if not isinstance(kinds, list):
-        raise UserError(f"{_LAYER_TYPES} = {shown(kinds)}: must be a list; mend it")
-    for kind in kinds:
-        if kind not in (_WITH_WINDOW, _WITHOUT_WINDOW):
-            raise UserError(f"{_LAYER_TYPES} = {shown(kinds)}: attention of another kind")
-
-    window = tree.get(_WINDOW)
-    if tree.get("use_sliding_window") is False:
-        window = None
-    if window is None or set(kinds) == {_WITHOUT_WINDOW}:
-        if _WITH_WINDOW in kinds:
-            raise UserError(f"{_LAYER_TYPES} = {shown(kinds)} without {_WINDOW}; mend the file")
+    """The window of a draft's layers if `layer_types` says that all have it, else None."""
+    kinds = _given(tree, LAYER_TYPES, list)
+    if not isinstance(kinds, list) or not kinds or any(kind != WITH_WINDOW for kind in kinds):
         return None
-    if set(kinds) != {_WITH_WINDOW}:
-        raise UserError(
-            f"{_WINDOW} = {shown(window)}, {_LAYER_TYPES} = {shown(kinds)}: which layers have the "
-            f"window? All must, by {_LAYER_TYPES}, or none; mend a copy of the file"
-        )
-    return window
+    return tree.get(WINDOW)
+
+
+# The layer with norms of queries and keys is Qwen3's, and engines know it by that name.
+_LLAMA = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
+_QWEN3 = {"architectures": ["Eagle3Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+
+def is_qwen3(tree: dict[str, Any]) -> bool:
+    """Whether a draft's layer is Qwen3's."""
+    names = tree.get("architectures")
+    return isinstance(names, list) and any("Qwen3For" in str(name) for name in names)
 
 
 def _window_keys(window: int, layers: int) -> dict[str, Any]:
     """A window as `config.json` has it: see `_window_of`."""
     return {
-        _WINDOW: window,
+        WINDOW: window,
         "use_sliding_window": True,
-        _LAYER_TYPES: [_WITH_WINDOW] * layers,
+        LAYER_TYPES: [WITH_WINDOW] * layers,
     }
 
 
@@ -327,6 +317,7 @@ _READ: dict[str, Callable[[dict[str, Any]], Any]] = {
     "rope_scaling": scaling_of,
     "aux_layers": listed_taps,
     "draft_window": _window_of,
+    "qk_norm": lambda tree: _given(tree, "qk_norm", lambda: is_qwen3(tree)),
 }
 """Fields that are more than the key of their name."""
 
@@ -408,8 +399,7 @@ def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) ->
     values |= {"rope_scaling": scaling, "rope_parameters": {**rope, **(scaling or {}), **rope}}
 
     tree: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
+        **(_QWEN3 if config.qk_norm else _LLAMA),
         "num_hidden_layers": config.num_hidden_layers,
         **{key: values[key] for key in _KEYS},
         "hidden_act": "silu",
@@ -430,8 +420,8 @@ def draft_config_to_json(config: DraftConfig, target_layers: int, dtype: str) ->
     for field in switches():
         name = field.name
         value = values[name]
-        if value == field.default:
-            continue
+        if value == field.default or name == "qk_norm":
+            continue  # said by the architecture
         if name == "draft_window":
             tree |= _window_keys(value, config.num_hidden_layers)
         else:

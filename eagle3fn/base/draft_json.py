@@ -1,11 +1,11 @@
-"""A draft's `config.json`, read: its shape, and no switch that is on and not built."""
+"""A draft's `config.json`, read: its shape and switches, and none that is not built."""
 
 from pathlib import Path
 
 from eagle3fn.base.draft_config import DraftConfig, draft_config_from_keys
 from eagle3fn.base.errors import UserError, shown
 from eagle3fn.base.read import CONFIG_LIMIT, read_object
-from eagle3fn.base.switches import check_switches
+from eagle3fn.base.switches import read_switches
 
 
 def draft_config_from_json(path: str | Path, origin: str | None = "") -> DraftConfig:
@@ -15,7 +15,7 @@ def draft_config_from_json(path: str | Path, origin: str | None = "") -> DraftCo
 
     Args:
         path: the file.
-        origin: whose layout it has, as `check_switches` reads it. None: the draft is computed by an
+        origin: whose layout it has, as `read_switches` takes it. None: the draft is computed by an
             engine, and may have what is not built here.
 
     Raises:
@@ -30,5 +30,5 @@ def draft_config_from_json(path: str | Path, origin: str | None = "") -> DraftCo
             'a draft configuration has ["LlamaForCausalLMEagle3"]'
         )
     if origin is not None:
-        check_switches(tree, str(path), origin)
+        tree = read_switches(tree, str(path), origin)
     return draft_config_from_keys(tree, str(path))

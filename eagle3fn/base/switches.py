@@ -1,4 +1,5 @@
-"""Switches of other trainers' and engines' drafts: what changes the function and is not built here.
+"""Switches of other trainers' and engines' drafts: what changes the function and is not built here,
+and what means something else in their files.
 
 A configuration that turns one on describes another function than the draft of `model`, so it is
 refused by name; read without a word it would give worse drafts, not an error.
@@ -7,7 +8,16 @@ refused by name; read without a word it would give worse drafts, not an error.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from eagle3fn.base.draft_config import TAPS, switches
+from eagle3fn.base.draft_config import (
+    LAYER_TYPES,
+    ORIGIN,
+    OURS,
+    TAP_COUNT,
+    TAPS,
+    WINDOW,
+    WITH_WINDOW,
+    switches,
+)
 from eagle3fn.base.errors import UserError, printable, shown
 
 
@@ -24,13 +34,7 @@ _NORMED_STATE = "the state that goes on to the next step is the normed one (EAGL
 _UNNORMED_HEAD = "false: the head reads the state before the final norm"
 
 SWITCHES = (
-    Switch("num_hidden_layers", (1,), "the number of decoder layers; one is built"),
-    Switch("num_aux_hidden_states", (3,), "the number of taps; three are read"),
     Switch("use_aux_hidden_state", (True,), "false: the draft reads no taps"),
-    Switch("norm_before_residual", (False,), "the layer's residual is the normed hidden state"),
-    Switch("norm_before_fc", (False,), "one norm over all taps before the projection"),
-    Switch("fc_norm", (False,), "a norm for each tap before the projection"),
-    Switch("attention_bias", (False,), "biases in the attention's projections"),
     Switch("mlp_bias", (False,), "biases in the MLP"),
     Switch("hidden_act", ("silu", "swish"), "the MLP's activation; silu is built"),
     Switch("parallel_drafting", (False,), "several tokens are drafted in one run"),
@@ -43,11 +47,12 @@ SWITCHES = (
 )
 """Read at the top of a configuration and under `eagle_config`; null is off for all of them."""
 
-_PLAIN_KEYS = {TAPS, _NORM_OUTPUT}  # of `eagle_config`, besides switches
+_PLAIN_KEYS = {TAPS, TAP_COUNT}  # of `eagle_config`, besides switches
 
 
-def check_switches(tree: Mapping[str, Any], where: str, origin: str = "") -> None:
-    """Refuse a draft's configuration with a switch that is on and not built.
+def read_switches(tree: Mapping[str, Any], where: str, origin: str = "") -> dict[str, Any]:
+    """A draft's configuration whose switches mean what they mean in ours; refused if one that is
+    not built is on.
 
     Args:
         tree: the configuration.
@@ -55,39 +60,42 @@ def check_switches(tree: Mapping[str, Any], where: str, origin: str = "") -> Non
         origin: "specforge", "eagle", "speculators", "hf", or "" where it was not said:
             `norm_output` has two meanings.
 
+    Returns:
+        The same keys, without `norm_output` where it does not mean ours.
+
     Raises:
         UserError: names the switch, its value and what it means.
     """
+    tree = dict(tree)
     origin = origin or ("speculators" if "speculators_model_type" in tree else "")
+    if not origin and tree.get(ORIGIN) == OURS:
+        origin = "hf"
     eagle = tree.get("eagle_config") or {}
-    windows = tree.get("layer_types") or []
-    for name, value, kind in (("eagle_config", eagle, dict), ("layer_types", windows, list)):
-        if not isinstance(value, kind):
-            words = "an object" if kind is dict else "a list"
-            raise UserError(
-                f"{where}: {name} = {shown(value)}: must be {words}; mend a copy of the file"
-            )
-    built = {field.name for field in switches()}
+    if not isinstance(eagle, dict):
+        raise UserError(
+            f"{where}: eagle_config = {shown(eagle)}: must be an object; mend a copy of the file"
+        )
     for prefix, keys in (("", tree), ("eagle_config.", eagle)):
         for switch in SWITCHES:
             value = keys.get(switch.name)
-            if switch.name not in built and value is not None and value not in switch.off:
+            if value is not None and value not in switch.off:
                 raise _is_on(where, prefix + switch.name, value, switch.meaning)
-        if _NORM_OUTPUT not in built and keys.get(_NORM_OUTPUT) is not None:
+        if keys.get(_NORM_OUTPUT) is not None:
             _check_norm_output(keys[_NORM_OUTPUT], where, prefix + _NORM_OUTPUT, origin)
+    _check_window(tree, where)
 
-    # A window of attention, in the ways in which configurations name one.
-    if tree.get("sliding_window") and tree.get("use_sliding_window") is not False:
-        raise _is_on(where, "sliding_window", tree["sliding_window"], "a window of attention")
-    if any(kind != "full_attention" for kind in windows):
-        raise _is_on(where, "layer_types", windows, "attention of another kind")
-
-    known = {switch.name for switch in SWITCHES} | _PLAIN_KEYS | built
-    for key in sorted(eagle.keys() - known):
+    known = {switch.name for switch in SWITCHES} | {field.name for field in switches()}
+    for key in sorted(eagle.keys() - known - _PLAIN_KEYS):
         raise UserError(
             f"{where}: eagle_config.{printable(key)} = {shown(eagle[key])}: not known here; take "
             "it out of a copy of the file if it leaves the draft's function as it is"
         )
+
+    if origin == "specforge":
+        tree.pop(_NORM_OUTPUT, None)
+        if eagle:
+            tree["eagle_config"] = {k: v for k, v in eagle.items() if k != _NORM_OUTPUT}
+    return tree
 
 
 def _check_norm_output(value: Any, where: str, name: str, origin: str) -> None:
@@ -102,8 +110,30 @@ def _check_norm_output(value: Any, where: str, name: str, origin: str) -> None:
         )
     if origin == "specforge" and not value:
         raise _is_on(where, name, value, f"at SpecForge {_UNNORMED_HEAD}")
-    if origin != "specforge" and value:
-        raise _is_on(where, name, value, _NORMED_STATE)
+
+
+def _check_window(tree: dict[str, Any], where: str) -> None:
+    """Refuse attention of another kind, and a window of which it is not said whose it is."""
+    kinds = tree.get(LAYER_TYPES) or []
+    if not isinstance(kinds, list):
+        raise UserError(
+            f"{where}: {LAYER_TYPES} = {shown(kinds)}: must be a list; mend a copy of the file"
+        )
+    for kind in kinds:
+        if kind not in ("full_attention", WITH_WINDOW):
+            raise _is_on(where, LAYER_TYPES, kinds, "attention of another kind")
+
+    window = tree.get(WINDOW)
+    if tree.get("use_sliding_window") is False:
+        window = None
+    if WITH_WINDOW in kinds and not window:
+        raise UserError(f"{where}: {LAYER_TYPES} = {shown(kinds)} without {WINDOW}; mend the file")
+    if window and len(set(kinds)) != 1:
+        raise UserError(
+            f"{where}: {WINDOW} = {shown(window)}, {LAYER_TYPES} = {shown(kinds)}: all layers must "
+            f"have the window, each as {WITH_WINDOW!r} in {LAYER_TYPES}, or none; mend a copy of "
+            "the file"
+        )
 
 
 def _is_on(where: str, name: str, value: Any, meaning: str) -> UserError:

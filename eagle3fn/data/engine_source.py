@@ -72,7 +72,7 @@ def engine_source(
     Args:
         engine: where the states come from.
         target: the same target's folder or id.
-        layers: the three tapped decoder layers, counted from 0.
+        layers: the tapped decoder layers, ascending and counted from 0.
         batch: rows that the engine is asked for at once.
         check: what the first row is compared with: "hf", the states of the target loaded here by
             transformers, or "logits", the engine's own log-probabilities with

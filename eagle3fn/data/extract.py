@@ -251,13 +251,20 @@ class _Shards(NamedTuple):
         """Refuse features that training would refuse, by the layer that they come from."""
         last = sample.last_hidden
         what = hidden_fault(
-            sample.aux_hidden, last, entry["length"], last.shape[-1], _name(self.stored)
+            sample.aux_hidden,
+            last,
+            length=entry["length"],
+            taps=len(self.source.layers),
+            size=last.shape[-1],
+            dtype=_name(self.stored),
         )
         if what is None:
             return
         layer = "after its last layer"
-        for number, state in zip(self.source.layers, sample.aux_hidden.chunk(3, -1), strict=True):
-            if hidden_fault(state.repeat(1, 3), state, entry["length"], None, None):
+        layers = self.source.layers
+        states = sample.aux_hidden.chunk(len(layers), -1)
+        for number, state in zip(layers, states, strict=True):
+            if hidden_fault(state, state, entry["length"], taps=1, size=None, dtype=None):
                 layer = f"after layer {number}"
                 break
         raise UserError(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eagle3fn.base.draft_config import DEFAULT_TAPS
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import sha256, whole_file, write_json
 from eagle3fn.base.types import Sample
@@ -310,6 +311,7 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
         sample.aux_hidden,
         sample.last_hidden,
         length=len(sample.input_ids),
+        taps=len(features.index.get("target", {}).get("aux_layers") or range(DEFAULT_TAPS)),
         size=features.hidden_size,
         dtype=features.index.get("dtype"),
     )

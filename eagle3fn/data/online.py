@@ -31,7 +31,7 @@ def roll_out(
         rows: tokens and masks. `data.encode.encode_all` makes them from conversations,
             `Encoded(id, ids, mask)` from a pair. They are read `group` at a time, when the first
             sample of the group is asked for.
-        layers: the three tapped decoder layers, counted from 0.
+        layers: the tapped decoder layers, ascending and counted from 0.
         batch: rows in one run of the target, of like length within a group, padded on the right.
         group: rows sorted by length together: extraction's `samples_per_shard`, where its bits are
             wanted.
@@ -57,6 +57,7 @@ def roll_out(
                 sample.aux_hidden,
                 sample.last_hidden,
                 length=len(row.input_ids),
+                taps=len(layers),
                 size=None,
                 dtype=None,
             )
@@ -93,7 +94,7 @@ def online_batches(
     Args:
         model: the target, as in `roll_out`.
         rows: the rows trained on.
-        layers: the three tapped decoder layers, counted from 0.
+        layers: the tapped decoder layers, ascending and counted from 0.
         config: `data`, `train.seed` and the unroll length are read.
         start: the first step.
         stop: one past the last.

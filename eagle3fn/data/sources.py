@@ -3,6 +3,7 @@
 A serving engine as a source is in `data.engine_source`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ class FeatureSource(NamedTuple):
     """What computes features of token ids, and what a feature folder keeps of it."""
 
     config: Any  # the target's configuration, transformers' object: its sizes and limits are read
-    layers: tuple[int, ...]  # the three tapped decoder layers, counted from 0
+    layers: tuple[int, ...]  # the tapped decoder layers, ascending and counted from 0
     dtype: torch.dtype  # computed in
     head: Tensor  # (V, Ht), the target's, on any device
     target: dict[str, Any]  # what the index says of the target
@@ -51,7 +52,7 @@ def model_source(
 
     Args:
         model: the target (`data.target.load_target`), on any device; it computes in its own dtype.
-        layers: the three tapped decoder layers, counted from 0.
+        layers: the tapped decoder layers, ascending and counted from 0.
         batch: samples in one run of the target.
         name: the target's name in the index; None, where it was loaded from.
         stamps: `data.target_files.target_stamps` from before it was loaded: an extraction refuses
@@ -94,7 +95,7 @@ def target_record(
 
 
 def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> None:
-    """Check that a target has `max_length` positions and the three `layers`.
+    """Check that a target has `max_length` positions and the tapped `layers`.
 
     Raises:
         UserError: it has not.
@@ -105,9 +106,11 @@ def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> Non
             f"max_length = {max_length}: the target's max_position_embeddings is {limit}; "
             f"set --max-length to at most {limit}"
         )
-    if len(layers) != 3 or not all(0 <= layer < config.num_hidden_layers for layer in layers):
+    count = config.num_hidden_layers
+    ascend = all(low < high for low, high in itertools.pairwise(layers))
+    if not layers or not ascend or not 0 <= layers[0] <= layers[-1] < count:
         raise UserError(
-            f"layers {list(layers)}: must be three target layers in [0, {config.num_hidden_layers})"
+            f"layers {list(layers)}: must be layers of the target in [0, {count}), ascending"
         )
 
 

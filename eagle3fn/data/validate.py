@@ -36,17 +36,17 @@ def token_fault(
 
 
 def hidden_fault(
-    aux: Tensor, last: Tensor, length: int, size: int | None, dtype: str | None
+    aux: Tensor, last: Tensor, length: int, taps: int, size: int | None, dtype: str | None
 ) -> str | None:
     """The fault of a sample's `aux_hidden` and `last_hidden`.
 
-    They must be `(S, 3·Ht)` and `(S, Ht)`, finite, in one floating-point dtype. `length` is S;
-    `size`, Ht, and `dtype`, as in "bfloat16", where they are known.
+    They must be `(S, A·Ht)` and `(S, Ht)`, finite, in one floating-point dtype. `length` is S,
+    `taps` A; `size`, Ht, and `dtype`, as in "bfloat16", where they are known.
     """
     size = size or last.shape[-1]
-    if aux.shape != (length, 3 * size) or last.shape != (length, size):
+    if aux.shape != (length, taps * size) or last.shape != (length, size):
         found = f"aux_hidden {tuple(aux.shape)}, last_hidden {tuple(last.shape)}"
-        return f"{found}: must be ({length}, {3 * size}), ({length}, {size})"
+        return f"{found}: must be ({length}, {taps * size}), ({length}, {size})"
 
     dtype = dtype or str(last.dtype).removeprefix("torch.")
     right = str(aux.dtype) == str(last.dtype) == f"torch.{dtype}"

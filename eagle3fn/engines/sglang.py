@@ -46,7 +46,7 @@ class SglangServers:
 
         Args:
             urls: the taps' server's, and the last state's.
-            layers: the three tapped layers, counted from 0.
+            layers: the tapped layers, ascending, counted from 0.
             dtype: what they compute in; None takes what they name.
             seconds: the longest time for an answer.
 
@@ -58,6 +58,7 @@ class SglangServers:
                 "--engine sglang: needs --engine-url twice, the server of the tapped layers and "
                 "that of the last state, for no server returns both (docs/engines.md)"
             )
+        self._count = len(layers)
         self._taps, self._last = (Server("SGLang", url) for url in urls)
         self._seconds = seconds
         facts = [_facts(self._taps), _facts(self._last)]
@@ -81,13 +82,13 @@ class SglangServers:
         for row in rows:
             aux, _ = self._run(self._taps, row)
             last, token = self._run(self._last, row)
-            if aux.shape[1] % 3:
+            if aux.shape[1] % self._count:
                 raise UserError(
-                    f"SGLang at {self._taps.url}: gave states {tuple(aux.shape)}, not of three "
-                    "layers"
+                    f"SGLang at {self._taps.url}: gave states {tuple(aux.shape)}, not of "
+                    f"{self._count} layers"
                 )
             found = [Score(len(row) - 1, token, None)] if scores and token is not None else []
-            yield Row(torch.tensor(row), aux.unflatten(1, (3, -1)), last, found)
+            yield Row(torch.tensor(row), aux.unflatten(1, (self._count, -1)), last, found)
 
     def _run(self, server: Server, row: Sequence[int]) -> tuple[Tensor, int | None]:
         """The states `(S, …)` that a server returns, and its next token."""

@@ -36,12 +36,12 @@ class Taps(NamedTuple):
     """Which states vLLM is asked for, and where they are in its answer."""
 
     ids: list[int]  # vLLM's, ascending
-    aux: list[int]  # the columns of the three taps
+    aux: list[int]  # the columns of the taps
     last: int  # the column of what the final norm reads
 
 
 def taps_of(layers: Sequence[int], num_layers: int) -> Taps:
-    """vLLM's ids of three layers' outputs, counted from 0, and of the last of `num_layers`."""
+    """vLLM's ids of layers' outputs, counted from 0, and of the last of `num_layers`."""
     ids = sorted({*(layer + 1 for layer in layers), num_layers})
     return Taps(ids, [ids.index(layer + 1) for layer in layers], ids.index(num_layers))
 

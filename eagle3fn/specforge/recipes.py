@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.config import STARTS, Config, OptimizerConfig, from_dict, to_dict
-from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.draft_config import DEFAULT_TAPS, DraftConfig, switches
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.pipeline import epoch_order
@@ -84,15 +84,16 @@ def start(config: Config, frozen: Frozen, seed: int) -> Params:
     Embeddings are drawn from normal(0, 1), matrices uniformly from ±1/√fan_in; norms are 1.
     Where `train.init` is a draft's folder they are that draft's, and `seed` is not read.
     """
+    draft = config.draft
+    check_plain(draft)
     if config.train.init not in STARTS:
         return start_from_draft(config, frozen, config.train.init)
-    draft = config.draft
     generator = torch.Generator().manual_seed(seed)
 
     drawn = {}
     for weight in TABLE:
         # The embedding, the first row, is drawn even where it is the target's and is not used.
-        if weight.role != "embedding" and not weight.needed(draft):
+        if weight.role != "embedding" and not weight.of(draft):
             continue
         value = torch.ones(weight.shape(draft), dtype=torch.float32)
         if weight.role == "embedding":
@@ -104,6 +105,21 @@ def start(config: Config, frozen: Frozen, seed: int) -> Params:
 
     dtype = getattr(torch, config.train.dtype)
     return {name: drawn[name].to(config.train.device, dtype) for name in weights(draft)}
+
+
+def check_plain(draft: DraftConfig) -> None:
+    """Refuse a draft that SpecForge does not have: with a switch, or other than three taps.
+
+    Raises:
+        UserError: names it.
+    """
+    remedy = "SpecForge's draft is without; leave it out, or train without --recipe"
+    for field in switches():
+        value = getattr(draft, field.name)
+        if value != field.default:
+            raise UserError(f"draft.{field.name} = {value}: {remedy}")
+    if draft.taps != DEFAULT_TAPS:
+        raise UserError(f"draft.aux_layers = {draft.aux_layers}: SpecForge has three taps")
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from eagle3fn.base.draft_config import DraftConfig, aux_layers, switches
+from eagle3fn.base.draft_config import DEFAULT_TAPS, DraftConfig, aux_layers, switches
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.rope_settings import ROPE_TYPES, scaling_as_trained
 
 _EVERY_ROPE = tuple(kind for kind in ROPE_TYPES if kind != "mrope")  # which is written as default
 _PLAIN_BASE = 10_000.0
 _WITHOUT = "train a draft without it"
+_ANY_ENGINE = {"train_embedding"}
 _OTHER_TAPS = "train a draft with other taps"
 
 
@@ -25,17 +26,27 @@ class Engine(NamedTuple):
     ropes: tuple[str, ...] = _EVERY_ROPE
     scaled_base: bool = True  # has `rope_theta` where RoPE is scaled, else 10,000 there
     yarn_keys: bool = True  # has YaRN's attention_factor, mscale and truncate
-    own_embedding: bool = True  # a draft of another width than the target
+    other_width: bool = True  # a draft of another width than the target
     any_head_dim: bool = True  # else it is hidden_size / num_attention_heads
     any_taps: bool = True  # else the default ones alone
+    any_count: bool = True  # of taps; else three
     last_layer: bool = True  # captures the output of the target's last layer
+    # the draft's switches that it reads; `train_embedding`, a matter of training, is any engine's
+    switches: frozenset[str] = frozenset()
+    # of the layers after the first, the norm before attention where it has another name
+    later_norm: str = ""
     command: str = ""  # how it is started, with DRAFT and TARGET
 
+
+_TAP_NORMS = frozenset({"norm_before_fc", "fc_norm"})
+_EAGLE_31 = _TAP_NORMS | {"norm_output", "norm_before_residual"}
+_LAYER = frozenset({"attention_bias", "qk_norm", "num_hidden_layers", "draft_window"})
 
 VLLM = Engine(
     "vllm",
     "vLLM 0.32.0, run",
     by_number=True,
+    switches=_EAGLE_31 | _LAYER,
     command=(
         "vllm serve TARGET --speculative-config "
         '\'{"model": "DRAFT", "method": "eagle3", "num_speculative_tokens": 3}\''
@@ -45,6 +56,8 @@ SGLANG = Engine(
     "sglang",
     "SGLang 0.5.23, read",
     last_layer=False,
+    switches=_TAP_NORMS | {"norm_output", "num_hidden_layers"},
+    later_norm="hidden_norm",
     command=(
         "python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 "
         "--speculative-draft-model-path DRAFT --speculative-num-steps 3 "
@@ -55,12 +68,20 @@ LLAMACPP = Engine(
     "llamacpp",
     "llama.cpp, its converter of llama-cpp-python 0.3.36, run",
     yarn_keys=False,
+    any_count=False,
+    switches=frozenset({"norm_before_fc", "norm_before_residual"}),
     command=(
         "python convert_hf_to_gguf.py DRAFT --target-model-dir TARGET --outfile draft.gguf && "
         "llama-server -m target.gguf -md draft.gguf --spec-type draft-eagle3"
     ),
 )
-SPECULATORS = Engine("speculators", "speculators 0.9.0, run", by_number=True, own_embedding=False)
+SPECULATORS = Engine(
+    "speculators",
+    "speculators 0.9.0, run",
+    by_number=True,
+    other_width=False,
+    switches=_EAGLE_31 | _LAYER,
+)
 EAGLE = Engine(
     "eagle",
     "SafeAILab/EAGLE with transformers 4.53, read and run",
@@ -68,6 +89,7 @@ EAGLE = Engine(
     scaled_base=False,
     any_head_dim=False,
     any_taps=False,
+    any_count=False,
 )
 ENGINES = {row.name: row for row in (VLLM, SGLANG, LLAMACPP, SPECULATORS, EAGLE)}
 """The engines by their names."""
@@ -109,31 +131,43 @@ def check_representable(config: DraftConfig, target_layers: int, engine: Engine)
 
 def faults(config: DraftConfig, target_layers: int, engine: Engine) -> Iterator[tuple[str, str]]:
     """What an engine cannot represent of a draft, each with a remedy."""
-    for fault in _rope_faults(config, engine):
+    for fault in (*_rope_faults(config, engine), *_size_faults(config, engine)):
+        yield fault, _WITHOUT
+    for fault in _tap_faults(aux_layers(config, target_layers), target_layers, engine):
+        yield fault, _OTHER_TAPS
+    for fault in _switch_faults(config, engine):
         yield fault, _WITHOUT
 
-    # Sizes.
-    if config.own_embedding and not engine.own_embedding:
+
+def _size_faults(config: DraftConfig, engine: Engine) -> Iterator[str]:
+    if config.other_width and not engine.other_width:
         sizes = f"{config.hidden_size} of a target of {config.target_hidden_size}"
-        yield f"it has no draft of another width than its target's ({sizes})", _WITHOUT
+        yield f"it has no draft of another width than its target's ({sizes})"
     ratio = config.hidden_size / config.num_attention_heads
     if config.head_dim != ratio and not engine.any_head_dim:
         text = f"its head size is hidden_size / num_attention_heads = {ratio:g}, not"
-        yield f"{text} {config.head_dim}", _WITHOUT
+        yield f"{text} {config.head_dim}"
 
-    # Taps.
-    taps = aux_layers(config, target_layers)
+
+def _tap_faults(taps: tuple[int, ...], target_layers: int, engine: Engine) -> Iterator[str]:
     default = (1, target_layers // 2 - 1, target_layers - 4)
-    if taps != default and not engine.any_taps:
-        yield f"it taps layers {default} alone, this draft has {taps}", _OTHER_TAPS
+    if len(taps) != DEFAULT_TAPS and not engine.any_count:
+        yield f"it has three taps, this draft has {len(taps)}"
+    elif taps != default and not engine.any_taps:
+        yield f"it taps layers {default} alone, this draft has {taps}"
     if taps[-1] == target_layers - 1 and not engine.last_layer:
-        text = f"it does not capture the output of the target's last layer, {taps[-1]}"
-        yield text, _OTHER_TAPS
+        yield f"it does not capture the output of the target's last layer, {taps[-1]}"
 
-    # Switches of the draft that were added to its configuration.
+
+def _switch_faults(config: DraftConfig, engine: Engine) -> Iterator[str]:
     for field in switches():
-        if getattr(config, field.name) != field.default:
-            yield f"whether it reads {field.name} was not looked at", _WITHOUT
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in engine.switches | _ANY_ENGINE:
+            yield f"it has no {field.name}, which is {value} in this draft"
+    if engine is SPECULATORS and config.norm_before_fc and config.fc_norm:
+        yield "it has norm_before_fc or fc_norm, not both"
+    if engine is VLLM and config.qk_norm and config.attention_bias:
+        yield "its layer with qk_norm has no bias after attention, which attention_bias has"
 
 
 def _rope_faults(config: DraftConfig, engine: Engine) -> Iterator[str]:

@@ -16,6 +16,7 @@ from eagle3fn.base.files import whole_folder
 from eagle3fn.base.places import anything, check_out_folder, other_than
 from eagle3fn.base.read import read_object
 from eagle3fn.base.types import Frozen, Params
+from eagle3fn.model import table
 from eagle3fn.model.table import EMBED, check_params
 from eagle3fn.train.drafts import (
     CONFIG,
@@ -150,6 +151,10 @@ def export_for(
     if engine.by_number:
         tree |= speculators_keys(tree, target, list(architectures))
         tensors = {_by_number(name): value for name, value in tensors.items()}
+    if engine.later_norm:
+        for layer in table.layers(draft.config)[1:]:
+            name = layer.input_norm.replace("input_layernorm", engine.later_norm)
+            tensors[name] = tensors.pop(layer.input_norm)
     if engine is EAGLE and tree["rope_scaling"]:
         scaling = tree["rope_scaling"]
         tree["rope_scaling"] = {

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.draft_config import draft_config_from_keys, listed_taps, taps_keys
+from eagle3fn.base.draft_config import draft_config_from_keys, is_qwen3, listed_taps, taps_keys
 from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.read import CONFIG_LIMIT, read_object
 from eagle3fn.base.rope_settings import rope_of, scaling_of, theta_of
-from eagle3fn.base.switches import check_switches
-from eagle3fn.model.table import FC, HEAD
+from eagle3fn.base.switches import read_switches
+from eagle3fn.model.table import FC, HEAD, TAPS_NORM, tap_norm
 from eagle3fn.train.drafts import CONFIG, Draft, check_finite, make_draft, own_name
 from eagle3fn.use.weight_files import read_weights
 
@@ -62,8 +62,8 @@ def read_foreign(folder: str | Path, origin: str | None = None) -> Imported:
     tensors, file = read_weights(folder)
     tensors = _own_names(tensors, file)
     check_finite(tensors, file)
-    tree = _without_zero_biases(tree, tensors)
-    check_switches(tree, str(path), origin or ("" if found == "hf" else found))
+    tree = _with_biases_as_read(tree, tensors)
+    tree = read_switches(tree, str(path), origin or ("" if found == "hf" else found))
     _check_rope(tree, path, said)
 
     # One dtype, in which every value of the file is kept.
@@ -121,14 +121,15 @@ def _flat(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     own = {key: value for key, value in tree.items() if value is not None}
     flat = {**(layer or {}), **own} if isinstance(layer, dict) else own
 
-    # Qwen3's layer has norms of queries and keys, which this one has not.
+    # Qwen3's layer is Llama's with norms of queries and keys.
     kind = (layer or flat).get("model_type", "llama")
-    if kind not in ("llama", "eagle"):
+    if kind not in ("llama", "eagle", "qwen3"):
         raise UserError(
-            f"{path}: model_type = {shown(kind)}: its layer is another one, only llama's is built; "
-            "choose a draft with that"
+            f"{path}: model_type = {shown(kind)}: its layer is another one, llama's and qwen3's "
+            "are built; choose a draft with one of these"
         )
-    return flat | {"architectures": ["LlamaForCausalLMEagle3"]}
+    qk_norm = is_qwen3(tree) if layer is None else kind == "qwen3"
+    return flat | {"qk_norm": qk_norm, "architectures": ["LlamaForCausalLMEagle3"]}
 
 
 def _own_names(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -146,14 +147,22 @@ def _own_names(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     return named
 
 
-def _without_zero_biases(tree: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Without biases that are zero, which change nothing; others leave their switch on."""
+def _with_biases_as_read(tree: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The configuration with a switch of biases off where all of them are zero, which change
+    nothing. Where some of attention's are not, one that is missing is zero: Qwen3's after it.
+    """
     for key, part in (("attention_bias", ".self_attn."), ("mlp_bias", ".mlp.")):
-        names = [name for name in tensors if part in name and name.endswith(".bias")]
-        if names and not any(bool(tensors[name].any()) for name in names):
-            for name in names:
+        biases = [name for name in tensors if part in name and name.endswith(".bias")]
+        if not biases:
+            continue
+        if not any(bool(tensors[name].any()) for name in biases):
+            for name in biases:
                 del tensors[name]
             tree = tree | {key: False}
+        elif key == "attention_bias":
+            for name in [name for name in tensors if name.endswith(".o_proj.weight")]:
+                bias = name.removesuffix("weight") + "bias"
+                tensors.setdefault(bias, tensors[name].new_zeros(len(tensors[name])))
     return tree
 
 
@@ -186,7 +195,7 @@ def _check_rope(tree: dict[str, Any], path: Path, origin: str) -> None:
 def _sort_taps(
     tree: dict[str, Any], tensors: dict[str, Tensor], path: Path, changes: list[str]
 ) -> dict[str, Any]:
-    """Taps in ascending order: the projection's three blocks of columns are permuted with them."""
+    """Taps in ascending order: the projection's blocks of columns and the norms move with them."""
     try:
         taps = listed_taps(tree)
     except UserError as error:
@@ -195,9 +204,14 @@ def _sort_taps(
         return tree  # none, in order, or refused by the configuration
 
     order = sorted(range(len(taps)), key=lambda i: taps[i])
-    if FC in tensors:
-        blocks = tensors[FC].chunk(len(taps), dim=1)
-        tensors[FC] = torch.cat([blocks[i] for i in order], dim=1)
+    for name in (FC, TAPS_NORM):
+        if name in tensors:
+            blocks = tensors[name].chunk(len(taps), dim=-1)
+            tensors[name] = torch.cat([blocks[i] for i in order], dim=-1)
+    norms = [tap_norm(tap) for tap in range(len(taps))]
+    if all(name in tensors for name in norms):
+        moved = [tensors[norms[i]] for i in order]
+        tensors.update(zip(norms, moved, strict=True))
     changes.append(f"taps {list(taps)} are sorted, and the columns of {FC} with them")
     return tree | taps_keys(tuple(sorted(taps)))
 

@@ -4,6 +4,9 @@ from typing import Any
 
 from eagle3fn.use.engine_limits import ENGINES
 
+_SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_CLASSES = {"llama": "Llama", "qwen3": "Qwen3"}
+
 
 def how_to_serve(draft: str, target: str) -> list[str]:
     """A command for each engine that has one, with these names."""
@@ -31,7 +34,8 @@ def speculators_keys(
     own = {"draft_vocab_size", "architectures", "eagle_config", "rope_theta", "rope_scaling"}
     layer = {key: value for key, value in tree.items() if key not in own}
     layer = {key: value for key, value in layer.items() if not key.startswith(("eagle", "target"))}
-    layer["architectures"] = ["LlamaForCausalLM"]
+    layer = {key: value for key, value in layer.items() if key not in _SWITCHES}
+    layer["architectures"] = [f"{_CLASSES[tree['model_type']]}ForCausalLM"]
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": tokens,
@@ -48,9 +52,6 @@ def speculators_keys(
         },
         "transformer_layer_config": layer,
         # Switches, said outright: vLLM takes the first as on where it is missing.
-        "norm_before_residual": False,
-        "norm_before_fc": False,
-        "fc_norm": False,
-        "norm_output": False,
-        "embed_requires_grad": False,
+        **{name: bool(tree.get(name)) for name in _SWITCHES},
+        "embed_requires_grad": bool(tree.get("train_embedding")),
     }
