@@ -296,7 +296,7 @@ def write_talks(path: Path, count: int) -> Path:
 
 
 def random_sample(length: int, seed: int, vocab: int = 50, hidden: int = 4) -> Sample:
-    """Random ids and token mask `(S,)`, and bf16 features `(S, 3·Ht)` and `(S, Ht)`."""
+    """Random ids and token mask `(S,)`, and bf16 features `(S, A·Ht)` and `(S, Ht)`."""
     source = torch.Generator().manual_seed(seed)
     return Sample(
         input_ids=torch.randint(vocab, (length,), generator=source),

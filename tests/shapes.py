@@ -80,7 +80,7 @@ FUNCTIONS: dict[str, Function] = {
             "input_ids": "(B, S) int64",
             "attention_mask": "(B, S) int64",
             "row_mask": "(B, S) int64",
-            "aux_hidden": "(B, S, 3·Ht)",
+            "aux_hidden": "(B, S, A·Ht)",
             "last_hidden": "(B, S, Ht)",
             "position_ids": "(B, S) int64?",
         },

@@ -24,7 +24,7 @@ class Sample(NamedTuple):
 
     input_ids: Tensor  # (S,) int64
     token_mask: Tensor  # (S,) int64, 1 on assistant tokens
-    aux_hidden: Tensor  # (S, 3·Ht)
+    aux_hidden: Tensor  # (S, A·Ht)
     last_hidden: Tensor  # (S, Ht), after the target's final norm
 
 
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     next_ids: Tensor
     attention_mask: Tensor  # (B, S) int64, 1 on real tokens
     row_mask: Tensor  # (B, K, S) int64: 1 where the row is trained at the step
-    aux_hidden: Tensor  # (B, S, 3·Ht): the three taps of token t
+    aux_hidden: Tensor  # (B, S, A·Ht): the A taps of token t
     # (B, S, Ht): the last hidden state of token t + 1, from which the label at t is made; 0 past
     # the end
     label_hidden: Tensor

@@ -81,7 +81,7 @@ def align(
         input_ids: `(B, S)` int64.
         attention_mask: `(B, S)` int64, 1 on real tokens.
         row_mask: `(B, S)` int64, 1 where the row is trained at step 0 (`align_mask`).
-        aux_hidden: `(B, S, 3·Ht)`.
+        aux_hidden: `(B, S, A·Ht)`.
         last_hidden: `(B, S, Ht)`, at the tokens whose last hidden states they are.
         k: unroll steps `K`.
         position_ids: `(B, S)` int64 in `[0, S)`; absent: `0 … S - 1`.

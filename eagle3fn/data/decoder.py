@@ -58,7 +58,7 @@ def final_norm(model: Any) -> tuple[str, Any]:
 def hidden_states(
     model: Any, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of three decoder layers `(B, S, 3·Ht)` and the final, normed state `(B, S, Ht)`.
+    """Outputs of A decoder layers `(B, S, A·Ht)` and the final, normed state `(B, S, Ht)`.
 
     Of layers on several devices, the outputs are brought to the last one's.
 

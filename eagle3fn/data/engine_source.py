@@ -155,7 +155,7 @@ class _CheckedRows:
 
     @torch.no_grad()
     def _states(self, encoded: Encoded, row: Row) -> tuple[Tensor, Tensor]:
-        """Taps `(S, 3·Ht)` and normed last state `(S, Ht)` of a row that is checked by itself."""
+        """Taps `(S, A·Ht)` and normed last state `(S, Ht)` of a row that is checked by itself."""
         ids = encoded.input_ids
         zeros = int(self.stored.zero_embedding[ids].cumprod(0).sum())  # at the beginning
         what = row_fault(row, ids, self.hidden_size, self.engine.dtype, zeros)

@@ -139,7 +139,7 @@ def run_target(
             ids[row, :length] = group[number].input_ids
             mask[row, :length] = 1
 
-        # (B, S, 3·Ht) and (B, S, Ht)
+        # (B, S, A·Ht) and (B, S, Ht)
         aux, last = hidden_states(model, ids.to(model.device), mask.to(model.device), layers)
 
         # Copies: a sample must not hold the whole batch in memory.

@@ -23,7 +23,7 @@ from eagle3fn.engines.process import EngineClient, EngineProcess, scratch
 class Chain(NamedTuple):
     """A proposal: the rows that the draft reads, and the tokens that it drafts after them."""
 
-    aux: Tensor  # the target's features of the rows, (R, 3·Ht), fp32
+    aux: Tensor  # the target's features of the rows, (R, A·Ht), fp32
     next_ids: Tensor  # the token after each row, (R,)
     drafted: Tensor  # target ids, (K,)
 

@@ -49,7 +49,7 @@ def measure_costs(
     with open_target(model, draft) as target:
         # Target and draft read the context, the draft all but the last two rows that it can have.
         target.read(context, keep=1)
-        aux = target.features(size)  # (1, P, 3·Ht)
+        aux = target.features(size)  # (1, P, A·Ht)
         drafter = Drafter(draft, size + draft_length, model.get_input_embeddings().weight)
         drafter.commit(aux[:, : size - 2], context[:, 1 : size - 1])
 

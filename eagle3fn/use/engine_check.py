@@ -136,7 +136,7 @@ def propose(model: Any, draft: Draft, prompt: Tensor, count: int) -> Chain:
     """What the draft proposes after a prompt `(1, P)`: `count` tokens, greedily."""
     with open_target(model, draft) as target:
         token = target.read(prompt, keep=1)  # (1, 1)
-        aux = target.features(prompt.shape[1])  # (1, P, 3·Ht)
+        aux = target.features(prompt.shape[1])  # (1, P, A·Ht)
     next_ids = torch.cat([prompt[:, 1:], token], dim=1)
     drafter = Drafter(draft, prompt.shape[1] + count, model.get_input_embeddings().weight)
     drafted = drafter.draft(aux, next_ids, count)

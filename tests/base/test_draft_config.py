@@ -41,9 +41,9 @@ def test_tapped_layers_are_read(tmp_path, eagle, layers):
     assert config.target_hidden_size == 8
 
 
-@pytest.mark.parametrize("eagle", [[1, 2, 4], "x", {KEY: 3}, {KEY: [1, 2, "4"]}, {KEY: [1, 2]}])
+@pytest.mark.parametrize("eagle", [[1, 2, 4], "x", {KEY: 3}, {KEY: [1, 2, "4"]}])
 def test_other_lists_of_layers_are_refused(tmp_path, eagle):
-    with pytest.raises(UserError, match=r"config.json: .*must (list three|be an object)"):
+    with pytest.raises(UserError, match=r"config.json: .*must (list layers|be an object)"):
         draft_config_from_json(written(tmp_path, eagle_config=eagle))
 
 
@@ -60,11 +60,11 @@ def test_taps_at_the_top_are_one_higher(tmp_path):
 class Switched(DraftConfig):
     """A draft with a switch of each type."""
 
-    fc_norm: bool = False
-    window: int | None = None
+    own_norm: bool = False
+    own_window: int | None = None
 
 
-ON = {"fc_norm": True, "window": 3}
+ON = {"own_norm": True, "own_window": 3}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def switched(monkeypatch):
 
 def test_switches_are_read_from_a_drafts_configuration(tmp_path, switched):
     plain = draft_config_from_json(written(tmp_path))
-    assert plain == Switched(**vars(plain) | {"fc_norm": False, "window": None})
+    assert plain == Switched(**vars(plain) | {"own_norm": False, "own_window": None})
     assert draft_config_from_json(written(tmp_path, **ON)) == replace(plain, **ON)
 
 
@@ -84,7 +84,7 @@ def test_switches_are_not_taken_from_a_target(switched):
     assert draft_config_from_target(target, "target") == draft_config_from_target(TREE, "target")
 
 
-@pytest.mark.parametrize("on", [{}, {"fc_norm": True}, {"window": 3}, ON], ids=str)
+@pytest.mark.parametrize("on", [{}, {"own_norm": True}, {"own_window": 3}, ON], ids=str)
 def test_switches_that_are_on_are_written(tmp_path, switched, on):
     plain = draft_config_from_target(TREE, "target")
     config = replace(plain, **on)
@@ -100,10 +100,9 @@ def test_switches_that_are_on_are_written(tmp_path, switched, on):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fc_norm": 1}, "draft.fc_norm = 1: must be true or false"),
-        ({"fc_norm": None}, "draft.fc_norm = None: must be true or false"),
-        ({"window": 0}, "draft.window = 0: must be a whole number, at least 1"),
-        ({"window": True}, "draft.window = True: must be a whole number"),
+        ({"own_norm": 1}, "draft.own_norm = 1: must be true or false"),
+        ({"own_window": 0}, "draft.own_window = 0: must be a whole number, at least 1"),
+        ({"own_window": True}, "draft.own_window = True: must be a whole number"),
         ({"hidden_size": 2.0}, "draft.hidden_size = 2.0: must be a whole number, at least 1"),
         ({"rms_norm_eps": 0}, "draft.rms_norm_eps = 0: must be a finite number above 0"),
         ({"rms_norm_eps": 1.5}, "draft.rms_norm_eps = 1.5: must be at most 1"),
@@ -120,7 +119,7 @@ def test_switches_that_are_on_are_written(tmp_path, switched, on):
         ({"rope_parameters": [3]}, r"rope_parameters = \[3\]: must be an object"),
         ({"rope_parameters": {"full_attention": 3}}, "rope_parameters = 3: must be an object"),
         ({KEY: [10**20, 10**21, 10**22]}, "draft.aux_layers = .*must be layers of a target"),
-        ({"eagle_config": []}, r"eagle_config = \[\]: must list three"),
+        ({"eagle_config": []}, r"eagle_config = \[\]: must be an object"),
     ],
 )
 def test_values_of_another_type_are_refused(tmp_path, switched, values, message):
@@ -128,12 +127,19 @@ def test_values_of_another_type_are_refused(tmp_path, switched, values, message)
         draft_config_from_json(written(tmp_path, **values))
 
 
-def test_every_combination_of_switches_is_drawn(switched):
+def test_null_is_off_and_engines_look_under_eagle_config_first(tmp_path, switched):
+    off = draft_config_from_json(written(tmp_path, own_norm=None, own_window=None))
+    assert off == draft_config_from_json(written(tmp_path))
+    eagle = {KEY: [1, 2, 4], "own_norm": True}
+    found = draft_config_from_json(written(tmp_path, eagle_config=eagle, own_norm=False))
+    assert found.own_norm is True
+
+
+def test_each_switch_is_listed_alone_and_all_together(switched):
     added = [field for field in draft_config.switches() if field.name in ON]
     found = [dict(values) for values in switch_values(added)]
-    assert found[0] == {}
-    assert {"fc_norm": True, "window": 1} in found and {"window": 3} in found
-    assert len(found) == 2 * 3
+    assert found[0] == {} and found[-1] == {"own_norm": True, "own_window": 9}
+    assert found[1:-1] == [{"own_norm": True}, *({"own_window": w} for w in (1, 3, 9))]
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -192,10 +198,10 @@ def test_null_is_a_value_that_is_not_given(tmp_path):
     "values",
     [
         {"hidden_act": "gelu"},
-        {"num_hidden_layers": 2},
-        {"norm_before_residual": True},
-        {"eagle_config": {"norm_before_residual": True}},
-        {"sliding_window": 128},
+        {"use_last_layernorm": False},
+        {"mlp_bias": True},
+        {"eagle_config": {"mlp_bias": True}},
+        {"layer_types": ["chunked_attention"]},
     ],
     ids=str,
 )
@@ -206,3 +212,80 @@ def test_switches_that_are_not_built_are_refused_by_name(tmp_path, values):
     with pytest.raises(UserError, match=rf"config.json: (eagle_config.)?{name} = .*not supported"):
         draft_config_from_json(path)
     assert draft_config_from_json(path, None).hidden_size == 8
+
+
+EVERY_SWITCH = {
+    "norm_before_fc": True,
+    "fc_norm": True,
+    "norm_output": True,
+    "norm_before_residual": True,
+    "attention_bias": True,
+    "qk_norm": True,
+    "num_hidden_layers": 2,
+    "draft_window": 64,
+    "train_embedding": True,
+}
+
+
+def test_the_switches_of_these_tests_are_all():
+    found = {field.name for field in draft_config.switches()}
+    assert found == EVERY_SWITCH.keys()
+
+
+@pytest.mark.parametrize("name", EVERY_SWITCH)
+def test_each_switch_comes_back_from_its_config_json(tmp_path, name):
+    config = replace(draft_config_from_target(TREE, "target"), **{name: EVERY_SWITCH[name]})
+    tree = draft_config_to_json(config, 8, "bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert draft_config_from_json(tmp_path / "config.json") == replace(config, aux_layers=(1, 3, 4))
+
+
+def test_keys_are_those_that_engines_read():
+    config = replace(draft_config_from_target(TREE, "target"), **EVERY_SWITCH, aux_layers=(1, 5))
+    tree = draft_config_to_json(config, 8, "bfloat16")
+    assert tree["architectures"] == ["Eagle3Qwen3ForCausalLM"] and tree["model_type"] == "qwen3"
+    assert tree["sliding_window"] == 64 and tree["use_sliding_window"] is True
+    assert tree["layer_types"] == ["sliding_attention"] * 2 and tree["num_hidden_layers"] == 2
+    assert tree["num_aux_hidden_states"] == 2 and tree["attention_bias"] is True
+    names = ("norm_before_fc", "fc_norm", "norm_output", "norm_before_residual")
+    assert [tree[name] for name in names] == [True] * 4
+    assert not {"qk_norm", "draft_window"} & tree.keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sliding_window": 128}, "sliding_window = 128, layer_types = .*all layers must have"),
+        (
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+            "sliding_window = 8, layer_types = .*all layers must have the window",
+        ),
+        ({"layer_types": ["sliding_attention"]}, "layer_types = .* without sliding_window"),
+        ({"layer_types": "sliding_attention"}, "layer_types = .*must be a list"),
+        ({"num_aux_hidden_states": 4}, "num_aux_hidden_states = 4, but .* lists none"),
+        ({"num_hidden_layers": 9}, "draft.num_hidden_layers = 9: must be at most 8"),
+        ({"norm_output": True}, "norm_output = True: .*--from hf, or --from specforge"),
+        ({"norm_output": "yes"}, "norm_output = 'yes': must be true or false"),
+        ({"eagle_config": {KEY: list(range(17))}}, "draft.aux_layers = .*must name 1 to 16"),
+    ],
+)
+def test_switches_that_say_too_little_or_too_much_are_refused(tmp_path, values, message):
+    with pytest.raises(UserError, match=rf"config.json: {message}"):
+        draft_config_from_json(written(tmp_path, **values))
+
+
+def test_norm_output_is_read_by_its_origin(tmp_path):
+    """SpecForge's means whether the head reads the normed state, which it does here always."""
+    path = written(tmp_path, norm_output=True, eagle_config={KEY: [1, 2, 4], "norm_output": True})
+    assert draft_config_from_json(path, "specforge").norm_output is False
+    assert draft_config_from_json(path, "hf").norm_output is True
+    path = written(tmp_path, norm_output=False)
+    with pytest.raises(UserError, match="norm_output = False: at SpecForge"):
+        draft_config_from_json(path, "specforge")
+    assert draft_config_from_json(path, "hf").norm_output is False
+
+
+def test_a_window_that_is_off_is_full_attention(tmp_path):
+    full = {"sliding_window": 8, "layer_types": ["full_attention"]}
+    for values in (full, {"sliding_window": 8, "use_sliding_window": False}):
+        assert draft_config_from_json(written(tmp_path, **values)).draft_window is None

@@ -20,6 +20,7 @@ from eagle3fn.base.tree import equal, named_leaves
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.data.collate import global_row_counts
 from eagle3fn.data.vocab import build_map
+from eagle3fn.model.table import EMBED
 from eagle3fn.testing.builders import (
     Case,
     Unaligned,
@@ -193,8 +194,9 @@ def test_causality_by_gradient_at_every_unroll_step(
                 aux_hidden=inputs["aux_hidden"], last_hidden=inputs["last_hidden"]
             )
             own = frozen._replace(embed_tokens=inputs["embed"])
+            weights = params | ({EMBED: inputs["embed"]} if EMBED in params else {})
             batch = changed.aligned(case.steps)
-            return e3.forward_loss(params, batch, config=config, frozen=own)[0]
+            return e3.forward_loss(weights, batch, config=config, frozen=own)[0]
 
         inputs = {
             "aux_hidden": samples.aux_hidden,

@@ -1,7 +1,7 @@
-"""A sliding window of attention, given as another `visible`: every kind of attention follows it.
+"""A sliding window of attention, `draft.draft_window`: every kind of attention follows it.
 
-With a window of `W` the row at place `t` of step `i`, whose position is `t + i`, sees the keys of
-step 0 at places `t + i - W + 1 … t`, and its own keys of steps 1 … i whatever `W` is.
+With a window of `W ≥ K` the row at place `t` of step `i`, whose position is `t + i`, sees the keys
+of step 0 at places `t + i - W + 1 … t`, and its own keys of steps 1 … i.
 """
 
 import math
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import eagle3fn as e3
-from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.types import Params, VocabMap
 from eagle3fn.model import block_attention
 from eagle3fn.model.fast import FAST
@@ -23,7 +22,6 @@ from eagle3fn.model.forward import forward
 from eagle3fn.model.losses import find_loss
 from eagle3fn.model.plain import PLAIN, logits
 from eagle3fn.model.unroll import Ops, Rows, unroll
-from eagle3fn.model.visibility import Place, Visible
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import Result, named
 from eagle3fn.testing.strategies import cases
@@ -39,19 +37,17 @@ OPERATIONS = {"plain": PLAIN, "fast": FAST}
 BOTH = pytest.mark.parametrize("numerics", OPERATIONS)
 
 
-def set_window(patch: pytest.MonkeyPatch, window: int) -> None:
-    """Replace `visible` where it is called."""
-
-    def visible(config: DraftConfig, place: Place, step: int) -> Visible:
-        first: Any = place + step - window + 1
-        return Visible(first=first, last=place)
-
-    patch.setattr("eagle3fn.model.unroll.visible", visible)
-    patch.setattr("eagle3fn.use.drafter.visible", visible)
+def windowed(case: Case, window: int | None) -> Case:
+    """The case with this window in place of its own; None: full attention."""
+    others = tuple(switch for switch in case.switches if switch[0] != "draft_window")
+    if window is None:
+        return replace(case, switches=others)
+    return replace(case, switches=(*others, ("draft_window", window)))
 
 
 def evaluate(case: Case, ops: Ops, window: int | None) -> Result:
     """Loss, metrics and gradients by some operations; None: full attention."""
+    case = windowed(case, window)
     config = case.config()
     batch = tiny_batch(case)
     frozen = tiny_frozen(case)
@@ -60,10 +56,7 @@ def evaluate(case: Case, ops: Ops, window: int | None) -> Result:
     def loss_of(params: Params) -> Any:
         return forward(params, batch, config, frozen, ops, loss)
 
-    with pytest.MonkeyPatch.context() as patch:
-        if window is not None:
-            set_window(patch, window)
-        (value, aux), gradients = e3.value_and_grad(loss_of, has_aux=True)(tiny_params(case))
+    (value, aux), gradients = e3.value_and_grad(loss_of, has_aux=True)(tiny_params(case))
     return named(value, aux, gradients)
 
 
@@ -78,10 +71,10 @@ def assert_near(found: Result, wanted: Result) -> None:
 
 @given(data=st.data())
 def test_fast_is_plain_with_a_window(data: st.DataObject) -> None:
-    """Blocks of any size; windows shorter than the unroll, and longer than a sample."""
+    """Blocks of any size; windows from the unroll's length on, and longer than a sample."""
     mask = data.draw(st.sampled_from(SERVED))
-    case = data.draw(cases(dtype="float64", mask=mask))
-    window = data.draw(st.integers(1, max(case.lengths) + 2))
+    case = data.draw(cases(dtype="float64", mask=mask, steps=st.integers(1, 4)))
+    window = data.draw(st.integers(case.steps, max(case.lengths) + case.steps))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_attention, "_BLOCK", data.draw(st.sampled_from([1, 3, 128])))
         patch.setattr(block_attention, "_STRIDE", data.draw(st.sampled_from([1, 4, 64])))
@@ -97,7 +90,7 @@ def test_a_window_is_seen_by_every_step() -> None:
     case = Case(dtype="float64", lengths=(9, 6), steps=4, mask="full")
     for ops in OPERATIONS.values():
         full = evaluate(case, ops, None)["losses"]
-        for window in (1, 3):
+        for window in (4, 5):
             assert ((evaluate(case, ops, window)["losses"] - full).abs() > 1e-6).all()
 
 
@@ -154,7 +147,7 @@ def test_plain_with_a_window_is_attention_by_its_definition(data: st.DataObject)
     mask = data.draw(st.sampled_from(SERVED))
     case = data.draw(cases(dtype="float64", mask=mask, steps=st.integers(1, 4)))
     case = replace(case, lengths=tuple(min(length, 7) for length in case.lengths[:2]))
-    window = data.draw(st.integers(1, 9))
+    window = data.draw(st.integers(case.steps, 9))
     by_loops = PLAIN._replace(attend=attend_by_loops(window))
     assert_near(evaluate(case, PLAIN, window), evaluate(case, by_loops, None))
 
@@ -169,12 +162,15 @@ def test_features_outside_the_window_have_exactly_zero_gradient(
 
     The row's hidden states of earlier steps, which it reads, have seen no more.
     """
-    case = data.draw(cases(dtype="float64", mask="full"))
-    config = case.config()
-    batch = tiny_batch(case)
+    one_layer = st.sampled_from([(), (("norm_output", True),), (("qk_norm", True),)])
+    steps = st.integers(1, 3)
+    case = data.draw(cases(dtype="float64", mask="full", switches=one_layer, steps=steps))
     sample = data.draw(st.integers(0, len(case.lengths) - 1))
     row = data.draw(st.integers(0, case.lengths[sample] - 1))
-    window = data.draw(st.integers(1, case.lengths[sample]))
+    window = data.draw(st.integers(case.steps, case.lengths[sample] + case.steps))
+    case = windowed(case, window)
+    config = case.config()
+    batch = tiny_batch(case)
     step = data.draw(st.integers(0, case.steps - 1))
     place = sample * max(case.lengths) + row
 
@@ -193,9 +189,7 @@ def test_features_outside_the_window_have_exactly_zero_gradient(
         found = [*states][step]
         return found.sum() if numerics == "fast" else found[sample, row].sum()
 
-    with pytest.MonkeyPatch.context() as patch:
-        set_window(patch, window)
-        _, slope = e3.value_and_grad(state)(batch.aux_hidden)
+    _, slope = e3.value_and_grad(state)(batch.aux_hidden)
 
     seen = torch.zeros(slope.shape[:2], dtype=torch.bool)
     seen[sample, max(row - window + 1, 0) : row + 1] = True
@@ -206,17 +200,16 @@ def test_features_outside_the_window_have_exactly_zero_gradient(
 # The draft at inference.
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 5, 20])
-def test_drafted_rows_are_those_of_the_unroll_with_a_window(
-    window: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("window", [4, 5, 6, 20])
+def test_drafted_rows_are_those_of_the_unroll_with_a_window(window: int, layers: int) -> None:
     """Logits of unroll step i at row t: the drafted row i after committed rows 0 … t."""
     case = Case(steps=4, lengths=(9,), dtype="float64", seed=5)
+    case = replace(case, switches=(("num_hidden_layers", layers), ("draft_window", window)))
     params = tiny_params(case)
     frozen = tiny_frozen(case)
     batch = tiny_batch(case)
     config = case.config()
-    set_window(monkeypatch, window)
     states = unroll(params, batch, None, config, frozen, PLAIN)
     trained = [logits(params, config.draft, hidden) for hidden in states]
 

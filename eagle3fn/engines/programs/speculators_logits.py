@@ -16,7 +16,7 @@ from answering import Answer, serve
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     """Convert and load `settings["draft"]` of `settings["target"]`; `settings["taps"]` are outputs.
 
-    A request `{"rows": FILE, "out": FILE}` reads `aux` `(R, 3·Ht)`, `next_ids` `(R,)` and `drafted`
+    A request `{"rows": FILE, "out": FILE}` reads `aux` `(R, A·Ht)`, `next_ids` `(R,)` and `drafted`
     `(K,)`, and writes them with `logits` `(K, D)`: of the last row, and of the K - 1 drafted after
     it.
     """

@@ -58,7 +58,7 @@ def watched(model: type, watch: Watch) -> None:
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     """Load `settings["target"]` with `settings["draft"]`, `draft_length` tokens a proposal.
 
-    A request `{"prompt": IDS, "out": FILE}` writes `aux` `(P, 3·Ht)`, `next_ids` `(P,)`, `drafted`
+    A request `{"prompt": IDS, "out": FILE}` writes `aux` `(P, A·Ht)`, `next_ids` `(P,)`, `drafted`
     `(K,)` and `logits` `(K, V)`, minus infinity outside the draft's vocabulary.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
