@@ -35,7 +35,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--draft-length", type=int, default=default.draft_length)
     parser.add_argument("--logit-tasks", type=int, default=default.logit_tasks)
     parser.add_argument(
-        "--variants", action="store_true", help="also with other taps, D = V, each RoPE variant"
+        "--variants",
+        nargs="*",
+        metavar="NAME",
+        help="also drafts with other taps, D = V, each RoPE variant and switch: these, or all",
     )
     parser.add_argument(
         "--python", action="append", default=[], metavar="NAME=PATH", help="an engine's Python"
@@ -65,13 +68,13 @@ def main() -> int:
         places,
         settings,
         options.logs or Path(options.environments) / "logs",
-        with_variants=options.variants,
+        names=options.variants,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if options.out:
         settled = {**asdict(settings), "prompts": Path(options.prompts).name}
         write_json(options.out, {**origin, "settings": settled, "drafts": results})
-    shown = results if options.variants else results[GIVEN]
+    shown = results[GIVEN] if options.variants is None else results
     print(json.dumps(shown, indent=2) if options.json else table(results))
     return verdict(results)
 

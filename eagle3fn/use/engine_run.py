@@ -27,7 +27,7 @@ def check_drafts(
     settings: CheckSettings,
     work: str | Path,
     *,
-    with_variants: bool = False,
+    names: Sequence[str] | None = None,
     say: Say = lambda line: None,
 ) -> Results:
     """Check a draft in engines.
@@ -39,7 +39,7 @@ def check_drafts(
         places: where each engine is; all of these are asked.
         settings: how much is compared.
         work: folder for logs, which stay.
-        with_variants: also the drafts of `use.engine_variants`.
+        names: of drafts of `use.engine_variants` that are checked too; empty: all of them.
         say: gets a line when something begins or ends.
 
     Returns:
@@ -47,34 +47,37 @@ def check_drafts(
         engine cannot represent.
 
     Raises:
-        UserError: unreadable, a draft of another target, or prompts that are too long.
+        UserError: unreadable, a draft of another target, prompts that are too long, or no variant
+            of a name.
     """
     pair = load_pair(target, prompts, settings)
     Path(work).mkdir(parents=True, exist_ok=True)
     results: Results = {}
     with scratch("engines") as made:
-        for name, folder in _folders(pair, Path(draft), made, with_variants):
+        for name, folder in _folders(pair, Path(draft), made, names):
             say(f"{name}: this package")
             results[name] = _check_one(pair, folder, places, settings, Path(work), say)
     return results
 
 
 def _folders(
-    pair: Pair, draft: Path, made: Path, with_variants: bool
+    pair: Pair, draft: Path, made: Path, names: Sequence[str] | None
 ) -> Iterator[tuple[str, Path]]:
     """Name and exported folder of each draft; a variant's folder lasts until the next."""
-    if not with_variants:
-        yield GIVEN, draft
+    yield GIVEN, draft
+    if names is None:
         return
     layers = pair.model.config.get_text_config().num_hidden_layers
     head = pair.model.get_output_embeddings().weight
     given = load_draft(draft, pair.model.dtype)
-    for variant in variants(given, layers, head):
-        folder = draft
-        if variant.name != GIVEN:
-            folder = made / "draft"
-            write_variant(variant, folder, layers)
-        yield variant.name, folder
+    others = {each.name: each for each in variants(given, layers, head) if each.name != GIVEN}
+    for name in names:
+        if name not in others:
+            raise UserError(f"--variants {name!r}: must be one of {', '.join(others)}")
+    for name in names or others:
+        folder = made / "draft"
+        write_variant(others[name], folder, layers)
+        yield name, folder
 
 
 def _check_one(

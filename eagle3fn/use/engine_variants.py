@@ -1,7 +1,7 @@
-"""Drafts that differ from one in a single thing that engines read: taps, vocabulary, RoPE.
+"""Drafts that differ from one in what engines read: taps, vocabulary, RoPE, switches.
 
-Their weights are the given draft's, so they draft worse; what is compared, logits and counts, must
-agree for any weights.
+Their weights are the given draft's, and drawn ones where it has none, so they draft worse; what is
+compared, logits and counts, must agree for any weights.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.types import Frozen, Params, VocabMap
-from eagle3fn.model.table import HEAD
+from eagle3fn.model.table import EMBED, HEAD, weights
 from eagle3fn.use.export import Draft, export
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -34,6 +34,30 @@ ROPES: dict[str, dict[str, Any]] = {
 All but dynamic change the second position already. YaRN's original length and factor give SmolLM2's
 8,192 positions: vLLM takes their product for the draft's longest sequence.
 """
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "norm_before_fc": {"norm_before_fc": True},
+    "fc_norm": {"fc_norm": True},
+    "norm_output": {"norm_output": True},
+    "norm_before_residual": {"norm_before_residual": True},
+    "attention_bias": {"attention_bias": True},
+    "qk_norm": {"qk_norm": True},
+    "two layers": {"num_hidden_layers": 2},
+    "window": {"draft_window": 12},
+    "own embedding": {"train_embedding": True},
+    "EAGLE-3.1": {"fc_norm": True, "norm_output": True, "norm_before_residual": True},
+    "all": {
+        "norm_before_fc": True,
+        "fc_norm": True,
+        "norm_output": True,
+        "norm_before_residual": True,
+        "qk_norm": True,
+        "num_hidden_layers": 3,
+        "train_embedding": True,
+    },
+}
+"""Switches of the draft, each alone and together. The window hides something of every prompt."""
 
 
 class Variant(NamedTuple):
@@ -65,6 +89,37 @@ def variants(draft: Draft, target_layers: int, target_head: Tensor) -> Iterator[
 
     for name, scaling in ROPES.items():
         yield Variant(f"RoPE {name}", draft._replace(config=replace(config, rope_scaling=scaling)))
+
+    for name, switches in SWITCHES.items():
+        yield Variant(name, with_shape(draft, replace(config, **switches)))
+    for count in (2, 4):
+        taps = tuple(range(count))
+        yield Variant(f"{count} taps", with_shape(draft, replace(config, aux_layers=taps)))
+    half = replace(config, hidden_size=config.hidden_size // 2)
+    yield Variant("half as wide", with_shape(draft, half))
+
+
+def with_shape(draft: Draft, config: DraftConfig) -> Draft:
+    """A draft of another shape: weights that it shares are the given ones, others are drawn."""
+    generator = torch.Generator().manual_seed(0)
+    params: Params = {}
+    for name, weight in weights(config).items():
+        shape = weight.shape(config)
+        given = draft.params.get(name)
+        if given is not None and given.shape == shape:
+            params[name] = given
+            continue
+        noise = torch.randn(shape, generator=generator)
+        if weight.role == "norm":
+            params[name] = 1 + 0.1 * noise
+        elif weight.role == "bias":
+            params[name] = 0.1 * noise
+        elif name == EMBED and draft.embed_tokens is not None and not config.other_width:
+            params[name] = draft.embed_tokens.float() + 0.1 * noise
+        else:
+            params[name] = noise * shape[1] ** -0.5
+    embed = None if config.own_embedding else draft.embed_tokens
+    return draft._replace(config=config, params=params, embed_tokens=embed)
 
 
 def _whole_vocabulary(draft: Draft, head: Tensor) -> Draft:

@@ -18,13 +18,14 @@ from eagle3fn.use import engine_run
 from eagle3fn.use.engine_check import CheckSettings, chain_logits, load_pair, propose
 from eagle3fn.use.engine_limits import unrepresentable
 from eagle3fn.use.engine_run import check_drafts, parse_places, table, verdict
-from eagle3fn.use.engine_variants import variants, write_variant
+from eagle3fn.use.engine_variants import SWITCHES, variants, write_variant
 from eagle3fn.use.export import load_draft
 from tests.use.tiny_target import LAYERS, draft_config, write_pair
 
 SETTINGS = CheckSettings(tasks=1, max_new=4, draft_length=2, logit_tasks=1)
 NAMES = ["as trained", "other taps", "D = V"]
 NAMES += ["RoPE linear", "RoPE dynamic", "RoPE llama3", "RoPE yarn"]
+NAMES += [*SWITCHES, "2 taps", "4 taps", "half as wide"]
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_engines.py"
 
 
@@ -100,7 +101,7 @@ def test_an_engine_is_not_asked_for_what_it_cannot_represent(folders, tmp_path, 
         places,
         SETTINGS,
         tmp_path,
-        with_variants=True,
+        names=(),
         say=said.append,
     )
     assert list(results) == NAMES
@@ -128,7 +129,9 @@ def engine_settings():
     taps = aux_layers(draft_config(), LAYERS)
     other = (0, LAYERS // 2, LAYERS - 1)  # as the draft has those that come first to mind
     ropes = ["default"] * 3 + ["linear", "dynamic", "llama3", "yarn"]
-    return list(zip(ropes, [taps, other] + [taps] * 5, strict=True))
+    found = list(zip(ropes, [taps, other] + [taps] * 5, strict=True))
+    found += [("default", taps)] * len(SWITCHES)
+    return [*found, ("default", (0, 1)), ("default", (0, 1, 2, 3)), ("default", taps)]
 
 
 @pytest.mark.parametrize(

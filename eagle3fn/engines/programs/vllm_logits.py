@@ -68,10 +68,14 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     import torch  # pyright: ignore[reportMissingImports]
     import vllm  # pyright: ignore[reportMissingImports]
     from safetensors.torch import save_file  # pyright: ignore[reportMissingImports]
-    from vllm.model_executor.models import llama_eagle3  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.models import (  # pyright: ignore[reportMissingImports]
+        llama_eagle3,
+        qwen3_eagle3,
+    )
 
     watch = Watch()
-    watched(llama_eagle3.Eagle3LlamaForCausalLM, watch)
+    for model in (llama_eagle3.Eagle3LlamaForCausalLM, qwen3_eagle3.Eagle3Qwen3ForCausalLM):
+        watched(model, watch)
     length = settings["draft_length"]
     llm = vllm.LLM(
         model=settings["target"],
