@@ -159,6 +159,7 @@ class Stepper:
         self.batches = training_batches(run, 0, _TIMED + 1)
 
     def seconds(self) -> float:
+        """Processor seconds of the next step."""
         begin = time.process_time()
         self.state, _ = self.fns.step(self.state, next(self.batches), donate=True)
         return time.process_time() - begin

@@ -157,7 +157,7 @@ def make_problem(
         input_ids=ids.to(device),
         attention_mask=torch.ones_like(ids).to(device),
         row_mask=row_mask.to(device),
-        aux_hidden=draw((batch, seq, 3 * draft.target_hidden_size), 1.0),
+        aux_hidden=draw((batch, seq, draft.taps * draft.target_hidden_size), 1.0),
         last_hidden=draw((batch, seq, draft.target_hidden_size), 2.0),
         k=k,
     )
@@ -201,8 +201,9 @@ def make_frozen(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) 
 
     draw = Drawer(seed + 2, dtype, device)
     head = draw((draft.vocab_size, draft.target_hidden_size), draft.target_hidden_size**-0.5)
+    embed = draw((draft.vocab_size, draft.hidden_size), 1.0)
     return Frozen(
-        embed_tokens=draw((draft.vocab_size, draft.hidden_size), 1.0),
+        embed_tokens=None if draft.other_width else embed,
         target_head=torch.where(t2d.to(device)[:, None], head, head / 2),
         t2d=t2d.to(device),
         d2t=(kept - torch.arange(draft.draft_vocab_size)).to(device),
@@ -210,13 +211,15 @@ def make_frozen(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) 
 
 
 def draw_params(draft: DraftConfig, seed: int, dtype: torch.dtype, device: str) -> Params:
-    """Weights that keep activations near one: norms 1, matrices from normal(0, 1/fan_in)."""
+    """Weights that keep activations near one: norms 1, biases 0.1, matrices normal(0, 1/fan_in)."""
     draw = Drawer(seed + 1, dtype, device)
     params = {}
     for name, weight in weights(draft).items():
         shape = weight.shape(draft)
         if weight.role == "norm":
             params[name] = torch.ones(shape, dtype=dtype, device=device)
+        elif weight.role == "bias":
+            params[name] = torch.full(shape, 0.1, dtype=dtype, device=device)
         else:
             params[name] = draw(shape, shape[1] ** -0.5)
     return params

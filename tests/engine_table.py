@@ -3,8 +3,12 @@
 import re
 from pathlib import Path
 
+from eagle3fn.base.draft_config import switches
 from eagle3fn.base.switches import SWITCHES
-from eagle3fn.use.engine_limits import ENGINES
+from eagle3fn.use.engine_limits import ENGINES, Engine
+
+READ = [field.name for field in switches() if field.name != "train_embedding"]
+"""The switches that change what an engine computes."""
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/drafts.md"
 
@@ -16,6 +20,8 @@ def engines_table() -> str:
         missing = []
         if not engine.any_taps:
             missing.append("other taps than the default ones")
+        elif not engine.any_count:
+            missing.append("other than three taps")
         if not engine.last_layer:
             missing.append("a tap of the target's last layer")
         ropes = [kind for kind in ENGINES["vllm"].ropes if kind not in engine.ropes]
@@ -27,12 +33,21 @@ def engines_table() -> str:
             missing.append("YaRN's `attention_factor`, both `mscale`s, `truncate`")
         if not engine.any_head_dim:
             missing.append("a head size other than hidden size / heads")
-        if not engine.own_embedding:
+        if not engine.other_width:
             missing.append("a draft of another width than the target")
+        missing += unread(engine)
         names = "`layers.0.`" if engine.by_number else "`midlayer.`"
         said = "; ".join(missing) or "nothing known"
         lines.append(f"| `{engine.name}` | {engine.read} | {names} | {said} |")
     return "\n".join(lines)
+
+
+def unread(engine: Engine) -> list[str]:
+    """What to say of the switches that an engine does not read."""
+    names = [name for name in READ if name not in engine.switches]
+    if names == READ:
+        return ["any switch"]
+    return [", ".join(f"`{name}`" for name in names)] if names else []
 
 
 def switches_table() -> str:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -35,12 +34,12 @@ from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Params, VocabMap
 from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import Encoded
-from eagle3fn.model import head_loss, unroll
+from eagle3fn.model import head_loss
 from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
 from eagle3fn.model.losses import LOSSES, find_loss
 from eagle3fn.model.rope import rope_table, rotate
-from eagle3fn.model.visibility import Visible, visible
+from eagle3fn.model.visibility import visible
 from eagle3fn.specforge.arithmetic import KL, kl_loss
 from eagle3fn.specforge.kl_kernel import mean_kl
 from eagle3fn.testing.gate_part import (
@@ -58,6 +57,7 @@ from eagle3fn.train.optimizer import OPTIMIZERS, Optimizer, muon
 from eagle3fn.train.orthogonal import newton_schulz, rational
 from eagle3fn.train.shard import empty_state
 from eagle3fn.use.decode import speculate
+from eagle3fn.use.engine_variants import SWITCHES
 from eagle3fn.use.export import Draft
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -78,7 +78,13 @@ REAL_MEMORY = 48 << 30  # free bytes of a card from which on real widths are Qwe
 RESTARTS = 4  # of this process, after a check that left it without a usable card
 DEPTH = 7  # layers of the random target, from which on it has default taps
 RATE = 1e-4
-WINDOW = 16  # tokens that a row sees, where the attention has a window
+SHAPES: dict[str, dict[str, Any]] = {
+    "2 taps": {"aux_layers": (0, 1)},
+    "another width": {"hidden_size": 96},
+    "all with a window": {**SWITCHES["all"], "draft_window": 16},
+}
+STEPPED = ("EAGLE-3.1", "own embedding", "attention_bias", "all with a window")
+"""Of the switches, those of which an update is made too: each adds another kind of weight."""
 SURVIVAL = 0.6  # where rows survive to the next unroll step by chance
 
 LossAndGradients = tuple[tuple[Tensor, Aux], Params]
@@ -110,6 +116,13 @@ class Size:
         self.vocab = vocab
         self.survival = survival
         self.draft = draft_of(shape, vocab, seq)
+
+    def switched(self, **switches: Any) -> "Size":
+        """The same size of a draft with other switches, or another shape."""
+        sizes = self.seq, self.batch, self.k, self.vocab
+        size = Size(self.name, self.shape, self.device, *sizes)
+        size.draft = replace(self.draft, **switches)
+        return size
 
     def surviving(self) -> "Size":
         """The same size with rows that survive to the next unroll step by chance."""
@@ -206,7 +219,7 @@ def checks(device: str) -> Iterator[Named]:
 
 def check_tables(size: Size) -> Iterator[Named]:
     """Every loss and every optimizer of the tables; at the tiny size what torch.func makes of a
-    loss, and a window of attention.
+    loss, and every switch of the draft.
     """
     tiny = size.name == "tiny"
     for name in LOSSES:
@@ -227,8 +240,19 @@ def check_tables(size: Size) -> Iterator[Named]:
             optimizer = partial(check_optimizer, size, name, mesh)
             yield Named(f"{size.name} optimizer {name}{where}", optimizer)
     yield Named(f"{size.name} gradients by sample", partial(check_by_sample, size))
+    yield from check_switches(size)
+
+
+def check_switches(size: Size) -> Iterator[Named]:
+    """Every switch of the draft, and other shapes: gradients, and an update of some."""
     for dtype in (torch.float32, torch.bfloat16):
-        yield Named(f"{size.name} window {short(dtype)}", partial(check_window, size, dtype))
+        for name, switches in {**SWITCHES, **SHAPES}.items():
+            other = size.switched(**switches)
+            about = f"{size.name} switch {name} {short(dtype)}"
+            yield Named(f"{about} backward", partial(check_backward, other, "fast", dtype))
+            if name in STEPPED:
+                step = partial(check_step, other, "fast", dtype, WAYS[-1])
+                yield Named(f"{about} step", step)
 
 
 class Way(NamedTuple):
@@ -536,23 +560,6 @@ def check_loss(size: Size, name: str, dtype: torch.dtype) -> dict[str, float]:
     """A loss by row under the fast numerics, against the plain ones in fp32."""
     loss, gradients = of_loss(size, "fast", dtype, name)
     expected_loss, expected = of_loss(size, "plain", torch.float32, name)
-    return {
-        "loss": apart(loss, float(expected_loss)) / LOSS_BOUND[dtype],
-        "gradients": error_of_all(gradients, expected) / GRADIENT_BOUND[dtype],
-    }
-
-
-def check_window(size: Size, dtype: torch.dtype) -> dict[str, float]:
-    """As `check_loss`, where a row sees the last `WINDOW` tokens up to its position alone."""
-
-    def windowed(config: e3.DraftConfig, place: Any, step: int) -> Visible:
-        return Visible(first=place + step + 1 - WINDOW, last=place)
-
-    with patch.object(unroll, "visible", windowed):
-        loss, gradients = of_loss(size, "fast", dtype)
-        expected_loss, expected = of_loss(size, "plain", torch.float32)
-    full, _ = of_loss(size, "plain", torch.float32)
-    assert float(full) != float(expected_loss), "the window changes nothing"
     return {
         "loss": apart(loss, float(expected_loss)) / LOSS_BOUND[dtype],
         "gradients": error_of_all(gradients, expected) / GRADIENT_BOUND[dtype],
