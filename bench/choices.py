@@ -45,7 +45,7 @@ from eagle3fn.train.defaults import by_section, chosen_defaults
 from eagle3fn.train.loop import Events, train
 from eagle3fn.train.run import Run, prepare, training_batches
 
-_TIMED = 8  # steps of each choice, after one that warms up
+_TIMED = 20  # steps of each choice, after one that warms up
 _CLOSE = 0.03  # of the best: more seeds decide
 
 EAGLE_31 = ["draft.fc_norm=true", "draft.norm_output=true", "draft.norm_before_residual=true"]
@@ -173,9 +173,11 @@ def relative_time(options: argparse.Namespace, data: Data, settings: list[str]) 
         sides.append(Stepper(prepare(config, *data[:3], options.work / "unused")))
     ratios = []
     for number in range(_TIMED + 1):
-        base, other = (side.seconds() for side in sides)
+        # Either is the first one in turn: what runs second finds a warmer cache, or a cooler core.
+        order = (0, 1) if number % 2 else (1, 0)
+        spent = {side: sides[side].seconds() for side in order}
         if number:
-            ratios.append(other / base)
+            ratios.append(spent[1] / spent[0])
     return median(ratios)
 
 

@@ -29,7 +29,7 @@ from eagle3fn.base.rows import RowPlan
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, Sample, Teacher, TrainState, VocabMap
 from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.model.head_loss import Pairs, PairScores
-from eagle3fn.model.table import TABLE
+from eagle3fn.model.table import row_of
 from eagle3fn.train.optimizer import Moments
 from eagle3fn.use.export import Draft
 
@@ -300,7 +300,7 @@ class Checker:
 def _parts(value: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
     """The parts of a tree: each one's name, value and shapes."""
     if wanted is Params:
-        axes = {weight.name: weight.axes.replace(" ", ", ") for weight in TABLE}
+        axes = {name: row_of(name).axes.replace(" ", ", ") for name in value}
         return [(f"[{name}]", leaf, f"({axes[name]})") for name, leaf in value.items()]
     if isinstance(wanted, dict):
         return [(f"[{key}]", value[key], shapes) for key, shapes in wanted.items()]

@@ -40,6 +40,8 @@ ODD_CASES = cases(
     lengths=st.lists(st.integers(4, 11), min_size=3, max_size=3).map(tuple),
     steps=st.sampled_from([1, 5]),
     loss=st.sampled_from(sorted(LOSSES)),
+    taps=9,
+    switches=st.sampled_from(VALUES["switches"]),
 )
 """Problems in which hardly two letters have one size."""
 

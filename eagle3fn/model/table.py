@@ -5,6 +5,7 @@ difference are maps over `TABLE`: a new weight is a new row, and where the layer
 """
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -204,6 +205,12 @@ for _layer, _numbers in ((FIRST, ""), (_later, "later_layers")):
     )
     _head_norm_row(_layer.q_norm, "E")
     _head_norm_row(_layer.k_norm, "E")
+
+
+def row_of(name: str) -> Weight:
+    """The row of a weight's name, with whatever number."""
+    pattern = re.sub(r"\.\d+\.", ".{}.", name)
+    return next(row for row in TABLE if row.name == pattern)
 
 
 def weights(config: DraftConfig) -> dict[str, Weight]:

@@ -11,6 +11,7 @@ What is read is the very same function: where taps or draft tokens are not in as
 projection's columns or the head's rows move with them.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from eagle3fn.use.weight_files import read_weights
 ORIGINS = ("specforge", "eagle", "speculators", "hf")
 _PREFIX = "model."  # some files have it before the names
 _OF_THE_TARGET = ("verifier_lm_head.weight", "verifier_norm.weight")  # as speculators keeps them
+_LATER_NORM = re.compile(r"(layers\.[1-9]\d*)\.hidden_norm\.weight")  # SGLang's name
 _EAGLE_BASE = 10_000.0
 
 
@@ -137,6 +139,7 @@ def _own_names(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     named = {}
     for name, value in tensors.items():
         short = own_name(name.removeprefix(_PREFIX))
+        short = _LATER_NORM.sub(r"\1.input_layernorm.weight", short)
         if short in named:
             raise UserError(
                 f"{file}: holds {printable(short)} under two names, {printable(name)} is one; "

@@ -119,9 +119,9 @@ def test_features_beyond_the_limit_are_refused():
     aux = torch.ones(4, 6)
     last = torch.ones(4, 2)
     aux[2, 5] = -LARGEST
-    assert hidden_fault(aux, last, 4, 2, "float32") is None
+    assert hidden_fault(aux, last, 4, taps=3, size=2, dtype="float32") is None
     aux[2, 5] = -2 * LARGEST
-    assert hidden_fault(aux, last, 4, 2, "float32") == (
+    assert hidden_fault(aux, last, 4, taps=3, size=2, dtype="float32") == (
         "aux_hidden holds 2.0e+12 at token 2: must be within 1e+12, beyond which a norm is wrong "
         "in float32"
     )

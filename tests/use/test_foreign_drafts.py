@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eagle3fn as e3
-from eagle3fn.base.draft_config import draft_config_to_json
+from eagle3fn.base.draft_config import draft_config_to_json, taps_keys
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
+from eagle3fn.base.types import VocabMap
 from eagle3fn.cli import main
 from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
-from eagle3fn.use.export import load_draft
+from eagle3fn.use.engine_limits import ENGINES
+from eagle3fn.use.export import Draft, export_for, load_draft
 from eagle3fn.use.foreign_drafts import read_foreign
 from eagle3fn.use.layouts import speculators_keys
 from tests.factories import tiny_model
@@ -149,22 +151,17 @@ def test_draft_tokens_in_another_order_are_sorted_with_the_heads_rows(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("norm_before_residual", True, "the layer's residual is the normed"),
-        ("norm_before_fc", True, "one norm over all taps"),
-        ("fc_norm", True, "a norm for each tap"),
-        ("num_hidden_layers", 2, "one is built"),
-        ("num_aux_hidden_states", 4, "three are read"),
-        ("attention_bias", True, "biases"),
+        ("num_aux_hidden_states", 4, "num_aux_hidden_states = 4, but"),
         ("mlp_bias", True, "biases"),
         ("hidden_act", "gelu", "silu is built"),
         ("quantization_config", {"bits": 4}, "quantised"),
-        ("sliding_window", 64, "a window of attention"),
-        ("layer_types", ["sliding_attention"], "attention of another kind"),
+        ("sliding_window", 64, "all layers must have the window"),
+        ("layer_types", ["chunked_attention"], "attention of another kind"),
         ("eagle_config", {"use_aux_hidden_state": False}, "reads no taps"),
-        ("eagle_config", {"norm_before_fc": True}, r"eagle_config\.norm_before_fc"),
+        ("eagle_config", {"mlp_bias": True}, r"eagle_config\.mlp_bias"),
         ("eagle_config", {"parallel_draft_step": 2}, "several tokens"),
         ("eagle_config", {"something_new": 1}, "something_new = 1: not known here"),
-        ("model_type", "qwen3", "only llama's is built"),
+        ("model_type", "deepseek_v3", "llama's and qwen3's are built"),
         ("partial_rotary_factor", 0.5, "a part of each head is rotated"),
         ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "a part of each"),
         ("architectures", ["LlamaForCausalLMEagle"], ""),
@@ -187,9 +184,52 @@ def test_switches_of_a_speculators_file_are_read_at_its_top(tmp_path, layout):
     folder = layout(tmp_path)
     path = folder / "config.json"
     tree = json.loads(path.read_text())
+    assert read_foreign(folder).draft.config.norm_before_residual is False
     path.write_text(json.dumps(tree | {"norm_before_residual": True}))
-    with pytest.raises(UserError, match="norm_before_residual = True"):
-        read_foreign(folder)
+    assert read_foreign(folder).draft.config.norm_before_residual is True
+
+
+@pytest.mark.parametrize(
+    ("switches", "engine"),
+    [
+        ({"fc_norm": True, "norm_output": True, "norm_before_residual": True}, "speculators"),
+        ({"norm_before_fc": True, "qk_norm": True, "num_hidden_layers": 3}, "vllm"),
+        ({"attention_bias": True, "draft_window": 8, "train_embedding": True}, "vllm"),
+        ({"fc_norm": True, "num_hidden_layers": 2}, "sglang"),
+    ],
+    ids=str,
+)
+def test_a_draft_with_switches_comes_back_from_an_engines_layout(tmp_path, switches, engine):
+    case = Case(switches=tuple(switches.items()))
+    frozen = tiny_frozen(case)
+    config = replace(case.draft(), aux_layers=(1, 3, 4))
+    vocab = VocabMap(frozen.t2d, frozen.d2t)
+    embed = None if config.own_embedding else frozen.embed_tokens
+    draft = Draft(config, tiny_params(case), vocab, embed)
+    export_for(draft, ENGINES[engine], tmp_path / "draft", 8, torch.float32, "target")
+    found = read_foreign(tmp_path / "draft").draft
+    assert found.config == config
+    assert equal(found.params, draft.params)
+
+
+def test_taps_out_of_order_move_their_norms(tmp_path):
+    """Of each tap and of all together; the function of sorted taps is the same."""
+    case = Case(switches=(("norm_before_fc", True), ("fc_norm", True)), dtype="float64")
+    params = tiny_params(case)
+    order = [2, 0, 1]  # where each tap of the file is in the sorted list
+    moved = dict(params)
+    for name in ("fc.weight", "input_norm.weight"):
+        blocks = params[name].chunk(3, dim=-1)
+        moved[name] = torch.cat([blocks[i] for i in order], dim=-1)
+    for place, i in enumerate(order):
+        moved[f"fc_norm.{place}.weight"] = params[f"fc_norm.{i}.weight"]
+    tree = draft_config_to_json(replace(case.draft(), aux_layers=(1, 3, 4)), 8, "float64")
+    tree |= taps_keys((4, 1, 3))
+    frozen = tiny_frozen(case)
+    maps = {"t2d": frozen.t2d, "d2t": frozen.d2t}
+    found = read_foreign(put(tmp_path, tree, moved | maps))
+    assert found.draft.config.aux_layers == (1, 3, 4)
+    assert equal(found.draft.params, params)
 
 
 def test_norm_output_has_two_meanings(tmp_path):
@@ -201,8 +241,8 @@ def test_norm_output_has_two_meanings(tmp_path):
             read_foreign(folder)
     assert read_foreign(on, "specforge").origin == "specforge"
     assert read_foreign(off, "hf").origin == "hf"
-    with pytest.raises(UserError, match=r"EAGLE-3\.1"):
-        read_foreign(on, "hf")
+    assert read_foreign(on, "specforge").draft.config.norm_output is False
+    assert read_foreign(on, "hf").draft.config.norm_output is True
     with pytest.raises(UserError, match="the head reads the state before the final norm"):
         read_foreign(off, "specforge")
 
@@ -213,8 +253,21 @@ def test_biases_of_zero_change_nothing(tmp_path):
     found = read_foreign(put(tmp_path / "zero", tree, TENSORS | bias))
     assert equal(found.draft.params, PARAMS)
     bias = {"midlayer.self_attn.q_proj.bias": torch.full((16,), 1e-3)}
-    with pytest.raises(UserError, match="attention_bias = True"):
+    with pytest.raises(UserError, match=r"k_proj\.bias is missing"):
         read_foreign(put(tmp_path / "other", tree, TENSORS | bias))
+
+
+def test_a_bias_after_attention_that_is_missing_is_zero(tmp_path):
+    """vLLM's layer of Qwen3 has none."""
+    case = Case(switches=(("attention_bias", True),))
+    tensors = dict(tiny_params(case))
+    del tensors["midlayer.self_attn.o_proj.bias"]
+    tree = draft_config_to_json(replace(case.draft(), aux_layers=(1, 3, 4)), 8, "float32")
+    frozen = tiny_frozen(case)
+    found = read_foreign(put(tmp_path, tree, tensors | {"t2d": frozen.t2d, "d2t": frozen.d2t}))
+    params = found.draft.params
+    assert params["midlayer.self_attn.o_proj.bias"].count_nonzero() == 0
+    assert equal({name: params[name] for name in tensors}, tensors)
 
 
 def test_eagle_ignores_the_rope_base_where_it_scales(tmp_path):
