@@ -99,7 +99,7 @@ FUNCTIONS: dict[str, Function] = {
     "forward_loss": Function({"params": Params, "batch": Batch, "frozen": Frozen}, ("()", Aux)),
     "make_teacher": Function({"label_hidden": "(B, S, Ht)", "frozen": Frozen}, Teacher),
     "heads": Function(
-        {"weights": Params, "embeds": "(B, S, H)", "hidden": "(B, S, H)"},
+        {"weights": Params, "embeds": "(B, S, H)?", "hidden": "(B, S, H)"},
         ("(B, N, S, E)", "(B, J, S, E)", "(B, J, S, E)"),
     ),
     "logits": Function({"params": Params, "hidden": "(B, S, H)"}, "(B, S, D)"),

@@ -21,6 +21,7 @@ from eagle3fn.model import fast, forward, plain
 from eagle3fn.model.losses import LOSSES, RowLoss
 from eagle3fn.testing import cases
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.strategies import VALUES
 from eagle3fn.train.optimizer import Moments
 from tests.factories import make_draft, random_sample
 from tests.small_run import write_run

@@ -1,9 +1,9 @@
 """What the stages hand to each other, as NamedTuples of tensors.
 
 Shape letters, used in every docstring: `B` batch, `S` sequence, `K` unroll steps, `H` draft hidden,
-`Ht` target hidden, `I` inner size of the MLP, `N` heads, `J` key-value heads, `E` head size, `V`
-target vocabulary, `D` draft vocabulary, `T` computed rows, `R` those of all steps together, `P`
-scored labels, `X` pairs of a row and its label.
+`Ht` target hidden, `A` taps, `I` inner size of the MLP, `N` heads, `J` key-value heads, `E` head
+size, `V` target vocabulary, `D` draft vocabulary, `T` computed rows, `R` those of all steps
+together, `P` scored labels, `X` pairs of a row and its label.
 """
 
 from typing import Any, NamedTuple
