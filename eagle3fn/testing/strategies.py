@@ -62,9 +62,6 @@ def switch_values(fields: Sequence[Field[Any]]) -> tuple[tuple[tuple[str, Any], 
     return ((), *alone, tuple(together))
 
 
-VALUES: dict[Any, Sequence[Any]] = {bool: (False, True), int | None: (None, 1, 3)}
-
-
 VALUES: dict[str, Sequence[Any]] = {
     "heads": ((4, 2), (1, 1), (2, 1), (3, 1), (2, 2), (6, 2)),
     "head_dim": (6, 4, 8),

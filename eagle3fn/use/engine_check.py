@@ -72,7 +72,7 @@ class Ours(NamedTuple):
 
     folder: Path
     draft: Draft
-    taps: tuple[int, int, int]
+    taps: tuple[int, ...]
     chains: list[Chain]  # its proposals after the first prompts
     decoded: list[Decoded]
 
@@ -216,6 +216,7 @@ def agrees(result: Mapping[str, Any]) -> bool:
     return compared
 
 
+_SHARE = 0.4  # of the machine's memory that vLLM wants free on a CPU, where we run beside it
 _THREADS = ("cpuparams", "cpuparams_batch")
 
 
@@ -227,6 +228,8 @@ def _arguments(engine: str, place: Place) -> dict[str, Any]:
         names = [f"{part}.n_threads" for part in _THREADS]
         names += [f"speculative.draft.{name}" for name in names]
         return dict.fromkeys(names, torch.get_num_threads())
+    if engine == "vllm" and not torch.cuda.is_available():
+        return {"gpu_memory_utilization": _SHARE}
     return {}
 
 

@@ -86,12 +86,12 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
         max_num_batched_tokens=settings["positions"],
         max_num_seqs=1,
         enable_prefix_caching=False,
-        gpu_memory_utilization=settings.get("gpu_memory_utilization", 0.4),  # one short request
         speculative_config={
             "model": settings["draft"],
             "method": "eagle3",
             "num_speculative_tokens": length,
         },
+        **settings["arguments"],
     )
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
