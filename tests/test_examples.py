@@ -173,7 +173,16 @@ def test_command_line_takes_them_by_name_with_a_resumed_run(run, tmp_path, capsy
     ("setting", "text"),
     [
         ("objective.loss=kls", "objective.loss = 'kls': must be one of 'kl', 'rkl'"),
-        ("optimizer.name=sgd", "optimizer.name = 'sgd': must be one of 'adamw', 'muon'"),
+        ("optimizer.name=adam", "optimizer.name = 'adam': must be one of 'adamw', 'muon'"),
+        ("optimizer.schedule=cosin", "optimizer.schedule = 'cosin': must be one of 'cosine'"),
+        ("objective.loss={kl=1,kls=1}", "objective.loss = 'kls': must be one of 'kl', 'rkl'"),
+        ("objective.loss={kl=1,lk_alpha=1}", "objective.loss.lk_alpha: its means over the whole"),
+        ("objective.loss={}", "objective.loss = {}: names nothing; write a name"),
+        ("objective.loss={kl=0,tv=1}", "objective.loss: the weight of 'kl' is 0.0: must be a num"),
+        (
+            "objective.kl_decay=1",
+            "objective.kl_decay = 1.0: objective.loss = 'kl' does not read it",
+        ),
         ("objective.loss=no_such:f", "module 'no_such' cannot be imported"),
         ("optimizer.name=no_such:f", "module 'no_such' cannot be imported"),
         ("objective.loss=math:pi", "'pi' must be a function of module 'math'"),

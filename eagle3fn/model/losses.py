@@ -7,12 +7,17 @@ With `s = softmax(logits)` over the draft vocabulary, `p` the teacher over it (`
     rkl   Σ s · log(s / p)                       the reverse KL divergence
     nla   -log a,  a = Σ min(p_full, s)          a is the row's acceptance rate
     lk    w · kl + (1 - w) · (1 - a),  w = kl_scale · exp(-kl_decay · a), a constant
+    jsd   ½ Σ p · log(p / m) + ½ Σ s · log(s / m),  m = (p + s) / 2
+    ce    -log s[argmax p]                       cross entropy; of equal ones the lowest id
+    tv    ½ Σ |p - s|                            the total variation distance
 
 `nla` and `lk` are the losses of arXiv 2602.23881 with each row's own acceptance rate. So a step's
-loss is a sum over rows, and micro-batches and ranks add up.
+loss is a sum over rows, and micro-batches and ranks add up. A weighted sum of losses by row is one
+too, `Σ weight · loss`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -98,49 +103,173 @@ def _nla(logits: Tensor, p_full: Tensor) -> Tensor:
     return -torch.minimum(p_full.log(), log_draft).logsumexp(-1)
 
 
+def _nla_closed(logits: Tensor, draft: Tensor, p_full: Tensor) -> tuple[Tensor, Tensor]:
+    # With b(v) = min(p_full, s)(v) / a where the draft's is the lesser one, half of it where both
+    # are equal, else 0: gradient = s · Σ b - b
+    log_draft = torch.log_softmax(logits, dim=-1)
+    log_full = p_full.log()
+    least = torch.minimum(log_full, log_draft)
+    log_accept = least.logsumexp(-1)
+    share = least.sub_(log_accept[..., None]).exp_()
+    share.mul_(_below(log_draft, log_full))
+    return -log_accept, draft * share.sum(-1, keepdim=True) - share
+
+
+def _below(draft: Tensor, full: Tensor) -> Tensor:
+    """1 where the draft is below, ½ where both are equal, else 0: the slope of their minimum."""
+    return (draft < full).to(draft.dtype) + 0.5 * (draft == full)
+
+
 def _lk(logits: Tensor, p_draft: Tensor, p_full: Tensor, scale: float, decay: float) -> Tensor:
     accept = acceptance(logits, p_full)
     weight = scale * torch.exp(-decay * accept.detach())
     return weight * _kl(logits, p_draft) + (1 - weight) * (1 - accept)
 
 
+def _lk_closed(
+    logits: Tensor, draft: Tensor, p_draft: Tensor, p_full: Tensor, scale: float, decay: float
+) -> tuple[Tensor, Tensor]:
+    # The acceptance rate, and its gradient: c - s · Σ c, with c = s where s is below p_full.
+    accept = torch.minimum(p_full, draft).sum(-1)
+    share = draft * _below(draft, p_full)
+    slope = share - draft * share.sum(-1, keepdim=True)
+
+    weight = scale * torch.exp(-decay * accept)
+    kl, kl_slope = _kl_closed(logits, draft, p_draft)
+    values = weight * kl + (1 - weight) * (1 - accept)
+    return values, weight[..., None] * kl_slope - (1 - weight)[..., None] * slope
+
+
+def _jsd(logits: Tensor, p_draft: Tensor) -> Tensor:
+    draft = torch.softmax(logits, dim=-1)
+    middle = _middle(p_draft, draft)
+    terms = p_draft * _log(p_draft / middle) + draft * _log(draft / middle)
+    return terms.sum(-1) / 2
+
+
+def _jsd_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
+    # gradient = ½ s · (log(s / m) - Σ s · log(s / m)): what m changes cancels
+    middle = _middle(p_draft, draft)
+    ratio = _log(draft / middle)
+    reverse = (draft * ratio).sum(-1)
+    values = ((p_draft * _log(p_draft / middle)).sum(-1) + reverse) / 2
+    return values, draft * (ratio - reverse[..., None]) / 2
+
+
+def _middle(p_draft: Tensor, draft: Tensor) -> Tensor:
+    """The mean of two distributions, where it may divide: 0 / 0 would be NaN."""
+    return ((p_draft + draft) / 2).clamp_min(torch.finfo(draft.dtype).tiny)
+
+
+def _ce(logits: Tensor, p_draft: Tensor) -> Tensor:
+    token = p_draft.argmax(-1, keepdim=True)
+    return -torch.log_softmax(logits, dim=-1).gather(-1, token)[..., 0]
+
+
+def _ce_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
+    # As in `_kl_closed`, with p = 1 at the token.
+    token = p_draft.argmax(-1, keepdim=True)
+    below_top = logits.gather(-1, token)[..., 0] - logits.amax(-1)
+    values = -draft.amax(-1).log() - below_top
+    return values, draft.scatter_add_(-1, token, -torch.ones_like(draft[..., :1]))
+
+
+def _tv(logits: Tensor, p_draft: Tensor) -> Tensor:
+    return (p_draft - torch.softmax(logits, dim=-1)).abs().sum(-1) / 2
+
+
+def _tv_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
+    # gradient = s · (σ - Σ s · σ), σ = ½ sign(s - p)
+    apart = draft - p_draft
+    values = apart.abs().sum(-1) / 2
+    share = draft * apart.sign_() / 2
+    return values, share - draft * share.sum(-1, keepdim=True)
+
+
 LOSSES = {
     "kl": RowLoss(_kl, _kl_closed, needs=("p_draft",), kernel="score"),
     "rkl": RowLoss(_rkl, _rkl_closed, needs=("p_draft",)),
-    "nla": RowLoss(_nla, needs=("p_full",)),
-    "lk": RowLoss(_lk, needs=("p_draft", "p_full", "kl_scale", "kl_decay")),
+    "nla": RowLoss(_nla, _nla_closed, needs=("p_full",)),
+    "lk": RowLoss(_lk, _lk_closed, needs=("p_draft", "p_full", "kl_scale", "kl_decay")),
+    "jsd": RowLoss(_jsd, _jsd_closed, needs=("p_draft",)),
+    "ce": RowLoss(_ce, _ce_closed, needs=("p_draft",)),
+    "tv": RowLoss(_tv, _tv_closed, needs=("p_draft",)),
 }
 """What `objective.loss` names. A new loss is a line at the end of this table, and covered by its
 tests; the first one is what drawn test cases shrink to."""
+
+_TEACHER = ("p_draft", "p_full")
+_ARGUMENTS = ("logits", *_TEACHER)
 
 
 def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
     """The loss that `objective.loss` names, or a user's `own`, with its settings filled in.
 
     Args:
-        objective: `loss` is a name of `LOSSES`, or "module:function" for a function
-            `(logits, p_draft, p_full) → (…,)`, all three `(…, D)` in at least fp32.
+        objective: `loss` is a name of `LOSSES`, "module:function" for a function
+            `(logits, p_draft, p_full) → (…,)`, all three `(…, D)` in at least fp32, or a table of
+            such names with their weights.
         own: a loss, or such a function, in place of the named one.
 
     Returns:
-        A loss whose functions take `p_draft` and `p_full` after the logits (and their softmax).
+        A loss whose functions take `p_draft` and `p_full` after the logits (and their softmax). A
+        sum has a closed form if all of its parts have one.
 
     Raises:
-        UserError: no such loss, or a user's function of other arguments; or, when it is called, one
-            that does not return one value a row.
+        UserError: no such loss, a user's function of other arguments, or a setting that the loss
+            does not read; or, when it is called, one that does not return one value a row.
     """
-    arguments = ("logits", "p_draft", "p_full")
-    loss = own
-    if loss is None:
-        loss = find(objective.loss, LOSSES, "objective.loss", arguments)
-    for name in loss.needs if isinstance(loss, RowLoss) else ():
-        if name not in {"p_draft", "p_full"} | vars(objective).keys():
+    if own is not None:
+        loss = _row_loss(own, f"loss = {own!r}")
+        check_read(objective, loss.needs, "the loss that was given")
+        return _filled(loss, objective)
+
+    named = objective.loss
+    weights = {named: 1.0} if isinstance(named, str) else named
+    losses = []
+    for name in weights:
+        loss = find(name, LOSSES, "objective.loss", _ARGUMENTS)
+        losses.append(_row_loss(loss, f"objective.loss = {name!r}"))
+    read = {need for loss in losses for need in loss.needs}
+    check_read(objective, read, f"objective.loss = {named!r}")
+
+    filled = [_filled(loss, objective) for loss in losses]
+    return filled[0] if isinstance(named, str) else _sum_of(filled, list(weights.values()))
+
+
+def _row_loss(loss: Loss, given: str) -> RowLoss:
+    """A loss, or a function as one; `given` names it in errors."""
+    if not isinstance(loss, RowLoss):
+        check_arguments(loss, _ARGUMENTS, given)
+        return RowLoss(loss)
+    for name in loss.needs:
+        if name not in {*_TEACHER, *(field.name for field in fields(ObjectiveConfig))}:
             raise UserError(
                 f"the loss needs {name!r}; it must be p_draft, p_full or a setting of [objective]"
             )
-    if not isinstance(loss, RowLoss):
-        check_arguments(loss, arguments, f"loss = {loss!r}")
-        loss = RowLoss(loss)
+    return loss
+
+
+def check_read(objective: ObjectiveConfig, read: Collection[str], named: str) -> None:
+    """Refuse a loss's setting that differs from its default where the loss does not read it.
+
+    Args:
+        objective: the settings.
+        read: those that the loss reads.
+        named: names the loss in errors.
+    """
+    for field in fields(objective):
+        readers = [repr(name) for name, loss in LOSSES.items() if field.name in loss.needs]
+        value = getattr(objective, field.name)
+        if readers and field.name not in read and value != field.default:
+            raise UserError(
+                f"objective.{field.name} = {value!r}: {named} does not read it; leave it out, or "
+                f"set objective.loss = {' or '.join(readers)}"
+            )
+
+
+def _filled(loss: RowLoss, objective: ObjectiveConfig) -> RowLoss:
+    """The loss as functions of logits and teacher alone, which check what it returns."""
 
     def needed(p_draft: Tensor, p_full: Tensor) -> list:
         given = vars(objective) | {"p_draft": p_draft, "p_full": p_full}
@@ -166,6 +295,29 @@ def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
         return pair
 
     return RowLoss(value, loss.closed and closed, kernel=loss.kernel)
+
+
+def _sum_of(losses: list[RowLoss], weights: list[float]) -> RowLoss:
+    """`Σ weight · loss` of losses that `_filled` returned."""
+
+    def value(logits: Tensor, *teacher: Tensor) -> Tensor:
+        rows = torch.zeros_like(logits[..., 0])
+        for loss, weight in zip(losses, weights, strict=True):
+            rows = rows + weight * loss.value(logits, *teacher)
+        return rows
+
+    def closed(logits: Tensor, draft: Tensor, *teacher: Tensor) -> tuple[Tensor, Tensor]:
+        values = torch.zeros_like(logits[..., 0])
+        gradient = torch.zeros_like(logits)
+        for loss, weight in zip(losses, weights, strict=True):
+            assert loss.closed is not None
+            # A part may write over the softmax, which the next one reads.
+            part, slope = loss.closed(logits, draft.clone(), *teacher)
+            values.add_(part, alpha=weight)
+            gradient.add_(slope, alpha=weight)
+        return values, gradient
+
+    return RowLoss(value, closed if all(loss.closed for loss in losses) else None)
 
 
 def _check_rows(found: Any, shape: tuple[int, ...], what: str) -> None:

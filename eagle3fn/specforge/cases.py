@@ -22,7 +22,10 @@ def for_specforge(case: Case) -> Case:
     loss = case.loss
     if loss not in BATCH_MEANS:
         loss = _NEAREST_LOSS.get(loss, "kl")
-    return replace(case, target_hidden=case.hidden, normalization="rows", loss=loss, switches=())
+    near = replace(case, target_hidden=case.hidden, normalization="rows", loss=loss, switches=())
+    if "kl_scale" not in BATCH_MEANS.get(loss, ()):
+        near = replace(near, kl_scale=Case.kl_scale, kl_decay=Case.kl_decay)
+    return near
 
 
 def specforge_cases(**pins: Any) -> "SearchStrategy[Case]":

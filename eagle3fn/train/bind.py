@@ -14,7 +14,7 @@ from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen, check_loss
 from eagle3fn.model.losses import Loss
 from eagle3fn.train.optimizer import Optimizer
-from eagle3fn.train.recipe import OURS, Recipe
+from eagle3fn.train.recipe import OURS, Recipe, check_schedule
 from eagle3fn.train.step import Metrics, init_state, step
 
 
@@ -45,8 +45,8 @@ def bind(
     `model.losses.find_loss` and `train.optimizer.Optimizer`.
 
     Raises:
-        UserError: no such loss, the frozen tensors don't fit the configuration, or `t2d` and `d2t`
-            name different tokens.
+        UserError: no such loss or schedule, the frozen tensors don't fit the configuration, or
+            `t2d` and `d2t` name different tokens.
     """
     for name, given in (("loss", loss), ("optimizer", optimizer)):
         if isinstance(given, str):
@@ -59,6 +59,7 @@ def bind(
             " such as OPTIMIZERS[name](config.optimizer)"
         )
     check_loss(config, recipe.batch_means, loss)
+    check_schedule(config, recipe)
     check_frozen(frozen, config)
     if _has_values(frozen.t2d) and _has_values(frozen.d2t):
         vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())

@@ -23,6 +23,7 @@ from eagle3fn.model import fast, fused_layers, head_loss, table
 from eagle3fn.model.losses import LOSSES, find_loss
 from eagle3fn.model.unroll import Rows, unroll
 from eagle3fn.model.visibility import Visible
+from eagle3fn.testing.strategies import LOSS_SUMS
 from tests.model.blocks import (
     HEAD_SIZE,
     HEADS,
@@ -42,7 +43,7 @@ from tests.model.blocks import (
 # V, D: multiples of 64 and not, D = V.
 PAIRS = [(130, 64), (192, 128), (128, 128), (100, 100), (150, 70)]
 
-NAMES = list(LOSSES)
+NAMES = [*LOSSES, *LOSS_SUMS]
 
 # Relative error of the logits against fp64 on rounded inputs, in the norm over all rows: a single
 # wrong row would be seen, and a row that cancels has no large part.
@@ -255,7 +256,7 @@ def part_of(name, generator):
     )
 
 
-PARTS = ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", *NAMES]
+PARTS = ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", *LOSSES]
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -350,7 +351,7 @@ def agreeing(batch, pair, dtype, k):
 
 @pytest.mark.parametrize("pair", [(128, 128), (150, 70)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("loss_name", NAMES)
+@pytest.mark.parametrize("loss_name", NAMES, ids=str)
 def test_low_precision_is_as_near_to_fp64_as_plain(loss_name, dtype, pair):
     """At most twice plain's error in each leaf; an argmax changes only where logits are near."""
     k = 3

@@ -353,7 +353,7 @@ def what_does_not_fit_is_refused(mesh: DeviceMesh, world: World) -> None:
     uncounted = own[0]._replace(row_counts=None)
     refused(lambda: fns.step(state, own[: 1 + world.rank]), "give every rank as many")
     refused(lambda: fns.step(state, uncounted), "batch.row_counts is missing")
-    means = OURS._replace(batch_means=frozenset({"kl"}))
+    means = OURS._replace(batch_means={"kl": ()})
     refused(
         lambda: e3.step(state, own[0], config=config, frozen=frozen, mesh=mesh, recipe=means),
         f"on {mesh.size()} ranks under",
