@@ -444,7 +444,7 @@ def _convert_one_of(options: tuple[Any, ...], value: Any, where: str, name: str)
         return _convert((tables or options)[0], value, where, name)
     if value is None and types.NoneType in options:
         return None
-    if Mapping in map(get_origin, options) and type(value) is not options[0]:
+    if any(get_origin(option) is Mapping for option in options) and type(value) is not options[0]:
         kind = options[0].__name__
         raise UserError(f"{where}: {name} = {shown(value)}: must be {kind}, or a table")
     return _convert(options[0], value, where, name)

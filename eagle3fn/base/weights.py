@@ -23,7 +23,7 @@ class Weights(dict[str, float]):
         raise TypeError("the weights of a configuration cannot be changed; make another one")
 
     __setitem__ = __delitem__ = __ior__ = _fixed
-    clear = pop = popitem = setdefault = update = _fixed
+    clear = pop = popitem = setdefault = update = _fixed  # pyright: ignore[reportAssignmentType]
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Equal for equal tables."""

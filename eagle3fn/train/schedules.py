@@ -11,7 +11,7 @@ What follows is the schedule's own.
 import math
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.errors import UserError
@@ -148,7 +148,7 @@ def named_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
         raise UserError(f"{given} raised {in_one_line(error)}; {wanted}") from error
     if not callable(made):
         raise UserError(f"{given} returned {type(made).__name__}; {wanted}")
-    return made
+    return cast(Schedule, made)
 
 
 @lru_cache(maxsize=16)

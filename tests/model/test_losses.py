@@ -163,12 +163,11 @@ def test_settings_reach_the_losses_that_read_them(name: Name) -> None:
     """And are refused where they would change nothing."""
     rows = rows_of(0, 5)
     values = loss_of(name).value(*rows)
-    for changed in ({"kl_scale": 0.3}, {"kl_decay": 1.0}):
-        objective = e3.ObjectiveConfig(loss=name, **changed)
+    for setting, changed in (("kl_scale", 0.3), ("kl_decay", 1.0)):
+        objective = replace(e3.ObjectiveConfig(loss=name), **{setting: changed})
         if "lk" in parts_of(name):
             assert not torch.equal(values, find_loss(objective).value(*rows))
             continue
-        (setting,) = changed
         message = (
             rf"objective\.{setting} = .*: objective\.loss = .* does not read it; leave it out,"
         )

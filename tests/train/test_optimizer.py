@@ -218,8 +218,10 @@ def test_weight_decay_applies_to_the_roles_that_are_named(role: Role, name: str)
     info = info._replace(on_whole=partial(on_whole, leaves=leaves, mesh=None))
 
     after = []
-    for given in ({}, {"weight_decay": 0.5}, {"weight_decay": 0.5, "decay_roles": (role,)}):
-        optimizer = OPTIMIZERS[name](OptimizerConfig(name=name, learning_rate=1e-2, **given))
+    without = OptimizerConfig(name=name, learning_rate=1e-2)
+    decayed = replace(without, weight_decay=0.5)
+    for choice in (without, decayed, replace(decayed, decay_roles=(role,))):
+        optimizer = OPTIMIZERS[name](choice)
         after.append(optimizer.update(grads, optimizer.init(params, kinds), params, info)[0])
     for leaf, kind in kinds.items():
         assert not torch.equal(after[0][leaf], after[1][leaf])
@@ -326,12 +328,13 @@ def test_adamw_calls_the_list_operations_of_torch_adamw(decay: float, donate: bo
 def test_sgd_has_the_bits_and_list_operations_of_torch_sgd(
     decay: float, donate: bool, momentum: float
 ) -> None:
-    choice = {"learning_rate": 1e-2, "weight_decay": decay, "momentum": momentum}
-    optimizer = sgd(OptimizerConfig(name="sgd", **choice))
+    config = OptimizerConfig("sgd", learning_rate=1e-2, weight_decay=decay, momentum=momentum)
+    optimizer = sgd(config)
     torch.manual_seed(0)
     leaf = torch.randn(6, 4)
-    options = {"lr": 1e-2, "momentum": momentum, "weight_decay": decay}
-    reference = torch.optim.SGD([leaf.clone()], foreach=True, **options)
+    reference = torch.optim.SGD(
+        [leaf.clone()], lr=1e-2, momentum=momentum, weight_decay=decay, foreach=True
+    )
     (reference_leaf,) = reference.param_groups[0]["params"]
 
     masters = {"a": leaf.clone()}
