@@ -191,6 +191,8 @@ class OptimizerConfig:
         several = isinstance(self.decay_roles, tuple) and len(self.decay_roles) > 0
         known = several and all(role in get_args(Role) for role in self.decay_roles)
         require(known, name, self.decay_roles, words)
+        ordered = tuple(role for role in get_args(Role) if role in self.decay_roles)
+        object.__setattr__(self, "decay_roles", ordered)
         if self.decay_roles != OptimizerConfig.decay_roles and not self.weight_decay:
             raise UserError(
                 f"{name} = {shown(self.decay_roles)}: nothing decays with optimizer.weight_decay = "
