@@ -11,7 +11,8 @@ from eagle3fn.base.config import Config, require
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import check_whole
 from eagle3fn.base.types import Batch, Frozen, Params
-from eagle3fn.model.losses import LOSSES, RowLoss, check_read, find_loss
+from eagle3fn.model.losses import LOSSES, RowLoss
+from eagle3fn.model.named_loss import check_read, find_loss
 from eagle3fn.model.table import check_params
 
 

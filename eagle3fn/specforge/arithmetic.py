@@ -17,7 +17,8 @@ from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import losses
 from eagle3fn.model.checks import check_batch
 from eagle3fn.model.forward import forward
-from eagle3fn.model.losses import Loss, RowLoss, acceptance, find_loss
+from eagle3fn.model.losses import RowLoss, acceptance
+from eagle3fn.model.named_loss import Loss, find_loss
 from eagle3fn.model.plain import PLAIN, score_steps
 
 KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -61,6 +61,10 @@ LOSS_SUMS = (
 )
 """Weighted sums of losses by row; the second one reads settings."""
 
+# What a loss reads; "lk_lambda" is SpecForge's, for those who pin it.
+_SETTINGS_OF = {name: loss.needs for name, loss in LOSSES.items()}
+_SETTINGS_OF["lk_lambda"] = _SETTINGS_OF["lk"]
+
 VALUES: dict[str, Sequence[Any]] = {
     "heads": ((4, 2), (1, 1), (2, 1), (3, 1), (2, 2), (6, 2)),
     "head_dim": (6, 4, 8),
@@ -224,8 +228,8 @@ def _values(name: str, chosen: dict[str, Any]) -> Sequence[Any]:
         case "kl_scale" | "kl_decay":
             # Refused where the loss does not read them.
             loss = chosen["loss"]
-            names = [loss] if isinstance(loss, str) else loss
-            if all(n in LOSSES and name not in LOSSES[n].needs for n in names):
+            parts = [loss] if isinstance(loss, str) else loss
+            if not any(name in _SETTINGS_OF.get(part, ()) for part in parts):
                 return VALUES[name][:1]
 
     return VALUES[name]

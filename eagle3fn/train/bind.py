@@ -12,7 +12,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen, check_loss
-from eagle3fn.model.losses import Loss
+from eagle3fn.model.named_loss import Loss
 from eagle3fn.train.optimizer import Optimizer
 from eagle3fn.train.recipe import OURS, Recipe, check_schedule
 from eagle3fn.train.step import Metrics, init_state, step
@@ -42,7 +42,7 @@ def bind(
     With a one-dimensional device mesh the state is sharded over its ranks, and each calls `step`
     with its own part of the batch. `init` and `forward_loss` take and return plain tensors always.
     `loss` and `optimizer` are your own, in place of those that the settings name: see
-    `model.losses.find_loss` and `train.optimizer.Optimizer`.
+    `model.named_loss.find_loss` and `train.optimizer.Optimizer`.
 
     Raises:
         UserError: no such loss or schedule, the frozen tensors don't fit the configuration, or

@@ -20,7 +20,8 @@ from eagle3fn.base.types import Sample
 from eagle3fn.data.collate import align_mask, collate
 from eagle3fn.model import block_attention as attention
 from eagle3fn.model import fast, fused_layers, head_loss, table
-from eagle3fn.model.losses import LOSSES, find_loss
+from eagle3fn.model.losses import LOSSES
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.model.unroll import Rows, unroll
 from eagle3fn.model.visibility import Visible
 from eagle3fn.testing.strategies import LOSS_SUMS

@@ -8,7 +8,8 @@ import torch
 
 import eagle3fn as e3
 from eagle3fn.model import head_loss, table
-from eagle3fn.model.losses import LOSSES, find_loss
+from eagle3fn.model.losses import LOSSES
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.testing.strategies import LOSS_SUMS
 from eagle3fn.train import optimizer
 from tests.model.blocks import H, batch_of, config_of, frozen_of, vjp

@@ -14,7 +14,8 @@ import eagle3fn as e3
 from eagle3fn.base.weights import Weights
 from eagle3fn.model import head_loss
 from eagle3fn.model.checks import check_loss
-from eagle3fn.model.losses import LOSSES, RowLoss, acceptance, find_loss, step_loss
+from eagle3fn.model.losses import LOSSES, RowLoss, acceptance, step_loss
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.specforge.recipes import RECIPE
 from eagle3fn.testing.strategies import LOSS_SUMS
 from tests.factories import make_batch, make_config, make_frozen

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn.base.types import Batch
-from eagle3fn.model.losses import find_loss
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.testing import Case, Side, assert_case, assert_equivalent
 from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params, tiny_unaligned
 from eagle3fn.testing.results import (
