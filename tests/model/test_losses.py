@@ -1,6 +1,7 @@
 """Laws that every loss of the table keeps, and a user's own loss in place of one."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def objective_of(name: Name, **settings: Any) -> e3.ObjectiveConfig:
     return e3.ObjectiveConfig(loss=name, **given)
 
 
-def parts_of(name: Name) -> list[str]:
+def parts_of(name: str | Mapping[str, float]) -> list[str]:
     return [name] if isinstance(name, str) else list(name)
 
 
@@ -261,6 +262,7 @@ def test_a_table_is_the_weighted_sum_of_its_losses(rows: Rows, weights: dict[str
 
     turned = e3.ObjectiveConfig(loss=dict(reversed(weights.items())))
     assert torch.equal(find_loss(turned).value(*rows), found.value(*rows))
+    assert parts_of(turned.loss) == sorted(weights)
     assert (found.closed is None) == (OWN in weights)
     if found.closed:
         values, gradient = found.closed(rows.logits, torch.softmax(rows.logits, -1), *rows[1:])
