@@ -37,7 +37,8 @@ from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Params
 from eagle3fn.model import table
 from eagle3fn.model.forward import NUMERICS
-from eagle3fn.model.losses import correct_rows, find_loss
+from eagle3fn.model.losses import correct_rows
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.model.plain import logits
 from eagle3fn.model.teacher import make_teacher
 from eagle3fn.specforge.oracle import Oracle

@@ -47,6 +47,7 @@ from eagle3fn.train.bind import bind as bind
 from eagle3fn.train.optimizer import OPTIMIZERS as OPTIMIZERS
 from eagle3fn.train.optimizer import Optimizer as Optimizer
 from eagle3fn.train.optimizer import UpdateInfo as UpdateInfo
+from eagle3fn.train.schedules import SCHEDULES as SCHEDULES
 from eagle3fn.train.shard import LeafSpec as LeafSpec
 from eagle3fn.train.shard import gather as gather
 from eagle3fn.train.shard import state_specs as state_specs

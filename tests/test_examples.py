@@ -169,11 +169,48 @@ def test_command_line_takes_them_by_name_with_a_resumed_run(run, tmp_path, capsy
     assert "opt.fc.weight" in leaves and "opt.mu.fc.weight" not in leaves
 
 
+def test_sums_and_settings_by_role_are_kept_by_a_resumed_run(run, tmp_path, capsys):
+    """As a table in `config.toml` and in checkpoints, in any order; another sum is refused."""
+    own = '"own_loss_and_optimizer:total_variation" = 0.5'
+    settings = ["optimizer.name=lion", "optimizer.schedule=wsd", "optimizer.weight_decay=0.1"]
+    settings += ["optimizer.decay_roles=['matrix', 'attention']"]
+    assert train(run, tmp_path / "whole", f"objective.loss={{ce = 0.1, {own}}}", *settings) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/step-00000006")
+    turned = [f"objective.loss={{{own}, ce = 0.1}}", *settings]
+    assert train(run, tmp_path / "resumed", *turned) == 0
+    assert same_end(tmp_path / "whole", tmp_path / "resumed", step=6)
+    assert train(run, tmp_path / "resumed") == 0  # it goes on with what it began with
+
+    config = e3.load_config(tmp_path / "whole/config.toml", [])
+    weights = {"ce": 0.1, "own_loss_and_optimizer:total_variation": 0.5}
+    assert config.objective.loss == weights
+    assert config.optimizer.decay_roles == ("attention", "matrix")
+    (tmp_path / "again.toml").write_text(to_toml(to_dict(config)))
+    assert e3.load_config(tmp_path / "again.toml", []) == config
+
+    capsys.readouterr()
+    assert train(run, tmp_path / "resumed", "objective.loss={ce = 0.2, tv = 0.5}") == 2
+    assert "objective.loss was {'ce': 0.1, 'own" in capsys.readouterr().err
+    draft = ["--draft-config", str(tmp_path / "whole/draft/config.json")]
+    assert main(["plan", *draft, "--set", turned[0], "--set", "optimizer.name=sgd"]) == 0
+    assert "optimizer state" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
         ("objective.loss=kls", "objective.loss = 'kls': must be one of 'kl', 'rkl'"),
-        ("optimizer.name=sgd", "optimizer.name = 'sgd': must be one of 'adamw', 'muon'"),
+        ("optimizer.name=adam", "optimizer.name = 'adam': must be one of 'adamw', 'muon'"),
+        ("optimizer.schedule=cosin", "optimizer.schedule = 'cosin': must be one of 'cosine'"),
+        ("objective.loss={kl=1,kls=1}", "objective.loss = 'kls': must be one of 'kl', 'rkl'"),
+        ("objective.loss={kl=1,lk_alpha=1}", "objective.loss.lk_alpha: its means over the whole"),
+        ("objective.loss={}", "objective.loss = {}: names nothing; write a name"),
+        ("objective.loss={kl=0,tv=1}", "objective.loss: the weight of 'kl' is 0.0: must be a num"),
+        (
+            "objective.kl_decay=1",
+            "objective.kl_decay = 1.0: objective.loss = 'kl' does not read it",
+        ),
         ("objective.loss=no_such:f", "module 'no_such' cannot be imported"),
         ("optimizer.name=no_such:f", "module 'no_such' cannot be imported"),
         ("objective.loss=math:pi", "'pi' must be a function of module 'math'"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eagle3fn.base.config import (
+    READERS,
     DataConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -23,6 +24,7 @@ from eagle3fn.model.losses import LOSSES
 from eagle3fn.specforge.recipes import SETTINGS
 from eagle3fn.train.optimizer import OPTIMIZERS
 from eagle3fn.train.recipe import Recipe
+from eagle3fn.train.schedules import SCHEDULES
 from eagle3fn.use.evaluate import EvalSettings
 from tests.small_run import write_run
 from tests.specforge.certificate import NOT_SEEN, seen
@@ -50,8 +52,13 @@ def chapter(title: str) -> str:
 
 def rows(title: str) -> list[list[str]]:
     """Cells of a chapter's table, without its head."""
-    lines = [line for line in chapter(title).splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+    return tables(chapter(title))[2:]
+
+
+def tables(text: str) -> list[list[str]]:
+    """Cells of all tables' lines in a text."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
 def commands() -> dict[str, list[argparse.Action]]:
@@ -122,10 +129,29 @@ def test_defaults_are_the_codes() -> None:
     }
 
 
-def test_every_loss_and_optimizer_is_named() -> None:
-    for setting, names in (("objective.loss", LOSSES), ("optimizer.name", OPTIMIZERS)):
+NAMED = {
+    "objective.loss": LOSSES,
+    "optimizer.name": OPTIMIZERS,
+    "optimizer.schedule": SCHEDULES,
+}
+
+
+def test_every_loss_optimizer_and_schedule_is_named() -> None:
+    page = {cells[0] for cells in tables(DOCS["losses"])}
+    for setting, names in NAMED.items():
         (cells,) = [cells for cells in rows("Every default") if cells[0] == f"`{setting}`"]
         assert set(names) | {"module:function"} <= set(re.findall(r'`"([\w:]+)"`', " ".join(cells)))
+        assert {f'`"{name}"`' for name in names} <= page
+
+
+def test_the_page_on_losses_says_who_reads_a_setting() -> None:
+    table = {cells[0].strip("`"): cells for cells in tables(DOCS["losses"])}
+    for setting, row in READERS.items():
+        if row.choice != "name":
+            continue
+        _, default, readers = table[setting]
+        assert repr(ast.literal_eval(default.strip("`"))) == repr(getattr(OptimizerConfig, setting))
+        assert tuple(re.findall(r"`(\w+)`", readers)) == row.values
 
 
 def test_options_are_the_parsers() -> None:

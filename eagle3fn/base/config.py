@@ -5,13 +5,19 @@ Unknown keys are refused.
 
 import math
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.toml import override, read_toml
+from eagle3fn.base.weights import name_or_weights
+
+Role = Literal["attention", "matrix", "norm", "embedding", "head", "bias"]
+"""Of a parameter, in `model.table`: what an optimizer may treat apart. "attention": its four
+matrices, "matrix": the others."""
 
 MOST_STEPS = 10**8 - 1
 """Of a run: a checkpoint's folder is named by eight digits."""
@@ -40,7 +46,9 @@ class ObjectiveConfig:
         normalization: "mask" divides a step's loss by its trained rows in the global batch, "rows"
             by all `B·S` rows.
         loss: a name of `model.losses.LOSSES`, or a function of one's own as "module:function", of
-            `(logits, p_draft, p_full)`. It is looked up by `bind`.
+            `(logits, p_draft, p_full)`; or a table of such names with their weights, whose loss is
+            `Σ weight · loss`. A name alone with weight 1 is kept as the name. It is looked up by
+            `bind`, which refuses settings that the loss does not read.
         kl_scale: weight of the KL in "lk" where nothing is accepted.
         kl_decay: how fast that weight falls with the acceptance rate.
         teacher: under the plain numerics, "full" computes all logits `(B, S, V)` at once, "compact"
@@ -55,7 +63,7 @@ class ObjectiveConfig:
     decay: float = 0.8
     survival: float = 1.0
     normalization: Literal["mask", "rows"] = "mask"
-    loss: str = "kl"
+    loss: str | Mapping[str, float] = "kl"
     kl_scale: float = 1.0
     kl_decay: float = 3.0
     teacher: Literal["compact", "full"] = "compact"
@@ -75,6 +83,27 @@ class ObjectiveConfig:
             self.kl_decay,
             "at least 0 and finite",
         )
+        object.__setattr__(self, "loss", name_or_weights(self.loss, "objective.loss"))
+
+
+class Readers(NamedTuple):
+    """Under which values of another setting of its section a setting is read."""
+
+    choice: str
+    values: tuple[str, ...]
+
+
+READERS = {
+    "beta1": Readers("name", ("adamw", "muon", "lion")),
+    "beta2": Readers("name", ("adamw", "muon")),
+    "eps": Readers("name", ("adamw", "muon")),
+    "momentum": Readers("name", ("muon", "sgd", "lion")),
+    "matrices": Readers("name", ("muon",)),
+    "matrix_factor": Readers("name", ("muon",)),
+    "cooldown_ratio": Readers("schedule", ("wsd",)),
+}
+"""The settings of `[optimizer]` that some optimizers or schedules do not read. Where one would
+change nothing, and differs from its default, it is refused; a user's own may read any."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +111,27 @@ class OptimizerConfig:
     """An optimizer on fp32 masters, its gradients clipped by their global norm.
 
     Attributes:
-        name: "adamw"; "muon", for matrices, with AdamW for the other leaves; or "module:function",
-            a user's function of this configuration that returns an `Optimizer` (`train.optimizer`).
+        name: "adamw"; "muon", for matrices, with AdamW for the other leaves; "sgd", with momentum;
+            "lion"; or "module:function", a user's function of this configuration that returns an
+            `Optimizer` (`train.optimizer`).
         learning_rate: the highest rate, reached at the end of the warm-up.
-        beta1: AdamW's, of the gradient's running mean.
+        beta1: AdamW's, of the gradient's running mean; Lion's, the share of the running mean in the
+            direction.
         beta2: AdamW's, of the squared gradient's.
         eps: AdamW's, added to the root of that.
-        weight_decay: a parameter loses `rate · weight_decay` of itself in an update.
+        weight_decay: a parameter loses `rate · weight_decay` of itself in an update; under "sgd"
+            `weight_decay` of it is added to the gradient, as in `torch.optim.SGD`.
+        decay_roles: the roles in `model.table` of the parameters that weight decay applies to.
         matrices: whose update is Muon's: "attention"'s four, from which nearly all of its gain
             comes, or "all", MLP and projection too; head, norms and embedding have AdamW's.
-        momentum: Muon's `μ`, of the gradient's running mean `m ← m + (1 - μ)(g - m)`.
+        momentum: Muon's and Lion's `μ`, of the gradient's running mean `m ← m + (1 - μ)(g - m)`
+            (in Lion's paper `β₂`); SGD's, of the sum `m ← μ m + g`.
         matrix_factor: Muon's `c`: a matrix `(A, B)` moves by
             `0.2 · √max(A, B) · rate · c · orthogonal(g + μ (m - g))`.
         warmup_ratio: share of the schedule's steps in which the rate rises linearly.
-        schedule: "cosine", to 0 at the last step.
+        schedule: how the rate falls after the warm-up: a name of `train.schedules.SCHEDULES`, or
+            "module:function", a user's function as these are.
+        cooldown_ratio: share of the schedule's steps in which the rate of "wsd" falls, at the end.
         schedule_steps: updates that the schedule spans, where a run makes another number; 0:
             `train.steps`.
         accumulation: dtype in which the gradients of several micro-batches are summed: "fp32", or
@@ -113,9 +149,11 @@ class OptimizerConfig:
     matrices: Literal["attention", "all"] = "attention"
     momentum: float = 0.95
     matrix_factor: float = 6.0
-    schedule: Literal["cosine"] = "cosine"
+    schedule: str = "cosine"
     accumulation: Literal["fp32", "params"] = "fp32"
     schedule_steps: int = 0
+    decay_roles: tuple[Role, ...] = get_args(Role)
+    cooldown_ratio: float = 0.2
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -143,13 +181,42 @@ class OptimizerConfig:
             "take more of a parameter than there is",
         )
 
-        # A setting that would change nothing is refused; a user's own optimizer may read any.
-        for setting in ("matrices", "momentum", "matrix_factor") if self.name == "adamw" else ():
-            value, default = getattr(self, setting), getattr(OptimizerConfig, setting)
-            if value != default:
+        self._check_decay_roles()
+        self._check_cooldown()
+        self._check_readers()
+
+    def _check_decay_roles(self) -> None:
+        name = "optimizer.decay_roles"
+        words = f"one or several of {', '.join(map(repr, get_args(Role)))}"
+        several = isinstance(self.decay_roles, tuple) and len(self.decay_roles) > 0
+        known = several and all(role in get_args(Role) for role in self.decay_roles)
+        require(known, name, self.decay_roles, words)
+        ordered = tuple(role for role in get_args(Role) if role in self.decay_roles)
+        object.__setattr__(self, "decay_roles", ordered)
+        if self.decay_roles != OptimizerConfig.decay_roles and not self.weight_decay:
+            raise UserError(
+                f"{name} = {shown(self.decay_roles)}: nothing decays with optimizer.weight_decay = "
+                "0; leave it out, or set optimizer.weight_decay"
+            )
+
+    def _check_cooldown(self) -> None:
+        name = "optimizer.cooldown_ratio"
+        require(0 < self.cooldown_ratio <= 1, name, self.cooldown_ratio, "above 0 and at most 1")
+        if self.schedule in READERS["cooldown_ratio"].values:
+            rest = f"at most 1 - optimizer.warmup_ratio = {1 - self.warmup_ratio:g}"
+            holds = self.warmup_ratio + self.cooldown_ratio <= 1
+            require(holds, name, self.cooldown_ratio, rest)
+
+    def _check_readers(self) -> None:
+        for setting, (choice, readers) in READERS.items():
+            value = getattr(self, setting)
+            chosen = getattr(self, choice)
+            read = chosen in readers or ":" in chosen
+            if not read and value != getattr(OptimizerConfig, setting):
                 raise UserError(
-                    f"optimizer.{setting} = {value!r}: optimizer.name = 'adamw' does not read it; "
-                    "leave it out, or set optimizer.name='muon'"
+                    f"optimizer.{setting} = {value!r}: optimizer.{choice} = {chosen!r} does not "
+                    f"read it; leave it out, or set optimizer.{choice} = "
+                    f"{' or '.join(map(repr, readers))}"
                 )
 
 
@@ -356,16 +423,16 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     origin = get_origin(hint)
     options = get_args(hint)
 
-    # Nested: a section, an optional value, a tuple.
+    # Nested: a section, one of several types, a tuple, a table.
     if is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where, name + ".")
     if origin is types.UnionType:
-        if value is None and type(None) in options:
-            return None
-        inner = next(option for option in options if option is not type(None))
-        return _convert(inner, value, where, name)
+        return _convert_one_of(options, value, where, name)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(options[0], item, where, name) for item in value)
+    if origin is Mapping and isinstance(value, dict):
+        kind = options[1]
+        return {key: _convert(kind, item, where, f"{name}.{key}") for key, item in value.items()}
 
     # Simple values; a whole number may be given for a float.
     if origin is Literal:
@@ -378,6 +445,19 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         return value
     kind = getattr(hint, "__name__", hint)
     raise UserError(f"{where}: {name} = {shown(value)}: must be {kind}")
+
+
+def _convert_one_of(options: tuple[Any, ...], value: Any, where: str, name: str) -> Any:
+    """A table as the table among the types, None as None, anything else as the first type."""
+    if isinstance(value, dict):
+        tables = [option for option in options if get_origin(option) in (Mapping, dict)]
+        return _convert((tables or options)[0], value, where, name)
+    if value is None and types.NoneType in options:
+        return None
+    if any(get_origin(option) is Mapping for option in options) and type(value) is not options[0]:
+        kind = options[0].__name__
+        raise UserError(f"{where}: {name} = {shown(value)}: must be {kind}, or a table")
+    return _convert(options[0], value, where, name)
 
 
 def to_dict(config: Any) -> dict:

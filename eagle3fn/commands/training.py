@@ -166,22 +166,24 @@ def _config(
     recipe: str | None = None,
     defaults: dict[str, dict[str, Any]] | None = None,
 ) -> "Config":
-    """The run's configuration; losses and optimizers that are not there are refused."""
+    """The run's configuration; losses, optimizers and schedules that are not there are refused."""
     from eagle3fn.base.config import load_config
     from eagle3fn.base.errors import UserError
     from eagle3fn.model.checks import check_loss
     from eagle3fn.specforge.recipes import RECIPE
     from eagle3fn.train.optimizer import named_optimizer
+    from eagle3fn.train.recipe import OURS, check_schedule
 
     config = load_config(options.config, overrides, draft, defaults)
     loss = config.objective.loss
-    if loss in RECIPE.batch_means and not recipe:
+    if isinstance(loss, str) and loss in RECIPE.batch_means and not recipe:
         raise UserError(
             f"objective.loss = {loss!r} is a mean over the whole batch: write nla or lk, which are "
             "such losses by row, or add --recipe specforge"
         )
     check_loss(config, RECIPE.batch_means)
     named_optimizer(config.optimizer)
+    check_schedule(config, RECIPE if recipe else OURS)
     return config
 
 

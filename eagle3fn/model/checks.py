@@ -2,7 +2,7 @@
 frozen tensors.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from eagle3fn.base.config import Config, require
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import check_whole
 from eagle3fn.base.types import Batch, Frozen, Params
-from eagle3fn.model.losses import RowLoss, find_loss
+from eagle3fn.model.losses import LOSSES, RowLoss
+from eagle3fn.model.named_loss import check_read, find_loss
 from eagle3fn.model.table import check_params
 
 
@@ -110,7 +111,9 @@ def _fits(found: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
 
 
 def check_loss(
-    config: Config, batch_means: Collection[str] = (), own: RowLoss | Callable | None = None
+    config: Config,
+    batch_means: Mapping[str, tuple[str, ...]] | None = None,
+    own: RowLoss | Callable | None = None,
 ) -> None:
     """Check that the loss is there, before any work.
 
@@ -120,11 +123,20 @@ def check_loss(
         own: a user's loss, in place of the named one.
 
     Raises:
-        UserError: no such loss, or one with means over the whole batch where that is split.
+        UserError: no such loss, a setting that it does not read, or one with means over the whole
+            batch where that is split, or in a sum.
     """
+    means = batch_means or {}
     name = config.objective.loss
     data = config.data
-    if own is None and name in batch_means:
+    for part in name if isinstance(name, Mapping) else ():
+        if part in means:
+            raise UserError(
+                f"objective.loss.{part}: its means over the whole batch cannot be part of a sum of "
+                f"losses by row; take one of {', '.join(map(repr, LOSSES))}"
+            )
+    if own is None and isinstance(name, str) and name in means:
+        check_read(config.objective, means[name], f"objective.loss = {name!r}")
         whole = (
             f"all of data.global_batch: objective.loss = {name!r} has means over the whole batch"
         )

@@ -9,7 +9,8 @@ from eagle3fn.base.entries import entry_by_entry, is_mapped
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model.checks import check_batch
 from eagle3fn.model.fast import FAST
-from eagle3fn.model.losses import Loss, RowLoss, find_loss
+from eagle3fn.model.losses import RowLoss
+from eagle3fn.model.named_loss import Loss, find_loss
 from eagle3fn.model.plain import PLAIN
 from eagle3fn.model.unroll import Ops, Rows, unroll
 

@@ -7,21 +7,23 @@ With `s = softmax(logits)` over the draft vocabulary, `p` the teacher over it (`
     rkl   Σ s · log(s / p)                       the reverse KL divergence
     nla   -log a,  a = Σ min(p_full, s)          a is the row's acceptance rate
     lk    w · kl + (1 - w) · (1 - a),  w = kl_scale · exp(-kl_decay · a), a constant
+    jsd   ½ Σ p · log(p / m) + ½ Σ s · log(s / m),  m = (p + s) / 2
+    ce    -log s[argmax p]                       cross entropy; of equal ones the lowest id
+    tv    ½ Σ |p - s|                            the total variation distance
 
 `nla` and `lk` are the losses of arXiv 2602.23881 with each row's own acceptance rate. So a step's
-loss is a sum over rows, and micro-batches and ranks add up.
+loss is a sum over rows, and micro-batches and ranks add up. A weighted sum of losses by row is one
+too, `Σ weight · loss`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.dtypes import wide
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.named import check_arguments, find
 from eagle3fn.base.types import Batch, Frozen
 
 
@@ -44,10 +46,6 @@ class RowLoss(NamedTuple):
     needs: tuple[str, ...] = ("p_draft", "p_full")
     # module of `model.kernels` whose `score` computes this loss on CUDA
     kernel: str | None = None
-
-
-Loss = RowLoss | Callable[..., Tensor]
-"""A loss, or its `value` alone: a function of `(logits, p_draft, p_full)`."""
 
 
 def survival_rate(objective: ObjectiveConfig, batch: Batch) -> float:
@@ -98,88 +96,100 @@ def _nla(logits: Tensor, p_full: Tensor) -> Tensor:
     return -torch.minimum(p_full.log(), log_draft).logsumexp(-1)
 
 
+def _nla_closed(logits: Tensor, draft: Tensor, p_full: Tensor) -> tuple[Tensor, Tensor]:
+    # With b(v) = min(p_full, s)(v) / a where the draft's is the lesser one, half of it where both
+    # are equal, else 0: gradient = s · Σ b - b
+    log_draft = torch.log_softmax(logits, dim=-1)
+    log_full = p_full.log()
+    least = torch.minimum(log_full, log_draft)
+    log_accept = least.logsumexp(-1)
+    share = least.sub_(log_accept[..., None]).exp_()
+    share.mul_(_below(log_draft, log_full))
+    return -log_accept, draft * share.sum(-1, keepdim=True) - share
+
+
+def _below(draft: Tensor, full: Tensor) -> Tensor:
+    """1 where the draft is below, ½ where both are equal, else 0: the slope of their minimum."""
+    return (draft < full).to(draft.dtype) + 0.5 * (draft == full)
+
+
 def _lk(logits: Tensor, p_draft: Tensor, p_full: Tensor, scale: float, decay: float) -> Tensor:
     accept = acceptance(logits, p_full)
     weight = scale * torch.exp(-decay * accept.detach())
     return weight * _kl(logits, p_draft) + (1 - weight) * (1 - accept)
 
 
+def _lk_closed(
+    logits: Tensor, draft: Tensor, p_draft: Tensor, p_full: Tensor, scale: float, decay: float
+) -> tuple[Tensor, Tensor]:
+    # The acceptance rate, and its gradient: c - s · Σ c, with c = s where s is below p_full.
+    accept = torch.minimum(p_full, draft).sum(-1)
+    share = draft * _below(draft, p_full)
+    slope = share - draft * share.sum(-1, keepdim=True)
+
+    weight = scale * torch.exp(-decay * accept)
+    kl, kl_slope = _kl_closed(logits, draft, p_draft)
+    values = weight * kl + (1 - weight) * (1 - accept)
+    return values, weight[..., None] * kl_slope - (1 - weight)[..., None] * slope
+
+
+def _jsd(logits: Tensor, p_draft: Tensor) -> Tensor:
+    draft = torch.softmax(logits, dim=-1)
+    middle = _middle(p_draft, draft)
+    terms = p_draft * _log(p_draft / middle) + draft * _log(draft / middle)
+    return terms.sum(-1) / 2
+
+
+def _jsd_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
+    # gradient = ½ s · (log(s / m) - Σ s · log(s / m)): what m changes cancels
+    middle = _middle(p_draft, draft)
+    ratio = _log(draft / middle)
+    reverse = (draft * ratio).sum(-1)
+    values = ((p_draft * _log(p_draft / middle)).sum(-1) + reverse) / 2
+    return values, draft * (ratio - reverse[..., None]) / 2
+
+
+def _middle(p_draft: Tensor, draft: Tensor) -> Tensor:
+    """The mean of two distributions, where it may divide: 0 / 0 would be NaN."""
+    return ((p_draft + draft) / 2).clamp_min(torch.finfo(draft.dtype).tiny)
+
+
+def _ce(logits: Tensor, p_draft: Tensor) -> Tensor:
+    token = p_draft.argmax(-1, keepdim=True)
+    return -torch.log_softmax(logits, dim=-1).gather(-1, token)[..., 0]
+
+
+def _ce_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
+    # As in `_kl_closed`, with p = 1 at the token.
+    token = p_draft.argmax(-1, keepdim=True)
+    below_top = logits.gather(-1, token)[..., 0] - logits.amax(-1)
+    values = -draft.amax(-1).log() - below_top
+    return values, draft.scatter_add_(-1, token, -torch.ones_like(draft[..., :1]))
+
+
+def _tv(logits: Tensor, p_draft: Tensor) -> Tensor:
+    return (p_draft - torch.softmax(logits, dim=-1)).abs().sum(-1) / 2
+
+
+def _tv_closed(logits: Tensor, draft: Tensor, p_draft: Tensor) -> tuple[Tensor, Tensor]:
+    # gradient = s · (σ - Σ s · σ), σ = ½ sign(s - p)
+    apart = draft - p_draft
+    values = apart.abs().sum(-1) / 2
+    share = draft * apart.sign_() / 2
+    return values, share - draft * share.sum(-1, keepdim=True)
+
+
 LOSSES = {
     "kl": RowLoss(_kl, _kl_closed, needs=("p_draft",), kernel="score"),
     "rkl": RowLoss(_rkl, _rkl_closed, needs=("p_draft",)),
-    "nla": RowLoss(_nla, needs=("p_full",)),
-    "lk": RowLoss(_lk, needs=("p_draft", "p_full", "kl_scale", "kl_decay")),
+    "nla": RowLoss(_nla, _nla_closed, needs=("p_full",)),
+    "lk": RowLoss(_lk, _lk_closed, needs=("p_draft", "p_full", "kl_scale", "kl_decay")),
+    "jsd": RowLoss(_jsd, _jsd_closed, needs=("p_draft",)),
+    "ce": RowLoss(_ce, _ce_closed, needs=("p_draft",)),
+    "tv": RowLoss(_tv, _tv_closed, needs=("p_draft",)),
 }
 """What `objective.loss` names. A new loss is a line at the end of this table, and covered by its
 tests; the first one is what drawn test cases shrink to."""
-
-
-def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
-    """The loss that `objective.loss` names, or a user's `own`, with its settings filled in.
-
-    Args:
-        objective: `loss` is a name of `LOSSES`, or "module:function" for a function
-            `(logits, p_draft, p_full) → (…,)`, all three `(…, D)` in at least fp32.
-        own: a loss, or such a function, in place of the named one.
-
-    Returns:
-        A loss whose functions take `p_draft` and `p_full` after the logits (and their softmax).
-
-    Raises:
-        UserError: no such loss, or a user's function of other arguments; or, when it is called, one
-            that does not return one value a row.
-    """
-    arguments = ("logits", "p_draft", "p_full")
-    loss = own
-    if loss is None:
-        loss = find(objective.loss, LOSSES, "objective.loss", arguments)
-    for name in loss.needs if isinstance(loss, RowLoss) else ():
-        if name not in {"p_draft", "p_full"} | vars(objective).keys():
-            raise UserError(
-                f"the loss needs {name!r}; it must be p_draft, p_full or a setting of [objective]"
-            )
-    if not isinstance(loss, RowLoss):
-        check_arguments(loss, arguments, f"loss = {loss!r}")
-        loss = RowLoss(loss)
-
-    def needed(p_draft: Tensor, p_full: Tensor) -> list:
-        given = vars(objective) | {"p_draft": p_draft, "p_full": p_full}
-        return [given[name] for name in loss.needs]
-
-    def value(logits: Tensor, p_draft: Tensor, p_full: Tensor) -> Tensor:
-        before = _versions(p_draft, p_full)
-        rows = loss.value(logits, *needed(p_draft, p_full))
-        _check_rows(rows, logits.shape[:-1], "one value a row")
-        if _versions(p_draft, p_full) != before:
-            raise UserError("the loss wrote into p_draft or p_full, which others read; copy them")
-        return rows
-
-    def closed(logits: Tensor, draft: Tensor, *teacher: Tensor) -> tuple[Tensor, Tensor]:
-        assert loss.closed is not None
-        pair = loss.closed(logits, draft, *needed(*teacher))
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise UserError(
-                f"the loss's closed form returned {type(pair).__name__}; it must be a pair"
-            )
-        _check_rows(pair[0], logits.shape[:-1], "one value a row")
-        _check_rows(pair[1], logits.shape, "the gradient by the logits")
-        return pair
-
-    return RowLoss(value, loss.closed and closed, kernel=loss.kernel)
-
-
-def _check_rows(found: Any, shape: tuple[int, ...], what: str) -> None:
-    """Refuse what a loss returned if it is no floating-point tensor of this shape."""
-    if isinstance(found, Tensor) and found.shape == shape and found.is_floating_point():
-        return
-    is_tensor = isinstance(found, Tensor)
-    kind = f"shape {tuple(found.shape)}, {found.dtype}" if is_tensor else type(found).__name__
-    raise UserError(f"the loss returned {kind}; it must be floating point {tuple(shape)}, {what}")
-
-
-def _versions(*tensors: Tensor) -> list[int]:
-    """How often each was written into; inference tensors don't count it."""
-    return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def step_loss(
@@ -200,7 +210,7 @@ def step_loss(
         p_full: the same tokens' probabilities under the full vocabulary, `(B, S, D)`.
         mask: `position_mask`, `(B, S, 1)`.
         count: how many rows the sum is divided by; None: all `B·S`.
-        loss: as `find_loss` returns it.
+        loss: as `named_loss.find_loss` returns it.
 
     Returns:
         Scalar, fp32 (fp64 in fp64).

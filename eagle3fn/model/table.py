@@ -8,17 +8,15 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from eagle3fn.base.config import Role
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen, Params
-
-Role = Literal["attention", "matrix", "norm", "embedding", "head", "bias"]
-"""What an optimizer may treat apart; "attention": its four matrices, "matrix": the others."""
 
 Initializer = Callable[[tuple[int, ...], float, torch.Generator], Tensor]
 """From shape and standard deviation, fp32 on the CPU."""

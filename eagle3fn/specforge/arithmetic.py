@@ -17,14 +17,16 @@ from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import losses
 from eagle3fn.model.checks import check_batch
 from eagle3fn.model.forward import forward
-from eagle3fn.model.losses import Loss, RowLoss, acceptance, find_loss
+from eagle3fn.model.losses import RowLoss, acceptance
+from eagle3fn.model.named_loss import Loss, find_loss
 from eagle3fn.model.plain import PLAIN, score_steps
 
 KL = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """As `kl_loss`: `(logits, p_draft, mask, count) → scalar`."""
 
-BATCH_MEANS = frozenset({"lk_alpha", "lk_lambda"})
-"""Values of `objective.loss` that are SpecForge's alone: their means run over the whole batch."""
+BATCH_MEANS = {"lk_alpha": (), "lk_lambda": ("kl_scale", "kl_decay")}
+"""Values of `objective.loss` that are SpecForge's alone, with the settings that they read: their
+means run over the whole batch."""
 
 
 def step_loss(
@@ -52,7 +54,7 @@ def step_loss(
     Returns:
         Scalar, fp32 (fp64 in fp64).
     """
-    if objective.loss not in BATCH_MEANS | {"kl"}:
+    if objective.loss not in {*BATCH_MEANS, "kl"}:
         row_loss = find_loss(objective)
         return losses.step_loss(logits, p_draft, p_full, mask, count, row_loss)
 

@@ -10,7 +10,7 @@ from eagle3fn.testing.strategies import cases
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-_NEAREST_LOSS = {"nla": "lk_alpha", "lk": "lk_lambda"}
+_NEAREST_LOSS: dict[Any, str] = {"nla": "lk_alpha", "lk": "lk_lambda"}
 
 
 def for_specforge(case: Case) -> Case:
@@ -22,9 +22,12 @@ def for_specforge(case: Case) -> Case:
     loss = case.loss
     if loss not in BATCH_MEANS:
         loss = _NEAREST_LOSS.get(loss, "kl")
-    return replace(
+    near = replace(
         case, target_hidden=case.hidden, normalization="rows", loss=loss, switches=(), taps=3
     )
+    if loss != "lk_lambda":  # which alone reads them
+        near = replace(near, kl_scale=Case.kl_scale, kl_decay=Case.kl_decay)
+    return near
 
 
 def specforge_cases(**pins: Any) -> "SearchStrategy[Case]":

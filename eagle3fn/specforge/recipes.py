@@ -30,8 +30,8 @@ from eagle3fn.data.pipeline import epoch_order
 from eagle3fn.model.table import TABLE, weights
 from eagle3fn.specforge.arithmetic import BATCH_MEANS, forward_loss
 from eagle3fn.train.drafts import start_from_draft
-from eagle3fn.train.optimizer import Schedule, schedule_span
 from eagle3fn.train.recipe import Recipe
+from eagle3fn.train.schedules import Schedule, schedule_span
 
 NAME = "specforge"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -130,7 +130,7 @@ def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
         rate(n) = (1 + cos(π · e / T)) / (1 + cos(π · (e - 1) / T)) · rate(n - 1)
 
     As epoch 0 is a step of the recursion too, the values are `2 / (1 + cos(π / T))` times those of
-    `cosine_schedule`. They rise again past the end. The function returned is pure: threads may
+    `schedules.cosine`. They rise again past the end. The function returned is pure: threads may
     share it.
 
     Raises:

@@ -10,6 +10,7 @@ from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, Train
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.base.weights import Weights
 from eagle3fn.data.collate import align
 from eagle3fn.model.table import weights
 
@@ -36,7 +37,7 @@ class Case:
     teacher: Literal["compact", "full"] = "full"
     chunk: int = 11
     normalization: Literal["mask", "rows"] = "rows"
-    loss: str = "kl"
+    loss: str | Weights = "kl"
     kl_scale: float = 1.0
     kl_decay: float = 3.0
 

@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base.draft_config import switches
+from eagle3fn.base.weights import Weights
 from eagle3fn.model.losses import LOSSES
 from eagle3fn.testing.builders import Case
 
@@ -62,6 +63,16 @@ def switch_values(fields: Sequence[Field[Any]]) -> tuple[tuple[tuple[str, Any], 
     return ((), *alone, tuple(together))
 
 
+LOSS_SUMS = (
+    Weights({"kl": 0.5, "tv": 2.0}),
+    Weights({"ce": 0.1, "lk": 1.0, "nla": 0.25}),
+)
+"""Weighted sums of losses by row; the second one reads settings."""
+
+# What a loss reads; "lk_lambda" is SpecForge's, for those who pin it.
+_SETTINGS_OF = {name: loss.needs for name, loss in LOSSES.items()}
+_SETTINGS_OF["lk_lambda"] = _SETTINGS_OF["lk"]
+
 VALUES: dict[str, Sequence[Any]] = {
     "heads": ((4, 2), (1, 1), (2, 1), (3, 1), (2, 2), (6, 2)),
     "head_dim": (6, 4, 8),
@@ -76,7 +87,7 @@ VALUES: dict[str, Sequence[Any]] = {
     "teacher": ("full", "compact"),
     "chunk": _first(11, range(3, 61)),
     "normalization": ("rows", "mask"),
-    "loss": tuple(LOSSES),
+    "loss": (*LOSSES, *LOSS_SUMS),
     "kl_scale": (1.0, 0.5, 0.0),
     "kl_decay": (3.0, 1.0, 0.0),
     # "one" and "empty" leave little to compare.
@@ -225,6 +236,13 @@ def _values(name: str, chosen: dict[str, Any]) -> Sequence[Any]:
             # In two of three cases the target is as wide as the draft.
             same = chosen["hidden"]
             return (same, same, 20)
+
+        case "kl_scale" | "kl_decay":
+            # Refused where the loss does not read them.
+            loss = chosen["loss"]
+            parts = [loss] if isinstance(loss, str) else loss
+            if not any(name in _SETTINGS_OF.get(part, ()) for part in parts):
+                return VALUES[name][:1]
 
     return VALUES[name]
 

@@ -12,9 +12,9 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen, check_loss
-from eagle3fn.model.losses import Loss
+from eagle3fn.model.named_loss import Loss
 from eagle3fn.train.optimizer import Optimizer
-from eagle3fn.train.recipe import OURS, Recipe
+from eagle3fn.train.recipe import OURS, Recipe, check_schedule
 from eagle3fn.train.step import Metrics, init_state, step
 
 
@@ -42,11 +42,11 @@ def bind(
     With a one-dimensional device mesh the state is sharded over its ranks, and each calls `step`
     with its own part of the batch. `init` and `forward_loss` take and return plain tensors always.
     `loss` and `optimizer` are your own, in place of those that the settings name: see
-    `model.losses.find_loss` and `train.optimizer.Optimizer`.
+    `model.named_loss.find_loss` and `train.optimizer.Optimizer`.
 
     Raises:
-        UserError: no such loss, the frozen tensors don't fit the configuration, or `t2d` and `d2t`
-            name different tokens.
+        UserError: no such loss or schedule, the frozen tensors don't fit the configuration, or
+            `t2d` and `d2t` name different tokens.
     """
     for name, given in (("loss", loss), ("optimizer", optimizer)):
         if isinstance(given, str):
@@ -59,6 +59,7 @@ def bind(
             " such as OPTIMIZERS[name](config.optimizer)"
         )
     check_loss(config, recipe.batch_means, loss)
+    check_schedule(config, recipe)
     check_frozen(frozen, config)
     if _has_values(frozen.t2d) and _has_values(frozen.d2t):
         vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())

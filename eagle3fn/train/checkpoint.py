@@ -277,7 +277,9 @@ def _same_config(written: dict[str, Any], config: Config, path: Path) -> None:
     for section, kind in get_type_hints(Config).items():
         for item in fields(kind):
             if item.default is not MISSING:
-                old.setdefault(f"{section}.{item.name}", item.default)
+                name = f"{section}.{item.name}"
+                default = list(item.default) if isinstance(item.default, tuple) else item.default
+                old.setdefault(name, default)
 
     now = _settings(to_dict(config))
     for name in sorted(old.keys() | now.keys()):

@@ -1,31 +1,24 @@
-"""Optimizers as `(init, update)` pairs of pure functions; schedules as functions of the step."""
+"""Optimizers as `(init, update)` pairs of pure functions."""
 
 # pyright: reportPrivateImportUsage=false
 # torch names its operations on lists, `_foreach_…`, as private.
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.base.config import OptimizerConfig, Role
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.named import find, in_one_line
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Params
-from eagle3fn.model.table import Role
 from eagle3fn.train.orthogonal import orthogonal
 
 T = TypeVar("T")
-
-Schedule = Callable[[int], float]
-"""The learning rate of an update, counted from 0."""
-
-MakeSchedule = Callable[[OptimizerConfig, int], Schedule]
-"""As `cosine_schedule`: settings and the run's number of steps → its schedule."""
 
 _BLOCK_BYTES = 16 << 20  # of a leaf, updated at once
 
@@ -102,6 +95,11 @@ def writable(tree: T, info: UpdateInfo) -> T:
     return tree if info.donate else tree_map(torch.clone, tree)
 
 
+def decay_of(config: OptimizerConfig, leaf: Leaf) -> float:
+    """A leaf's weight decay: `weight_decay` for the roles of `decay_roles`, else 0."""
+    return config.weight_decay if leaf.role in config.decay_roles else 0.0
+
+
 def adamw(config: OptimizerConfig) -> Optimizer:
     """AdamW (arXiv 1711.05101). At step `n`, counted from 0:
 
@@ -122,10 +120,11 @@ def adamw(config: OptimizerConfig) -> Optimizer:
         params, state = writable((params, state), info)
 
         for name, whole_grad in grads.items():
+            decay = decay_of(config, info.leaves[name])
             leaves = whole_grad, state.mu[name], state.nu[name], params[name]
             for grad, mu, nu, param in _blocks(*leaves):
-                if config.weight_decay:
-                    torch._foreach_mul_([param], 1 - info.rate * config.weight_decay)
+                if decay:
+                    torch._foreach_mul_([param], 1 - info.rate * decay)
 
                 # The running means.
                 torch._foreach_lerp_([mu], [grad], 1 - config.beta1)
@@ -190,7 +189,7 @@ def muon(config: OptimizerConfig, orthogonal: Callable[[Tensor], Tensor] = ortho
         for name, matrix in matrices.items():
             longest = max(info.leaves[name].shape)
             size = 0.2 * math.sqrt(longest) * info.rate * config.matrix_factor
-            matrix.mul_(1 - info.rate * config.weight_decay)
+            matrix.mul_(1 - info.rate * decay_of(config, info.leaves[name]))
             matrix.add_(directions[name], alpha=-size)
 
         after |= matrices
@@ -199,8 +198,74 @@ def muon(config: OptimizerConfig, orthogonal: Callable[[Tensor], Tensor] = ortho
     return Optimizer(init, update)
 
 
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig], Optimizer]] = {"adamw": adamw, "muon": muon}
-"""What `optimizer.name` can be, beside a user's own function of `OptimizerConfig`."""
+def sgd(config: OptimizerConfig) -> Optimizer:
+    """Gradient descent with momentum (Polyak, 1964), `μ` is `momentum`:
+
+        g ← g + decay · p
+        m ← μ m + g
+        p ← p - rate · m
+
+    The bits of `torch.optim.SGD` of the same momentum and weight decay, by its operations on lists
+    as in `adamw`. With `momentum = 0` there is no `m`, and no state.
+    """
+
+    def init(params: Params, roles: dict[str, Role]) -> Params:
+        return zeros(params) if config.momentum else {}
+
+    def update(grads: Params, state: Params, params: Params, info: UpdateInfo) -> Any:
+        params, state = writable((params, state), info)
+        for name, whole_grad in grads.items():
+            decay = decay_of(config, info.leaves[name])
+            sums = state.get(name, whole_grad)
+            for grad, running, param in _blocks(whole_grad, sums, params[name]):
+                direction = [grad]
+                if decay:
+                    direction = torch._foreach_add(direction, [param], alpha=decay)
+                if config.momentum:
+                    torch._foreach_mul_([running], config.momentum)
+                    torch._foreach_add_([running], direction, alpha=1)
+                    direction = [running]
+                torch._foreach_add_([param], direction, alpha=-info.rate)
+        return params, state
+
+    return Optimizer(init, update)
+
+
+def lion(config: OptimizerConfig) -> Optimizer:
+    """Lion (arXiv 2302.06675), `β` is `beta1` and `μ` is `momentum`, there called `β₂`:
+
+        p ← p · (1 - rate · decay) - rate · sign(β m + (1 - β) g)
+        m ← m + (1 - μ)(g - m)
+
+    Every entry moves by the rate, whatever its gradient: so the rate is a fraction of AdamW's.
+    """
+
+    def init(params: Params, roles: dict[str, Role]) -> Params:
+        return zeros(params)
+
+    def update(grads: Params, state: Params, params: Params, info: UpdateInfo) -> Any:
+        params, state = writable((params, state), info)
+        for name, whole_grad in grads.items():
+            decay = decay_of(config, info.leaves[name])
+            for grad, mean, param in _blocks(whole_grad, state[name], params[name]):
+                if decay:
+                    param.mul_(1 - info.rate * decay)
+                direction = mean.lerp(grad, 1 - config.beta1).sign_()
+                param.add_(direction, alpha=-info.rate)
+                mean.lerp_(grad, 1 - config.momentum)
+        return params, state
+
+    return Optimizer(init, update)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], Optimizer]] = {
+    "adamw": adamw,
+    "muon": muon,
+    "sgd": sgd,
+    "lion": lion,
+}
+"""What `optimizer.name` can be, beside a user's own function of `OptimizerConfig`. Which settings
+each of them reads is in `base.config.READERS`."""
 
 
 @lru_cache(maxsize=16)
@@ -233,61 +298,3 @@ def clip(grads: Params, norm: Tensor, max_norm: float, donate: bool = False) -> 
     """
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return {name: torch.mul(g, scale, out=g if donate else None) for name, g in grads.items()}
-
-
-def cosine_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Linear warm-up over `W = int(warmup_ratio · T)` steps, then a cosine to 0.
-
-    `T` is `schedule_steps` or `total_steps`.
-
-    `rate(n) = (n + 1) / W · base` for `n < W`, then `base · (1 + cos(π · (n - W) / (T - W))) / 2`,
-    and 0 from `T` on.
-
-    Raises:
-        UserError: `total_steps` is below 1.
-    """
-    span = schedule_span(config, total_steps)
-    base = config.learning_rate
-
-    def rate(step: int) -> float:
-        if step < span.warmup:
-            return (step + 1) / span.warmup * base
-        done = min((step - span.warmup) / span.decay, 1.0)
-        return base * 0.5 * (1 + math.cos(math.pi * done))
-
-    return rate
-
-
-class Span(NamedTuple):
-    """Steps of a schedule's two parts."""
-
-    warmup: int
-    decay: int
-
-
-def schedule_span(config: OptimizerConfig, total_steps: int) -> Span:
-    """How the schedule divides its steps.
-
-    Raises:
-        UserError: `total_steps` is below 1.
-    """
-    if total_steps < 1:
-        raise UserError(
-            f"train.steps = {total_steps}: the learning-rate schedule needs at least 1 step; set "
-            "train.steps"
-        )
-    total = config.schedule_steps or total_steps
-    warmup = int(config.warmup_ratio * total)
-    return Span(warmup, total - warmup)
-
-
-@lru_cache(maxsize=16)
-def _kept_schedule(make: MakeSchedule, config: OptimizerConfig, total_steps: int) -> Schedule:
-    return make(config, total_steps)
-
-
-def made_schedule(make: MakeSchedule, config: OptimizerConfig, total_steps: int) -> Schedule:
-    """`make(config, total_steps)`, made once where it can be hashed: some are slow to make."""
-    if isinstance(make, Hashable):
-        return _kept_schedule(make, config, total_steps)
-    return make(config, total_steps)

@@ -3,19 +3,22 @@
 The defaults are this package's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
-from eagle3fn.base.config import STARTS, Config
+from eagle3fn.base.config import STARTS, Config, OptimizerConfig
+from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.pipeline import Order, shuffled
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.model.table import init_params, start_from_target
 from eagle3fn.train.drafts import start_from_draft
-from eagle3fn.train.optimizer import MakeSchedule, Optimizer, cosine_schedule, named_optimizer
+from eagle3fn.train.optimizer import Optimizer, named_optimizer
+from eagle3fn.train.schedules import MakeSchedule, Schedule, made_schedule, named_schedule
 
 Start = Callable[[Config, Frozen, int], Params]
 """As `start`: `(config, frozen, seed)` → the draft's first parameters."""
@@ -42,18 +45,18 @@ class Recipe(NamedTuple):
     """The exchangeable functions of a run; `bind`, `step` and `train` take one.
 
     A checkpoint keeps the name: a run is resumed under the recipe that it began with.
-    `batch_means` are names of losses that `loss` adds to the table, as means over the whole batch:
-    they cannot be split into micro-batches or ranks.
+    `batch_means` are names of losses that `loss` adds to the table, with the settings that they
+    read. They are means over the whole batch, which cannot be split into micro-batches or ranks.
     """
 
     name: str = ""
     loss: ForwardLoss = forward_loss
     start: Start = start
-    schedule: MakeSchedule = cosine_schedule
+    schedule: MakeSchedule | None = None  # None: the one that `optimizer.schedule` names
     optimizer: Optimizer | None = None  # None: the one that `optimizer.name` names
     align_mask: AlignMask = align_mask
     order: Order = shuffled
-    batch_means: frozenset[str] = frozenset()
+    batch_means: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 OURS = Recipe()
@@ -63,3 +66,33 @@ OURS = Recipe()
 def optimizer_of(config: Config, recipe: Recipe) -> Optimizer:
     """The recipe's optimizer, or the one that `optimizer.name` names."""
     return recipe.optimizer or named_optimizer(config.optimizer)
+
+
+def schedule_of(config: Config, recipe: Recipe) -> Schedule:
+    """The recipe's schedule, or the one that `optimizer.schedule` names.
+
+    Raises:
+        UserError: as `check_schedule`, or `train.steps` is not set.
+    """
+    _check_unread(config, recipe)
+    return made_schedule(recipe.schedule or named_schedule, config.optimizer, config.train.steps)
+
+
+def check_schedule(config: Config, recipe: Recipe) -> None:
+    """Check that the schedule is there, before any work; `train.steps` may not be chosen yet.
+
+    Raises:
+        UserError: no such schedule, or one is named that the recipe does not read.
+    """
+    _check_unread(config, recipe)
+    if recipe.schedule is None:
+        named_schedule(config.optimizer, config.train.steps or 1)
+
+
+def _check_unread(config: Config, recipe: Recipe) -> None:
+    named = config.optimizer.schedule
+    if recipe.schedule is not None and named != OptimizerConfig.schedule:
+        raise UserError(
+            f"optimizer.schedule = {named!r}: the recipe {recipe.name!r} has a schedule of its "
+            "own; leave the setting out, or train without the recipe"
+        )

@@ -19,8 +19,8 @@ from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_micro_batches
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.train.finite import finite, watched
-from eagle3fn.train.optimizer import Optimizer, UpdateInfo, clip, made_schedule
-from eagle3fn.train.recipe import OURS, Recipe, optimizer_of
+from eagle3fn.train.optimizer import Optimizer, UpdateInfo, clip
+from eagle3fn.train.recipe import OURS, Recipe, optimizer_of, schedule_of
 from eagle3fn.train.reduce import check_ranks, global_norm, over_ranks, to_shards, total
 from eagle3fn.train.shard import (
     check_placed,
@@ -136,7 +136,7 @@ def _step(
     check_placed(state, mesh)
     number = int(state.step)
     if rate is None:
-        rate = made_schedule(recipe.schedule, config.optimizer, config.train.steps)(number)
+        rate = schedule_of(config, recipe)(number)
     rate = float(rate)
     if not abs(rate) <= HIGHEST_RATE:
         raise UserError(

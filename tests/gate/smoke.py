@@ -37,7 +37,8 @@ from eagle3fn.data.samples import Encoded
 from eagle3fn.model import head_loss
 from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention
-from eagle3fn.model.losses import LOSSES, find_loss
+from eagle3fn.model.losses import LOSSES
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.model.rope import rope_table, rotate
 from eagle3fn.model.visibility import visible
 from eagle3fn.specforge.arithmetic import KL, kl_loss

@@ -20,9 +20,11 @@ from eagle3fn.base.types import Sample
 from eagle3fn.data.collate import align_mask, collate
 from eagle3fn.model import block_attention as attention
 from eagle3fn.model import fast, fused_layers, head_loss, table
-from eagle3fn.model.losses import LOSSES, find_loss
+from eagle3fn.model.losses import LOSSES
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.model.unroll import Rows, unroll
 from eagle3fn.model.visibility import Visible
+from eagle3fn.testing.strategies import LOSS_SUMS
 from tests.model.blocks import (
     HEAD_SIZE,
     HEADS,
@@ -42,7 +44,7 @@ from tests.model.blocks import (
 # V, D: multiples of 64 and not, D = V.
 PAIRS = [(130, 64), (192, 128), (128, 128), (100, 100), (150, 70)]
 
-NAMES = list(LOSSES)
+NAMES = [*LOSSES, *LOSS_SUMS]
 
 # Relative error of the logits against fp64 on rounded inputs, in the norm over all rows: a single
 # wrong row would be seen, and a row that cancels has no large part.
@@ -255,7 +257,7 @@ def part_of(name, generator):
     )
 
 
-PARTS = ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", *NAMES]
+PARTS = ["attention 0", "attention 1", "attention 3", "norm", "norm and linear", "mlp", *LOSSES]
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -350,9 +352,13 @@ def agreeing(batch, pair, dtype, k):
 
 @pytest.mark.parametrize("pair", [(128, 128), (150, 70)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("loss_name", NAMES)
+@pytest.mark.parametrize("loss_name", NAMES, ids=str)
 def test_low_precision_is_as_near_to_fp64_as_plain(loss_name, dtype, pair):
-    """At most twice plain's error in each leaf; an argmax changes only where logits are near."""
+    """At most twice plain's error in each leaf; an argmax changes only where logits are near.
+
+    Three times with total variation, whose slope jumps where draft and teacher are equal.
+    """
+    most = 3 if "tv" in str(loss_name) else 2
     k = 3
     batch = agreeing(batch_of(4, (200, 170), pair[0]), pair, dtype, k)
     options = {"ttt_length": k, "loss": loss_name}
@@ -364,7 +370,7 @@ def test_low_precision_is_as_near_to_fp64_as_plain(loss_name, dtype, pair):
     unit = torch.finfo(getattr(torch, dtype)).eps
     assert error(loss, exact) <= max(2 * error(want, exact), unit)
     for name in truth:
-        assert error(grads[name], truth[name]) <= 2 * error(plain[name], truth[name]), name
+        assert error(grads[name], truth[name]) <= most * error(plain[name], truth[name]), name
 
     # Logits.
     logits = logits_of(batch, pair, "float64", dtype, k)

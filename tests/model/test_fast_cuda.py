@@ -22,7 +22,7 @@ from eagle3fn.base.rows import plan_rows
 from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.data.collate import align
 from eagle3fn.model import fast, flash_attention, head_loss
-from eagle3fn.model.losses import find_loss
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.specforge.oracle import ENVIRONMENT
 from eagle3fn.train.step import init_state, step
 from tests.factories import make_draft

@@ -8,7 +8,9 @@ import torch
 
 import eagle3fn as e3
 from eagle3fn.model import head_loss, table
-from eagle3fn.model.losses import LOSSES, find_loss
+from eagle3fn.model.losses import LOSSES
+from eagle3fn.model.named_loss import find_loss
+from eagle3fn.testing.strategies import LOSS_SUMS
 from eagle3fn.train import optimizer
 from tests.model.blocks import H, batch_of, config_of, frozen_of, vjp
 from tests.peak import Peak
@@ -70,7 +72,7 @@ def test_memory_beyond_the_gradients_is_flat_in_the_draft_vocabulary(part, small
     assert beyond[1] - beyond[0] < (large - small) * WIDTH * 4 / 2
 
 
-@pytest.mark.parametrize("loss_name", LOSSES)
+@pytest.mark.parametrize("loss_name", [*LOSSES, *LOSS_SUMS], ids=str)
 def test_a_group_of_labels_leaves_nothing_to_the_next(loss_name, monkeypatch):
     """The scores of three groups take the memory of one, and their own metrics."""
     pairs, p, v, d = 2, 8, 600, 512  # pairs of a label, labels of a group

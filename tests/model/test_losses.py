@@ -1,5 +1,7 @@
 """Laws that every loss of the table keeps, and a user's own loss in place of one."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,14 +12,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import eagle3fn as e3
+from eagle3fn.base.weights import Weights
 from eagle3fn.model import head_loss
-from eagle3fn.model.losses import LOSSES, RowLoss, acceptance, find_loss, step_loss
+from eagle3fn.model.checks import check_loss
+from eagle3fn.model.losses import LOSSES, RowLoss, acceptance, step_loss
+from eagle3fn.model.named_loss import find_loss
+from eagle3fn.specforge.recipes import RECIPE
+from eagle3fn.testing.strategies import LOSS_SUMS
 from tests.factories import make_batch, make_config, make_frozen
 from tests.model.blocks import batch_of, case_of, error, frozen_of
 from tests.reference import loops
 
-EVERY = pytest.mark.parametrize("name", LOSSES)
+OWN = "tests.model.test_losses:own"
+SUMS = [*LOSS_SUMS, Weights({"nla": 0.5, OWN: 2.0})]  # the last one has no closed form
+EVERY = pytest.mark.parametrize("name", [*LOSSES, *SUMS], ids=str)
+WITHOUT_OWN = pytest.mark.parametrize("name", [*LOSSES, *LOSS_SUMS], ids=str)
 SETTINGS = st.sampled_from([{}, {"kl_scale": 0.5, "kl_decay": 1.0}])
+
+Name = str | Weights
+"""What `objective.loss` can be."""
 
 
 class Rows(NamedTuple):
@@ -44,8 +57,19 @@ def drawn_rows() -> st.SearchStrategy[Rows]:
     )
 
 
-def loss_of(name: str, **settings: Any) -> RowLoss:
-    return find_loss(e3.ObjectiveConfig(loss=name, **settings))
+def objective_of(name: Name, **settings: Any) -> e3.ObjectiveConfig:
+    """The objective of a loss; settings that it does not read are left out."""
+    read = {need for part in parts_of(name) if part in LOSSES for need in LOSSES[part].needs}
+    given = {setting: value for setting, value in settings.items() if setting in read}
+    return e3.ObjectiveConfig(loss=name, **given)
+
+
+def parts_of(name: str | Mapping[str, float]) -> list[str]:
+    return [name] if isinstance(name, str) else list(name)
+
+
+def loss_of(name: Name, **settings: Any) -> RowLoss:
+    return find_loss(objective_of(name, **settings))
 
 
 def gradient_of(loss: RowLoss, rows: Rows) -> Tensor:
@@ -60,25 +84,25 @@ def close(a: Tensor, b: Tensor) -> bool:
 # The table
 
 
-@EVERY
+@WITHOUT_OWN
 @given(rows=drawn_rows(), settings=SETTINGS)
-def test_value_is_its_formula_in_plain_numbers(name: str, rows: Rows, settings: dict) -> None:
+def test_value_is_its_formula_in_plain_numbers(name: Name, rows: Rows, settings: dict) -> None:
     """A loss without a formula in `tests/reference/loops.py` has to keep the other laws."""
-    if name not in loops.LOSSES:
+    if not loops.LOSSES.keys() >= {*parts_of(name)}:
         pytest.skip("no formula by loops")
-    objective = e3.ObjectiveConfig(loss=name, **settings)
+    objective = objective_of(name, **settings)
     draft = torch.softmax(rows.logits, -1)
     expected = []
     columns = [x.flatten(0, 1).tolist() for x in (rows.p_draft, rows.p_full, draft)]
     for p_draft, p_full, s in zip(*columns, strict=True):
-        expected.append(loops.LOSSES[name](p_draft, p_full, s, objective))
+        expected.append(loops.row_loss(p_draft, p_full, s, objective))
     found = find_loss(objective).value(*rows).flatten().tolist()
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@EVERY
+@WITHOUT_OWN
 @given(rows=drawn_rows(), settings=SETTINGS)
-def test_closed_form_is_the_value_and_its_gradient(name: str, rows: Rows, settings: dict) -> None:
+def test_closed_form_is_the_value_and_its_gradient(name: Name, rows: Rows, settings: dict) -> None:
     loss = loss_of(name, **settings)
     if loss.closed is None:
         pytest.skip("its gradient is the vjp of its value")
@@ -91,7 +115,7 @@ def test_closed_form_is_the_value_and_its_gradient(name: str, rows: Rows, settin
 
 @EVERY
 @given(rows=drawn_rows())
-def test_a_row_does_not_depend_on_the_others(name: str, rows: Rows) -> None:
+def test_a_row_does_not_depend_on_the_others(name: Name, rows: Rows) -> None:
     """Its value alone is its value among others, which get no gradient from it."""
     loss = loss_of(name)
     alone = Rows(*(x[1:, 2:] for x in rows))
@@ -103,7 +127,7 @@ def test_a_row_does_not_depend_on_the_others(name: str, rows: Rows) -> None:
 
 @EVERY
 @given(rows=drawn_rows(), shift=st.floats(-5, 5))
-def test_logits_of_one_softmax_have_one_value(name: str, rows: Rows, shift: float) -> None:
+def test_logits_of_one_softmax_have_one_value(name: Name, rows: Rows, shift: float) -> None:
     loss = loss_of(name)
     assert torch.allclose(loss.value(*rows), loss.value(rows.logits + shift, *rows[1:]), atol=1e-9)
     assert gradient_of(loss, rows).sum(-1).abs().max() < 1e-9
@@ -113,7 +137,7 @@ def test_logits_of_one_softmax_have_one_value(name: str, rows: Rows, shift: floa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(data=st.data())
 def test_extreme_logits_have_finite_values_and_gradients(
-    name: str, dtype: torch.dtype, data: st.DataObject
+    name: Name, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     """Probabilities of draft and teacher underflow to zero, at the same tokens or at others.
 
@@ -137,12 +161,30 @@ def test_extreme_logits_have_finite_values_and_gradients(
 
 
 @EVERY
-def test_settings_reach_the_losses_that_need_them(name: str) -> None:
+def test_settings_reach_the_losses_that_read_them(name: Name) -> None:
+    """And are refused where they would change nothing."""
     rows = rows_of(0, 5)
-    values = loss_of(name, kl_scale=0.9, kl_decay=2.0).value(*rows)
-    for changed in ({"kl_scale": 0.3, "kl_decay": 2.0}, {"kl_scale": 0.9, "kl_decay": 1.0}):
-        same = torch.equal(values, loss_of(name, **changed).value(*rows))
-        assert same == ("kl_scale" not in LOSSES[name].needs)
+    values = loss_of(name).value(*rows)
+    for setting, changed in (("kl_scale", 0.3), ("kl_decay", 1.0)):
+        objective = replace(e3.ObjectiveConfig(loss=name), **{setting: changed})
+        if "lk" in parts_of(name):
+            assert not torch.equal(values, find_loss(objective).value(*rows))
+            continue
+        message = (
+            rf"objective\.{setting} = .*: objective\.loss = .* does not read it; leave it out,"
+        )
+        with pytest.raises(e3.UserError, match=message + r" or set objective\.loss = 'lk'"):
+            find_loss(objective)
+
+
+def test_settings_that_a_given_loss_does_not_read_are_refused() -> None:
+    """A user's own `RowLoss` may read any setting, whatever the loss that is named."""
+    objective = e3.ObjectiveConfig(kl_scale=0.5)
+    scaled = RowLoss(lambda logits, scale: scale * logits.sum(-1), needs=("kl_scale",))
+    rows = rows_of(0, 5)
+    assert torch.equal(find_loss(objective, scaled).value(*rows), 0.5 * rows.logits.sum(-1))
+    with pytest.raises(e3.UserError, match=r"kl_scale = 0\.5: the loss that was given does not"):
+        find_loss(objective, own)
 
 
 def test_weight_of_lk_is_a_constant() -> None:
@@ -167,6 +209,115 @@ def test_nla_has_a_gradient_where_the_acceptance_rate_underflows() -> None:
     assert gradient.tolist() == [pytest.approx(-1.0, abs=1e-3), pytest.approx(1.0, abs=1e-3)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "apart", "alike"),
+    [("jsd", math.log(2), 0.0), ("tv", 1.0, 0.0), ("ce", 2e4, 0.0), ("kl", 2e4, 0.0)],
+)
+def test_limits_of_certain_drafts(
+    name: str, apart: float, alike: float, dtype: torch.dtype
+) -> None:
+    """Draft and teacher are each sure of one token, and all other probabilities underflow to 0."""
+    sure = torch.tensor([1e4, -1e4, -1e4], dtype=dtype)
+    loss = loss_of(name)
+    for logits, wanted in ((sure, alike), (sure.roll(1), apart)):
+        teacher = torch.softmax(sure, -1)
+        rows = Rows(logits, teacher, teacher)
+        assert float(loss.value(*rows)) == pytest.approx(wanted, rel=1e-6)
+        assert loss.closed is not None
+        value, gradient = loss.closed(logits, torch.softmax(logits, -1), *rows[1:])
+        assert float(value) == pytest.approx(wanted, rel=1e-6)
+
+        # Logits of the teacher's token up, of the draft's own down, where the loss has a slope.
+        slope = wanted != 0 and name in ("ce", "kl")
+        assert gradient.tolist() == [-1.0 * slope, 1.0 * slope, 0.0]
+
+
+def test_cross_entropy_takes_the_first_of_equal_tokens() -> None:
+    p_draft = torch.tensor([0.2, 0.4, 0.4])
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    loss = loss_of("ce")
+    wanted = -float(torch.log_softmax(logits, -1)[1])
+    assert float(loss.value(logits, p_draft, p_draft)) == pytest.approx(wanted)
+    assert loss.closed is not None
+    _, gradient = loss.closed(logits, torch.softmax(logits, -1), p_draft, p_draft)
+    assert gradient.sign().tolist() == [1, -1, 1]
+
+
+# Sums
+
+
+@given(
+    rows=drawn_rows(),
+    weights=st.dictionaries(st.sampled_from([*LOSSES, OWN]), st.floats(1e-3, 10), min_size=1),
+)
+def test_a_table_is_the_weighted_sum_of_its_losses(rows: Rows, weights: dict[str, float]) -> None:
+    """In any order of the table; its closed form exists if all parts have one."""
+    found = loss_of(Weights(weights))
+    wanted = sum(weight * loss_of(name).value(*rows) for name, weight in weights.items())
+    slope = sum(weight * gradient_of(loss_of(name), rows) for name, weight in weights.items())
+    assert torch.is_tensor(wanted) and torch.is_tensor(slope)
+    assert close(found.value(*rows), wanted)
+    assert close(gradient_of(found, rows), slope)
+
+    turned = e3.ObjectiveConfig(loss=dict(reversed(weights.items())))
+    assert torch.equal(find_loss(turned).value(*rows), found.value(*rows))
+    assert parts_of(turned.loss) == sorted(weights)
+    assert (found.closed is None) == (OWN in weights)
+    if found.closed:
+        values, gradient = found.closed(rows.logits, torch.softmax(rows.logits, -1), *rows[1:])
+        assert close(values, wanted)
+        assert close(gradient, slope)
+
+
+@EVERY
+def test_a_name_alone_with_weight_one_is_the_name(name: Name) -> None:
+    for part in parts_of(name):
+        alone = e3.ObjectiveConfig(loss={part: 1})
+        assert alone == e3.ObjectiveConfig(loss=part)
+        assert alone.loss == part
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({}, "loss = {}: names nothing; write a name"),
+        ({"kl": 0.0}, "loss: the weight of 'kl' is 0.0: must be a number above 0"),
+        ({"kl": -1.0, "tv": 1.0}, "loss: the weight of 'kl' is -1.0: must be"),
+        ({"kl": math.nan}, "loss: the weight of 'kl' is nan: must be"),
+        ({"kl": math.inf}, "loss: the weight of 'kl' is inf: must be"),
+        ({"kl": True}, "loss: the weight of 'kl' is True: must be"),
+        ({"kl": "x"}, "loss: the weight of 'kl' is 'x': must be"),
+        ({1: 0.5}, "loss = {1: 0.5}: must be a name, or a table of names"),
+        (3, "loss = 3: must be a name, or a table of names"),
+        ("{m:f = 1}", "loss = '{m:f = 1}': is no TOML table; write {name = 0.1"),
+        ({"kl": 0.5, "kls": 0.5}, "loss = 'kls': must be one of 'kl', 'rkl'"),
+        ({"kl": 0.5, "math:sqrt": 0.5}, "loss = 'math:sqrt': must be a function of (logits,"),
+        ({"kl": 0.5, "lk_alpha": 0.5}, "loss = 'lk_alpha': must be one of 'kl', 'rkl'"),
+    ],
+)
+def test_tables_of_no_loss_are_refused_in_one_line(loss: Any, message: str) -> None:
+    with pytest.raises(e3.UserError) as caught:
+        find_loss(e3.ObjectiveConfig(loss=loss))
+    assert f"objective.{message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_means_over_the_batch_are_refused_in_a_sum_and_with_settings_that_they_do_not_read() -> (
+    None
+):
+    config = make_config(loss={"kl": 0.5, "lk_alpha": 0.5})
+    with pytest.raises(
+        e3.UserError, match=r"objective\.loss\.lk_alpha: .* take one of 'kl', 'rkl'"
+    ):
+        check_loss(config, RECIPE.batch_means)
+
+    alpha = make_config(loss="lk_alpha", kl_scale=0.5)
+    with pytest.raises(e3.UserError, match=r"kl_scale = 0\.5: .*'lk_alpha' does not read it"):
+        check_loss(alpha, RECIPE.batch_means)
+    check_loss(make_config(loss="lk_lambda", kl_scale=0.5), RECIPE.batch_means)
+
+
 # One step's loss
 
 
@@ -174,7 +325,7 @@ def test_nla_has_a_gradient_where_the_acceptance_rate_underflows() -> None:
 @pytest.mark.parametrize("count", [None, torch.tensor(4.0)])
 @given(rows=drawn_rows(), mask=st.lists(st.integers(0, 2), min_size=6, max_size=6))
 def test_step_loss_is_the_sum_over_rows_with_a_mask(
-    name: str, count: Tensor | None, rows: Rows, mask: list[int]
+    name: Name, count: Tensor | None, rows: Rows, mask: list[int]
 ) -> None:
     loss = loss_of(name)
     counts = torch.tensor(mask).view(2, 3, 1)
@@ -187,7 +338,7 @@ def test_step_loss_is_the_sum_over_rows_with_a_mask(
 @EVERY
 @pytest.mark.parametrize("where", Rows._fields)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_row_without_mask_cannot_poison_the_step(name: str, where: str, bad: float) -> None:
+def test_a_row_without_mask_cannot_poison_the_step(name: Name, where: str, bad: float) -> None:
     """Loss and gradient are those of other numbers there, and its own gradient is exactly zero."""
     rows = rows_of(2, 5)
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]])[..., None]
@@ -219,7 +370,7 @@ def test_a_users_function_is_taken_where_a_name_is(numerics: Any, dtype: str) ->
     """Given to `bind`, as a `RowLoss` too, or named as "module:function"."""
     config = make_config(dtype, numerics=numerics)
     frozen = make_frozen(config)
-    named = replace(config.objective, loss="tests.model.test_losses:own")
+    named = replace(config.objective, loss=OWN)
     choices = [
         e3.bind(config, frozen, loss=own),
         e3.bind(config, frozen, loss=RowLoss(own)),
@@ -294,7 +445,7 @@ def test_pairs_that_do_not_count_cannot_poison_the_fast_numerics(monkeypatch) ->
 
 
 @EVERY
-def test_acceptance_rises_within_twelve_updates(name: str) -> None:
+def test_acceptance_rises_within_twelve_updates(name: Name) -> None:
     config = make_config(loss=name)
     config = replace(config, optimizer=e3.OptimizerConfig(learning_rate=0.03))
     fns = e3.bind(config, make_frozen(config))
@@ -319,7 +470,7 @@ def test_weights_out_of_range_are_refused_by_name(name: str, value: float) -> No
 
 @EVERY
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e6, -1e6])
-def test_common_part_of_the_logits_costs_no_accuracy(name: str, offset: float) -> None:
+def test_common_part_of_the_logits_costs_no_accuracy(name: Name, offset: float) -> None:
     """The logits are exact in fp32: only a difference of two large numbers would lose digits."""
     source = torch.Generator().manual_seed(0)
     logits = torch.randint(-64, 64, (50, 600), generator=source) / 16

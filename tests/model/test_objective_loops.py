@@ -16,7 +16,7 @@ from eagle3fn.testing.builders import (
     tiny_params,
     tiny_unaligned,
 )
-from eagle3fn.testing.strategies import VALUES, cases
+from eagle3fn.testing.strategies import LOSS_SUMS, VALUES, cases
 from tests.reference.loops import LOSSES, objective_by_loops
 
 
@@ -51,7 +51,7 @@ def check(case: Case, numerics: Any = "plain") -> None:
 
 @settings(max_examples=max(8, settings().max_examples // 8))  # loops over numbers are slow
 @given(
-    cases(dtype="float64", loss=st.sampled_from(list(LOSSES))),
+    cases(dtype="float64", loss=st.sampled_from([*LOSSES, *LOSS_SUMS])),
     st.sampled_from(["drawn", "full", "one", "empty"]),
 )
 def test_plain_numerics_equal_plain_loops(case: Case, mask: Any) -> None:
@@ -60,10 +60,10 @@ def test_plain_numerics_equal_plain_loops(case: Case, mask: Any) -> None:
     check(replace(case, mask=mask, lengths=lengths))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, *LOSS_SUMS], ids=str)
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("normalization", ["rows", "mask"])
-def test_fast_numerics_equal_plain_loops(normalization: Any, steps: int, loss: str) -> None:
+def test_fast_numerics_equal_plain_loops(normalization: Any, steps: int, loss: Any) -> None:
     case = Case(
         dtype="float64",
         steps=steps,

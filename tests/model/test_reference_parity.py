@@ -36,8 +36,8 @@ from eagle3fn.testing.builders import (
 from eagle3fn.testing.equivalence import assert_same
 from eagle3fn.testing.results import Result, differences
 from eagle3fn.testing.strategies import cases, drawn
-from eagle3fn.train.optimizer import cosine_schedule
 from eagle3fn.train.recipe import OURS, Recipe
+from eagle3fn.train.schedules import cosine
 from tests.factories import GATE
 from tests.reference import Metrics, Trainer, mask_counts
 from tests.reference import model as reference_model
@@ -237,7 +237,7 @@ def train_both(
     config = case.config(choice, total)
     frozen = on(device, tiny_frozen(case))
     params = on(device, tiny_params(case))
-    schedule = recursive_schedule if recursive else cosine_schedule
+    schedule = recursive_schedule if recursive else cosine
     functions = e3.bind(config, frozen, recipe=recipe_for(case)._replace(schedule=schedule))
     trainer = Trainer(config, reference_draft(case, device), frozen.target_head, recursive)
 

@@ -19,7 +19,7 @@ from eagle3fn.base.types import Params, VocabMap
 from eagle3fn.model import block_attention
 from eagle3fn.model.fast import FAST
 from eagle3fn.model.forward import forward
-from eagle3fn.model.losses import find_loss
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.model.plain import PLAIN, logits
 from eagle3fn.model.unroll import Ops, Rows, unroll
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params

@@ -16,7 +16,7 @@ The row is trained if the row mask is 1 at `t + i`. Its label is the target's di
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,25 @@ def acceptance(p_full: list[float], draft: list[float]) -> float:
     return sum(min(p, s) for p, s in zip(p_full, draft, strict=True))
 
 
+def jensen_shannon(p_draft: list[float], draft: list[float]) -> float:
+    """`½ Σ_v p(v) log(p(v) / m(v)) + ½ Σ_v s(v) log(s(v) / m(v))`, `m = (p + s) / 2`."""
+    total = 0.0
+    for p, s in zip(p_draft, draft, strict=True):
+        mean = (p + s) / 2
+        total += p * math.log(p / mean) / 2 + s * math.log(s / mean) / 2
+    return total
+
+
+def cross_entropy(p_draft: list[float], draft: list[float]) -> float:
+    """`-log s(v)` of the first `v` with the largest `p(v)`."""
+    return -math.log(draft[p_draft.index(max(p_draft))])
+
+
+def total_variation(p_draft: list[float], draft: list[float]) -> float:
+    """`½ Σ_v |p(v) - s(v)|`."""
+    return sum(abs(p - s) for p, s in zip(p_draft, draft, strict=True)) / 2
+
+
 def mixed(
     p_draft: list[float], p_full: list[float], draft: list[float], objective: ObjectiveConfig
 ) -> float:
@@ -74,9 +93,27 @@ LOSSES: dict[str, Callable[[list[float], list[float], list[float], ObjectiveConf
     "rkl": lambda p_draft, p_full, draft, objective: reverse_kl(p_draft, draft),
     "nla": lambda p_draft, p_full, draft, objective: -math.log(acceptance(p_full, draft)),
     "lk": mixed,
+    "jsd": lambda p_draft, p_full, draft, objective: jensen_shannon(p_draft, draft),
+    "ce": lambda p_draft, p_full, draft, objective: cross_entropy(p_draft, draft),
+    "tv": lambda p_draft, p_full, draft, objective: total_variation(p_draft, draft),
 }
 """A row's loss from its teacher over the draft vocabulary, the same tokens' probabilities under the
 full one, the draft's probabilities, and the settings."""
+
+
+def parts_of(objective: ObjectiveConfig) -> Mapping[str, float]:
+    """The names of `objective.loss` with their weights."""
+    return {objective.loss: 1.0} if isinstance(objective.loss, str) else objective.loss
+
+
+def row_loss(
+    p_draft: list[float], p_full: list[float], draft: list[float], objective: ObjectiveConfig
+) -> float:
+    """A row's loss: `Σ weight · loss` of what `objective.loss` names."""
+    total = 0.0
+    for name, weight in parts_of(objective).items():
+        total += weight * LOSSES[name](p_draft, p_full, draft, objective)
+    return total
 
 
 class Objective(NamedTuple):
@@ -94,7 +131,7 @@ def objective_by_loops(
 
     `L_i` is, over the rows of step `i`, by `objective.loss`:
 
-        one of `LOSSES`   Σ loss / n,  n = trained rows, at least 1, or `places` under "rows"
+        of `LOSSES`   Σ loss / n,  n = trained rows, at least 1, or `places` under "rows"
 
     or a mean over known rows, as SpecForge has two:
 
@@ -121,7 +158,7 @@ def objective_by_loops(
         count = places if objective.normalization == "rows" else max(sums.rows[i], 1)
         kl = sums.kl[i] / count
         known = max(sums.known[i], 1e-8)
-        if objective.loss in LOSSES:
+        if parts_of(objective).keys() <= LOSSES.keys():
             losses.append(sums.loss[i] / count)
         elif objective.loss == "lk_alpha":
             losses.append(-sums.log_accept[i] / known)
@@ -290,8 +327,8 @@ def add_rows(
             p_full = torch.softmax(target, 0)[kept].tolist()
             draft = torch.softmax(logits[i][t], 0).tolist()
             accept = acceptance(p_full, draft)
-            if objective.loss in LOSSES:
-                sums.loss[i] += LOSSES[objective.loss](p_draft, p_full, draft, objective)
+            if parts_of(objective).keys() <= LOSSES.keys():
+                sums.loss[i] += row_loss(p_draft, p_full, draft, objective)
             sums.kl[i] += kl(p_draft, draft)
             sums.accept[i] += accept
             sums.log_accept[i] += math.log(accept)

@@ -22,8 +22,8 @@ from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.strategies import drawn
-from eagle3fn.train.optimizer import cosine_schedule
 from eagle3fn.train.recipe import Recipe
+from eagle3fn.train.schedules import cosine
 from tests.factories import GATE
 from tests.specforge.helpers import level_on, recipe_at
 from tests.specforge.oracle_script import (
@@ -129,7 +129,7 @@ def test_another_schedule_or_accumulation_is_detected(
     commit: Oracle, script: Script, device: str
 ) -> None:
     """The control: the closed-form schedule and sums in fp32 are not SpecForge's."""
-    closed_form = recipe_at(level_on(device))._replace(schedule=cosine_schedule)
+    closed_form = recipe_at(level_on(device))._replace(schedule=cosine)
     with pytest.raises(AssertionError):
         train_both(commit, script, GATE, OPTIMIZER, 10, 2, device, closed_form)
 

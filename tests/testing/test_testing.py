@@ -19,6 +19,7 @@ from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn.base.types import Batch
+from eagle3fn.model.named_loss import find_loss
 from eagle3fn.testing import Case, Side, assert_case, assert_equivalent
 from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params, tiny_unaligned
 from eagle3fn.testing.results import (
@@ -28,7 +29,7 @@ from eagle3fn.testing.results import (
     ulps,
     ulps_at_largest,
 )
-from eagle3fn.testing.strategies import VALUES, cases, drawn, nth, simplest
+from eagle3fn.testing.strategies import LOSS_SUMS, VALUES, cases, drawn, nth, simplest
 from tests.tally import Tally
 
 MANY = settings(max_examples=200, derandomize=True, database=None, phases=tuple(Phase))
@@ -106,12 +107,21 @@ def test_a_new_value_leaves_the_other_fields_as_they_were(monkeypatch):
     monkeypatch.setitem(VALUES, "loss", (*VALUES["loss"], "new loss"))
     after = drawn(50, 3)
     assert "new loss" in {case.loss for case in after}
-    assert [replace(case, loss="kl") for case in after] == [
-        replace(case, loss="kl") for case in before
-    ]
+    same = {"loss": "kl", "kl_scale": 1.0, "kl_decay": 3.0}  # which depend on the loss
+    assert [replace(case, **same) for case in after] == [replace(case, **same) for case in before]
 
 
-@pytest.mark.parametrize("name", sorted(VALUES.keys() - {"hidden", "vocab", "draft_vocab"}))
+def test_settings_of_a_loss_are_drawn_where_it_reads_them() -> None:
+    """Elsewhere they would be refused; sums of losses are drawn too."""
+    scaled = set()
+    for case in drawn(400, 3):
+        find_loss(case.config().objective)
+        if case.kl_scale != Case.kl_scale:
+            scaled.add(case.loss)
+    assert scaled == {"lk", LOSS_SUMS[1]}
+
+
+@pytest.mark.parametrize("name", sorted(VALUES.keys() - {"hidden", "vocab", "draft_vocab", "loss"}))
 def test_a_pin_leaves_the_other_fields_as_they_were(name: str) -> None:
     """So a new field does too. Other fields depend on those left out."""
     pin = {name: getattr(Case(), name)}

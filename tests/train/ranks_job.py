@@ -28,6 +28,7 @@ from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model.table import Role
+from eagle3fn.testing.strategies import LOSS_SUMS
 from eagle3fn.train.checkpoint import load_checkpoint, save_checkpoint
 from eagle3fn.train.finite import watched
 from eagle3fn.train.held_out import evaluate_held_out
@@ -94,6 +95,14 @@ def every_optimizer_has_the_bits_of_one_process(mesh: DeviceMesh, world: World) 
         for donate in (False, True):
             state, _ = train(config, mesh, donate=donate)
             assert equal(state, whole), (config.optimizer.name, donate, gap(state, whole))
+
+
+def losses_and_sums_have_the_bits_of_one_process(mesh: DeviceMesh, world: World) -> None:
+    for loss in ("jsd", *LOSS_SUMS):
+        config = uneven_config("tree", loss=loss)
+        whole, _ = alone(config)
+        state, _ = train(config, mesh)
+        assert equal(state, whole), (loss, gap(state, whole))
 
 
 def each_whole_leaf_is_computed_by_one_rank(mesh: DeviceMesh, world: World) -> None:
@@ -353,7 +362,7 @@ def what_does_not_fit_is_refused(mesh: DeviceMesh, world: World) -> None:
     uncounted = own[0]._replace(row_counts=None)
     refused(lambda: fns.step(state, own[: 1 + world.rank]), "give every rank as many")
     refused(lambda: fns.step(state, uncounted), "batch.row_counts is missing")
-    means = OURS._replace(batch_means=frozenset({"kl"}))
+    means = OURS._replace(batch_means={"kl": ()})
     refused(
         lambda: e3.step(state, own[0], config=config, frozen=frozen, mesh=mesh, recipe=means),
         f"on {mesh.size()} ranks under",
@@ -441,6 +450,7 @@ CHECKS: list[tuple[Check, tuple[int, ...]]] = [
     (any_split_is_near_another, (2,)),
     (tree_reduction_has_the_bits_of_one_process, (1, 2, 4)),
     (every_optimizer_has_the_bits_of_one_process, (1, 2, 4)),
+    (losses_and_sums_have_the_bits_of_one_process, (2,)),
     (each_whole_leaf_is_computed_by_one_rank, (1, 2, 3, 4)),
     (own_optimizer_may_have_leaves_without_axes, (2,)),
     (state_that_one_rank_makes_infinite_is_seen_by_all, (2, 3)),

@@ -140,6 +140,7 @@ def test_setting_that_the_checkpoint_does_not_have_has_its_default(saved):
     """So a new switch of the draft does not keep a run from being resumed."""
     config = json.loads((saved.path / "meta.json").read_text())["config"]
     assert config["draft"].pop("rms_norm_eps") == 1e-6
+    assert len(config["optimizer"].pop("decay_roles")) == 5
     rewrite_meta(saved.path, config=config)
     found = load_checkpoint(saved.path, other_state(saved.config), saved.config, DATA)
     assert equal(found.state, saved.state)

@@ -1,16 +1,19 @@
-"""Every optimizer of the table under the same laws; AdamW and Muon beside torch's; schedules."""
+"""Every optimizer of the table under the same laws; AdamW, Muon and SGD beside torch's, Lion by its
+formula.
+"""
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eagle3fn as e3
-from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.base.config import READERS, OptimizerConfig, Role
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Params, TrainState
 from eagle3fn.model.table import roles
@@ -21,8 +24,9 @@ from eagle3fn.train.optimizer import (
     Optimizer,
     UpdateInfo,
     adamw,
-    cosine_schedule,
+    lion,
     muon,
+    sgd,
 )
 from eagle3fn.train.orthogonal import newton_schulz
 from eagle3fn.train.shard import empty_state, on_whole
@@ -107,8 +111,9 @@ def test_loss_falls(name: str) -> None:
     state = fns.init_state(fns.init(0))
     batch = make_batch(0, (9, 7))
     losses = []
+    rate = {"sgd": 0.3, "lion": 3e-3}.get(name)
     for _ in range(12):
-        state, metrics = fns.step(state, batch)
+        state, metrics = fns.step(state, batch, rate=rate)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.9 * losses[0]
 
@@ -133,26 +138,94 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
             r"matrix_factor = 3\.0: optimizer\.name = 'adamw' does not read it",
         ),
         ({"momentum": 0.9}, r"momentum = 0\.9: optimizer\.name = 'adamw' does not read it; leave"),
+        (
+            {"name": "lion", "eps": 1e-6},
+            r"eps = 1e-06: optimizer\.name = 'lion' does not read it; leave it out, or set "
+            r"optimizer\.name = 'adamw' or 'muon'",
+        ),
+        ({"name": "sgd", "beta1": 0.5}, r"beta1 = 0\.5: optimizer\.name = 'sgd' does not read it"),
+        (
+            {"cooldown_ratio": 0.5},
+            r"cooldown_ratio = 0\.5: optimizer\.schedule = 'cosine' does not read it; leave it out"
+            r", or set optimizer\.schedule = 'wsd'",
+        ),
+        (
+            {"schedule": "wsd", "warmup_ratio": 0.5, "cooldown_ratio": 0.6},
+            r"cooldown_ratio = 0\.6: must be at most 1 - optimizer\.warmup_ratio = 0\.5",
+        ),
+        ({"schedule": "wsd", "cooldown_ratio": 0.0}, r"cooldown_ratio = 0\.0: must be above 0"),
+        (
+            {"weight_decay": 0.1, "decay_roles": ()},
+            r"decay_roles = \(\): must be one or several of",
+        ),
+        (
+            {"weight_decay": 0.1, "decay_roles": ("norms",)},
+            r"decay_roles = \('norms',\): must be one or several of 'attention', 'matrix'",
+        ),
+        ({"weight_decay": 0.1, "decay_roles": "norm"}, r"decay_roles = 'norm': must be one or"),
+        (
+            {"decay_roles": ("norm",)},
+            r"decay_roles = \('norm',\): nothing decays with optimizer\.weight_decay = 0; leave",
+        ),
         ({"name": "muon", "momentum": 1.0}, r"momentum = 1\.0: must be in \[0, 1\)"),
         ({"name": "muon", "matrix_factor": 0.0}, r"matrix_factor = 0\.0: must be above 0"),
         ({"name": "muon", "matrix_factor": torch.inf}, r"matrix_factor = inf: must be .*finite"),
     ],
 )
-def test_settings_of_muon_are_checked(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(e3.UserError, match=rf"optimizer\.{message}"):
         OptimizerConfig(**settings)
 
 
-def test_every_setting_of_muon_is_read() -> None:
-    """And by a user's own optimizer any may be."""
-    OptimizerConfig(name="module:function", momentum=0.5, matrix_factor=2.0)
-    states = []
-    for own in ({}, {"momentum": 0.9}, {"matrix_factor": 3.0}, {"beta1": 0.5}, {"eps": 0.1}):
-        config = settings("muon")
-        config = replace(config, optimizer=replace(config.optimizer, **own))
-        states.append(updated(first_state(config), config, 2).masters)
-    for number, state in enumerate(states):
-        assert not any(equal(state, other) for other in states[:number])
+CHANGED: dict[str, Any] = {
+    "beta1": 0.5,
+    "beta2": 0.9,
+    "eps": 0.1,
+    "momentum": 0.5,
+    "matrices": "all",
+    "matrix_factor": 3.0,
+}
+"""Another value of every setting that some optimizers do not read."""
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_settings_of_an_optimizer_are_those_that_the_table_says(name: str) -> None:
+    """What it reads changes the update, the rest is refused; a user's own may read any."""
+    assert {setting for setting, row in READERS.items() if row.choice == "name"} == {*CHANGED}
+    config = settings(name)
+    expected = updated(first_state(config), config, 2).masters
+    for setting, value in CHANGED.items():
+        OptimizerConfig(**{"name": "module:function", setting: value})
+        if name not in READERS[setting].values:
+            with pytest.raises(e3.UserError, match=rf"optimizer\.{setting} = .*does not read it"):
+                replace(config.optimizer, **{setting: value})
+            continue
+        changed = replace(config, optimizer=replace(config.optimizer, **{setting: value}))
+        assert not equal(updated(first_state(changed), changed, 2).masters, expected), setting
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("role", get_args(Role))
+def test_weight_decay_applies_to_the_roles_that_are_named(role: Role, name: str) -> None:
+    """A leaf of the role has the bits of decay for all, every other leaf those of none."""
+    draft = replace(make_config().draft, target_hidden_size=8)  # it has an embedding of its own
+    params = e3.init_params(draft, 0, torch.float32)
+    grads = e3.init_params(draft, 1, torch.float32)
+    kinds = roles(draft)
+    assert {*kinds.values()} == {*get_args(Role)}
+    leaves = {leaf: Leaf(kinds[leaf], tuple(value.shape)) for leaf, value in params.items()}
+    info = info_of(params)._replace(leaves=leaves)
+    info = info._replace(on_whole=partial(on_whole, leaves=leaves, mesh=None))
+
+    after = []
+    without = OptimizerConfig(name=name, learning_rate=1e-2)
+    decayed = replace(without, weight_decay=0.5)
+    for choice in (without, decayed, replace(decayed, decay_roles=(role,))):
+        optimizer = OPTIMIZERS[name](choice)
+        after.append(optimizer.update(grads, optimizer.init(params, kinds), params, info)[0])
+    for leaf, kind in kinds.items():
+        assert not torch.equal(after[0][leaf], after[1][leaf])
+        assert torch.equal(after[2][leaf], after[kind == role][leaf]), leaf
 
 
 # A user's own.
@@ -249,6 +322,68 @@ def test_adamw_calls_the_list_operations_of_torch_adamw(decay: float, donate: bo
         assert torch.equal(state.nu["a"], reference.state[reference_leaf]["exp_avg_sq"])
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("donate", [False, True])
+def test_sgd_has_the_bits_and_list_operations_of_torch_sgd(
+    decay: float, donate: bool, momentum: float
+) -> None:
+    config = OptimizerConfig("sgd", learning_rate=1e-2, weight_decay=decay, momentum=momentum)
+    optimizer = sgd(config)
+    torch.manual_seed(0)
+    leaf = torch.randn(6, 4)
+    reference = torch.optim.SGD(
+        [leaf.clone()], lr=1e-2, momentum=momentum, weight_decay=decay, foreach=True
+    )
+    (reference_leaf,) = reference.param_groups[0]["params"]
+
+    masters = {"a": leaf.clone()}
+    state = optimizer.init(masters, {})
+    assert bool(state) == bool(momentum)
+    for step in range(3):
+        grads = {"a": torch.randn(6, 4)}
+        reference_leaf.grad = grads["a"].clone()
+        with ListOperations() as expected:
+            reference.step()
+        with ListOperations() as found:
+            masters, state = optimizer.update(grads, state, masters, info_of(masters, step, donate))
+
+        assert torch.equal(masters["a"], reference_leaf)
+        if step:  # torch's first sum is the gradient itself
+            assert found.calls == expected.calls
+        if momentum:
+            assert torch.equal(state["a"], reference.state[reference_leaf]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("donate", [False, True])
+def test_lion_is_its_formula_entry_by_entry(decay: float, donate: bool) -> None:
+    """Beside plain numbers, in fp64: the sign of `β m + (1 - β) g`, then the running mean."""
+    config = OptimizerConfig(
+        name="lion", learning_rate=1e-2, weight_decay=decay, beta1=0.8, momentum=0.9
+    )
+    optimizer = lion(config)
+    source = torch.Generator().manual_seed(0)
+    params = {"a": torch.randn(5, 3, generator=source, dtype=torch.float64)}
+    state = optimizer.init(params, {})
+    numbers = params["a"].flatten().tolist()
+    means = [0.0] * len(numbers)
+    for step in range(4):
+        grads = {"a": torch.randn(5, 3, generator=source, dtype=torch.float64)}
+        params, state = optimizer.update(grads, state, params, info_of(params, step, donate))
+        for i, g in enumerate(grads["a"].flatten().tolist()):
+            direction = 0.8 * means[i] + 0.2 * g
+            numbers[i] = numbers[i] * (1 - 1e-2 * decay) - 1e-2 * math.copysign(1.0, direction)
+            means[i] += 0.1 * (g - means[i])
+        assert params["a"].flatten().tolist() == pytest.approx(numbers, rel=1e-13)
+        assert state["a"].flatten().tolist() == pytest.approx(means, rel=1e-13)
+
+    # An entry that never had a gradient stays where it is.
+    none = {"a": torch.zeros(2, 2)}
+    after, _ = lion(replace(config, weight_decay=0.0)).update(none, none, none, info_of(none))
+    assert after["a"].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
 def test_muon_has_the_bits_of_torch_muon(shape: tuple[int, int], donate: bool) -> None:
@@ -286,25 +421,6 @@ def test_muon_has_the_bits_of_torch_muon(shape: tuple[int, int], donate: bool) -
             state.momentum["a"], reference.state[reference_matrix]["momentum_buffer"]
         )
         assert torch.equal(params["b"], rest_vector["b"])
-
-
-# Schedules.
-
-
-def test_cosine_schedule_rises_linearly_and_falls_to_zero():
-    """Ten steps, two of them the warm-up: rate(n) = (1 + cos(π · (n - 2) / 8)) / 2 after it."""
-    config = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.2)
-    rate = cosine_schedule(config, 10)
-    assert [rate(0), rate(1), rate(2)] == [0.5, 1.0, 1.0]
-    assert rate(6) == pytest.approx(0.5)
-    assert rate(10) == rate(99) == 0.0
-
-
-def test_schedule_steps_replace_the_runs_number_of_steps():
-    short = OptimizerConfig(warmup_ratio=0.2, schedule_steps=10)
-    whole = OptimizerConfig(warmup_ratio=0.2)
-    rates = [cosine_schedule(short, 25)(step) for step in range(25)]
-    assert rates == [cosine_schedule(whole, 10)(step) for step in range(25)]
 
 
 @pytest.mark.parametrize(("matrices", "own"), [("attention", 4), ("all", 8)])

@@ -1,0 +1,152 @@
+"""Every schedule of the table: laws, values, and a user's own by name."""
+
+import doctest
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import eagle3fn as e3
+from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.train import schedules
+from eagle3fn.train.recipe import OURS, check_schedule
+from eagle3fn.train.schedules import SCHEDULES, Schedule, named_schedule
+from tests.factories import make_batch, make_config, make_frozen
+
+EVERY = pytest.mark.parametrize("name", SCHEDULES)
+AT_THE_END = {"cosine": 0.0, "linear": 0.0, "constant": 1.0, "wsd": 0.0}
+"""The share of the base from the last step on."""
+
+
+def settings(name: str, **others: Any) -> OptimizerConfig:
+    return OptimizerConfig(schedule=name, learning_rate=1.0, **others)
+
+
+def rates_of(config: OptimizerConfig, total: int, count: int) -> list[float]:
+    rate = named_schedule(config, total)
+    return [rate(step) for step in range(count)]
+
+
+def test_values_in_the_docstrings() -> None:
+    result = doctest.testmod(schedules)
+    assert result.attempted >= 2 * len(SCHEDULES)
+    assert result.failed == 0
+
+
+@EVERY
+@given(total=st.integers(1, 60), warmup=st.floats(0, 0.9), cooldown=st.floats(0.01, 1.0))
+def test_a_rate_rises_to_the_base_then_never_rises(
+    name: str, total: int, warmup: float, cooldown: float
+) -> None:
+    """Also at one and two steps, and without a warm-up; from the last step on it is constant."""
+    assume(warmup + cooldown <= 1)
+    others = {"cooldown_ratio": cooldown} if name == "wsd" else {}
+    rates = rates_of(settings(name, warmup_ratio=warmup, **others), total, total + 3)
+    rising = int(warmup * total)
+    assert rates[:rising] == [(step + 1) / rising for step in range(rising)]
+    assert rates[rising] == 1.0 or name == "wsd"
+    assert all(0 < rate <= 1 for rate in rates[:total])
+    assert all(rates[step] >= rates[step + 1] for step in range(rising, total + 2))
+    assert rates[total:] == [AT_THE_END[name]] * 3
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("total", "wanted"),
+    [
+        (1, {"cosine": [1.0], "linear": [1.0], "constant": [1.0], "wsd": [1.0]}),
+        (
+            2,
+            {
+                "cosine": [1.0, 0.5],
+                "linear": [1.0, 0.5],
+                "constant": [1.0, 1.0],
+                "wsd": [1.0, 1.0],
+            },
+        ),
+    ],
+)
+def test_runs_of_one_and_two_steps(total: int, wanted: dict[str, list[float]], name: str) -> None:
+    found = rates_of(settings(name, warmup_ratio=0.0), total, total)
+    assert found == pytest.approx(wanted[name])
+    assert wanted.keys() == SCHEDULES.keys()
+
+
+@EVERY
+def test_schedule_steps_replace_the_runs_number_of_steps(name: str) -> None:
+    short = settings(name, warmup_ratio=0.2, schedule_steps=10)
+    whole = settings(name, warmup_ratio=0.2)
+    assert rates_of(short, 25, 25) == rates_of(whole, 10, 25)
+    with pytest.raises(e3.UserError, match=r"train\.steps = 0: .* at least 1 step"):
+        named_schedule(whole, 0)
+
+
+def test_wsd_with_a_cooldown_of_all_steps_is_linear() -> None:
+    whole = settings("wsd", warmup_ratio=0.0, cooldown_ratio=1.0)
+    assert rates_of(whole, 7, 9) == pytest.approx(
+        rates_of(settings("linear", warmup_ratio=0.0), 7, 9)
+    )
+
+
+@EVERY
+def test_the_named_schedule_gives_the_rates_of_a_run(name: str) -> None:
+    config = make_config()
+    choice = settings(name, warmup_ratio=0.3)
+    config = replace(config, optimizer=choice, train=replace(config.train, steps=5))
+    fns = e3.bind(config, make_frozen(config))
+    state = fns.init_state(fns.init(0))
+    found = []
+    for step in range(5):
+        state, metrics = fns.step(state, make_batch(step, (5, 4)))
+        found.append(metrics["learning_rate"])
+    assert found == rates_of(choice, 5, 5)
+
+
+# A user's own.
+
+
+def halving(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """Half the rate of the step before."""
+    return lambda step: config.learning_rate / 2**step
+
+
+def no_function(config: OptimizerConfig, total_steps: int) -> float:
+    return config.learning_rate / total_steps
+
+
+def failing(config: OptimizerConfig, total_steps: int) -> Schedule:
+    raise KeyError("no rate")
+
+
+def test_own_schedule_is_taken_by_name() -> None:
+    assert rates_of(settings(f"{__name__}:halving"), 9, 3) == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cosin", r"must be one of 'cosine', 'linear', 'constant', 'wsd', or a function as"),
+        ("no_such_module:f", "cannot be imported"),
+        ("math:sqrt", r"must be a function of \(config, total_steps\)"),
+        (f"{__name__}:no_function", r"the function returned float; it must take"),
+        (f"{__name__}:failing", r"the function raised KeyError: 'no rate'; it must take"),
+    ],
+)
+def test_what_is_no_schedule_is_refused_before_any_work(name: str, message: str) -> None:
+    """By `bind`, also where the number of steps is not chosen yet."""
+    config = make_config()
+    config = replace(config, optimizer=settings(name), train=replace(config.train, steps=0))
+    with pytest.raises(e3.UserError, match=rf"optimizer\.schedule = '{name}': .*{message}"):
+        e3.bind(config, make_frozen(config))
+
+
+def test_a_recipe_with_a_schedule_refuses_another_one() -> None:
+    config = replace(make_config(), optimizer=settings("linear"))
+    recipe = OURS._replace(name="mine", schedule=halving)
+    with pytest.raises(
+        e3.UserError, match=r"schedule = 'linear': the recipe 'mine' has a schedule"
+    ):
+        check_schedule(config, recipe)
+    check_schedule(replace(config, optimizer=settings("cosine")), recipe)
