@@ -17,8 +17,8 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.cli import main
 from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
+from eagle3fn.train.foreign_drafts import read_foreign
 from eagle3fn.use.export import load_draft
-from eagle3fn.use.foreign_drafts import read_foreign
 from eagle3fn.use.layouts import speculators_keys
 from tests.factories import tiny_model
 
