@@ -183,8 +183,10 @@ def _of_source(options: Any, named: dict[str, Any]) -> dict[str, dict[str, Any]]
     from eagle3fn.train.branch import branch_settings
 
     settings = branch_settings(options.source)
+    start = settings["train"]["init"]  # no start is read: it stays what it was
     for section, values in SETTINGS.items() if options.recipe else ():
         settings[section] = settings[section] | values
+    settings["train"]["init"] = start
     if options.minutes is not None or "epochs" in named.get("train", {}):
         del settings["train"]["steps"]
     return settings
