@@ -181,7 +181,8 @@ def _begun(path: Path) -> Horizon | None:
     if not os.path.lexists(path):
         return None
     found = read_object(path)
-    kept = {name: found[name] for name in Horizon._fields if name in found}
+    kept: dict[str, Any] = {"chosen_by": ""}
+    kept |= {name: found[name] for name in Horizon._fields if name in found}
     for name, (good, words) in _KINDS.items():
         value = kept.get(name, Horizon._field_defaults.get(name, ""))
         if not good(value):
@@ -189,7 +190,7 @@ def _begun(path: Path) -> Horizon | None:
                 f"{path}: {name} = {printable(repr(value))}: must be {words}; delete it, or train "
                 "into another folder"
             )
-    return Horizon(**({"chosen_by": ""} | kept))
+    return Horizon(**kept)
 
 
 def _is_steps(value: Any) -> bool:
