@@ -285,6 +285,12 @@ def _add_training_commands(command: Command) -> None:
     sub.add_argument(
         "--out", required=True, help="run folder; the best draft is exported to OUT/draft"
     )
+    sub.add_argument(
+        "--from",
+        dest="source",
+        metavar="CHECKPOINT",
+        help="go on in a new folder from another run: one of its checkpoints, or its folder",
+    )
     _add_settings(sub)
     sub.add_argument(
         "--recipe",

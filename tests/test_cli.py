@@ -207,7 +207,7 @@ def test_the_draft_of_a_run_has_a_card_of_its_data(work):
     [
         ({"rope_theta": 5e5, "rope_parameters": None}, "its rope_theta is 500000.0"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5], "eagle_config": None}, "its aux_layers"),
-        (None, "'random', or the folder of an exported draft"),
+        (None, "'random', or the folder of a draft"),
     ],
 )
 def test_another_draft_is_no_start(work, tmp_path, change, text, capsys):
@@ -254,7 +254,7 @@ def test_minutes_choose_the_number_of_steps_once(work, tmp_path):
     steps = json.loads((out / "horizon.json").read_text())["steps"]
     assert steps == len(rows(out / "metrics.jsonl")) >= 1
 
-    assert train(work, out, "--minutes", 5, steps=0) == 0
+    assert train(work, out, "--minutes", 0.01, steps=0) == 0
     assert json.loads((out / "horizon.json").read_text())["steps"] == steps
 
 
@@ -561,7 +561,7 @@ def test_refused_call_leaves_the_run_as_it_was(work, tmp_path, capsys):
     expect_refusal(capsys, train(work, out, *other_rate), "learning_rate")
     expect_refusal(capsys, train(work, out, steps=5), "train.steps")
     expect_refusal(capsys, train(work, out, "--minutes", 3), "--minutes")
-    expect_refusal(capsys, train(work, out, steps=0), "chosen by steps")
+    expect_refusal(capsys, train(work, out, "--minutes", 3, steps=0), "chosen by steps")
     for name, content in before.items():
         assert (out / name).read_bytes() == content, name
 

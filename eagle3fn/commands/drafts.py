@@ -92,8 +92,8 @@ def _convert_draft(options: Any) -> None:
     import torch
 
     from eagle3fn.base.types import Frozen
+    from eagle3fn.train.foreign_drafts import read_foreign
     from eagle3fn.use.export import check_out_draft, export
-    from eagle3fn.use.foreign_drafts import read_foreign
     from eagle3fn.use.model_card import read_facts
 
     check_out_draft(options.out)

@@ -21,7 +21,6 @@ def train(options: Any) -> int | None:
 
     from eagle3fn.base.device import check_device
     from eagle3fn.base.launch import ranks
-    from eagle3fn.base.places import check_out_folder
     from eagle3fn.base.signals import received
     from eagle3fn.base.thread_timing import large_products
     from eagle3fn.base.threads import take_threads
@@ -37,7 +36,7 @@ def train(options: Any) -> int | None:
     from eagle3fn.use.model_card import facts_of
     from eagle3fn.use.publish import check_published, run_events
 
-    check_out_folder(options.out)
+    _check_folders(options)
     recipe = RECIPES[options.recipe] if options.recipe else OURS
     overrides = list(options.set)
     if options.on_nonfinite:
@@ -66,13 +65,14 @@ def train(options: Any) -> int | None:
         if world.main:
             say(line)
 
-        # A draft to start from, unless the run goes on; then features, map and target, which must
-        # belong together.
+        # Features, map and target, which must belong together; a draft to start from, unless the
+        # run goes on.
         layers = tree["num_hidden_layers"]
-        _check_start(options, config, layers)
         vocab_map, tensors = _read_matching(options, config, features, layers)
+        start = _check_start(options, config, layers, vocab_map)
         if world.main:
             say(said)
+            say(start)
             found = measure_agreement(features, tensors.head)
             say(foreign_note(found, options.target, "CONVERSATIONS.jsonl"))
 
@@ -86,6 +86,7 @@ def train(options: Any) -> int | None:
             events=run_events(options.out, config, layers, facts_of(features, options.target)),
             world=world,
             recipe=recipe,
+            source=options.source,
         )
         if world.main:
             progress.close()
@@ -93,6 +94,15 @@ def train(options: Any) -> int | None:
 
         # Ctrl-C ends a script that calls this too; SIGTERM, which saved as well, is a good end.
         return 128 + signal.SIGINT if received() == signal.SIGINT else None
+
+
+def _check_folders(options: Any) -> None:
+    """Refuse a place for the run that is none, or the run's that it is to go on from."""
+    from eagle3fn.base.places import check_apart, check_out_folder
+
+    check_out_folder(options.out)
+    if options.source:
+        check_apart({"--out": options.out}, {"--from": options.source})
 
 
 def _read_matching(
@@ -140,7 +150,10 @@ def _named(options: Any, overrides: list[str]) -> dict[str, Any]:
 def _unnamed(
     options: Any, named: dict[str, Any], draft: "DraftConfig", samples: int, device: str
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Values for the settings that nobody names, by section, and a text of where they are from."""
+    """Values for the settings that nobody names, by section, and a text of where they are from.
+
+    A run that goes on has those it began with; a recipe's own come next, then chosen ones.
+    """
     from eagle3fn.specforge.recipes import SETTINGS
     from eagle3fn.train.defaults import (
         begun_settings,
@@ -150,13 +163,33 @@ def _unnamed(
         not_named,
     )
 
-    if options.recipe:
-        return SETTINGS, ""
     begun = begun_settings(options.out)
     if begun is not None:
         return begun, f"settings that are not named: as the run began, {options.out}/config.toml"
+    if options.source:
+        return _of_source(options, named), f"settings that are not named: those of {options.source}"
+    if options.recipe:
+        return SETTINGS, ""
     chosen = not_named(chosen_defaults(draft, samples, device), named)
     return by_section(chosen), describe(chosen)
+
+
+def _of_source(options: Any, named: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of the checkpoint that `--from` names, with a recipe's own over them.
+
+    Its number of steps too, unless another way to choose it is named.
+    """
+    from eagle3fn.specforge.recipes import SETTINGS
+    from eagle3fn.train.branch import branch_settings
+
+    settings = branch_settings(options.source)
+    start = settings["train"]["init"]  # no start is read: it stays what it was
+    for section, values in SETTINGS.items() if options.recipe else ():
+        settings[section] = settings[section] | values
+    settings["train"]["init"] = start
+    if options.minutes is not None or "epochs" in named.get("train", {}):
+        del settings["train"]["steps"]
+    return settings
 
 
 def _config(
@@ -187,13 +220,14 @@ def _config(
     return config
 
 
-def _check_start(options: Any, config: "Config", target_layers: int) -> None:
-    """Refuse a draft to start from that is not the run's; a run that goes on needs none."""
+def _check_start(options: Any, config: "Config", target_layers: int, vocab_map: "VocabMap") -> str:
+    """A line on the draft to start from, which must be the run's; a run that goes on needs none."""
     from eagle3fn.train.defaults import begun_settings
-    from eagle3fn.train.drafts import check_start
+    from eagle3fn.train.warm_start import check_start
 
-    if begun_settings(options.out) is None:
-        check_start(config, target_layers)
+    if options.source or begun_settings(options.out) is not None:
+        return ""
+    return check_start(config, target_layers, vocab_map)
 
 
 def plan(options: Any) -> None:

@@ -29,9 +29,9 @@ from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.pipeline import epoch_order
 from eagle3fn.model.table import TABLE, weights
 from eagle3fn.specforge.arithmetic import BATCH_MEANS, forward_loss
-from eagle3fn.train.drafts import start_from_draft
 from eagle3fn.train.recipe import Recipe
 from eagle3fn.train.schedules import Schedule, schedule_span
+from eagle3fn.train.warm_start import start_from_draft
 
 NAME = "specforge"
 SETTINGS: dict[str, dict[str, Any]] = {

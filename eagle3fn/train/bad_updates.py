@@ -113,7 +113,7 @@ def _named(run: Run, found: torch.Tensor) -> str:
 
 
 def _samples(run: Run, number: int) -> str:
-    chosen = run.recipe.order(len(run.train), run.config, number - 1)
+    chosen = run.recipe.order(len(run.train), run.config, number - 1 + run.shift)
     return ", ".join(str(run.features.samples[run.train[i]]["id"]) for i in chosen)
 
 

@@ -7,17 +7,15 @@ temporary folder, which rank 0 renames when every file is on the disk.
 """
 
 import base64
-import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +33,7 @@ from eagle3fn.base.places import check_out_folder, check_own_folder, other_than
 from eagle3fn.base.temporary import clear_in
 from eagle3fn.base.tree import like, named_leaves
 from eagle3fn.base.types import TrainState
+from eagle3fn.train.changes import Change, changes_since, refuse_in_place
 from eagle3fn.train.checkpoint_meta import (
     META,
     SCHEMA,
@@ -49,23 +48,17 @@ from eagle3fn.train.stored_state import METADATA, read_leaves
 
 DRAFT = "draft.safetensors"
 
-# Settings that do not touch the bits: a resumed run may change them.
-MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite", "data.prefetch"}
-# Settings of older checkpoints: what they are named now, and those that now always have this value.
-RENAMED = {"optimizer.horizon": "optimizer.schedule_steps"}
-GONE = {"data.mask_alignment": "serving", "data.order": "shuffled"}
-
 _NAME = "step-" + "[0-9]" * 8  # of a checkpoint's folder
 _STORED = re.compile(r"__\d+_\d+\.distcp")  # what torch writes of a rank's leaves
-_ELSEWHERE = "train into another folder"
 
 
 class Resumed(NamedTuple):
-    """A checkpoint's state and the small values saved with it."""
+    """A checkpoint's state, the small values saved with it, and what has changed since."""
 
     state: TrainState
     extra: dict[str, Any]
     rng: torch.Tensor  # of torch's default generator on rank 0, uint8
+    changes: list[Change]
 
 
 def save_checkpoint(
@@ -76,11 +69,12 @@ def save_checkpoint(
     extra: dict[str, Any],
     keep: int,
     world: World = World(),  # noqa: B008
+    shift: int = 0,
 ) -> Path:
     """Write `folder/step-NNNNNNNN/` and delete all but the `keep` newest; every rank calls it.
 
     `data` are the hashes of what the run reads, `extra` is what else a resumed run needs, such as
-    the best value.
+    the best value. `shift` is `Run.shift`: the cursor counts the samples of the run's own data.
 
     Raises:
         UserError: not written, such as for want of room; on every rank. The older checkpoints are
@@ -113,7 +107,7 @@ def save_checkpoint(
                 for part in written:
                     files |= part
                 random = bytes(torch.get_rng_state().tolist())
-                samples = step * config.data.global_batch
+                samples = (step + shift) * config.data.global_batch
                 meta = {
                     "schema": SCHEMA,
                     "cursor": {"step": step, "samples": samples, "seed": config.train.seed},
@@ -216,33 +210,24 @@ def load_checkpoint(
     config: Config,
     data: dict[str, str],
     world: World = World(),  # noqa: B008
+    refuse: Callable[[Path, list[Change]], None] = refuse_in_place,
 ) -> Resumed:
     """Read a checkpoint into the leaves of `into`, shaped and placed as these, whatever ranks it
     was written on.
 
+    `refuse` raises for what may not have changed since: `refuse_in_place` for a run that goes on as
+    it began, `changes.refuse_elsewhere` for one that goes on in a new folder.
+
     Raises:
-        UserError: unreadable, of another schema, configuration, data or recipe, of other threads
-            under `reduce = "tree"`, or damaged; on every rank.
+        UserError: unreadable, of another schema, of a configuration, data, recipe or number of
+            threads that `refuse` refuses, or damaged; on every rank.
     """
     path = Path(path)
     meta = read_meta(path)
-    threads = torch.get_num_threads()
 
     # Refuse what would not go on to the same bits.
-    _same_config(meta["config"], config, path)
-    for name in sorted(data.keys() | meta["data"].keys()):
-        was = meta["data"].get(name, "none")
-        now = data.get(name, "none")
-        if was != now:
-            # A recipe is known by its name; the other values are hashes.
-            other = f"another recipe ({was}, now {now})" if name == "recipe" else f"other {name}"
-            raise UserError(f"{path}: written for {other}; {_ELSEWHERE}")
-    if config.train.reduce == "tree" and meta["threads"] != threads:
-        raise UserError(
-            f"{path}: written by ranks of {meta['threads']} threads, these have {threads}: under "
-            "train.reduce = 'tree' the bits would differ; set "
-            f"OMP_NUM_THREADS={meta['threads']} (or --threads), or {_ELSEWHERE}"
-        )
+    changes = changes_since(meta, config, data)
+    refuse(path, changes)
 
     # Compare hashes; each rank takes its share of the files.
     with _together(world, f"{path}: damaged", older(path)):
@@ -264,37 +249,4 @@ def load_checkpoint(
                 raise ValueError(f"{name} holds NaN or infinity")
         if int(leaves["step"]) != meta["cursor"]["step"]:
             raise ValueError(f"the state's step is {int(leaves['step'])}, not {META}'s")
-    return Resumed(like(into, leaves), meta["extra"], random_state(meta["rng"]))
-
-
-def _same_config(written: dict[str, Any], config: Config, path: Path) -> None:
-    """Refuse a checkpoint of other settings, but for those that `MAY_CHANGE`."""
-    # Under today's names, without those that now always have the value they had.
-    old = {RENAMED.get(name, name): value for name, value in _settings(written).items()}
-    old = {name: value for name, value in old.items() if (name, value) not in GONE.items()}
-
-    # What it does not name is younger than the checkpoint, which was made under its default.
-    for section, kind in get_type_hints(Config).items():
-        for item in fields(kind):
-            if item.default is not MISSING:
-                name = f"{section}.{item.name}"
-                default = list(item.default) if isinstance(item.default, tuple) else item.default
-                old.setdefault(name, default)
-
-    now = _settings(to_dict(config))
-    for name in sorted(old.keys() | now.keys()):
-        if old.get(name) != now.get(name) and name not in MAY_CHANGE:
-            change = f"is {now.get(name)!r}; {_ELSEWHERE}, or set it back"
-            if name in GONE:
-                change = f"a setting that is gone; {_ELSEWHERE}"
-            was = f"{name} was {old.get(name)!r:.200}, {change}"
-            raise UserError(f"{path}: a checkpoint of another configuration: {was}")
-
-
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Values by dotted names, as JSON has them: lists for tuples."""
-    settings = {}
-    for section, values in json.loads(json.dumps(config)).items():
-        for name, value in values.items():
-            settings[f"{section}.{name}"] = value
-    return settings
+    return Resumed(like(into, leaves), meta["extra"], random_state(meta["rng"]), changes)

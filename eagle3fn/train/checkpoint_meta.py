@@ -89,7 +89,8 @@ def _check(meta: dict[str, Any]) -> None:
     """
     for name, kind in _TYPES.items():
         _check_type(name, meta.get(name), kind)
-    _check_type("cursor.step", meta["cursor"].get("step"), int)
+    for name in ("step", "samples"):
+        _check_type(f"cursor.{name}", meta["cursor"].get(name), int)
     for section, values in meta["config"].items():
         _check_type(f"config.{section}", values, dict)
     for name, value in meta["data"].items():

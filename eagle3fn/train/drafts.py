@@ -1,6 +1,5 @@
-"""A draft's folder read back: to decode with it, or to start a training from it."""
+"""A draft's folder read back."""
 
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,14 +8,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eagle3fn.base.config import STARTS, Config
-from eagle3fn.base.draft_config import DraftConfig, aux_layers
+from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.read import open_regular, read_object
-from eagle3fn.base.rope_settings import same_scaling
 from eagle3fn.base.temporary import clear
-from eagle3fn.base.types import Frozen, Params, VocabMap
+from eagle3fn.base.types import Params, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.table import EMBED, check_params, shapes
 
@@ -24,7 +21,6 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 LAYER = "midlayer."  # the prefix of the layer's weights
 LAYER_BY_NUMBER = "layers.0."  # the same in speculators' layout
-_NOT_COMPARED = ("max_position_embeddings", "initializer_range")  # of a draft started from
 
 
 class Draft(NamedTuple):
@@ -202,71 +198,3 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
             "such as bfloat16"
         )
     return dtype
-
-
-# To start from
-
-
-def check_start(config: Config, target_layers: int) -> None:
-    """Refuse a draft to start from, where `train.init` names one, before anything large is read.
-
-    `target_layers` is the target's number of decoder layers, by which default taps are compared.
-
-    Raises:
-        UserError: no such folder, or the draft computes something else than the run's.
-    """
-    if config.train.init in STARTS:
-        return
-    folder = config.train.init
-    found = _config_to_start_from(folder)
-    taps = aux_layers(found, target_layers)
-    wanted_taps = aux_layers(config.draft, target_layers)
-    found = replace(found, aux_layers=taps)
-    _check_same(found, replace(config.draft, aux_layers=wanted_taps), folder)
-
-
-def start_from_draft(config: Config, frozen: Frozen, folder: str | Path) -> Params:
-    """A draft's parameters as the first ones of a training, in the run's dtype and on its device.
-
-    Raises:
-        UserError: no such folder, the draft's shape or RoPE is not the run's, it taps other layers
-            (where both name theirs), or its vocabulary is another; names the difference and the
-            remedy.
-    """
-    dtype = getattr(torch, config.train.dtype)
-    _check_same(_config_to_start_from(folder), config.draft, folder)
-    draft = load_draft(folder, dtype, config.train.device)
-    vocab = draft.vocab
-    if not torch.equal(vocab.t2d, frozen.t2d.to(vocab.t2d.device)):
-        raise UserError(
-            f"train.init = {str(folder)!r}: its draft vocabulary is not that of --vocab; write its "
-            f"own with eagle3fn convert --vocab {folder} --out VOCAB.safetensors and train with it"
-        )
-    return draft.params
-
-
-def _config_to_start_from(folder: str | Path) -> DraftConfig:
-    if not (Path(folder) / CONFIG).is_file():
-        raise UserError(
-            f"train.init = {str(folder)!r}: must be {' or '.join(map(repr, STARTS))}, or the "
-            f"folder of an exported draft; there is no {Path(folder) / CONFIG}"
-        )
-    return draft_config_from_json(Path(folder) / CONFIG)
-
-
-def _check_same(found: DraftConfig, wanted: DraftConfig, folder: str | Path) -> None:
-    """Refuse a draft that computes something else than the run's."""
-    for field in fields(DraftConfig):
-        before = getattr(found, field.name)
-        now = getattr(wanted, field.name)
-        same = before == now or field.name in _NOT_COMPARED
-        if field.name == "aux_layers":
-            same = same or None in (before, now)  # the default ones of a target
-        if field.name == "rope_scaling":
-            same = same_scaling(before, now, wanted.max_position_embeddings)
-        if not same:
-            raise UserError(
-                f"train.init = {str(folder)!r}: its {field.name} is {before!r}, the run's is "
-                f"{now!r}; take the draft's shape with --draft-config {Path(folder) / CONFIG}, and "
-                "features, vocabulary and target that it fits"
-            )

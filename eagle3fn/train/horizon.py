@@ -1,5 +1,15 @@
-"""How many steps a run takes: as configured, as it began with, as the minutes allow, or as epochs
-need.
+"""How many steps a run takes: as configured, as the minutes allow, or as epochs need.
+
+A run that goes on keeps its number, unless more or fewer are asked for:
+
+| began with | asked for now | steps in all |
+|---|---|---|
+| anything | nothing else | as it began |
+| anything | `train.steps = N` | `N` |
+| anything | other `train.epochs` | as these epochs need |
+| minutes `A` | other minutes `B` | those of `A`, times `B / A` |
+
+Fewer than have been made are refused.
 """
 
 import math
@@ -7,7 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +28,7 @@ from eagle3fn.base.read import read_object
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState
+from eagle3fn.train.begin import Point
 from eagle3fn.train.bind import bind
 from eagle3fn.train.checkpoint import META, checkpoints
 from eagle3fn.train.held_out import evaluate_held_out
@@ -28,18 +39,34 @@ _TIMED_STEPS = 24
 _FILE = "horizon.json"
 
 
+class Horizon(NamedTuple):
+    """How many steps a run takes, and what chose them; as `horizon.json` has it."""
+
+    steps: int
+    chosen_by: str  # "steps", "minutes" or "epochs"; "" in files of the first version
+    epochs: int | None = None  # `train.epochs`; None in files of earlier versions
+    minutes: float | None = None  # those that chose; None: none did, or an earlier version
+    first: int = 0  # the step from which the minutes count
+
+
 def with_horizon(
-    run: Run, first_state: Callable[[], TrainState], minutes: float | None
-) -> tuple[Run, str]:
-    """The run with `train.steps` filled in, and what chose them: "steps", "minutes" or "epochs".
+    run: Run,
+    first_state: Callable[[], TrainState],
+    minutes: float | None,
+    point: Point = Point(),  # noqa: B008
+) -> tuple[Run, Horizon]:
+    """The run with `train.steps` filled in, and how they were chosen. Writes nothing.
 
-    Writes nothing.
-
-    `first_state` makes the state whose steps are timed; called only where minutes choose, and no
-    run has begun.
+    Args:
+        run: prepared, with its shift.
+        first_state: makes the state whose steps are timed; called only where minutes choose, and no
+            run has begun.
+        minutes: to train for.
+        point: where the run goes on.
 
     Raises:
-        UserError: steps and minutes together, or a run that began with another choice.
+        UserError: steps and minutes together, minutes for a run that began with another choice, or
+            fewer steps than the run has made; for one that goes on from another, no more.
     """
     settings = run.config.train
     if settings.steps and minutes is not None:
@@ -49,28 +76,76 @@ def with_horizon(
         )
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"--minutes {minutes}: must be above 0 and finite")
-    chosen = "epochs" if minutes is None else "minutes"
-    if settings.steps:
-        chosen = "steps"
 
-    # A resumed run keeps the number that it began with.
     begun = run.world.shared(_begun(run.out / _FILE) if run.world.main else None)
-    if begun and begun.chosen_by not in (chosen, "") and chosen != "steps":
-        raise UserError(
-            f"{run.out / _FILE}: the run began with its steps chosen by {begun.chosen_by}, "
-            f"now it is {chosen}; call it as before, or train into another folder"
-        )
-
-    if settings.steps:
-        steps = settings.steps
-    elif begun:
-        steps = begun.steps
+    if point.branches:
+        begun = None  # what a killed call had left
+    if begun is not None:
+        horizon = _next_horizon(run, begun, minutes)
+    elif settings.steps:
+        horizon = Horizon(settings.steps, "steps", settings.epochs)
     elif minutes is not None:
         seconds = seconds_per_step(run, first_state())
-        steps = run.world.shared(min(max(1, int(minutes * 60 / seconds)), MOST_STEPS))
+        steps = run.world.shared(max(1, int(minutes * 60 / seconds)))
+        steps = min(point.step + steps, MOST_STEPS)
+        horizon = Horizon(steps, "minutes", settings.epochs, minutes, point.step)
     else:
-        steps = max(1, settings.epochs * len(run.train) // run.config.data.global_batch)
-    return _with_steps(run, steps), chosen
+        horizon = _of_epochs(run)
+
+    _check_steps(run, horizon, point)
+    return _with_steps(run, horizon.steps), horizon
+
+
+def _of_epochs(run: Run) -> Horizon:
+    """As many steps as the epochs need, of the data that the run trains on now."""
+    epochs = run.config.train.epochs
+    batches = epochs * len(run.train) // run.config.data.global_batch
+    return Horizon(max(1, batches - run.shift), "epochs", epochs)
+
+
+def _next_horizon(run: Run, begun: Horizon, minutes: float | None) -> Horizon:
+    """The horizon of a run that has one: the same, unless another is asked for.
+
+    Raises:
+        UserError: minutes, where something else chose the steps.
+    """
+    settings = run.config.train
+    if settings.steps:
+        return Horizon(settings.steps, "steps", settings.epochs)
+    if minutes is None:
+        if begun.epochs in (None, settings.epochs):
+            return begun._replace(epochs=settings.epochs)
+        return _of_epochs(run)
+
+    if begun.chosen_by not in ("minutes", ""):
+        raise UserError(
+            f"{run.out / _FILE}: the run began with its steps chosen by {begun.chosen_by}, "
+            f"{begun.steps} of them; leave --minutes out, or raise train.steps"
+        )
+    if begun.minutes in (None, minutes):
+        return begun._replace(epochs=settings.epochs)
+    steps = round((begun.steps - begun.first) * minutes / begun.minutes)
+    steps = min(begun.first + max(1, steps), MOST_STEPS)
+    return begun._replace(steps=steps, minutes=minutes, epochs=settings.epochs)
+
+
+def _check_steps(run: Run, horizon: Horizon, point: Point) -> None:
+    """Refuse fewer steps than were made."""
+    asked = f"train.steps = {horizon.steps}"
+    if horizon.chosen_by == "minutes":
+        asked = f"--minutes {horizon.minutes:g}, {horizon.steps} steps"
+    elif horizon.chosen_by == "epochs":
+        asked = f"train.epochs = {horizon.epochs}, {horizon.steps} steps"
+    if horizon.steps < point.step:
+        raise UserError(
+            f"{asked}: {point.path} has made {point.step}; ask for as many at least, or go on from "
+            "an older checkpoint with --from"
+        )
+    if point.branches and horizon.steps == point.step:
+        raise UserError(
+            f"{asked}: {point.path} has made them, so nothing is left to train; set train.steps "
+            f"above {point.step}, which counts those made, or --minutes for more"
+        )
 
 
 def _with_steps(run: Run, steps: int) -> Run:
@@ -78,14 +153,9 @@ def _with_steps(run: Run, steps: int) -> Run:
     return run._replace(config=config, fns=bind(config, run.frozen, run.mesh, run.recipe))
 
 
-def write_horizon(run: Run, chosen: str) -> None:
+def write_horizon(run: Run, horizon: Horizon) -> None:
     """Keep the choice, the number of threads and the resolved configuration in the run's folder."""
-    kept = {
-        "steps": run.config.train.steps,
-        "chosen_by": chosen,
-        "threads": torch.get_num_threads(),
-    }
-    write_json(run.out / _FILE, kept)
+    write_json(run.out / _FILE, horizon._asdict() | {"threads": torch.get_num_threads()})
     write_text(run.out / "config.toml", to_toml(to_dict(run.config)))
 
 
@@ -102,26 +172,43 @@ def begun_threads(out: str | Path) -> Kept | None:
     return kept
 
 
-class _Begun(NamedTuple):
-    """What a run began with, as `horizon.json` has it."""
+def _begun(path: Path) -> Horizon | None:
+    """What a run's folder keeps; None if no run began there.
 
-    steps: int
-    chosen_by: str  # "" in files of the first version
-
-
-def _begun(path: Path) -> _Begun | None:
+    Raises:
+        UserError: it is damaged.
+    """
     if not os.path.lexists(path):
         return None
     found = read_object(path)
-    steps = found.get("steps")
-    chosen_by = found.get("chosen_by", "")
-    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-        fault = f"steps = {printable(repr(steps))}: must be a number of steps"
-    elif chosen_by not in ("", "steps", "minutes", "epochs"):
-        fault = f"chosen_by = {printable(repr(chosen_by))}: must be steps, minutes or epochs"
-    else:
-        return _Begun(steps, chosen_by)
-    raise UserError(f"{path}: {fault}; delete it, or train into another folder")
+    kept: dict[str, Any] = {"chosen_by": ""}
+    kept |= {name: found[name] for name in Horizon._fields if name in found}
+    for name, (good, words) in _KINDS.items():
+        value = kept.get(name, Horizon._field_defaults.get(name, ""))
+        if not good(value):
+            raise UserError(
+                f"{path}: {name} = {printable(repr(value))}: must be {words}; delete it, or train "
+                "into another folder"
+            )
+    return Horizon(**kept)
+
+
+def _is_steps(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_STEPS
+
+
+def _is_minutes(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < math.inf)
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "steps": (_is_steps, "a number of steps"),
+    "chosen_by": (("", "steps", "minutes", "epochs").__contains__, "steps, minutes or epochs"),
+    "epochs": (lambda value: value is None or _is_steps(value), "a number of epochs"),
+    "minutes": (_is_minutes, "a number of minutes"),
+    "first": (lambda value: type(value) is int and 0 <= value <= MOST_STEPS, "a number of steps"),
+}
+"""What each value of `horizon.json` must be."""
 
 
 def seconds_per_step(run: Run, state: TrainState) -> float:

@@ -10,31 +10,30 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-
 from eagle3fn.base import progress
 from eagle3fn.base.config import Config
-from eagle3fn.base.errors import UserError, printable
-from eagle3fn.base.files import fsync_path, locked
+from eagle3fn.base.files import fsync_path
 from eagle3fn.base.launch import World
 from eagle3fn.base.signals import Stop, signals_noted
 from eagle3fn.base.types import Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
+from eagle3fn.data.held import held
 from eagle3fn.data.pipeline import prefetch
 from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.train.bad_updates import (
     check_dropped,
-    check_first,
     check_held_out,
     check_update,
     told_dropped,
 )
-from eagle3fn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from eagle3fn.train.begin import LoopState, Point, begin, described, find_point
+from eagle3fn.train.branch import write_branch
+from eagle3fn.train.checkpoint import save_checkpoint
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import with_horizon, write_horizon
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import Run, prepare, training_batches
-from eagle3fn.train.shard import empty_state, gather
+from eagle3fn.train.shard import gather
 from eagle3fn.train.step import Metrics
 from eagle3fn.train.track import HELD_OUT, STEPS, append_row, cut_rows, metrics_row
 
@@ -61,18 +60,6 @@ class PendingStep(NamedTuple):
     metrics: Metrics
 
 
-class LoopState(NamedTuple):
-    """What a resumed run needs besides the `TrainState`."""
-
-    best: float = 0.0  # the best held-out value so far
-    skipped: int = 0  # updates dropped so far
-    in_a_row: int = 0  # of these, the last ones without a made one between them
-
-
-_TYPES = {"best": (float, int), "skipped": (int,), "in_a_row": (int,)}
-"""Of the fields of `LoopState`, in a checkpoint's JSON."""
-
-
 def train(
     config: Config,
     features: FeatureSet,
@@ -83,15 +70,22 @@ def train(
     events: Events = Events(),  # noqa: B008
     world: World = World(),  # noqa: B008
     recipe: Recipe = OURS,
+    source: str | Path | None = None,
 ) -> TrainState:
     """Train, or go on from the newest checkpoint in `out`.
 
     Returns the last state, sharded if `world` has ranks.
 
+    With `source`, a checkpoint of another run or that run's folder, a new `out` goes on from there,
+    under a configuration and data that may be others (`train.changes`): with its whole state, its
+    rows up to that step, and the steps counted on. Once `out` has a checkpoint of its own, that is
+    gone on from.
+
     Writes `config.toml` (resolved), `horizon.json`, `metrics.jsonl`, `eval.jsonl` and
-    `checkpoints/` into `out`. With `minutes`, the number of steps is chosen from a few timed steps,
-    once: a resumed run keeps it. All ranks call; rank 0 alone writes and calls `events`. After
-    Ctrl-C, SIGTERM or SIGHUP on any rank all finish the step, save it, and return its state.
+    `checkpoints/` into `out`, and with `source` `from.json`. With `minutes`, the number of steps is
+    chosen from a few timed steps, once: a resumed run keeps it (`train.horizon` says what may
+    change it). All ranks call; rank 0 alone writes and calls `events`. After Ctrl-C, SIGTERM or
+    SIGHUP on any rank all finish the step, save it, and return its state.
 
     Raises:
         UserError: features, map, target and configuration don't fit together, a checkpoint of
@@ -99,27 +93,31 @@ def train(
             held-out one too.
     """
     run = prepare(config, features, vocab_map, target, out, world, recipe)
-    lock = locked(run.out) if world.main else nullcontext()
+    lock = held(run.out) if world.main else nullcontext()
     with lock:
         # Where to go on; how many steps to make.
-        newest = run.world.shared(_newest(run, events) if world.main else None)
-        run, chosen = with_horizon(run, lambda: _first_state(run), minutes)
+        found = find_point(run, source, events.on_notice) if world.main else None
+        point = run.world.shared(found)
+        run = run._replace(shift=point.shift)
+        run, horizon = with_horizon(run, lambda: begin(run, point).state, minutes, point)
 
         # The state: read, or made.
-        if newest is None:
-            state, loop_state = _first_state(run), LoopState()
-        else:
-            state, loop_state = _resume(run, newest)
+        state, loop_state, changes = begin(run, point)
 
+        # The run's files: of another run that it goes on from, cut to its step.
         if world.main:
-            write_horizon(run, chosen)
-            # Without a checkpoint step 0 is evaluated again, so its row goes too.
-            last = int(state.step) or -1
-            for name, kind in ROWS.items():
-                line = cut_rows(run.out / name, last, kind)
-                if line:
-                    events.on_notice(line)
+            lines = described(run, point, changes)
+            if point.branches:
+                assert source is not None and point.path is not None
+                write_branch(run.out, source, point.path, point.step, lines[1:])
+            write_horizon(run, horizon)
+            for line in lines:
+                events.on_notice(line)
+            _cut_rows(run, point, events)
 
+        if point.branches:
+            loop_state = _evaluate(run, state, loop_state, events)
+            _save(run, state, loop_state)
         if int(state.step) < run.config.train.steps:
             # A signal before this ends the program: nothing is lost that is not on the disk.
             with signals_noted() as stop_requested:
@@ -129,37 +127,17 @@ def train(
         return state
 
 
-def _first_state(run: Run) -> TrainState:
-    state = run.fns.init_state(run.fns.init(run.config.train.seed))
-    check_first(run, state)
-    return state
-
-
-def _newest(run: Run, events: Events) -> Path | None:
-    """The newest checkpoint, if there is one; what is newer and none is said."""
-    newest, incomplete = newest_checkpoint(run.out / "checkpoints")
-    if incomplete:
-        names = ", ".join(path.name for path in incomplete)
-        events.on_notice(f"{names}: not complete, so the run goes on from {newest}")
-    return newest
-
-
-def _resume(run: Run, path: Path) -> tuple[TrainState, LoopState]:
-    empty = empty_state(run.config, run.device, run.mesh, run.recipe)
-    state, extra, rng = load_checkpoint(path, empty, run.config, run.data, run.world)
-    torch.set_rng_state(rng)
-    return state, _loop_state(extra, path)
-
-
-def _loop_state(extra: dict[str, Any], path: Path) -> LoopState:
-    """What a checkpoint has of the loop, checked."""
-    for name, value in extra.items():
-        if type(value) not in _TYPES.get(name, ()) or not 0 <= value < 2**53:
-            raise UserError(
-                f"{path}: damaged (meta.json: extra.{printable(name)} is "
-                f"{printable(repr(value))}); delete {path} to resume from an older one"
-            )
-    return LoopState(**extra)
+def _cut_rows(run: Run, point: Point, events: Events) -> None:
+    """Keep the rows up to the step that the run goes on from; what is lost is said."""
+    # Without a checkpoint step 0 is evaluated again, so its row goes too. So does that of the step
+    # at which another run is left.
+    last = {"metrics.jsonl": point.step or -1, "eval.jsonl": point.step or -1}
+    if point.branches:
+        last["eval.jsonl"] = point.step - 1
+    for name, kind in ROWS.items():
+        line = cut_rows(run.out / name, last[name], kind)
+        if line:
+            events.on_notice(line)
 
 
 def _steps(
@@ -177,7 +155,8 @@ def _steps(
     def report_all() -> LoopState:
         return _report(run, pending, loop_state, events, wait=True)
 
-    source = prefetch(training_batches(run, start, total), run.config.data.prefetch)
+    places = training_batches(run, start + run.shift, total + run.shift)
+    source = prefetch(places, run.config.data.prefetch)
     with closing(source):
         for number, micro in enumerate(_or_else(source, report_all), start + 1):
             begin = time.perf_counter()
@@ -261,7 +240,7 @@ def _save(run: Run, state: TrainState, loop_state: LoopState) -> None:
     folder = run.out / "checkpoints"
     extra = loop_state._asdict()
     keep = run.config.train.keep_last
-    save_checkpoint(folder, state, run.config, run.data, extra, keep, run.world)
+    save_checkpoint(folder, state, run.config, run.data, extra, keep, run.world, run.shift)
 
 
 def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events) -> LoopState:

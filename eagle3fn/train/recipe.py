@@ -16,9 +16,9 @@ from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.pipeline import Order, shuffled
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.model.table import init_params, start_from_target
-from eagle3fn.train.drafts import start_from_draft
 from eagle3fn.train.optimizer import Optimizer, named_optimizer
 from eagle3fn.train.schedules import MakeSchedule, Schedule, made_schedule, named_schedule
+from eagle3fn.train.warm_start import start_from_draft
 
 Start = Callable[[Config, Frozen, int], Params]
 """As `start`: `(config, frozen, seed)` → the draft's first parameters."""

@@ -50,6 +50,7 @@ class Run(NamedTuple):
     world: World = World()
     mesh: DeviceMesh | None = None
     recipe: Recipe = OURS
+    shift: int = 0  # an update's number and this one make its place in the data's order
 
 
 def prepare(
@@ -114,7 +115,9 @@ def prepare(
 
 
 def training_batches(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, ...]]:
-    """This rank's micro-batches of the steps `start` … `stop - 1`, on its device."""
+    """This rank's micro-batches of the steps `start` … `stop - 1` of the data's order, on its
+    device: of update `n`, counted from 0, that is step `n + run.shift`.
+    """
     world, recipe = run.world, run.recipe
     steps = batches(
         run.features,

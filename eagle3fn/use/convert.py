@@ -17,7 +17,7 @@ from eagle3fn.base.types import Sample, VocabMap
 from eagle3fn.data.features import FeatureSet, read_sample, write_index, write_shard
 from eagle3fn.data.vocab import StoredMap, save_map
 from eagle3fn.train.drafts import CONFIG
-from eagle3fn.use.foreign_drafts import read_foreign
+from eagle3fn.train.foreign_drafts import read_foreign
 
 ReadMap = Callable[[Path], StoredMap]
 _NPY = ("d2t.npy", "t2d.npy")  # speculators' two files

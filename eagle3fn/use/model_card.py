@@ -32,6 +32,7 @@ class Facts(NamedTuple):
     supervised: int | None = None  # tokens that were trained on
     steps: int | None = None
     accepted_length: float | None = None  # held-out, simulated
+    origin: str = ""  # where the training went on from, and what was changed then
 
 
 _KINDS = {
@@ -41,6 +42,7 @@ _KINDS = {
     "supervised": (int, NoneType),
     "steps": (int, NoneType),
     "accepted_length": (int, float, NoneType),
+    "origin": str,
 }
 """The types of the facts; those of a card may be anything."""
 
@@ -140,7 +142,7 @@ def read_facts(folder: str | Path) -> Facts:
     except (ValueError, TypeError):
         return Facts()
     good = all(isinstance(getattr(facts, name), kinds) for name, kinds in _KINDS.items())
-    return facts if good and "\n" not in facts.target + facts.data else Facts()
+    return facts if good and "\n" not in facts.target + facts.data + facts.origin else Facts()
 
 
 def _rows(tree: dict[str, Any], facts: Facts) -> list[tuple[str, str]]:
@@ -156,6 +158,8 @@ def _rows(tree: dict[str, Any], facts: Facts) -> list[tuple[str, str]]:
         rows.append(("data", f"{facts.data}: {facts.samples} samples{tokens}"))
     if facts.steps is not None:
         rows.append(("updates", str(facts.steps)))
+    if facts.origin:
+        rows.append(("went on from", facts.origin))
     if facts.accepted_length is not None:
         text = f"{facts.accepted_length:.3f}, simulated without decoding"
         rows.append(("held-out accepted length", text))

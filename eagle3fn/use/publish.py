@@ -9,13 +9,14 @@ import torch
 
 from eagle3fn.base import progress
 from eagle3fn.base.config import Config
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.places import check_own_folder
 from eagle3fn.base.program import called_as
 from eagle3fn.base.read import read_json
 from eagle3fn.base.signals import name_of, received
 from eagle3fn.base.temporary import clear
 from eagle3fn.base.types import Frozen, Params
+from eagle3fn.train.branch import read_branch
 from eagle3fn.train.loop import Events
 from eagle3fn.use.export import check_out_draft, export
 from eagle3fn.use.model_card import Facts
@@ -50,6 +51,15 @@ def check_published(out: str | Path, step: int, ranks: int, arguments: Sequence[
             f"{out}/draft: gone since the run ended at step {step}; train into another folder"
         )
     return f"{out}/draft: the best draft of {total} steps"
+
+
+def _origin(out: str | Path) -> str:
+    """Where a run went on from and what was changed then, in one line; "" if it began itself."""
+    branch = read_branch(out)
+    if branch is None:
+        return ""
+    line = "; ".join([f"step {branch.step} of the run {branch.run}", *branch.changes])
+    return printable(line, 2000).replace("|", "/")
 
 
 def run_events(
@@ -90,7 +100,7 @@ def run_events(
         length = row.get("accepted_length")
         if length is not None and not math.isfinite(length):
             length = None
-        now = facts._replace(steps=row["step"], accepted_length=length)
+        now = facts._replace(steps=row["step"], accepted_length=length, origin=_origin(out))
         export(params, frozen, config.draft, folder, target_layers, dtype, True, now)
 
     return Events(on_step=on_step, on_eval=on_eval, on_best=on_best)

@@ -12,6 +12,7 @@ from eagle3fn.base.files import whole_file, write_json
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.provenance import processor, versions
 from eagle3fn.base.read import read_object
+from eagle3fn.train.branch import read_branch
 from eagle3fn.use.report_files import (
     read_evaluation,
     read_held_out,
@@ -45,6 +46,7 @@ def write_report(folder: Path) -> str:
     evaluation = read_evaluation(folder / "evaluation.json")
     supervised = read_supervised(folder / "features/index.json")
     stages = read_stages(folder / "stages.json")
+    branch = read_branch(folder / "train")
     settings_path = folder / "settings.json"
     settings = read_object(settings_path) if os.path.lexists(settings_path) else {}
 
@@ -60,6 +62,7 @@ def write_report(folder: Path) -> str:
         "supervised_tokens": supervised,
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
         **stages,
+        "went_on_from": None if branch is None else branch._asdict(),
         "settings": settings,
         "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(),
@@ -147,6 +150,10 @@ def _run_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{report['steps']} steps, {'unknown' if rate is None else format(rate, '.0f')} tokens/s, "
         f"on {report['supervised_tokens']} supervised tokens",
     )
+    if report.get("went_on_from"):
+        branch = report["went_on_from"]
+        text = "; ".join(branch["changes"]) or "nothing changed"
+        yield "  went on from", f"step {branch['step']} of the run {branch['run']}: {text}"
     if "repeated_8gram_share" in report:
         yield "repeated 8-grams", f"{report['repeated_8gram_share']:.1%} of the answers' tokens"
     if "wall_s" in report:

@@ -12,8 +12,8 @@ from eagle3fn.base.tree import equal
 from eagle3fn.cli import main
 from eagle3fn.specforge.oracle import Oracle, specforge_draft
 from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
+from eagle3fn.train.foreign_drafts import read_foreign
 from eagle3fn.use.export import export
-from eagle3fn.use.foreign_drafts import read_foreign
 from tests.factories import random_sample, write_folder
 
 CASE = Case(dtype="float32", heads=(4, 2), head_dim=4, hidden=16, target_hidden=16)

@@ -165,13 +165,6 @@ def test_init_from_a_draft_of_another_shape_is_refused(draft):
         e3.bind(config, make_frozen(config)).init(SEED)
 
 
-def test_init_from_a_draft_of_another_vocabulary_is_refused(draft):
-    config = make_config(train={"init": str(draft)})
-    other = make_frozen(config, seed=7)
-    with pytest.raises(e3.UserError, match=r"its draft vocabulary.*eagle3fn convert --vocab"):
-        e3.bind(config, other).init(SEED)
-
-
 def test_init_from_a_draft_that_is_not_there_is_refused():
     config = make_config(train={"init": "rnadom"})
     with pytest.raises(e3.UserError, match=r"train\.init = 'rnadom': must be 'target' or 'random'"):

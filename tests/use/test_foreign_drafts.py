@@ -18,9 +18,10 @@ from eagle3fn.base.tree import equal
 from eagle3fn.base.types import VocabMap
 from eagle3fn.cli import main
 from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
+from eagle3fn.train.foreign_drafts import read_foreign
+from eagle3fn.train.warm_start import check_start
 from eagle3fn.use.engine_limits import ENGINES
 from eagle3fn.use.export import Draft, export_for, load_draft
-from eagle3fn.use.foreign_drafts import read_foreign
 from eagle3fn.use.layouts import speculators_keys
 from tests.factories import tiny_model
 
@@ -95,6 +96,21 @@ def test_every_layout_is_read_as_the_same_draft(tmp_path, name):
     assert list(found.draft.params) == list(PARAMS)
     assert equal(found.draft.vocab._asdict(), {"t2d": FROZEN.t2d, "d2t": FROZEN.d2t})
     assert found.draft.embed_tokens is None and not found.changes
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_starts_a_run(tmp_path, name):
+    folder = LAYOUTS[name](tmp_path)
+    draft = replace(CASE.draft(), aux_layers=TAPS, rope_theta=10_000.0)
+    train = e3.TrainConfig(dtype="float32", init=str(folder))
+    config = e3.Config(draft, e3.ObjectiveConfig(), e3.OptimizerConfig(), e3.DataConfig(), train)
+    assert equal(e3.bind(config, FROZEN).init(0), PARAMS)
+
+    kept = VocabMap(FROZEN.t2d, FROZEN.d2t)
+    if name == "eagle":  # it lists no taps: those are the default ones of the target
+        with pytest.raises(UserError, match=r"its aux_layers is \(1, 3, 4\), the run's is \(0,"):
+            check_start(replace(config, draft=replace(draft, aux_layers=(0, 3, 4))), LAYERS, kept)
+    assert check_start(config, LAYERS, kept).endswith("24 of 24 draft tokens")
 
 
 def test_values_keep_the_widest_dtype_of_the_file(tmp_path):

@@ -21,8 +21,8 @@ from eagle3fn.cli import main
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.target import load_target
 from eagle3fn.model.rope import rope_table
+from eagle3fn.train.foreign_drafts import read_foreign
 from eagle3fn.use.decode import speculate
-from eagle3fn.use.foreign_drafts import read_foreign
 from tests.factories import make_map, tiny_tokenizer
 from tests.serving import python_of, source_of
 

@@ -25,7 +25,7 @@ from eagle3fn.base.rope_settings import rope_of, scaling_of, theta_of
 from eagle3fn.base.switches import read_switches
 from eagle3fn.model.table import FC, HEAD, TAPS_NORM, tap_norm
 from eagle3fn.train.drafts import CONFIG, Draft, check_finite, make_draft, own_name
-from eagle3fn.use.weight_files import read_weights
+from eagle3fn.train.weight_files import read_weights
 
 ORIGINS = ("specforge", "eagle", "speculators", "hf")
 _PREFIX = "model."  # some files have it before the names

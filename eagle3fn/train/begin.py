@@ -1,0 +1,178 @@
+"""Where a run begins: at its start, at its newest checkpoint, or at one of another run's."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from eagle3fn.base.config import OptimizerConfig, from_dict
+from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.types import TrainState
+from eagle3fn.train.bad_updates import check_first
+from eagle3fn.train.branch import check_branch, check_state, source_checkpoint
+from eagle3fn.train.changes import (
+    Change,
+    changes_since,
+    refuse_elsewhere,
+    refuse_in_place,
+    written_settings,
+)
+from eagle3fn.train.checkpoint import load_checkpoint, newest_checkpoint
+from eagle3fn.train.checkpoint_meta import older, read_meta
+from eagle3fn.train.schedules import made_schedule
+from eagle3fn.train.run import Run
+from eagle3fn.train.shard import empty_state
+
+
+class LoopState(NamedTuple):
+    """What a resumed run needs besides the `TrainState`."""
+
+    best: float = 0.0  # the best held-out value so far
+    skipped: int = 0  # updates dropped so far
+    in_a_row: int = 0  # of these, the last ones without a made one between them
+
+
+_TYPES = {"best": (float, int), "skipped": (int,), "in_a_row": (int,)}
+"""Of the fields of `LoopState`, in a checkpoint's JSON."""
+
+
+class Point(NamedTuple):
+    """Where a run goes on, known before its state is read."""
+
+    path: Path | None = None  # of a checkpoint; None: the run begins
+    step: int = 0  # updates made
+    shift: int = 0  # `Run.shift`
+    branches: bool = False  # it is another run's checkpoint, and this run has none yet
+
+
+class Beginning(NamedTuple):
+    """What a run begins with."""
+
+    state: TrainState
+    loop_state: LoopState
+    changes: list[Change]  # since the checkpoint
+
+
+def find_point(run: Run, source: str | Path | None, notice: Callable[[str], None]) -> Point:
+    """Where the run goes on; rank 0 alone calls. A newest checkpoint that is not complete is said.
+
+    Args:
+        run: its folder, data and configuration are read.
+        source: another run, or a checkpoint of it, that this one goes on from.
+        notice: called with what is found, as a line.
+
+    Raises:
+        UserError: there is no such checkpoint, or the folder holds a run that did not go on from
+            there; see `newest_checkpoint`.
+    """
+    newest, incomplete = newest_checkpoint(run.out / "checkpoints")
+    if incomplete:
+        names = ", ".join(path.name for path in incomplete)
+        notice(f"{names}: not complete, so the run goes on from {newest}")
+    check_branch(run.out, source, newest is not None)
+
+    # Its own checkpoint: as many samples of its data's order have been trained on.
+    batch = run.config.data.global_batch
+    if newest is not None:
+        cursor = read_meta(newest)["cursor"]
+        return Point(newest, cursor["step"], cursor["samples"] // batch - cursor["step"])
+    if source is None:
+        return Point()
+
+    # Another run's: with the same features on from the next whole batch, else from the first.
+    path = source_checkpoint(source)
+    meta = read_meta(path)
+    step = meta["cursor"]["step"]
+    same = meta["data"].get("features") == run.data["features"]
+    samples = meta["cursor"]["samples"] if same else 0
+    return Point(path, step, -(-samples // batch) - step, branches=True)
+
+
+def begin(run: Run, point: Point) -> Beginning:
+    """The first state, or that of the checkpoint; all ranks call.
+
+    Raises:
+        UserError: the first state is not finite; the checkpoint is damaged, or something has
+            changed since that may not (`train.changes`).
+    """
+    if point.path is None:
+        state = run.fns.init_state(run.fns.init(run.config.train.seed))
+        check_first(run, state)
+        return Beginning(state, LoopState(), [])
+
+    refuse = refuse_in_place
+    empty = empty_state(run.config, run.device, run.mesh, run.recipe)
+    if point.branches:
+        refuse = refuse_elsewhere
+        meta = read_meta(point.path)
+        changes = changes_since(meta, run.config, run.data)
+        refuse(point.path, changes)
+        check_state(point.path, meta, empty, changes)
+
+    found = load_checkpoint(point.path, empty, run.config, run.data, run.world, refuse)
+    torch.set_rng_state(found.rng)
+    loop_state = _loop_state(found.extra, point.path)
+    if point.branches:
+        # Its best draft is the best of its own: it is evaluated before its first step.
+        loop_state = loop_state._replace(best=0.0)
+    return Beginning(found.state, loop_state, found.changes)
+
+
+def _loop_state(extra: dict[str, Any], path: Path) -> LoopState:
+    """What a checkpoint has of the loop, checked."""
+    for name, value in extra.items():
+        if type(value) not in _TYPES.get(name, ()) or not 0 <= value < 2**53:
+            raise UserError(
+                f"{path}: damaged (meta.json: extra.{printable(name)} is "
+                f"{printable(repr(value))}); {older(path)}"
+            )
+    return LoopState(**extra)
+
+
+# What is said
+
+
+def described(run: Run, point: Point, changes: list[Change]) -> list[str]:
+    """Lines for a user on where a run goes on, what has changed, and its learning rate then.
+
+    `run` has its number of steps filled in.
+    """
+    if point.path is None:
+        return []
+    total = run.config.train.steps
+    if point.branches:
+        first = f"goes on from step {point.step} of {point.path}, to step {total}"
+    elif point.step < total:
+        first = f"resumed from step {point.step} of {total}, {point.path}"
+    else:
+        first = f"{run.out}: finished, step {point.step} of {total} is its last one; to go on, "
+        first += "raise train.steps, train.epochs or --minutes"
+
+    lines = [first, *(change.line() for change in changes)]
+    rate = _rate_line(run, point, changes)
+    if point.step < total and rate:
+        lines.append(rate)
+    return lines
+
+
+def _rate_line(run: Run, point: Point, changes: list[Change]) -> str:
+    """The learning rates before and after a change of what the schedule is made from; "" else."""
+    names = {change.name for change in changes}
+    if "train.steps" not in names and not any(name.startswith("optimizer.") for name in names):
+        return ""
+    assert point.path is not None
+    total = run.config.train.steps
+    after = made_schedule(run.recipe.schedule, run.config.optimizer, total)(point.step)
+    line = f"from step {point.step + 1} on {after:.3g}, the rate of a run of {total} steps"
+    if "recipe" in names:
+        return f"learning rate: {line}"
+
+    settings = written_settings(read_meta(point.path))
+    optimizer = {}
+    for name, value in settings.items():
+        if name.startswith("optimizer."):
+            optimizer[name.removeprefix("optimizer.")] = value
+    old = from_dict(OptimizerConfig, optimizer, str(point.path), "optimizer.")
+    before = made_schedule(run.recipe.schedule, old, settings["train.steps"])(point.step - 1)
+    return f"learning rate: {before:.3g} at step {point.step}, {line}"

@@ -1,0 +1,161 @@
+"""`--from`: a run that goes on from another run's checkpoint, in a folder of its own.
+
+`from.json` is written first and the run's first checkpoint last. So a call that was killed between
+them leaves a folder that the same command begins again, and that no other call takes for a run.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import whole_file, write_json
+from eagle3fn.base.read import CONFIG_LIMIT, read_object
+from eagle3fn.base.tree import named_leaves
+from eagle3fn.base.types import TrainState
+from eagle3fn.train.changes import RECIPE, Change, written_settings
+from eagle3fn.train.checkpoint import checkpoints
+from eagle3fn.train.checkpoint_meta import META, read_meta
+from eagle3fn.train.stored_state import read_metadata
+
+FILE = "from.json"
+_STATE = ("optimizer.name", "optimizer.matrices", RECIPE)  # what an optimizer's state depends on
+
+
+class Branch(NamedTuple):
+    """What `from.json` holds: where a run went on from."""
+
+    named: str  # the path that `--from` named, without links
+    run: str  # the last name of that run's folder
+    step: int  # updates that were made there
+    changes: list[str]  # what has changed since, a line each
+
+
+def source_checkpoint(source: str | Path) -> Path:
+    """The checkpoint that `--from` names: its folder, or the newest one of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    source = Path(source)
+    if (source / META).is_file():
+        return source
+    newest = max(checkpoints(source / "checkpoints"), default=None)
+    if newest is None:
+        raise UserError(
+            f"--from {source}: no checkpoint is there; name a run's folder, or one of its "
+            "checkpoints/step-NNNNNNNN"
+        )
+    return newest
+
+
+def branch_settings(source: str | Path) -> dict[str, dict[str, Any]]:
+    """The settings that a checkpoint was written with, as defaults of `load_config`.
+
+    The draft's are left out: it comes from the target or `--draft-config`, and is compared.
+
+    Raises:
+        UserError: no checkpoint, or a damaged one.
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    for name, value in written_settings(read_meta(source_checkpoint(source))).items():
+        section, key = name.split(".")
+        if section != "draft":
+            tree.setdefault(section, {})[key] = value
+    return tree
+
+
+def check_branch(out: Path, source: str | Path | None, has_checkpoint: bool) -> None:
+    """Refuse a folder in which the run that is asked for cannot begin or go on.
+
+    Args:
+        out: the run's folder.
+        source: what `--from` names, if anything.
+        has_checkpoint: whether the folder holds one.
+
+    Raises:
+        UserError: with `--from`, a run that did not go on from there; without, one that was to go
+            on from another and has not begun.
+    """
+    begun = read_branch(out)
+    if source is None:
+        if begun is not None and not has_checkpoint:
+            raise UserError(
+                f"{out}: was to go on from {begun.named}, and was ended before it began; call it "
+                f"with --from {begun.named} again, or name another --out"
+            )
+        return
+
+    named = os.path.realpath(source)
+    if begun is not None and begun.named == named:
+        return
+    if begun is not None:
+        raise UserError(
+            f"{out}: goes on from {begun.named}, not from --from {source}; leave --from out to go "
+            "on with it, or name another --out"
+        )
+    if has_checkpoint or os.path.lexists(out / "horizon.json"):
+        raise UserError(
+            f"{out}: holds a run of its own, which --from {source} would not go on with; name a "
+            "new --out, or leave --from out"
+        )
+
+
+def check_state(path: Path, meta: dict[str, Any], into: TrainState, changes: list[Change]) -> None:
+    """Refuse a checkpoint whose optimizer keeps another state than the run's.
+
+    Raises:
+        UserError: names the settings that make it another one, and the remedy.
+    """
+    wanted = [change for change in changes if change.name in _STATE]
+    if not wanted:
+        return  # what differs then is damage, and is found where the state is read
+    try:
+        read_metadata(path, named_leaves(into), meta["files"])
+    except ValueError as error:
+        lines = "; ".join(change.line() for change in wanted)
+        raise UserError(
+            f"{path}: the optimizer keeps another state ({lines}; {error}); set it back, or begin "
+            "a new run from an exported draft with --set train.init=RUN/draft"
+        ) from None
+    except OSError:
+        return  # as above
+
+
+def write_branch(out: Path, source: str | Path, path: Path, step: int, changes: list[str]) -> None:
+    """Write `from.json`, then the rows of the run that this one goes on from, uncut.
+
+    Args:
+        out: the new run's folder.
+        source: what `--from` names.
+        path: the checkpoint that it is.
+        step: its updates.
+        changes: what has changed since, a line each.
+    """
+    old = Path(os.path.realpath(path)).parent.parent
+    branch = Branch(os.path.realpath(source), old.name, step, changes)
+    write_json(out / FILE, branch._asdict())
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        with whole_file(out / name) as temporary:
+            if (old / name).is_file():
+                shutil.copyfile(old / name, temporary)
+
+
+def read_branch(out: str | Path) -> Branch | None:
+    """What `from.json` holds; None where a run began at its start.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = Path(out) / FILE
+    if not os.path.lexists(path):
+        return None
+    found = read_object(path, CONFIG_LIMIT)
+    kinds = {"named": str, "run": str, "step": int, "changes": list}
+    for name, kind in kinds.items():
+        if type(found.get(name)) is not kind:
+            raise UserError(f"{path}: damaged ({name} is no {kind.__name__}); delete it")
+    if not all(isinstance(line, str) for line in found["changes"]):
+        raise UserError(f"{path}: damaged (changes are no lines); delete it")
+    return Branch(*(found[name] for name in kinds))
