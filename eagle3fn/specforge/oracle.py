@@ -278,7 +278,7 @@ def specforge_forward(
         attention_backend=attention,
         kl_scale=objective.kl_scale,
         kl_decay=objective.kl_decay,
-        lk_loss_type=LK[objective.loss],
+        lk_loss_type=LK[str(objective.loss)],
     )
 
     # The full teacher is given as logits (B, S, V), the compact one as hidden states and head.

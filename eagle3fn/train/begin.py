@@ -20,7 +20,7 @@ from eagle3fn.train.changes import (
 )
 from eagle3fn.train.checkpoint import load_checkpoint, newest_checkpoint
 from eagle3fn.train.checkpoint_meta import older, read_meta
-from eagle3fn.train.schedules import made_schedule
+from eagle3fn.train.schedules import made_schedule, named_schedule
 from eagle3fn.train.run import Run
 from eagle3fn.train.shard import empty_state
 
@@ -163,7 +163,8 @@ def _rate_line(run: Run, point: Point, changes: list[Change]) -> str:
         return ""
     assert point.path is not None
     total = run.config.train.steps
-    after = made_schedule(run.recipe.schedule, run.config.optimizer, total)(point.step)
+    make = run.recipe.schedule or named_schedule
+    after = made_schedule(make, run.config.optimizer, total)(point.step)
     line = f"from step {point.step + 1} on {after:.3g}, the rate of a run of {total} steps"
     if "recipe" in names:
         return f"learning rate: {line}"
@@ -174,5 +175,5 @@ def _rate_line(run: Run, point: Point, changes: list[Change]) -> str:
         if name.startswith("optimizer."):
             optimizer[name.removeprefix("optimizer.")] = value
     old = from_dict(OptimizerConfig, optimizer, str(point.path), "optimizer.")
-    before = made_schedule(run.recipe.schedule, old, settings["train.steps"])(point.step - 1)
+    before = made_schedule(make, old, settings["train.steps"])(point.step - 1)
     return f"learning rate: {before:.3g} at step {point.step}, {line}"
