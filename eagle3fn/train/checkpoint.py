@@ -50,7 +50,13 @@ from eagle3fn.train.stored_state import METADATA, read_leaves
 DRAFT = "draft.safetensors"
 
 # Settings that do not touch the bits: a resumed run may change them.
-MAY_CHANGE = {"train.checkpoint_every", "train.keep_last", "train.on_nonfinite", "data.prefetch"}
+MAY_CHANGE = {
+    "data.prefetch",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.on_nonfinite",
+    "train.patience",
+}
 # Settings of older checkpoints: what they are named now, and those that now always have this value.
 RENAMED = {"optimizer.horizon": "optimizer.schedule_steps"}
 GONE = {"data.mask_alignment": "serving", "data.order": "shuffled"}
