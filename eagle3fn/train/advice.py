@@ -64,8 +64,8 @@ class Symptom(NamedTuple):
 
 def _few_counted(history: History) -> dict[str, Any] | None:
     """Where rows are held out, of those; else of the last updates."""
-    rows = [row for row in history.held_out[-1:] if row.get("counted") is not None]
-    rows = rows or [row for row in history.latest if row.get("counted") is not None]
+    rows = [row for row in history.held_out[-1:] if {"counted", "rows"} <= row.keys()]
+    rows = rows or [row for row in history.latest if {"counted", "rows"} <= row.keys()]
     trained = sum(row["rows"] for row in rows)
     if not trained:
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.files import append_line, write_text
-from eagle3fn.base.kinds import Check, is_amount, is_count, is_number, or_none
+from eagle3fn.base.kinds import Check, is_amount, is_count, is_number, is_rates, or_none
 from eagle3fn.base.read import Rows, read_rows
 from eagle3fn.base.types import Aux
 
@@ -30,12 +30,21 @@ class RowKind(NamedTuple):
         return f"no number under {wrong[0]}" if wrong else None
 
 
+_RATES: dict[str, Check] = {
+    "accuracy": is_rates,
+    "conditional_accuracy": is_rates,
+    "counted": is_amount,
+    "rows": is_count,
+}
+"""Of `readable`, what a report and advice read."""
+
 STEPS = RowKind(
-    {"step": is_count, "tokens": is_count, "seconds": is_amount}, {"loss": or_none(is_number)}
+    {"step": is_count, "tokens": is_count, "seconds": is_amount},
+    {"loss": or_none(is_number)} | _RATES,
 )
 """Of `metrics.jsonl`: the row of a skipped update has no loss."""
 
-HELD_OUT = RowKind({"step": is_count}, {"accepted_length": or_none(is_amount)})
+HELD_OUT = RowKind({"step": is_count}, {"accepted_length": or_none(is_amount)} | _RATES)
 """Of `eval.jsonl`: the row of a run that holds no samples out has no accepted length."""
 
 
