@@ -189,7 +189,7 @@ class _Logged:
     def _give_up(self, error: Exception, what: str) -> None:
         self._failed = True
         self._notice(
-            f"--track {self._name}: {type(error).__name__}: {in_one_line(error)}; {what}, the "
+            f"--track {self._name}: {in_one_line(error)}; {what}, the "
             "training goes on; metrics.jsonl and eval.jsonl have all rows"
         )
 
