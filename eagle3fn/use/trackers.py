@@ -61,7 +61,7 @@ def _tensorboard(place: Place, settings: dict[str, Any]) -> Tracker:
 
 def _wandb(place: Place, settings: dict[str, Any]) -> Tracker:
     """A run whose id goes on; W&B itself leaves steps out that it has."""
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     run = wandb.init(
         project=PROJECT,
@@ -76,7 +76,7 @@ def _wandb(place: Place, settings: dict[str, Any]) -> Tracker:
 
 def _trackio(place: Place, settings: dict[str, Any]) -> Tracker:
     """A run whose name goes on."""
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]
 
     name = f"{place.folder.resolve().name}-{place.run_id}"
     run = trackio.init(project=PROJECT, name=name, config=settings, resume="allow")

@@ -20,6 +20,17 @@ from eagle3fn.train.track import readable
 
 RATES = ("accuracy", "conditional_accuracy", "counted", "accepted_length", "rows")
 COUNTS = ("correct", "rows", "chain_rows", "chain_correct", "accept_rows", "greedy")
+PLACES = {
+    "next_ids": 1,
+    "attention_mask": 1,
+    "row_mask": 2,
+    "aux_hidden": 1,
+    "label_hidden": 1,
+    "position_ids": 1,
+    "survives": 1,
+}
+"""Fields of a batch by the axis of a sample's places."""
+
 FEW = settings(max_examples=max(10, settings().max_examples // 4))
 BOTH = pytest.mark.parametrize("numerics", ["fast", "plain"])
 
@@ -47,24 +58,16 @@ def aux_of(case: Case, batch: Batch, numerics: str, survival: float = 1.0) -> e3
 def padded(batch: Batch, columns: int, samples: int) -> Batch:
     """The batch with more places at the end of each sample, and empty samples after the last."""
 
-    def grown(x: Tensor | None, axis: int) -> Tensor | None:
+    def grown(name: str) -> Tensor | None:
+        x = getattr(batch, name)
         if x is None:
             return None
-        pairs = [0, 0] * x.ndim
-        pairs[2 * (x.ndim - 1 - axis) + 1] = columns
+        pairs = [0, 0] * x.ndim  # of the last axis first
+        pairs[2 * (x.ndim - 1 - PLACES[name]) + 1] = columns
         pairs[2 * (x.ndim - 1) + 1] = samples
         return F.pad(x, pairs)
 
-    return Batch(
-        next_ids=grown(batch.next_ids, 1),
-        attention_mask=grown(batch.attention_mask, 1),
-        row_mask=grown(batch.row_mask, 2),
-        aux_hidden=grown(batch.aux_hidden, 1),
-        label_hidden=grown(batch.label_hidden, 1),
-        position_ids=grown(batch.position_ids, 1),
-        row_counts=batch.row_counts,
-        survives=grown(batch.survives, 1),
-    )
+    return batch._replace(plan=None, **{name: grown(name) for name in PLACES})
 
 
 @BOTH
