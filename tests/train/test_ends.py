@@ -1,12 +1,11 @@
 """How a call of `train` ends: after its last update, by `train.patience`, or after `max_steps`."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import eagle3fn as e3
 from eagle3fn.train import loop
@@ -106,17 +105,17 @@ def test_a_greater_patience_goes_on_to_the_bits_of_a_run_without(problem, tmp_pa
     assert same_end(tmp_path / "run", tmp_path / "whole", STEPS)
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    st.lists(st.sampled_from([1.0, 1.1, 1.2, 1.3]), min_size=8, max_size=8),
-    st.integers(1, 4),
-    st.integers(1, 7),
-)
-def test_patience_is_that_of_a_plain_loop(tmp_path_factory, values, patience, cut):
+@pytest.mark.parametrize("seed", range(6))
+def test_patience_is_that_of_a_plain_loop(tmp_path, seed):
     """Whether or not the run is called a second time on its way."""
-    out = tmp_path_factory.mktemp("run")
-    problem = make_problem(out / "features", STEPS, train={"eval_every": 1})
-    best, waited, expected = 0.0, 0, STEPS
+    source = random.Random(seed)
+    values = [source.choice([1.0, 1.1, 1.2, 1.3]) for _ in range(STEPS)]
+    patience = source.randint(1, 4)
+    cut = source.randint(1, STEPS - 1)
+    problem = make_problem(tmp_path / "features", STEPS, train={"eval_every": 1})
+    best = 0.0
+    waited = 0
+    expected = STEPS
     for step, value in enumerate(values, 1):
         waited = 0 if value > best else waited + 1
         best = max(best, value)
@@ -130,10 +129,10 @@ def test_patience_is_that_of_a_plain_loop(tmp_path_factory, values, patience, cu
             loop, "evaluate_held_out", lambda run, params: {"accepted_length": next(scripted)}
         )
         patient = with_train(problem, patience=patience)
-        call(out / "run", patient, max_steps=cut)
-        noted = call(out / "run", patient)
+        call(tmp_path / "run", patient, max_steps=cut)
+        noted = call(tmp_path / "run", patient)
     assert noted.ends == [End(expected, STEPS, expected < STEPS, True)]
-    assert len(rows(out / "run/metrics.jsonl")) == expected
+    assert len(rows(tmp_path / "run/metrics.jsonl")) == expected
 
 
 def test_patience_without_held_out_samples_is_refused():
@@ -148,7 +147,7 @@ def test_patience_without_held_out_samples_is_refused():
 # By `max_steps`.
 
 
-@pytest.mark.parametrize("parts", [[3], [1, 1, 4], [2, 6], [20]])
+@pytest.mark.parametrize("parts", [[1, 1, 4], [3, 20]])
 def test_calls_of_few_updates_end_as_one_call(problem, tmp_path, parts):
     """Also where one ends between two evaluations; the schedule is the whole run's."""
     call(tmp_path / "whole", problem)
