@@ -358,7 +358,7 @@ def test_damaged_settings_are_refused_by_name(begun):
             begun_settings(begun.out)
 
 
-@pytest.mark.parametrize("name", ["best", "skipped", "in_a_row", "other"])
+@pytest.mark.parametrize("name", ["best", "skipped", "in_a_row", "waited", "uncounted", "other"])
 def test_values_of_the_loop_are_checked(begun, name):
     path = begun.out / "checkpoints/step-00000002"
     extra = json.loads((path / "meta.json").read_text())["extra"]
