@@ -313,7 +313,7 @@ def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events
 
     # Without held-out samples there is nothing to compare by, and the newest draft is published. An
     # untrained one is published on its own, and is never the best.
-    value = row.get("accepted_length", 0.0) if step else 0.0
+    value = row.get("accepted_length", 0.0)
     risen = value > loop_state.best
     if run.world.main:
         append_row(run.out / "eval.jsonl", row)
