@@ -50,7 +50,7 @@ from eagle3fn.base.read import read_jsonl
 from eagle3fn.base.types import TrainState
 from eagle3fn.specforge import script
 from eagle3fn.specforge.oracle import Oracle, load_oracle
-from eagle3fn.train.loop import Events
+from eagle3fn.train.events import Events
 from eagle3fn.train.memory import GIB
 
 NEEDED = 44 * GIB  # of a card's memory, for the largest shapes

@@ -8,6 +8,7 @@ from typing import Any
 from eagle3fn.base.program import called_as, exit_code
 from eagle3fn.commands import checking, data, drafts, training
 from eagle3fn.commands.shared import check_places
+from eagle3fn.use.trackers import TRACKERS
 
 Command = Callable[..., argparse.ArgumentParser]
 """`(name, function, what it does)` → the parser of a new sub-command."""
@@ -283,7 +284,10 @@ def _add_training_commands(command: Command) -> None:
     sub.add_argument("--features", required=True)
     sub.add_argument("--vocab", required=True, help="vocabulary map")
     sub.add_argument(
-        "--out", required=True, help="run folder; the best draft is exported to OUT/draft"
+        "--out",
+        required=True,
+        help="run folder; OUT/draft is the best draft on the held-out samples, or without these "
+        "the newest",
     )
     sub.add_argument(
         "--from",
@@ -300,6 +304,25 @@ def _add_training_commands(command: Command) -> None:
     sub.add_argument("--on-nonfinite", choices=("stop", "skip"), help="sets train.on_nonfinite")
     sub.add_argument(
         "--minutes", type=_above_zero, help="choose the number of steps to fill this time"
+    )
+    sub.add_argument(
+        "--max-steps",
+        type=_positive,
+        metavar="N",
+        help="updates that this call makes at most; it saves a checkpoint, a later call goes on",
+    )
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, the first batch, one update and the time of all; write nothing",
+    )
+    sub.add_argument(
+        "--track",
+        type=_trackers,
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help=f"log to {', '.join(TRACKERS)}: several with commas, or once more",
     )
     _add_threads(sub)
 
@@ -419,6 +442,15 @@ def _add_draft_commands(command: Command) -> None:
         help="whose maps or features are written (default eagle3fn)",
     )
     sub.add_argument("--target", help="the target, folder or hub id, for what a file leaves out")
+
+
+def _trackers(text: str) -> list[str]:
+    """A type for argparse: names of trackers with commas between them."""
+    names = text.split(",")
+    for name in names:
+        if name not in TRACKERS:
+            raise argparse.ArgumentTypeError(f"{name!r}: must be of {', '.join(TRACKERS)}")
+    return names
 
 
 def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:

@@ -273,6 +273,8 @@ class TrainConfig:
         eval_every: updates between two evaluations on the held-out samples.
         checkpoint_every: updates between two checkpoints.
         keep_last: checkpoints that are kept.
+        patience: evaluations in a row without a held-out accepted length above the best one, after
+            which the run ends; 0: it makes all its updates.
     """
 
     epochs: int = 10
@@ -286,6 +288,7 @@ class TrainConfig:
     eval_every: int = 500
     checkpoint_every: int = 500
     keep_last: int = 2
+    patience: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -294,6 +297,7 @@ class TrainConfig:
         require(bool(self.init), "train.init", self.init, words)
         _within(self, "train", epochs=(1, _MOST), steps=(0, MOST_STEPS), keep_last=(1, _MOST))
         _within(self, "train", eval_every=(1, _MOST), checkpoint_every=(1, _MOST))
+        _within(self, "train", patience=(0, _MOST))
         require(0 <= self.seed < 2**40, "train.seed", self.seed, "in [0, 2**40)")
 
 
@@ -323,6 +327,13 @@ class Config:
             window,
             f"at least objective.ttt_length = {self.objective.ttt_length}: a row attends to its "
             "own keys of every unroll step",
+        )
+        require(
+            not self.train.patience or self.data.held_out > 0,
+            "train.patience",
+            self.train.patience,
+            "0 where no samples are held out, by whose accepted length a run would end; set "
+            "data.held_out above 0",
         )
 
 

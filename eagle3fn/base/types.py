@@ -99,6 +99,9 @@ class Aux(NamedTuple):
     losses: Tensor  # (K,) per-step loss, before the decay
     correct: Tensor  # (K,) int64: trained rows whose draft argmax is the target's argmax
     rows: Tensor  # (K,) int64: trained rows
+    # (K,) int64: of these, the rows whose earlier drafted tokens were all trained and right
+    chain_rows: Tensor
+    chain_correct: Tensor  # (K,) int64: of those, the ones that are right at this step too
     accept: Tensor  # (K,) sum over trained rows with a known label of Σ min(p_full, draft)
     accept_rows: Tensor  # (K,) those rows
     # () sum over rows of Σ_i Π_{j≤i} correct_j: the drafted tokens that a greedy verifier accepts

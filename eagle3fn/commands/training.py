@@ -2,7 +2,7 @@
 
 import math
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eagle3fn.base import progress
 from eagle3fn.commands.shared import draft_shape, say
@@ -10,9 +10,11 @@ from eagle3fn.commands.shared import draft_shape, say
 if TYPE_CHECKING:
     from eagle3fn.base.config import Config
     from eagle3fn.base.draft_config import DraftConfig
+    from eagle3fn.base.launch import World
     from eagle3fn.base.types import VocabMap
     from eagle3fn.data.features import FeatureSet
     from eagle3fn.data.target_tensors import TargetTensors
+    from eagle3fn.train.recipe import Recipe
 
 
 def train(options: Any) -> int | None:
@@ -31,12 +33,10 @@ def train(options: Any) -> int | None:
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
     from eagle3fn.train.horizon import begun_threads
-    from eagle3fn.train.loop import train
     from eagle3fn.train.recipe import OURS
-    from eagle3fn.use.model_card import facts_of
-    from eagle3fn.use.publish import check_published, run_events
 
     _check_folders(options)
+    trackers = _trackers(options)
     recipe = RECIPES[options.recipe] if options.recipe else OURS
     overrides = list(options.set)
     if options.on_nonfinite:
@@ -76,21 +76,11 @@ def train(options: Any) -> int | None:
             found = measure_agreement(features, tensors.head)
             say(foreign_note(found, options.target, "CONVERSATIONS.jsonl"))
 
-        state = train(
-            config,
-            features,
-            vocab_map,
-            tensors,
-            options.out,
-            minutes=options.minutes,
-            events=run_events(options.out, config, layers, facts_of(features, options.target)),
-            world=world,
-            recipe=recipe,
-            source=options.source,
-        )
-        if world.main:
-            progress.close()
-            print(check_published(options.out, int(state.step), world.size, options.arguments))
+        run = _Run(config, features, vocab_map, tensors, options.out, options.minutes)
+        if options.dry_run:
+            _dry_run(run, world, recipe)
+        else:
+            _train(options, run, layers, trackers, world, recipe)
 
         # Ctrl-C ends a script that calls this too; SIGTERM, which saved as well, is a good end.
         return 128 + signal.SIGINT if received() == signal.SIGINT else None
@@ -103,6 +93,77 @@ def _check_folders(options: Any) -> None:
     check_out_folder(options.out)
     if options.source:
         check_apart({"--out": options.out}, {"--from": options.source})
+
+
+def _trackers(options: Any) -> list[str]:
+    """The names of `--track`, each once; refused where a library is missing, and what a dry run
+    would not heed.
+    """
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.use.trackers import check_trackers
+
+    unused = {
+        "--track": options.track,
+        "--max-steps": options.max_steps,
+        "--from": options.source,
+    }
+    for name, given in unused.items() if options.dry_run else ():
+        if given:
+            raise UserError(
+                f"{name} with --dry-run, which makes one update of a new run and logs nothing; drop one"
+            )
+    names = list(dict.fromkeys(options.track))
+    check_trackers(names)
+    return names
+
+
+class _Run(NamedTuple):
+    """What a run is made from, in the order in which `train` and `dry_run` take it."""
+
+    config: "Config"
+    features: "FeatureSet"
+    vocab_map: "VocabMap"
+    target: "TargetTensors"
+    out: str
+    minutes: float | None
+
+
+def _train(
+    options: Any, run: _Run, layers: int, trackers: list[str], world: "World", recipe: "Recipe"
+) -> None:
+    """Train, log and export, and print how it ended."""
+    from eagle3fn.base.config import to_dict
+    from eagle3fn.train.events import End
+    from eagle3fn.train.loop import train
+    from eagle3fn.use.model_card import facts_of
+    from eagle3fn.use.publish import check_published, run_events
+    from eagle3fn.use.trackers import tracked
+
+    facts = facts_of(run.features, options.target)
+    events = run_events(run.out, run.config, layers, facts)
+    ends: list[End] = []
+    events = events._replace(on_end=ends.append)
+    with tracked(events, trackers, run.out, to_dict(run.config)) as events:
+        train(
+            *run,
+            events=events,
+            world=world,
+            recipe=recipe,
+            source=options.source,
+            max_steps=options.max_steps,
+        )
+    if world.main:
+        progress.close()
+        print(check_published(run.out, ends[-1], world.size, options.arguments))
+
+
+def _dry_run(run: _Run, world: "World", recipe: "Recipe") -> None:
+    """Print what a run would be; nothing is written."""
+    from eagle3fn.train.dry_run import describe_dry_run, dry_run
+
+    found = dry_run(*run, world=world, recipe=recipe)
+    if world.main:
+        say(describe_dry_run(found))
 
 
 def _read_matching(

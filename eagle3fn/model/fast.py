@@ -268,19 +268,25 @@ def _aux(scores: Scores, plan: RowPlan, trained: Tensor, row_counts: Tensor, cha
     known = by_step(scores.known)
     losses = by_step(torch.where(scores.known, scores.row_loss, 0.0))
 
-    # What is accepted in a run: all steps of a row up to the first that fails or is not trained.
-    # A row that survived to a step stands for those that did not.
-    correct = by_step(scores.correct)
+    # A chain of drafted tokens: all steps of a row up to the first that fails or is not trained.
+    rows = by_step(trained.long())
+    correct = by_step(scores.correct).long()
     accept = by_step(scores.accept)
-    weight = (1 / chance)[:, None]
+    run = correct.cumprod(0)  # 1 where the tokens up to this step are right
+    reached = rows * torch.cat([torch.ones_like(run[:1]), run[:-1]])
+
+    # A row that survived to a step stands for those that did not.
+    stands_for = (1 / chance)[:, None]
     return Aux(
         losses=losses.sum(1) / (row_counts * chance).to(row_counts.dtype),
         correct=correct.sum(1),
-        rows=by_step(trained.long()).sum(1),
+        rows=rows.sum(1),
+        chain_rows=reached.sum(1),
+        chain_correct=run.sum(1),
         accept=(accept * known).sum(1),
         accept_rows=known.sum(1).to(accept.dtype),
-        greedy=(weight * correct.long().cumprod(0)).sum().float(),
-        sampled=(weight * accept.cumprod(0)).sum().float(),
+        greedy=(stands_for * run).sum().float(),
+        sampled=(stands_for * accept.cumprod(0)).sum().float(),
     )
 
 

@@ -254,7 +254,7 @@ def _score(
 @torch.no_grad()
 def _aux(steps: list[_Step], rate: float) -> Aux:
     """Sums and counts over rows; see `Aux`."""
-    correct = torch.stack([step.correct for step in steps])  # (K, B, S)
+    correct = torch.stack([step.correct for step in steps]).long()  # (K, B, S)
     accept = torch.stack([step.accept for step in steps])
     row_mask = torch.stack([step.row_mask for step in steps])
 
@@ -262,18 +262,24 @@ def _aux(steps: list[_Step], rate: float) -> Aux:
     weights = [step.mask.to(step.accept.dtype) for step in steps]
     accepted = [(step.accept * weight).sum() for step, weight in zip(steps, weights, strict=True)]
 
-    # A chain of drafted tokens ends at its first wrong one, and where the row's labels end. A row
-    # that survived to a step stands for those that did not.
+    # A chain of drafted tokens ends at its first wrong one, and where the row's labels end.
+    alive = row_mask.cumprod(0)
+    run = alive * correct.cumprod(0)  # 1 where the tokens up to this step are right
+    reached = row_mask * torch.cat([torch.ones_like(run[:1]), run[:-1]])
+
+    # A row that survived to a step stands for those that did not.
     step = torch.arange(len(steps), dtype=torch.float64, device=accept.device)
-    alive = row_mask.cumprod(0) / (rate**step)[:, None, None]
+    stands_for = (1 / rate**step)[:, None, None]
     return Aux(
         losses=torch.stack([step.loss.detach() for step in steps]),
         correct=torch.stack([(step.correct * step.row_mask).sum() for step in steps]),
         rows=torch.stack([step.row_mask.sum() for step in steps]),
+        chain_rows=reached.sum((1, 2)),
+        chain_correct=run.sum((1, 2)),
         accept=torch.stack(accepted),
         accept_rows=torch.stack([weight.sum() for weight in weights]),
-        greedy=(alive * correct.long().cumprod(0)).sum().float(),
-        sampled=(alive * accept.cumprod(0)).sum().float(),
+        greedy=(stands_for * run).sum().float(),
+        sampled=(stands_for * alive * accept.cumprod(0)).sum().float(),
     )
 
 

@@ -20,20 +20,28 @@ from eagle3fn.train.changes import (
 )
 from eagle3fn.train.checkpoint import load_checkpoint, newest_checkpoint
 from eagle3fn.train.checkpoint_meta import older, read_meta
-from eagle3fn.train.schedules import made_schedule, named_schedule
 from eagle3fn.train.run import Run
+from eagle3fn.train.schedules import made_schedule, named_schedule
 from eagle3fn.train.shard import empty_state
 
 
 class LoopState(NamedTuple):
     """What a resumed run needs besides the `TrainState`."""
 
-    best: float = 0.0  # the best held-out value so far
+    best: float = 0.0  # the greatest held-out accepted length so far; 0: none was measured
     skipped: int = 0  # updates dropped so far
     in_a_row: int = 0  # of these, the last ones without a made one between them
+    waited: int = 0  # the last evaluations that were not above `best`
+    uncounted: int = 0  # the last updates whose loss counted none of their rows
 
 
-_TYPES = {"best": (float, int), "skipped": (int,), "in_a_row": (int,)}
+_TYPES = {
+    "best": (float, int),
+    "skipped": (int,),
+    "in_a_row": (int,),
+    "waited": (int,),
+    "uncounted": (int,),
+}
 """Of the fields of `LoopState`, in a checkpoint's JSON."""
 
 
@@ -115,7 +123,7 @@ def begin(run: Run, point: Point) -> Beginning:
     loop_state = _loop_state(found.extra, point.path)
     if point.branches:
         # Its best draft is the best of its own: it is evaluated before its first step.
-        loop_state = loop_state._replace(best=0.0)
+        loop_state = loop_state._replace(best=0.0, waited=0, uncounted=0)
     return Beginning(found.state, loop_state, found.changes)
 
 

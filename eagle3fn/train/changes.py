@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.keep_last",
     "train.on_nonfinite",
+    "train.patience",
 }
 """Settings that do not touch the result of a step."""
 

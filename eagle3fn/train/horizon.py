@@ -211,18 +211,18 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What each value of `horizon.json` must be."""
 
 
-def seconds_per_step(run: Run, state: TrainState) -> float:
+def seconds_per_step(run: Run, state: TrainState, timed: int = _TIMED_STEPS) -> float:
     """Measured seconds of a step of average length and its share of an evaluation.
 
-    The timed steps are dropped.
+    The `timed` steps are dropped.
     """
-    run = _with_steps(run, _TIMED_STEPS + 1)
+    run = _with_steps(run, timed + 1)
     data = run.config.data
 
     # Time the steps; the first one, which warms up, is left out.
     tokens = 0
     begin = time.perf_counter()
-    for number, micro in enumerate(training_batches(run, 0, _TIMED_STEPS + 1)):
+    for number, micro in enumerate(training_batches(run, 0, timed + 1)):
         _, metrics = run.fns.step(state, micro)
         if number == 0:
             _wait(run.device)
@@ -233,7 +233,7 @@ def seconds_per_step(run: Run, state: TrainState) -> float:
     seconds_per_token = (time.perf_counter() - begin) / tokens
 
     # A step of average length: the index has the lengths, files without an index don't.
-    tokens_per_step = tokens / _TIMED_STEPS
+    tokens_per_step = tokens / timed
     lengths = [run.features.samples[i].get("length") for i in run.train]
     known = [min(length, data.max_length) for length in lengths if length]
     if known:

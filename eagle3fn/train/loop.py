@@ -8,14 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-from eagle3fn.base import progress
 from eagle3fn.base.config import Config
 from eagle3fn.base.files import fsync_path
 from eagle3fn.base.launch import World
 from eagle3fn.base.signals import Stop, signals_noted
-from eagle3fn.base.types import Frozen, Params, TrainState, VocabMap
+from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.held import held
 from eagle3fn.data.pipeline import prefetch
@@ -29,6 +28,8 @@ from eagle3fn.train.bad_updates import (
 from eagle3fn.train.begin import LoopState, Point, begin, described, find_point
 from eagle3fn.train.branch import write_branch
 from eagle3fn.train.checkpoint import save_checkpoint
+from eagle3fn.train.counted import check_counted_held_out, check_uncounted, uncounted_after
+from eagle3fn.train.events import End, Events
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import with_horizon, write_horizon
 from eagle3fn.train.recipe import OURS, Recipe
@@ -39,17 +40,6 @@ from eagle3fn.train.track import HELD_OUT, STEPS, append_row, cut_rows, metrics_
 
 ROWS = {"metrics.jsonl": STEPS, "eval.jsonl": HELD_OUT}
 T = TypeVar("T")
-
-
-class Events(NamedTuple):
-    """What the loop calls: with each metrics row, each held-out row, each best draft, and each
-    line about what it found and left out.
-    """
-
-    on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
-    on_eval: Callable[[dict[str, Any]], None] = lambda row: None
-    on_best: Callable[[Params, Frozen, dict[str, Any]], None] = lambda params, frozen, row: None
-    on_notice: Callable[[str], None] = progress.say
 
 
 class PendingStep(NamedTuple):
@@ -71,10 +61,13 @@ def train(
     world: World = World(),  # noqa: B008
     recipe: Recipe = OURS,
     source: str | Path | None = None,
+    max_steps: int | None = None,
 ) -> TrainState:
     """Train, or go on from the newest checkpoint in `out`.
 
-    Returns the last state, sharded if `world` has ranks.
+    Returns the last state, sharded if `world` has ranks. With `max_steps` this call makes that many
+    updates at most and saves the last one; the schedule stays that of the whole run. Under
+    `train.patience` the run may end before its last update: then further calls make none.
 
     With `source`, a checkpoint of another run or that run's folder, a new `out` goes on from there,
     under a configuration and data that may be others (`train.changes`): with its whole state, its
@@ -89,8 +82,8 @@ def train(
 
     Raises:
         UserError: features, map, target and configuration don't fit together, a checkpoint of
-            another run, another process training in `out`, or a loss that is not finite, the
-            held-out one too.
+            another run, another process training in `out`, a loss that is not finite, the
+            held-out one too, or one that counts no row.
     """
     run = prepare(config, features, vocab_map, target, out, world, recipe)
     lock = held(run.out) if world.main else nullcontext()
@@ -118,13 +111,35 @@ def train(
         if point.branches:
             loop_state = _evaluate(run, state, loop_state, events)
             _save(run, state, loop_state)
-        if int(state.step) < run.config.train.steps:
+        if not _end(run, state, loop_state).finished:
             # A signal before this ends the program: nothing is lost that is not on the disk.
             with signals_noted() as stop_requested:
-                state, loop_state = _steps(run, state, loop_state, events, stop_requested)
-        if world.main and loop_state.skipped:
-            events.on_notice(told_dropped(loop_state.skipped))
+                state, loop_state = _steps(
+                    run, state, loop_state, events, stop_requested, max_steps
+                )
+        if world.main:
+            _report_end(run, _end(run, state, loop_state), loop_state, events)
         return state
+
+
+def _end(run: Run, state: TrainState, loop_state: LoopState) -> End:
+    """How the run stands, the same on all ranks."""
+    settings = run.config.train
+    step = int(state.step)
+    early = step < settings.steps and 0 < settings.patience <= loop_state.waited
+    return End(step, settings.steps, early, bool(run.held_out))
+
+
+def _report_end(run: Run, end: End, loop_state: LoopState, events: Events) -> None:
+    if loop_state.skipped:
+        events.on_notice(told_dropped(loop_state.skipped))
+    if end.early:
+        events.on_notice(
+            f"step {end.step} of {end.total}: the run has ended, as its held-out accepted length "
+            f"has not risen above {loop_state.best:.3f} for {loop_state.waited} evaluations "
+            f"(train.patience = {run.config.train.patience}); a greater train.patience goes on"
+        )
+    events.on_end(end)
 
 
 def _cut_rows(run: Run, point: Point, events: Events) -> None:
@@ -141,12 +156,20 @@ def _cut_rows(run: Run, point: Point, events: Events) -> None:
 
 
 def _steps(
-    run: Run, state: TrainState, loop_state: LoopState, events: Events, stop_requested: Stop
+    run: Run,
+    state: TrainState,
+    loop_state: LoopState,
+    events: Events,
+    stop_requested: Stop,
+    max_steps: int | None,
 ) -> tuple[TrainState, LoopState]:
-    """Train until the last step, or until a stop is requested on any rank."""
+    """Train until the last step, the last one of this call, the end of the patience, or until a
+    stop is requested on any rank.
+    """
     settings = run.config.train
     total = settings.steps
     start = int(state.step)
+    last = total if max_steps is None else min(total, start + max_steps)
     if start == 0:
         loop_state = _evaluate(run, state, loop_state, events)
 
@@ -155,7 +178,7 @@ def _steps(
     def report_all() -> LoopState:
         return _report(run, pending, loop_state, events, wait=True)
 
-    places = training_batches(run, start + run.shift, total + run.shift)
+    places = training_batches(run, start + run.shift, last + run.shift)
     source = prefetch(places, run.config.data.prefetch)
     with closing(source):
         for number, micro in enumerate(_or_else(source, report_all), start + 1):
@@ -164,9 +187,8 @@ def _steps(
             pending.append(PendingStep(number, begin, metrics))
 
             # Report steps that are done; all of them before something is computed from the state.
-            last = number == total
-            evaluates = last or number % settings.eval_every == 0
-            saves = last or number % settings.checkpoint_every == 0
+            evaluates = number == total or number % settings.eval_every == 0
+            saves = number == last or number % settings.checkpoint_every == 0
             wait = evaluates or saves or not _is_asynchronous(run.device)
             loop_state = _report(run, pending, loop_state, events, wait)
 
@@ -174,7 +196,7 @@ def _steps(
                 loop_state = _evaluate(run, state, loop_state, events)
 
             # A stop on one rank stops all: they must leave at the same step.
-            stop = any(run.world.every(stop_requested()))
+            stop = any(run.world.every(stop_requested())) or _end(run, state, loop_state).early
             if saves or stop:
                 loop_state = report_all()
                 _save(run, state, loop_state)
@@ -208,7 +230,8 @@ def _report(
     """Write and report the metrics of all steps but the newest, or with `wait` of that one too.
 
     Raises:
-        UserError: a loss, gradient norm or state that is not finite, or too many dropped updates.
+        UserError: a loss, gradient norm or state that is not finite, too many dropped updates, or
+            too many that count no row.
     """
     kept_back = 0 if wait else 1
     while len(pending) > kept_back:
@@ -219,12 +242,14 @@ def _report(
         loop_state = loop_state._replace(
             skipped=loop_state.skipped + skipped,
             in_a_row=loop_state.in_a_row + 1 if skipped else 0,
+            uncounted=uncounted_after(loop_state.uncounted, metrics),
         )
         if run.world.main:
             row = metrics_row(number, metrics, time.perf_counter() - begin, loop_state.skipped)
             append_row(run.out / "metrics.jsonl", row)
             events.on_step(row, run.config.train.steps)
         check_dropped(run, number, loop_state.in_a_row)
+        check_uncounted(run.config, number, loop_state.uncounted)
 
         # On a device the next step began when this one ended.
         if pending:
@@ -249,19 +274,25 @@ def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events
     The same on all ranks. A state that fails is neither reported nor exported.
 
     Raises:
-        UserError: a held-out loss that is not finite.
+        UserError: a held-out loss that is not finite, or that counts no row.
     """
     params = gather(state.params)
     step = int(state.step)
     row = {"step": step, **evaluate_held_out(run, params)}
     check_held_out(run, row)
+    check_counted_held_out(row)
 
-    # Without held-out samples the newest draft is the best: 1 + step grows. An untrained one never
-    # is, though it is reported.
-    value = row.get("accepted_length", 1.0 + step) if step else 0.0
+    # Without held-out samples there is nothing to compare by, and the newest draft is published. An
+    # untrained one is published on its own, and is never the best.
+    value = row.get("accepted_length", 0.0)
+    risen = value > loop_state.best
     if run.world.main:
         append_row(run.out / "eval.jsonl", row)
         events.on_eval(row)
-        if value > loop_state.best or step == 0:
-            events.on_best(params, run.frozen, row)
-    return loop_state._replace(best=max(value, loop_state.best))
+        if risen or step == 0 or not run.held_out:
+            events.on_draft(params, run.frozen, row)
+    if step == 0 or not run.held_out:
+        return loop_state
+    return loop_state._replace(
+        best=max(value, loop_state.best), waited=0 if risen else loop_state.waited + 1
+    )

@@ -25,6 +25,7 @@ from eagle3fn.data.pipeline import batches, split
 from eagle3fn.data.target_tensors import TargetTensors, make_frozen
 from eagle3fn.model.checks import check_loss
 from eagle3fn.train.bind import Functions, bind
+from eagle3fn.train.counted import check_first_labels
 from eagle3fn.train.memory import check_fits, memory_of
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.reduce import check_ranks
@@ -67,8 +68,9 @@ def prepare(
     Raises:
         UserError: tensors that don't fit the configuration, a device that is not there, samples
             beyond the position limit, none to train on, or none with a supervised row, of those to
-            train on or of those held out; a number of ranks that the global batch or
-            `train.reduce` does not fit, or ranks that were started differently.
+            train on or of those held out; labels that are all outside the draft
+            vocabulary; a number of ranks that the global batch or `train.reduce` does not fit, or
+            ranks that were started differently.
     """
     # Refuse what cannot work before anything large is made.
     if not recipe.name and recipe != OURS:
@@ -89,6 +91,7 @@ def prepare(
     _check_lengths(config, features)
     _check_trained(config, features, kept, recipe.align_mask)
     _check_evaluated(config, features, held_out, recipe.align_mask)
+    check_first_labels(config, frozen, features, kept, recipe.align_mask)
 
     # All ranks must have been started alike.
     mesh = world.mesh(device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.files import append_line, write_text
-from eagle3fn.base.kinds import Check, is_amount, is_count, is_number, or_none
+from eagle3fn.base.kinds import Check, is_amount, is_count, is_number, is_rates, or_none
 from eagle3fn.base.read import Rows, read_rows
 from eagle3fn.base.types import Aux
 
@@ -30,19 +30,35 @@ class RowKind(NamedTuple):
         return f"no number under {wrong[0]}" if wrong else None
 
 
+_RATES: dict[str, Check] = {
+    "accuracy": is_rates,
+    "conditional_accuracy": is_rates,
+    "counted": is_amount,
+    "rows": is_count,
+}
+"""Of `readable`, what a report and advice read."""
+
 STEPS = RowKind(
-    {"step": is_count, "tokens": is_count, "seconds": is_amount}, {"loss": or_none(is_number)}
+    {"step": is_count, "tokens": is_count, "seconds": is_amount},
+    {"loss": or_none(is_number)} | _RATES,
 )
 """Of `metrics.jsonl`: the row of a skipped update has no loss."""
 
-HELD_OUT = RowKind({"step": is_count}, {"accepted_length": or_none(is_amount)})
+HELD_OUT = RowKind({"step": is_count}, {"accepted_length": or_none(is_amount)} | _RATES)
 """Of `eval.jsonl`: the row of a run that holds no samples out has no accepted length."""
 
 
 def readable(aux: Aux) -> dict[str, Any]:
-    """Rates of a batch's, or several batches', summed metrics.
+    """Rates of a batch's, or several batches', summed metrics; `docs/monitoring.md` names them all.
 
-    `accepted_length` is the greedy simulated one: 1 + accepted draft tokens per trained row.
+    By unroll step `i`, the position of a drafted token:
+
+        accuracy[i]              correct_i / rows_i
+        conditional_accuracy[i]  the same of rows whose earlier drafted tokens were all right
+        counted                  Σ_i known rows / Σ_i trained rows
+
+    `accepted_length` is the greedy simulated one: 1 + accepted draft tokens per trained row. Where
+    there is no row a rate is 0.
     """
     rows = aux.rows.clamp_min(1e-6)
     acceptance = aux.accept / aux.accept_rows.clamp_min(1e-8)
@@ -50,11 +66,20 @@ def readable(aux: Aux) -> dict[str, Any]:
     return {
         "losses": aux.losses.tolist(),
         "accuracy": (aux.correct / rows).tolist(),
+        "conditional_accuracy": (aux.chain_correct / aux.chain_rows.clamp_min(1)).tolist(),
         "acceptance": acceptance.tolist(),
         "accepted_length": 1 + float(aux.greedy) / first,
         "accepted_length_sampled": 1 + float(aux.sampled) / first,
         "rows": int(aux.rows[0]),
+        "counted": counted_share(aux),
     }
+
+
+def counted_share(aux: Aux) -> float:
+    """The share of trained rows that the loss counts: those whose label's token is in the draft
+    vocabulary; 0 where no row is trained.
+    """
+    return float(aux.accept_rows.sum()) / max(int(aux.rows.sum()), 1)
 
 
 def metrics_row(

@@ -1,4 +1,4 @@
-"""What a training run shows and publishes: progress, held-out results, the best draft exported."""
+"""What a training run shows and publishes: progress, held-out results, drafts exported."""
 
 import math
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.places import check_own_folder
 from eagle3fn.base.program import called_as
-from eagle3fn.base.read import read_json
 from eagle3fn.base.signals import name_of, received
 from eagle3fn.base.temporary import clear
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.train.branch import read_branch
-from eagle3fn.train.loop import Events
+from eagle3fn.train.events import End, Events
+from eagle3fn.use.advising import with_advice
 from eagle3fn.use.export import check_out_draft, export
 from eagle3fn.use.model_card import Facts
 
 
-def check_published(out: str | Path, step: int, ranks: int, arguments: Sequence[str]) -> str:
-    """The line to print after a run that returned at `step`: where its draft is, or how to resume.
+def check_published(out: str | Path, end: End, ranks: int, arguments: Sequence[str]) -> str:
+    """The line to print after a run: where its draft is, or how to resume.
 
     Args:
         out: the run's folder.
-        step: updates made.
+        end: how the training ended.
         ranks: processes that trained.
         arguments: those of the command that started the run, such as `["train", "--target", …]`.
 
@@ -35,22 +35,25 @@ def check_published(out: str | Path, step: int, ranks: int, arguments: Sequence[
         UserError: the run has ended, but its draft is gone.
     """
     out = Path(out)
-    total = read_json(out / "horizon.json")["steps"]
-
-    if step < total:
+    if not end.finished:
         number = received()
         by = f" by {name_of(number)}" if number else ""
         return (
-            f"stopped{by}, step {step} of {total} is saved; "
+            f"stopped{by}, step {end.step} of {end.total} is saved; "
             f"resume with {called_as(arguments, ranks)}"
         )
 
     clear(out / "draft")  # a kill while it was replaced: the one before comes back
     if not (out / "draft").is_dir():
         raise UserError(
-            f"{out}/draft: gone since the run ended at step {step}; train into another folder"
+            f"{out}/draft: gone since the run ended at step {end.step}; train into another folder"
         )
-    return f"{out}/draft: the best draft of {total} steps"
+    if not end.compared:
+        return (
+            f"{out}/draft: the draft after {end.step} steps; no sample was held out "
+            "(data.held_out = 0), so it was compared with no other"
+        )
+    return f"{out}/draft: the best draft of {end.step} steps, by held-out accepted length"
 
 
 def _origin(out: str | Path) -> str:
@@ -68,11 +71,12 @@ def run_events(
     target_layers: int,
     facts: Facts = Facts(),  # noqa: B008
 ) -> Events:
-    """Events that draw a progress bar, print held-out results, and export drafts.
+    """Events that draw a progress bar, print held-out results and advice, and export drafts.
 
     `out/untrained` is exported before the first step, `out/draft` whenever the held-out accepted
-    length grows. `target_layers` is the target's number of decoder layers, `facts` what the drafts'
-    cards say of target and data. Every RoPE variant is exported.
+    length grows, or without held-out samples at every evaluation. `target_layers` is the target's
+    number of decoder layers, `facts` what the drafts' cards say of target and data. Every RoPE
+    variant is exported.
 
     Raises:
         UserError: one of the two folders is there, and no draft that was exported here, or is a
@@ -95,7 +99,7 @@ def run_events(
                 f"first-step accuracy {row['accuracy'][0]:.3f}"
             )
 
-    def on_best(params: Params, frozen: Frozen, row: dict[str, Any]) -> None:
+    def on_draft(params: Params, frozen: Frozen, row: dict[str, Any]) -> None:
         folder = Path(out) / ("draft" if row["step"] else "untrained")
         length = row.get("accepted_length")
         if length is not None and not math.isfinite(length):
@@ -103,4 +107,4 @@ def run_events(
         now = facts._replace(steps=row["step"], accepted_length=length, origin=_origin(out))
         export(params, frozen, config.draft, folder, target_layers, dtype, True, now)
 
-    return Events(on_step=on_step, on_eval=on_eval, on_best=on_best)
+    return with_advice(Events(on_step=on_step, on_eval=on_eval, on_draft=on_draft), out)

@@ -12,6 +12,7 @@ from eagle3fn.base.files import whole_file, write_json
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.provenance import processor, versions
 from eagle3fn.base.read import read_object
+from eagle3fn.train.advice import advise, history_of
 from eagle3fn.train.branch import read_branch
 from eagle3fn.use.report_files import (
     read_evaluation,
@@ -61,6 +62,8 @@ def write_report(folder: Path) -> str:
         "train_tokens_per_s": sum(row["tokens"] for row in steps) / seconds if seconds else None,
         "supervised_tokens": supervised,
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
+        **_rates(steps, trained),
+        "advice": list(advise(history_of(steps, held_out)).values()),
         **stages,
         "went_on_from": None if branch is None else branch._asdict(),
         "settings": settings,
@@ -72,6 +75,19 @@ def write_report(folder: Path) -> str:
     with whole_file(folder / "curves.png") as temporary:
         _draw(steps, held_out, report, temporary)
     return f"{_table(report)}\n\ncurves  {folder}/curves.png\nnumbers {folder}/report.json"
+
+
+def _rates(steps: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies and the share of rows counted, of the best draft on held-out rows, or where none
+    were held out of the last update; nothing of a run of an earlier version.
+    """
+    row = max(trained, key=lambda row: row["accepted_length"], default=steps[-1])
+    names = ("accuracy", "conditional_accuracy", "counted")
+    if not set(names) <= row.keys():
+        return {}
+    return {name: row[name] for name in names} | {
+        "rates_of": "held-out rows" if trained else "the last update's rows"
+    }
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -115,6 +131,14 @@ def _answer_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "  untrained draft's", f"{report['untrained_accepted_length']:.3f}"
     if report["held_out_accepted_length"] is not None:
         yield "  held-out, simulated", f"{report['held_out_accepted_length']:.3f}"
+    if "rates_of" in report:
+        yield "  accuracy", f"{_positions(report['accuracy'])}, of all {report['rates_of']}"
+        yield "  conditional", f"{_positions(report['conditional_accuracy'])}, given all before"
+
+
+def _positions(rates: list[float]) -> str:
+    """Rates by the drafted token's position."""
+    return " ".join(f"{rate:.3f}" for rate in rates)
 
 
 def _place(report: dict[str, Any]) -> str:
@@ -154,10 +178,14 @@ def _run_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         branch = report["went_on_from"]
         text = "; ".join(branch["changes"]) or "nothing changed"
         yield "  went on from", f"step {branch['step']} of the run {branch['run']}: {text}"
+    if "rates_of" in report:
+        yield "rows counted", f"{report['counted']:.1%} of {report['rates_of']}"
     if "repeated_8gram_share" in report:
         yield "repeated 8-grams", f"{report['repeated_8gram_share']:.1%} of the answers' tokens"
     if "wall_s" in report:
         yield "wall seconds", f"{report['wall_s']:.0f}, all stages"
+    for line in report["advice"]:
+        yield "advice", line.removeprefix("advice: ")
 
 
 def _counted(count: int, noun: str) -> str:

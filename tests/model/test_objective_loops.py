@@ -45,6 +45,8 @@ def check(case: Case, numerics: Any = "plain") -> None:
     assert aux.losses.tolist() == pytest.approx(expected.losses, rel=1e-9, abs=1e-12)
     assert aux.correct.tolist() == expected.sums.correct
     assert aux.rows.tolist() == expected.sums.rows
+    assert aux.chain_rows.tolist() == expected.sums.chain_rows
+    assert aux.chain_correct.tolist() == expected.sums.chain_correct
     assert aux.accept.tolist() == pytest.approx(expected.sums.accept, rel=1e-9, abs=1e-12)
     assert aux.accept_rows.tolist() == expected.sums.known
 

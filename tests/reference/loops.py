@@ -43,6 +43,8 @@ class Sums(NamedTuple):
     known: list[int]  # known rows
     rows: list[int]  # trained rows
     correct: list[int]  # trained rows whose most likely draft token is the target's
+    chain_rows: list[int]  # trained rows whose earlier drafted tokens were all trained and right
+    chain_correct: list[int]  # of those, the ones that are right at this step too
 
 
 def kl(p_draft: list[float], draft: list[float]) -> float:
@@ -304,6 +306,7 @@ def add_rows(
     """Add one sample's trained rows to the sums."""
     s = len(sample.input_ids)
     kept = frozen.t2d.nonzero()[:, 0].tolist()  # target ids of the draft vocabulary
+    right = [[False] * s for _ in logits]  # by step and row: trained, and the target's choice
     for i in range(len(logits)):
         for t in range(s - i):
             if not sample.row_mask[t + i]:
@@ -317,8 +320,11 @@ def add_rows(
             choice = int(target.argmax())
 
             sums.rows[i] += 1
-            if kept[int(logits[i][t].argmax())] == choice:
-                sums.correct[i] += 1
+            right[i][t] = kept[int(logits[i][t].argmax())] == choice
+            reached = all(right[j][t] for j in range(i))
+            sums.correct[i] += right[i][t]
+            sums.chain_rows[i] += reached
+            sums.chain_correct[i] += reached and right[i][t]
             if choice not in kept:
                 continue
 

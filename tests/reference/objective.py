@@ -46,6 +46,8 @@ class Metrics(NamedTuple):
     losses: Tensor  # L_i
     correct: Tensor  # trained rows whose most likely draft token is the target's
     rows: Tensor  # trained rows
+    chain_rows: Tensor  # trained rows that all earlier steps' choices reach
+    chain_correct: Tensor  # of those, the ones whose choice is the target's as well
     accept: Tensor  # acceptance rates, over rows of the position mask
     accept_rows: Tensor  # these rows
     greedy: Tensor  # (): drafted tokens that a greedy verifier accepts
@@ -296,9 +298,13 @@ def summarize(losses: list[Tensor], steps: list[Step]) -> Metrics:
     sampled_chain = torch.ones_like(steps[0].accepted)
     greedy = torch.zeros_like(greedy_chain)
     sampled = torch.zeros_like(sampled_chain)
+    chain_rows = []
+    chain_correct = []
     for step in steps:
+        chain_rows.append((greedy_chain * step.row_mask).sum().long())
         greedy_chain = greedy_chain * (step.hit * step.row_mask)
         sampled_chain = sampled_chain * (step.accepted * step.row_mask)
+        chain_correct.append(greedy_chain.sum().long())
         greedy = greedy + greedy_chain
         sampled = sampled + sampled_chain
 
@@ -314,6 +320,8 @@ def summarize(losses: list[Tensor], steps: list[Step]) -> Metrics:
         losses=torch.stack([loss.detach() for loss in losses]),
         correct=torch.stack(correct),
         rows=torch.stack([step.row_mask.sum() for step in steps]),
+        chain_rows=torch.stack(chain_rows),
+        chain_correct=torch.stack(chain_correct),
         accept=torch.stack(accept),
         accept_rows=torch.stack(accept_rows),
         greedy=greedy.sum().float(),

@@ -20,7 +20,8 @@ from eagle3fn.data.features import open_features
 from eagle3fn.train import loop
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.defaults import begun_settings
-from eagle3fn.train.loop import ROWS, Events
+from eagle3fn.train.events import Events
+from eagle3fn.train.loop import ROWS
 from eagle3fn.train.track import append_row, cut_rows
 from eagle3fn.use.report import write_report
 from tests.factories import supervised_sample, write_folder
@@ -357,7 +358,7 @@ def test_damaged_settings_are_refused_by_name(begun):
             begun_settings(begun.out)
 
 
-@pytest.mark.parametrize("name", ["best", "skipped", "in_a_row", "other"])
+@pytest.mark.parametrize("name", ["best", "skipped", "in_a_row", "waited", "uncounted", "other"])
 def test_values_of_the_loop_are_checked(begun, name):
     path = begun.out / "checkpoints/step-00000002"
     extra = json.loads((path / "meta.json").read_text())["extra"]

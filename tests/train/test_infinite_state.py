@@ -16,7 +16,7 @@ from eagle3fn.base.types import Frozen, Params
 from eagle3fn.train import loop
 from eagle3fn.train.bad_updates import MOST_DROPPED
 from eagle3fn.train.checkpoint import checkpoints
-from eagle3fn.train.loop import Events
+from eagle3fn.train.events import Events
 from eagle3fn.train.optimizer import Optimizer, adamw
 from eagle3fn.train.recipe import OURS, Recipe, start
 from eagle3fn.train.track import append_row
@@ -70,7 +70,7 @@ def test_infinite_state_is_neither_saved_nor_evaluated_nor_exported(
     monkeypatch.setattr(loop, "_is_asynchronous", lambda device: asynchronous)
     out = tmp_path / "run"
     exported = []
-    events = Events(on_best=lambda params, frozen, row: exported.append(row["step"]))
+    events = Events(on_draft=lambda params, frozen, row: exported.append(row["step"]))
     with pytest.raises(e3.UserError) as caught:
         train_in(out, problem, recipe=BAD_AT_4, events=events)
 
@@ -262,7 +262,7 @@ def test_state_whose_held_out_loss_is_not_finite_is_neither_saved_nor_exported(
     problem = problem._replace(config=replace(problem.config, optimizer=rate))
     out = tmp_path / "run"
     exported = []
-    events = Events(on_best=lambda params, frozen, row: exported.append(row["step"]))
+    events = Events(on_draft=lambda params, frozen, row: exported.append(row["step"]))
     with pytest.raises(e3.UserError) as caught:
         train_in(out, problem, events=events)
     assert str(caught.value) == (

@@ -9,7 +9,7 @@ import pytest
 import eagle3fn as e3
 from eagle3fn.base.tree import equal, named_leaves
 from eagle3fn.base.types import Frozen, Params
-from eagle3fn.train.loop import Events
+from eagle3fn.train.events import Events
 from eagle3fn.train.recipe import OURS, start
 from tests.factories import make_draft
 from tests.peak import Peak

@@ -305,3 +305,49 @@ def test_acceptance_by_position_is_missed_without_an_engine(tmp_path):
     write_run(tmp_path, {"evaluation.json": without})
     with pytest.raises(UserError, match="acceptance_by_position is missing"):
         write_report(tmp_path)
+
+
+RATES = {
+    "accuracy": [0.5, 0.25],
+    "conditional_accuracy": [0.5, 0.75],
+    "counted": 0.7,
+    "rows": 40,
+}
+
+
+def test_table_has_both_accuracies_and_the_share_of_the_best_held_out_row(tmp_path):
+    best = {"step": 1, "accepted_length": 1.5, **RATES}
+    later = {"step": 2, "accepted_length": 1.4, **RATES, "accuracy": [0.1, 0.1]}
+    write_run(tmp_path, {"train/eval.jsonl": [best, later]})
+    lines = write_report(tmp_path).splitlines()
+    assert "  accuracy            0.500 0.250, of all held-out rows" in lines
+    assert "  conditional         0.500 0.750, given all before" in lines
+    assert "rows counted          70.0% of held-out rows" in lines
+    (advice,) = [line for line in lines if line.startswith("advice")]
+    assert advice.startswith("advice                70% of the trained rows count")
+    report = read_report(tmp_path)
+    assert {name: report[name] for name in RATES if name != "rows"} == {
+        name: value for name, value in RATES.items() if name != "rows"
+    }
+    assert len(report["advice"]) == 1
+
+
+def test_without_held_out_rows_the_rates_are_the_last_updates(tmp_path):
+    write_run(
+        tmp_path,
+        {
+            "train/metrics.jsonl": [{**STEP, **RATES, "counted": 0.9}],
+            "train/eval.jsonl": [{"step": 1}],
+        },
+    )
+    table = write_report(tmp_path)
+    assert "rows counted          90.0% of the last update's rows" in table
+    assert "advice  " not in table and "best" not in table
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_rates_that_are_none_are_refused_by_row(tmp_path, name):
+    row = {"step": 1, "accepted_length": 1.5, **RATES, name: "x"}
+    write_run(tmp_path, {"train/eval.jsonl": [row]})
+    with pytest.raises(UserError, match=f"eval.jsonl:1: no number under {name}"):
+        write_report(tmp_path)

@@ -1,0 +1,34 @@
+"""What a training calls while it runs, and how it says that it ended."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from eagle3fn.base import progress
+from eagle3fn.base.types import Frozen, Params
+
+
+class End(NamedTuple):
+    """How a call of `train` ended."""
+
+    step: int  # updates made
+    total: int  # of the whole run
+    early: bool  # by `train.patience`
+    compared: bool  # held-out samples have chosen the draft
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.early or self.step >= self.total
+
+
+class Events(NamedTuple):
+    """What the loop calls: with each metrics row; each held-out row; each draft to publish, which
+    is the untrained one, then the best so far, or without held-out samples the newest; each line
+    about what it found and left out; and with how the call ended.
+    """
+
+    on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
+    on_eval: Callable[[dict[str, Any]], None] = lambda row: None
+    on_draft: Callable[[Params, Frozen, dict[str, Any]], None] = lambda params, frozen, row: None
+    on_notice: Callable[[str], None] = progress.say
+    on_end: Callable[[End], None] = lambda end: None

@@ -1,0 +1,158 @@
+"""`eagle3fn train --dry-run`, `--max-steps`, `--track`, and a map that counts no row."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from eagle3fn.base.types import VocabMap
+from eagle3fn.cli import main
+from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.target_tensors import read_target_tensors
+from eagle3fn.data.vocab import read_map, save_map
+from eagle3fn.train.checkpoint import checkpoints
+from eagle3fn.train.dry_run import duration
+from tests.small_run import write_run
+from tests.train.run_files import same_end
+
+STEPS = 4
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("small"))
+
+
+def arguments(run: Path, out: Path, *more: str, held_out: int = 2) -> list[str]:
+    settings = {
+        "objective.ttt_length": 2,
+        "train.eval_every": 2,
+        "train.dtype": "float32",
+        "data.held_out": held_out,
+    }
+    if "--minutes" not in more:
+        settings["train.steps"] = STEPS
+    sets = [text for name, value in settings.items() for text in ("--set", f"{name}={value}")]
+    where = ["--target", str(run / "target"), "--features", str(run / "features")]
+    vocab = ["--vocab", str(run / "vocab.safetensors"), "--threads", "1"]
+    return ["train", *where, *vocab, "--out", str(out), *sets, *more]
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+def test_a_dry_run_says_the_plan_and_writes_nothing(small, tmp_path, capsys):
+    before = tree(small)
+    out = tmp_path / "run"
+    assert main(arguments(small, out, "--dry-run")) == 0
+    found = capsys.readouterr().out
+    assert not out.exists() and tree(tmp_path) == [] and tree(small) == before
+    assert "a rank of 1 holds at least" in found
+    assert f"  {STEPS} updates, 3 evaluations, 1 checkpoints" in found
+    assert "the first batch\n  1 samples, " in found and "of which the loss counts " in found
+    assert "one update\n  loss " in found and "gradient norm" in found
+    assert "  about " in found and found.endswith("nothing was written\n")
+
+
+def test_a_dry_runs_loss_is_that_of_the_first_update(small, tmp_path, capsys):
+    """Of a run under way too: it is left as it is."""
+    out = tmp_path / "run"
+    assert main(arguments(small, out, "--max-steps", "2")) == 0
+    before = {path: os.stat(path).st_mtime_ns for path in out.rglob("*")}
+    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    capsys.readouterr()
+    assert main(arguments(small, out, "--dry-run")) == 0
+    found = capsys.readouterr().out
+    assert f"loss {first['loss']:.4f}, gradient norm {first['grad_norm']:.4f}" in found
+    assert (
+        f"{first['rows']} supervised rows, of which the loss counts {first['counted']:.1%}" in found
+    )
+    assert {path: os.stat(path).st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("more", [["--track", "wandb"], ["--max-steps", "3"]])
+def test_what_a_dry_run_would_not_heed_is_refused(small, tmp_path, capsys, more):
+    assert main(arguments(small, tmp_path / "run", "--dry-run", *more)) == 2
+    assert f"{more[0]} with --dry-run" in capsys.readouterr().err
+
+
+def test_a_call_of_few_updates_says_how_to_go_on(small, tmp_path, capsys):
+    assert main(arguments(small, tmp_path / "whole")) == 0
+    assert "best draft of 4 steps, by held-out accepted length" in capsys.readouterr().out
+    few = arguments(small, tmp_path / "run", "--max-steps", "3")
+    assert main(few) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("stopped, step 3 of 4 is saved; resume with eagle3fn train --target ")
+    assert [path.name for path in checkpoints(tmp_path / "run/checkpoints")] == ["step-00000003"]
+    assert main(few) == 0
+    assert "best draft of 4 steps" in capsys.readouterr().out
+    assert same_end(tmp_path / "run", tmp_path / "whole", STEPS)
+
+
+def test_a_draft_that_was_compared_with_none_is_the_newest(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(small, out, held_out=0)) == 0
+    said = capsys.readouterr()
+    assert f"{out}/draft: the draft after 4 steps; no sample was held out" in said.out
+    written = "".join(path.read_text() for path in out.rglob("*.md"))
+    names = " ".join(path.name for path in out.rglob("*"))
+    for text in (said.out, said.err, written, names):
+        assert "best" not in text.lower()
+
+
+def never_chosen(small: Path) -> Tensor:
+    """A hundred tokens that are the target's most likely ones nowhere in the features."""
+    head = read_target_tensors(small / "target", torch.float32).head
+    features = open_features(small / "features")
+    count = torch.zeros(VOCAB, dtype=torch.int64)
+    for number in range(len(features.samples)):
+        hidden = read_sample(features, number).last_hidden.float()
+        count += torch.bincount((hidden @ head.T).argmax(-1), minlength=VOCAB)
+    return (count == 0).nonzero()[:100, 0]
+
+
+def test_a_map_that_counts_no_row_is_refused_before_anything_is_written(small, tmp_path, capsys):
+    """Its tokens are those that the target is never surest of."""
+    run = tmp_path / "made"
+    run.mkdir()
+    for name in ("target", "features"):
+        (run / name).symlink_to(small / name)
+    stored = read_map(small / "vocab.safetensors")
+    kept = never_chosen(small)
+    t2d = torch.zeros(VOCAB, dtype=torch.bool)
+    t2d[kept] = True
+    vocab_map = VocabMap(t2d, kept - torch.arange(len(kept)))
+    save_map(run / "vocab.safetensors", vocab_map, stored.provenance)
+
+    assert main(arguments(run, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "none has its most likely token in the draft vocabulary" in error
+    assert "eagle3fn vocab" in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("names", ["nothere", "wandb,nothere", "wandb,", ""])
+def test_a_tracker_that_is_none_is_refused(small, tmp_path, capsys, names):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(small, tmp_path / "run", "--track", names))
+    assert caught.value.code == 2
+    assert "must be of tensorboard, wandb, trackio" in capsys.readouterr().err
+
+
+def test_a_missing_tracker_is_refused_before_anything_is_written(
+    small, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("eagle3fn.use.trackers.find_spec", lambda name: None)
+    assert main(arguments(small, tmp_path / "run", "--track", "trackio,wandb")) == 2
+    assert "--track trackio: the package trackio is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_durations_have_two_units():
+    times = [0.4, 75, 3 * 3600 + 120, 200_000]
+    assert [duration(time) for time in times] == ["0.4 s", "1 min 15 s", "3 h 2 min", "2 d 7 h"]
