@@ -125,7 +125,7 @@ def _evaluate_in_engine(options: Any) -> None:
     from contextlib import nullcontext
 
     from eagle3fn.base.files import write_json
-    from eagle3fn.engines.decoding import Sampling
+    from eagle3fn.base.sampling import Sampling
     from eagle3fn.engines.llamacpp import gguf_files
     from eagle3fn.use.engine_evaluate import EngineEvalSettings, describe, engine_evaluate
     from eagle3fn.use.evaluate import read_prompts

@@ -14,6 +14,7 @@ from typing import Any
 from eagle3fn.base.config import require
 from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sampling import GREEDY, Sampling, check_sampling
 from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import stop_ids
 from eagle3fn.data.target_loading import load_tokenizer
@@ -21,12 +22,10 @@ from eagle3fn.data.target_source import loaded_config
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.engines.decoding import (
     ENGINES,
-    GREEDY,
     Counts,
     DecoderSettings,
     EngineAnswer,
     EngineRun,
-    Sampling,
     decode_all,
     kept_accepted,
     open_decoder,
@@ -71,9 +70,7 @@ class EngineEvalSettings:
             value = getattr(self, name)
             require(value >= 1, f"evaluate.{name}", value, "at least 1")
         require(self.max_new >= 2, "evaluate.max_new", self.max_new, "at least 2")
-        sampling = self.sampling
-        require(sampling.temperature >= 0, "temperature", sampling.temperature, "at least 0")
-        require(0 < sampling.top_p <= 1, "top_p", sampling.top_p, "above 0 and at most 1")
+        check_sampling(self.sampling)
 
 
 def engine_evaluate(
