@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.cli import main
 from eagle3fn.base.sampling import Sampling
+from eagle3fn.cli import main
 from eagle3fn.engines.decoding import Counts
 from eagle3fn.engines.llamacpp import check_taps, gguf_files
 from eagle3fn.use.engine_evaluate import (
