@@ -98,11 +98,10 @@ def verify(drafted: Sequence[int], p: Tensor, q: Tensor, uniforms: Sequence[floa
     ids = torch.tensor(drafted, dtype=torch.int64, device=p.device)
     ratios = (p[places, ids] / q[places, ids]).tolist()
 
-    for place, token in enumerate(drafted):
-        if uniforms[place] < min(1.0, ratios[place]):
-            continue
-        last = draw(residual(p[place], q[place]), uniforms[-1])
-        return [*drafted[:place], last]
+    for place, ratio in enumerate(ratios):
+        if uniforms[place] >= min(1.0, ratio):
+            instead = draw(residual(p[place], q[place]), uniforms[-1])
+            return [*drafted[:place], instead]
     return [*drafted, draw(p[-1], uniforms[-1])]
 
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.sampling import Sampling
 from eagle3fn.model.table import init_params
+from eagle3fn.use import choosers
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import Draft
 from eagle3fn.use.sampling import (
@@ -35,13 +36,24 @@ from tests.use.tiny_target import prompt, random_draft, target
 # The law of a round, by enumeration of all that is drawn and of all cells of its random numbers
 
 
-def cells(breaks: Sequence[float]) -> list[tuple[float, float]]:
-    """The pieces of [0, 1) between breaks: the middle and the width of each."""
+def cells(breaks: Sequence[float], edges: bool = False) -> list[tuple[float, float]]:
+    """The pieces of [0, 1) between breaks: the middle and the width of each.
+
+    With `edges` the halves of each piece, and a place next to its end.
+    """
     ends = sorted({0.0, 1.0, *(value for value in breaks if 0 < value < 1)})
-    return [((low + high) / 2, high - low) for low, high in itertools.pairwise(ends)]
+    found = []
+    for low, high in itertools.pairwise(ends):
+        width = high - low
+        if edges:
+            tiny = 1e-9 * width
+            found += [(low + tiny, width / 2), (high - tiny, width / 2)]
+        else:
+            found.append((low + width / 2, width))
+    return found
 
 
-def emitted_law(p: Tensor, q: Tensor) -> Counter[tuple[int, ...]]:
+def emitted_law(p: Tensor, q: Tensor, edges: bool = False) -> Counter[tuple[int, ...]]:
     """The probability of every outcome of `verify`, where row `i` of `q` draws token `i`.
 
     `verify` is constant in its random numbers between the places where a ratio, or a distribution
@@ -49,14 +61,15 @@ def emitted_law(p: Tensor, q: Tensor) -> Counter[tuple[int, ...]]:
     """
     count, size = q.shape
     finals = [p[-1], *(residual(p[place], q[place]) for place in range(count))]
-    last = cells([float(value) for chances in finals for value in chances.cumsum(-1)])
+    breaks = [float(value) for chances in finals for value in chances.cumsum(-1)]
+    last = cells(breaks, edges)
     law: Counter[tuple[int, ...]] = Counter()
     for drafted in itertools.product(range(size), repeat=count):
         chance = math.prod(float(q[place, token]) for place, token in enumerate(drafted))
         if not chance:
             continue
         ratios = [float(p[place, token] / q[place, token]) for place, token in enumerate(drafted)]
-        for numbers in itertools.product(*(cells([ratio]) for ratio in ratios), last):
+        for numbers in itertools.product(*(cells([ratio], edges) for ratio in ratios), last):
             uniforms = [middle for middle, _ in numbers]
             width = math.prod(width for _, width in numbers)
             law[tuple(verify(drafted, p, q, uniforms))] += chance * width  # pyright: ignore
@@ -74,7 +87,7 @@ def test_a_token_has_the_targets_law(data, size):
     """One drafted token: the first token that comes out is drawn from `p`, whatever `q` is."""
     p, q = data.draw(distributions(size)), data.draw(distributions(size))
     found = torch.zeros(size, dtype=torch.float64)
-    for tokens, chance in emitted_law(torch.stack([p, p]), q[None]).items():
+    for tokens, chance in emitted_law(torch.stack([p, p]), q[None], edges=True).items():
         found[tokens[0]] += chance
     torch.testing.assert_close(found, p, atol=1e-12, rtol=0)
 
@@ -210,13 +223,28 @@ def test_counts_and_chances():
     assert not any(greedy.expected_by_position) and not greedy.chances
 
 
-def test_tokens_after_an_end_token_have_no_chances():
+def test_tokens_after_an_end_token_have_no_chances(monkeypatch):
+    """All drafted tokens are kept, and the second of them is the end token."""
     ids, draft = prompt(1, 5), random_draft()
-    free = speculate(target(), draft, ids, 3, 24, (), Sampling(1.0, seed=3))
-    end = free.tokens[5]
-    ended = speculate(target(), draft, ids, 3, 24, (end,), Sampling(1.0, seed=3))
-    assert ended.tokens == free.tokens[: free.tokens.index(end) + 1]
-    assert len(ended.chances) == len(ended.tokens)
+    monkeypatch.setattr(choosers, "verify", lambda drafted, *_: [*drafted, 0])
+    for seed in range(50):
+        free = speculate(target(), draft, ids, 3, 8, (), Sampling(3.0, seed=seed))
+        if free.tokens[2] not in free.tokens[:2]:
+            break
+    else:
+        pytest.fail("no answer whose third token is new")
+    ended = speculate(target(), draft, ids, 3, 8, (free.tokens[2],), Sampling(3.0, seed=seed))
+    assert ended.tokens == free.tokens[:3]
+    assert ended.chances == free.chances[:3]
+
+
+def test_variance_of_one_place_by_hand():
+    """One round of one drafted token: it is accepted or not, by a chance."""
+    found = speculate(target(), random_draft(), prompt(1, 5), 1, 3, (), Sampling(3.0))
+    assert found.reached_by_position == [1]
+    (chance,) = found.expected_by_position
+    assert 0.01 < chance < 0.99
+    assert found.variance_by_position == [chance * (1 - chance)]
 
 
 def chi_square_tail(statistic: float, freedom: int) -> float:
@@ -266,12 +294,13 @@ def two_tokens(ids: Tensor, sampling: Sampling) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("length", "sampling"), [(0, Sampling(1.0)), (1, Sampling(1.0)), (2, Sampling(0.6, 0.8))]
+    ("length", "sampling"), [(0, Sampling(1.0)), (1, Sampling(3.0)), (2, Sampling(2.0, 0.8))]
 )
 def test_continuations_have_the_targets_law(length, sampling):
     """Chi-square over pairs of tokens, drawn by fixed seeds; the second is drafted.
 
-    `max_new` leaves room for one whole round.
+    `max_new` leaves room for one whole round. At these temperatures draft and target overlap, so
+    that many drafted tokens are accepted.
     """
     model, draft = small_pair()
     ids = torch.tensor([[3, 1, 4, 1, 5]])
