@@ -288,7 +288,7 @@ def compare(options: argparse.Namespace, oracle: Oracle) -> dict[str, Any]:
         "recorded_accepted_length": best["accepted_length"],
     }
 
-    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, speed_tasks=1, few=0)
+    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, speed_tasks=1)
     theirs |= judge(options.target, run, folder, prompts, settings)
     ours |= judge(options.target, run, options.run / "draft", prompts, settings)
     return {"same_steps": steps == total, "specforge": theirs, "ours": ours}
