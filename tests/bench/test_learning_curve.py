@@ -112,7 +112,8 @@ def call(monkeypatch: pytest.MonkeyPatch, small: Path, out: Path, *words: object
     (small / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     arguments = ["--target", small / "target", "--features", small / "features"]
     arguments += ["--vocab", small / "vocab.safetensors", "--prompts", small / "prompts.jsonl"]
-    arguments += ["--epochs", 2, "--held-out", 2, "--tasks", 1, "--max-new", 6, "--out", out]
+    arguments += ["--epochs", 1, "--held-out", 2, "--tasks", 1, "--max-new", 4, "--out", out]
+    arguments += ["--draft-length", 2]
     monkeypatch.setattr("sys.argv", ["learning_curve.py", *map(str, [*arguments, *words])])
     learning_curve.main()
 
@@ -123,7 +124,7 @@ def test_runs_are_kept_and_more_sizes_added(small: Path, tmp_path, monkeypatch, 
     call(monkeypatch, small, out, "--sizes", 10, "--specforge-rate", 0.002)
     assert calls.own == 1
     ((numbers, steps, rate),) = calls.trained
-    assert (steps, rate) == (2 * len(numbers), 0.002)
+    assert (steps, rate) == (len(numbers), 0.002)
     result = json.loads((out / "result.json").read_text())
     assert [one["side"] for one in result["runs"]] == ["ours", "specforge"]
     for one in result["runs"]:
