@@ -324,8 +324,9 @@ def _add_checking_commands(command: Command) -> None:
         "--prompts",
         required=True,
         nargs="+",
+        action="extend",
         metavar="FILE",
-        help="rows with a prompt and, if reported by it, a category; of several files each is one",
+        help="rows with a prompt, and perhaps a category; of several files each is a category",
     )
     sub.add_argument("--out", required=True, help="JSON report")
     sub.add_argument(

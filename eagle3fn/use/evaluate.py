@@ -93,26 +93,17 @@ def evaluate(
     if untrained is not None:
         config = exact.model.config.get_text_config()
         check_pair(untrained.config, config, str(untrained_folder), str(target_folder))
-    report: dict[str, Any] = {
-        "prompts": prompts_name,
-        "tasks": len(used),
-        "max_new": settings.max_new,
-        "draft_length": settings.draft_length,
-        "template_arguments": dict(settings.template_arguments),
-    }
     decoded, found = _tokens(exact, settings, store, on_progress)
     lengths = [prompt.shape[1] for prompt in exact.prompts]
-    report |= found
-    report |= describe_groups(decoded, lengths, categories[: settings.tasks], describe_answers)
+    groups = describe_groups(decoded, lengths, categories[: settings.tasks], describe_answers)
+    report = {"prompts": prompts_name, **_asked(settings, len(used)), **found, **groups}
 
     if untrained is not None:
         few = exact._replace(draft=untrained, prompts=exact.prompts[: settings.few])
         report["untrained_accepted_length"] = accepted_length(decode_each(few, settings))
 
     # Speed; another dtype's models come after the fp32 ones have been freed.
-    dtype = fast_dtype(settings.device)
-    if settings.speed_dtype is not None:
-        dtype = getattr(torch, settings.speed_dtype)
+    dtype = _speed_dtype(settings)
     timed = exact._replace(prompts=exact.prompts[: settings.speed_tasks])
     if dtype != torch.float32:
         del exact, timed
@@ -141,6 +132,23 @@ def check_prompts(prompts: Sequence[str]) -> None:
             f"prompts: {len(prompts)} given, and none may be empty; "
             "name a file of rows with a prompt"
         )
+
+
+def _asked(settings: EvalSettings, tasks: int) -> dict[str, Any]:
+    """What was asked for, as the report has it."""
+    return {
+        "tasks": tasks,
+        "max_new": settings.max_new,
+        "draft_length": settings.draft_length,
+        "template_arguments": dict(settings.template_arguments),
+    }
+
+
+def _speed_dtype(settings: EvalSettings) -> torch.dtype:
+    """What speed is measured in."""
+    if settings.speed_dtype is None:
+        return fast_dtype(settings.device)
+    return getattr(torch, settings.speed_dtype)
 
 
 def _check_store(store: Path, settings: EvalSettings) -> None:

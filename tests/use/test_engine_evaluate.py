@@ -273,7 +273,8 @@ def test_several_prompt_files_of_one_call(folders: Folders, tmp_path, capsys):
     for arguments in (VLLM, ("--threads", "1", "--temperature", "1", "--seed", "4")):
         out = tmp_path / f"{len(arguments)}.json"
         words = ["evaluate", "--target", folders[0], "--draft", folders[1], "--out", out]
-        words += ["--prompts", *files, *common, *arguments]
+        again = ["--prompts"] if arguments == VLLM else []  # given once for both, or for each
+        words += ["--prompts", files[0], *again, files[1], *common, *arguments]
         assert main([str(word) for word in words]) == 0
         report = json.loads(out.read_text())
         assert report["prompts"] == "one, two"
