@@ -19,7 +19,8 @@ in decoding the prompts greedily.
 
 Every finished run is kept in `OUT/SIZE-SEED/SIDE` and not repeated, so a call that was cut off goes
 on, and more sizes or seeds can be added. `OUT/result.json` and `OUT/curve.png` are written anew
-after every run.
+after every run, of the runs that the call asks for. Two calls with one of `--sides` each may work
+at once; a last one without it puts their runs together.
 """
 
 import os
@@ -128,7 +129,12 @@ def draw(curves: dict[str, Any], path: Path) -> None:
             tokens = [point["supervised_tokens"] for point in points]
             label = "SpecForge" if side == "specforge" else "eagle3fn"
             axes.errorbar(tokens, means, (below, above), marker="o", capsize=3, label=label)
+        places = sorted(
+            {point["supervised_tokens"] for one in curves.values() for point in one[name]}
+        )
         axes.set(xscale="log", xlabel="supervised tokens", ylabel="accepted length", title=title)
+        axes.set_xticks(places, [f"{place:,}" for place in places])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         axes.legend()
     with whole_file(path) as temporary:
