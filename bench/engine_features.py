@@ -41,9 +41,10 @@ from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
+from eagle3fn.use.counts import accepted_length
 from eagle3fn.use.decode import speculate
-from eagle3fn.use.evaluate import accepted_length, read_prompts
 from eagle3fn.use.export import load_draft
+from eagle3fn.use.prompts import read_prompts
 
 HELD_OUT = 24  # samples
 DRAFT_LENGTH = 4
@@ -138,7 +139,7 @@ def decoded_length(options: argparse.Namespace, runs: dict[str, Path]) -> dict[s
     ends = stop_ids(model, tokenizer)
     template = ChatTemplate(tokenizer)
     prompts = []
-    for text in read_prompts(options.prompts)[: options.tasks]:
+    for text in read_prompts(options.prompts, first=options.tasks).texts:
         prompt = chat_prompt(template, text)
         prompts.append(tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids)
 

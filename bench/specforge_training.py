@@ -62,8 +62,10 @@ from eagle3fn.train.bind import bind
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.recipe import OURS
 from eagle3fn.train.run import Run, prepare
-from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
+from eagle3fn.use.eval_settings import EvalSettings
+from eagle3fn.use.evaluate import evaluate
 from eagle3fn.use.export import export, load_draft
+from eagle3fn.use.prompts import read_prompts
 
 UNROLL = 7
 INIT_STD = 0.02
@@ -251,7 +253,7 @@ def judge(
 def compare(options: argparse.Namespace, oracle: Oracle) -> dict[str, Any]:
     """Train, export and measure; returns the result."""
     tree = target_config(options.target)
-    prompts = read_prompts(options.prompts) if options.prompts else []
+    prompts = read_prompts(options.prompts).texts if options.prompts else []
     run = open_run(options, tree)
     folder = options.out / "draft"
     total = run.config.train.steps
@@ -286,7 +288,7 @@ def compare(options: argparse.Namespace, oracle: Oracle) -> dict[str, Any]:
         "recorded_accepted_length": best["accepted_length"],
     }
 
-    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, speed_tasks=1, few=0)
+    settings = EvalSettings(tasks=options.tasks, max_new=options.max_new, speed_tasks=1)
     theirs |= judge(options.target, run, folder, prompts, settings)
     ours |= judge(options.target, run, options.run / "draft", prompts, settings)
     return {"same_steps": steps == total, "specforge": theirs, "ours": ours}

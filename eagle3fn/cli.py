@@ -156,11 +156,6 @@ def _add_engine(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--converter", help="llama.cpp's convert_hf_to_gguf.py or its checkout, for folders"
     )
-    sub.add_argument(
-        "--temperature", type=_at_least_zero, help="of an engine's answers (default 0: greedy)"
-    )
-    sub.add_argument("--top-p", type=_share, help="with --temperature (default 1)")
-    sub.add_argument("--seed", type=_count, help="with --temperature (default 0)")
 
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
@@ -354,10 +349,20 @@ def _add_checking_commands(command: Command) -> None:
         required=True,
         help="exported draft folder; with --engine llamacpp also a GGUF file",
     )
-    sub.add_argument("--prompts", required=True, help="JSONL with a prompt field (plain, .gz, .xz)")
+    sub.add_argument(
+        "--prompts",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="rows with a prompt, and perhaps a category; of several files each is a category",
+    )
     sub.add_argument("--out", required=True, help="JSON report")
     sub.add_argument(
-        "--tasks", type=_positive, default=10, help="prompts, in order from the first (default 10)"
+        "--tasks",
+        type=_positive,
+        default=10,
+        help="prompts of each file, in order from the first (default 10)",
     )
     sub.add_argument("--max-new", type=_positive, default=128)
     sub.add_argument(
@@ -366,6 +371,11 @@ def _add_checking_commands(command: Command) -> None:
     sub.add_argument(
         "--plain", help="JSON file that keeps the target's own answers for the next draft"
     )
+    sub.add_argument(
+        "--temperature", type=_at_least_zero, help="tokens are drawn at it (default 0: greedy)"
+    )
+    sub.add_argument("--top-p", type=_share, help="with --temperature (default 1)")
+    sub.add_argument("--seed", type=_count, help="with --temperature (default 0)")
     _add_template(sub)
     sub.add_argument("--untrained", help="an exported untrained draft, to compare with")
     _add_threads(sub)

@@ -17,7 +17,7 @@ from eagle3fn.base.provenance import own_command, provenance
 from eagle3fn.engines.environments import find_places
 from eagle3fn.use.engine_check import ENGINES, CheckSettings
 from eagle3fn.use.engine_run import GIVEN, check_drafts, parse_places, table, verdict
-from eagle3fn.use.evaluate import read_prompts
+from eagle3fn.use.prompts import read_prompts
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +56,7 @@ def main() -> int:
     settings = CheckSettings(
         options.tasks, options.max_new, options.draft_length, options.logit_tasks
     )
-    prompts = read_prompts(options.prompts)
+    prompts = read_prompts(options.prompts).texts
     origin = provenance(own_command("scripts/check_engines.py"))
     given = parse_places(options.python, ENGINES)
     places = find_places(options.engines, options.environments, given)

@@ -67,6 +67,7 @@ def refused(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (f"{EVALUATE} --out e.json --plain ./e.json", "--plain ./e.json: is --out too"),
         (f"{EVALUATE} --out TARGET/config.json", "--out .*: lies in the target's folder"),
+        (f"{EVALUATE} more.jsonl --out more.jsonl", "--out more.jsonl: is --prompts number 2 too"),
         (f"{EVALUATE} --out e.json --plain prompts.jsonl", "--plain .*: is --prompts too"),
         (
             "extract --target TARGET --conversations talks.jsonl --out link",

@@ -25,7 +25,7 @@ from eagle3fn.specforge.recipes import SETTINGS
 from eagle3fn.train.optimizer import OPTIMIZERS
 from eagle3fn.train.recipe import Recipe
 from eagle3fn.train.schedules import SCHEDULES
-from eagle3fn.use.evaluate import EvalSettings
+from eagle3fn.use.eval_settings import EvalSettings
 from tests.small_run import write_run
 from tests.specforge.certificate import NOT_SEEN, seen
 from tests.tree import tree

@@ -1,10 +1,13 @@
 """Commands that check: evaluation here or in an engine, a run's report, parity with SpecForge."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
 from eagle3fn.commands.shared import given_options, named_values, say, template_arguments
+
+if TYPE_CHECKING:
+    from eagle3fn.base.sampling import Sampling
 
 
 def evaluate(options: Any) -> None:
@@ -20,9 +23,22 @@ def evaluate(options: Any) -> None:
     from eagle3fn.base.thread_timing import sizes_of, thin_products
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.target_source import target_config
-    from eagle3fn.use.evaluate import EvalSettings, evaluate, read_prompts
+    from eagle3fn.use.eval_settings import EvalSettings
+    from eagle3fn.use.evaluate import evaluate
+    from eagle3fn.use.groups import group_lines
+    from eagle3fn.use.prompts import read_prompts
 
     check_device(options.device)
+    prompts = read_prompts(*options.prompts, first=options.tasks)
+    settings = EvalSettings(
+        tasks=len(prompts.texts),
+        max_new=options.max_new,
+        draft_length=options.draft_length,
+        device=options.device,
+        speed_dtype=options.dtype,
+        template_arguments=template_arguments(options),
+        **_sampling(options)._asdict(),
+    )
     sizes = sizes_of(target_config(options.target))
     rows = [1, 1 + options.draft_length]  # a token, and a block that is verified
     say(
@@ -30,46 +46,45 @@ def evaluate(options: Any) -> None:
             lambda: thin_products(sizes, rows, torch.float32), options.device, options.threads
         )
     )
-    settings = EvalSettings(
-        tasks=options.tasks,
-        max_new=options.max_new,
-        draft_length=options.draft_length,
-        device=options.device,
-        speed_dtype=options.dtype,
-        template_arguments=template_arguments(options),
-    )
     report = evaluate(
         options.target,
         options.draft,
-        read_prompts(options.prompts),
+        prompts.texts,
         settings,
         untrained_folder=options.untrained,
         plain_store=options.plain,
         on_progress=progress.bars("prompt"),
-        prompts_name=Path(options.prompts).name,
+        prompts_name=prompts.name,
+        categories=prompts.categories,
     )
     progress.close()
     write_json(options.out, report)
+    for line in group_lines(report):
+        print(line)
     if not report["accepted_length"]:
         print("nothing was drafted: every answer ended with its first token")
+    same = report.get("lossless_note") or f"lossless {report['lossless']}"
     print(
-        f"{options.out}: lossless {report['lossless']}, "
+        f"{options.out}: {same}, "
         f"accepted length {report['accepted_length']:.3f}, "
         f"{report['speedup']:.2f} times as fast in {report['speed_dtype']}"
     )
 
 
+def _sampling(options: Any) -> "Sampling":
+    """How tokens are chosen."""
+    from eagle3fn.base.sampling import Sampling
+
+    return Sampling(
+        options.temperature or 0.0,
+        1.0 if options.top_p is None else options.top_p,
+        options.seed or 0,
+    )
+
+
 _HERE_ALONE = ("--device", "--plain", "--untrained", "--threads")
 
-
-_ENGINES_ALONE = (
-    "--engine-python",
-    "--engine-arg",
-    "--converter",
-    "--temperature",
-    "--top-p",
-    "--seed",
-)
+_ENGINES_ALONE = ("--engine-python", "--engine-arg", "--converter")
 
 
 def _check_evaluate(options: Any) -> None:
@@ -78,6 +93,9 @@ def _check_evaluate(options: Any) -> None:
     from eagle3fn.use.report_files import check_out_evaluation
 
     check_out_evaluation(options.out)
+    if not options.temperature:
+        for name in given_options(options, ("--top-p", "--seed")):
+            raise UserError(f"{name}: greedy decoding draws nothing; give --temperature above 0")
     if options.engine:
         for name in given_options(options, _HERE_ALONE):
             raise UserError(
@@ -99,9 +117,6 @@ def _check_engine(options: Any) -> None:
             f"--engine {options.engine}: name the Python of an environment that has it with "
             "--engine-python"
         )
-    if not options.temperature:
-        for name in given_options(options, ("--top-p", "--seed")):
-            raise UserError(f"{name}: greedy decoding draws nothing; give --temperature above 0")
 
     # GGUF files.
     files = [Path(options.target).suffix, Path(options.draft).suffix]
@@ -125,27 +140,23 @@ def _evaluate_in_engine(options: Any) -> None:
     from contextlib import nullcontext
 
     from eagle3fn.base.files import write_json
-    from eagle3fn.engines.decoding import Sampling
     from eagle3fn.engines.llamacpp import gguf_files
     from eagle3fn.use.engine_evaluate import EngineEvalSettings, describe, engine_evaluate
-    from eagle3fn.use.evaluate import read_prompts
+    from eagle3fn.use.groups import group_lines
+    from eagle3fn.use.prompts import read_prompts
 
+    prompts = read_prompts(*options.prompts, first=options.tasks)
     settings = EngineEvalSettings(
         engine=options.engine,
         python=options.engine_python,
-        tasks=options.tasks,
+        tasks=len(prompts.texts),
         max_new=options.max_new,
         draft_length=options.draft_length,
         dtype=_engine_dtype(options),
-        sampling=Sampling(
-            options.temperature or 0.0,
-            1.0 if options.top_p is None else options.top_p,
-            options.seed or 0,
-        ),
+        sampling=_sampling(options),
         arguments=named_values(options.engine_arg or [], "--engine-arg", "enforce_eager=true"),
         template_arguments=template_arguments(options),
     )
-    prompts = read_prompts(options.prompts)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -163,15 +174,18 @@ def _evaluate_in_engine(options: Any) -> None:
         report = engine_evaluate(
             options.target,
             options.draft,
-            prompts,
+            prompts.texts,
             settings,
             out.with_suffix(""),
             served=loaded,
             on_progress=progress.bars("prompt"),
-            prompts_name=Path(options.prompts).name,
+            prompts_name=prompts.name,
+            categories=prompts.categories,
         )
     progress.close()
     write_json(out, report)
+    for line in group_lines(report):
+        print(line)
     print(f"{out}: {describe(report)}")
 
 

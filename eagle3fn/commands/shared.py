@@ -39,9 +39,16 @@ def check_places(options: Any) -> None:
 
 
 def _given_paths(options: Any, names: tuple[str, ...]) -> dict[str, str]:
-    """The paths that are given under these names, by option."""
-    found = {f"--{name.replace('_', '-')}": getattr(options, name, None) for name in names}
-    return {option: path for option, path in found.items() if path}
+    """The paths that are given under these names, by option; of several, the others numbered."""
+    found = {}
+    for name in names:
+        option = f"--{name.replace('_', '-')}"
+        given = getattr(options, name, None)
+        paths = given if isinstance(given, list) else [given]
+        for number, path in enumerate(paths, 1):
+            if path:
+                found[option if number == 1 else f"{option} number {number}"] = path
+    return found
 
 
 def say(line: str | None) -> None:

@@ -14,23 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sampling import GREEDY, Sampling
 from eagle3fn.engines.process import (
     ANSWER_SECONDS,
     EngineClient,
     EngineProcess,
     engine_version,
 )
-
-
-class Sampling(NamedTuple):
-    """How tokens are chosen; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-GREEDY = Sampling()
 
 
 class Counts(NamedTuple):

@@ -1,9 +1,10 @@
-"""Greedy speculative decoding of one sequence: the draft proposes tokens, the target verifies them.
+"""Speculative decoding of one sequence: the draft proposes tokens, the target verifies them.
 
-The tokens are those of plain greedy decoding with the target.
+Greedily the tokens are those of plain greedy decoding with the target. At a temperature they are
+drawn, and their distribution is the target's (`use.sampling`).
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sampling import GREEDY, Sampling, check_sampling
 from eagle3fn.data.decoder import decoder
 from eagle3fn.data.hooks import layer_outputs
 from eagle3fn.data.target import cache_name, empty_cache
+from eagle3fn.use.choosers import chooser
 from eagle3fn.use.drafter import Drafter
 from eagle3fn.use.export import Draft
 
@@ -38,6 +41,11 @@ class Decoded(NamedTuple):
     seconds: float  # in all, prefill included
     prefill_seconds: float
 
+    # Of sampling alone.
+    expected_by_position: Sequence[float] = ()  # accepted tokens expected of those reached
+    variance_by_position: Sequence[float] = ()  # of that number
+    chances: Sequence[float] = ()  # of each token, the target's probability before top-p
+
     @property
     def accepted_length(self) -> float:
         """Tokens emitted per verification, without the prefill's token; 0 without verifications.
@@ -57,9 +65,14 @@ class _Tally:
         self.accepted = [0] * draft_length
         self.reached = [0] * draft_length
         self.drafted = [0] * draft_length
+        self.expected = [0.0] * draft_length
+        self.variance = [0.0] * draft_length
 
-    def add(self, drafted: int, accepted: int, emitted: int) -> None:
-        """Count one round: `accepted` of `drafted` tokens agreed, `emitted` tokens came out."""
+    def add(self, drafted: int, accepted: int, emitted: int, overlaps: list[float]) -> None:
+        """Count one round: `accepted` of `drafted` tokens were kept, `emitted` tokens came out.
+
+        `overlaps` are the chances of the drafted tokens' places to be accepted; none if greedy.
+        """
         self.verifications += 1
         for position in range(drafted):
             self.drafted[position] += 1
@@ -69,6 +82,10 @@ class _Tally:
                 continue
             if position <= accepted:
                 self.reached[position] += 1
+                if overlaps:
+                    chance = overlaps[position]
+                    self.expected[position] += chance
+                    self.variance[position] += chance * (1 - chance)
             if position < accepted:
                 self.accepted[position] += 1
 
@@ -81,12 +98,14 @@ def speculate(
     draft_length: int,
     max_new: int,
     end_tokens: Collection[int],
+    sampling: Sampling = GREEDY,
 ) -> Decoded:
-    """Decode greedily after `input_ids` `(1, P)`; the tokens are those of plain greedy decoding.
+    """Decode after `input_ids` `(1, P)` as the target would: its greedy tokens, or draws of it.
 
     Each round drafts up to `draft_length` tokens and verifies them in one run of the target. With
-    `a` drafted tokens equal to the target's own, the round emits `a + 1` tokens: these and the
-    target's next one, the bonus token.
+    `a` drafted tokens accepted, the round emits `a + 1` tokens: these and one of the target's, the
+    bonus token. Greedily a drafted token is accepted if it is the target's own; at a temperature
+    by `use.sampling.verify`.
 
     Args:
         model: a causal LM of transformers.
@@ -96,22 +115,29 @@ def speculate(
             same loop.
         max_new: at most so many tokens, the prefill's included.
         end_tokens: decoding stops after the first of these.
+        sampling: at a temperature above 0 the tokens are a function of its seed and the arguments
+            above, and of no other call.
 
     Raises:
         UserError: an empty prompt, one beyond the position limit, or a draft of another target.
     """
     check_request(model, draft, input_ids, draft_length, max_new)
+    check_sampling(sampling)
     begin = perf_counter()
+    chooses = chooser(sampling)
+    nothing = input_ids[:, :0]
     tally = _Tally(draft_length)
     end_ids = frozenset(end_tokens)
 
     with open_target(model, draft if draft_length else None) as target:
         # Prefill: the target reads the prompt, which gives the first token.
-        token = target.read(input_ids, keep=1)  # (1, 1)
+        chosen = chooses.choose(nothing, target.logits(input_ids, keep=1))
+        token = chosen.tokens  # (1, 1)
 
         # Rows that the target has read and the draft has not. Row t needs the token after it.
         next_tokens = torch.cat([input_ids[:, 1:], token], dim=1)  # (1, P)
         tokens = token[0].tolist()
+        chances = chosen.chances
         prefill_seconds = perf_counter() - begin
 
         drafter = None
@@ -122,26 +148,27 @@ def speculate(
         while len(tokens) < max_new and tokens[-1] not in end_ids:
             # Draft. One place is left for the bonus token, so the last round may draft nothing.
             count = min(draft_length, max_new - len(tokens) - 1)
-            block = token  # the newest token, then the drafted ones: (1, 1 + count)
+            drafted = nothing
             if drafter is not None and count:
                 aux = target.features(next_tokens.shape[1])
-                drafted = drafter.draft(aux, next_tokens, count)
-                block = torch.cat([token, drafted], dim=1)
+                drafted = chooses.draft(drafter, aux, next_tokens, count)
 
-            # Verify. One run gives the target's token after every row of the block.
-            predicted = target.read(block)  # (1, 1 + count)
-            greedy = predicted[0].tolist()
-            accepted = common_prefix(block[0, 1:].tolist(), greedy)
+            # Verify. One run gives the target's logits after every row of the block: the newest
+            # token, then the drafted ones.
+            block = torch.cat([token, drafted], dim=1)  # (1, 1 + count)
+            chosen = chooses.choose(drafted, target.logits(block))
 
-            # Keep the newest token and the accepted ones; the last prediction is the bonus token.
+            # Keep the newest token and the accepted ones; the last choice is the bonus token.
+            next_tokens = chosen.tokens  # (1, accepted + 1)
+            accepted = next_tokens.shape[1] - 1
             target.forget(count - accepted)
-            next_tokens = predicted[:, : accepted + 1]
-            token = predicted[:, accepted : accepted + 1]
+            token = next_tokens[:, accepted:]
 
             # Emit and count.
-            emitted = until_end(greedy[: accepted + 1], end_ids)
-            tally.add(count, accepted, len(emitted))
+            emitted = until_end(next_tokens[0].tolist(), end_ids)
+            tally.add(count, accepted, len(emitted), chosen.overlaps)
             tokens += emitted
+            chances = chances + chosen.chances[: len(emitted)]
 
     return Decoded(
         tokens=tokens,
@@ -151,6 +178,9 @@ def speculate(
         drafted_by_position=tally.drafted,
         seconds=perf_counter() - begin,
         prefill_seconds=prefill_seconds,
+        expected_by_position=tally.expected,
+        variance_by_position=tally.variance,
+        chances=chances,
     )
 
 
@@ -165,14 +195,18 @@ class Target:
         self.outputs = outputs
 
     def read(self, ids: Tensor, keep: int = 0) -> Tensor:
+        """Read as `logits` does; returns the target's greedy token after each row, `(1, R)`."""
+        return self.logits(ids, keep).argmax(-1)
+
+    def logits(self, ids: Tensor, keep: int = 0) -> Tensor:
         """Read `ids` `(1, R)` after what the cache holds.
 
-        Returns the target's greedy token after each row, `(1, R)`; with `keep` only after the last
-        `keep` rows, `(1, keep)`.
+        Returns the logits after each row, `(1, R, V)`; with `keep` only after the last `keep` rows,
+        `(1, keep, V)`.
         """
         cache = {self.cache_name: self.cache}
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=keep, **cache)
-        return out.logits.argmax(-1)
+        return out.logits
 
     def features(self, rows: int) -> Tensor:
         """Features `(1, rows, 3·Ht)` of the first `rows` rows of the last `read`."""
@@ -194,14 +228,6 @@ def open_target(model: Any, draft: Draft | None) -> Iterator[Target]:
         tapped = [layers[index] for index in aux_layers(draft.config, count)]
     with layer_outputs(tapped) as outputs:
         yield Target(model, outputs)
-
-
-def common_prefix(drafted: list[int], greedy: list[int]) -> int:
-    """The number of drafted tokens before the first that differs from the target's own."""
-    for position, (token, expected) in enumerate(zip(drafted, greedy, strict=False)):
-        if token != expected:
-            return position
-    return len(drafted)
 
 
 def until_end(tokens: list[int], end_ids: Collection[int]) -> list[int]:

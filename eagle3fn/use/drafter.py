@@ -10,6 +10,8 @@ A committed row replaces the drafted row of its position. So a committed row and
 after it compute what the unroll's steps compute in training (EAGLE-3, https://arxiv.org/abs/2503.01840).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,11 @@ from eagle3fn.model.table import EMBED, FC
 from eagle3fn.model.unroll import carried, project, residual, rotated
 from eagle3fn.model.visibility import visible
 from eagle3fn.use.export import Draft
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The draft id of the highest logit, `(1, 1, D)` to `(1, 1)`."""
+    return logits.argmax(-1)
 
 
 class Drafter:
@@ -87,15 +94,23 @@ class Drafter:
         """Draft logits `(1, 1, D)` of a row's hidden state `(1, 1, H)`."""
         return logits(self.params, self.config, hidden)
 
-    def draft(self, aux: Tensor, tokens: Tensor, count: int) -> Tensor:
-        """Commit rows as `commit` does, then draft `count` >= 1 tokens greedily.
+    def draft(
+        self,
+        aux: Tensor,
+        tokens: Tensor,
+        count: int,
+        pick: Callable[[Tensor], Tensor] = likeliest,
+    ) -> Tensor:
+        """Commit rows as `commit` does, then draft `count` >= 1 tokens.
+
+        `pick` chooses a draft id `(1, 1)` by draft logits `(1, 1, D)`; greedily by default.
 
         Returns target ids `(1, count)`.
         """
         hidden = self.commit(aux, tokens)
         drafted: list[Tensor] = []
         for step in range(1, count + 1):
-            draft_id = self.logits(hidden).argmax(-1)  # (1, 1)
+            draft_id = pick(self.logits(hidden))  # (1, 1)
             drafted.append(self.target_ids[draft_id])
 
             # Nothing reads the hidden state after the last token.

@@ -14,6 +14,7 @@ from typing import Any
 from eagle3fn.base.config import require
 from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sampling import GREEDY, Sampling, check_sampling
 from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import stop_ids
 from eagle3fn.data.target_loading import load_tokenizer
@@ -21,12 +22,10 @@ from eagle3fn.data.target_source import loaded_config
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.engines.decoding import (
     ENGINES,
-    GREEDY,
     Counts,
     DecoderSettings,
     EngineAnswer,
     EngineRun,
-    Sampling,
     decode_all,
     kept_accepted,
     open_decoder,
@@ -34,8 +33,10 @@ from eagle3fn.engines.decoding import (
     verifications,
 )
 from eagle3fn.train.drafts import check_files_finite
+from eagle3fn.use.counts import differing_tokens, repeated_share
 from eagle3fn.use.decode import check_pair
-from eagle3fn.use.evaluate import Progress, differing_tokens, repeated_share
+from eagle3fn.use.evaluate import Progress, check_prompts
+from eagle3fn.use.groups import check_categories, describe_groups
 
 SAMPLED = "sampled: not compared token by token"
 
@@ -71,9 +72,7 @@ class EngineEvalSettings:
             value = getattr(self, name)
             require(value >= 1, f"evaluate.{name}", value, "at least 1")
         require(self.max_new >= 2, "evaluate.max_new", self.max_new, "at least 2")
-        sampling = self.sampling
-        require(sampling.temperature >= 0, "temperature", sampling.temperature, "at least 0")
-        require(0 < sampling.top_p <= 1, "top_p", sampling.top_p, "above 0 and at most 1")
+        check_sampling(self.sampling)
 
 
 def engine_evaluate(
@@ -86,6 +85,7 @@ def engine_evaluate(
     served: tuple[str | Path, str | Path] | None = None,
     on_progress: Progress = lambda stage, done, total: None,
     prompts_name: str | None = None,
+    categories: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Decode the first prompts in an engine, plainly and with the draft, and compare.
 
@@ -101,6 +101,7 @@ def engine_evaluate(
         served: target and draft as the engine loads them; by default the two above.
         on_progress: called with stage, prompts done and prompts in all.
         prompts_name: the prompts' name, kept in the report for its plot.
+        categories: of the prompts, "" of one that has none; no names at all: no categories.
 
     Returns:
         The report, with the keys of `use.evaluate.evaluate` where they mean the same.
@@ -114,6 +115,7 @@ def engine_evaluate(
         UserError: no prompts, or one beyond the position limit; a draft of another target; the
             engine is missing or too old, refuses target or draft, or dies.
     """
+    check_categories(prompts, categories)
     encoded, end_tokens = encode_prompts(target, draft, prompts[: settings.tasks], settings)
     started = DecoderSettings(
         max_length=max(map(len, encoded)) + settings.max_new,
@@ -156,6 +158,12 @@ def engine_evaluate(
         "sampling": settings.sampling._asdict(),
         **compare_answers(plain.answers, drafted.answers, settings.sampling),
         **describe_counts(drafted.answers, settings.max_new),
+        **describe_groups(
+            drafted.answers,
+            [len(ids) for ids in encoded],
+            categories[: settings.tasks],
+            describe_group,
+        ),
         **describe_speed(plain.answers, drafted.answers, settings),
         "repeated_8gram_share": repeated_share([one.tokens for one in plain.answers]),
     }
@@ -170,11 +178,7 @@ def encode_prompts(
         UserError: no prompts, or one beyond the position limit; a draft of another target, or with
             weights that are not finite.
     """
-    if not prompts or not all(text.strip() for text in prompts):
-        raise UserError(
-            f"prompts: {len(prompts)} given, and none may be empty; "
-            "name a file of rows with a prompt"
-        )
+    check_prompts(prompts)
     text_config = loaded_config(target).get_text_config()
     limits = [getattr(text_config, "max_position_embeddings", None)]
 
@@ -270,6 +274,16 @@ def describe_counts(answers: Sequence[EngineAnswer], max_new: int) -> dict[str, 
         "accepted_length": accepted_length(answers),
         "engine_accepted_length": engine_accepted_length(counts),
         "acceptance_by_position": acceptance_by_position(counts),
+    }
+
+
+def describe_group(answers: Sequence[EngineAnswer]) -> dict[str, Any]:
+    """What `use.counts.describe_answers` says, by the engine's counts; None for what it lacks."""
+    return {
+        "prompts": len(answers),
+        "tokens": sum(len(one.tokens) for one in answers),
+        "verifications": _sum([verifications(one) for one in answers]),
+        "accepted_length": accepted_length(answers),
     }
 
 

@@ -14,6 +14,7 @@ from eagle3fn.base.provenance import processor, versions
 from eagle3fn.base.read import read_object
 from eagle3fn.train.advice import advise, history_of
 from eagle3fn.train.branch import read_branch
+from eagle3fn.use.groups import group_lines
 from eagle3fn.use.report_files import (
     read_evaluation,
     read_held_out,
@@ -74,7 +75,8 @@ def write_report(folder: Path) -> str:
     write_json(folder / "report.json", report)
     with whole_file(folder / "curves.png") as temporary:
         _draw(steps, held_out, report, temporary)
-    return f"{_table(report)}\n\ncurves  {folder}/curves.png\nnumbers {folder}/report.json"
+    groups = "".join(f"\n{line}" for line in group_lines(report))
+    return f"{_table(report)}{groups}\n\ncurves  {folder}/curves.png\nnumbers {folder}/report.json"
 
 
 def _rates(steps: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict[str, Any]:

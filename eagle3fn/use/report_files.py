@@ -71,6 +71,26 @@ def read_stages(path: Path) -> dict[str, Any]:
     return {"stage_seconds": stages, "wall_s": sum(stages.values())}
 
 
+_GROUP: dict[str, Check] = {
+    "prompts": is_count,
+    "tokens": is_count,
+    "verifications": or_none(is_count),
+    "accepted_length": or_none(is_amount),
+}
+"""What a report reads of the answers of one group."""
+
+
+def is_groups(value: Any) -> bool:
+    """Numbers of groups of prompts, by name."""
+    return isinstance(value, dict) and all(map(_is_group, value.values()))
+
+
+def _is_group(value: Any) -> bool:
+    if not isinstance(value, dict) or not _GROUP.keys() <= value.keys():
+        return False
+    return all(good(value[name]) for name, good in _GROUP.items())
+
+
 _EVALUATION: dict[str, Check] = {
     "draft_length": is_count,
     "accepted_length": or_none(is_amount),
@@ -97,6 +117,8 @@ _EVALUATION: dict[str, Check] = {
     "engine": is_text,
     "engine_version": is_text,
     "engine_accepted_length": or_none(is_amount),
+    "by_category": is_groups,
+    "by_prompt_length": is_groups,
 }
 """What a report reads of an evaluation, where it is there."""
 

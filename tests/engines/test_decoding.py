@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sampling import Sampling
 from eagle3fn.engines import decoding
 from eagle3fn.engines.decoding import (
     Counts,
     Decoder,
     DecoderSettings,
     EngineAnswer,
-    Sampling,
     decode_all,
     kept_accepted,
     open_decoder,

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sampling import Sampling
 from eagle3fn.cli import main
-from eagle3fn.engines.decoding import Counts, Sampling
+from eagle3fn.engines.decoding import Counts
 from eagle3fn.engines.llamacpp import check_taps, gguf_files
 from eagle3fn.use.engine_evaluate import (
     EngineEvalSettings,
@@ -80,6 +81,22 @@ def test_report(folders: Folders, tmp_path):
     assert (report["plain_tokens_per_s"], report["tokens_per_s"]) == (12 / 2.0, 12 / 1.0)
     assert report["speedup"] == 2.0
     assert (report["timed_tokens"], report["differing_tokens"]) == (12, 0)
+
+
+def test_report_by_category_and_length(folders: Folders, tmp_path):
+    """The stand-in's two answers of six tokens, three runs of the target each."""
+    report = engine_evaluate(
+        *folders, PROMPTS[:2], SETTINGS, tmp_path / "out", categories=["words", "numbers"]
+    )
+    each = {"prompts": 1, "tokens": 6, "verifications": 3, "accepted_length": 5 / 3}
+    assert report["by_category"] == {"words": each, "numbers": each}
+    (both,) = report["by_prompt_length"].values()
+    assert (both["prompts"], both["accepted_length"]) == (2, 5 / 3)
+
+    # An engine that does not count has none.
+    unknown = evaluated(folders, tmp_path / "out", arguments={"silent": True})
+    (both,) = unknown["by_prompt_length"].values()
+    assert both["verifications"] is both["accepted_length"] is None
 
 
 def test_both_accepted_lengths_are_named(folders: Folders, tmp_path):
@@ -216,7 +233,7 @@ def test_command(folders: Folders, tmp_path, capsys):
         ((*VLLM, "--untrained", "x"), "--untrained: has no effect on an engine"),
         ((*VLLM, "--threads", "2"), "--threads: has no effect on an engine"),
         (("--engine-python", "x"), "--engine-python: is for --engine vllm or llamacpp"),
-        (("--temperature", "0.5"), "--temperature: is for --engine"),
+        (("--top-p", "0.5"), "--top-p: greedy decoding draws nothing"),
         (("--converter", "x"), "--converter: is for --engine"),
         (("--engine", "vllm"), "name the Python of an environment that has it with --engine-pyt"),
         ((*VLLM, "--top-p", "0.5"), "--top-p: greedy decoding draws nothing"),
@@ -244,6 +261,30 @@ def test_gguf_files_are_loaded_as_they_are(folders: Folders, tmp_path, capsys):
     assert "draft.gguf: vLLM loads exported folders" in capsys.readouterr().err
     with gguf_files(*files, None, None, tmp_path, sys.executable) as found:
         assert found == files
+
+
+def test_several_prompt_files_of_one_call(folders: Folders, tmp_path, capsys):
+    """Here and in an engine; `--tasks` counts in each file."""
+    files = []
+    for name in ("one", "two"):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    common = ["--max-new", "6", "--draft-length", "2", "--tasks", "1"]
+    for arguments in (VLLM, ("--threads", "1", "--temperature", "1", "--seed", "4")):
+        out = tmp_path / f"{len(arguments)}.json"
+        words = ["evaluate", "--target", folders[0], "--draft", folders[1], "--out", out]
+        again = ["--prompts"] if arguments == VLLM else []  # given once for both, or for each
+        words += ["--prompts", files[0], *again, files[1], *common, *arguments]
+        assert main([str(word) for word in words]) == 0
+        report = json.loads(out.read_text())
+        assert report["prompts"] == "one, two"
+        assert report["tasks"] == 2
+        assert [row["prompts"] for row in report["by_category"].values()] == [1, 1]
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines if line[:3] in ("one", "two")] == ["one", "two"]
+        assert report["lossless"] is (None if "--temperature" in arguments else True)
+    assert report["sampling"] == {"temperature": 1.0, "top_p": 1.0, "seed": 4}
+    assert any("by the target's own distribution" in line for line in lines)
 
 
 # The files of llama.cpp

@@ -1,6 +1,5 @@
 """Evaluation: losslessness is measured, numbers by hand, bad input is named."""
 
-import gzip
 import json
 import shutil
 from dataclasses import replace
@@ -17,20 +16,19 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Frozen
 from eagle3fn.data.target import load_target
 from eagle3fn.model.table import init_params
+from eagle3fn.use import eval_pair, target_answers
 from eagle3fn.use import evaluate as module
-from eagle3fn.use import target_answers
 from eagle3fn.use.costs import Costs, best_length, expected_length, measure_costs
-from eagle3fn.use.decode import Decoded, speculate, until_end
-from eagle3fn.use.evaluate import (
-    EvalSettings,
+from eagle3fn.use.counts import (
     acceptance_by_position,
     accepted_length,
     differing_tokens,
-    evaluate,
-    read_prompts,
     repeated_share,
     tokens_per_second,
 )
+from eagle3fn.use.decode import Decoded, speculate, until_end
+from eagle3fn.use.eval_settings import EvalSettings
+from eagle3fn.use.evaluate import evaluate
 from eagle3fn.use.export import export
 from tests.data.families import make_family
 from tests.factories import make_map
@@ -81,6 +79,103 @@ def test_report(folders: tuple[Path, Path]):
     assert [at for at in seen if at[0] == "draft"] == [("draft", i, 3) for i in (1, 2, 3)]
     assert [at for at in seen if at[0] == "speed"] == [("speed", i, 2) for i in (1, 2)]
     json.dumps(report)
+
+
+def test_report_by_category_and_length(folders: tuple[Path, Path]):
+    """Each group is what its prompts alone give; the groups add up to all."""
+    texts = ["x" * 70, "one", "three"]
+    report = evaluate(*folders, texts, SMALL, categories=["letters", "words", "words"])
+    whole = evaluate(*folders, texts[1:], SMALL)
+    groups = report["by_category"]
+    assert list(groups) == ["letters", "words"]
+    assert groups["words"] == whole["by_prompt_length"]["1-64"]
+    assert groups["words"]["accepted_length"] == whole["accepted_length"]
+    assert groups["words"]["prompts"] == 2
+    assert list(report["by_prompt_length"]) == ["1-64", "65-128"]
+    assert report["by_prompt_length"]["65-128"] == groups["letters"]
+    tokens = sum(group["tokens"] for group in groups.values())
+    verifications = sum(group["verifications"] for group in groups.values())
+    assert report["accepted_length"] == (tokens - 3) / verifications
+    assert "by_category" not in whole
+
+
+# At a temperature
+
+WARM = replace(SMALL, temperature=2.0, seed=3)
+
+
+def test_sampled_report(folders: tuple[Path, Path]):
+    report = evaluate(*folders, ["one", "two", "three"], WARM, folders[1])
+    assert report["sampling"] == {"temperature": 2.0, "top_p": 1.0, "seed": 3}
+    assert report["lossless"] is None
+    assert report["lossless_note"].startswith(
+        "sampled (temperature 2), by the target's own distribution: probabilities within "
+    )
+    check = report["sampling_check"]
+    assert check["passed"] is True
+    assert check["probability_error"] < 1e-5
+    assert check["expected_accepted"] > 0 and check["standard_error"] > 0
+    assert len(report["expected_acceptance_by_position"]) == 3
+    assert all(0 < chance < 1 for chance in report["expected_acceptance_by_position"])
+    assert not {"timed_tokens", "differing_tokens"} & report.keys()
+    assert report["untrained_accepted_length"] >= 1
+    assert report["speedup"] > 0
+    json.dumps(report)
+
+
+def test_sampled_answers_depend_on_no_other_prompt(folders: tuple[Path, Path]):
+    """The second prompt's answer is the same after another first one, and with another seed not.
+
+    The same prompt in two places has two answers.
+    """
+    pairs = [
+        eval_pair.load_eval_pair(*folders, texts, torch.float32, WARM)
+        for texts in (["one", "two"], ["two", "two"])
+    ]
+    first, second = (eval_pair.decode_each(pair, WARM) for pair in pairs)
+    assert first[1].tokens == second[1].tokens
+    assert second[0].tokens != second[1].tokens
+    reseeded = eval_pair.decode_each(pairs[0], replace(WARM, seed=4))
+    assert first[1].tokens != reseeded[1].tokens
+
+
+def test_tokens_of_another_distribution_are_found(folders: tuple[Path, Path], monkeypatch):
+    """Verification that forgets nothing of what was rejected: the cache holds wrong rows."""
+    monkeypatch.setattr("eagle3fn.use.decode.Target.forget", lambda target, rows: None)
+    report = evaluate(*folders, ["one", "two"], WARM)
+    assert report["sampling_check"]["passed"] is False
+    assert report["sampling_check"]["probability_error"] > 0.01
+    assert "NOT by the target's distribution" in report["lossless_note"]
+
+
+def test_too_many_accepted_tokens_are_found(folders: tuple[Path, Path], monkeypatch):
+    monkeypatch.setattr(
+        "eagle3fn.use.choosers.verify",
+        lambda drafted, p, q, uniforms: [*drafted, int(p[-1].argmax())],
+    )
+    report = evaluate(*folders, ["one", "two", "three"], replace(WARM, max_new=40))
+    check = report["sampling_check"]
+    assert check["passed"] is False
+    assert check["accepted"] > check["expected_accepted"] + 5 * check["standard_error"]
+
+
+def test_kept_greedy_answers_are_refused_at_a_temperature(folders: tuple[Path, Path], tmp_path):
+    store = tmp_path / "plain.json"
+    with pytest.raises(UserError, match=r"--plain .*plain\.json: keeps greedy answers"):
+        evaluate(*folders, ["one"], WARM, plain_store=store)
+    assert not store.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature = -1\.0: must be at least 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p = 0\.0: must be above 0"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        replace(SMALL, **changes)
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
@@ -218,7 +313,7 @@ def test_files_are_checked_before_anything_is_decoded(
     def load(*_: Any) -> None:
         raise AssertionError("the target is loaded")
 
-    monkeypatch.setattr(module, "load_target", load)
+    monkeypatch.setattr(eval_pair, "load_target", load)
     target, draft = folders
     with pytest.raises(UserError, match=r"typo/config\.json: no such file"):
         evaluate(target, draft, ["one"], SMALL, untrained_folder=tmp_path / "typo")
@@ -249,13 +344,13 @@ def test_answers_together_are_those_alone():
 
 
 def test_one_wrong_token_is_not_lossless(folders: tuple[Path, Path], monkeypatch):
-    original = module.speculate
+    original = eval_pair.speculate
 
     def wrong(*args: Any) -> Decoded:
         found = original(*args)
         return found._replace(tokens=[*found.tokens[:-1], found.tokens[-1] ^ 1])
 
-    monkeypatch.setattr(module, "speculate", wrong)
+    monkeypatch.setattr(eval_pair, "speculate", wrong)
     assert evaluate(*folders, ["one"], SMALL)["lossless"] is False
 
 
@@ -348,29 +443,6 @@ def test_a_draft_of_another_target_is_refused(
 def test_settings_out_of_range_are_refused(name):
     with pytest.raises(UserError, match=rf"evaluate\.{name} = 0: must be at least 1"):
         replace(SMALL, **{name: 0})
-
-
-def test_prompts_are_read(tmp_path):
-    path = tmp_path / "tasks.jsonl.gz"
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write('{"task_id": 1, "prompt": "a"}\n\n{"prompt": "b\\n"}\n')
-    assert read_prompts(path) == ["a", "b\n"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a"}\n{"text": "b"}\n', "1 of 2 rows is bad: .*tasks.jsonl:2: no text under"),
-        ('{"prompt": " "}\n{\n', "2 of 2 rows are bad: .*:1: no text .*; .*:2: not JSON"),
-        ("[1]\n", "1 of 1 rows is bad: .*tasks.jsonl: item 1: no text"),
-        ("", "no rows"),
-    ],
-)
-def test_unreadable_prompts_are_named(tmp_path, text, message):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text(text)
-    with pytest.raises(UserError, match=rf"tasks\.jsonl: {message}"):
-        read_prompts(path)
 
 
 def decoded(

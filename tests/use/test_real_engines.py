@@ -12,9 +12,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from eagle3fn.cli import main
 from eagle3fn.data.target import load_target
+from eagle3fn.use.counts import accepted_length
 from eagle3fn.use.decode import Decoded, speculate
 from eagle3fn.use.engine_evaluate import EngineEvalSettings, encode_prompts
-from eagle3fn.use.evaluate import accepted_length
 from eagle3fn.use.export import load_draft
 from tests.factories import tiny_tokenizer
 from tests.serving import python_of, source_of

@@ -67,6 +67,39 @@ def test_table_first_says_whether_it_is_faster_and_the_text_the_same(tmp_path):
     ]
 
 
+GROUP = {"prompts": 2, "tokens": 40, "verifications": 25, "accepted_length": 1.52}
+
+
+def test_table_ends_with_the_groups(tmp_path):
+    groups = {"by_category": {"code": GROUP, "chat": GROUP}, "by_prompt_length": {"1-64": GROUP}}
+    write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | groups})
+    assert write_report(tmp_path).split("\n\n")[0].splitlines()[-3:] == [
+        "category                 accepted  prompts verified   tokens",
+        "code                        1.520        2       25       40",
+        "chat                        1.520        2       25       40",
+    ]
+    assert read_report(tmp_path)["by_category"] == groups["by_category"]
+
+
+def test_sampled_answers_are_described(tmp_path):
+    sampled = {"lossless": None, "lossless_note": "sampled (temperature 1), by …", "tasks": 3}
+    write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | sampled})
+    assert write_report(tmp_path).startswith(
+        "same text             sampled (temperature 1), by …\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [[], {"a": 3}, {"a": {**GROUP, "prompts": -1}}, {"a": {"prompts": 1}}],
+    ids=["list", "number", "negative", "incomplete"],
+)
+def test_damaged_groups_are_named(tmp_path, groups):
+    write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | {"by_category": groups}})
+    with pytest.raises(UserError, match="by_category is no value that evaluate writes"):
+        write_report(tmp_path)
+
+
 def test_table_says_no_where_it_is_slower_or_not_the_same(tmp_path):
     changes = {
         "speedup": 0.8,
