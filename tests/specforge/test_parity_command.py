@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,14 @@ from eagle3fn.specforge.arithmetic import SPECFORGE, forward_loss, kl_loss
 from eagle3fn.specforge.cases import for_specforge, specforge_cases
 from eagle3fn.specforge.oracle import ENVIRONMENT, LK, Oracle, OracleMissingError, side
 from eagle3fn.testing import Case, assert_equivalent
-from eagle3fn.testing.strategies import drawn
+from eagle3fn.testing.strategies import LOSS_SUMS, drawn
 from tests.specforge.helpers import loss_with
 
-SPECFORGES_LOSS = {"nla": "lk_alpha", "lk": "lk_lambda"}  # the others become the KL
+SPECFORGES_LOSS: dict[Any, str] = {
+    "nla": "lk_alpha",
+    "lk": "lk_lambda",
+    LOSS_SUMS[1]: "lk_lambda",
+}  # the others become the KL
 """Of each of our losses, the nearest that SpecForge has."""
 
 CASE = Case(steps=3, dtype="bfloat16", loss="lk_lambda", lengths=(8, 6))
