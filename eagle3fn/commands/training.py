@@ -110,8 +110,8 @@ def _trackers(options: Any) -> list[str]:
     for name, given in unused.items() if options.dry_run else ():
         if given:
             raise UserError(
-                f"{name} with --dry-run, which makes one update of a new run and logs nothing; drop "
-                "one"
+                f"{name} with --dry-run, which makes one update of a new run and logs nothing; "
+                "drop one"
             )
     names = list(dict.fromkeys(options.track))
     check_trackers(names)
