@@ -142,8 +142,8 @@ def unroll(
     sight = None
     for step in range(k if rows is None else len(rows.sizes)):
         # The rows of this step: later the first of those before.
-        size = None if rows is None else int(rows.sizes[step])
-        fewer = size is not None and size < len(chosen.place)
+        size = len(chosen.place) if rows is None else int(rows.sizes[step])
+        fewer = size < len(chosen.place)
         if fewer:
             chosen = chosen.first(size)
             hidden = hidden[:size]

@@ -141,10 +141,11 @@ def _loop_state(extra: dict[str, Any], path: Path) -> LoopState:
 # What is said
 
 
-def described(run: Run, point: Point, changes: list[Change]) -> list[str]:
+def described(run: Run, point: Point, changes: list[Change], early: bool) -> list[str]:
     """Lines for a user on where a run goes on, what has changed, and its learning rate then.
 
-    `run` has its number of steps filled in.
+    `run` has its number of steps filled in; `early`: it has ended before its last one, which is
+    said with its end.
     """
     if point.path is None:
         return []
@@ -157,7 +158,8 @@ def described(run: Run, point: Point, changes: list[Change]) -> list[str]:
         first = f"{run.out}: finished, step {point.step} of {total} is its last one; to go on, "
         first += "raise train.steps, train.epochs or --minutes"
 
-    lines = [first, *(change.line() for change in changes)]
+    lines = [] if early else [first]
+    lines += [change.line() for change in changes]
     rate = _rate_line(run, point, changes)
     if point.step < total and rate:
         lines.append(rate)

@@ -99,7 +99,7 @@ def train(
 
         # The run's files: of another run that it goes on from, cut to its step.
         if world.main:
-            lines = described(run, point, changes)
+            lines = described(run, point, changes, _end(run, state, loop_state).early)
             if point.branches:
                 assert source is not None and point.path is not None
                 write_branch(run.out, source, point.path, point.step, lines[1:])

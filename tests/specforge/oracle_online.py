@@ -177,7 +177,7 @@ def specforge_trainer(oracle: Oracle, case: Case, model: Any) -> tuple[Any, torc
         draft,
         length=case.steps,
         attention_backend="sdpa",
-        lk_loss_type=LK[case.loss],
+        lk_loss_type=LK[str(case.loss)],
         kl_scale=case.kl_scale,
         kl_decay=case.kl_decay,
     )

@@ -94,7 +94,7 @@ class ScriptTrainer:
             self.draft,
             length=case.steps,
             attention_backend=attention,
-            lk_loss_type=LK[case.loss],
+            lk_loss_type=LK[str(case.loss)],
             kl_scale=case.kl_scale,
             kl_decay=case.kl_decay,
         )

@@ -41,7 +41,7 @@ def call(out: Path, problem: Problem, **options: Any) -> Call:
     said: list[str] = []
     best: list[int] = []
     events = Events(
-        on_notice=said.append, on_best=lambda params, frozen, row: best.append(row["step"])
+        on_notice=said.append, on_draft=lambda params, frozen, row: best.append(row["step"])
     )
     state = train_in(out, problem, events=events, **options)
     assert all(len(line.splitlines()) == 1 for line in said)

@@ -133,9 +133,9 @@ def test_another_draft_is_refused_by_name(folder, shape, message):
 
 def test_switch_that_is_not_built_is_refused_by_name(folder):
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_before_fc": True}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_bias": True}))
     config = config_of(folder)
-    with pytest.raises(e3.UserError, match=r"config\.json: norm_before_fc = True: one norm"):
+    with pytest.raises(e3.UserError, match=r"config\.json: mlp_bias = True: biases"):
         check_start(config, LAYERS, kept(make_frozen(config)))
 
 
