@@ -77,6 +77,15 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "kl 0.5, tv 0.5": ["objective.loss={kl=0.5,tv=0.5}"],
         "kl 0.5, nla 0.5": ["objective.loss={kl=0.5,nla=0.5}"],
     },
+    "optimizers": {
+        "muon": [],
+        "adamw": ["optimizer.name=adamw"],
+        "lion 1e-4": ["optimizer.name=lion", "optimizer.learning_rate=1e-4"],
+        "lion 3e-4": ["optimizer.name=lion", "optimizer.learning_rate=3e-4"],
+        "sgd 0.1": ["optimizer.name=sgd", "optimizer.learning_rate=0.1"],
+        "sgd 0.3": ["optimizer.name=sgd", "optimizer.learning_rate=0.3"],
+        "sgd 1": ["optimizer.name=sgd", "optimizer.learning_rate=1.0"],
+    },
     "schedules": {
         "cosine": [],
         "linear": ["optimizer.schedule=linear"],
@@ -108,6 +117,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=300, help="of the first choice (default 300)")
     add("--held-out", type=int, default=64)
     add("--max-length", type=int, default=1024)
+    add("--eval-every", type=int, help="steps between evaluations (default: at the end alone)")
     add("--seeds", type=int, nargs="+", default=[0])
     add_arguments(parser)
     return parser.parse_args()
@@ -141,7 +151,7 @@ def config_of(
     common_ones = [
         f"train.steps={steps}",
         f"train.seed={seed}",
-        f"train.eval_every={steps}",
+        f"train.eval_every={options.eval_every or steps}",
         f"train.checkpoint_every={steps}",
         f"train.device={options.device}",
         f"data.held_out={options.held_out}",
@@ -201,7 +211,12 @@ def trained(
         train(config, *data[:3], run, events=Events())
         rows = read_jsonl(run / "eval.jsonl")
         write_json(
-            run / "done.json", {"seconds": time.process_time() - begin, "held_out": rows[-1]}
+            run / "done.json",
+            {
+                "seconds": time.process_time() - begin,
+                "held_out": rows[-1],
+                "by_step": {row["step"]: row["accepted_length"] for row in rows},
+            },
         )
     done = read_json(run / "done.json")
     value = done["held_out"]["accepted_length"]
@@ -213,7 +228,25 @@ def trained(
         "accepted_length": value,
         "accepted_length_sampled": done["held_out"]["accepted_length_sampled"],
         "processor_seconds": done["seconds"],
+        "by_step": done["by_step"],
     }
+
+
+def steps_to(found: dict[str, list[dict[str, Any]]], name: str) -> dict[str, list[int | None]]:
+    """By choice and seed: steps to the accepted length that the named one has at its end; None: it
+    does not get there.
+    """
+    reached = {}
+    for choice, runs in found.items():
+        reached[choice] = []
+        for run, goal in zip(runs, found[name], strict=True):
+            there = [
+                int(step)
+                for step, value in run["by_step"].items()
+                if value >= goal["accepted_length"]
+            ]
+            reached[choice].append(min(there, default=None))
+    return reached
 
 
 def main() -> int:
@@ -243,6 +276,7 @@ def main() -> int:
         "choices": {name: choices[name] for name in names},
         "runs": found,
         "mean": means,
+        "steps_to": steps_to(found, "adamw") if "adamw" in found else None,
         "close": [name for name, value in means.items() if value >= best - _CLOSE],
         **provenance(),
     }
