@@ -84,6 +84,35 @@ def test_what_eagle_cannot_represent(changes, expected):
     assert unrepresentable("vllm", config, 8) is None
 
 
+READ = {
+    "vllm": set(SWITCHES),
+    "sglang": {"norm_before_fc", "fc_norm", "norm_output", "two layers", "own embedding"},
+    "llamacpp": {"norm_before_fc", "norm_before_residual", "own embedding"},
+    "speculators": {*SWITCHES} - {"all"},
+    "eagle": {"own embedding"},
+}
+"""What each engine represents, as its source has it (`all` has both norms of the taps)."""
+
+
+@pytest.mark.parametrize("engine", READ)
+@pytest.mark.parametrize("name", SWITCHES)
+def test_each_engine_reads_or_refuses_each_switch(engine, name):
+    config = replace(draft_config(), aux_layers=(1, 3, 4), **SWITCHES[name])
+    said = unrepresentable(engine, config, 8)
+    assert (said is None) is (name in READ[engine]), said
+    if said is not None:
+        assert any(switch in said for switch in SWITCHES[name]), said
+
+
+@pytest.mark.parametrize("engine", READ)
+def test_other_numbers_of_taps_and_biases_of_qwen3_are_refused_by_those_that_have_none(engine):
+    two = unrepresentable(engine, replace(draft_config(), aux_layers=(1, 3)), 8)
+    assert (two is not None) is (engine in ("llamacpp", "eagle"))
+    biased = replace(draft_config(), aux_layers=(1, 3, 4), qk_norm=True, attention_bias=True)
+    said = unrepresentable(engine, biased, 8)
+    assert (said is None) is (engine == "speculators"), said
+
+
 def test_an_engine_is_not_asked_for_what_it_cannot_represent(folders, tmp_path, monkeypatch):
     asked = []
 
