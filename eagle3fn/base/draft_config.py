@@ -49,7 +49,7 @@ class DraftConfig:
     None means `1, L//2 - 1, L - 4` of the target's L layers.
 
     A field added at the end is a switch of the draft (`switches`), with a default that is off. A
-    draft's `config.json` has it under its name, unless `_READ` and `_written` have another.
+    draft's `config.json` has it under its name, and two of them as engines know them (`_READ`).
 
     Attributes:
         norm_before_fc: one RMSNorm over all taps together before the projection.
@@ -317,7 +317,7 @@ _READ: dict[str, Callable[[dict[str, Any]], Any]] = {
     "rope_scaling": scaling_of,
     "aux_layers": listed_taps,
     "draft_window": _window_of,
-    "qk_norm": lambda tree: _given(tree, "qk_norm", lambda: is_qwen3(tree)),
+    "qk_norm": is_qwen3,
 }
 """Fields that are more than the key of their name."""
 
@@ -336,12 +336,14 @@ def draft_config_from_keys(tree: dict[str, Any], where: str) -> DraftConfig:
         own = {field.name for field in switches()}
         for field in fields(DraftConfig):
             name = field.name
-            if name in _READ:
-                values[name] = _READ[name](tree)
-            elif name in own:
-                # Null is off. Engines look under `eagle_config` first.
+            if name in own:
+                # Null is off. Engines look under `eagle_config` first, and know two by other keys.
                 value = _given(eagle, name, lambda key=name: tree.get(key))
+                if value is None and name in _READ:
+                    value = _READ[name](tree)
                 values[name] = field.default if value is None else value
+            elif name in _READ:
+                values[name] = _READ[name](tree)
             elif name in tree or field.default is MISSING:
                 values[name] = tree[name]
         return DraftConfig(**values)

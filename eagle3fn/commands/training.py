@@ -47,7 +47,7 @@ def train(options: Any) -> int | None:
         # nobody names by the size of both, or as the recipe has it.
         named = _named(options, overrides)
         tree = target_config(options.target)
-        draft = draft_shape(options, tree, map_size(options.vocab, read_map))
+        draft = _draft(options, tree, map_size(options.vocab, read_map))
         features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
         defaults, said = _unnamed(options, named, draft, len(features.samples), device)
@@ -165,6 +165,25 @@ def _dry_run(run: _Run, world: "World", recipe: "Recipe") -> None:
     found = dry_run(*run, world=world, recipe=recipe)
     if world.main:
         say(describe_dry_run(found))
+
+
+def _draft(options: Any, tree: dict[str, Any], size: int | None) -> "DraftConfig":
+    """The draft's shape: that of the run that goes on, unless `--draft-config` names another, else
+    by the target; its vocabulary is the map's.
+    """
+    from dataclasses import replace
+
+    from eagle3fn.train.branch import branch_draft
+    from eagle3fn.train.defaults import begun_draft
+
+    kept = None
+    if not options.draft_config:
+        kept = begun_draft(options.out)
+        if kept is None and options.source:
+            kept = branch_draft(options.source)
+    if kept is None:
+        return draft_shape(options, tree, size)
+    return replace(kept, draft_vocab_size=size or kept.draft_vocab_size)
 
 
 def _read_matching(

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eagle3fn.base.config import from_dict
+from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file, write_json
 from eagle3fn.base.read import CONFIG_LIMIT, read_object
@@ -53,7 +55,7 @@ def source_checkpoint(source: str | Path) -> Path:
 def branch_settings(source: str | Path) -> dict[str, dict[str, Any]]:
     """The settings that a checkpoint was written with, as defaults of `load_config`.
 
-    The draft's are left out: it comes from the target or `--draft-config`, and is compared.
+    The draft's are left out: see `branch_draft`.
 
     Raises:
         UserError: no checkpoint, or a damaged one.
@@ -64,6 +66,16 @@ def branch_settings(source: str | Path) -> dict[str, dict[str, Any]]:
         if section != "draft":
             tree.setdefault(section, {})[key] = value
     return tree
+
+
+def branch_draft(source: str | Path) -> DraftConfig:
+    """The draft that a checkpoint is of.
+
+    Raises:
+        UserError: no checkpoint, or a damaged one.
+    """
+    path = source_checkpoint(source)
+    return from_dict(DraftConfig, read_meta(path)["config"]["draft"], str(path), "draft.")
 
 
 def check_branch(out: Path, source: str | Path | None, has_checkpoint: bool) -> None:

@@ -105,18 +105,18 @@ def begun_settings(out: str | Path) -> dict[str, dict[str, Any]] | None:
     """The settings of the run in `out` that a checkpoint is there of, as defaults of `load_config`.
 
     A run goes on with what it began with: it must not choose anew, from other data or by the rules
-    of a later version. The draft and the number of steps have files of their own to be kept by.
-    None if no run has begun there.
+    of a later version. The draft is `begun_draft`; the number of steps has a file of its own. None
+    if no run has begun there.
 
     Raises:
         UserError: `config.toml` is damaged; names it and the setting.
     """
     path = Path(out) / "config.toml"
-    if not path.is_file() or not checkpoints(Path(out) / "checkpoints"):
+    begun = _begun(out)
+    if begun is None:
         return None
 
     # Keys that are settings no longer are left out.
-    begun = read_toml(path)
     tree: dict[str, dict[str, Any]] = {}
     for section, kind in get_type_hints(Config).items():
         if section == "draft":
@@ -128,6 +128,31 @@ def begun_settings(out: str | Path) -> dict[str, dict[str, Any]] | None:
         tree[section] = {key: value for key, value in values.items() if key in known}
         from_dict(kind, tree[section], str(path), f"{section}.")
     return tree
+
+
+def begun_draft(out: str | Path) -> DraftConfig | None:
+    """The draft of the run in `out` that a checkpoint is there of: what was named once, switches
+    and sizes, needs no naming again. None if no run has begun there.
+
+    Raises:
+        UserError: `config.toml` is damaged; names it and the setting.
+    """
+    begun = _begun(out)
+    if begun is None:
+        return None
+    path = Path(out) / "config.toml"
+    values = begun.get("draft", {})
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: draft is no section; set it back, or train elsewhere")
+    return from_dict(DraftConfig, values, str(path), "draft.")
+
+
+def _begun(out: str | Path) -> dict[str, Any] | None:
+    """The resolved settings of a run that a checkpoint is there of."""
+    path = Path(out) / "config.toml"
+    if not path.is_file() or not checkpoints(Path(out) / "checkpoints"):
+        return None
+    return read_toml(path)
 
 
 def by_section(choices: Iterable[Choice]) -> dict[str, dict[str, Any]]:

@@ -240,6 +240,15 @@ def test_each_switch_comes_back_from_its_config_json(tmp_path, name):
     assert draft_config_from_json(tmp_path / "config.json") == replace(config, aux_layers=(1, 3, 4))
 
 
+@pytest.mark.parametrize("name", EVERY_SWITCH)
+def test_each_switch_is_read_by_its_own_name_too(tmp_path, name):
+    """At the top of a JSON, or under `eagle_config`; of two of them engines have other keys."""
+    hf = {"num_hidden_layers": 1}  # always there
+    for values in ({name: EVERY_SWITCH[name]}, {"eagle_config": {name: EVERY_SWITCH[name]}}):
+        found = draft_config_from_json(written(tmp_path, **hf | values), "hf")
+        assert getattr(found, name) == EVERY_SWITCH[name]
+
+
 def test_keys_are_those_that_engines_read():
     config = replace(draft_config_from_target(TREE, "target"), **EVERY_SWITCH, aux_layers=(1, 5))
     tree = draft_config_to_json(config, 8, "bfloat16")

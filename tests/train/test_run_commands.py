@@ -146,3 +146,22 @@ def test_start_from_a_draft_says_whose_rows_the_head_has(work, tmp_path, capsys)
     # A run that goes on reads no draft, and says none.
     assert train(work, tmp_path / "run", more=("--vocab", vocab)) == 0
     assert "its head has rows" not in capsys.readouterr().out
+
+
+def test_switches_are_named_once(work, tmp_path, capsys):
+    """A run that goes on, in its folder or another, has the draft that it began with."""
+    named = ("draft.fc_norm=true", "draft.num_hidden_layers=2", "draft.draft_window=9")
+    out = tmp_path / "run"
+    assert train(work, out, *SETTINGS, *named, "train.steps=2") == 0
+    assert train(work, out, "train.steps=3") == 0
+    assert train(work, tmp_path / "new", "train.steps=4", more=("--from", out)) == 0
+    for folder in (out, tmp_path / "new"):
+        draft = read_toml(folder / "config.toml")["draft"]
+        assert (draft["fc_norm"], draft["num_hidden_layers"], draft["draft_window"]) == (True, 2, 9)
+
+    # Another one is still refused, in both.
+    capsys.readouterr()
+    for folder, more in ((out, ()), (tmp_path / "other", ("--from", out))):
+        changed = ("draft.fc_norm=false", "train.steps=9")
+        line = refused(capsys, train(work, folder, *changed, more=more))
+        assert "draft.fc_norm was True, is False" in line
