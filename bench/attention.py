@@ -90,7 +90,8 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
     for query in queries:
         rows = None if plan is None else plan.rows[: len(query)]
         at = place if rows is None else place.flatten()[rows]
-        sights.append(ops.sight(visible(draft, at, 0), rows, keys[0], batch.attention_mask))
+        seen = visible(draft, at, 0)
+        sights.append(ops.sight(seen, rows, batch.attention_mask, draft, keys[0].dtype))
 
     def attend(queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> list[Tensor]:
         """Every step over step 0's keys and its rows' own later ones so far."""

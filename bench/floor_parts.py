@@ -281,13 +281,9 @@ def _rotary(tally: Tally, size: Size, widths: _Widths) -> None:
     later = size.states - size.rows
     tally.passes(part, "tables, made on the CPU", Bytes(0, 2 * (m + size.k) * e * C), 2)
 
-    # Positions of the rows before a step; where fewer go on, also of these.
-    before = m
-    for t in size.sizes:
-        tally.passes(part, "places of tables", copied(2 * before * e * C), 3)
-        if t < before:
-            tally.passes(part, "places of tables", copied(2 * t * e * C), 3)
-        before = t
+    # Positions of every place, for step 0's keys, and of each step's rows.
+    for t in (m, *size.sizes):
+        tally.passes(part, "places of tables", copied(2 * t * e * C), 3)
 
     # Step-0 keys, the rows' queries, keys of the later steps.
     for values, count in ((m * kv, 1), (size.states * q, steps), (later * kv, steps - 1)):

@@ -3,7 +3,6 @@
 A serving engine as a source is in `data.engine_source`.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -107,10 +106,10 @@ def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> Non
             f"set --max-length to at most {limit}"
         )
     count = config.num_hidden_layers
-    ascend = all(low < high for low, high in itertools.pairwise(layers))
-    if not layers or not ascend or not 0 <= layers[0] <= layers[-1] < count:
+    distinct = len(set(layers)) == len(layers) > 0
+    if not distinct or not all(0 <= layer < count for layer in layers):
         raise UserError(
-            f"layers {list(layers)}: must be layers of the target in [0, {count}), ascending"
+            f"layers {list(layers)}: must be different layers of the target in [0, {count})"
         )
 
 

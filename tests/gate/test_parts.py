@@ -268,12 +268,17 @@ def test_smoke_names_every_kernel_numerics_and_dtype() -> None:
         for what in (*kernels, *losses, "extract", "decode"):
             assert any(name.startswith(f"{size} {what}") for name in names)
         steps = [name for name in names if name.startswith(f"{size} ") and " step" in name]
-        # Each dtype: two numerics in four ways and with survival, SpecForge.
-        assert len(steps) == 3 * (2 * 5 + 1)
+        # Each dtype: two numerics in four ways and with survival, SpecForge. Some switches.
+        switched = [name for name in steps if " switch " in name]
+        assert len(steps) == 3 * (2 * 5 + 1) + len(switched)
+        assert len(switched) == (2 * len(gate_smoke.STEPPED) if size == "tiny" else 0)
     for name in ("fast", "plain", "SpecForge"):
         assert f"tiny {name} refuses autocast" in names
         assert f"tiny {name} under another default dtype" in names
     assert {"tiny start from the target", "tiny resume", "tiny resume mesh"} <= set(names)
-    assert {"tiny gradients by sample", "tiny window fp32", "tiny window bf16"} <= set(names)
+    assert "tiny gradients by sample" in names
+    for name in (*gate_smoke.SWITCHES, *gate_smoke.SHAPES):
+        for dtype in ("fp32", "bf16"):
+            assert f"tiny switch {name} {dtype} backward" in names
     for name in OPTIMIZERS:
         assert {f"tiny optimizer {name}", f"tiny optimizer {name} mesh"} <= set(names)

@@ -287,7 +287,7 @@ def test_training_equals_the_reference(dtype: str, device: str, tally: Tally) ->
     def check(case: Case, choice: OptimizerConfig, total: int, micro: int, recursive: bool) -> None:
         # The losses by acceptance have means over the whole batch.
         if micro > 1:
-            case = replace(case, loss="kl")
+            case = replace(case, loss="kl", kl_scale=Case.kl_scale, kl_decay=Case.kl_decay)
         arguments = f"{case}, {choice}, {total}, {micro}, {device!r}, {recursive}"
         note(f"from tests.model.test_reference_parity import *\n\ntrain_both({arguments})")
         tally.add(case, train_both(case, choice, total, micro, device, recursive))
