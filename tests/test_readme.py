@@ -22,6 +22,7 @@ from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.cli import parser
 from eagle3fn.model.losses import LOSSES
 from eagle3fn.specforge.recipes import SETTINGS
+from eagle3fn.train.defaults import chosen_defaults
 from eagle3fn.train.optimizer import OPTIMIZERS
 from eagle3fn.train.recipe import Recipe
 from eagle3fn.train.schedules import SCHEDULES
@@ -127,6 +128,13 @@ def test_defaults_are_the_codes() -> None:
     assert {name: repr(value) for name, value in values.items()} == {
         name: repr(value) for name, value in known.items()
     }
+
+
+def test_settings_that_train_chooses_are_marked() -> None:
+    draft = DraftConfig(8, 8, 1, 1, 8, 8, 8, 8, 8)
+    chosen = {choice.setting for choice in chosen_defaults(draft, 100)}
+    marked = {cells[0].strip("`") for cells in rows("Every default") if "†" in cells[-1]}
+    assert marked == chosen
 
 
 NAMED = {
