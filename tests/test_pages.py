@@ -14,6 +14,7 @@ import torch
 
 from eagle3fn.base.config import Config
 from eagle3fn.cli import main, parser
+from eagle3fn.train.changes import MAY_CHANGE
 from eagle3fn.train.warm_start import Mapped
 from tests.small_run import write_run
 
@@ -88,6 +89,11 @@ def test_extras_are_installed_from_a_checkout() -> None:
             named.add(found[1])
     assert {"data", "demo", "tensorboard", "testing"} <= named
     assert named <= set(project["optional-dependencies"])
+
+
+def test_settings_that_a_resumed_run_may_change_are_listed() -> None:
+    words = PAGES["docs/training.md"].split("**What may change.**")[1].split("Each that has")[0]
+    assert set(re.findall(r"`([\w.]+)`", words)) == MAY_CHANGE
 
 
 # docs/training.md: what a run prints

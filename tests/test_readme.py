@@ -160,6 +160,8 @@ def test_the_page_on_losses_says_who_reads_a_setting() -> None:
         _, default, readers = table[setting]
         assert repr(ast.literal_eval(default.strip("`"))) == repr(getattr(OptimizerConfig, setting))
         assert tuple(re.findall(r"`(\w+)`", readers)) == row.values
+    for role in OptimizerConfig().decay_roles:
+        assert f'`"{role}"`' in DOCS["losses"]
 
 
 def test_options_are_the_parsers() -> None:
