@@ -22,6 +22,7 @@ from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.cli import parser
 from eagle3fn.model.losses import LOSSES
 from eagle3fn.specforge.recipes import SETTINGS
+from eagle3fn.train.defaults import chosen_defaults
 from eagle3fn.train.optimizer import OPTIMIZERS
 from eagle3fn.train.recipe import Recipe
 from eagle3fn.train.schedules import SCHEDULES
@@ -129,6 +130,13 @@ def test_defaults_are_the_codes() -> None:
     }
 
 
+def test_settings_that_train_chooses_are_marked() -> None:
+    draft = DraftConfig(8, 8, 1, 1, 8, 8, 8, 8, 8)
+    chosen = {choice.setting for choice in chosen_defaults(draft, 100)}
+    marked = {cells[0].strip("`") for cells in rows("Every default") if "†" in cells[-1]}
+    assert marked == chosen
+
+
 NAMED = {
     "objective.loss": LOSSES,
     "optimizer.name": OPTIMIZERS,
@@ -152,6 +160,8 @@ def test_the_page_on_losses_says_who_reads_a_setting() -> None:
         _, default, readers = table[setting]
         assert repr(ast.literal_eval(default.strip("`"))) == repr(getattr(OptimizerConfig, setting))
         assert tuple(re.findall(r"`(\w+)`", readers)) == row.values
+    for role in OptimizerConfig().decay_roles:
+        assert f'`"{role}"`' in DOCS["losses"]
 
 
 def test_options_are_the_parsers() -> None:
