@@ -48,7 +48,7 @@ from eagle3fn.train.run import Run, prepare, training_batches
 _TIMED = 20  # steps of each choice, after one that warms up
 _CLOSE = 0.03  # of the best: more seeds decide
 
-EAGLE_31 = ["draft.fc_norm=true", "draft.norm_output=true", "draft.norm_before_residual=true"]
+EAGLE_31 = ["draft.fc_norm=true", "draft.norm_output=true"]
 
 GROUPS: dict[str, dict[str, list[str]]] = {
     "switches": {
@@ -63,7 +63,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "window 128": ["draft.draft_window=128"],
         "train_embedding": ["draft.train_embedding=true"],
         "EAGLE-3.1": EAGLE_31,
-        "EAGLE-3.1, qk_norm": [*EAGLE_31, "draft.qk_norm=true"],
+        "EAGLE-3.1, norm_before_residual": [*EAGLE_31, "draft.norm_before_residual=true"],
     },
     "losses": {
         "kl": [],

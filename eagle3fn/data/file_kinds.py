@@ -115,7 +115,7 @@ def missing_extra(path: Path, what: str, package: str) -> str:
     """The error where an optional package is needed."""
     return (
         f"{path}: {what} is read by the package {package}, which is not installed; "
-        "pip install 'eagle3fn[data]'"
+        f"pip install {package}"
     )
 
 

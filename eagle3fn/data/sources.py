@@ -106,11 +106,8 @@ def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> Non
             f"set --max-length to at most {limit}"
         )
     count = config.num_hidden_layers
-    distinct = len(set(layers)) == len(layers) > 0
-    if not distinct or not all(0 <= layer < count for layer in layers):
-        raise UserError(
-            f"layers {list(layers)}: must be different layers of the target in [0, {count})"
-        )
+    if not layers or not all(0 <= layer < count for layer in layers):
+        raise UserError(f"layers {list(layers)}: must be layers of the target in [0, {count})")
 
 
 def run_target(

@@ -39,14 +39,14 @@ class Engine(NamedTuple):
 
 
 _TAP_NORMS = frozenset({"norm_before_fc", "fc_norm"})
-_EAGLE_31 = _TAP_NORMS | {"norm_output", "norm_before_residual"}
+_NORMS = _TAP_NORMS | {"norm_output", "norm_before_residual"}
 _LAYER = frozenset({"attention_bias", "qk_norm", "num_hidden_layers", "draft_window"})
 
 VLLM = Engine(
     "vllm",
     "vLLM 0.32.0, run",
     by_number=True,
-    switches=_EAGLE_31 | _LAYER,
+    switches=_NORMS | _LAYER,
     command=(
         "vllm serve TARGET --speculative-config "
         '\'{"model": "DRAFT", "method": "eagle3", "num_speculative_tokens": 3}\''
@@ -80,7 +80,7 @@ SPECULATORS = Engine(
     "speculators 0.9.0, run",
     by_number=True,
     other_width=False,
-    switches=_EAGLE_31 | _LAYER,
+    switches=_NORMS | _LAYER,
 )
 EAGLE = Engine(
     "eagle",

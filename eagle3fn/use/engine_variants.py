@@ -46,7 +46,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "two layers": {"num_hidden_layers": 2},
     "window": {"draft_window": 12},
     "own embedding": {"train_embedding": True},
-    "EAGLE-3.1": {"fc_norm": True, "norm_output": True, "norm_before_residual": True},
+    "EAGLE-3.1": {"fc_norm": True, "norm_output": True},
     "all": {
         "norm_before_fc": True,
         "fc_norm": True,

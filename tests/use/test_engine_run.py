@@ -86,7 +86,14 @@ def test_what_eagle_cannot_represent(changes, expected):
 
 READ = {
     "vllm": set(SWITCHES),
-    "sglang": {"norm_before_fc", "fc_norm", "norm_output", "two layers", "own embedding"},
+    "sglang": {
+        "norm_before_fc",
+        "fc_norm",
+        "norm_output",
+        "two layers",
+        "own embedding",
+        "EAGLE-3.1",
+    },
     "llamacpp": {"norm_before_fc", "norm_before_residual", "own embedding"},
     "speculators": {*SWITCHES} - {"all"},
     "eagle": {"own embedding"},
