@@ -383,7 +383,8 @@ def test_answers_of_others_are_named_with_what_to_do(work, tmp_path, capsys):
     assert f"synthesize --target {sure} --prompts {talks} --out OWN.jsonl" in text
     text = said("extract", "--conversations", own, "--out", tmp_path / "b", *length)
     assert foreign not in text
-    run = ["--vocab", work / "map", "--out", tmp_path / "run", *settings("train.steps=1")]
+    said("vocab", "--features", tmp_path / "b", "--out", tmp_path / "map", "--size", 64)
+    run = ["--vocab", tmp_path / "map", "--out", tmp_path / "run", *settings("train.steps=1")]
     assert foreign in said("train", "--features", tmp_path / "a", *run)
 
 

@@ -208,6 +208,7 @@ def test_adapted_cases_keep_all_other_fields():
             normalization="rows",
             loss=SPECFORGES_LOSS.get(case.loss, "kl"),
             switches=(),
+            taps=3,
         )
         assert changed == expected
 
