@@ -32,6 +32,7 @@ def train(options: Any) -> int | None:
     from eagle3fn.data.vocab import map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
+    from eagle3fn.train.defaults import check_rate
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.recipe import OURS
 
@@ -52,6 +53,7 @@ def train(options: Any) -> int | None:
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
         defaults, said = _unnamed(options, named, draft, len(features.samples), device)
         config = _config(options, draft, overrides, options.recipe, defaults)
+        check_rate(config.optimizer, draft.hidden_size, named, defaults)
         dtype = getattr(torch, config.train.dtype)
         shape = config.draft
         line = take_threads(
@@ -222,6 +224,7 @@ def _unnamed(
         by_section,
         chosen_defaults,
         describe,
+        named_value,
         not_named,
     )
 
@@ -232,7 +235,10 @@ def _unnamed(
         return _of_source(options, named), f"settings that are not named: those of {options.source}"
     if options.recipe:
         return SETTINGS, ""
-    chosen = not_named(chosen_defaults(draft, samples, device), named)
+    optimizer = named_value(named, "optimizer.name", "muon")
+    start = named_value(named, "train.init", "target")
+    choices = chosen_defaults(draft, samples, device, optimizer, start)
+    chosen = not_named(choices, named)
     return by_section(chosen), describe(chosen)
 
 
@@ -243,8 +249,12 @@ def _of_source(options: Any, named: dict[str, Any]) -> dict[str, dict[str, Any]]
     """
     from eagle3fn.specforge.recipes import SETTINGS
     from eagle3fn.train.branch import branch_settings
+    from eagle3fn.train.defaults import named_value
 
     settings = branch_settings(options.source)
+    optimizer = settings["optimizer"]
+    if named_value(named, "optimizer.name", optimizer["name"]) != optimizer["name"]:
+        del optimizer["learning_rate"]  # it was another optimizer's
     start = settings["train"]["init"]  # no start is read: it stays what it was
     for section, values in SETTINGS.items() if options.recipe else ():
         settings[section] = settings[section] | values

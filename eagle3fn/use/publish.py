@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from eagle3fn.base import progress
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import STARTS, Config
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.places import check_own_folder
 from eagle3fn.base.program import called_as
@@ -107,4 +107,5 @@ def run_events(
         now = facts._replace(steps=row["step"], accepted_length=length, origin=_origin(out))
         export(params, frozen, config.draft, folder, target_layers, dtype, True, now)
 
-    return with_advice(Events(on_step=on_step, on_eval=on_eval, on_draft=on_draft), out)
+    events = Events(on_step=on_step, on_eval=on_eval, on_draft=on_draft)
+    return with_advice(events, out, warm=config.train.init not in STARTS)
