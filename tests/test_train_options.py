@@ -53,6 +53,9 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(small, tmp_path, capsys):
     found = capsys.readouterr().out
     assert not out.exists() and tree(tmp_path) == [] and tree(small) == before
     assert "a rank of 1 holds at least" in found
+    (engines,) = [line for line in found.splitlines() if line.startswith("engines: ")]
+    every = "vllm, sglang, llamacpp, speculators, eagle"
+    assert engines == f"engines: {every} can represent this draft"
     assert f"  {STEPS} updates, 3 evaluations, 1 checkpoints" in found
     assert "the first batch\n  1 samples, " in found and "of which the loss counts " in found
     assert "one update\n  loss " in found and "gradient norm" in found

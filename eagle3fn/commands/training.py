@@ -80,7 +80,7 @@ def train(options: Any) -> int | None:
 
         run = _Run(config, features, vocab_map, tensors, options.out, options.minutes)
         if options.dry_run:
-            _dry_run(run, world, recipe)
+            _dry_run(run, layers, world, recipe)
         else:
             _train(options, run, layers, trackers, world, recipe)
 
@@ -160,12 +160,14 @@ def _train(
         print(check_published(run.out, ends[-1], world.size, options.arguments))
 
 
-def _dry_run(run: _Run, world: "World", recipe: "Recipe") -> None:
+def _dry_run(run: _Run, layers: int, world: "World", recipe: "Recipe") -> None:
     """Print what a run would be; nothing is written."""
     from eagle3fn.train.dry_run import describe_dry_run, dry_run
+    from eagle3fn.use.engine_limits import engines_line
 
     found = dry_run(*run, world=world, recipe=recipe)
     if world.main:
+        say(engines_line(run.config.draft, layers))
         say(describe_dry_run(found))
 
 
