@@ -391,7 +391,10 @@ def _add_checking_commands(command: Command) -> None:
         "report", checking.report, "gather a run's results in one table, a JSON file and a picture"
     )
     sub.add_argument(
-        "--run", dest="folder", required=True, help="folder with train/ and evaluation.json"
+        "--run",
+        dest="folder",
+        required=True,
+        help="folder of train --out, or one with that as train/; evaluation.json there is read too",
     )
 
     sub = command(

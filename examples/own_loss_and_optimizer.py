@@ -4,7 +4,7 @@
 
     PYTHONPATH=examples eagle3fn train … \\
       --set objective.loss=own_loss_and_optimizer:total_variation \\
-      --set optimizer.name=own_loss_and_optimizer:momentum
+      --set optimizer.name=own_loss_and_optimizer:momentum --set optimizer.learning_rate=0.1
 """
 
 import torch

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from eagle3fn.cli import main
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.target_tensors import read_target_tensors
 from eagle3fn.data.vocab import read_map, save_map
+from eagle3fn.train import dry_run
 from eagle3fn.train.checkpoint import checkpoints
-from eagle3fn.train.dry_run import duration
+from eagle3fn.train.dry_run import DryRun
 from tests.small_run import write_run
 from tests.train.run_files import same_end
 
@@ -53,10 +55,19 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(small, tmp_path, capsys):
     found = capsys.readouterr().out
     assert not out.exists() and tree(tmp_path) == [] and tree(small) == before
     assert "a rank of 1 holds at least" in found
-    assert f"  {STEPS} updates, 3 evaluations, 1 checkpoints" in found
+    (engines,) = [line for line in found.splitlines() if line.startswith("engines: ")]
+    every = "vllm, sglang, llamacpp, speculators, eagle"
+    assert engines == f"engines: {every} can represent this draft"
+    chosen = f"train.steps = {STEPS} chose the number of updates"
+    assert f"  {STEPS} updates, 3 evaluations, 1 checkpoints; {chosen}\n" in found
     assert "the first batch\n  1 samples, " in found and "of which the loss counts " in found
     assert "one update\n  loss " in found and "gradient norm" in found
-    assert "  about " in found and found.endswith("nothing was written\n")
+    assert re.search(
+        r"\n  memory (rose by \d.* at its peak, state and update|at its peak not above that of "
+        r"reading the data before); the plan's sum without frozen tensors is \d",
+        found,
+    )
+    assert "all of it\n  about " in found and found.endswith("nothing was written\n")
 
 
 def test_a_dry_runs_loss_is_that_of_the_first_update(small, tmp_path, capsys):
@@ -73,6 +84,42 @@ def test_a_dry_runs_loss_is_that_of_the_first_update(small, tmp_path, capsys):
         f"{first['rows']} supervised rows, of which the loss counts {first['counted']:.1%}" in found
     )
     assert {path: os.stat(path).st_mtime_ns for path in out.rglob("*")} == before
+
+    # What that run has left is counted.
+    assert "  2 of 4 updates left, 1 evaluations, 1 checkpoints; train.steps = 4 chose" in found
+    assert "what is left\n  about " in found
+
+
+@pytest.mark.parametrize(
+    ("more", "chosen"),
+    [
+        (("--minutes", "0.01"), "--minutes 0.01"),
+        (("--set", "train.steps=0", "--set", "train.epochs=2"), "train.epochs = 2"),
+    ],
+)
+def test_a_dry_run_says_what_chose_the_number_of_updates(small, tmp_path, capsys, more, chosen):
+    assert main(arguments(small, tmp_path / "run", "--dry-run", *more)) == 0
+    assert f"; {chosen} chose the number of updates\n" in capsys.readouterr().out
+
+
+def test_memory_of_an_update_is_the_rise_on_the_cpu_and_all_of_a_card(monkeypatch, small, capsys):
+    """The plan's sum beside it is of the same: without the frozen tensors, which were there."""
+    peaks = iter([1 << 30, 5 << 30])
+    monkeypatch.setattr("eagle3fn.train.dry_run.peak_bytes", lambda device: next(peaks))
+    found: list[DryRun] = []
+    describe = dry_run.describe_dry_run
+    monkeypatch.setattr(
+        dry_run, "describe_dry_run", lambda one: (found.append(one), describe(one))[1]
+    )
+    assert main(arguments(small, small / "no run", "--dry-run")) == 0
+    assert "  memory rose by 4.00 GiB at its peak, state and update; " in capsys.readouterr().out
+    plan = found[0].plan
+    held = {"frozen tensors": plan.needed - (3 << 20)}
+    one = found[0]._replace(plan=plan._replace(held={"others": 3 << 20} | held))
+    assert "; the plan's sum without frozen tensors is 3.00 MiB\n" in describe(one)
+    on_card = describe(one._replace(device="cuda:0", peak=5 << 30))
+    assert "  5.00 GiB allocated on cuda:0 at its peak; the plan's sum is " in on_card
+    assert "not above that of reading the data before" in describe(one._replace(peak=0))
 
 
 @pytest.mark.parametrize("more", [["--track", "wandb"], ["--max-steps", "3"]])
@@ -151,8 +198,3 @@ def test_a_missing_tracker_is_refused_before_anything_is_written(
     assert main(arguments(small, tmp_path / "run", "--track", "trackio,wandb")) == 2
     assert "--track trackio: the package trackio is not installed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_durations_have_two_units():
-    times = [0.4, 75, 3 * 3600 + 120, 200_000]
-    assert [duration(time) for time in times] == ["0.4 s", "1 min 15 s", "3 h 2 min", "2 d 7 h"]

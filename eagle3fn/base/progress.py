@@ -1,4 +1,4 @@
-"""Progress bars of the command line.
+"""Progress of the command line: a bar in a terminal, else a line now and then.
 
 A bar is drawn after a second, so that bad input prints its one line alone. It is one line, and
 is erased when all is done.
@@ -6,10 +6,18 @@ is erased when all is done.
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from time import monotonic
+from typing import Any, Protocol
 
 _drawn: list[Any] = []  # what `close` closes when a command ends early
-_FILE_SECONDS = 30.0  # between two states where stderr is a file, which keeps them all
+_LINE_SECONDS = 30.0  # between two lines where stderr is no terminal
+
+
+class Update(Protocol):
+    """What is called with a count: `(done, total)`, and a note on the state."""
+
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
+        """Show that so many of all are done."""
 
 
 def counter(unit: str) -> Callable[[int], None]:
@@ -18,26 +26,37 @@ def counter(unit: str) -> Callable[[int], None]:
     return lambda done: update(done, None)
 
 
-def bar(unit: str, name: str | None = None) -> Callable[[int, int | None], None]:
-    """A function `(done, total)` that draws a bar on stderr, which begins with `name`."""
+def bar(unit: str, name: str | None = None, log: bool = False) -> Update:
+    """A function `(done, total, note="")` that draws a bar on stderr, which begins with `name`.
+
+    `total` is None where it isn't known; `note` is said after the count. Where stderr is no
+    terminal, a line is printed every half minute: on stderr, or with `log`, for a command whose
+    output is read as a log, on stdout.
+    """
+    if sys.stderr.isatty():
+        return _drawn_bar(unit, name)
+    return _lines(unit, name, log)
+
+
+def _drawn_bar(unit: str, name: str | None) -> Update:
     drawn: Any = None
 
-    def update(done: int, total: int | None) -> None:
+    def update(done: int, total: int | None, note: str = "") -> None:
         nonlocal drawn
         if drawn is None:
             from tqdm import tqdm
 
-            seconds = 0.1 if sys.stderr.isatty() else _FILE_SECONDS
             drawn = tqdm(
                 desc=name,
                 unit=unit,
                 dynamic_ncols=True,
                 total=total,
                 leave=False,
-                mininterval=seconds,
                 delay=1.0,  # so that a short stage, and bad input, draw nothing
             )
             _drawn.append(drawn)
+        if note:
+            drawn.set_postfix_str(note, refresh=False)
         drawn.update(done - drawn.n)
         if total is not None and done >= total:
             drawn.close()
@@ -45,9 +64,51 @@ def bar(unit: str, name: str | None = None) -> Callable[[int, int | None], None]
     return update
 
 
+def _lines(unit: str, name: str | None, log: bool) -> Update:
+    printed = monotonic()
+    begun = first = None  # when the first count came, and which it was
+
+    def update(done: int, total: int | None, note: str = "") -> None:
+        nonlocal printed, begun, first
+        now = monotonic()
+        if begun is None or first is None:
+            begun, first = now, done
+        if now - printed < _LINE_SECONDS or done == total:
+            return
+        printed = now
+
+        line = f"{name}: {unit} {done}" if name else f"{unit} {done}"
+        if total is not None:
+            line += f" of {total}"
+        if note:
+            line += f": {note}"
+        if total is not None and done > first:
+            line += f", {duration((total - done) * (now - begun) / (done - first))} left"
+        print(line, file=sys.stdout if log else sys.stderr, flush=True)
+
+    return update
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units.
+
+    >>> duration(0.4), duration(75), duration(3 * 3600 + 120), duration(200_000)
+    ('0.4 s', '1 min 15 s', '3 h 2 min', '2 d 7 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def bars(unit: str) -> Callable[[str, int, int], None]:
     """A function `(stage, done, total)` that draws a bar for every stage, one after another."""
-    updates: dict[str, Callable[[int, int], None]] = {}
+    updates: dict[str, Update] = {}
 
     def update(stage: str, done: int, total: int) -> None:
         if stage not in updates:

@@ -1,5 +1,6 @@
 """Commands that bring drafts, maps and features to engines and other trainers, and back."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,18 @@ def export(options: Any) -> None:
         raise UserError(
             f"--for {engine.name}: its layout names the target; add --target FOLDER_OR_ID"
         )
+    if not options.target and not (engine.any_taps and engine.last_layer):
+        raise UserError(
+            f"--for {engine.name}: which layers it taps depends on the target's depth; add "
+            "--target FOLDER_OR_ID"
+        )
     dtype = stored_dtype(options.draft)
     draft = load_draft(options.draft, dtype)
     layers, tree = _target_layers(draft.config, options.target)
-    if name and Path(name).is_dir():
-        name = str(Path(name).resolve())
+    local = bool(name) and Path(name).is_dir()
+    if local:
+        # vLLM takes a relative path by the folder that it is started in, or as a hub id.
+        name = os.path.abspath(name)
 
     facts = read_facts(options.draft)
     export_for(
@@ -41,11 +49,18 @@ def export(options: Any) -> None:
         tuple(tree.get("architectures") or ()),
         facts._replace(target=name or facts.target),
     )
+    if local and engine.by_number:
+        print(
+            f"{options.out}/config.json names the target by its path here, {name}; to serve or "
+            "publish it elsewhere, give its name there with --target-name"
+        )
     print(f"{options.out}: for {engine.read}")
 
 
 def _target_layers(draft: "DraftConfig", target: str | None) -> tuple[int, dict[str, Any]]:
-    """The target's number of layers and its configuration; without it, as many as are tapped."""
+    """The target's number of layers and its configuration; without it, the depth whose default taps
+    end where the draft's do.
+    """
     from eagle3fn.base.errors import UserError
     from eagle3fn.data.target_source import target_config
 
@@ -55,7 +70,7 @@ def _target_layers(draft: "DraftConfig", target: str | None) -> tuple[int, dict[
                 "--target: the draft's config.json lists no taps, so the default ones of its "
                 "target are needed; name the target"
             )
-        return max(draft.aux_layers) + 1, {}
+        return max(draft.aux_layers) + 4, {}
 
     tree = target_config(target)
     pairs = (("vocab_size", draft.vocab_size), ("hidden_size", draft.target_hidden_size))

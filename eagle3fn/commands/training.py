@@ -32,6 +32,7 @@ def train(options: Any) -> int | None:
     from eagle3fn.data.vocab import map_size
     from eagle3fn.specforge.feature_files import READER, read_map
     from eagle3fn.specforge.recipes import RECIPES
+    from eagle3fn.train.defaults import check_rate
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.recipe import OURS
 
@@ -52,6 +53,7 @@ def train(options: Any) -> int | None:
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
         defaults, said = _unnamed(options, named, draft, len(features.samples), device)
         config = _config(options, draft, overrides, options.recipe, defaults)
+        check_rate(config.optimizer, draft.hidden_size, named, defaults)
         dtype = getattr(torch, config.train.dtype)
         shape = config.draft
         line = take_threads(
@@ -78,7 +80,7 @@ def train(options: Any) -> int | None:
 
         run = _Run(config, features, vocab_map, tensors, options.out, options.minutes)
         if options.dry_run:
-            _dry_run(run, world, recipe)
+            _dry_run(run, layers, world, recipe)
         else:
             _train(options, run, layers, trackers, world, recipe)
 
@@ -158,12 +160,14 @@ def _train(
         print(check_published(run.out, ends[-1], world.size, options.arguments))
 
 
-def _dry_run(run: _Run, world: "World", recipe: "Recipe") -> None:
+def _dry_run(run: _Run, layers: int, world: "World", recipe: "Recipe") -> None:
     """Print what a run would be; nothing is written."""
     from eagle3fn.train.dry_run import describe_dry_run, dry_run
+    from eagle3fn.use.engine_limits import engines_line
 
     found = dry_run(*run, world=world, recipe=recipe)
     if world.main:
+        say(engines_line(run.config.draft, layers))
         say(describe_dry_run(found))
 
 
@@ -241,6 +245,7 @@ def _unnamed(
         by_section,
         chosen_defaults,
         describe,
+        named_value,
         not_named,
     )
 
@@ -251,7 +256,10 @@ def _unnamed(
         return _of_source(options, named), f"settings that are not named: those of {options.source}"
     if options.recipe:
         return SETTINGS, ""
-    chosen = not_named(chosen_defaults(draft, samples, device), named)
+    optimizer = named_value(named, "optimizer.name", "muon")
+    start = named_value(named, "train.init", "target")
+    choices = chosen_defaults(draft, samples, device, optimizer, start)
+    chosen = not_named(choices, named)
     return by_section(chosen), describe(chosen)
 
 
@@ -262,8 +270,12 @@ def _of_source(options: Any, named: dict[str, Any]) -> dict[str, dict[str, Any]]
     """
     from eagle3fn.specforge.recipes import SETTINGS
     from eagle3fn.train.branch import branch_settings
+    from eagle3fn.train.defaults import named_value
 
     settings = branch_settings(options.source)
+    optimizer = settings["optimizer"]
+    if named_value(named, "optimizer.name", optimizer["name"]) != optimizer["name"]:
+        del optimizer["learning_rate"]  # it was another optimizer's
     start = settings["train"]["init"]  # no start is read: it stays what it was
     for section, values in SETTINGS.items() if options.recipe else ():
         settings[section] = settings[section] | values

@@ -22,6 +22,7 @@ class History(NamedTuple):
     first: Sequence[Row] = ()  # the first `WINDOW` of `metrics.jsonl`
     latest: Sequence[Row] = ()  # the last `WINDOW`
     held_out: Sequence[Row] = ()  # all of `eval.jsonl`
+    warm: bool = False  # the run began from a trained draft
 
 
 def with_step(history: History, row: Row) -> History:
@@ -37,9 +38,9 @@ def with_held_out(history: History, row: Row) -> History:
     return history._replace(held_out=(*history.held_out, row))
 
 
-def history_of(steps: Sequence[Row], held_out: Sequence[Row]) -> History:
+def history_of(steps: Sequence[Row], held_out: Sequence[Row], warm: bool = False) -> History:
     """The history of whole files."""
-    return History(tuple(steps[:WINDOW]), tuple(steps[-WINDOW:]), tuple(held_out))
+    return History(tuple(steps[:WINDOW]), tuple(steps[-WINDOW:]), tuple(held_out), warm)
 
 
 def advise(history: History) -> dict[str, str]:
@@ -74,13 +75,27 @@ def _few_counted(history: History) -> dict[str, Any] | None:
 
 
 def _untrained_length(history: History) -> dict[str, Any] | None:
+    seen = _against_start(history)
+    if history.warm or seen is None or seen["step"] < _LONG:
+        return None
+    return seen if seen["best"] <= seen["before"] else None
+
+
+def _worse_than_start(history: History) -> dict[str, Any] | None:
+    seen = _against_start(history)
+    if not history.warm or seen is None:
+        return None
+    return seen if seen["best"] < seen["before"] else None
+
+
+def _against_start(history: History) -> dict[str, Any] | None:
+    """The held-out accepted length at step 0, the best one after it, and the last one's step."""
     lengths = _lengths(history)
-    if not lengths or lengths[0][0] != 0 or lengths[-1][0] < _LONG:
+    if len(lengths) < 2 or lengths[0][0] != 0:
         return None
     (_, before), *after = lengths
     best = max(length for _, length in after)
-    step = lengths[-1][0]
-    return {"best": best, "before": before, "step": step} if best <= before else None
+    return {"best": best, "before": before, "step": lengths[-1][0]}
 
 
 def _level_loss(history: History) -> dict[str, Any] | None:
@@ -125,6 +140,13 @@ SYMPTOMS = {
         "after {step} updates the held-out accepted length is at most {best:.3f}, and it was "
         "{before:.3f} before the first: the draft has learned nothing that a server would accept; "
         "see by eagle3fn inspect that the target's answers are trained on, and try another "
+        "optimizer.learning_rate",
+    ),
+    "worse than its start": Symptom(
+        _worse_than_start,
+        "after {step} updates the held-out accepted length is at most {best:.3f}, and it was "
+        "{before:.3f} before the first, of the draft that train.init names: that one is the better "
+        "draft so far; if no later evaluation is above it, keep it, or begin anew with a lower "
         "optimizer.learning_rate",
     ),
     "level loss": Symptom(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from eagle3fn.base.config import Config, from_dict
+from eagle3fn.base.config import STARTS, Config, OptimizerConfig, from_dict
 from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
@@ -22,6 +22,13 @@ from eagle3fn.train.checkpoint import checkpoints
 _KNOWN_WIDTH = 576  # of the draft that the highest rate was measured on
 _HIGHEST_RATE = 1e-3
 _LOWEST_RATE = 1e-4
+_RATED = ("adamw", "muon")  # the optimizers that these rates are for
+_HINTS = {
+    "lion": "a tenth of AdamW's is a usual start",
+    "sgd": "it needs hundreds of times AdamW's",
+}
+"""How the rate of another optimizer stands to AdamW's, by `optimizer.name`."""
+_WARM_SHARE = 1 / 3  # of the rate, where a trained draft is trained on
 _MOST_STEPS_APART = 500  # between two evaluations
 _FEWEST_STEPS_APART = 50
 
@@ -49,20 +56,34 @@ class Choice(NamedTuple):
     reason: str
 
 
-def chosen_defaults(draft: DraftConfig, samples: int, device: str = "cpu") -> list[Choice]:
-    """The settings of a draft trained on `samples` conversations, held-out ones among them.
+def chosen_defaults(
+    draft: DraftConfig,
+    samples: int,
+    device: str = "cpu",
+    optimizer: str = "muon",
+    init: str = "target",
+) -> list[Choice]:
+    """The settings that are chosen where nobody names them.
 
-    `device` is where it is trained.
+    Args:
+        draft: the draft's shape.
+        samples: conversations, held-out ones among them.
+        device: where it is trained.
+        optimizer: the `optimizer.name` that is named; no rate is chosen but for AdamW and Muon.
+        init: the `train.init` that is named; a trained draft gets a third of the rate.
     """
     held_out = held_out_of(samples)
     apart = min(max(samples - held_out, _FEWEST_STEPS_APART), _MOST_STEPS_APART)
     width = draft.hidden_size
     unroll = _SHORT if samples < _MANY_SAMPLES else _LONG
+    rates = []
+    if optimizer in _RATED:
+        rates.append(Choice("optimizer.learning_rate", *_rate_and_reason(width, init)))
     return [
         Choice("objective.ttt_length", unroll.steps, f"for {samples} samples"),
         Choice("objective.survival", unroll.survival, "fewer products, more samples a minute"),
         Choice("optimizer.name", "muon", "learns more from a sample"),
-        Choice("optimizer.learning_rate", rate_of(width), f"by hidden size {width}"),
+        *rates,
         Choice("optimizer.warmup_ratio", 0.03, "of the demo"),
         Choice("train.dtype", _name(fast_dtype(device)), f"fast on this {device}"),
         Choice("data.held_out", held_out, f"a tenth of {samples} samples, at most 24"),
@@ -72,6 +93,15 @@ def chosen_defaults(draft: DraftConfig, samples: int, device: str = "cpu") -> li
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _rate_and_reason(width: int, init: str) -> tuple[float, str]:
+    rate = rate_of(width)
+    if init in STARTS:
+        return rate, f"by hidden size {width}"
+
+    # The rate for an untrained draft would first undo what this one has learned.
+    return float(f"{rate * _WARM_SHARE:.1e}"), f"from a trained draft, a third of {rate:g}"
 
 
 def rate_of(width: int) -> float:
@@ -88,6 +118,37 @@ def rate_of(width: int) -> float:
 
 
 # Which of them a run takes
+
+
+def check_rate(optimizer: OptimizerConfig, width: int, *given: Mapping[str, Any]) -> None:
+    """Refuse an optimizer whose learning rate nobody gave, and that none is chosen for.
+
+    Args:
+        optimizer: the run's.
+        width: the draft's hidden size, for the hint.
+        given: settings by section: those named, and those kept of a run or chosen.
+
+    Raises:
+        UserError: names the optimizer, and how its rate stands to AdamW's where that is known.
+    """
+    has_rate = any("learning_rate" in settings.get("optimizer", {}) for settings in given)
+    if has_rate or optimizer.name in _RATED:
+        return
+    hint = ""
+    if optimizer.name in _HINTS:
+        hint = f"; {_HINTS[optimizer.name]}, {rate_of(width):g} for this draft"
+    raise UserError(
+        f"optimizer.learning_rate: none is chosen for optimizer.name = {optimizer.name!r}; name "
+        f"one with --set optimizer.learning_rate=RATE{hint}"
+    )
+
+
+def named_value(named: Mapping[str, Any], setting: str, default: str) -> str:
+    """A text that a user's sections name for a setting, or the default."""
+    section, key = setting.split(".")
+    values = named.get(section)
+    value = values.get(key, default) if isinstance(values, dict) else default
+    return value if isinstance(value, str) else default
 
 
 def not_named(choices: Iterable[Choice], named: Mapping[str, Any]) -> list[Choice]:

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.launch import World
+from eagle3fn.base.progress import duration
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.train.bad_updates import check_first, check_update
-from eagle3fn.train.horizon import seconds_per_step, with_horizon
-from eagle3fn.train.memory import MemoryPlan, describe, plan_memory
+from eagle3fn.train.begin import find_point
+from eagle3fn.train.horizon import Horizon, seconds_per_step, times_left, with_horizon
+from eagle3fn.train.memory import MemoryPlan, describe, peak_bytes, plan_memory, readable_bytes
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import prepare, training_batches
 from eagle3fn.train.track import readable
@@ -26,9 +28,10 @@ class DryRun(NamedTuple):
     """What was found, of the global batch and of all ranks."""
 
     plan: MemoryPlan
-    updates: int  # of the whole run
-    evaluations: int  # of these, one before the first update
-    checkpoints: int
+    horizon: Horizon  # the updates of the whole run, and what chose them
+    made: int  # of these, by the run that the folder has
+    evaluations: int  # left; one of them before the first update
+    checkpoints: int  # left
     samples: int  # of the first batch
     tokens: int
     rows: int  # supervised, at the first unroll step
@@ -36,7 +39,9 @@ class DryRun(NamedTuple):
     loss: float  # of the first update
     grad_norm: float  # before the clip
     first_seconds: float  # of that update, what a first one prepares included
-    seconds: float  # estimated, of the whole run
+    device: str
+    peak: int  # bytes, from the first state to the end of that update, as `peak_bytes` counts
+    seconds: float  # estimated, of the updates that are left
 
 
 def dry_run(
@@ -58,9 +63,15 @@ def dry_run(
         UserError: as `train` before its first update, and for that update.
     """
     run = prepare(config, features, vocab_map, target, out, world, recipe)
+    before = peak_bytes(run.device)
     state = run.fns.init_state(run.fns.init(run.config.train.seed))
     check_first(run, state)
-    run, _ = with_horizon(run, lambda: state, minutes)
+
+    # How many updates there are, and how many the folder's run has made.
+    found = find_point(run, None, lambda line: None) if world.main else None
+    point = world.shared(found)
+    run = run._replace(shift=point.shift)
+    run, horizon = with_horizon(run, lambda: state, minutes, point)
 
     # One update; reading its numbers waits for the device.
     (micro,) = training_batches(run, 0, 1)
@@ -69,17 +80,22 @@ def dry_run(
     loss = float(metrics["loss"])
     grad_norm = float(metrics["grad_norm"])
     first_seconds = time.perf_counter() - begin
+    peak = peak_bytes(run.device)
+    if run.device == "cpu":
+        peak -= before
     check_update(run, 1, metrics)
 
     rates = readable(metrics["aux"])
     settings = run.config.train
+    total = settings.steps
     tokens = sum(sample.get("length", 0) for sample in features.samples)
     tied = target.head is target.embed_tokens
     return DryRun(
         plan=plan_memory(run.config, world.size, tokens, tied, recipe),
-        updates=settings.steps,
-        evaluations=1 + -(-settings.steps // settings.eval_every),
-        checkpoints=-(-settings.steps // settings.checkpoint_every),
+        horizon=horizon,
+        made=point.step,
+        evaluations=times_left(settings.eval_every, point.step, total) + (point.step == 0),
+        checkpoints=times_left(settings.checkpoint_every, point.step, total),
         samples=run.config.data.global_batch,
         tokens=int(metrics["tokens"]),
         rows=rates["rows"],
@@ -87,7 +103,9 @@ def dry_run(
         loss=loss,
         grad_norm=grad_norm,
         first_seconds=first_seconds,
-        seconds=settings.steps * seconds_per_step(run, state, _TIMED_STEPS),
+        device=run.device,
+        peak=peak,
+        seconds=(total - point.step) * seconds_per_step(run, state, _TIMED_STEPS),
     )
 
 
@@ -97,33 +115,52 @@ def describe_dry_run(found: DryRun) -> str:
         [
             describe(found.plan),
             "the run",
-            f"  {found.updates} updates, {found.evaluations} evaluations, "
-            f"{found.checkpoints} checkpoints",
+            f"  {_updates(found)}, {found.evaluations} evaluations, "
+            f"{found.checkpoints} checkpoints; {_chosen_by(found.horizon)} chose the number of "
+            "updates",
             "the first batch",
             f"  {found.samples} samples, {found.tokens} tokens, {found.rows} supervised rows, of "
             f"which the loss counts {found.counted:.1%}",
             "one update",
             f"  loss {found.loss:.4f}, gradient norm {found.grad_norm:.4f}, "
             f"{found.first_seconds:.2f} s with what a first one prepares",
-            "all of it",
+            f"  {_memory(found)}",
+            "what is left" if found.made else "all of it",
             f"  about {duration(found.seconds)}, checkpoints not counted",
             "nothing was written",
         ]
     )
 
 
-def duration(seconds: float) -> str:
-    """A time in its two largest units.
+def _updates(found: DryRun) -> str:
+    total = found.horizon.steps
+    if not found.made:
+        return f"{total} updates"
+    return f"{total - found.made} of {total} updates left"
 
-    >>> duration(0.4), duration(75), duration(3 * 3600 + 120), duration(200_000)
-    ('0.4 s', '1 min 15 s', '3 h 2 min', '2 d 7 h')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
+
+def _chosen_by(horizon: Horizon) -> str:
+    """What chose the number of updates, as a user names it."""
+    names = {
+        "steps": f"train.steps = {horizon.steps}",
+        "minutes": f"--minutes {horizon.minutes or 0:g}",
+        "epochs": f"train.epochs = {horizon.epochs}",
+    }
+    return names.get(horizon.chosen_by, "an earlier call")
+
+
+def _memory(found: DryRun) -> str:
+    """The memory that was measured, and the plan's of the same."""
+    needed = found.plan.needed
+    if found.device != "cpu":
+        measured = f"allocated on {found.device} at its peak"
+        return (
+            f"{readable_bytes(found.peak)} {measured}; the plan's sum is {readable_bytes(needed)}"
+        )
+
+    # The frozen tensors were there before.
+    needed -= found.plan.held["frozen tensors"]
+    planned = f"the plan's sum without frozen tensors is {readable_bytes(needed)}"
+    if found.peak <= 0:
+        return f"memory at its peak not above that of reading the data before; {planned}"
+    return f"memory rose by {readable_bytes(found.peak)} at its peak, state and update; {planned}"

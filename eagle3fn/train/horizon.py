@@ -96,6 +96,34 @@ def with_horizon(
     return _with_steps(run, horizon.steps), horizon
 
 
+def times_left(every: int, step: int, total: int) -> int:
+    """How often something is done after `step`: at each multiple of `every`, and at the last step.
+
+    >>> times_left(100, 0, 250), times_left(100, 200, 250), times_left(100, 250, 250)
+    (3, 1, 0)
+    """
+    return -(-total // every) - step // every if step < total else 0
+
+
+def patience_line(run: Run, step: int, waited: int) -> str:
+    """A line for a user whose `train.patience` cannot end the run any more; "" else.
+
+    Args:
+        run: with its number of steps filled in.
+        step: updates made.
+        waited: evaluations in a row so far that were not above the best.
+    """
+    settings = run.config.train
+    left = times_left(settings.eval_every, step, settings.steps)
+    if not 0 < left < settings.patience - waited:
+        return ""
+    return (
+        f"train.patience = {settings.patience} cannot end this run early: to step "
+        f"{settings.steps} only {left} evaluations are left (train.eval_every = "
+        f"{settings.eval_every}); lower one of the two"
+    )
+
+
 def _of_epochs(run: Run) -> Horizon:
     """As many steps as the epochs need, of the data that the run trains on now."""
     epochs = run.config.train.epochs

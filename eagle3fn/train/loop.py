@@ -31,7 +31,7 @@ from eagle3fn.train.checkpoint import save_checkpoint
 from eagle3fn.train.counted import check_counted_held_out, check_uncounted, uncounted_after
 from eagle3fn.train.events import End, Events
 from eagle3fn.train.held_out import evaluate_held_out
-from eagle3fn.train.horizon import with_horizon, write_horizon
+from eagle3fn.train.horizon import patience_line, with_horizon, write_horizon
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import gather
@@ -104,7 +104,8 @@ def train(
                 assert source is not None and point.path is not None
                 write_branch(run.out, source, point.path, point.step, lines[1:])
             write_horizon(run, horizon)
-            for line in lines:
+            patience = patience_line(run, point.step, loop_state.waited)
+            for line in [*lines, patience] if patience else lines:
                 events.on_notice(line)
             _cut_rows(run, point, events)
 

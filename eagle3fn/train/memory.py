@@ -4,6 +4,8 @@ disk.
 
 import math
 import os
+import resource
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -122,11 +124,16 @@ def describe(plan: MemoryPlan) -> str:
     lines = [f"{plan.params:,} trained values"]
     for title, values in sections.items():
         lines.append(title)
-        lines += [f"  {name:<30}{_readable(value):>12}" for name, value in values.items()]
+        lines += [f"  {name:<30}{readable_bytes(value):>12}" for name, value in values.items()]
     return "\n".join(lines)
 
 
-def _readable(count: int) -> str:
+def readable_bytes(count: int) -> str:
+    """A number of bytes in GiB or a smaller unit.
+
+    >>> readable_bytes(3 * 2**29), readable_bytes(1000)
+    ('1.50 GiB', '1000 B')
+    """
     for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:,.2f} {unit}"
@@ -155,8 +162,8 @@ def check_fits(
 
     largest = max(plan.held, key=lambda name: plan.held[name])
     raise UserError(
-        f"a rank of {ranks} holds at least {_readable(plan.needed)}, most of it {largest} "
-        f"({_readable(plan.held[largest])}); {where} is {_readable(int(limit))}; {remedy}"
+        f"a rank of {ranks} holds at least {readable_bytes(plan.needed)}, most of it {largest} "
+        f"({readable_bytes(plan.held[largest])}); {where} is {readable_bytes(int(limit))}; {remedy}"
     )
 
 
@@ -169,3 +176,14 @@ def memory_of(device: str) -> float:
         return torch.cuda.get_device_properties(kind).total_memory
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return pages / local_ranks()
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory so far: of a GPU what PyTorch allocated, else what this process had resident.
+
+    The resident set is the whole process's, so the difference of two calls is what came between.
+    """
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB

@@ -16,11 +16,11 @@ from eagle3fn.train.events import Events
 from eagle3fn.train.track import HELD_OUT, STEPS, RowKind
 
 
-def with_advice(events: Events, out: str | Path) -> Events:
+def with_advice(events: Events, out: str | Path, warm: bool = False) -> Events:
     """The events, which also say each line of `train.advice.advise` once.
 
     A run that goes on has the rows of its earlier calls in `out`, and says nothing again that these
-    have shown already.
+    have shown already. `warm`: the run began from a trained draft.
     """
     history: History | None = None
     said: set[str] = set()
@@ -31,7 +31,7 @@ def with_advice(events: Events, out: str | Path) -> Events:
         if history is None:
             steps = _rows(Path(out) / "metrics.jsonl", STEPS, step)
             held_out = _rows(Path(out) / "eval.jsonl", HELD_OUT, step)
-            history = history_of(steps, held_out)
+            history = history_of(steps, held_out, warm)
             said.update(advise(history))
         return history
 

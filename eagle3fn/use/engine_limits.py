@@ -9,9 +9,9 @@ from eagle3fn.base.rope_settings import ROPE_TYPES, scaling_as_trained
 
 _EVERY_ROPE = tuple(kind for kind in ROPE_TYPES if kind != "mrope")  # which is written as default
 _PLAIN_BASE = 10_000.0
-_WITHOUT = "train a draft without it"
+_WITHOUT = "without what it lacks"
 _ANY_ENGINE = {"train_embedding"}
-_OTHER_TAPS = "train a draft with other taps"
+_OTHER_TAPS = "with other taps"
 
 
 class Engine(NamedTuple):
@@ -95,17 +95,30 @@ ENGINES = {row.name: row for row in (VLLM, SGLANG, LLAMACPP, SPECULATORS, EAGLE)
 """The engines by their names."""
 
 
+def lacking(config: DraftConfig, target_layers: int) -> dict[str, list[str]]:
+    """By engine what it cannot represent of a draft; an empty list where it can represent it.
+
+    Args:
+        config: the draft's.
+        target_layers: the target's number of decoder layers.
+    """
+    return {
+        name: [fault for fault, _ in faults(config, target_layers, engine)]
+        for name, engine in ENGINES.items()
+    }
+
+
 def unrepresentable(engine: str, config: DraftConfig, target_layers: int) -> str | None:
-    """Why an engine would compute something else than this draft; None if it would not.
+    """All because of which an engine would compute something else than this draft; None if it
+    would not.
 
     Args:
         engine: a name of `ENGINES`.
         config: the draft's.
         target_layers: the target's number of decoder layers.
     """
-    for fault, _ in faults(config, target_layers, ENGINES[engine]):
-        return f"{engine}: {fault} ({ENGINES[engine].read})"
-    return None
+    found = lacking(config, target_layers)[engine]
+    return f"{engine}: {'; '.join(found)} ({ENGINES[engine].read})" if found else None
 
 
 def check_representable(config: DraftConfig, target_layers: int, engine: Engine) -> None:
@@ -117,16 +130,36 @@ def check_representable(config: DraftConfig, target_layers: int, engine: Engine)
         engine: a row of `ENGINES`.
 
     Raises:
-        UserError: names what it cannot represent, and the engines that can.
+        UserError: names all that it cannot represent, and the engines that can.
     """
-    for fault, remedy in faults(config, target_layers, engine):
-        others = [
-            other.name
-            for other in ENGINES.values()
-            if not list(faults(config, target_layers, other))
-        ]
-        can = f"; {', '.join(others)} can" if others else ""
-        raise UserError(f"--for {engine.name}: {fault} ({engine.read}){can}; {remedy}")
+    found = lacking(config, target_layers)
+    if not found[engine.name]:
+        return
+    others = able(found)
+    can = f"; {', '.join(others)} can" if others else ""
+    remedies = dict.fromkeys(remedy for _, remedy in faults(config, target_layers, engine))
+    raise UserError(
+        f"--for {engine.name}: {'; '.join(found[engine.name])} ({engine.read}){can}; train a draft "
+        f"{' and '.join(remedies)}"
+    )
+
+
+def able(found: dict[str, list[str]]) -> list[str]:
+    """The engines that can represent a draft, of what `lacking` returns."""
+    return [name for name, missing in found.items() if not missing]
+
+
+def unable_line(found: dict[str, list[str]]) -> str:
+    """Which engines cannot represent a draft and why, in a line; "" where all can."""
+    parts = [f"{name} ({'; '.join(missing)})" for name, missing in found.items() if missing]
+    return f"cannot represent it: {', '.join(parts)}" if parts else ""
+
+
+def engines_line(config: DraftConfig, target_layers: int) -> str:
+    """Which engines can represent a draft, and what the others lack, in a line."""
+    found = lacking(config, target_layers)
+    parts = [f"{', '.join(able(found)) or 'none'} can represent this draft", unable_line(found)]
+    return "engines: " + "; ".join(part for part in parts if part)
 
 
 def faults(config: DraftConfig, target_layers: int, engine: Engine) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,7 @@ from eagle3fn.train.drafts import (
     check_finite,
     load_draft,
 )
-from eagle3fn.use.engine_limits import EAGLE, Engine, check_representable
+from eagle3fn.use.engine_limits import EAGLE, Engine, check_representable, lacking
 from eagle3fn.use.layouts import speculators_keys
 from eagle3fn.use.model_card import CARD, Facts, card, is_ours
 
@@ -113,7 +113,8 @@ def export(
     tree = draft_config_to_json(config, target_layers, str(dtype).removeprefix("torch."))
 
     tensors = _tensors(params, frozen, config, dtype)
-    _write(Path(folder), tree, tensors, card(tree, facts))
+    text = card(tree, facts, lacking(config, target_layers))
+    _write(Path(folder), tree, tensors, text)
 
 
 def export_for(
@@ -161,7 +162,8 @@ def export_for(
             "type": draft.config.rope_type,
             "factor": float(scaling["factor"]),
         }
-    _write(Path(folder), tree, tensors, card(tree, facts))
+    text = card(tree, facts, lacking(draft.config, target_layers))
+    _write(Path(folder), tree, tensors, text)
 
 
 def _by_number(name: str) -> str:

@@ -1,5 +1,6 @@
 """How an engine is started with a draft, and the keys of the layout that speculators reads."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from eagle3fn.use.engine_limits import ENGINES
@@ -8,12 +9,11 @@ _SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _CLASSES = {"llama": "Llama", "qwen3": "Qwen3"}
 
 
-def how_to_serve(draft: str, target: str) -> list[str]:
-    """A command for each engine that has one, with these names."""
+def how_to_serve(draft: str, target: str, engines: Sequence[str]) -> list[str]:
+    """A command for each of these engines that has one, with these names."""
+    commands = [ENGINES[name].command for name in engines]
     return [
-        engine.command.replace("DRAFT", draft).replace("TARGET", target)
-        for engine in ENGINES.values()
-        if engine.command
+        command.replace("DRAFT", draft).replace("TARGET", target) for command in commands if command
     ]
 
 

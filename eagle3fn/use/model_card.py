@@ -14,6 +14,7 @@ from eagle3fn.base.draft_config import TAPS
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.read import parse_json, read_text
 from eagle3fn.data.features import FeatureSet
+from eagle3fn.use.engine_limits import VLLM, able, unable_line
 from eagle3fn.use.layouts import how_to_serve
 
 CARD = "README.md"
@@ -64,12 +65,13 @@ def public_name(target: str) -> tuple[str, bool]:
     return (Path(target).name or "the target", False) if local else (target, True)
 
 
-def card(tree: dict[str, Any], facts: Facts) -> str:
+def card(tree: dict[str, Any], facts: Facts, lacks: dict[str, list[str]]) -> str:
     """The card's text.
 
     Args:
         tree: the draft's `config.json`.
         facts: of target and training.
+        lacks: by engine what it cannot represent of the draft, as `engine_limits.lacking` says.
     """
     name, on_hub = public_name(facts.target) if facts.target else ("its target", False)
 
@@ -92,22 +94,18 @@ def card(tree: dict[str, Any], facts: Facts) -> str:
         "",
     ]
 
-    # How it is served.
+    # How it is served, by the engines that compute this draft.
     target = name if on_hub else "TARGET"
-    lines += [
-        "## Serving",
-        "",
-        f"`{_DRAFT}` is this folder, or the name it is published under.",
-        "",
-    ]
-    if "speculators_config" in tree:
-        lines += [
-            "```bash",
-            f"vllm serve {_DRAFT}  # takes the target by this folder's config.json",
-        ]
-    else:
-        lines.append("```bash")
-    lines += [*how_to_serve(_DRAFT, target), "```", ""]
+    engines = able(lacks)
+    commands = how_to_serve(_DRAFT, target, engines)
+    if "speculators_config" in tree and VLLM.name in engines:
+        commands.insert(0, f"vllm serve {_DRAFT}  # takes the target by this folder's config.json")
+    lines += ["## Serving", ""]
+    if commands:
+        lines += [f"`{_DRAFT}` is this folder, or the name it is published under.", ""]
+        lines += ["```bash", *commands, "```", ""]
+    if len(engines) < len(lacks):
+        lines += [f"These engines {unable_line(lacks)}.", ""]
 
     # The facts once more, for a card of the same draft in another layout.
     if facts == Facts():

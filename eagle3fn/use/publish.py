@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from eagle3fn.base import progress
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import STARTS, Config
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.places import check_own_folder
 from eagle3fn.base.program import called_as
@@ -71,7 +71,7 @@ def run_events(
     target_layers: int,
     facts: Facts = Facts(),  # noqa: B008
 ) -> Events:
-    """Events that draw a progress bar, print held-out results and advice, and export drafts.
+    """Events that show progress, print held-out results and advice, and export drafts.
 
     `out/untrained` is exported before the first step, `out/draft` whenever the held-out accepted
     length grows, or without held-out samples at every evaluation. `target_layers` is the target's
@@ -85,11 +85,13 @@ def run_events(
     for name in ("draft", "untrained"):
         check_own_folder(Path(out) / name)
         check_out_draft(Path(out) / name)
-    show = progress.bar("step")
+    show = progress.bar("step", log=True)
     dtype = getattr(torch, config.train.dtype)
 
     def on_step(row: dict[str, Any], total: int) -> None:
-        show(row["step"], total)
+        loss = row["loss"]
+        loss = "no loss, the update was dropped" if loss is None else f"loss {loss:.4f}"
+        show(row["step"], total, f"{loss}, learning rate {row['learning_rate']:.3g}")
 
     def on_eval(row: dict[str, Any]) -> None:
         # A run that holds no samples out has no accepted length.
@@ -107,4 +109,5 @@ def run_events(
         now = facts._replace(steps=row["step"], accepted_length=length, origin=_origin(out))
         export(params, frozen, config.draft, folder, target_layers, dtype, True, now)
 
-    return with_advice(Events(on_step=on_step, on_eval=on_eval, on_draft=on_draft), out)
+    events = Events(on_step=on_step, on_eval=on_eval, on_draft=on_draft)
+    return with_advice(events, out, warm=config.train.init not in STARTS)

@@ -16,11 +16,14 @@ from eagle3fn.train.advice import advise, history_of
 from eagle3fn.train.branch import read_branch
 from eagle3fn.use.groups import group_lines
 from eagle3fn.use.report_files import (
+    begins_warm,
+    if_there,
     read_evaluation,
     read_held_out,
     read_stages,
     read_steps,
     read_supervised,
+    training_folder,
 )
 
 _LABEL = 22  # columns
@@ -29,28 +32,31 @@ _LABEL = 22  # columns
 def write_report(folder: Path) -> str:
     """Write `report.json` and `curves.png` into a run's folder; returns the table as text.
 
-    Reads `features/index.json`, `train/metrics.jsonl`, `train/eval.jsonl` and `evaluation.json`,
-    and where they exist `stages.json` (seconds of each stage) and `settings.json`.
+    The folder is that of `train --out`, or one with that as its `train/`. Its `metrics.jsonl` is
+    read, and where they exist `eval.jsonl` and `config.toml` next to it, and of the folder
+    `evaluation.json`, `features/index.json`, `stages.json` (seconds of each stage) and
+    `settings.json`. What is not there is left out.
 
     The training may be under way: a last row that is not whole yet is left out.
 
     Raises:
-        UserError: one of them is missing or holds something else; it names the file and the row.
+        UserError: no training, or a file that holds something else; it names the file and the row.
     """
     for name in ("report.json", "curves.png"):
         check_out_file(folder / name)
 
     # What the run wrote.
-    steps = read_steps(folder / "train/metrics.jsonl")
-    held_out = read_held_out(folder / "train/eval.jsonl")
+    training = training_folder(folder)
+    steps = read_steps(training / "metrics.jsonl")
     if not steps:
-        raise UserError(f"{folder}/train/metrics.jsonl: no steps; run eagle3fn train first")
-    evaluation = read_evaluation(folder / "evaluation.json")
-    supervised = read_supervised(folder / "features/index.json")
-    stages = read_stages(folder / "stages.json")
-    branch = read_branch(folder / "train")
-    settings_path = folder / "settings.json"
-    settings = read_object(settings_path) if os.path.lexists(settings_path) else {}
+        raise UserError(f"{training}/metrics.jsonl: no steps; run eagle3fn train first")
+    held_out = if_there(read_held_out, training / "eval.jsonl", [])
+    warm = begins_warm(training / "config.toml")
+    evaluation = if_there(read_evaluation, folder / "evaluation.json", {})
+    supervised = if_there(read_supervised, folder / "features/index.json", None)
+    stages = if_there(read_stages, folder / "stages.json", {})
+    settings = if_there(read_object, folder / "settings.json", {})
+    branch = read_branch(training)
 
     # Row 0 is the untrained draft's; a run that holds no samples out has no accepted length.
     measured = [row for row in held_out if row.get("accepted_length") is not None]
@@ -64,7 +70,7 @@ def write_report(folder: Path) -> str:
         "supervised_tokens": supervised,
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
         **_rates(steps, trained),
-        "advice": list(advise(history_of(steps, held_out)).values()),
+        "advice": list(advise(history_of(steps, held_out, warm)).values()),
         **stages,
         "went_on_from": None if branch is None else branch._asdict(),
         "settings": settings,
@@ -114,12 +120,13 @@ def _answer_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "lossless" in report:
         yield "same text", _same_text(report, dtype)
 
-    length = report["accepted_length"]
-    yield (
-        "accepted length",
-        f"{'unknown' if length is None else format(length, '.3f')} at draft length "
-        f"{report['draft_length']}",
-    )
+    if "accepted_length" in report:
+        length = report["accepted_length"]
+        yield (
+            "accepted length",
+            f"{'unknown' if length is None else format(length, '.3f')} at draft length "
+            f"{report['draft_length']}",
+        )
     if report.get("engine_accepted_length") is not None:
         yield "  engine's own", f"{report['engine_accepted_length']:.3f}"
     if "break_even_accepted_length" in report:
@@ -127,7 +134,7 @@ def _answer_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             "  when timed",
             f"{report['speed_accepted_length']:.3f} at draft length "
             f"{report['speed_draft_length']}, the fastest; "
-            f"faster than plain from {report['break_even_accepted_length']:.2f} on",
+            f"{_break_even(report['break_even_accepted_length'])}",
         )
     if "untrained_accepted_length" in report:
         yield "  untrained draft's", f"{report['untrained_accepted_length']:.3f}"
@@ -136,6 +143,18 @@ def _answer_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "rates_of" in report:
         yield "  accuracy", f"{_positions(report['accuracy'])}, of all {report['rates_of']}"
         yield "  conditional", f"{_positions(report['conditional_accuracy'])}, given all before"
+
+
+def _break_even(length: float) -> str:
+    """The accepted length from which drafting pays. A round emits a token at least and costs more
+    than a step without a draft, so below 1 only the timing was wrong.
+    """
+    if length < 1:
+        return (
+            "from where on it is faster than plain is not known, as a round with drafting was "
+            "timed as shorter than a step without: noise of the timing; time it again"
+        )
+    return f"faster than plain from {length:.2f} on"
 
 
 def _positions(rates: list[float]) -> str:
@@ -171,11 +190,10 @@ def _same_text(report: dict[str, Any], dtype: str) -> str:
 def _run_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The training, its data and the time."""
     rate = report["train_tokens_per_s"]
-    yield (
-        "training",
-        f"{report['steps']} steps, {'unknown' if rate is None else format(rate, '.0f')} tokens/s, "
-        f"on {report['supervised_tokens']} supervised tokens",
-    )
+    text = f"{report['steps']} steps, {'unknown' if rate is None else format(rate, '.0f')} tokens/s"
+    if report["supervised_tokens"] is not None:
+        text += f", on {report['supervised_tokens']} supervised tokens"
+    yield "training", text
     if report.get("went_on_from"):
         branch = report["went_on_from"]
         text = "; ".join(branch["changes"]) or "nothing changed"
@@ -212,13 +230,18 @@ def _machine() -> dict[str, Any]:
 def _draw(
     steps: list[dict[str, Any]], held_out: list[dict[str, Any]], report: dict[str, Any], path: Path
 ) -> None:
-    """Draw the training loss, the held-out accepted length, and the acceptance by position."""
+    """Draw the training loss, the held-out accepted length, and where prompts were decoded the
+    acceptance by position.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    evaluated = "acceptance_by_position" in report
+    count = 3 if evaluated else 2
+    figure, axes = plt.subplots(1, count, figsize=(13 * count / 3, 3.8), layout="constrained")
+    left, middle = axes[:2]
 
     # Loss: means over windows of a hundredth of the run. Where all updates were skipped is a gap.
     window = max(1, len(steps) // 100)
@@ -239,10 +262,12 @@ def _draw(
     )
 
     # Prompts of the evaluation.
-    rates = report["acceptance_by_position"] or []
-    right.bar(range(1, len(rates) + 1), rates)
-    right.set(xlabel="draft position", ylabel="acceptance, given all before", ylim=(0, 1))
-    right.set_title(prompts_title(report), parse_math=False)
+    if evaluated:
+        right = axes[2]
+        rates = report["acceptance_by_position"] or []
+        right.bar(range(1, len(rates) + 1), rates)
+        right.set(xlabel="draft position", ylabel="acceptance, given all before", ylim=(0, 1))
+        right.set_title(prompts_title(report), parse_math=False)
 
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

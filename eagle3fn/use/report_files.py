@@ -1,10 +1,12 @@
 """The files that a report gathers, read and checked: a damaged one is named, and its row."""
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from eagle3fn.base.config import STARTS
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.kinds import (
     Check,
@@ -17,7 +19,41 @@ from eagle3fn.base.kinds import (
 )
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import UNFINISHED, read_object, read_rows
+from eagle3fn.base.toml import read_toml
 from eagle3fn.train.track import HELD_OUT, STEPS, RowKind
+
+T = TypeVar("T")
+
+
+def training_folder(folder: Path) -> Path:
+    """The folder of `train --out`: this one, or its `train/`.
+
+    Raises:
+        UserError: neither has the rows of a training.
+    """
+    for found in (folder, folder / "train"):
+        if os.path.lexists(found / "metrics.jsonl"):
+            return found
+    raise UserError(
+        f"{folder}: has no metrics.jsonl, nor has its train/; name the folder of eagle3fn train "
+        "--out, or the one that has it as train/"
+    )
+
+
+def if_there(read: Callable[[Path], T], path: Path, default: T) -> T:
+    """What `read` makes of a file, or the default without the file."""
+    return read(path) if os.path.lexists(path) else default
+
+
+def begins_warm(path: Path) -> bool:
+    """Whether a run's `config.toml` names a draft to start from; not known without the file.
+
+    Raises:
+        UserError: it is no TOML.
+    """
+    settings = if_there(read_toml, path, {}).get("train")
+    return isinstance(settings, dict) and settings.get("init", STARTS[0]) not in STARTS
+
 
 # The rows of a training
 
@@ -62,9 +98,7 @@ def read_supervised(path: Path) -> int:
 
 
 def read_stages(path: Path) -> dict[str, Any]:
-    """The seconds of each stage and of all of them; nothing without the file."""
-    if not os.path.lexists(path):
-        return {}
+    """The seconds of each stage and of all of them."""
     stages = read_object(path)
     if not all(map(is_amount, stages.values())):
         raise UserError(f"{path}: must hold the seconds of each stage; mend it or delete it")

@@ -58,12 +58,13 @@ def test_a_run_that_learns_gets_no_advice():
     assert seen([], []) == set()
 
 
-CASES: dict[str, tuple[list[Row], list[Row]]] = {
+CASES: dict[str, tuple[Any, ...]] = {
     "few rows counted": (step_rows(), held_out_rows(*GROWING, counted=0.79)),
     "length of an untrained draft": (
         step_rows(),
         held_out_rows(1.1, 1.05, 1, 1, 1, 1.1, every=120),
     ),
+    "worse than its start": (step_rows(60), held_out_rows(1.6, 1.59, every=50), True),
     "level loss": (step_rows(first=3.0, last=3.0), held_out_rows(*GROWING)),
     "falling length": (step_rows(), held_out_rows(1.1, 1.5, 1.44, 1.44, 1.3)),
     "rare chains": (
@@ -96,6 +97,25 @@ def test_each_symptom_alone_is_one_line_with_a_remedy(name):
 )
 def test_what_is_just_within_its_bound_is_not_said(name, steps, held_out):
     assert name not in seen(steps, held_out)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "warm", "name"),
+    [
+        ((1.6, 1.5, 1.55), True, "worse than its start"),
+        ((1.6, 1.5, 1.6), True, None),
+        ((1.6,), True, None),
+        ((1.6, 1.5, 1.55), False, None),
+        ((1.6, 1.5, 1.55, 1.5, 1.5, 1.5), False, "length of an untrained draft"),
+        ((1.6, 1.5, 1.55, 1.5, 1.5, 1.5), True, "worse than its start"),
+    ],
+)
+def test_a_draft_that_training_made_worse_is_said_of_one_that_was_trained(lengths, warm, name):
+    lines = advise(history_of(step_rows(), held_out_rows(*lengths), warm))
+    falling = {"falling length"}
+    assert lines.keys() - falling == ({name} if name else set())
+    if name and warm:
+        assert "at most 1.550, and it was 1.600 before the first" in lines[name]
 
 
 def test_without_held_out_samples_the_updates_rows_are_weighed():

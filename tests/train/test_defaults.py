@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eagle3fn.base.config import Config, ObjectiveConfig, load_config, to_dict
+from eagle3fn.base.config import (
+    Config,
+    ObjectiveConfig,
+    OptimizerConfig,
+    load_config,
+    to_dict,
+)
+from eagle3fn.base.errors import UserError
 from eagle3fn.base.toml import to_toml
 from eagle3fn.data.vocab import held_out_of
 from eagle3fn.train import defaults
@@ -13,6 +20,7 @@ from eagle3fn.train.defaults import (
     Choice,
     begun_settings,
     by_section,
+    check_rate,
     chosen_defaults,
     describe,
     not_named,
@@ -48,6 +56,42 @@ def test_rate_meets_its_two_points_and_falls_between_them():
     rates = [rate_of(width) for width in (16, 576, 1024, 1536, 2048, 3072, 3584, 16384)]
     assert rates == sorted(rates, reverse=True)
     assert set(rates[2:-2]) == {0.00049, 0.00029, 0.0002, 0.00012}
+
+
+def rate_in(choices: list[Choice]) -> Choice | None:
+    return next((one for one in choices if one.setting == "optimizer.learning_rate"), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("lion", "a tenth of AdamW's"), ("sgd", "hundreds of times AdamW's"), ("mine:make", "")],
+)
+def test_other_optimizers_get_no_rate_and_need_one(name, hint):
+    chosen = chosen_defaults(make_draft(hidden_size=576), 60, optimizer=name)
+    assert rate_in(chosen) is None
+    optimizer = OptimizerConfig(name=name)
+    with pytest.raises(UserError) as caught:
+        check_rate(optimizer, 576, {"optimizer": {"name": name}}, by_section(chosen))
+    text = str(caught.value)
+    assert text.startswith(
+        f"optimizer.learning_rate: none is chosen for optimizer.name = {name!r}; name one with "
+    )
+    assert (hint and f"{hint}" in text and ", 0.001 for this draft" in text) or text[-5:] == "=RATE"
+
+    # One that is named, or that a run began with, is taken.
+    check_rate(optimizer, 576, {}, {"optimizer": {"learning_rate": 0.1}})
+    check_rate(optimizer, 576, {"optimizer": {"learning_rate": 0.1}}, {})
+
+
+def test_a_trained_draft_is_trained_on_at_a_third_of_the_rate():
+    draft = make_draft(hidden_size=576)
+    for start in ("target", "random"):
+        assert rate_in(chosen_defaults(draft, 60, init=start)) == Choice(
+            "optimizer.learning_rate", 1e-3, "by hidden size 576"
+        )
+    assert rate_in(chosen_defaults(draft, 60, optimizer="adamw", init="runs/a/draft")) == Choice(
+        "optimizer.learning_rate", 3.3e-4, "from a trained draft, a third of 0.001"
+    )
 
 
 def test_a_tenth_is_held_out_at_most_24():

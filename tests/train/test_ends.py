@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import eagle3fn as e3
 from eagle3fn.train import loop
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.events import End, Events
+from eagle3fn.train.horizon import times_left
 from tests.factories import make_draft
 from tests.train.run_files import rows, same_end
 from tests.train.run_problem import Problem, make_problem, train_in
@@ -91,6 +94,22 @@ def test_a_run_ends_when_its_patience_is_over(problem, tmp_path, lengths):
     # A later call respects it, and says so again.
     again = call(tmp_path / "run", with_train(problem, patience=2))
     assert (again.ends, again.lines, again.drafts) == (noted.ends, noted.lines, [])
+
+
+@pytest.mark.parametrize(("patience", "said"), [(4, False), (5, True), (0, False)])
+def test_a_patience_beyond_the_evaluations_left_is_said_once(problem, tmp_path, patience, said):
+    noted = call(tmp_path / "run", with_train(problem, patience=patience), max_steps=2)
+    line = (
+        f"train.patience = {patience} cannot end this run early: to step 8 only 4 evaluations are "
+        "left (train.eval_every = 2); lower one of the two"
+    )
+    assert [line for line in noted.lines if "patience" in line] == ([line] if said else [])
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 40))
+def test_times_left_are_those_of_a_plain_count(every, step, total):
+    steps = range(step + 1, total + 1)
+    assert times_left(every, step, total) == sum(n % every == 0 or n == total for n in steps)
 
 
 def test_a_greater_patience_goes_on_to_the_bits_of_a_run_without(problem, tmp_path, monkeypatch):

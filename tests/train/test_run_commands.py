@@ -105,6 +105,37 @@ def test_longer_elsewhere_from_the_newest_under_a_recipe(work, tmp_path, capsys)
     assert "finished, step 5 of 5" in capsys.readouterr().out
 
 
+def test_an_optimizer_without_a_chosen_rate_needs_one(work, tmp_path, capsys):
+    """Once: a run that goes on keeps its own, and so does one that goes on from it."""
+    out = tmp_path / "run"
+    named = (*SETTINGS, "train.steps=2", "optimizer.name=sgd")
+    line = refused(capsys, train(work, out, *named))
+    assert "optimizer.learning_rate: none is chosen for optimizer.name = 'sgd'; name one" in line
+    line = refused(capsys, train(work, out, *named, more=("--recipe", "specforge")))
+    assert "none is chosen for optimizer.name = 'sgd'" in line
+    assert not out.exists()
+
+    assert train(work, out, *named, "optimizer.learning_rate=0.5") == 0
+    assert train(work, out, "optimizer.name=sgd", "train.steps=3") == 0
+    assert read_toml(out / "config.toml")["optimizer"]["learning_rate"] == 0.5
+    new, source = tmp_path / "new", ("--from", out)
+    assert train(work, new, "optimizer.name=sgd", "train.steps=4", more=source) == 0
+    assert read_toml(new / "config.toml")["optimizer"]["learning_rate"] == 0.5
+    line = refused(
+        capsys, train(work, tmp_path / "lion", "optimizer.name=lion", "train.steps=4", more=source)
+    )
+    assert "none is chosen for optimizer.name = 'lion'" in line
+
+
+def test_a_trained_draft_gets_a_lower_rate(work, tmp_path, capsys):
+    start = f"train.init={work}/run/draft"
+    assert train(work, tmp_path / "run", *SETTINGS, "train.steps=1", start) == 0
+    said = capsys.readouterr().out
+    rate = read_toml(tmp_path / "run/config.toml")["optimizer"]["learning_rate"]
+    assert rate == 3.3e-4
+    assert f"learning_rate={rate} (from a trained draft, a third of 0.001)" in said
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

@@ -15,7 +15,16 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
 from eagle3fn.train.drafts import Draft
-from eagle3fn.use.engine_limits import EAGLE, ENGINES, SGLANG, VLLM, Engine, unrepresentable
+from eagle3fn.use.engine_limits import (
+    EAGLE,
+    ENGINES,
+    SGLANG,
+    SPECULATORS,
+    VLLM,
+    Engine,
+    engines_line,
+    unrepresentable,
+)
 from eagle3fn.use.export import export, export_for, load_draft
 from eagle3fn.use.model_card import Facts, public_name, read_facts
 from tests.engine_table import PAGE, written
@@ -136,6 +145,35 @@ def test_what_an_engine_cannot_represent_is_refused_with_who_can(
     assert unrepresentable("vllm", draft.config, LAYERS) is None
 
 
+def test_a_refusal_names_all_that_an_engine_lacks(tmp_path):
+    changes = {"aux_layers": (0, 2, 4), "qk_norm": True, "draft_window": 8}
+    draft = draft_of(**changes)
+    with pytest.raises(UserError) as caught:
+        write(tmp_path / "out", EAGLE, draft)
+    said = str(caught.value)
+    for name in ("qk_norm", "draft_window"):
+        assert f"it has no {name}, which is {changes[name]} in this draft" in said
+        assert f"it has no {name}" in str(unrepresentable("eagle", draft.config, LAYERS))
+    assert "it taps layers (1, 3, 4) alone" in said and "\n" not in said
+    assert said.endswith(
+        "; vllm, speculators can; train a draft with other taps and without what it lacks"
+    )
+
+
+def test_a_line_says_which_engines_can_and_what_the_others_lack():
+    config = draft_of(fc_norm=True, norm_output=True).config
+    assert engines_line(config, LAYERS) == (
+        "engines: vllm, sglang, speculators can represent this draft; cannot represent it: "
+        "llamacpp (it has no fc_norm, which is True in this draft; it has no norm_output, which is "
+        "True in this draft), eagle (it has no fc_norm, which is True in this draft; it has no "
+        "norm_output, which is True in this draft)"
+    )
+    both = draft_of(aux_layers=(0, 7), qk_norm=True, attention_bias=True, fc_norm=True).config
+    assert engines_line(replace(both, norm_before_fc=True), LAYERS).startswith(
+        "engines: none can represent this draft; cannot represent it: vllm (its layer with qk_norm"
+    )
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -177,6 +215,33 @@ def test_the_card_has_the_facts_and_no_path(tmp_path):
     for command in ("vllm serve TARGET", "sglang.launch_server", "convert_hf_to_gguf.py"):
         assert command in text
     assert read_facts(folder) == facts._replace(target="some-target")
+
+
+def test_the_card_lists_the_engines_that_can_and_says_which_cannot(tmp_path):
+    export_for(
+        draft_of(draft_window=8), VLLM, tmp_path, LAYERS, torch.float32, "org/target", ("A",)
+    )
+    text = (tmp_path / "README.md").read_text()
+    assert "vllm serve DRAFT  # takes" in text and "vllm serve TARGET" in text
+    assert "sglang.launch_server" not in text and "llama-server" not in text
+    lines = [line for line in text.splitlines() if "cannot represent it" in line]
+    assert lines == [
+        "These engines cannot represent it: "
+        + ", ".join(
+            f"{name} (it has no draft_window, which is 8 in this draft)"
+            for name in ("sglang", "llamacpp", "eagle")
+        )
+        + "."
+    ]
+
+
+def test_the_card_of_a_draft_that_no_engine_serves_has_no_command(tmp_path):
+    """speculators trains drafts and serves none."""
+    draft = draft_of(qk_norm=True, attention_bias=True)
+    export_for(draft, SPECULATORS, tmp_path, LAYERS, torch.float32, "org/target", ("A",))
+    text = (tmp_path / "README.md").read_text()
+    assert "```" not in text and "vllm serve" not in text
+    assert "These engines cannot represent it: vllm (its layer with qk_norm has no bias" in text
 
 
 def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):

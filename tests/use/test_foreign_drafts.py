@@ -458,6 +458,41 @@ def test_a_converted_draft_goes_to_vllm_and_back(tmp_path, target):
     assert equal(before, load_file(tmp_path / "back/model.safetensors"))
 
 
+def verifier_of(folder: Path) -> str:
+    tree = json.loads((folder / "config.json").read_text())
+    return tree["speculators_config"]["verifier"]["name_or_path"]
+
+
+def test_a_targets_path_is_written_as_it_was_named_and_said(tmp_path, target, monkeypatch, capsys):
+    """Absolute, as vLLM may be started elsewhere; a link stays one."""
+    draft = hf(tmp_path / "draft")
+    (tmp_path / "current").symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    words = ["export", "--draft", str(draft), "--out", "out", "--target", "current"]
+    assert main([*words, "--for", "vllm"]) == 0
+    assert verifier_of(tmp_path / "out") == str(tmp_path / "current")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "out/config.json names the target by its path here" in said[0]
+    assert str(tmp_path / "current") in said[0] and "--target-name" in said[0]
+
+    # Nothing is said where another name is given, or the layout names no target.
+    assert main([*words, "--for", "vllm", "--target-name", "org/served"]) == 0
+    assert verifier_of(tmp_path / "out") == "org/served"
+    assert main([*words, "--for", "sglang"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "out: for vLLM 0.32.0, run",
+        "out: for SGLang 0.5.23, read",
+    ]
+
+
+@pytest.mark.parametrize("engine", ["sglang", "eagle"])
+def test_an_engine_of_some_taps_needs_the_targets_depth(tmp_path, engine, capsys):
+    words = ["export", "--draft", str(hf(tmp_path / "draft")), "--out", str(tmp_path / "out")]
+    assert main([*words, "--for", engine]) == 2
+    assert f"--for {engine}: which layers it taps depends on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_vllms_folder_needs_the_targets_name(tmp_path, capsys):
     words = ["export", "--draft", hf(tmp_path / "draft"), "--out", tmp_path / "v", "--for", "vllm"]
     assert main([*map(str, words)]) == 2

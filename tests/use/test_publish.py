@@ -1,14 +1,16 @@
 """What a training run prints at its end."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from eagle3fn.base import progress
 from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.testing.builders import Case
-from eagle3fn.train.events import End
+from eagle3fn.train.events import End, Events
 from eagle3fn.use.publish import check_published, run_events
 
 FINISHED = End(step=10, total=10, early=False, compared=True)
@@ -55,6 +57,32 @@ def test_a_draft_that_was_compared_with_no_other_is_not_called_the_best(run):
 def test_a_missing_draft_is_refused(run):
     with pytest.raises(UserError, match="draft: gone since the run ended at step 10"):
         check_published(run, FINISHED, 1, ARGUMENTS)
+
+
+def events_of(run: Path, **train) -> Events:
+    config = Config(Case().draft())
+    return run_events(run, replace(config, train=replace(config.train, **train)), 8)
+
+
+def test_between_evaluations_a_log_gets_step_loss_rate_and_time_left(run, capsys, monkeypatch):
+    times = iter([0.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr(progress, "monotonic", lambda: next(times))
+    events = events_of(run)
+    row = {"tokens": 9, "seconds": 1.0, "learning_rate": 0.00025, "counted": 1.0, "rows": 5}
+    for step, loss in ((1, 3.5), (2, 3.25), (3, None)):
+        events.on_step(row | {"step": step, "loss": loss}, 9)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1 of 9: loss 3.5000, learning rate 0.00025",
+        "step 3 of 9: no loss, the update was dropped, learning rate 0.00025, 1 min 33 s left",
+    ]
+
+
+@pytest.mark.parametrize(("init", "said"), [("DRAFT", True), ("target", False)])
+def test_a_trained_draft_that_gets_worse_is_said_at_once(run, capsys, init, said):
+    events = events_of(run, init=init)
+    for step, length in ((0, 1.6), (5, 1.5)):
+        events.on_eval({"step": step, "accepted_length": length, "accuracy": [0.5]})
+    assert ("advice: after 5 updates" in capsys.readouterr().out) == said
 
 
 def test_a_draft_that_a_kill_moved_away_is_back(run):

@@ -67,6 +67,63 @@ def test_table_first_says_whether_it_is_faster_and_the_text_the_same(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("length", "known"), [(1.0, True), (0.99, False)])
+def test_a_break_even_length_below_one_is_called_noise(tmp_path, length, known):
+    """A round emits a token at least."""
+    speed = SPEED | {"break_even_accepted_length": length}
+    write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | speed})
+    table = write_report(tmp_path)
+    assert ("faster than plain from 1.00 on" in table) == known
+    assert ("noise of the timing; time it again" in table) == (not known)
+    assert "0.99" not in table
+
+
+def write_training(folder: Path, within: str = "") -> None:
+    """What `train --out` leaves that a report reads, and nothing else."""
+    (folder / within).mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        text = "".join(json.dumps(row) + "\n" for row in FILES[f"train/{name}"])
+        (folder / within / name).write_text(text)
+
+
+@pytest.mark.parametrize("within", ["", "train"], ids=["train --out", "demo"])
+def test_a_training_alone_is_reported(tmp_path, within):
+    """Of the folder of `train --out`, or the one that has it as `train/`."""
+    write_training(tmp_path, within)
+    assert write_report(tmp_path).split("\n\n")[0].splitlines() == [
+        "  held-out, simulated 1.250",
+        "training              1 steps, 60 tokens/s",
+    ]
+    report = read_report(tmp_path)
+    assert (report["steps"], report["supervised_tokens"]) == (1, None)
+    assert "accepted_length" not in report
+    assert (tmp_path / "curves.png").stat().st_size
+
+    # An evaluation beside it is read.
+    (tmp_path / "evaluation.json").write_text(json.dumps(FILES["evaluation.json"]))
+    assert write_report(tmp_path).startswith("accepted length       1.500 at draft length 5\n")
+
+
+def test_a_training_that_has_not_evaluated_yet_is_reported(tmp_path):
+    write_training(tmp_path)
+    (tmp_path / "eval.jsonl").unlink()
+    assert write_report(tmp_path).startswith("training              1 steps, 60 tokens/s\n")
+
+
+def test_a_folder_without_a_training_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nor has its train/; name the folder of eagle3fn train"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("start", "said"), [("DRAFT", True), ("random", False)])
+def test_a_draft_that_became_worse_than_its_start_is_said(tmp_path, start, said):
+    lengths = [{"step": step, "accepted_length": 1.6 - step / 10} for step in (0, 1)]
+    write_run(tmp_path, {"train/eval.jsonl": lengths})
+    (tmp_path / "train/config.toml").write_text(f'[train]\ninit = "{start}"\n')
+    assert ("and it was 1.600 before the first, of the draft" in write_report(tmp_path)) == said
+
+
 GROUP = {"prompts": 2, "tokens": 40, "verifications": 25, "accepted_length": 1.52}
 
 
