@@ -208,9 +208,10 @@ def test_the_settings_of_an_optimizer_are_those_that_the_table_says(name: str) -
 @pytest.mark.parametrize("role", get_args(Role))
 def test_weight_decay_applies_to_the_roles_that_are_named(role: Role, name: str) -> None:
     """A leaf of the role has the bits of decay for all, every other leaf those of none."""
-    draft = replace(make_config().draft, target_hidden_size=8)  # it has an embedding of its own
-    params = e3.init_params(draft, 0, torch.float32)
-    grads = e3.init_params(draft, 1, torch.float32)
+    # It has an embedding of its own, and biases; none of them is zero, of which nothing decays.
+    draft = replace(make_config().draft, target_hidden_size=8, attention_bias=True)
+    params = {leaf: x + 0.1 for leaf, x in e3.init_params(draft, 0, torch.float32).items()}
+    grads = {leaf: x + 0.1 for leaf, x in e3.init_params(draft, 1, torch.float32).items()}
     kinds = roles(draft)
     assert {*kinds.values()} == {*get_args(Role)}
     leaves = {leaf: Leaf(kinds[leaf], tuple(value.shape)) for leaf, value in params.items()}
