@@ -6,21 +6,19 @@ them leaves a folder that the same command begins again, and that no other call 
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file, write_json
 from eagle3fn.base.read import CONFIG_LIMIT, read_object
-from eagle3fn.base.tree import named_leaves
-from eagle3fn.base.types import TrainState
-from eagle3fn.train.changes import RECIPE, Change, written_settings
+from eagle3fn.train.changes import written_settings
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.checkpoint_meta import META, read_meta
-from eagle3fn.train.stored_state import read_metadata
 
 FILE = "from.json"
-_STATE = ("optimizer.name", "optimizer.matrices", RECIPE)  # what an optimizer's state depends on
 
 
 class Branch(NamedTuple):
@@ -50,6 +48,24 @@ def source_checkpoint(source: str | Path) -> Path:
     return newest
 
 
+@contextmanager
+def unless_gone(path: Path | None) -> Iterator[None]:
+    """What is found of a checkpoint in this block is not its fault if its own run removed it.
+
+    Raises:
+        UserError: it is gone, in place of what the block raises.
+    """
+    try:
+        yield
+    except UserError:
+        if path is None or (path / META).is_file():
+            raise
+        raise UserError(
+            f"{path}: gone since this command began, as its run keeps the newest train.keep_last "
+            "alone; call again with --from and the run's folder, or copy the checkpoint first"
+        ) from None
+
+
 def branch_settings(source: str | Path) -> dict[str, dict[str, Any]]:
     """The settings that a checkpoint was written with, as defaults of `load_config`.
 
@@ -58,8 +74,11 @@ def branch_settings(source: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: no checkpoint, or a damaged one.
     """
+    path = source_checkpoint(source)
+    with unless_gone(path):
+        meta = read_meta(path)
     tree: dict[str, dict[str, Any]] = {}
-    for name, value in written_settings(read_meta(source_checkpoint(source))).items():
+    for name, value in written_settings(meta).items():
         section, key = name.split(".")
         if section != "draft":
             tree.setdefault(section, {})[key] = value
@@ -100,27 +119,6 @@ def check_branch(out: Path, source: str | Path | None, has_checkpoint: bool) -> 
             f"{out}: holds a run of its own, which --from {source} would not go on with; name a "
             "new --out, or leave --from out"
         )
-
-
-def check_state(path: Path, meta: dict[str, Any], into: TrainState, changes: list[Change]) -> None:
-    """Refuse a checkpoint whose optimizer keeps another state than the run's.
-
-    Raises:
-        UserError: names the settings that make it another one, and the remedy.
-    """
-    wanted = [change for change in changes if change.name in _STATE]
-    if not wanted:
-        return  # what differs then is damage, and is found where the state is read
-    try:
-        read_metadata(path, named_leaves(into), meta["files"])
-    except ValueError as error:
-        lines = "; ".join(change.line() for change in wanted)
-        raise UserError(
-            f"{path}: the optimizer keeps another state ({lines}; {error}); set it back, or begin "
-            "a new run from an exported draft with --set train.init=RUN/draft"
-        ) from None
-    except OSError:
-        return  # as above
 
 
 def write_branch(out: Path, source: str | Path, path: Path, step: int, changes: list[str]) -> None:
