@@ -30,6 +30,26 @@ class Branch(NamedTuple):
     changes: list[str]  # what has changed since, a line each
 
 
+class Rows(NamedTuple):
+    """Of `metrics.jsonl` and of `eval.jsonl`."""
+
+    steps: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+
+
+def own_rows(rows: Rows, branch: Branch | None) -> Rows:
+    """A run's rows without those that were copied from the run that it went on from.
+
+    The checkpoint itself was evaluated anew, under the settings and held-out samples of this run.
+    """
+    if branch is None:
+        return rows
+    return Rows(
+        [row for row in rows.steps if row["step"] > branch.step],
+        [row for row in rows.held_out if row["step"] >= branch.step],
+    )
+
+
 def source_checkpoint(source: str | Path) -> Path:
     """The checkpoint that `--from` names: its folder, or the newest one of a run's folder.
 
