@@ -58,11 +58,12 @@ def write_report(folder: Path) -> str:
     measured = [row for row in own.held_out if row.get("accepted_length") is not None]
     trained = [row for row in measured if row["step"] > 0]
     seconds = sum(row["seconds"] for row in own.steps)
+    tokens = sum(row["tokens"] for row in own.steps)
 
     report: dict[str, Any] = {
         **evaluation,
         "steps": steps[-1]["step"],
-        "train_tokens_per_s": sum(row["tokens"] for row in own.steps) / seconds if seconds else None,
+        "train_tokens_per_s": tokens / seconds if seconds else None,
         "supervised_tokens": supervised,
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
         **_rates(own.steps, trained),

@@ -37,7 +37,7 @@ def test_wall_time_is_the_sum_of_the_stages(tmp_path):
     assert (report["wall_s"], report["stage_seconds"]) == (3.5, {"train": 1.5, "evaluate": 2.0})
 
 
-RATES = {"accuracy": [0.5], "conditional_accuracy": [0.5], "counted": 0.9, "rows": 9}
+ONE_STEP = {"accuracy": [0.5], "conditional_accuracy": [0.5], "counted": 0.9, "rows": 9}
 BRANCH = {"named": "/old", "run": "old", "step": 600, "changes": []}
 
 
@@ -52,17 +52,17 @@ def test_numbers_of_a_run_that_went_on_elsewhere_are_of_its_own_rows(tmp_path, m
 
     monkeypatch.setattr(Axes, "axvline", axvline)
     copied = [
-        {"step": n, "loss": 2.0 + n, "tokens": 90, "seconds": 0.1} | RATES for n in range(1, 601)
+        {"step": n, "loss": 2.0 + n, "tokens": 90, "seconds": 0.1} | ONE_STEP for n in range(1, 601)
     ]
-    better = RATES | {"accuracy": [0.9]}
+    better = ONE_STEP | {"accuracy": [0.9]}
     files = {
         "train/from.json": BRANCH,
-        "train/metrics.jsonl": [*copied, STEP | RATES | {"step": 601}],
+        "train/metrics.jsonl": [*copied, STEP | ONE_STEP | {"step": 601}],
         "train/eval.jsonl": [
             {"step": 0, "accepted_length": 9.5} | better,
             {"step": 599, "accepted_length": 9.0} | better,
-            {"step": 600, "accepted_length": 1.5} | RATES,
-            {"step": 601, "accepted_length": 1.25} | RATES | {"accuracy": [0.4]},
+            {"step": 600, "accepted_length": 1.5} | ONE_STEP,
+            {"step": 601, "accepted_length": 1.25} | ONE_STEP | {"accuracy": [0.4]},
         ],
     }
     write_run(tmp_path, files)
