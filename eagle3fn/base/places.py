@@ -85,7 +85,7 @@ def check_apart(
 
 
 def check_keeps(output: tuple[str, str | Path], given: tuple[str, str | Path]) -> None:
-    """Refuse an output folder that is an input, or that an input lies in, where it is replaced.
+    """Refuse an output folder that is an input, or that an input lies in.
 
     Args:
         output: the option, and the folder that is written.
@@ -98,8 +98,8 @@ def check_keeps(output: tuple[str, str | Path], given: tuple[str, str | Path]) -
     setting, path = given
     if _is_same(folder, path) or _is_in(path, folder):
         raise UserError(
-            f"{option} {folder}: {setting} = {printable(path)} lies there, and would be replaced; "
-            "name another"
+            f"{option} {folder}: {setting} = {printable(path)} lies there, and what is written "
+            "would replace it; name another"
         )
 
 
