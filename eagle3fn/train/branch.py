@@ -19,6 +19,7 @@ from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.checkpoint_meta import META, read_meta
 
 FILE = "from.json"
+_ROWS = ("metrics.jsonl", "eval.jsonl")
 
 
 class Branch(NamedTuple):
@@ -114,21 +115,20 @@ def check_branch(out: Path, source: str | Path | None, has_checkpoint: bool) -> 
         has_checkpoint: whether the folder holds one.
 
     Raises:
-        UserError: with `--from`, a run that did not go on from there; without, one that was to go
-            on from another and has not begun.
+        UserError: with `--from`, a run that did not go on from there, or rows of one; with it and
+            without, one that was to go on from another and has not begun.
     """
     begun = read_branch(out)
+    if begun is not None and source is not None and begun.named == os.path.realpath(source):
+        return
+    if begun is not None and not has_checkpoint:
+        raise UserError(
+            f"{out}: was to go on from {begun.named}, and was ended before it began; call it "
+            f"with --from {begun.named} again, or name another --out"
+        )
     if source is None:
-        if begun is not None and not has_checkpoint:
-            raise UserError(
-                f"{out}: was to go on from {begun.named}, and was ended before it began; call it "
-                f"with --from {begun.named} again, or name another --out"
-            )
         return
 
-    named = os.path.realpath(source)
-    if begun is not None and begun.named == named:
-        return
     if begun is not None:
         raise UserError(
             f"{out}: goes on from {begun.named}, not from --from {source}; leave --from out to go "
@@ -139,6 +139,12 @@ def check_branch(out: Path, source: str | Path | None, has_checkpoint: bool) -> 
             f"{out}: holds a run of its own, which --from {source} would not go on with; name a "
             "new --out, or leave --from out"
         )
+    for name in _ROWS:
+        if os.path.lexists(out / name):
+            raise UserError(
+                f"{out}: holds a {name} of something else, which --from {source} would replace; "
+                "name a new --out, or remove it"
+            )
 
 
 def write_branch(out: Path, source: str | Path, path: Path, step: int, changes: list[str]) -> None:
@@ -154,7 +160,7 @@ def write_branch(out: Path, source: str | Path, path: Path, step: int, changes: 
     old = Path(os.path.realpath(path)).parent.parent
     branch = Branch(os.path.realpath(source), old.name, step, changes)
     write_json(out / FILE, branch._asdict())
-    for name in ("metrics.jsonl", "eval.jsonl"):
+    for name in _ROWS:
         with whole_file(out / name) as temporary:
             if (old / name).is_file():
                 shutil.copyfile(old / name, temporary)

@@ -341,6 +341,15 @@ def test_folder_with_another_run_is_refused(problem, source, tmp_path):
         call(tmp_path / "new", problem, source=source)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl"])
+def test_rows_of_something_else_are_not_written_over(problem, source, tmp_path, name):
+    (tmp_path / name).write_text("mine\n")
+    with pytest.raises(e3.UserError, match=rf"holds a {name} of something else, .*remove it"):
+        call(tmp_path, problem, source=source / CHECKPOINT)
+    assert (tmp_path / name).read_text() == "mine\n"
+    assert not (tmp_path / "from.json").exists()
+
+
 # Kills
 
 
@@ -368,6 +377,9 @@ def test_call_that_was_killed_anywhere_is_called_again(
     if place != "_report":
         with pytest.raises(e3.UserError, match=r"was to go on from .* call it with --from"):
             call(out, problem)
+        with pytest.raises(e3.UserError, match=r"was to go on from .*-00000002 again, or") as caught:
+            call(out, problem, source=source)
+        assert "leave --from out" not in str(caught.value)
     found = call(out, problem, source=source / CHECKPOINT)
     assert same_end(out, source, STEPS)
     assert same_leaves(out / CHECKPOINT, source / CHECKPOINT)

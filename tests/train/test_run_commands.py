@@ -108,7 +108,7 @@ def test_longer_elsewhere_from_the_newest_under_a_recipe(work, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (("optimizer.name=adamw",), "the optimizer keeps another state (optimizer.name: adamw"),
+        (("optimizer.name=adamw",), "optimizer.name was 'muon', is 'adamw'"),
         ((), "nothing is left to train; set train.steps above 4"),
         (("train.init=random",), "train.init was target, is random"),
     ],
