@@ -84,6 +84,25 @@ def check_apart(
             )
 
 
+def check_keeps(output: tuple[str, str | Path], given: tuple[str, str | Path]) -> None:
+    """Refuse an output folder that is an input, or that an input lies in.
+
+    Args:
+        output: the option, and the folder that is written.
+        given: the option or setting, and what is read.
+
+    Raises:
+        UserError: names both.
+    """
+    option, folder = output
+    setting, path = given
+    if _is_same(folder, path) or _is_in(path, folder):
+        raise UserError(
+            f"{option} {folder}: {setting} = {printable(path)} lies there, and what is written "
+            "would replace it; name another"
+        )
+
+
 def _is_same(path: str | Path, other: str | Path) -> bool:
     """Whether two paths are of one file or folder, by a link too."""
     if os.path.realpath(path) == os.path.realpath(other):

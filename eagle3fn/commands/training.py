@@ -314,12 +314,18 @@ def _config(
 
 
 def _check_start(options: Any, config: "Config", target_layers: int, vocab_map: "VocabMap") -> str:
-    """A line on the draft to start from, which must be the run's; a run that goes on needs none."""
+    """A line on the draft to start from, which must be the run's and lie outside of its folder; a
+    run that goes on needs none.
+    """
+    from eagle3fn.base.config import STARTS
+    from eagle3fn.base.places import check_keeps
     from eagle3fn.train.defaults import begun_settings
     from eagle3fn.train.warm_start import check_start
 
     if options.source or begun_settings(options.out) is not None:
         return ""
+    if config.train.init not in STARTS:
+        check_keeps(("--out", options.out), ("train.init", config.train.init))
     return check_start(config, target_layers, vocab_map)
 
 

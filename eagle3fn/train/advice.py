@@ -99,13 +99,13 @@ def _against_start(history: History) -> dict[str, Any] | None:
 
 
 def _level_loss(history: History) -> dict[str, Any] | None:
-    if _step(history) < _LONG or history.latest[0]["step"] <= history.first[-1]["step"]:
+    if _updates(history) < _LONG or history.latest[0]["step"] <= history.first[-1]["step"]:
         return None
     first = _mean_loss(history.first)
     latest = _mean_loss(history.latest)
     if first is None or latest is None or latest < first:
         return None
-    return {"first": first, "latest": latest, "step": _step(history), "window": WINDOW}
+    return {"first": first, "latest": latest, "count": _updates(history), "window": WINDOW}
 
 
 def _falling_length(history: History) -> dict[str, Any] | None:
@@ -151,7 +151,7 @@ SYMPTOMS = {
     ),
     "level loss": Symptom(
         _level_loss,
-        "after {step} updates the loss does not fall: its mean was {first:.3f} over the first "
+        "after {count} updates the loss does not fall: its mean was {first:.3f} over the first "
         "{window} and is {latest:.3f} over the last {window}; lower optimizer.learning_rate if it "
         "rises, raise it if it stays, and see by eagle3fn inspect what is trained on",
     ),
@@ -175,8 +175,9 @@ SYMPTOMS = {
 # Rows to numbers
 
 
-def _step(history: History) -> int:
-    return history.latest[-1]["step"] if history.latest else 0
+def _updates(history: History) -> int:
+    """How many were made, of a run that goes on from another one of its own."""
+    return history.latest[-1]["step"] - history.first[0]["step"] + 1 if history.latest else 0
 
 
 def _lengths(history: History) -> list[tuple[int, float]]:

@@ -10,10 +10,9 @@ from eagle3fn.base.config import OptimizerConfig, from_dict
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.types import TrainState
 from eagle3fn.train.bad_updates import check_first
-from eagle3fn.train.branch import check_branch, check_state, source_checkpoint
+from eagle3fn.train.branch import check_branch, source_checkpoint, unless_gone
 from eagle3fn.train.changes import (
     Change,
-    changes_since,
     refuse_elsewhere,
     refuse_in_place,
     written_settings,
@@ -90,7 +89,8 @@ def find_point(run: Run, source: str | Path | None, notice: Callable[[str], None
 
     # Another run's: with the same features on from the next whole batch, else from the first.
     path = source_checkpoint(source)
-    meta = read_meta(path)
+    with unless_gone(path):
+        meta = read_meta(path)
     step = meta["cursor"]["step"]
     same = meta["data"].get("features") == run.data["features"]
     samples = meta["cursor"]["samples"] if same else 0
@@ -109,15 +109,8 @@ def begin(run: Run, point: Point) -> Beginning:
         check_first(run, state)
         return Beginning(state, LoopState(), [])
 
-    refuse = refuse_in_place
+    refuse = refuse_elsewhere if point.branches else refuse_in_place
     empty = empty_state(run.config, run.device, run.mesh, run.recipe)
-    if point.branches:
-        refuse = refuse_elsewhere
-        meta = read_meta(point.path)
-        changes = changes_since(meta, run.config, run.data)
-        refuse(point.path, changes)
-        check_state(point.path, meta, empty, changes)
-
     found = load_checkpoint(point.path, empty, run.config, run.data, run.world, refuse)
     torch.set_rng_state(found.rng)
     loop_state = _loop_state(found.extra, point.path)

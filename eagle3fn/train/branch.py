@@ -6,6 +6,8 @@ them leaves a folder that the same command begins again, and that no other call 
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +16,12 @@ from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file, write_json
 from eagle3fn.base.read import CONFIG_LIMIT, read_object
-from eagle3fn.base.tree import named_leaves
-from eagle3fn.base.types import TrainState
-from eagle3fn.train.changes import RECIPE, Change, written_settings
+from eagle3fn.train.changes import written_settings
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.checkpoint_meta import META, read_meta
-from eagle3fn.train.stored_state import read_metadata
 
 FILE = "from.json"
-_STATE = ("optimizer.name", "optimizer.matrices", RECIPE)  # what an optimizer's state depends on
+_ROWS = ("metrics.jsonl", "eval.jsonl")
 
 
 class Branch(NamedTuple):
@@ -32,6 +31,26 @@ class Branch(NamedTuple):
     run: str  # the last name of that run's folder
     step: int  # updates that were made there
     changes: list[str]  # what has changed since, a line each
+
+
+class Rows(NamedTuple):
+    """Of `metrics.jsonl` and of `eval.jsonl`."""
+
+    steps: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+
+
+def own_rows(rows: Rows, branch: Branch | None) -> Rows:
+    """A run's rows without those that were copied from the run that it went on from.
+
+    The checkpoint itself was evaluated anew, under the settings and held-out samples of this run.
+    """
+    if branch is None:
+        return rows
+    return Rows(
+        [row for row in rows.steps if row["step"] > branch.step],
+        [row for row in rows.held_out if row["step"] >= branch.step],
+    )
 
 
 def source_checkpoint(source: str | Path) -> Path:
@@ -52,6 +71,24 @@ def source_checkpoint(source: str | Path) -> Path:
     return newest
 
 
+@contextmanager
+def unless_gone(path: Path | None) -> Iterator[None]:
+    """What is found of a checkpoint in this block is not its fault if its own run removed it.
+
+    Raises:
+        UserError: it is gone, in place of what the block raises.
+    """
+    try:
+        yield
+    except UserError:
+        if path is None or (path / META).is_file():
+            raise
+        raise UserError(
+            f"{path}: gone since this command began, as its run keeps the newest train.keep_last "
+            "alone; call again with --from and the run's folder, or copy the checkpoint first"
+        ) from None
+
+
 def branch_settings(source: str | Path) -> dict[str, dict[str, Any]]:
     """The settings that a checkpoint was written with, as defaults of `load_config`.
 
@@ -60,8 +97,11 @@ def branch_settings(source: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: no checkpoint, or a damaged one.
     """
+    path = source_checkpoint(source)
+    with unless_gone(path):
+        meta = read_meta(path)
     tree: dict[str, dict[str, Any]] = {}
-    for name, value in written_settings(read_meta(source_checkpoint(source))).items():
+    for name, value in written_settings(meta).items():
         section, key = name.split(".")
         if section != "draft":
             tree.setdefault(section, {})[key] = value
@@ -87,21 +127,20 @@ def check_branch(out: Path, source: str | Path | None, has_checkpoint: bool) -> 
         has_checkpoint: whether the folder holds one.
 
     Raises:
-        UserError: with `--from`, a run that did not go on from there; without, one that was to go
-            on from another and has not begun.
+        UserError: with `--from`, a run that did not go on from there, or rows of one; with it and
+            without, one that was to go on from another and has not begun.
     """
     begun = read_branch(out)
+    if begun is not None and source is not None and begun.named == os.path.realpath(source):
+        return
+    if begun is not None and not has_checkpoint:
+        raise UserError(
+            f"{out}: was to go on from {begun.named}, and was ended before it began; call it "
+            f"with --from {begun.named} again, or name another --out"
+        )
     if source is None:
-        if begun is not None and not has_checkpoint:
-            raise UserError(
-                f"{out}: was to go on from {begun.named}, and was ended before it began; call it "
-                f"with --from {begun.named} again, or name another --out"
-            )
         return
 
-    named = os.path.realpath(source)
-    if begun is not None and begun.named == named:
-        return
     if begun is not None:
         raise UserError(
             f"{out}: goes on from {begun.named}, not from --from {source}; leave --from out to go "
@@ -112,27 +151,12 @@ def check_branch(out: Path, source: str | Path | None, has_checkpoint: bool) -> 
             f"{out}: holds a run of its own, which --from {source} would not go on with; name a "
             "new --out, or leave --from out"
         )
-
-
-def check_state(path: Path, meta: dict[str, Any], into: TrainState, changes: list[Change]) -> None:
-    """Refuse a checkpoint whose optimizer keeps another state than the run's.
-
-    Raises:
-        UserError: names the settings that make it another one, and the remedy.
-    """
-    wanted = [change for change in changes if change.name in _STATE]
-    if not wanted:
-        return  # what differs then is damage, and is found where the state is read
-    try:
-        read_metadata(path, named_leaves(into), meta["files"])
-    except ValueError as error:
-        lines = "; ".join(change.line() for change in wanted)
-        raise UserError(
-            f"{path}: the optimizer keeps another state ({lines}; {error}); set it back, or begin "
-            "a new run from an exported draft with --set train.init=RUN/draft"
-        ) from None
-    except OSError:
-        return  # as above
+    for name in _ROWS:
+        if os.path.lexists(out / name):
+            raise UserError(
+                f"{out}: holds a {name} of something else, which --from {source} would replace; "
+                "name a new --out, or remove it"
+            )
 
 
 def write_branch(out: Path, source: str | Path, path: Path, step: int, changes: list[str]) -> None:
@@ -148,7 +172,7 @@ def write_branch(out: Path, source: str | Path, path: Path, step: int, changes: 
     old = Path(os.path.realpath(path)).parent.parent
     branch = Branch(os.path.realpath(source), old.name, step, changes)
     write_json(out / FILE, branch._asdict())
-    for name in ("metrics.jsonl", "eval.jsonl"):
+    for name in _ROWS:
         with whole_file(out / name) as temporary:
             if (old / name).is_file():
                 shutil.copyfile(old / name, temporary)

@@ -4,7 +4,8 @@
 |---|---|---|
 | settings that leave a step's result as it is (`MAY_CHANGE`) | may change | may change |
 | the number of steps (`HORIZON`) | may change | may change |
-| the draft, its dtype, its vocabulary (`FIXED`) | refused | refused |
+| the draft, its dtype, its vocabulary, its optimizer (`FIXED`) | refused | refused |
+| `data.held_out` of the same features | refused | refused |
 | anything else | refused | may change |
 """
 
@@ -31,8 +32,9 @@ MAY_CHANGE = {
 HORIZON = {"train.epochs", "train.steps"}
 """Settings that choose how many steps a run takes: `horizon.with_horizon` says which may be."""
 
-FIXED = {"train.dtype", "vocabulary map"}
-"""What a state is made of, with all of `draft`: no run goes on under another one."""
+FIXED = {"train.dtype", "vocabulary map", "optimizer.name"}
+"""What a state is made of, with all of `draft`: no run goes on under another one. Optimizers whose
+states have the same leaves, as Lion's and SGD's, mean others by them."""
 
 RENAMED = {"optimizer.horizon": "optimizer.schedule_steps"}
 """Settings of older checkpoints, and what they are named now."""
@@ -121,7 +123,14 @@ def refuse_elsewhere(path: Path, changes: list[Change]) -> None:
     Raises:
         UserError: names what changed, both values, and what to do.
     """
+    names = {change.name for change in changes}
     for change in changes:
+        if change.name == "data.held_out" and "features" not in names:
+            raise UserError(
+                f"{path}: data.held_out was {change.was}, is {change.now}, of the same features: "
+                "samples that were trained on would be held out, or the data's order would be "
+                f"another; set data.held_out={change.was}, or give other features"
+            )
         if change.name == "train.init":
             raise UserError(
                 f"{path}: train.init was {_shown(change.was)}, is {_shown(change.now)}: --from "

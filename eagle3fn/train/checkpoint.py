@@ -44,7 +44,7 @@ from eagle3fn.train.checkpoint_meta import (
 )
 from eagle3fn.train.finite import finite
 from eagle3fn.train.shard import full_params, local
-from eagle3fn.train.stored_state import METADATA, read_leaves
+from eagle3fn.train.stored_state import METADATA, check_leaves, read_leaves, read_metadata
 
 DRAFT = "draft.safetensors"
 
@@ -125,7 +125,7 @@ def save_checkpoint(
                 publish_folder(temporary, path)
                 for old in checkpoints(folder)[:-keep]:
                     if _foreign(old) is None:
-                        _remove(old)
+                        _remove(old.rename(old.with_name(f".{old.name}.tmp")))
     finally:
         if world.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -204,6 +204,19 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+_ANOTHER = (
+    "set the optimizer back, or begin a new run from an exported draft with "
+    "--set train.init=RUN/draft"
+)
+
+
+def _of_another(path: Path, changes: list[Change]) -> str:
+    """That a checkpoint's state is another optimizer's, with what of it has changed."""
+    said = [change.line() for change in changes if change.name.startswith("optimizer.")]
+    since = f", before {'; '.join(said)}" if said else ""
+    return f"{path}: holds the state of another optimizer{since}"
+
+
 def load_checkpoint(
     path: str | Path,
     into: TrainState,
@@ -220,7 +233,8 @@ def load_checkpoint(
 
     Raises:
         UserError: unreadable, of another schema, of a configuration, data, recipe or number of
-            threads that `refuse` refuses, or damaged; on every rank.
+            threads that `refuse` refuses, of an optimizer that keeps another state, or damaged; on
+            every rank.
     """
     path = Path(path)
     meta = read_meta(path)
@@ -237,9 +251,14 @@ def load_checkpoint(
             if sha256(path / name) != meta["files"].get(name):
                 raise OSError(f"the bytes of {name} have changed")
 
+    # Whole so far: other leaves than the run's are those of another optimizer.
     leaves = _tensors(into)
     with _together(world, f"{path}: not readable", older(path)):
-        read_leaves(path, leaves, meta["files"], no_dist=world.size == 1)
+        metadata = read_metadata(path, meta["files"])
+    with _together(world, _of_another(path, changes), _ANOTHER):
+        check_leaves(metadata, leaves)
+    with _together(world, f"{path}: not readable", older(path)):
+        read_leaves(path, leaves, metadata, no_dist=world.size == 1)
 
     # What was saved is finite, and of the step that is named.
     with _together(world, f"{path}: damaged", older(path)):

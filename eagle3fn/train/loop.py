@@ -26,7 +26,7 @@ from eagle3fn.train.bad_updates import (
     told_dropped,
 )
 from eagle3fn.train.begin import LoopState, Point, begin, described, find_point
-from eagle3fn.train.branch import write_branch
+from eagle3fn.train.branch import unless_gone, write_branch
 from eagle3fn.train.checkpoint import save_checkpoint
 from eagle3fn.train.counted import check_counted_held_out, check_uncounted, uncounted_after
 from eagle3fn.train.events import End, Events
@@ -88,18 +88,21 @@ def train(
     run = prepare(config, features, vocab_map, target, out, world, recipe)
     lock = held(run.out) if world.main else nullcontext()
     with lock:
-        # Where to go on; how many steps to make.
+        # Where to go on.
         found = find_point(run, source, events.on_notice) if world.main else None
         point = run.world.shared(found)
         run = run._replace(shift=point.shift)
-        run, horizon = with_horizon(run, lambda: begin(run, point).state, minutes, point)
 
-        # The state: read, or made.
-        state, loop_state, changes = begin(run, point)
+        # How many steps to make, and the state: read, or made. Another run's checkpoint may be
+        # removed by it meanwhile.
+        with unless_gone(point.path if point.branches else None):
+            run, horizon = with_horizon(run, lambda: begin(run, point).state, minutes, point)
+            state, loop_state, changes = begin(run, point)
+            early = _end(run, state, loop_state).early
+            lines = described(run, point, changes, early) if world.main else []
 
         # The run's files: of another run that it goes on from, cut to its step.
         if world.main:
-            lines = described(run, point, changes, _end(run, state, loop_state).early)
             if point.branches:
                 assert source is not None and point.path is not None
                 write_branch(run.out, source, point.path, point.step, lines[1:])

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.futures import Future
 
-from eagle3fn.base.errors import shown
+from eagle3fn.base.errors import printable, shown
 from eagle3fn.base.read import open_regular
 from eagle3fn.base.stored_tensors import load_tensors, tensor_fault
 from eagle3fn.train.pickle_records import Named, Pairs, Record, read_records
@@ -99,33 +99,29 @@ def _read_chunk(
     return tensor
 
 
-def read_leaves(
-    folder: Path, leaves: dict[str, Tensor], files: Iterable[str], no_dist: bool
-) -> None:
+def read_leaves(folder: Path, leaves: dict[str, Tensor], metadata: Metadata, no_dist: bool) -> None:
     """Read a stored state into `leaves`, which are whole tensors or DTensors; all ranks call.
 
-    `files` are the names of the checkpoint's files, in `folder`.
+    `metadata` is what `read_metadata` returned, of leaves that `check_leaves` found to be these.
 
     Raises:
-        ValueError: the metadata is none, or describes other leaves or other files.
         CheckpointException: of torch, what any rank could not read.
     """
-    metadata = read_metadata(folder, leaves, files)
     load(leaves, storage_reader=_Reader(folder, metadata), no_dist=no_dist)
 
 
-def read_metadata(folder: Path, leaves: dict[str, Tensor], files: Iterable[str]) -> Metadata:
-    """The metadata of a stored state whose leaves are those given.
+def read_metadata(folder: Path, files: Iterable[str]) -> Metadata:
+    """The metadata of a stored state; `files` are the names of its files, in `folder`.
 
     Raises:
-        ValueError: as `read_leaves`.
+        ValueError: it is none, or describes other files.
     """
     path = folder / METADATA
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{METADATA} has more than {_MOST_BYTES:,} bytes")
     try:
         stored = _fields(read_records(path.read_bytes()), _TYPES, "Metadata")
-        entries = _entries(stored.get("state_dict_metadata"), leaves)
+        entries = _entries(stored.get("state_dict_metadata"))
         places = _places(stored.get("storage_data"), {*files})
         for name, entry in entries.items():
             _check_chunks(name, entry, places)
@@ -134,23 +130,34 @@ def read_metadata(folder: Path, leaves: dict[str, Tensor], files: Iterable[str])
     return Metadata(entries, storage_data=places, storage_meta=StorageMeta())  # pyright: ignore
 
 
-def _entries(found: Any, leaves: dict[str, Tensor]) -> dict[str, TensorStorageMetadata]:
-    """The stored leaves, which must have the names, shapes and dtypes of `leaves`."""
-    entries = {}
-    for name, value in _pairs(found, "state_dict_metadata"):
-        if _text(name, "a leaf's name") not in leaves:
+def check_leaves(metadata: Metadata, leaves: dict[str, Tensor]) -> None:
+    """Refuse a stored state whose leaves have other names, shapes or dtypes than these.
+
+    Raises:
+        ValueError: names the first leaf that differs.
+    """
+    entries = metadata.state_dict_metadata
+    for name in entries:
+        if name not in leaves:
             raise ValueError(f"{shown(name)} is no leaf of the state")
-        entries[name] = _entry(name, value)
 
     for name, leaf in leaves.items():
-        if name not in entries:
+        entry = entries.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"{name} is missing")
-        entry = entries[name]
         if entry.size != leaf.shape or entry.properties.dtype != leaf.dtype:
             raise ValueError(
                 f"{name} is {entry.properties.dtype} of shape {tuple(entry.size)}, must be "
                 f"{leaf.dtype} of shape {tuple(leaf.shape)}"
             )
+
+
+def _entries(found: Any) -> dict[str, TensorStorageMetadata]:
+    """The stored leaves."""
+    entries = {}
+    for key, value in _pairs(found, "state_dict_metadata"):
+        name = _text(key, "a leaf's name")
+        entries[name] = _entry(printable(name), value)
     return entries
 
 
@@ -195,18 +202,19 @@ def _check_chunks(
     name: str, entry: TensorStorageMetadata, places: dict[MetadataIndex, _StorageInfo]
 ) -> None:
     """Refuse chunks that are not the leaf's rows, each once, one block after another."""
+    said = printable(name)
     row = 0
     for chunk in sorted(entry.chunks, key=lambda chunk: (*chunk.offsets, *chunk.sizes)):
         whole_rows = chunk.sizes[1:] == entry.size[1:] and not any(chunk.offsets[1:])
         if len(chunk.offsets) != len(entry.size) or not whole_rows:
-            raise ValueError(f"{name} has a chunk that is not made of rows")
+            raise ValueError(f"{said} has a chunk that is not made of rows")
         if MetadataIndex(name, chunk.offsets) not in places:
-            raise ValueError(f"{name} has a chunk in no file")
+            raise ValueError(f"{said} has a chunk in no file")
         if entry.size and chunk.offsets[0] != row:
-            raise ValueError(f"{name} has not every row once")
+            raise ValueError(f"{said} has not every row once")
         row += chunk.sizes[0] if entry.size else 1
     if row != (entry.size[0] if entry.size else 1):
-        raise ValueError(f"{name} has not every row once")
+        raise ValueError(f"{said} has not every row once")
 
 
 def _fields(value: Any, module: str, kind: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from eagle3fn.train.advice import (
     with_held_out,
     with_step,
 )
+from eagle3fn.train.branch import Rows, own_rows, read_branch
 from eagle3fn.train.events import Events
 from eagle3fn.train.track import HELD_OUT, STEPS, RowKind
 
@@ -20,7 +21,8 @@ def with_advice(events: Events, out: str | Path, warm: bool = False) -> Events:
     """The events, which also say each line of `train.advice.advise` once.
 
     A run that goes on has the rows of its earlier calls in `out`, and says nothing again that these
-    have shown already. `warm`: the run began from a trained draft.
+    have shown already. Of one that goes on from another run its own rows alone are looked at.
+    `warm`: the run began from a trained draft.
     """
     history: History | None = None
     said: set[str] = set()
@@ -31,7 +33,8 @@ def with_advice(events: Events, out: str | Path, warm: bool = False) -> Events:
         if history is None:
             steps = _rows(Path(out) / "metrics.jsonl", STEPS, step)
             held_out = _rows(Path(out) / "eval.jsonl", HELD_OUT, step)
-            history = history_of(steps, held_out, warm)
+            own = own_rows(Rows(steps, held_out), read_branch(out))
+            history = history_of(own.steps, own.held_out, warm)
             said.update(advise(history))
         return history
 

@@ -13,7 +13,7 @@ from eagle3fn.base.places import check_out_file
 from eagle3fn.base.provenance import processor, versions
 from eagle3fn.base.read import read_object
 from eagle3fn.train.advice import advise, history_of
-from eagle3fn.train.branch import read_branch
+from eagle3fn.train.branch import Branch, Rows, own_rows, read_branch
 from eagle3fn.use.groups import group_lines
 from eagle3fn.use.report_files import (
     begins_warm,
@@ -58,19 +58,22 @@ def write_report(folder: Path) -> str:
     settings = if_there(read_object, folder / "settings.json", {})
     branch = read_branch(training)
 
-    # Row 0 is the untrained draft's; a run that holds no samples out has no accepted length.
-    measured = [row for row in held_out if row.get("accepted_length") is not None]
+    # Numbers are of the run's own rows, not of those that it has from another run. Row 0 is the
+    # untrained draft's; a run that holds no samples out has no accepted length.
+    own = own_rows(Rows(steps, held_out), branch)
+    measured = [row for row in own.held_out if row.get("accepted_length") is not None]
     trained = [row for row in measured if row["step"] > 0]
-    seconds = sum(row["seconds"] for row in steps)
+    seconds = sum(row["seconds"] for row in own.steps)
+    tokens = sum(row["tokens"] for row in own.steps)
 
     report: dict[str, Any] = {
         **evaluation,
         "steps": steps[-1]["step"],
-        "train_tokens_per_s": sum(row["tokens"] for row in steps) / seconds if seconds else None,
+        "train_tokens_per_s": tokens / seconds if seconds else None,
         "supervised_tokens": supervised,
         "held_out_accepted_length": max((row["accepted_length"] for row in trained), default=None),
-        **_rates(steps, trained),
-        "advice": list(advise(history_of(steps, held_out, warm)).values()),
+        **_rates(own.steps, trained),
+        "advice": list(advise(history_of(own.steps, own.held_out, warm)).values()),
         **stages,
         "went_on_from": None if branch is None else branch._asdict(),
         "settings": settings,
@@ -80,7 +83,7 @@ def write_report(folder: Path) -> str:
     }
     write_json(folder / "report.json", report)
     with whole_file(folder / "curves.png") as temporary:
-        _draw(steps, held_out, report, temporary)
+        _draw(steps, held_out, branch, report, temporary)
     groups = "".join(f"\n{line}" for line in group_lines(report))
     return f"{_table(report)}{groups}\n\ncurves  {folder}/curves.png\nnumbers {folder}/report.json"
 
@@ -89,10 +92,11 @@ def _rates(steps: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict[s
     """Accuracies and the share of rows counted, of the best draft on held-out rows, or where none
     were held out of the last update; nothing of a run of an earlier version.
     """
-    row = max(trained, key=lambda row: row["accepted_length"], default=steps[-1])
+    rows = [max(trained, key=lambda row: row["accepted_length"])] if trained else steps[-1:]
     names = ("accuracy", "conditional_accuracy", "counted")
-    if not set(names) <= row.keys():
+    if not rows or not set(names) <= rows[0].keys():
         return {}
+    row = rows[0]
     return {name: row[name] for name in names} | {
         "rates_of": "held-out rows" if trained else "the last update's rows"
     }
@@ -228,10 +232,16 @@ def _machine() -> dict[str, Any]:
 
 
 def _draw(
-    steps: list[dict[str, Any]], held_out: list[dict[str, Any]], report: dict[str, Any], path: Path
+    steps: list[dict[str, Any]],
+    held_out: list[dict[str, Any]],
+    branch: Branch | None,
+    report: dict[str, Any],
+    path: Path,
 ) -> None:
     """Draw the training loss, the held-out accepted length, and where prompts were decoded the
     acceptance by position.
+
+    A line marks where a run went on from another one, whose rows come before it.
     """
     import matplotlib
 
@@ -260,6 +270,12 @@ def _draw(
     middle.set(
         xlabel="optimizer step", ylabel="simulated accepted length", title="Held-out conversations"
     )
+
+    # What another run had made before this one went on from it.
+    if branch is not None:
+        for axes in (left, middle):
+            axes.axvline(branch.step, color="gray", linestyle=":", label="until here another run")
+            axes.legend()
 
     # Prompts of the evaluation.
     if evaluated:

@@ -1,5 +1,6 @@
 """Advice: each symptom is seen where it is, and not on a run that learns."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -167,7 +168,27 @@ def test_a_tiny_run_is_advised_of_its_map_once_and_of_nothing_else(tmp_path):
     # A later call of the run does not say it again.
     events = with_advice(Events(on_notice=lines.append), tmp_path / "run")
     train_in(tmp_path / "run", problem, events=events)
-    assert [each for each in lines if "advice" in each] == [line]
+    assert [said for said in lines if said.startswith("advice")] == [line]
+
+
+def test_a_run_that_went_on_elsewhere_is_advised_by_its_own_rows(tmp_path):
+    """The other run's accepted lengths were greater, on other held-out samples, and its loss rose:
+    neither is advised of.
+    """
+    copied = [row | {"tokens": 9, "seconds": 1.0} for row in step_rows(600, 1.0, 2.0)]
+    for name, written in (("metrics", copied), ("eval", held_out_rows(5.0, 5.0, 5.0, every=200))):
+        text = "".join(json.dumps(row) + "\n" for row in written)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    branch = {"named": "/old", "run": "old", "step": 600, "changes": []}
+    (tmp_path / "from.json").write_text(json.dumps(branch))
+
+    lines: list[str] = []
+    events = with_advice(Events(on_notice=lines.append), tmp_path)
+    for n, row in enumerate(held_out_rows(1.2, 1.2, 1.2, 1.2)):
+        events.on_eval(row | {"step": 600 + n})
+    for n, row in enumerate(step_rows(100, 3.0, 3.0), 601):
+        events.on_step(row | {"step": n}, 700)
+    assert lines == []
 
 
 @pytest.mark.parametrize("rate", [1e-2, 1e-12])

@@ -232,7 +232,15 @@ REFUSED: dict[str, tuple[Callable[[Problem], Problem], str]] = {
     ),
     "optimizer": (
         lambda problem: changed(problem, optimizer={"name": "muon"}),
-        r"another state \(optimizer\.name: muon, was adamw; .*train\.init",
+        r"optimizer\.name was 'adamw', is 'muon'; .*train\.init",
+    ),
+    "more held out": (
+        lambda problem: changed(problem, data={"held_out": problem.config.data.held_out + 1}),
+        r"data\.held_out was 5, is 6, of the same features: .*; set data\.held_out=5, or",
+    ),
+    "fewer held out": (
+        lambda problem: changed(problem, data={"held_out": problem.config.data.held_out - 1}),
+        r"data\.held_out was 5, is 4, of the same features: .*; set data\.held_out=5, or",
     ),
     "vocabulary": (
         lambda problem: problem._replace(
@@ -256,6 +264,62 @@ def test_what_a_state_is_made_of_is_refused_and_nothing_is_written(problem, sour
     assert not (tmp_path / "new").exists()
 
 
+class Optimizers(NamedTuple):
+    """Settings of `[optimizer]` of a run and of one that is to go on from it, and what is said."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+    message: str
+
+
+OTHERS = {
+    "no momentum any more": Optimizers(
+        {"name": "sgd"},
+        {"momentum": 0.0},
+        r"holds the state of another optimizer, before optimizer\.momentum: 0\.0, was 0\.95 \("
+        r"rank 0: 'opt\.[a-z.]+' is no leaf of the state\); set the optimizer back, or .*init=",
+    ),
+    "more matrices": Optimizers(
+        {"name": "muon"},
+        {"matrices": "all"},
+        r"of another optimizer, before optimizer\.matrices: all, was attention .*train\.init=",
+    ),
+    "the same leaves": Optimizers(
+        {"name": "lion"}, {"name": "sgd"}, r"optimizer\.name was 'lion', is 'sgd'; .*train\.init="
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_optimizers_state_is_refused_and_is_not_called_damaged(problem, tmp_path, name):
+    before, after, message = OTHERS[name]
+    old = changed(problem, optimizer=before)
+    train_in(tmp_path / "old", old, max_steps=2)
+    with pytest.raises(e3.UserError, match=message) as caught:
+        call(tmp_path / "new", changed(old, optimizer=after), source=tmp_path / "old")
+    assert "delete" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("place", ["with_horizon", "described"])
+def test_checkpoint_that_its_run_removes_meanwhile_is_gone_not_damaged(
+    problem, source, tmp_path, monkeypatch, place
+):
+    copy = shutil.copytree(source, tmp_path / "copy")
+    before = getattr(loop, place)
+
+    def removed(*args: Any) -> Any:
+        shutil.rmtree(copy / CHECKPOINT)
+        return before(*args)
+
+    monkeypatch.setattr(loop, place, removed)
+    with pytest.raises(e3.UserError, match=r"step-00000002: gone since .*; call again") as caught:
+        faster = changed(problem, optimizer={"learning_rate": 0.5})
+        call(tmp_path / "new", faster, source=copy / CHECKPOINT)
+    assert "damaged" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
 def test_folder_without_a_checkpoint_is_refused(problem, tmp_path):
     with pytest.raises(e3.UserError, match=r"--from .*: no checkpoint is there; name a run's"):
         call(tmp_path / "new", problem, source=tmp_path)
@@ -275,6 +339,15 @@ def test_folder_with_another_run_is_refused(problem, source, tmp_path):
     call(tmp_path / "new", problem, source=source / CHECKPOINT)
     with pytest.raises(e3.UserError, match=r"goes on from .*step-00000002, not from --from"):
         call(tmp_path / "new", problem, source=source)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl"])
+def test_rows_of_something_else_are_not_written_over(problem, source, tmp_path, name):
+    (tmp_path / name).write_text("mine\n")
+    with pytest.raises(e3.UserError, match=rf"holds a {name} of something else, .*remove it"):
+        call(tmp_path, problem, source=source / CHECKPOINT)
+    assert (tmp_path / name).read_text() == "mine\n"
+    assert not (tmp_path / "from.json").exists()
 
 
 # Kills
@@ -304,6 +377,11 @@ def test_call_that_was_killed_anywhere_is_called_again(
     if place != "_report":
         with pytest.raises(e3.UserError, match=r"was to go on from .* call it with --from"):
             call(out, problem)
+        with pytest.raises(
+            e3.UserError, match=r"was to go on from .*-00000002 again, or"
+        ) as caught:
+            call(out, problem, source=source)
+        assert "leave --from out" not in str(caught.value)
     found = call(out, problem, source=source / CHECKPOINT)
     assert same_end(out, source, STEPS)
     assert same_leaves(out / CHECKPOINT, source / CHECKPOINT)

@@ -15,7 +15,13 @@ from safetensors.torch import load_file
 import eagle3fn as e3
 from eagle3fn.base.config import Role
 from eagle3fn.base.tree import equal
-from eagle3fn.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from eagle3fn.train import checkpoint
+from eagle3fn.train.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from tests.train.saved_checkpoint import DATA, Saved, make_saved, other_state, rewrite_meta
 
 
@@ -161,6 +167,21 @@ def test_schedule_span_under_its_older_name_is_compared(saved):
     assert equal(load_checkpoint(path, other_state(config), config, DATA).state, saved.state)
     with pytest.raises(e3.UserError, match=r"optimizer\.schedule_steps was 30, is 0"):
         load_checkpoint(path, other_state(config), saved.config, DATA)
+
+
+def test_a_checkpoint_whose_removal_was_killed_is_none(saved, monkeypatch):
+    """It vanishes at once: a part of it is never taken for a checkpoint."""
+    folder = saved.path.parent
+    assert checkpoints(folder) == [saved.path]
+    later = saved.state._replace(step=saved.state.step + 1)
+    removed = []
+    monkeypatch.setattr(checkpoint, "_remove", removed.append)
+    path = save_checkpoint(folder, later, saved.config, DATA, {}, keep=1)
+    assert checkpoints(folder) == [path]
+    assert removed[-1].exists()
+    monkeypatch.undo()
+    newest_checkpoint(folder)
+    assert [found.name for found in folder.iterdir()] == [path.name]
 
 
 def test_flipped_bit_is_refused(saved):

@@ -139,7 +139,7 @@ def test_a_trained_draft_gets_a_lower_rate(work, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (("optimizer.name=adamw",), "the optimizer keeps another state (optimizer.name: adamw"),
+        (("optimizer.name=adamw",), "optimizer.name was 'muon', is 'adamw'"),
         ((), "nothing is left to train; set train.steps above 4"),
         (("train.init=random",), "train.init was target, is random"),
     ],
@@ -159,6 +159,21 @@ def test_run_is_not_continued_elsewhere_in_its_own_folder(work, capsys):
     more = ("--from", work / "run/checkpoints/step-00000002")
     line = refused(capsys, train(work, work / "run", more=more))
     assert "holds a run of its own" in line
+
+
+@pytest.mark.parametrize("place", ["draft", "sub/draft", "."])
+def test_draft_to_start_from_is_not_written_over(work, tmp_path, capsys, place):
+    """A run's own draft, or a draft's folder as a run's; by a link too."""
+    out = tmp_path / "new"
+    start = out / place
+    shutil.copytree(work / "run/draft", start, dirs_exist_ok=True)
+    linked = tmp_path / "linked"
+    linked.symlink_to(start)
+    before = sorted(out.rglob("*"))
+    for named in (start, linked):
+        line = refused(capsys, train(work, out, *SETTINGS, f"train.init={named}"))
+        assert f"--out {out}: train.init = {named} lies there, and" in line
+    assert sorted(out.rglob("*")) == before
 
 
 def test_start_from_a_draft_says_whose_rows_the_head_has(work, tmp_path, capsys):

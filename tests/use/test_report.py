@@ -37,6 +37,50 @@ def test_wall_time_is_the_sum_of_the_stages(tmp_path):
     assert (report["wall_s"], report["stage_seconds"]) == (3.5, {"train": 1.5, "evaluate": 2.0})
 
 
+ONE_STEP = {"accuracy": [0.5], "conditional_accuracy": [0.5], "counted": 0.9, "rows": 9}
+BRANCH = {"named": "/old", "run": "old", "step": 600, "changes": []}
+
+
+def test_numbers_of_a_run_that_went_on_elsewhere_are_of_its_own_rows(tmp_path, monkeypatch):
+    """The other run was better on its own held-out samples, faster, and its loss rose."""
+    lines = []
+    draw = Axes.axvline
+
+    def axvline(axes: Axes, x: float, **options: Any) -> Any:
+        lines.append(x)
+        return draw(axes, x, **options)
+
+    monkeypatch.setattr(Axes, "axvline", axvline)
+    copied = [
+        {"step": n, "loss": 2.0 + n, "tokens": 90, "seconds": 0.1} | ONE_STEP for n in range(1, 601)
+    ]
+    better = ONE_STEP | {"accuracy": [0.9]}
+    files = {
+        "train/from.json": BRANCH,
+        "train/metrics.jsonl": [*copied, STEP | ONE_STEP | {"step": 601}],
+        "train/eval.jsonl": [
+            {"step": 0, "accepted_length": 9.5} | better,
+            {"step": 599, "accepted_length": 9.0} | better,
+            {"step": 600, "accepted_length": 1.5} | ONE_STEP,
+            {"step": 601, "accepted_length": 1.25} | ONE_STEP | {"accuracy": [0.4]},
+        ],
+    }
+    write_run(tmp_path, files)
+    table = write_report(tmp_path)
+    report = read_report(tmp_path)
+    assert (report["held_out_accepted_length"], report["accuracy"]) == (1.5, [0.5])
+    assert (report["steps"], report["train_tokens_per_s"]) == (601, 60.0)
+    assert report["advice"] == [] and "step 600 of the run old" in table
+    assert lines == [600, 600]
+
+
+def test_run_that_went_on_elsewhere_and_made_no_update_has_a_report(tmp_path):
+    files = {"train/from.json": BRANCH | {"step": 1}, "train/eval.jsonl": [{"step": 1}]}
+    write_run(tmp_path, files)
+    assert "1 steps, unknown tokens/s" in write_report(tmp_path)
+    assert "accuracy" not in read_report(tmp_path)
+
+
 SPEED = {
     "tasks": 10,
     "lossless": True,
