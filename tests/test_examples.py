@@ -172,7 +172,8 @@ def test_command_line_takes_them_by_name_with_a_resumed_run(run, tmp_path, capsy
 def test_sums_and_settings_by_role_are_kept_by_a_resumed_run(run, tmp_path, capsys):
     """As a table in `config.toml` and in checkpoints, in any order; another sum is refused."""
     own = '"own_loss_and_optimizer:total_variation" = 0.5'
-    settings = ["optimizer.name=lion", "optimizer.schedule=wsd", "optimizer.weight_decay=0.1"]
+    settings = ["optimizer.name=lion", "optimizer.learning_rate=1e-4", "optimizer.schedule=wsd"]
+    settings += ["optimizer.weight_decay=0.1"]
     settings += ["optimizer.decay_roles=['matrix', 'attention']"]
     assert train(run, tmp_path / "whole", f"objective.loss={{ce = 0.1, {own}}}", *settings) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")

@@ -34,8 +34,8 @@ def write_report(folder: Path) -> str:
 
     The folder is that of `train --out`, or one with that as its `train/`. Its `metrics.jsonl` is
     read, and where they exist `eval.jsonl` and `config.toml` next to it, and of the folder
-    `evaluation.json`, `features/index.json`, `stages.json` (seconds of each stage) and
-    `settings.json`. What is not there is left out.
+    `evaluation.json`, `features/`, `stages.json` (seconds of each stage) and `settings.json`. What
+    is not there is left out.
 
     The training may be under way: a last row that is not whole yet is left out.
 
@@ -53,7 +53,7 @@ def write_report(folder: Path) -> str:
     held_out = if_there(read_held_out, training / "eval.jsonl", [])
     warm = begins_warm(training / "config.toml")
     evaluation = if_there(read_evaluation, folder / "evaluation.json", {})
-    supervised = if_there(read_supervised, folder / "features/index.json", None)
+    supervised = if_there(read_supervised, folder / "features", None)
     stages = if_there(read_stages, folder / "stages.json", {})
     settings = if_there(read_object, folder / "settings.json", {})
     branch = read_branch(training)
@@ -273,9 +273,9 @@ def _draw(
 
     # What another run had made before this one went on from it.
     if branch is not None:
-        for axes in (left, middle):
-            axes.axvline(branch.step, color="gray", linestyle=":", label="until here another run")
-            axes.legend()
+        for part in (left, middle):
+            part.axvline(branch.step, color="gray", linestyle=":", label="until here another run")
+            part.legend()
 
     # Prompts of the evaluation.
     if evaluated:

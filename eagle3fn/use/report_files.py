@@ -89,8 +89,13 @@ def _rows(path: Path, kind: RowKind) -> list[dict[str, Any]]:
 # Single files
 
 
-def read_supervised(path: Path) -> int:
-    """The number of supervised tokens in a feature folder's index."""
+def read_supervised(folder: Path) -> int:
+    """The number of supervised tokens of a feature folder, as its index has it.
+
+    Raises:
+        UserError: the index is missing or damaged.
+    """
+    path = folder / "index.json"
     totals = read_object(path).get("totals")
     if not isinstance(totals, dict) or not is_count(totals.get("supervised")):
         raise UserError(f"{path}: no number of supervised tokens; run eagle3fn extract again")

@@ -127,7 +127,7 @@ KINDS = {
     "checkpoint's draft": Kind(f"{_STEP}/draft.safetensors", TENSORS, _RESUME, hashed=True),
     "meta.json": Kind(f"{_STEP}/meta.json", JSON, _RESUME, hashed=True),
     "horizon.json": Kind("run/train/horizon.json", JSON, _RESUME),
-    "run's config.toml": Kind("run/train/config.toml", TOML, _RESUME),
+    "run's config.toml": Kind("run/train/config.toml", TOML, {**_RESUME, "report": MAY}),
     "metrics.jsonl": Kind("run/train/metrics.jsonl", ROWS, {"resume": SAID, "report": MAY}),
     "eval.jsonl": Kind("run/train/eval.jsonl", ROWS, {"resume": SAID, "report": MAY}),
     "evaluation.json": Kind("run/evaluation.json", JSON, {"report": MAY}),

@@ -154,6 +154,13 @@ def test_a_training_that_has_not_evaluated_yet_is_reported(tmp_path):
     assert write_report(tmp_path).startswith("training              1 steps, 60 tokens/s\n")
 
 
+def test_features_without_their_index_are_refused(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "features/index.json").unlink()
+    with pytest.raises(UserError, match=r"features/index\.json: no such file"):
+        write_report(tmp_path)
+
+
 def test_a_folder_without_a_training_is_refused(tmp_path):
     with pytest.raises(UserError, match="nor has its train/; name the folder of eagle3fn train"):
         write_report(tmp_path)
