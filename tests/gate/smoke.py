@@ -185,7 +185,8 @@ class Named(NamedTuple):
 
 def checks(device: str) -> Iterator[Named]:
     """All checks, the cheapest and most telling first."""
-    for size in sizes(device):
+    tiny, real = sizes(device)
+    for size in (tiny, real):
         for dtype in (torch.float32, torch.bfloat16):
             about = f"kernel {short(dtype)}"
             for name, loss in LOSSES.items():
@@ -216,11 +217,12 @@ def checks(device: str) -> Iterator[Named]:
                 yield Named(f"{size.name} decode", partial(check_decode, size))
                 if size.name == "tiny":
                     yield from check_surroundings(size)
+    yield from check_switches(tiny)
 
 
 def check_tables(size: Size) -> Iterator[Named]:
     """Every loss and every optimizer of the tables; at the tiny size what torch.func makes of a
-    loss, and every switch of the draft.
+    loss too.
     """
     tiny = size.name == "tiny"
     for name in LOSSES:
@@ -241,7 +243,6 @@ def check_tables(size: Size) -> Iterator[Named]:
             optimizer = partial(check_optimizer, size, name, mesh)
             yield Named(f"{size.name} optimizer {name}{where}", optimizer)
     yield Named(f"{size.name} gradients by sample", partial(check_by_sample, size))
-    yield from check_switches(size)
 
 
 def check_switches(size: Size) -> Iterator[Named]:
