@@ -145,7 +145,7 @@ def named_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     )
     try:
         made = make(config, total_steps)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{given} raised {in_one_line(error)}; {wanted}") from error
     if not callable(made):
         raise UserError(f"{given} returned {type(made).__name__}; {wanted}")

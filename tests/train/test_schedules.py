@@ -124,6 +124,10 @@ def failing(config: OptimizerConfig, total_steps: int) -> Schedule:
     raise KeyError("no rate")
 
 
+def leaving(config: OptimizerConfig, total_steps: int) -> Schedule:
+    raise SystemExit("no rate")
+
+
 def test_own_schedule_is_taken_by_name() -> None:
     assert rates_of(settings(f"{__name__}:halving"), 9, 3) == [1.0, 0.5, 0.25]
 
@@ -136,6 +140,7 @@ def test_own_schedule_is_taken_by_name() -> None:
         ("math:sqrt", r"must be a function of \(config, total_steps\)"),
         (f"{__name__}:no_function", r"the function returned float; it must take"),
         (f"{__name__}:failing", r"the function raised KeyError: 'no rate'; it must take"),
+        (f"{__name__}:leaving", r"the function raised SystemExit: no rate; it must take"),
     ],
 )
 def test_what_is_no_schedule_is_refused_before_any_work(name: str, message: str) -> None:
