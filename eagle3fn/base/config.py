@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError, printable, shown
-from eagle3fn.base.toml import override, read_toml
+from eagle3fn.base.toml import as_override, override, read_toml
 from eagle3fn.base.weights import name_or_weights
 
 Role = Literal["attention", "matrix", "norm", "embedding", "head", "bias"]
@@ -196,7 +196,8 @@ class OptimizerConfig:
         if self.decay_roles != OptimizerConfig.decay_roles and not self.weight_decay:
             raise UserError(
                 f"{name} = {shown(self.decay_roles)}: nothing decays with optimizer.weight_decay = "
-                "0; leave it out, or set optimizer.weight_decay"
+                f"0; set {as_override(name, OptimizerConfig.decay_roles)}, its default, or "
+                "optimizer.weight_decay"
             )
 
     def _check_cooldown(self) -> None:
@@ -211,12 +212,13 @@ class OptimizerConfig:
         for setting, (choice, readers) in READERS.items():
             value = getattr(self, setting)
             chosen = getattr(self, choice)
+            default = getattr(OptimizerConfig, setting)
             read = chosen in readers or ":" in chosen
-            if not read and value != getattr(OptimizerConfig, setting):
+            if not read and value != default:
                 raise UserError(
                     f"optimizer.{setting} = {value!r}: optimizer.{choice} = {chosen!r} does not "
-                    f"read it; leave it out, or set optimizer.{choice} = "
-                    f"{' or '.join(map(repr, readers))}"
+                    f"read it; set {as_override(f'optimizer.{setting}', default)}, its default, "
+                    f"or optimizer.{choice} = {' or '.join(map(repr, readers))}"
                 )
 
 
@@ -455,6 +457,10 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     kind = getattr(hint, "__name__", hint)
+    if origin is tuple:
+        choices = get_args(options[0]) or (1,)
+        example = value if value in choices else choices[0]
+        kind = f"a list, such as {as_override(name, [example])}"
     raise UserError(f"{where}: {name} = {shown(value)}: must be {kind}")
 
 

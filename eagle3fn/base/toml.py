@@ -114,6 +114,20 @@ def override(tree: dict, text: str) -> None:
     tree[key] = found["value"] if found.keys() == {"value"} else value
 
 
+def as_override(name: str, value: Any) -> str:
+    """What a user writes after `--set` to give a setting this value.
+
+    >>> as_override("objective.kl_scale", 1.0), as_override("optimizer.matrices", "all")
+    ('objective.kl_scale=1.0', 'optimizer.matrices=all')
+    >>> print(as_override("optimizer.decay_roles", ("norm", "bias")))
+    'optimizer.decay_roles=["norm", "bias"]'
+    """
+    if isinstance(value, str):
+        return f"{name}={value}"
+    text = f"{name}={_toml_value(value)}"
+    return text if '"' not in text else f"'{text}'"
+
+
 def to_toml(tree: dict[str, dict[str, Any]]) -> str:
     """A resolved configuration's dicts as TOML that `load_config` reads back to an equal value."""
     sections = []

@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 from eagle3fn.base.errors import UserError, shown
 
 HEAVIEST = 1e6
-"""Of all weights."""
+LIGHTEST = 1e-6
+"""Of all weights: beyond them a part has no effect in fp32, or no other part has."""
 
 
 class Weights(dict[str, float]):
@@ -38,8 +39,8 @@ def name_or_weights(value: Any, setting: str) -> str | Weights:
     """A name, or a table of weights by name, checked; one name of weight 1 is the name.
 
     Raises:
-        UserError: neither, an empty table, or a weight that is no finite number above 0; `setting`
-            names it.
+        UserError: neither, an empty table, or a weight that is no number from `LIGHTEST` to
+            `HEAVIEST`; `setting` names it.
     """
     given = f"{setting} = {shown(value)}"
     if isinstance(value, str):
@@ -55,10 +56,10 @@ def name_or_weights(value: Any, setting: str) -> str | Weights:
     if not value:
         raise UserError(f"{given}: names nothing; write a name, or one or several with a weight")
     for name, weight in value.items():
-        if type(weight) not in (int, float) or not 0 < weight <= HEAVIEST:
+        if type(weight) not in (int, float) or not LIGHTEST <= weight <= HEAVIEST:
             raise UserError(
                 f"{setting}: the weight of {shown(name)} is {shown(weight)}: must be a number "
-                f"above 0, and at most {HEAVIEST:g}"
+                f"from {LIGHTEST:g} to {HEAVIEST:g}"
             )
 
     weights = Weights({name: float(weight) for name, weight in value.items()})

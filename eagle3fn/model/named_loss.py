@@ -10,6 +10,7 @@ from torch import Tensor
 from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.named import check_arguments, find
+from eagle3fn.base.toml import as_override
 from eagle3fn.model.losses import LOSSES, RowLoss
 
 Loss = RowLoss | Callable[..., Tensor]
@@ -80,8 +81,9 @@ def check_read(objective: ObjectiveConfig, read: Collection[str], named: str) ->
         value = getattr(objective, field.name)
         if readers and field.name not in read and value != field.default:
             raise UserError(
-                f"objective.{field.name} = {value!r}: {named} does not read it; leave it out, or "
-                f"set objective.loss = {' or '.join(readers)}"
+                f"objective.{field.name} = {value!r}: {named} does not read it; set "
+                f"{as_override(f'objective.{field.name}', field.default)}, its default, or "
+                f"objective.loss = {' or '.join(readers)}"
             )
 
 

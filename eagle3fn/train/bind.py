@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from eagle3fn.base.config import Config
+from eagle3fn.base.config import Config, OptimizerConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen, check_loss
 from eagle3fn.model.named_loss import Loss
+from eagle3fn.model.table import roles
 from eagle3fn.train.optimizer import Optimizer
 from eagle3fn.train.recipe import OURS, Recipe, check_schedule
 from eagle3fn.train.step import Metrics, init_state, step
@@ -45,7 +46,8 @@ def bind(
     `model.named_loss.find_loss` and `train.optimizer.Optimizer`.
 
     Raises:
-        UserError: no such loss or schedule, the frozen tensors don't fit the configuration, or
+        UserError: no such loss or schedule, weight decay of parameters that the draft has not, the
+            frozen tensors don't fit the configuration, or
             `t2d` and `d2t` name different tokens.
     """
     for name, given in (("loss", loss), ("optimizer", optimizer)):
@@ -60,6 +62,7 @@ def bind(
         )
     check_loss(config, recipe.batch_means, loss)
     check_schedule(config, recipe)
+    _check_decay_roles(config)
     check_frozen(frozen, config)
     if _has_values(frozen.t2d) and _has_values(frozen.d2t):
         vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
@@ -76,6 +79,21 @@ def bind(
         init_state=partial(init_state, config=config, mesh=mesh, recipe=recipe),
         step=partial(step, config=config, frozen=frozen, mesh=mesh, recipe=recipe),
     )
+
+
+def _check_decay_roles(config: Config) -> None:
+    """Refuse roles that are named for weight decay, and that no parameter of the draft has."""
+    named = config.optimizer.decay_roles
+    if named == OptimizerConfig.decay_roles:
+        return
+    found = {*roles(config.draft).values()}
+    for role in named:
+        if role not in found:
+            known = ", ".join(map(repr, sorted(found)))
+            raise UserError(
+                f"optimizer.decay_roles has {role!r}, and no parameter of this draft is of that "
+                f"role; name some of {known}"
+            )
 
 
 def _has_values(x: Tensor) -> bool:

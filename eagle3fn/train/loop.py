@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from eagle3fn.base.config import Config
+from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import fsync_path
 from eagle3fn.base.launch import World
 from eagle3fn.base.signals import Stop, signals_noted
@@ -32,7 +33,7 @@ from eagle3fn.train.counted import check_counted_held_out, check_uncounted, unco
 from eagle3fn.train.events import End, Events
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import patience_line, with_horizon, write_horizon
-from eagle3fn.train.recipe import OURS, Recipe
+from eagle3fn.train.recipe import OURS, Recipe, schedule_of
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import gather
 from eagle3fn.train.step import Metrics
@@ -169,6 +170,10 @@ def _steps(
 ) -> tuple[TrainState, LoopState]:
     """Train until the last step, the last one of this call, the end of the patience, or until a
     stop is requested on any rank.
+
+    Raises:
+        UserError: as `_report` and `_evaluate`; or the schedule gives no rate, after the state so
+            far was saved.
     """
     settings = run.config.train
     total = settings.steps
@@ -187,7 +192,15 @@ def _steps(
     with closing(source):
         for number, micro in enumerate(_or_else(source, report_all), start + 1):
             begin = time.perf_counter()
-            state, metrics = run.fns.step(state, micro, donate=True)
+            try:
+                rate = schedule_of(run.config, run.recipe)(number - 1)
+            except UserError:
+                # Before the state changes: what was made so far is kept.
+                loop_state = report_all()
+                if number - 1 > start:
+                    _save(run, state, loop_state)
+                raise
+            state, metrics = run.fns.step(state, micro, donate=True, rate=rate)
             pending.append(PendingStep(number, begin, metrics))
 
             # Report steps that are done; all of them before something is computed from the state.

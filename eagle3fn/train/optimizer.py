@@ -278,7 +278,7 @@ def named_optimizer(config: OptimizerConfig) -> Optimizer:
     make = find(config.name, OPTIMIZERS, "optimizer.name", ("config",))
     try:
         made = make(config)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"optimizer.name = {config.name!r}: the function raised {in_one_line(error)}; it must "
             "take an OptimizerConfig and return an Optimizer(init, update)"

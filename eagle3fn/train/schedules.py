@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import NamedTuple, cast
 
-from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.base.config import HIGHEST_RATE, OptimizerConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.named import find, in_one_line
 
@@ -134,7 +134,8 @@ def named_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     """The schedule that `optimizer.schedule` names: of `SCHEDULES`, or "module:function".
 
     Raises:
-        UserError: neither, `total_steps` is below 1, or the function returns no function.
+        UserError: neither, `total_steps` is below 1, or the function returns no function; when the
+            schedule is called, one that fails, or returns no rate.
     """
     make = find(config.schedule, SCHEDULES, "optimizer.schedule", ("config", "total_steps"))
     schedule_span(config, total_steps)
@@ -144,11 +145,32 @@ def named_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     )
     try:
         made = make(config, total_steps)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{given} raised {in_one_line(error)}; {wanted}") from error
     if not callable(made):
         raise UserError(f"{given} returned {type(made).__name__}; {wanted}")
-    return cast(Schedule, made)
+    return _checked(cast(Schedule, made), f"optimizer.schedule = {config.schedule!r}")
+
+
+def _checked(schedule: Schedule, given: str) -> Schedule:
+    """The schedule, which refuses what is no rate; `given` names it in errors."""
+
+    def rate(step: int) -> float:
+        try:
+            value = float(schedule(step))
+        except (Exception, SystemExit) as error:
+            raise UserError(
+                f"{given}: failed at step {step + 1} ({in_one_line(error)}); mend it, and call "
+                "again to go on"
+            ) from error
+        if not 0 <= value <= HIGHEST_RATE:
+            raise UserError(
+                f"{given}: the rate of step {step + 1} is {value:g}, must be from 0 to "
+                f"{HIGHEST_RATE:g}; mend it, and call again to go on"
+            )
+        return value
+
+    return rate
 
 
 @lru_cache(maxsize=16)

@@ -7,6 +7,10 @@ from typing import Any
 from eagle3fn.base.config import require
 from eagle3fn.base.sampling import Sampling, check_sampling
 
+LOWEST_TEMPERATURE = 0.01
+"""Above 0. Logits weigh `1 / temperature` as much, so that rounding alone moves a probability by up
+to `use.sampled_check.ROUNDING / temperature`."""
+
 
 @dataclass(frozen=True)
 class EvalSettings:
@@ -40,6 +44,13 @@ class EvalSettings:
             require(value >= 1, f"evaluate.{name}", value, "at least 1")
         require(self.max_new >= 2, "evaluate.max_new", self.max_new, "at least 2")
         check_sampling(self.sampling)
+        require(
+            not 0 < self.temperature < LOWEST_TEMPERATURE,
+            "temperature",
+            self.temperature,
+            f"at least {LOWEST_TEMPERATURE}, below which nothing can be checked of the "
+            "probabilities, or 0; greedy answers are those without --temperature",
+        )
 
     @property
     def sampling(self) -> Sampling:

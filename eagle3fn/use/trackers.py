@@ -175,7 +175,10 @@ class _Logged:
                 place = Place(self._out, _run_id(self._out), step)
                 self._tracker = TRACKERS[self._name].start(place, self._settings)
             self._tracker.log(values, step)
-        except Exception as error:  # of any kind: a library's failure must not cost the training
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # of any kind: a library's failure must not cost the training
             self._give_up(error, f"nothing is logged to it from step {step} on")
 
     def close(self) -> None:
@@ -183,10 +186,10 @@ class _Logged:
             return
         try:
             self._tracker.close()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._give_up(error, "its last rows may be missing there")
 
-    def _give_up(self, error: Exception, what: str) -> None:
+    def _give_up(self, error: BaseException, what: str) -> None:
         self._failed = True
         self._notice(
             f"--track {self._name}: {in_one_line(error)}; {what}, the "

@@ -1,6 +1,8 @@
 """TOML that is read back to an equal value, and overrides of a command line."""
 
+import doctest
 import os
+import shlex
 import time
 import tomllib
 from contextlib import suppress
@@ -9,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eagle3fn.base import toml
+from eagle3fn.base.config import load_config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.toml import override, read_toml, to_toml
+from tests.factories import make_draft
 
 KEYS = st.from_regex(r"[a-z_]{1,6}", fullmatch=True)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
@@ -165,3 +170,27 @@ def test_override_that_is_not_utf8_is_refused():
 def test_what_toml_has_not_is_not_written():
     with pytest.raises(UserError, match="None: TOML has no such value"):
         to_toml({"draft": {"rope_scaling": {"a": [None]}}})
+
+
+def test_as_override_is_read_back():
+    """A shell's quotes are added where it needs them."""
+    assert doctest.testmod(toml).failed == 0
+    for value in (1.0, 3, True, "all", ("norm", "bias"), {"a:b": 0.5, "kl": 1.0}):
+        text = toml.as_override("a.b", value)
+        tree: dict = {}
+        override(tree, shlex.split(text)[0])
+        found = tree["a"]["b"]
+        assert (tuple(found) if isinstance(found, list) else found) == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer.decay_roles=norm", r"a list, such as 'optimizer\.decay_roles=\[\"norm\"\]'"),
+        ("optimizer.decay_roles=norms", r"such as 'optimizer\.decay_roles=\[\"attention\"\]'"),
+        ("draft.aux_layers=2", r"a list, such as draft\.aux_layers=\[1\]"),
+    ],
+)
+def test_a_list_is_asked_for_as_it_is_written(setting, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, [setting], make_draft())

@@ -171,9 +171,10 @@ def test_settings_reach_the_losses_that_read_them(name: Name) -> None:
             assert not torch.equal(values, find_loss(objective).value(*rows))
             continue
         message = (
-            rf"objective\.{setting} = .*: objective\.loss = .* does not read it; leave it out,"
+            rf"objective\.{setting} = .*: objective\.loss = .* does not read it; "
+            rf"set objective\.{setting}=[13]\.0, its default,"
         )
-        with pytest.raises(e3.UserError, match=message + r" or set objective\.loss = 'lk'"):
+        with pytest.raises(e3.UserError, match=message + r" or objective\.loss = 'lk'"):
             find_loss(objective)
 
 
@@ -282,8 +283,10 @@ def test_a_name_alone_with_weight_one_is_the_name(name: Name) -> None:
     ("loss", "message"),
     [
         ({}, "loss = {}: names nothing; write a name"),
-        ({"kl": 0.0}, "loss: the weight of 'kl' is 0.0: must be a number above 0"),
+        ({"kl": 0.0}, "loss: the weight of 'kl' is 0.0: must be a number from 1e-06 to 1e+06"),
         ({"kl": -1.0, "tv": 1.0}, "loss: the weight of 'kl' is -1.0: must be"),
+        ({"kl": 9e-7}, "loss: the weight of 'kl' is 9e-07: must be a number from 1e-06 to 1e+06"),
+        ({"kl": 1.1e6}, "loss: the weight of 'kl' is 1100000.0: must be a number from"),
         ({"kl": math.nan}, "loss: the weight of 'kl' is nan: must be"),
         ({"kl": math.inf}, "loss: the weight of 'kl' is inf: must be"),
         ({"kl": True}, "loss: the weight of 'kl' is True: must be"),

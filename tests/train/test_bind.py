@@ -169,3 +169,16 @@ def test_init_from_a_draft_that_is_not_there_is_refused():
     config = make_config(train={"init": "rnadom"})
     with pytest.raises(e3.UserError, match=r"train\.init = 'rnadom': must be 'target' or 'random'"):
         e3.bind(config, make_frozen(config)).init(SEED)
+
+
+@pytest.mark.parametrize("role", ["bias", "embedding"])
+def test_decay_of_parameters_that_the_draft_has_not_is_refused(role):
+    """Its embedding is the target's, and nothing of it has a bias."""
+    config = make_config()
+    frozen = make_frozen(config)
+    names = ("matrix", role)
+    decays = e3.OptimizerConfig(weight_decay=0.1, decay_roles=names)
+    message = rf"decay_roles has '{role}', and no .*; name some of 'attention', 'head', "
+    with pytest.raises(e3.UserError, match=message):
+        e3.bind(replace(config, optimizer=decays), frozen)
+    assert e3.bind(replace(config, optimizer=replace(decays, decay_roles=names[:1])), frozen)

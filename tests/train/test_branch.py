@@ -377,9 +377,7 @@ def test_call_that_was_killed_anywhere_is_called_again(
     if place != "_report":
         with pytest.raises(e3.UserError, match=r"was to go on from .* call it with --from"):
             call(out, problem)
-        with pytest.raises(
-            e3.UserError, match=r"was to go on from .*-00000002 again, or"
-        ) as caught:
+        with pytest.raises(e3.UserError, match=r"to go on from .*-00000002 again, or") as caught:
             call(out, problem, source=source)
         assert "leave --from out" not in str(caught.value)
     found = call(out, problem, source=source / CHECKPOINT)

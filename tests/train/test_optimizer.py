@@ -137,17 +137,21 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
             {"matrix_factor": 3.0},
             r"matrix_factor = 3\.0: optimizer\.name = 'adamw' does not read it",
         ),
-        ({"momentum": 0.9}, r"momentum = 0\.9: optimizer\.name = 'adamw' does not read it; leave"),
+        (
+            {"momentum": 0.9},
+            r"momentum = 0\.9: optimizer\.name = 'adamw' does not read it; set "
+            r"optimizer\.momentum=0\.95, its default, or optimizer\.name = 'muon' or 'sgd' or 'lion'",
+        ),
         (
             {"name": "lion", "eps": 1e-6},
-            r"eps = 1e-06: optimizer\.name = 'lion' does not read it; leave it out, or set "
-            r"optimizer\.name = 'adamw' or 'muon'",
+            r"eps = 1e-06: optimizer\.name = 'lion' does not read it; set optimizer\.eps=1e-08, its "
+            r"default, or optimizer\.name = 'adamw' or 'muon'",
         ),
         ({"name": "sgd", "beta1": 0.5}, r"beta1 = 0\.5: optimizer\.name = 'sgd' does not read it"),
         (
             {"cooldown_ratio": 0.5},
-            r"cooldown_ratio = 0\.5: optimizer\.schedule = 'cosine' does not read it; leave it out"
-            r", or set optimizer\.schedule = 'wsd'",
+            r"cooldown_ratio = 0\.5: optimizer\.schedule = 'cosine' does not read it; set "
+            r"optimizer\.cooldown_ratio=0\.2, its default, or optimizer\.schedule = 'wsd'",
         ),
         (
             {"schedule": "wsd", "warmup_ratio": 0.5, "cooldown_ratio": 0.6},
@@ -165,7 +169,8 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
         ({"weight_decay": 0.1, "decay_roles": "norm"}, r"decay_roles = 'norm': must be one or"),
         (
             {"decay_roles": ("norm",)},
-            r"decay_roles = \('norm',\): nothing decays with optimizer\.weight_decay = 0; leave",
+            r"decay_roles = \('norm',\): nothing decays with optimizer\.weight_decay = 0; set "
+            r"'optimizer\.decay_roles=\[\"attention\", .* \"bias\"\]', its default, or ",
         ),
         ({"name": "muon", "momentum": 1.0}, r"momentum = 1\.0: must be in \[0, 1\)"),
         ({"name": "muon", "matrix_factor": 0.0}, r"matrix_factor = 0\.0: must be above 0"),

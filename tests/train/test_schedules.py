@@ -1,6 +1,7 @@
 """Every schedule of the table: laws, values, and a user's own by name."""
 
 import doctest
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 import eagle3fn as e3
 from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.train import schedules
+from eagle3fn.train.events import Events
 from eagle3fn.train.recipe import OURS, check_schedule
 from eagle3fn.train.schedules import SCHEDULES, Schedule, named_schedule
 from tests.factories import make_batch, make_config, make_frozen
+from tests.train.run_files import rows
+from tests.train.run_problem import make_problem, train_in
 
 EVERY = pytest.mark.parametrize("name", SCHEDULES)
 AT_THE_END = {"cosine": 0.0, "linear": 0.0, "constant": 1.0, "wsd": 0.0}
@@ -120,6 +124,10 @@ def failing(config: OptimizerConfig, total_steps: int) -> Schedule:
     raise KeyError("no rate")
 
 
+def leaving(config: OptimizerConfig, total_steps: int) -> Schedule:
+    raise SystemExit("no rate")
+
+
 def test_own_schedule_is_taken_by_name() -> None:
     assert rates_of(settings(f"{__name__}:halving"), 9, 3) == [1.0, 0.5, 0.25]
 
@@ -132,6 +140,7 @@ def test_own_schedule_is_taken_by_name() -> None:
         ("math:sqrt", r"must be a function of \(config, total_steps\)"),
         (f"{__name__}:no_function", r"the function returned float; it must take"),
         (f"{__name__}:failing", r"the function raised KeyError: 'no rate'; it must take"),
+        (f"{__name__}:leaving", r"the function raised SystemExit: no rate; it must take"),
     ],
 )
 def test_what_is_no_schedule_is_refused_before_any_work(name: str, message: str) -> None:
@@ -140,6 +149,40 @@ def test_what_is_no_schedule_is_refused_before_any_work(name: str, message: str)
     config = replace(config, optimizer=settings(name), train=replace(config.train, steps=0))
     with pytest.raises(e3.UserError, match=rf"optimizer\.schedule = '{name}': .*{message}"):
         e3.bind(config, make_frozen(config))
+
+
+LATER = {"raises": None, "words": "fast", "nan": math.nan, "below 0": -1e-3, "infinite": math.inf}
+
+
+def failing_later(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """Fails at the fourth step, in the way that `beta1` says; mended, it does not."""
+
+    def rate(step: int) -> Any:
+        if step != 3 or "mended" in LATER:
+            return 1e-3
+        bad = list(LATER.values())[int(10 * config.beta1)]
+        return 1 / 0 if bad is None else bad
+
+    return rate
+
+
+@pytest.mark.parametrize("way", LATER)
+def test_a_schedule_that_fails_later_ends_the_run_before_the_update(tmp_path, monkeypatch, way):
+    """The updates before it are kept, and the run goes on once the function is mended."""
+    problem = make_problem(tmp_path / "features", steps=5)
+    name = f"{__name__}:failing_later"
+    optimizer = settings(name, beta1=list(LATER).index(way) / 10)
+    problem = problem._replace(config=replace(problem.config, optimizer=optimizer))
+    out = tmp_path / "run"
+    with pytest.raises(e3.UserError, match=rf"schedule = '{name}': .*step 4 .*; mend it, and call"):
+        train_in(out, problem)
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3]
+
+    said: list[str] = []
+    monkeypatch.setitem(LATER, "mended", None)
+    train_in(out, problem, events=Events(on_notice=said.append))
+    assert said[0].startswith("resumed from step 3 of 5")
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def test_a_recipe_with_a_schedule_refuses_another_one() -> None:

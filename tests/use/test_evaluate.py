@@ -170,6 +170,7 @@ def test_kept_greedy_answers_are_refused_at_a_temperature(folders: tuple[Path, P
     ("changes", "message"),
     [
         ({"temperature": -1.0}, r"temperature = -1\.0: must be at least 0"),
+        ({"temperature": 0.009}, r"temperature = 0\.009: must be at least 0\.01, .*without --temp"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p = 0\.0: must be above 0"),
     ],
 )

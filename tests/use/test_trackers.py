@@ -29,6 +29,7 @@ class Library:
         self.closed = 0
         self.fails_at: int | None = None  # a step
         self.fails_closing = False
+        self.error: type[BaseException] = ConnectionError
 
     def init(self, **options: Any) -> Any:
         self.opened.append(options)
@@ -36,13 +37,13 @@ class Library:
 
     def log(self, row: dict[str, float], step: int) -> None:
         if step == self.fails_at:
-            raise ConnectionError("no answer\nfrom the server")
+            raise self.error("no answer\nfrom the server")
         self.logged.append((row, step))
 
     def finish(self) -> None:
         self.closed += 1
         if self.fails_closing:
-            raise RuntimeError("full")
+            raise self.error("full")
 
 
 @pytest.fixture
@@ -144,24 +145,31 @@ def test_runs_of_two_folders_are_two_runs(problem, tmp_path, libraries):
     assert first["id"] != second["id"]
 
 
+FAILURES = pytest.mark.parametrize("error", [ConnectionError, SystemExit])
+
+
+@FAILURES
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_tracker_that_fails_is_said_once_and_the_training_goes_on(
-    problem, tmp_path, libraries, name
+    problem, tmp_path, libraries, name, error
 ):
     other = "wandb" if name != "wandb" else "trackio"
     libraries[name].fails_at = 2
+    libraries[name].error = error
     (line,) = run(tmp_path / "run", problem, [name, other])
-    assert line.startswith(f"--track {name}: ConnectionError: no answer")
+    assert line.startswith(f"--track {name}: {error.__name__}: no answer")
     assert "nothing is logged to it from step 2 on" in line and "\n" not in line
     assert len(rows(tmp_path / "run/metrics.jsonl")) == STEPS
     assert {step for _, step in libraries[name].logged} == {0, 1}
     assert {step for _, step in libraries[other].logged} == set(range(STEPS + 1))
 
 
-def test_a_tracker_that_cannot_be_closed_is_said(problem, tmp_path, libraries):
+@FAILURES
+def test_a_tracker_that_cannot_be_closed_is_said(problem, tmp_path, libraries, error):
     libraries["trackio"].fails_closing = True
+    libraries["trackio"].error = error
     (line,) = run(tmp_path / "run", problem, ["trackio"])
-    assert line.startswith("--track trackio: RuntimeError: full; its last rows may be missing")
+    assert line.startswith(f"--track trackio: {error.__name__}: full; its last rows may be missing")
 
 
 def test_trackers_are_closed_where_the_training_fails(problem, tmp_path, libraries):
