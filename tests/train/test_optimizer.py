@@ -140,12 +140,13 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
         (
             {"momentum": 0.9},
             r"momentum = 0\.9: optimizer\.name = 'adamw' does not read it; set "
-            r"optimizer\.momentum=0\.95, its default, or optimizer\.name = 'muon' or 'sgd' or 'lion'",
+            r"optimizer\.momentum=0\.95, its default, or optimizer\.name = 'muon' or 'sgd' or "
+            r"'lion'",
         ),
         (
             {"name": "lion", "eps": 1e-6},
-            r"eps = 1e-06: optimizer\.name = 'lion' does not read it; set optimizer\.eps=1e-08, its "
-            r"default, or optimizer\.name = 'adamw' or 'muon'",
+            r"eps = 1e-06: optimizer\.name = 'lion' does not read it; set optimizer\.eps=1e-08, "
+            r"its default, or optimizer\.name = 'adamw' or 'muon'",
         ),
         ({"name": "sgd", "beta1": 0.5}, r"beta1 = 0\.5: optimizer\.name = 'sgd' does not read it"),
         (
