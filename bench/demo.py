@@ -27,7 +27,7 @@ import torch
 from bench import common
 from bench.launch import add_arguments
 from eagle3fn.base.config import load_config, require, to_dict, with_steps
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.launch import World
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Batch, Params

@@ -16,8 +16,8 @@ from eagle3fn.base.config import OptimizerConfig as OptimizerConfig
 from eagle3fn.base.config import TrainConfig as TrainConfig
 from eagle3fn.base.config import load_config as load_config
 from eagle3fn.base.draft_config import DraftConfig as DraftConfig
-from eagle3fn.base.draft_config import draft_config_from_target as draft_config_from_target
 from eagle3fn.base.draft_json import draft_config_from_json as draft_config_from_json
+from eagle3fn.base.draft_keys import draft_config_from_target as draft_config_from_target
 from eagle3fn.base.errors import UserError as UserError
 from eagle3fn.base.grad import value_and_grad as value_and_grad
 from eagle3fn.base.types import Aux as Aux

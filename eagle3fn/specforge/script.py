@@ -28,8 +28,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from eagle3fn.base.config import Config, ObjectiveConfig, require
-from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_from_target
+from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.draft_json import draft_config_from_json
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.program import exit_code
