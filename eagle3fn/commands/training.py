@@ -317,8 +317,8 @@ def _check_start(options: Any, config: "Config", target_layers: int, vocab_map: 
     """A line on the draft to start from, which must be the run's and lie outside of its folder; a
     run that goes on needs none.
     """
-    from eagle3fn.base.config import STARTS
     from eagle3fn.base.places import check_keeps
+    from eagle3fn.base.sections import STARTS
     from eagle3fn.train.defaults import begun_settings
     from eagle3fn.train.warm_start import check_start
 

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import STARTS, Config
+from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.rope_settings import same_scaling
+from eagle3fn.base.sections import STARTS
 from eagle3fn.base.types import Frozen, Params, VocabMap
 from eagle3fn.model.table import HEAD
 from eagle3fn.train.drafts import CONFIG, Draft

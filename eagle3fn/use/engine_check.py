@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import require
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import require
 from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
