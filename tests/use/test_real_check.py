@@ -13,7 +13,8 @@ from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.types import Frozen
 from eagle3fn.engines.environments import Place
 from eagle3fn.model.table import init_params
-from eagle3fn.use.engine_check import CheckSettings, check_engine, load_pair, run_ours
+from eagle3fn.use.engine_check import check_engine
+from eagle3fn.use.engine_pair import CheckSettings, load_pair, run_ours
 from eagle3fn.use.export import WEIGHTS, export
 from tests.factories import make_map, tiny_tokenizer
 from tests.serving import python_of
