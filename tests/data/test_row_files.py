@@ -353,7 +353,8 @@ def test_a_file_of_another_kind_gets_its_remedy(tmp_path, data, name, message):
 def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, package):
     data = {"pyarrow": b"PAR1\0\0\0\0", "zstandard": b"\x28\xb5\x2f\xfd\0\0\0\0"}[package]
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"read by the package {package}, .*'eagle3fn\[data\]'"):
+    command = f"pip install {package}"
+    with pytest.raises(UserError, match=rf"read by the package {package}, .*{command}$"):
         list(read_rows(put(tmp_path, data)))
 
 
