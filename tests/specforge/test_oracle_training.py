@@ -104,7 +104,9 @@ def test_drawn_training_equals_specforges_script(
 ) -> None:
     """Fifteen drawn cases each at most; losses by acceptance with one micro-batch alone."""
     for index, drawn_case in enumerate(drawn(min(15, settings().max_examples), micro)):
-        case = for_specforge(drawn_case if micro == 1 else replace(drawn_case, loss="kl"))
+        case = for_specforge(drawn_case)
+        if micro > 1:
+            case = replace(case, loss="kl", kl_scale=Case.kl_scale, kl_decay=Case.kl_decay)
         optimizer = OptimizerConfig(
             learning_rate=(3e-3, 1e-2)[index % 2],
             warmup_ratio=(0.0, 0.3, 0.015)[index % 3],
