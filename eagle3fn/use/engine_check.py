@@ -21,10 +21,12 @@ from eagle3fn.engines.decoding import DecoderSettings, EngineAnswer, open_decode
 from eagle3fn.engines.environments import Place
 from eagle3fn.engines.llamacpp import gguf_files
 from eagle3fn.engines.logits import Chain, LogitSettings, open_logits
+from eagle3fn.engines.process import scratch
 from eagle3fn.use.decode import Decoded
 from eagle3fn.use.engine_evaluate import first_difference, token_at
+from eagle3fn.use.engine_limits import ENGINES as LIMITS
 from eagle3fn.use.engine_pair import CheckSettings, Ours, Pair, chain_logits
-from eagle3fn.use.export import Draft
+from eagle3fn.use.export import Draft, export_for
 
 ENGINES = ("vllm", "llamacpp", "speculators", "eagle")
 LOGIT_BOUND = 1e-3  # largest difference of a logit, fp32
@@ -127,7 +129,10 @@ def check_logits(
     worst = 0.0
     features = 0.0
     log = work / f"{engine}-logits.log"
-    with open_logits(engine, place.python, pair.folder, ours.folder, start, log) as held:
+    with (
+        _in_layout(engine, pair, ours) as folder,
+        open_logits(engine, place.python, pair.folder, folder, start, log) as held,
+    ):
         for prompt, chain in zip(pair.prompts, ours.chains, strict=False):
             its, found = held.logits(prompt[0].tolist(), chain)
             worst = _larger(worst, logit_difference(ours.draft, embed, its, found))
@@ -140,6 +145,23 @@ def check_logits(
         "max_logit_diff": worst,
         "max_feature_diff": None if given else features,
     }
+
+
+@contextmanager
+def _in_layout(engine: str, pair: Pair, ours: Ours) -> Iterator[Path]:
+    """The draft's folder as an engine reads it: speculators has a layout of its own, which alone
+    says the switches.
+    """
+    if engine != "speculators":
+        yield ours.folder
+        return
+    layers = pair.model.config.get_text_config().num_hidden_layers
+    names = tuple(pair.model.config.architectures or ())
+    with scratch("layout") as made:
+        folder = made / "draft"
+        row = LIMITS[engine]
+        export_for(ours.draft, row, folder, layers, torch.float32, str(pair.folder), names)
+        yield folder
 
 
 def _larger(left: float, right: float) -> float:
