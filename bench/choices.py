@@ -32,7 +32,7 @@ import torch
 from bench import common
 from bench.launch import add_arguments
 from eagle3fn.base.config import Config, load_config
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.files import write_json
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.read import read_json, read_jsonl

@@ -11,7 +11,7 @@ import torch
 from bench.specforge_training import UNROLL, first_params, train_specforge, under
 from eagle3fn.base import progress
 from eagle3fn.base.config import Config, load_config
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
 from eagle3fn.base.read import read_object

@@ -26,10 +26,11 @@ import torch
 
 from bench import common
 from bench.launch import add_arguments
-from eagle3fn.base.config import load_config, require, to_dict, with_steps
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.config import load_config, to_dict, with_steps
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.launch import World
 from eagle3fn.base.provenance import provenance
+from eagle3fn.base.sections import require
 from eagle3fn.base.types import Batch, Params
 from eagle3fn.data.features import open_features, tensors_of
 from eagle3fn.data.pipeline import batches

@@ -33,7 +33,8 @@ import torch
 
 from bench import common
 from bench.launch import add_arguments
-from eagle3fn.base.draft_config import aux_layers, draft_config_from_target
+from eagle3fn.base.draft_config import aux_layers
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.provenance import provenance
 from eagle3fn.data.encode import encode_all

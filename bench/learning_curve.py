@@ -40,12 +40,12 @@ from typing import Any
 from bench import common
 from bench.curve_runs import Inputs, one_run, part_of
 from bench.specforge_training import about
-from eagle3fn.base.config import require
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file, write_json
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.read import read_object
+from eagle3fn.base.sections import require
 from eagle3fn.data.features import open_features
 from eagle3fn.data.target_source import config_hashes, target_config
 from eagle3fn.data.vocab import load_map, map_size

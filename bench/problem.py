@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Config, ObjectiveConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.rows import plan_rows, surviving
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.types import Batch, Frozen, Params, Sample
 from eagle3fn.data.collate import align
 from eagle3fn.data.pipeline import draw_survival

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench import common
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_folder, write_json
 from eagle3fn.base.read import read_json

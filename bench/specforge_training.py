@@ -38,11 +38,12 @@ from tqdm import tqdm
 from bench import common
 from bench.sides import DECAY, weighted_sum
 from eagle3fn import specforge
-from eagle3fn.base.config import Config, load_config, require
+from eagle3fn.base.config import Config, load_config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.read import read_jsonl
+from eagle3fn.base.sections import require
 from eagle3fn.base.types import Batch, Params
 from eagle3fn.data.features import open_features, tensors_of
 from eagle3fn.data.pipeline import batches, prefetch

@@ -53,10 +53,10 @@ from bench.answers import open_answers, serve
 from bench.launch import add_arguments
 from bench.problem import Problem, draft_of, draw_params, make_problem, with_survival
 from bench.step_result import ROUNDS, compare, file_name, needs, result_of, show
-from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json
 from eagle3fn.base.launch import World, ranks
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.specforge.oracle import Oracle, load_oracle
 
 MEMORY_STEPS = 2

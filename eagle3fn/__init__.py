@@ -10,16 +10,16 @@ The folders, in the order of the data flow:
 """
 
 from eagle3fn.base.config import Config as Config
-from eagle3fn.base.config import DataConfig as DataConfig
-from eagle3fn.base.config import ObjectiveConfig as ObjectiveConfig
-from eagle3fn.base.config import OptimizerConfig as OptimizerConfig
-from eagle3fn.base.config import TrainConfig as TrainConfig
 from eagle3fn.base.config import load_config as load_config
 from eagle3fn.base.draft_config import DraftConfig as DraftConfig
-from eagle3fn.base.draft_config import draft_config_from_target as draft_config_from_target
 from eagle3fn.base.draft_json import draft_config_from_json as draft_config_from_json
+from eagle3fn.base.draft_keys import draft_config_from_target as draft_config_from_target
 from eagle3fn.base.errors import UserError as UserError
 from eagle3fn.base.grad import value_and_grad as value_and_grad
+from eagle3fn.base.sections import DataConfig as DataConfig
+from eagle3fn.base.sections import ObjectiveConfig as ObjectiveConfig
+from eagle3fn.base.sections import OptimizerConfig as OptimizerConfig
+from eagle3fn.base.sections import TrainConfig as TrainConfig
 from eagle3fn.base.types import Aux as Aux
 from eagle3fn.base.types import Batch as Batch
 from eagle3fn.base.types import Frozen as Frozen

@@ -15,7 +15,8 @@ from eagle3fn.base.files import write_json
 from eagle3fn.base.program import exit_code
 from eagle3fn.base.provenance import own_command, provenance
 from eagle3fn.engines.environments import find_places
-from eagle3fn.use.engine_check import ENGINES, CheckSettings
+from eagle3fn.use.engine_check import ENGINES
+from eagle3fn.use.engine_pair import CheckSettings
 from eagle3fn.use.engine_run import GIVEN, check_drafts, parse_places, table, verdict
 from eagle3fn.use.prompts import read_prompts
 

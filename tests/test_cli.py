@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle3fn.base.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import locked
+from eagle3fn.base.sections import ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.toml import read_toml
 from eagle3fn.base.tree import equal
 from eagle3fn.cli import main

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from eagle3fn.base.config import (
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.sections import (
     READERS,
     DataConfig,
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )
-from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.cli import parser
 from eagle3fn.model.losses import LOSSES
 from eagle3fn.specforge.recipes import SETTINGS

@@ -128,6 +128,24 @@ def test_what_a_dry_run_would_not_heed_is_refused(small, tmp_path, capsys, more)
     assert f"{more[0]} with --dry-run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer.learning_rate=0.5", "optimizer.learning_rate was "),
+        ("train.steps=2", "train.steps = 2"),
+        ("draft.fc_norm=true", "draft.fc_norm was False, is True"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_in_its_folder_would(
+    small, tmp_path, capsys, setting, message
+):
+    out = tmp_path / "run"
+    assert main(arguments(small, out, "--max-steps", "3")) == 0
+    capsys.readouterr()
+    assert main(arguments(small, out, "--dry-run", "--set", setting)) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_call_of_few_updates_says_how_to_go_on(small, tmp_path, capsys):
     assert main(arguments(small, tmp_path / "whole")) == 0
     assert "best draft of 4 steps, by held-out accepted length" in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from eagle3fn.base.draft_config import DraftConfig, draft_config_from_keys
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.draft_keys import draft_config_from_keys
 from eagle3fn.base.errors import UserError, shown
 from eagle3fn.base.read import CONFIG_LIMIT, read_object
 from eagle3fn.base.switches import read_switches

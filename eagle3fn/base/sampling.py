@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from eagle3fn.base.config import require
+from eagle3fn.base.sections import require
 
 
 class Sampling(NamedTuple):

@@ -5,13 +5,33 @@ fewer than torch's reader takes. Sizes are checked before memory is taken.
 """
 
 import io
+import pickle
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
 import torch
 from torch import Tensor
+
+DAMAGED = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+"""What torch's reader and its unpickler raise on files that `torch.save` did not write."""
 
 _REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
 _STORAGES = "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
@@ -34,7 +54,7 @@ def load_tensors(file: IO[bytes], path: str | None = None) -> Any:
 
     Raises:
         ValueError: it names other classes, or is larger than it looks; torch's own errors (see
-            `feature_files.DAMAGED`) where it is damaged.
+            `DAMAGED`) where it is damaged.
     """
     is_zip = file.read(2) == b"PK"
     file.seek(0)

@@ -8,16 +8,8 @@ refused by name; read without a word it would give worse drafts, not an error.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from eagle3fn.base.draft_config import (
-    LAYER_TYPES,
-    ORIGIN,
-    OURS,
-    TAP_COUNT,
-    TAPS,
-    WINDOW,
-    WITH_WINDOW,
-    switches,
-)
+from eagle3fn.base.draft_config import TAPS, switches
+from eagle3fn.base.draft_keys import LAYER_TYPES, ORIGIN, OURS, TAP_COUNT, WINDOW, WITH_WINDOW
 from eagle3fn.base.errors import UserError, printable, shown
 
 

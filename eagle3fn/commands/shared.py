@@ -100,8 +100,8 @@ def chat_template(options: Any, tokenizer: Any) -> "ChatTemplate":
 
 def draft_shape(options: Any, tree: dict[str, Any], size: int | None = None) -> "DraftConfig":
     """The draft's shape: from `--draft-config`, or derived from the target's configuration."""
-    from eagle3fn.base.draft_config import draft_config_from_target
     from eagle3fn.base.draft_json import draft_config_from_json
+    from eagle3fn.base.draft_keys import draft_config_from_target
 
     if options.draft_config:
         return draft_config_from_json(options.draft_config)

@@ -71,7 +71,7 @@ def train(options: Any) -> int | None:
         # run goes on.
         layers = tree["num_hidden_layers"]
         vocab_map, tensors = _read_matching(options, config, features, layers)
-        start = _check_start(options, config, layers, vocab_map)
+        start = _check_start(options, config, layers, vocab_map, tensors)
         if world.main:
             say(said)
             say(start)
@@ -313,12 +313,18 @@ def _config(
     return config
 
 
-def _check_start(options: Any, config: "Config", target_layers: int, vocab_map: "VocabMap") -> str:
+def _check_start(
+    options: Any,
+    config: "Config",
+    target_layers: int,
+    vocab_map: "VocabMap",
+    target: "TargetTensors",
+) -> str:
     """A line on the draft to start from, which must be the run's and lie outside of its folder; a
     run that goes on needs none.
     """
-    from eagle3fn.base.config import STARTS
     from eagle3fn.base.places import check_keeps
+    from eagle3fn.base.sections import STARTS
     from eagle3fn.train.defaults import begun_settings
     from eagle3fn.train.warm_start import check_start
 
@@ -326,7 +332,7 @@ def _check_start(options: Any, config: "Config", target_layers: int, vocab_map: 
         return ""
     if config.train.init not in STARTS:
         check_keeps(("--out", options.out), ("train.init", config.train.init))
-    return check_start(config, target_layers, vocab_map)
+    return check_start(config, target_layers, vocab_map, target.embed_tokens)
 
 
 def plan(options: Any) -> None:

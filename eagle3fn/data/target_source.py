@@ -6,7 +6,7 @@ transformers is imported here inside functions, never when the file is loaded.
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.draft_config import refuse_vision
+from eagle3fn.base.draft_keys import refuse_vision
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
 from eagle3fn.data.stored_config import VOLATILE, stored_config

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eagle3fn.base.draft_config import DEFAULT_DRAFT_VOCAB
+from eagle3fn.base.draft_keys import DEFAULT_DRAFT_VOCAB
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file
 from eagle3fn.base.read import check_regular, parse_json

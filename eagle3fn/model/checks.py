@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Config, require
+from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import require
 from eagle3fn.base.tree import check_whole
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.model.losses import LOSSES, RowLoss

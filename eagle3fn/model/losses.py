@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.dtypes import wide
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.types import Batch, Frozen
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.named import check_arguments, find
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.toml import as_override
 from eagle3fn.model.losses import LOSSES, RowLoss
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Role
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import Role
 from eagle3fn.base.types import Frozen, Params
 
 Initializer = Callable[[tuple[int, ...], float, torch.Generator], Tensor]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.dtypes import at_least_fp32
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.types import Frozen, Teacher
 
 

@@ -11,8 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Config, ObjectiveConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.dtypes import wide
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import losses
 from eagle3fn.model.checks import check_batch

@@ -6,9 +6,6 @@ Features are one file a sample, `.ckpt` or `.ckpt.gz`, a dict stored by `torch.s
 import gzip
 import io
 import os
-import pickle
-import struct
-import zipfile
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +16,7 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_file
 from eagle3fn.base.read import open_regular
-from eagle3fn.base.stored_tensors import load_tensors, tensor_fault
+from eagle3fn.base.stored_tensors import DAMAGED, load_tensors, tensor_fault
 from eagle3fn.base.temporary import UNFINISHED
 from eagle3fn.base.types import Sample, VocabMap
 from eagle3fn.data import vocab
@@ -27,23 +24,6 @@ from eagle3fn.data.features import READER_REMEDY as _REMEDY
 from eagle3fn.data.features import Reader
 
 ENDINGS = (".ckpt", ".ckpt.gz")
-DAMAGED = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-)
-"""What `torch.load` and its unpickler raise on files that `torch.save` did not write."""
-
 _MOST_PACKED = 64  # bytes out of one, of a file that gzip made of features
 _SMALL = 2**26  # bytes that any file may hold
 _READABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error)  # whose text helps a reader

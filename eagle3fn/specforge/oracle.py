@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params

@@ -166,7 +166,7 @@ def counts(cases: list[Case]) -> dict[str, dict[str, int]]:
     """How many cases have each dtype, loss and unroll length `K`."""
     found = {
         "dtype": Counter(case.dtype for case in cases),
-        "loss": Counter(case.loss for case in cases),
+        "loss": Counter(str(case.loss) for case in cases),
         "K": Counter(case.steps for case in cases),
     }
     return {

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import STARTS, Config, OptimizerConfig, from_dict, to_dict
+from eagle3fn.base.config import Config, from_dict, to_dict
 from eagle3fn.base.draft_config import DEFAULT_TAPS, DraftConfig, switches
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import STARTS, OptimizerConfig
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.pipeline import epoch_order
 from eagle3fn.model.table import TABLE, weights

@@ -27,12 +27,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from eagle3fn.base.config import Config, ObjectiveConfig, require
-from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_from_target
+from eagle3fn.base.config import Config
+from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.draft_json import draft_config_from_json
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World, ranks
 from eagle3fn.base.program import exit_code
+from eagle3fn.base.sections import ObjectiveConfig, require
 from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet, check_made_for, open_features, tensors_of
 from eagle3fn.data.target_source import config_hashes, target_config

@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, TrainConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.sections import ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Batch, Frozen, Params
 from eagle3fn.base.weights import Weights

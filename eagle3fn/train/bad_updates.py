@@ -80,7 +80,7 @@ def check_held_out(run: Run, row: dict[str, Any]) -> None:
     )
 
 
-def told_dropped(skipped: int) -> str:
+def dropped_line(skipped: int) -> str:
     """One line on the updates that a run has dropped."""
     updates = "1 update was" if skipped == 1 else f"{skipped} updates were"
     return (

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eagle3fn.base.config import OptimizerConfig, from_dict
+from eagle3fn.base.config import from_dict
 from eagle3fn.base.errors import UserError, printable
+from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.base.types import TrainState
 from eagle3fn.train.bad_updates import check_first
 from eagle3fn.train.branch import check_branch, source_checkpoint, unless_gone

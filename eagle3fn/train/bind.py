@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from eagle3fn.base.config import Config, OptimizerConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen, check_loss

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from eagle3fn.base.config import STARTS, Config, OptimizerConfig, from_dict
+from eagle3fn.base.config import Config, from_dict
 from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import STARTS, OptimizerConfig
 from eagle3fn.base.toml import read_toml
 from eagle3fn.data.vocab import held_out_of
 from eagle3fn.train.checkpoint import checkpoints

@@ -15,6 +15,8 @@ from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.train.bad_updates import check_first, check_update
 from eagle3fn.train.begin import find_point
+from eagle3fn.train.changes import changes_since, refuse_in_place
+from eagle3fn.train.checkpoint_meta import read_meta
 from eagle3fn.train.horizon import Horizon, seconds_per_step, times_left, with_horizon
 from eagle3fn.train.memory import MemoryPlan, describe, peak_bytes, plan_memory, readable_bytes
 from eagle3fn.train.recipe import OURS, Recipe
@@ -60,7 +62,8 @@ def dry_run(
     for the estimate.
 
     Raises:
-        UserError: as `train` before its first update, and for that update.
+        UserError: as `train` before its first update, a run in `out` that cannot go on so among it,
+            and for that update.
     """
     run = prepare(config, features, vocab_map, target, out, world, recipe)
     before = peak_bytes(run.device)
@@ -72,6 +75,8 @@ def dry_run(
     point = world.shared(found)
     run = run._replace(shift=point.shift)
     run, horizon = with_horizon(run, lambda: state, minutes, point)
+    if point.path is not None:
+        refuse_in_place(point.path, changes_since(read_meta(point.path), run.config, run.data))
 
     # One update; reading its numbers waits for the device.
     (micro,) = training_batches(run, 0, 1)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.draft_config import draft_config_from_keys, is_qwen3, listed_taps, taps_keys
+from eagle3fn.base.draft_keys import draft_config_from_keys, is_qwen3, listed_taps, taps_keys
 from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.read import CONFIG_LIMIT, read_object
 from eagle3fn.base.rope_settings import rope_of, scaling_of, theta_of

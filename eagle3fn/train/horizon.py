@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eagle3fn.base.config import MOST_STEPS, to_dict, with_steps
+from eagle3fn.base.config import to_dict, with_steps
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import write_json, write_text
 from eagle3fn.base.read import read_object
+from eagle3fn.base.sections import MOST_STEPS
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.types import TrainState

@@ -24,7 +24,7 @@ from eagle3fn.train.bad_updates import (
     check_dropped,
     check_held_out,
     check_update,
-    told_dropped,
+    dropped_line,
 )
 from eagle3fn.train.begin import LoopState, Point, begin, described, find_point
 from eagle3fn.train.branch import unless_gone, write_branch
@@ -99,7 +99,7 @@ def train(
         with unless_gone(point.path if point.branches else None):
             run, horizon = with_horizon(run, lambda: begin(run, point).state, minutes, point)
             state, loop_state, changes = begin(run, point)
-            early = _end(run, state, loop_state).early
+            early = _end(run, point.step, loop_state).early
             lines = described(run, point, changes, early) if world.main else []
 
         # The run's files: of another run that it goes on from, cut to its step.
@@ -116,28 +116,27 @@ def train(
         if point.branches:
             loop_state = _evaluate(run, state, loop_state, events)
             _save(run, state, loop_state)
-        if not _end(run, state, loop_state).finished:
+        if not _end(run, point.step, loop_state).finished:
             # A signal before this ends the program: nothing is lost that is not on the disk.
             with signals_noted() as stop_requested:
                 state, loop_state = _steps(
                     run, state, loop_state, events, stop_requested, max_steps
                 )
         if world.main:
-            _report_end(run, _end(run, state, loop_state), loop_state, events)
+            _report_end(run, _end(run, int(state.step), loop_state), loop_state, events)
         return state
 
 
-def _end(run: Run, state: TrainState, loop_state: LoopState) -> End:
-    """How the run stands, the same on all ranks."""
+def _end(run: Run, step: int, loop_state: LoopState) -> End:
+    """How the run stands after so many updates, the same on all ranks."""
     settings = run.config.train
-    step = int(state.step)
     early = step < settings.steps and 0 < settings.patience <= loop_state.waited
     return End(step, settings.steps, early, bool(run.held_out))
 
 
 def _report_end(run: Run, end: End, loop_state: LoopState, events: Events) -> None:
     if loop_state.skipped:
-        events.on_notice(told_dropped(loop_state.skipped))
+        events.on_notice(dropped_line(loop_state.skipped))
     if end.early:
         events.on_notice(
             f"step {end.step} of {end.total}: the run has ended, as its held-out accepted length "
@@ -213,7 +212,8 @@ def _steps(
                 loop_state = _evaluate(run, state, loop_state, events)
 
             # A stop on one rank stops all: they must leave at the same step.
-            stop = any(run.world.every(stop_requested())) or _end(run, state, loop_state).early
+            early = _end(run, number, loop_state).early
+            stop = any(run.world.every(stop_requested())) or early
             if saves or stop:
                 loop_state = report_all()
                 _save(run, state, loop_state)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import OptimizerConfig, Role
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.named import find, in_one_line
+from eagle3fn.base.sections import OptimizerConfig, Role
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Params
 from eagle3fn.train.orthogonal import orthogonal
@@ -265,7 +265,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], Optimizer]] = {
     "lion": lion,
 }
 """What `optimizer.name` can be, beside a user's own function of `OptimizerConfig`. Which settings
-each of them reads is in `base.config.READERS`."""
+each of them reads is in `base.sections.READERS`."""
 
 
 @lru_cache(maxsize=16)

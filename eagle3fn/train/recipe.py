@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from eagle3fn.base.config import STARTS, Config, OptimizerConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import STARTS, OptimizerConfig
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.pipeline import Order, shuffled

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from eagle3fn.base.config import MOST_STEPS, Config, to_dict
+from eagle3fn.base.config import Config, to_dict
 from eagle3fn.base.device import check_device, send
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
+from eagle3fn.base.sections import MOST_STEPS
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Batch, Frozen, VocabMap
 from eagle3fn.data.collate import AlignMask

@@ -13,9 +13,9 @@ from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import NamedTuple, cast
 
-from eagle3fn.base.config import HIGHEST_RATE, OptimizerConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.named import find, in_one_line
+from eagle3fn.base.sections import HIGHEST_RATE, OptimizerConfig
 
 Schedule = Callable[[int], float]
 """The learning rate of an update, counted from 0."""

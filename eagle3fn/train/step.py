@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from eagle3fn.base.config import HIGHEST_RATE, Config
+from eagle3fn.base.config import Config
 from eagle3fn.base.dtypes import wide
 from eagle3fn.base.entries import entry_by_entry, is_transformed
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.grad import value_and_grad
+from eagle3fn.base.sections import HIGHEST_RATE
 from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState
 from eagle3fn.model.checks import check_micro_batches

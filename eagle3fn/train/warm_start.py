@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import STARTS, Config
+from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.rope_settings import same_scaling
+from eagle3fn.base.sections import STARTS
 from eagle3fn.base.types import Frozen, Params, VocabMap
-from eagle3fn.model.table import HEAD
+from eagle3fn.model.table import EMBED, HEAD, shapes
 from eagle3fn.train.drafts import CONFIG, Draft
 from eagle3fn.train.foreign_drafts import read_foreign
 
@@ -41,13 +42,16 @@ class Mapped(NamedTuple):
         return line + (f"; {left} of its own are left out" if left else "")
 
 
-def check_start(config: Config, target_layers: int, vocab_map: VocabMap) -> str:
+def check_start(
+    config: Config, target_layers: int, vocab_map: VocabMap, embed_tokens: Tensor | None = None
+) -> str:
     """Refuse a draft to start from, where `train.init` names one, before anything is written.
 
     Args:
         config: the run's.
         target_layers: the target's number of decoder layers, by which default taps are compared.
         vocab_map: the run's.
+        embed_tokens: the target's `(V, Ht)`, with which a shipped one is compared; None: later.
 
     Returns:
         A line for a user on what is taken of its head; "" where no draft is started from.
@@ -62,6 +66,7 @@ def check_start(config: Config, target_layers: int, vocab_map: VocabMap) -> str:
     found = replace(draft.config, aux_layers=aux_layers(draft.config, target_layers))
     wanted = replace(config.draft, aux_layers=aux_layers(config.draft, target_layers))
     _check_same(found, wanted, folder, origin)
+    _check_embedding(draft, config, embed_tokens, folder)
     mapped = map_rows(draft.vocab, vocab_map)
     return mapped.line(folder, of_target=not config.draft.other_width)
 
@@ -70,22 +75,45 @@ def start_from_draft(config: Config, frozen: Frozen, folder: str | Path) -> Para
     """A draft's parameters as the first ones of a training, in the run's dtype and on its device.
 
     Of its head the rows of tokens are taken that the run's draft vocabulary has. Rows of other
-    tokens are the target's, or where the hidden sizes differ the mean of the draft's rows.
+    tokens are the target's, or where the hidden sizes differ the mean of the draft's rows. An
+    embedding that the run trains begins as the one that the draft ships, or as the target's.
 
     Raises:
         UserError: no such folder, not a draft that `read_foreign` reads, or its shape, switches,
-            taps (where both name theirs), RoPE or target vocabulary are not the run's; names the
-            difference and the remedy.
+            taps (where both name theirs), RoPE, embedding or target vocabulary are not the run's;
+            names the difference and the remedy.
     """
     draft, origin = _read(folder)
     _check_same(draft.config, config.draft, folder, origin)
+    _check_embedding(draft, config, frozen.embed_tokens, folder)
     kept = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
     mapped = map_rows(draft.vocab, kept)
     head = _mapped_head(draft.params[HEAD], mapped, frozen, kept)
 
     dtype = getattr(torch, config.train.dtype)
     params = draft.params | {HEAD: head}
-    return {name: value.to(config.train.device, dtype) for name, value in params.items()}
+    if config.draft.own_embedding and EMBED not in params:
+        shipped = frozen.embed_tokens if draft.embed_tokens is None else draft.embed_tokens
+        assert shipped is not None  # a draft of another width has its own
+        params[EMBED] = shipped
+    ordered = {name: params[name] for name in shapes(config.draft)}
+    return {name: value.to(config.train.device, dtype) for name, value in ordered.items()}
+
+
+def _check_embedding(
+    draft: Draft, config: Config, embed_tokens: Tensor | None, folder: str | Path
+) -> None:
+    """Refuse a shipped embedding that is not the target's, unless the run trains its own."""
+    shipped = draft.embed_tokens
+    if shipped is None or embed_tokens is None or config.draft.own_embedding:
+        return
+
+    # In bf16, to which either may have been rounded.
+    if not torch.equal(shipped.bfloat16(), embed_tokens.to(shipped.device).bfloat16()):
+        raise UserError(
+            f"train.init = {str(folder)!r}: its embed_tokens are not the target's, with which the "
+            "run would go on as another draft; train them with --set draft.train_embedding=true"
+        )
 
 
 def map_rows(old: VocabMap, new: VocabMap) -> Mapped:
@@ -139,6 +167,8 @@ def _check_same(found: DraftConfig, wanted: DraftConfig, folder: str | Path, ori
         before = getattr(found, field.name)
         now = getattr(wanted, field.name)
         same = before == now or field.name in _NOT_COMPARED
+        if field.name == "train_embedding":
+            same = same or now  # it begins as what the draft ships
         if field.name == "aux_layers":
             same = same or None in (before, now)  # the default ones of a target
         if field.name == "rope_scaling":

@@ -3,9 +3,6 @@
 Of a pickle only plain tensors are read: nothing in it is run.
 """
 
-import pickle
-import struct
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,23 +13,10 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError, printable, shown
 from eagle3fn.base.read import open_regular, read_json
-from eagle3fn.base.stored_tensors import load_tensors, tensor_fault
+from eagle3fn.base.stored_tensors import DAMAGED, load_tensors, tensor_fault
 
 _SAFE = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
-_DAMAGED = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    struct.error,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
@@ -77,7 +61,7 @@ def _read(file: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Te
     open_regular(file).close()
     try:
         return read(file)
-    except _DAMAGED as error:
+    except (*DAMAGED, SafetensorError) as error:
         reason = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
         if "weights_only" in reason:
             reason = "it holds more than tensors"  # torch's advice would run the file's code

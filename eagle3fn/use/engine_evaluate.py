@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.config import require
 from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.sampling import GREEDY, Sampling, check_sampling
+from eagle3fn.base.sections import require
 from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import stop_ids
 from eagle3fn.data.target_loading import load_tokenizer

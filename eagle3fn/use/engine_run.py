@@ -7,8 +7,9 @@ from typing import Any
 from eagle3fn.base.errors import UserError
 from eagle3fn.engines.environments import Place
 from eagle3fn.engines.process import scratch
-from eagle3fn.use.engine_check import CheckSettings, Pair, check_engine, load_pair, run_ours
+from eagle3fn.use.engine_check import check_engine
 from eagle3fn.use.engine_limits import unrepresentable
+from eagle3fn.use.engine_pair import CheckSettings, Pair, load_pair, run_ours
 from eagle3fn.use.engine_variants import variants, write_variant
 from eagle3fn.use.export import load_draft
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from eagle3fn.base.config import require
 from eagle3fn.base.sampling import Sampling, check_sampling
+from eagle3fn.base.sections import require
 
 LOWEST_TEMPERATURE = 0.01
 """Above 0. Logits weigh `1 / temperature` as much, so that rounding alone moves a probability by up

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eagle3fn.base.draft_config import DraftConfig, draft_config_to_json, taps_keys
+from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.draft_json import draft_config_from_json
+from eagle3fn.base.draft_keys import draft_config_to_json, taps_keys
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import whole_folder
 from eagle3fn.base.places import anything, check_out_folder, other_than

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from eagle3fn.base import progress
-from eagle3fn.base.config import STARTS, Config
+from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.places import check_own_folder
 from eagle3fn.base.program import called_as
+from eagle3fn.base.sections import STARTS
 from eagle3fn.base.signals import name_of, received
 from eagle3fn.base.temporary import clear
 from eagle3fn.base.types import Frozen, Params

@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from eagle3fn.base.config import STARTS
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.kinds import (
     Check,
@@ -19,6 +18,7 @@ from eagle3fn.base.kinds import (
 )
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import UNFINISHED, read_object, read_rows
+from eagle3fn.base.sections import STARTS
 from eagle3fn.base.toml import read_toml
 from eagle3fn.train.track import HELD_OUT, STEPS, RowKind
 

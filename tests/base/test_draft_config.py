@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from eagle3fn.base import draft_config
+from eagle3fn.base import draft_config, draft_keys
 from eagle3fn.base.config import from_dict, to_dict
-from eagle3fn.base.draft_config import DraftConfig, draft_config_from_target, draft_config_to_json
+from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.draft_json import draft_config_from_json
+from eagle3fn.base.draft_keys import draft_config_from_target, draft_config_to_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.testing.strategies import switch_values
 
@@ -70,7 +71,8 @@ ON = {"own_norm": True, "own_window": 3}
 @pytest.fixture
 def switched(monkeypatch):
     """The configuration as it is once fields are added to it."""
-    monkeypatch.setattr(draft_config, "DraftConfig", Switched)
+    for module in (draft_config, draft_keys):
+        monkeypatch.setattr(module, "DraftConfig", Switched)
 
 
 def test_switches_are_read_from_a_drafts_configuration(tmp_path, switched):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from bench import curve_runs, learning_curve
 from bench.curve_runs import Part, first_samples, part_of
-from eagle3fn.base.config import Config, DataConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import DataConfig
 from eagle3fn.base.types import Params
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.train.run import Run

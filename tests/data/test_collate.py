@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn import specforge
-from eagle3fn.base.config import Config, DataConfig, ObjectiveConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.rows import plan_rows, shift, trained_row_counts
+from eagle3fn.base.sections import DataConfig, ObjectiveConfig
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Sample
 from eagle3fn.data.collate import align, align_mask, collate, cut, global_row_counts

@@ -220,7 +220,7 @@ def test_row_is_named_by_its_id_if_it_is_a_name(tmp_path, name, expected):
     assert encode_all(MAKER, path, 300)[0].id == expected
 
 
-def test_keys_are_told_in_one_order(tmp_path):
+def test_keys_are_listed_in_one_order(tmp_path):
     rows = [{"messages": talk("a", "b"), "source": 1, "meta": 2, "score": 3}] * 2
     found = encode_file(MAKER, write_rows(tmp_path / "c.jsonl", rows), 300)
     found.samples.close()

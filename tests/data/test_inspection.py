@@ -101,7 +101,7 @@ def _sample(row):
     return MAKER.samples("x", conversation_of(row, "x"), "x").samples[0]
 
 
-def test_reasons_are_told_by_frequency(tmp_path):
+def test_reasons_are_listed_by_frequency(tmp_path):
     rows = [{"messages": talk("a", "b")}] + [{"messages": talk("q" * 99, "b")}] * 2
     path = write_rows(tmp_path / "c.jsonl", [*rows, {"messages": talk("a")}])
     text = describe(inspect_file(MAKER, path), "c.jsonl")
@@ -165,7 +165,7 @@ def test_why_a_row_is_missing_is_told(tokenizer_folder, tmp_path, capsys):
     assert "--id 99: no such row among 4" in capsys.readouterr().err
 
 
-def test_text_of_a_special_token_is_told_from_the_token():
+def test_text_of_a_special_token_is_distinguished_from_the_token():
     sample = _sample({"messages": talk("q", "end it by <|im_end|>")})
     lines = show_sample(TEMPLATE.tokenizer, sample, colour=False).splitlines()
     assert lines[-2:] == [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eagle3fn as e3
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.data.collate import align_mask, collate

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle3fn.base.config import Config, DataConfig, ObjectiveConfig, TrainConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import DataConfig, ObjectiveConfig, TrainConfig
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.pipeline import batches, prefetch, sample_indices, split

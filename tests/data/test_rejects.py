@@ -32,7 +32,7 @@ def take(numbers, **options) -> list[int]:
         return list(usable(rows(*numbers), positive, rejects))
 
 
-def test_good_rows_pass_and_bad_ones_are_told_in_one_line():
+def test_good_rows_pass_and_bad_ones_are_named_in_one_line():
     assert take([3, 1, 2]) == [3, 1, 2]
     message = (
         r"^a.jsonl: 3 of 5 rows are bad: a.jsonl:2: broken; "
@@ -53,7 +53,7 @@ def test_five_bad_rows_are_named_of_more():
     assert ": a.jsonl:1, :2, :3, :4, :5 and 2 more: broken; mend" in str(raised.value)
 
 
-def test_five_reasons_are_told_of_more():
+def test_five_reasons_are_shown_of_more():
     with pytest.raises(UserError, match=r"^a.jsonl: 9 of 9 rows are bad") as raised:
         take([-1, -2, -3, -4, -5, -6, -7, -1, 0])
     text = str(raised.value)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.thread_timing import sizes_of
 from eagle3fn.data import target_loading

@@ -89,7 +89,7 @@ def test_every_version_is_pinned(engine):
     assert all("==" in package for package in ENVIRONMENTS[engine].packages)
 
 
-def test_a_command_that_fails_is_told_by_its_exit_code(tmp_path):
+def test_a_command_that_fails_is_named_with_its_exit_code(tmp_path):
     with pytest.raises(UserError, match="exit code"):
         make_environment("eagle", tmp_path / "no" / "such", python="false")
 

@@ -38,17 +38,20 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 
 
-def compare(made: Made, engine: VllmProcess | VllmServer, out: Path) -> None:
+def compare(made: Made, engine: VllmProcess | VllmServer, out: Path) -> int:
+    """Compare all samples of both sides by value; returns their number."""
     with engine:
         source = engine_source(engine, made.target, LAYERS, check="hf")
         extract(source, TEMPLATE, made.talks, out, max_length=CUT)
     ours = out.parent / "ours"
     extract(model_source(made.model, LAYERS), TEMPLATE, made.talks, ours, max_length=CUT)
     theirs, expected = open_features(out), open_features(ours)
-    for number in range(8):
+    assert len(expected.samples) == len(theirs.samples)
+    for number in range(len(theirs.samples)):
         pairs = zip(read_sample(theirs, number), read_sample(expected, number), strict=True)
         for found, wanted in pairs:
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+    return len(theirs.samples)
 
 
 @pytest.mark.parametrize(("family", "changes"), [("Llama", {}), ("Qwen3Moe", MIXTURE)])
@@ -56,7 +59,7 @@ def test_process(tmp_path: Path, family: str, changes: dict[str, int]) -> None:
     made = make_target(tmp_path, name=family, **WIDE, **changes)
     names = (python_of("vllm"), made.target, made.taps, tmp_path / "log")
     engine = VllmProcess(*names, max_length=CUT, dtype=torch.float32)
-    compare(made, engine, tmp_path / "out")
+    assert compare(made, engine, tmp_path / "out") == 8
 
 
 def documented(target: Path, states: Path) -> list[str]:
@@ -101,7 +104,8 @@ def test_server(tmp_path: Path) -> None:
     made = make_target(tmp_path, **WIDE)
     states = tmp_path / "states"
     with server(documented(made.target, states), tmp_path / "log") as url:
-        compare(made, VllmServer(url, made.taps, max_length=CUT), tmp_path / "out")
+        running = VllmServer(url, made.taps, max_length=CUT)
+        assert compare(made, running, tmp_path / "out") == 8
         assert not list(states.glob("*.safetensors"))
 
         # Other layers than it was started with.

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import eagle3fn as e3
-from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model.forward import forward
 from eagle3fn.specforge.arithmetic import SPECFORGE, kl_loss, score

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from eagle3fn.base.draft_config import DraftConfig, draft_config_from_target
+from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.model.rope import rope_table
 
 LLAMA3 = {

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import eagle3fn as e3
-from eagle3fn.base.config import ObjectiveConfig
 from eagle3fn.base.rows import surviving, trained_row_counts
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.base.types import Batch, Params, Sample
 from eagle3fn.data.collate import collate

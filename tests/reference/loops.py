@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.config import Config, ObjectiveConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.model import table
 from eagle3fn.testing.builders import Unaligned

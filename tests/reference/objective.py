@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eagle3fn.base.config import ObjectiveConfig
+from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.testing.builders import Unaligned
 from tests.reference.model import Draft, at_least_fp32, bias_mask
 

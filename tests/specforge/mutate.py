@@ -27,8 +27,8 @@ if __name__ == "__main__":  # before torch is loaded; who imports this has done 
 
 import eagle3fn as e3
 from eagle3fn import specforge
-from eagle3fn.base.config import OptimizerConfig
 from eagle3fn.base.files import write_json
+from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.testing.builders import tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.strategies import drawn

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn import specforge
-from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.base.types import Batch, TrainState
 from eagle3fn.specforge.oracle import LK, Oracle, eager_loss, specforge_draft, unaligned
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn import specforge
-from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.base.types import TrainState
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle

@@ -17,6 +17,7 @@ from hypothesis import given
 
 import eagle3fn as e3
 from eagle3fn.base.dtypes import wide
+from eagle3fn.base.weights import Weights
 from eagle3fn.cli import main
 from eagle3fn.model import plain, table
 from eagle3fn.model.forward import ForwardLoss
@@ -25,6 +26,7 @@ from eagle3fn.specforge import oracle as oracle_file
 from eagle3fn.specforge.arithmetic import SPECFORGE, forward_loss, kl_loss
 from eagle3fn.specforge.cases import for_specforge, specforge_cases
 from eagle3fn.specforge.oracle import ENVIRONMENT, LK, Oracle, OracleMissingError, side
+from eagle3fn.specforge.parity import counts
 from eagle3fn.testing import Case, assert_equivalent
 from eagle3fn.testing.strategies import LOSS_SUMS, drawn
 from tests.specforge.helpers import loss_with
@@ -211,6 +213,14 @@ def test_adapted_cases_keep_all_other_fields():
             taps=3,
         )
         assert changed == expected
+
+
+def test_cases_are_counted_by_losses_and_sums_of_them():
+    sum_of = Weights({"tv": 0.9, "ce": 0.1})
+    cases = [Case(loss=loss) for loss in ("kl", sum_of, "ce", "kl", sum_of)]
+    found = counts([*cases, Case(steps=12), Case(steps=2)])
+    assert found["loss"] == {"ce": 1, "kl": 4, "{'ce': 0.1, 'tv': 0.9}": 2}
+    assert list(found["K"]) == ["2", "3", "12"]
 
 
 def test_a_loss_that_is_specforges_stays():

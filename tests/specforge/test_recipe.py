@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import eagle3fn as e3
 from eagle3fn import specforge
-from eagle3fn.base.config import Config, DataConfig, OptimizerConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import DataConfig, OptimizerConfig
 from eagle3fn.model.table import EMBED, shapes
 from eagle3fn.specforge import recipes
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagle3fn import specforge
-from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.model.table import EMBED
 from eagle3fn.specforge.cases import specforge_cases
 from eagle3fn.specforge.oracle import (

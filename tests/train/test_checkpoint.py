@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import eagle3fn as e3
-from eagle3fn.base.config import Role
+from eagle3fn.base.sections import Role
 from eagle3fn.base.tree import equal
 from eagle3fn.train import checkpoint
 from eagle3fn.train.checkpoint import (

@@ -5,14 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eagle3fn.base.config import (
-    Config,
-    ObjectiveConfig,
-    OptimizerConfig,
-    load_config,
-    to_dict,
-)
+from eagle3fn.base.config import Config, load_config, to_dict
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import ObjectiveConfig, OptimizerConfig
 from eagle3fn.base.toml import to_toml
 from eagle3fn.data.vocab import held_out_of
 from eagle3fn.train import defaults

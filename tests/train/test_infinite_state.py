@@ -100,7 +100,7 @@ def test_dropped_update_is_counted_and_the_run_goes_on(problem, tmp_path):
     assert all(leaf.isfinite().all() for leaf in leaves.values())
 
 
-def test_dropped_updates_are_told_at_the_end(problem, tmp_path):
+def test_dropped_updates_are_counted_at_the_end(problem, tmp_path):
     said: list[str] = []
     events = Events(on_notice=said.append)
     skipping = with_train(problem, on_nonfinite="skip")

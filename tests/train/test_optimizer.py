@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eagle3fn as e3
-from eagle3fn.base.config import READERS, OptimizerConfig, Role
+from eagle3fn.base.sections import READERS, OptimizerConfig, Role
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Params, TrainState
 from eagle3fn.model.table import roles

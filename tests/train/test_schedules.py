@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import eagle3fn as e3
-from eagle3fn.base.config import OptimizerConfig
+from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.train import schedules
 from eagle3fn.train.events import Events
 from eagle3fn.train.recipe import OURS, check_schedule

@@ -141,7 +141,8 @@ def test_donated_state_cannot_be_differentiated(numerics):
     params = state.params
     fns.step(state, batch, donate=True)
     compute = e3.value_and_grad(fns.forward_loss, has_aux=True)
-    refused(lambda: compute(params, batch), "has shape (0,)")
+    with pytest.raises(e3.UserError, match=r"has shape \(0,\)"):
+        compute(params, batch)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import eagle3fn as e3
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Frozen, VocabMap
-from eagle3fn.model.table import HEAD
+from eagle3fn.model.table import EMBED, HEAD
 from eagle3fn.train.warm_start import check_start, map_rows
 from tests.factories import make_config, make_draft, make_frozen, make_map
 
@@ -68,7 +68,8 @@ def test_same_vocabulary_takes_every_parameter(folder):
 @pytest.mark.parametrize("size", [10, 24, 31])
 def test_another_vocabulary_keeps_rows_of_shared_tokens_and_takes_the_targets(folder, size):
     config = config_of(folder, draft_vocab_size=size)
-    frozen = make_frozen(config, seed=7)
+    target = make_frozen(make_config())
+    frozen = make_frozen(config, seed=7)._replace(embed_tokens=target.embed_tokens)
     draft = e3.load_draft(folder, torch.float32)
     params = e3.bind(config, frozen).init(0)
     assert params[HEAD].shape == (size, 16)
@@ -183,3 +184,34 @@ def test_start_that_names_no_draft_is_none():
     other = replace(config, train=replace(config.train, init="rnadom"))
     with pytest.raises(e3.UserError, match=r"must be 'target' or 'random', or the folder of a dr"):
         check_start(other, LAYERS, kept(make_frozen(config)))
+
+
+def test_embedding_that_is_not_the_targets_is_kept_or_refused(folder):
+    """Other trainers may have trained it without a word in their configuration."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[EMBED] = tensors[EMBED] + 0.5
+    save_file(tensors, file)
+    config = config_of(folder)
+    frozen = make_frozen(config)
+    with pytest.raises(e3.UserError, match=r"embed_tokens are not.*draft\.train_embedding=true"):
+        check_start(config, LAYERS, kept(frozen), frozen.embed_tokens)
+    with pytest.raises(e3.UserError, match=r"embed_tokens are not the target's"):
+        e3.bind(config, frozen).init(0)
+
+    trained = config_of(folder, train_embedding=True)
+    check_start(trained, LAYERS, kept(frozen), frozen.embed_tokens)
+    params = e3.bind(trained, frozen).init(0)
+    assert torch.equal(params[EMBED], tensors[EMBED])
+
+
+def test_embedding_in_another_dtype_is_the_targets(folder):
+    """Rounded to bf16 in the draft's file, or in the run."""
+    config = config_of(folder)
+    frozen = make_frozen(config)
+    assert frozen.embed_tokens is not None
+    rounded = frozen.embed_tokens.bfloat16()
+    check_start(config, LAYERS, kept(frozen), rounded)
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {EMBED: rounded}, file)
+    check_start(config, LAYERS, kept(frozen), frozen.embed_tokens)

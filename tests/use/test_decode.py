@@ -12,9 +12,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eagle3fn.base.config import Config, ObjectiveConfig, OptimizerConfig, TrainConfig
+from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig, aux_layers
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.sections import ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.types import Frozen, VocabMap
 from eagle3fn.data.collate import align
 from eagle3fn.data.decoder import hidden_states

@@ -14,17 +14,8 @@ from eagle3fn.engines import process
 from eagle3fn.engines.decoding import Counts, EngineAnswer
 from eagle3fn.engines.environments import Place
 from eagle3fn.use.decode import Decoded
-from eagle3fn.use.engine_check import (
-    CheckSettings,
-    Ours,
-    Pair,
-    agrees,
-    chain_logits,
-    check_engine,
-    compare_answers,
-    load_pair,
-    run_ours,
-)
+from eagle3fn.use.engine_check import agrees, check_engine, compare_answers
+from eagle3fn.use.engine_pair import CheckSettings, Ours, Pair, chain_logits, load_pair, run_ours
 from tests.use.tiny_target import VOCAB, write_pair
 
 SETTINGS = CheckSettings(tasks=3, max_new=12, draft_length=3, logit_tasks=2)

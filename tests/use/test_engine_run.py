@@ -15,8 +15,8 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.provenance import own_command
 from eagle3fn.engines.environments import Place
 from eagle3fn.use import engine_run
-from eagle3fn.use.engine_check import CheckSettings, chain_logits, load_pair, propose
 from eagle3fn.use.engine_limits import unrepresentable
+from eagle3fn.use.engine_pair import CheckSettings, chain_logits, load_pair, propose
 from eagle3fn.use.engine_run import check_drafts, parse_places, table, verdict
 from eagle3fn.use.engine_variants import SWITCHES, variants, write_variant
 from eagle3fn.use.export import load_draft

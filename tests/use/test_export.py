@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle3fn.base.draft_config import DraftConfig, aux_layers, draft_config_to_json
+from eagle3fn.base.draft_config import DraftConfig, aux_layers
+from eagle3fn.base.draft_keys import draft_config_to_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Frozen

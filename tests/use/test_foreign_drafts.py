@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eagle3fn as e3
-from eagle3fn.base.draft_config import draft_config_to_json, taps_keys
+from eagle3fn.base.draft_keys import draft_config_to_json, taps_keys
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import VocabMap

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.types import Frozen
 from eagle3fn.engines.environments import Place
 from eagle3fn.model.table import init_params
-from eagle3fn.use.engine_check import CheckSettings, check_engine, load_pair, run_ours
+from eagle3fn.use.engine_check import check_engine
+from eagle3fn.use.engine_pair import CheckSettings, load_pair, run_ours
 from eagle3fn.use.export import WEIGHTS, export
 from tests.factories import make_map, tiny_tokenizer
 from tests.serving import python_of

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eagle3fn as e3
-from eagle3fn.base.draft_config import draft_config_from_target
+from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.tree import equal
 from eagle3fn.cli import main
 from eagle3fn.data.features import open_features, read_sample

@@ -1,13 +1,15 @@
 """A draft in speculators, for `engines.logits`: the logits of its module on rows that are given.
 
-speculators trains drafts and serves none, so there is nothing to decode. The export is converted by
-its own converter and loaded by its own loader; its unroll then gives the logits of one row after
-another: at step i every row reads the token i places on, so the last of the given rows reads the
-chain's.
+speculators trains drafts and serves none, so there is nothing to decode. A folder in its layout is
+loaded by its own loader, another one converted by its own converter first, which knows no switches;
+its unroll then gives the logits of one row after another: at step i every row reads the token i
+places on, so the last of the given rows reads the chain's.
 """
 
+import json
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from answering import Answer, serve
@@ -31,14 +33,17 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     )
 
     torch.set_num_threads(settings["threads"])
-    with tempfile.TemporaryDirectory() as folder:
-        Eagle3Converter().convert(
-            settings["draft"],
-            folder,
-            base_model=settings["target"],
-            validate=False,
-            eagle_aux_hidden_state_layer_ids=[layer + 1 for layer in settings["taps"]],
-        )
+    with tempfile.TemporaryDirectory() as converted:
+        folder = settings["draft"]
+        if "speculators_model_type" not in json.loads((Path(folder) / "config.json").read_text()):
+            folder = converted
+            Eagle3Converter().convert(
+                settings["draft"],
+                folder,
+                base_model=settings["target"],
+                validate=False,
+                eagle_aux_hidden_state_layer_ids=[layer + 1 for layer in settings["taps"]],
+            )
         config = Eagle3SpeculatorConfig.from_pretrained(folder)
         config.transformer_layer_config._attn_implementation = "eager"  # for any number of rows
         model = Eagle3DraftModel.from_pretrained(folder, config=config)
