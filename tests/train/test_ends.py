@@ -15,8 +15,10 @@ from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.events import End, Events
 from eagle3fn.train.horizon import times_left
 from tests.factories import make_draft
+from tests.train.ends_job import FEW, patient
 from tests.train.run_files import rows, same_end
 from tests.train.run_problem import Problem, make_problem, train_in
+from tests.train.start_ranks import torchrun
 
 STEPS = 8
 
@@ -152,6 +154,18 @@ def test_patience_is_that_of_a_plain_loop(tmp_path, seed):
         noted = call(tmp_path / "run", patient)
     assert noted.ends == [End(expected, STEPS, expected < STEPS, True)]
     assert len(rows(tmp_path / "run/metrics.jsonl")) == expected
+
+
+def test_two_ranks_end_at_the_step_of_one(tmp_path):
+    """To the same bits, as sums are taken by the tree."""
+    patient(tmp_path / "one", tmp_path)
+    (*_, last) = rows(tmp_path / "one/metrics.jsonl")
+    assert FEW < last["step"] < STEPS
+
+    ended = torchrun(2, "-m", "tests.train.ends_job", tmp_path / "two")
+    assert ended.codes == [0], ended.text
+    assert same_end(tmp_path / "two", tmp_path / "one", last["step"])
+    assert checkpoints(tmp_path / "two/checkpoints")[-1].name == f"step-{last['step']:08d}"
 
 
 def test_patience_without_held_out_samples_is_refused():
