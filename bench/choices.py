@@ -82,6 +82,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "adamw": ["optimizer.name=adamw"],
         "lion 1e-4": ["optimizer.name=lion", "optimizer.learning_rate=1e-4"],
         "lion 3e-4": ["optimizer.name=lion", "optimizer.learning_rate=3e-4"],
+        "sgd 0.03": ["optimizer.name=sgd", "optimizer.learning_rate=0.03"],
         "sgd 0.1": ["optimizer.name=sgd", "optimizer.learning_rate=0.1"],
         "sgd 0.3": ["optimizer.name=sgd", "optimizer.learning_rate=0.3"],
         "sgd 1": ["optimizer.name=sgd", "optimizer.learning_rate=1.0"],
