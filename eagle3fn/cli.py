@@ -20,6 +20,7 @@ from eagle3fn.commands.options import (
     add_threads,
     at_least_zero,
     count,
+    layers,
     positive,
     share,
     trackers,
@@ -152,7 +153,14 @@ def _add_extract(command: Command) -> None:
         type=positive,
         help="conversations in one run of the target (default 4 on CPUs, else 8; of an engine 32)",
     )
-    sub.add_argument("--draft-config", help="JSON whose eagle_config names the tapped layers")
+    taps = sub.add_mutually_exclusive_group()
+    taps.add_argument(
+        "--aux-layers",
+        type=layers,
+        metavar="A,B,C",
+        help="tapped layers, ascending, counted from 0 (default: 1, L//2 - 1, L - 4 of L)",
+    )
+    taps.add_argument("--draft-config", help="draft JSON, whose tapped layers are taken")
     add_threads(sub)
     add_feature_engine(sub)
 

@@ -660,6 +660,26 @@ def test_malformed_draft_configuration_is_refused(work, tmp_path, capsys, change
     expect_refusal(capsys, code, "draft.json")
 
 
+@pytest.mark.parametrize("option", ["--config", "--draft-config", "--set"])
+def test_an_option_that_is_empty_is_refused(work, tmp_path, capsys, option):
+    code = train(work, tmp_path / "run", option, "")
+    expect_refusal(capsys, code, f"{option}: is empty; name one, or leave it out")
+    assert not (tmp_path / "run").exists()
+
+
+def test_taps_are_those_that_are_named(work, tmp_path, capsys):
+    features = tmp_path / "features"
+    words = ["--conversations", work / "talks.jsonl", "--out", features, "--max-length", 128]
+    assert call(work, "extract", *words, "--aux-layers", "0,2,5") == 0
+    index = json.loads((features / "index.json").read_text())
+    assert index["target"]["aux_layers"] == [0, 2, 5]
+
+    for taps, named in (("5,2", "must ascend"), ("0,99", "each must be in [0, 7)")):
+        words[3] = tmp_path / "refused"
+        expect_refusal(capsys, call(work, "extract", *words, "--aux-layers", taps), named)
+        assert not (tmp_path / "refused").exists()
+
+
 def test_unreadable_conversations_are_refused(work, tmp_path, capsys):
     talks = tmp_path / "talks.jsonl"
     out = tmp_path / "features"

@@ -72,7 +72,7 @@ def load_config(
     Raises:
         UserError: unreadable file, unknown key, wrong type, value out of range, no draft section.
     """
-    tree = read_toml(path) if path else {}
+    tree = {} if path is None else read_toml(path)
     for text in overrides:
         override(tree, text)
     if draft is not None:

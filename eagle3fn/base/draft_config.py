@@ -11,7 +11,16 @@ DEFAULT_TAPS = 3
 MOST_LAYERS = 8
 TAPS = "eagle_aux_hidden_state_layer_ids"  # the taps' key in a draft's `config.json`
 _MOST_TAPS = 16
-_LARGEST_EPS = 1.0  # a norm's values have a mean square of about 1: more would divide by the eps
+_SHORTEST_LIMIT = 3  # tokens that a sample has at least
+_RANGES = {
+    # A norm's values have a mean square of about 1: more would divide by the epsilon.
+    "rms_norm_eps": (0.0, 1.0),
+    # Beyond these the angles, or the first weights, are no numbers.
+    "rope_theta": (1.0, 1e30),
+    "initializer_range": (0.0, 100.0),
+    "max_position_embeddings": (_SHORTEST_LIMIT, 2**31 - 1),
+}
+"""Least and largest value of some settings; each is above 0 besides."""
 
 
 def _count(value: Any) -> bool:
@@ -91,10 +100,11 @@ class DraftConfig:
             if holds and not holds(value):
                 raise UserError(f"draft.{field.name} = {shown(value)}: must be {words}")
 
-        if self.rms_norm_eps > _LARGEST_EPS:
-            raise UserError(
-                f"draft.rms_norm_eps = {shown(self.rms_norm_eps)}: must be at most {_LARGEST_EPS:g}"
-            )
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                bound = f"at least {least:g}" if value < least else f"at most {most:g}"
+                raise UserError(f"draft.{name} = {shown(value)}: must be {bound}")
 
         # Values that must go together.
         if self.num_attention_heads % self.num_key_value_heads:
@@ -239,6 +249,6 @@ def _shallow_remedy(count: int) -> str:
         return "a draft needs a target of at least 3 layers"
     top = max(count - 2, 2)
     return (
-        f"name others, such as --set draft.aux_layers=[0,{top // 2},{top}], and for extract the "
-        f'same in a --draft-config JSON: "eagle_config": {{"{TAPS}": [0, {top // 2}, {top}]}}'
+        f"name others, such as extract --aux-layers 0,{top // 2},{top} and train --set "
+        f"draft.aux_layers=[0,{top // 2},{top}]"
     )

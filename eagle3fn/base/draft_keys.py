@@ -57,13 +57,13 @@ def listed_taps(tree: dict[str, Any]) -> tuple[int, ...] | None:
     """
     eagle = _eagle_keys(tree)
     for place, keys in (("eagle_config.", eagle), ("", tree)):
-        layers = keys.get(TAPS) or None
-        whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
-        if layers is not None and not whole:
+        layers = keys.get(TAPS)
+        numbers = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+        if layers is not None and not (layers and numbers):
             raise UserError(f"{place}{TAPS} = {shown(layers)}: must list layers by number; mend it")
 
-    outputs = eagle.get(TAPS) or None
-    inputs = tree.get(TAPS) or None
+    outputs = eagle.get(TAPS)
+    inputs = tree.get(TAPS)
     below = None if inputs is None else [layer - 1 for layer in inputs]
     if None not in (outputs, below) and outputs != below:
         raise UserError(

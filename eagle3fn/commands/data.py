@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,10 @@ def extract(options: Any) -> None:
     with held(options.out):
         pass  # refused before the target is loaded
     tree = target_config(options.target)
-    layers = aux_layers(draft_shape(options, tree), tree["num_hidden_layers"])
+    shape = draft_shape(options, tree)
+    if options.aux_layers:
+        shape = replace(shape, aux_layers=options.aux_layers)
+    layers = aux_layers(shape, tree["num_hidden_layers"])
     opened = _engine_source if options.engine else _model_source
     with opened(options, tree, layers) as (source, tokenizer):
         name = str(source.dtype).removeprefix("torch.")

@@ -133,6 +133,14 @@ def trackers(text: str) -> list[str]:
     return names
 
 
+def layers(text: str) -> tuple[int, ...]:
+    """A type for argparse: numbers of layers with commas between them."""
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be numbers of layers, such as 1,14,26")
+    return tuple(map(int, numbers))
+
+
 def number_in(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """A type for argparse: a number in a range."""
 

@@ -27,9 +27,15 @@ def check_places(options: Any) -> None:
     """Refuse a command's outputs that are among what it reads, or are each other.
 
     Raises:
-        UserError: as `base.places.check_apart`.
+        UserError: as `base.places.check_apart`; an option is an empty text.
     """
+    from eagle3fn.base.errors import UserError
     from eagle3fn.base.places import check_apart
+
+    # It would be taken for an option that is not given.
+    for name, given in vars(options).items():
+        if name != "arguments" and "" in (given if isinstance(given, list) else [given]):
+            raise UserError(f"--{name.replace('_', '-')}: is empty; name one, or leave it out")
 
     check_apart(
         _given_paths(options, _OUTPUTS),
@@ -103,7 +109,7 @@ def draft_shape(options: Any, tree: dict[str, Any], size: int | None = None) -> 
     from eagle3fn.base.draft_json import draft_config_from_json
     from eagle3fn.base.draft_keys import draft_config_from_target
 
-    if options.draft_config:
+    if options.draft_config is not None:
         return draft_config_from_json(options.draft_config)
     return draft_config_from_target(tree, options.target, size)
 

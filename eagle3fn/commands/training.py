@@ -296,7 +296,7 @@ def _config(
     from eagle3fn.base.config import load_config
     from eagle3fn.base.errors import UserError
     from eagle3fn.model.checks import check_loss
-    from eagle3fn.specforge.recipes import RECIPE
+    from eagle3fn.specforge.recipes import RECIPE, check_read
     from eagle3fn.train.optimizer import named_optimizer
     from eagle3fn.train.recipe import OURS, check_schedule
 
@@ -310,6 +310,8 @@ def _config(
     check_loss(config, RECIPE.batch_means)
     named_optimizer(config.optimizer)
     check_schedule(config, RECIPE if recipe else OURS)
+    if recipe:
+        check_read(config)
     return config
 
 

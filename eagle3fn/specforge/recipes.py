@@ -123,6 +123,24 @@ def check_plain(draft: DraftConfig) -> None:
         raise UserError(f"draft.aux_layers = {draft.aux_layers}: SpecForge has three taps")
 
 
+def check_read(config: Config) -> None:
+    """Refuse values of settings that these functions do not read.
+
+    Raises:
+        UserError: names the setting and its value.
+    """
+    numerics = config.objective.numerics
+    start = config.train.init
+    for name, value, holds, why in (
+        ("objective.numerics", numerics, numerics == "plain", "SpecForge's arithmetic is plain"),
+        ("train.init", start, start != "target", "SpecForge's draft starts from random weights"),
+    ):
+        if not holds:
+            raise UserError(
+                f"{name} = {value!r}: {why}; leave the setting out, or train without --recipe"
+            )
+
+
 def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     """Linear warm-up over `W` steps, then `CosineAnnealingLR`'s recursion over `T` steps.
 

@@ -42,7 +42,7 @@ def test_tapped_layers_are_read(tmp_path, eagle, layers):
     assert config.target_hidden_size == 8
 
 
-@pytest.mark.parametrize("eagle", [[1, 2, 4], "x", {KEY: 3}, {KEY: [1, 2, "4"]}])
+@pytest.mark.parametrize("eagle", [[1, 2, 4], "x", {KEY: 3}, {KEY: []}, {KEY: [1, 2, "4"]}])
 def test_other_lists_of_layers_are_refused(tmp_path, eagle):
     with pytest.raises(UserError, match=r"config.json: .*must (list layers|be an object)"):
         draft_config_from_json(written(tmp_path, eagle_config=eagle))
@@ -109,6 +109,9 @@ def test_switches_that_are_on_are_written(tmp_path, switched, on):
         ({"rms_norm_eps": 0}, "draft.rms_norm_eps = 0: must be a finite number above 0"),
         ({"rms_norm_eps": 1.5}, "draft.rms_norm_eps = 1.5: must be at most 1"),
         ({"rms_norm_eps": True}, "draft.rms_norm_eps = True: must be a finite number above 0"),
+        ({"rope_theta": 1e-300}, "draft.rope_theta = 1e-300: must be at least 1"),
+        ({"initializer_range": 1e300}, r"draft.initializer_range = 1e\+300: must be at most 100"),
+        ({"max_position_embeddings": 2}, "draft.max_position_embeddings = 2: must be at least 3"),
         ({"hidden_size": 2**63}, r"draft.hidden_size = 9\d+: must be .* below 2\*\*31"),
         ({"vocab_size": 10**299}, r"draft.vocab_size = 10{99}…: must be .* below 2\*\*31"),
         ({"num_key_value_heads": 0}, "draft.num_key_value_heads = 0: must be a whole number"),

@@ -120,6 +120,17 @@ def test_settings_win_over_the_recipes(data: Path, tmp_path: Path) -> None:
     assert 'numerics = "plain"' in text
 
 
+@pytest.mark.parametrize("setting", ["train.init=target", "objective.numerics=fast"])
+def test_settings_that_specforge_does_not_read_are_refused(
+    data: Path, tmp_path: Path, setting: str, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = train(data, tmp_path / "run", "--recipe", "specforge", "--set", setting)
+    assert main(arguments) == 2
+    name, _, value = setting.partition("=")
+    assert f"{name} = {value!r}: SpecForge's" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_means_over_the_batch_need_the_recipe(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

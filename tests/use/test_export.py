@@ -390,6 +390,7 @@ def test_a_target_too_shallow_for_the_default_taps_is_refused_with_taps_that_fit
         export(tiny_params(PLAIN), frozen, PLAIN.draft(), tmp_path, layers, torch.float32)
     named = re.search(r"aux_layers=\[(\d+),(\d+),(\d+)\]", str(caught.value))
     assert named
+    assert f"extract --aux-layers {','.join(named.groups())} and" in str(caught.value)
     taps = tuple(int(layer) for layer in named.groups())
     config = replace(PLAIN.draft(), aux_layers=taps)
     assert aux_layers(config, layers) == taps
