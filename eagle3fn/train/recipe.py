@@ -17,7 +17,7 @@ from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.pipeline import Order, shuffled
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.model.table import init_params, start_from_target
-from eagle3fn.train.optimizer import Optimizer, named_optimizer
+from eagle3fn.train.optimizer import Optimizer, named_optimizer, own_optimizer
 from eagle3fn.train.schedules import (
     MakeSchedule,
     Schedule,
@@ -72,7 +72,9 @@ OURS = Recipe()
 
 def optimizer_of(config: Config, recipe: Recipe) -> Optimizer:
     """The recipe's optimizer, or the one that `optimizer.name` names."""
-    return recipe.optimizer or named_optimizer(config.optimizer)
+    if recipe.optimizer is None:
+        return named_optimizer(config.optimizer)
+    return own_optimizer(recipe.optimizer, "the optimizer")
 
 
 def schedule_of(config: Config, recipe: Recipe) -> Schedule:

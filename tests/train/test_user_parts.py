@@ -1,7 +1,11 @@
 """What a user's own loss or optimizer returns is checked where it would go wrong silently."""
 
+import re
+import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 import eagle3fn as e3
 from eagle3fn.base.named import find
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
+from tests.train.run_problem import make_problem, train_in
 
 CASE = Case(lengths=(9, 6), steps=3, mask="full", normalization="mask")
 NUMERICS = pytest.mark.parametrize("numerics", ["plain", "fast"])
@@ -31,8 +36,8 @@ UPDATES: dict[str, Callable[[Any], Any]] = {
     "shape": lambda params: ({name: leaf[:1] for name, leaf in params.items()}, ()),
     "dtype": lambda params: ({name: leaf.half() for name, leaf in params.items()}, ()),
     "is missing": lambda params: ({}, ()),
-    "is no parameter": lambda params: (params | {"more": torch.zeros(1)}, ()),
-    "must be": lambda params: None,
+    "was not before": lambda params: (params | {"more": torch.zeros(1)}, ()),
+    "returned NoneType; it must": lambda params: None,
 }
 
 
@@ -47,6 +52,117 @@ def test_an_optimizer_returns_the_parameters_as_they_were(message: str, donate: 
     state = fns.init_state(tiny_params(CASE))
     with pytest.raises(e3.UserError, match=f"optimizer.*{message}"):
         fns.step(state, tiny_batch(CASE), donate=donate)
+
+
+STATES: dict[str, tuple[Any, Any]] = {
+    "n was not before": ({}, {"n": torch.zeros(())}),
+    "n is missing": ({"n": torch.zeros(())}, {}),
+    "n is a tensor of shape (2,)": ({"n": torch.zeros(3)}, {"n": torch.zeros(2)}),
+    "n is a tensor of shape () and dtype torch.int64": (
+        {"n": torch.zeros(())},
+        {"n": torch.tensor(0)},
+    ),
+    "n is 1; it must be a tensor of shape ()": ({"n": torch.zeros(())}, {"n": 1}),
+    "the whole is a tensor of shape (2,)": (torch.zeros(3), torch.zeros(2)),
+    "of another structure": ((torch.zeros(3),), [torch.zeros(3)]),
+}
+
+
+@pytest.mark.parametrize("message", STATES)
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_optimizer_returns_a_state_of_the_leaves_that_it_was_given(message: str, donate: bool):
+    """A checkpoint is read into the state that `init` makes: another could not be gone on from."""
+    first, after = STATES[message]
+    optimizer = e3.Optimizer(
+        init=lambda params, roles: first,
+        update=lambda grads, state, params, info: (params, after),
+    )
+    fns = e3.bind(config_of("fast"), tiny_frozen(CASE), optimizer=optimizer)
+    state = fns.init_state(tiny_params(CASE))
+    with pytest.raises(e3.UserError, match=f"optimizer: update .*{re.escape(message)}"):
+        fns.step(state, tiny_batch(CASE), donate=donate)
+
+
+def test_parameters_in_another_order_or_kind_of_dict_are_put_in_theirs() -> None:
+    """On it the bits of the norm depend, and a resumed run has it."""
+    optimizer = e3.Optimizer(
+        init=lambda params, roles: (),
+        update=lambda grads, state, params, info: (OrderedDict(reversed(params.items())), state),
+    )
+    fns = e3.bind(config_of("fast"), tiny_frozen(CASE), optimizer=optimizer)
+    state = fns.init_state(tiny_params(CASE))
+    after, _ = fns.step(state, tiny_batch(CASE))
+    assert type(after.masters) is dict
+    assert [*after.masters] == [*state.masters]
+
+
+def raises(*arguments: Any) -> Any:
+    """A part that fails."""
+    raise KeyError("one\ntwo")
+
+
+def fails_in_init(config: e3.OptimizerConfig) -> e3.Optimizer:
+    return e3.Optimizer(raises, raises)
+
+
+def fails_in_update(config: e3.OptimizerConfig) -> e3.Optimizer:
+    return e3.Optimizer(lambda params, roles: {}, raises)
+
+
+def has_a_number(config: e3.OptimizerConfig) -> e3.Optimizer:
+    return e3.Optimizer(lambda params, roles: {"n": 0}, raises)
+
+
+def ends_the_program(config: e3.OptimizerConfig) -> e3.Optimizer:
+    return e3.Optimizer(lambda params, roles: sys.exit(3), raises)
+
+
+def with_optimizer(name: str) -> e3.Config:
+    config = config_of("fast")
+    return replace(config, optimizer=replace(config.optimizer, name=f"{__name__}:{name}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails_in_init", "init raised KeyError: 'one\\ntwo'; it must take (params, roles), of"),
+        ("has_a_number", "init returned a state in which n is 0; it must be a tensor, as torch."),
+        ("ends_the_program", "init raised SystemExit: 3; it must take (params, roles), of"),
+    ],
+)
+def test_an_optimizer_without_a_first_state_is_refused_before_anything_is_written(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    problem = make_problem(tmp_path / "features")
+    optimizer = with_optimizer(name).optimizer
+    problem = problem._replace(config=replace(problem.config, optimizer=optimizer))
+    message = re.escape(f"optimizer.name = '{__name__}:{name}': {message}")
+    with pytest.raises(e3.UserError, match=message) as refused:
+        train_in(tmp_path / "run", problem)
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "run").rglob("*.*"))
+
+
+def test_an_optimizer_whose_update_fails_is_named() -> None:
+    fns = e3.bind(with_optimizer("fails_in_update"), tiny_frozen(CASE))
+    state = fns.init_state(tiny_params(CASE))
+    message = (
+        "fails_in_update': update raised KeyError: 'one.*'; it must take .grads, state, params"
+    )
+    with pytest.raises(e3.UserError, match=message) as refused:
+        fns.step(state, tiny_batch(CASE))
+    assert isinstance(refused.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no room")])
+def test_an_interrupt_and_too_little_memory_stay_what_they_are(error: BaseException) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise error
+
+    optimizer = e3.Optimizer(lambda params, roles: {}, fails)
+    fns = e3.bind(config_of("fast"), tiny_frozen(CASE), optimizer=optimizer)
+    with pytest.raises(type(error)):
+        fns.step(fns.init_state(tiny_params(CASE)), tiny_batch(CASE))
 
 
 def nla_of_division(logits: torch.Tensor, draft: torch.Tensor, p_full: torch.Tensor) -> Any:
