@@ -56,7 +56,7 @@ def find(
 def call_own(function: Callable[..., T], arguments: tuple[Any, ...], given: str, wanted: str) -> T:
     """`function(*arguments)` of a user's function, whose errors become one sentence.
 
-    Too little memory stays what it is: the function is not at fault.
+    A `UserError` is one already. Too little memory stays what it is: the function is not at fault.
 
     Args:
         function: a user's.
@@ -70,7 +70,7 @@ def call_own(function: Callable[..., T], arguments: tuple[Any, ...], given: str,
     try:
         return function(*arguments)
     except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(f"{given} raised {in_one_line(error)}; {wanted}") from error
 

@@ -198,18 +198,87 @@ def test_a_closed_form_is_a_pair_of_the_right_shapes() -> None:
             loss_and_gradient("fast", loss(closed))
 
 
-def test_a_loss_does_not_write_into_the_teacher() -> None:
-    def writes(logits: torch.Tensor, p_draft: torch.Tensor, p_full: torch.Tensor) -> torch.Tensor:
-        return (p_full.mul_(0.5) - logits.softmax(-1)).abs().sum(-1)
+def writes_later(logits: torch.Tensor) -> torch.Tensor:
+    """Over what its own gradient is computed from."""
+    weights = logits.exp()
+    rows = (weights * weights).sum(-1)
+    weights.mul_(2)
+    return rows
 
-    with pytest.raises(e3.UserError, match="wrote into p_draft or p_full"):
-        loss_and_gradient("plain", writes)
+
+LOSSES: dict[str, tuple[Callable[..., Any], str]] = {
+    "writes into p": (
+        lambda logits, p, q: (p.mul_(0.5) - logits).sum(-1),
+        "wrote into p_draft or p_full, which others read; copy them",
+    ),
+    "writes into the logits": (
+        lambda logits, p, q: logits.mul_(2).sum(-1),
+        "the function raised RuntimeError: .*in-place operation.*; it must be torch operations",
+    ),
+    "writes over its gradient's": (
+        lambda logits, p, q: writes_later(logits),
+        "the gradient of the function raised RuntimeError: .*modified by an inplace operation",
+    ),
+    "raises": (raises, r"the function raised KeyError: 'one.*two'; it must be torch operations"),
+    "ends": (lambda logits, p, q: sys.exit(3), "the function raised SystemExit: 3; it must be"),
+    "leaves torch": (lambda logits, p, q: logits.numpy().sum(-1), "the function raised Runtime"),
+    "mean": (lambda logits, p, q: logits.mean(), r"returned shape \(\), .*, one value a row"),
+    "word": (lambda logits, p, q: "0.5", "the function returned str; it must be a floating-point"),
+    "number": (lambda logits, p, q: 1, "the function returned int; it must be a floating-point"),
+    "whole numbers": (lambda logits, p, q: logits.argmax(-1), "int64; it must be a floating-point"),
+    "complex": (lambda logits, p, q: logits.sum(-1) * 1j, "complex64; it must be a floating-point"),
+    "detached": (lambda logits, p, q: logits.detach().sum(-1), "has no gradient by the logits, so"),
+    "zero": (lambda logits, p, q: torch.zeros(logits.shape[:-1]), "has no gradient by the logits"),
+}
 
 
 @NUMERICS
-def test_a_loss_is_floating_point(numerics: str) -> None:
-    with pytest.raises(e3.UserError, match="floating point"):
-        loss_and_gradient(numerics, lambda logits, p_draft, p_full: logits.argmax(-1))
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_cannot_train_is_refused_before_any_work(name: str, numerics: str) -> None:
+    loss, message = LOSSES[name]
+    with pytest.raises(e3.UserError, match=f"^the loss that was given: .*{message}") as refused:
+        e3.bind(config_of(numerics), tiny_frozen(CASE), loss=loss)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("loss", [f"{__name__}:raises", {f"{__name__}:raises": 0.9, "ce": 0.1}])
+def test_a_named_loss_that_fails_is_refused_before_anything_is_written(
+    loss: Any, tmp_path: Path
+) -> None:
+    """In a sum too, where the others train."""
+    problem = make_problem(tmp_path / "features", loss=loss)
+    message = f"objective.loss = '{__name__}:raises': the function raised KeyError"
+    with pytest.raises(e3.UserError, match=message) as refused:
+        train_in(tmp_path / "run", problem)
+    assert isinstance(refused.value.__cause__, KeyError)
+    assert not list((tmp_path / "run").rglob("*.*"))
+
+
+@NUMERICS
+def test_a_loss_that_fails_at_a_later_batch_is_named(numerics: str) -> None:
+    """Under the fast numerics from inside of their own derivative, under `vmap` too."""
+    allowed = [2]
+
+    def fails(logits: torch.Tensor, p_draft: torch.Tensor, p_full: torch.Tensor) -> torch.Tensor:
+        if not allowed:
+            raise ValueError("no more")
+        return logits.sum(-1)
+
+    fns = e3.bind(config_of(numerics), tiny_frozen(CASE), loss=fails)
+    params, batch = tiny_params(CASE), tiny_batch(CASE)
+    allowed.clear()
+    message = "^the loss that was given: the function raised ValueError: no more; it must be torch"
+    with pytest.raises(e3.UserError, match=message):
+        fns.step(fns.init_state(params), batch)
+    stacked = {name: leaf.expand(2, *leaf.shape) for name, leaf in params.items()}
+    with pytest.raises(e3.UserError, match=message):
+        torch.func.vmap(lambda params: fns.forward_loss(params, batch)[0])(stacked)
+
+
+def test_a_trial_leaves_the_random_numbers_as_they_are() -> None:
+    before = torch.get_rng_state()
+    e3.bind(config_of("fast"), tiny_frozen(CASE), loss=lambda logits, p, q: logits.sum(-1))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_names_are_settings_and_needs_are_known() -> None:
