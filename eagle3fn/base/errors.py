@@ -10,6 +10,12 @@ class UserError(ValueError):
     """
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed: Python's, torch's on the host, or one of a device."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or "can't allocate memory" in str(error)
+
+
 def one_line(text: str) -> str:
     """A text without line breaks and control codes: they are written as `\\n`, `\\x1b`."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -51,6 +51,28 @@ def find(
         )
     check_arguments(function, arguments, given)
     return function
+
+
+def call_own(function: Callable[..., T], arguments: tuple[Any, ...], given: str, wanted: str) -> T:
+    """`function(*arguments)` of a user's function, whose errors become one sentence.
+
+    A `UserError` is one already. Too little memory stays what it is: the function is not at fault.
+
+    Args:
+        function: a user's.
+        arguments: by place.
+        given: the sentence's subject: the setting and what was called.
+        wanted: what the function must be, or what to do.
+
+    Raises:
+        UserError: the function raised something, or ended the program; it is the cause.
+    """
+    try:
+        return function(*arguments)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{given} raised {in_one_line(error)}; {wanted}") from error
 
 
 def in_one_line(error: BaseException) -> str:

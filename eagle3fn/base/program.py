@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from eagle3fn.base import progress
 from eagle3fn.base.cores import all_ranks
-from eagle3fn.base.errors import UserError, one_line
+from eagle3fn.base.errors import UserError, is_out_of_memory, one_line
 from eagle3fn.base.output import lasting_output
 from eagle3fn.base.signals import Interrupted, signals_raised
 
@@ -46,12 +46,6 @@ def exit_code(name: str, run: Callable[[], int | None], again: str = AGAIN) -> i
         progress.close()
         print(f"{name}: {one_line(message)}", file=sys.stderr)
         return code
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator failed: Python's, torch's on the host, or one of a device."""
-    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-    return named or "can't allocate memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

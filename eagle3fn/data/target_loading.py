@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eagle3fn.base.errors import UserError, one_line
-from eagle3fn.base.program import is_out_of_memory
+from eagle3fn.base.errors import UserError, is_out_of_memory, one_line
 from eagle3fn.base.read import check_regular
 from eagle3fn.data.target_source import config_file, no_fit, not_loadable, source_of
 from eagle3fn.data.target_values import check_config, check_generation, check_tokenizer

@@ -1,5 +1,6 @@
 """The loss that a configuration names, or a user's own, as one function of logits and teacher."""
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle3fn.base.config import Config
+from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.named import check_arguments, find
+from eagle3fn.base.grad import value_and_grad
+from eagle3fn.base.named import call_own, check_arguments, find
 from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.toml import as_override
 from eagle3fn.model.losses import LOSSES, RowLoss
@@ -18,6 +22,8 @@ Loss = RowLoss | Callable[..., Tensor]
 
 _TEACHER = ("p_draft", "p_full")
 _ARGUMENTS = ("logits", *_TEACHER)
+_GIVEN = "the loss that was given"
+_WANTED = "it must be torch operations that write into no argument"
 
 
 def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
@@ -38,34 +44,86 @@ def find_loss(objective: ObjectiveConfig, own: Loss | None = None) -> RowLoss:
             does not read; or, when it is called, one that does not return one value a row.
     """
     if own is not None:
-        loss = _row_loss(own, f"loss = {own!r}")
-        check_read(objective, loss.needs, "the loss that was given")
-        return _filled(loss, objective)
+        loss = _own_loss(own, _GIVEN)
+        check_read(objective, loss.needs, _GIVEN)
+        return _filled(loss, objective, _GIVEN)
 
     named = objective.loss
     weights = {named: 1.0} if isinstance(named, str) else named
-    losses = []
+    losses = {}
     for name in weights:
         loss = find(name, LOSSES, "objective.loss", _ARGUMENTS)
-        losses.append(_row_loss(loss, f"objective.loss = {name!r}"))
-    read = {need for loss in losses for need in loss.needs}
+        losses[name] = loss if name in LOSSES else _own_loss(loss, f"objective.loss = {name!r}")
+    read = {need for loss in losses.values() for need in loss.needs}
     check_read(objective, read, f"objective.loss = {named!r}")
 
-    filled = [_filled(loss, objective) for loss in losses]
+    filled = [
+        _filled(loss, objective, f"objective.loss = {name!r}") for name, loss in losses.items()
+    ]
     return filled[0] if isinstance(named, str) else _sum_of(filled, list(weights.values()))
 
 
-def _row_loss(loss: Loss, given: str) -> RowLoss:
-    """A loss, or a function as one; `given` names it in errors."""
+def try_loss(config: Config, device: torch.device, own: Loss | None = None) -> None:
+    """Call a user's loss and its gradient once, on a few made-up rows, before any work.
+
+    Args:
+        config: names the loss; its rows have the form of a run's.
+        device: of the run.
+        own: a user's loss, in place of the named one.
+
+    Raises:
+        UserError: the loss fails, does not return one value a row, writes into an argument, or has
+            no gradient by the logits.
+    """
+    objective = config.objective
+    loss = find_loss(objective, own)
+    given = _GIVEN if own is not None else f"objective.loss = {objective.loss!r}"
+
+    # Rows as the numerics have them, each other than the next.
+    rows = (2, 3) if objective.numerics == "plain" else (6,)
+    shape = (*rows, config.draft.draft_vocab_size)
+    dtype = at_least_fp32(getattr(torch, config.train.dtype))
+    logits = torch.arange(math.prod(shape), dtype=dtype, device=device).sin().view(shape)
+
+    def teacher(logits: Tensor) -> tuple[Tensor, Tensor]:
+        p_draft = torch.softmax(-logits.detach(), -1)
+        return p_draft, 0.9 * p_draft
+
+    def total(logits: Tensor) -> Tensor:
+        found = loss.value(logits, *teacher(logits))
+        if not found.requires_grad:
+            raise UserError(
+                f"{given}: has no gradient by the logits, so that it would train nothing; make it "
+                "of differentiable operations on them"
+            )
+        return found.sum()
+
+    call_own(value_and_grad(total), (logits,), f"{given}: the gradient of the function", _WANTED)
+    if loss.closed is not None:
+        loss.closed(logits, torch.softmax(logits, -1), *teacher(logits))
+
+
+def _own_loss(loss: Loss, given: str) -> RowLoss:
+    """A user's loss, or function as one, whose errors name it as `given`."""
     if not isinstance(loss, RowLoss):
         check_arguments(loss, _ARGUMENTS, given)
-        return RowLoss(loss)
+        loss = RowLoss(loss)
     for name in loss.needs:
         if name not in {*_TEACHER, *(field.name for field in fields(ObjectiveConfig))}:
             raise UserError(
-                f"the loss needs {name!r}; it must be p_draft, p_full or a setting of [objective]"
+                f"{given}: needs {name!r}; it must be p_draft, p_full or a setting of [objective]"
             )
-    return loss
+
+    value, closed = loss.value, loss.closed
+
+    def own_value(*arguments: Any) -> Tensor:
+        return call_own(value, arguments, f"{given}: the function", _WANTED)
+
+    def own_closed(*arguments: Any) -> tuple[Tensor, Tensor]:
+        assert closed is not None
+        return call_own(closed, arguments, f"{given}: its closed form", _WANTED)
+
+    return loss._replace(value=own_value, closed=closed and own_closed)
 
 
 def check_read(objective: ObjectiveConfig, read: Collection[str], named: str) -> None:
@@ -87,30 +145,29 @@ def check_read(objective: ObjectiveConfig, read: Collection[str], named: str) ->
             )
 
 
-def _filled(loss: RowLoss, objective: ObjectiveConfig) -> RowLoss:
+def _filled(loss: RowLoss, objective: ObjectiveConfig, given: str) -> RowLoss:
     """The loss as functions of logits and teacher alone, which check what it returns."""
 
     def needed(p_draft: Tensor, p_full: Tensor) -> list:
-        given = vars(objective) | {"p_draft": p_draft, "p_full": p_full}
-        return [given[name] for name in loss.needs]
+        settings = vars(objective) | {"p_draft": p_draft, "p_full": p_full}
+        return [settings[name] for name in loss.needs]
 
     def value(logits: Tensor, p_draft: Tensor, p_full: Tensor) -> Tensor:
         before = _versions(p_draft, p_full)
         rows = loss.value(logits, *needed(p_draft, p_full))
-        _check_rows(rows, logits.shape[:-1], "one value a row")
+        _check_rows(rows, logits.shape[:-1], f"{given}: the function", "one value a row")
         if _versions(p_draft, p_full) != before:
-            raise UserError("the loss wrote into p_draft or p_full, which others read; copy them")
+            raise UserError(f"{given}: wrote into p_draft or p_full, which others read; copy them")
         return rows
 
     def closed(logits: Tensor, draft: Tensor, *teacher: Tensor) -> tuple[Tensor, Tensor]:
         assert loss.closed is not None
         pair = loss.closed(logits, draft, *needed(*teacher))
+        returned = f"{given}: its closed form"
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise UserError(
-                f"the loss's closed form returned {type(pair).__name__}; it must be a pair"
-            )
-        _check_rows(pair[0], logits.shape[:-1], "one value a row")
-        _check_rows(pair[1], logits.shape, "the gradient by the logits")
+            raise UserError(f"{returned} returned {type(pair).__name__}; it must be a pair")
+        _check_rows(pair[0], logits.shape[:-1], returned, "one value a row")
+        _check_rows(pair[1], logits.shape, returned, "the gradient by the logits")
         return pair
 
     return RowLoss(value, loss.closed and closed, kernel=loss.kernel)
@@ -139,13 +196,15 @@ def _sum_of(losses: list[RowLoss], weights: list[float]) -> RowLoss:
     return RowLoss(value, closed if all(loss.closed for loss in losses) else None)
 
 
-def _check_rows(found: Any, shape: tuple[int, ...], what: str) -> None:
+def _check_rows(found: Any, shape: tuple[int, ...], given: str, what: str) -> None:
     """Refuse what a loss returned if it is no floating-point tensor of this shape."""
     if isinstance(found, Tensor) and found.shape == shape and found.is_floating_point():
         return
     is_tensor = isinstance(found, Tensor)
     kind = f"shape {tuple(found.shape)}, {found.dtype}" if is_tensor else type(found).__name__
-    raise UserError(f"the loss returned {kind}; it must be floating point {tuple(shape)}, {what}")
+    raise UserError(
+        f"{given} returned {kind}; it must be a floating-point tensor {tuple(shape)}, {what}"
+    )
 
 
 def _versions(*tensors: Tensor) -> list[int]:

@@ -74,6 +74,14 @@ def _few_counted(history: History) -> dict[str, Any] | None:
     return {"share": share} if share < _COUNTED else None
 
 
+def _no_gradient(history: History) -> dict[str, Any] | None:
+    """Of the last updates, those that count a row: none of them moves a parameter by its loss."""
+    norms = [row.get("grad_norm") for row in history.latest if row.get("counted")]
+    if not norms or any(norm != 0 for norm in norms):
+        return None
+    return {"count": len(norms)}
+
+
 def _untrained_length(history: History) -> dict[str, Any] | None:
     seen = _against_start(history)
     if history.warm or seen is None or seen["step"] < _LONG:
@@ -134,6 +142,12 @@ SYMPTOMS = {
         "{share:.0%} of the trained rows count (counted): of the others the target's most likely "
         "token is not in the draft vocabulary, and a draft cannot propose it; make the map anew by "
         "eagle3fn vocab with a greater --size, from features of answers that this target wrote",
+    ),
+    "no gradient": Symptom(
+        _no_gradient,
+        "the gradient norm of the last {count} updates that count rows is exactly 0, so that the "
+        "draft learns nothing: the loss is constant in its logits; mend the function that "
+        "objective.loss names, or name another loss",
     ),
     "length of an untrained draft": Symptom(
         _untrained_length,

@@ -13,7 +13,8 @@ from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
 from eagle3fn.model.checks import check_frozen, check_loss
-from eagle3fn.model.named_loss import Loss
+from eagle3fn.model.losses import LOSSES
+from eagle3fn.model.named_loss import Loss, try_loss
 from eagle3fn.model.table import roles
 from eagle3fn.train.optimizer import Optimizer
 from eagle3fn.train.recipe import OURS, Recipe, check_schedule
@@ -47,9 +48,9 @@ def bind(
     `model.named_loss.find_loss` and `train.optimizer.Optimizer`.
 
     Raises:
-        UserError: no such loss or schedule, weight decay of parameters that the draft has not, the
-            frozen tensors don't fit the configuration, or
-            `t2d` and `d2t` name different tokens.
+        UserError: no such loss or schedule, a loss of your own that fails when it is tried, weight
+            decay of parameters that the draft has not, the frozen tensors don't fit the
+            configuration, or `t2d` and `d2t` name different tokens.
     """
     for name, given in (("loss", loss), ("optimizer", optimizer)):
         if isinstance(given, str):
@@ -65,6 +66,7 @@ def bind(
     check_schedule(config, recipe)
     _check_decay_roles(config)
     check_frozen(frozen, config)
+    _try_loss(config, frozen, recipe, loss)
     if _has_values(frozen.t2d) and _has_values(frozen.d2t):
         vocab_map = VocabMap(frozen.t2d.cpu(), frozen.d2t.cpu())
         check_map(vocab_map, config.draft.vocab_size, config.draft.draft_vocab_size, "frozen")
@@ -80,6 +82,14 @@ def bind(
         init_state=partial(init_state, config=config, mesh=mesh, recipe=recipe),
         step=partial(step, config=config, frozen=frozen, mesh=mesh, recipe=recipe),
     )
+
+
+def _try_loss(config: Config, frozen: Frozen, recipe: Recipe, loss: Loss | None) -> None:
+    """Try a user's loss, where there are values to compute with; a sum of losses may hold one."""
+    name = config.objective.loss
+    is_known = isinstance(name, str) and (name in LOSSES or name in recipe.batch_means)
+    if _has_values(frozen.target_head) and not (loss is None and is_known):
+        try_loss(config, frozen.target_head.device, loss)
 
 
 def _check_decay_roles(config: Config) -> None:

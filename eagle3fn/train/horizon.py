@@ -245,14 +245,15 @@ def seconds_per_step(run: Run, state: TrainState, timed: int = _TIMED_STEPS) -> 
 
     The `timed` steps are dropped.
     """
-    run = _with_steps(run, timed + 1)
     data = run.config.data
 
-    # Time the steps; the first one, which warms up, is left out.
+    # Time the steps; the first one, which warms up, is left out. A schedule is not asked: it is of
+    # the run's number of steps, which these may choose.
+    rate = run.config.optimizer.learning_rate
     tokens = 0
     begin = time.perf_counter()
     for number, micro in enumerate(training_batches(run, 0, timed + 1)):
-        _, metrics = run.fns.step(state, micro)
+        _, metrics = run.fns.step(state, micro, rate=rate)
         if number == 0:
             _wait(run.device)
             begin = time.perf_counter()

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
+import optree
 import torch
 from torch import Tensor
 
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.named import find, in_one_line
+from eagle3fn.base.errors import UserError, shown
+from eagle3fn.base.named import call_own, find
 from eagle3fn.base.sections import OptimizerConfig, Role
-from eagle3fn.base.tree import tree_map
+from eagle3fn.base.tree import named_leaves, tree_map
 from eagle3fn.base.types import Params
 from eagle3fn.train.orthogonal import orthogonal
 
@@ -276,19 +277,96 @@ def named_optimizer(config: OptimizerConfig) -> Optimizer:
         UserError: neither, or the function returns something else than an `Optimizer`.
     """
     make = find(config.name, OPTIMIZERS, "optimizer.name", ("config",))
-    try:
-        made = make(config)
-    except (Exception, SystemExit) as error:
-        raise UserError(
-            f"optimizer.name = {config.name!r}: the function raised {in_one_line(error)}; it must "
-            "take an OptimizerConfig and return an Optimizer(init, update)"
-        ) from error
+    if config.name in OPTIMIZERS:
+        return make(config)
+
+    given = f"optimizer.name = {config.name!r}"
+    wanted = "it must take an OptimizerConfig and return an Optimizer(init, update)"
+    made = call_own(make, (config,), f"{given}: the function", wanted)
     if not isinstance(made, Optimizer):
-        raise UserError(
-            f"optimizer.name = {config.name!r}: the function returned {type(made).__name__}; it "
-            "must take an OptimizerConfig and return an Optimizer(init, update)"
+        raise UserError(f"{given}: the function returned {type(made).__name__}; {wanted}")
+    return own_optimizer(made, given)
+
+
+def own_optimizer(optimizer: Optimizer, given: str) -> Optimizer:
+    """A user's optimizer, which refuses what would go wrong later: a run goes on from a state of
+    the leaves that `init` makes.
+
+    Its functions raise `UserError`: one fails, or a leaf is no tensor or not what it was. `given`
+    names the optimizer in errors.
+    """
+
+    def init(params: Params, roles: dict[str, Role]) -> Any:
+        wanted = "it must take (params, roles), of device 'meta' too, and return a tree of tensors"
+        state = call_own(optimizer.init, (params, roles), f"{given}: init", wanted)
+        for name, leaf in named_leaves(state).items():
+            if not isinstance(leaf, Tensor):
+                raise UserError(
+                    f"{given}: init returned a state in which {name or 'the whole'} is "
+                    f"{shown(leaf)}; it must be a tensor, as torch.tensor(0)"
+                )
+        return state
+
+    def update(grads: Params, state: Any, params: Params, info: UpdateInfo) -> tuple[Params, Any]:
+        # What the leaves are, before any is written into.
+        params_were, state_was = _form_of(params), _form_of(state)
+        wanted = "it must take (grads, state, params, info) and return (params, state)"
+        updated = call_own(
+            optimizer.update, (grads, state, params, info), f"{given}: update", wanted
         )
-    return made
+        if not isinstance(updated, tuple) or len(updated) != 2:
+            raise UserError(f"{given}: update returned {type(updated).__name__}; {wanted}")
+
+        found, after = updated
+        found = dict(found) if isinstance(found, dict) else found
+        _check_form(found, params_were, f"{given}: update returned params")
+        _check_form(after, state_was, f"{given}: update returned a state")
+        # In their order: the bits of the norm depend on it.
+        return {name: found[name] for name in params}, after
+
+    return Optimizer(init, update)
+
+
+class _Form(NamedTuple):
+    """What stays of a tree when it is updated."""
+
+    structure: Any  # optree's
+    leaves: dict[str, str]  # by name, as `_kind_of`
+
+
+def _form_of(tree: Any) -> _Form:
+    leaves = {name: _kind_of(leaf) for name, leaf in named_leaves(tree).items()}
+    return _Form(optree.tree_structure(tree), leaves)
+
+
+def _kind_of(leaf: Any) -> str:
+    """A tensor's shape and dtype, or what else it is."""
+    if not isinstance(leaf, Tensor):
+        return shown(leaf)
+    return f"a tensor of shape {tuple(leaf.shape)} and dtype {leaf.dtype}"
+
+
+def _check_form(tree: Any, form: _Form, returned: str) -> None:
+    """Refuse a tree of another form.
+
+    Raises:
+        UserError: names the first leaf that is not as it was; the message begins with `returned`.
+    """
+    found = _form_of(tree)
+    for name in sorted(found.leaves.keys() ^ form.leaves.keys()):
+        fault = "is missing" if name in form.leaves else "was not before"
+        raise UserError(f"{returned} in which {name} {fault}; return the leaves that it was given")
+    for name, kind in form.leaves.items():
+        if found.leaves[name] != kind:
+            raise UserError(
+                f"{returned} in which {name or 'the whole'} is {found.leaves[name]}; it must be "
+                f"{kind}, as it was given"
+            )
+    if found.structure != form.structure:
+        raise UserError(
+            f"{returned} of another structure, {shown(found.structure)}; return that which it was "
+            "given"
+        )
 
 
 def clip(grads: Params, norm: Tensor, max_norm: float, donate: bool = False) -> Params:

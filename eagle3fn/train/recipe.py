@@ -17,8 +17,14 @@ from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.pipeline import Order, shuffled
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.model.table import init_params, start_from_target
-from eagle3fn.train.optimizer import Optimizer, named_optimizer
-from eagle3fn.train.schedules import MakeSchedule, Schedule, made_schedule, named_schedule
+from eagle3fn.train.optimizer import Optimizer, named_optimizer, own_optimizer
+from eagle3fn.train.schedules import (
+    MakeSchedule,
+    Schedule,
+    find_schedule,
+    made_schedule,
+    named_schedule,
+)
 from eagle3fn.train.warm_start import start_from_draft
 
 Start = Callable[[Config, Frozen, int], Params]
@@ -66,7 +72,9 @@ OURS = Recipe()
 
 def optimizer_of(config: Config, recipe: Recipe) -> Optimizer:
     """The recipe's optimizer, or the one that `optimizer.name` names."""
-    return recipe.optimizer or named_optimizer(config.optimizer)
+    if recipe.optimizer is None:
+        return named_optimizer(config.optimizer)
+    return own_optimizer(recipe.optimizer, "the optimizer")
 
 
 def schedule_of(config: Config, recipe: Recipe) -> Schedule:
@@ -80,14 +88,20 @@ def schedule_of(config: Config, recipe: Recipe) -> Schedule:
 
 
 def check_schedule(config: Config, recipe: Recipe) -> None:
-    """Check that the schedule is there, before any work; `train.steps` may not be chosen yet.
+    """Check that the schedule is there, and with the run's number of steps its first rate.
+
+    Where `train.steps` is not chosen yet, a user's function is not called: it would be asked for a
+    run of another length.
 
     Raises:
-        UserError: no such schedule, or one is named that the recipe does not read.
+        UserError: no such schedule, one that gives no rate, or one is named that the recipe does
+            not read.
     """
     _check_unread(config, recipe)
-    if recipe.schedule is None:
-        named_schedule(config.optimizer, config.train.steps or 1)
+    if recipe.schedule is None and config.train.steps:
+        schedule_of(config, recipe)(0)
+    elif recipe.schedule is None:
+        find_schedule(config.optimizer)
 
 
 def _check_unread(config: Config, recipe: Recipe) -> None:

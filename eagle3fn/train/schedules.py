@@ -11,10 +11,14 @@ What follows is the schedule's own.
 import math
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import NamedTuple, cast
+from numbers import Real
+from typing import Any, NamedTuple
 
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.named import find, in_one_line
+import torch
+from torch import Tensor
+
+from eagle3fn.base.errors import UserError, shown
+from eagle3fn.base.named import call_own, find
 from eagle3fn.base.sections import HIGHEST_RATE, OptimizerConfig
 
 Schedule = Callable[[int], float]
@@ -130,6 +134,16 @@ SCHEDULES: dict[str, MakeSchedule] = {
 """What `optimizer.schedule` can be, beside a user's own function as these."""
 
 
+def find_schedule(config: OptimizerConfig) -> MakeSchedule:
+    """What `optimizer.schedule` names: of `SCHEDULES`, or a user's "module:function", not yet
+    called.
+
+    Raises:
+        UserError: neither.
+    """
+    return find(config.schedule, SCHEDULES, "optimizer.schedule", ("config", "total_steps"))
+
+
 def named_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     """The schedule that `optimizer.schedule` names: of `SCHEDULES`, or "module:function".
 
@@ -137,40 +151,40 @@ def named_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
         UserError: neither, `total_steps` is below 1, or the function returns no function; when the
             schedule is called, one that fails, or returns no rate.
     """
-    make = find(config.schedule, SCHEDULES, "optimizer.schedule", ("config", "total_steps"))
+    make = find_schedule(config)
     schedule_span(config, total_steps)
-    given = f"optimizer.schedule = {config.schedule!r}: the function"
+    given = f"optimizer.schedule = {config.schedule!r}"
     wanted = (
         "it must take an OptimizerConfig and a number of steps, and return a function of a step"
     )
-    try:
-        made = make(config, total_steps)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{given} raised {in_one_line(error)}; {wanted}") from error
+    made = call_own(make, (config, total_steps), f"{given}: the function", wanted)
     if not callable(made):
-        raise UserError(f"{given} returned {type(made).__name__}; {wanted}")
-    return _checked(cast(Schedule, made), f"optimizer.schedule = {config.schedule!r}")
+        raise UserError(f"{given}: the function returned {type(made).__name__}; {wanted}")
+    return _checked(made, given)
 
 
 def _checked(schedule: Schedule, given: str) -> Schedule:
     """The schedule, which refuses what is no rate; `given` names it in errors."""
+    remedy = "mend it, and call again to go on"
 
     def rate(step: int) -> float:
-        try:
-            value = float(schedule(step))
-        except (Exception, SystemExit) as error:
+        value = call_own(schedule, (step,), f"{given}: step {step + 1}", remedy)
+        if not (_is_real(value) and 0 <= value <= HIGHEST_RATE):
             raise UserError(
-                f"{given}: failed at step {step + 1} ({in_one_line(error)}); mend it, and call "
-                "again to go on"
-            ) from error
-        if not 0 <= value <= HIGHEST_RATE:
-            raise UserError(
-                f"{given}: the rate of step {step + 1} is {value:g}, must be from 0 to "
-                f"{HIGHEST_RATE:g}; mend it, and call again to go on"
+                f"{given}: the rate of step {step + 1} is {shown(value)}, must be a real number "
+                f"from 0 to {HIGHEST_RATE:g}; {remedy}"
             )
-        return value
+        return float(value)
 
     return rate
+
+
+def _is_real(value: Any) -> bool:
+    """Whether it is a real number, or a tensor of one without a gradient."""
+    if not isinstance(value, Tensor):
+        return isinstance(value, Real) and not isinstance(value, bool)
+    has_kind = not value.is_complex() and value.dtype != torch.bool
+    return has_kind and value.ndim == 0 and not value.requires_grad
 
 
 @lru_cache(maxsize=16)

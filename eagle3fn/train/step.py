@@ -186,40 +186,13 @@ def _updated(
     parts: TrainState, grads: Params, info: UpdateInfo, optimizer: Optimizer
 ) -> TrainState:
     """The state after an update: new masters and moments, and the parameters cast from these."""
-    kinds = {name: (leaf.shape, leaf.dtype) for name, leaf in parts.masters.items()}
-    updated = optimizer.update(grads, parts.opt, parts.masters, info)
-    masters, opt = _checked(updated, kinds)
+    masters, opt = optimizer.update(grads, parts.opt, parts.masters, info)
 
     params = {}
     for name, master in masters.items():
         old = parts.params[name]
         params[name] = old.copy_(master) if info.donate else master.to(old.dtype)
     return TrainState(params, masters, opt, parts.step + 1)
-
-
-def _checked(updated: Any, kinds: dict[str, tuple[torch.Size, torch.dtype]]) -> tuple[Params, Any]:
-    """What an optimizer returned, if it is `(params, state)` with parameters as they were.
-
-    Raises:
-        UserError: names what is not.
-    """
-    is_pair = isinstance(updated, tuple) and len(updated) == 2 and isinstance(updated[0], dict)
-    if not is_pair:
-        raise UserError(
-            f"the optimizer returned {type(updated).__name__}; it must be (params, state)"
-        )
-    params = updated[0]
-    for name in sorted(params.keys() ^ kinds.keys()):
-        fault = "is missing" if name in kinds else "is no parameter"
-        raise UserError(f"the optimizer's params: {name} {fault}; return those that it was given")
-    for name, (shape, dtype) in kinds.items():
-        leaf = params[name]
-        if leaf.shape != shape or leaf.dtype != dtype:
-            raise UserError(
-                f"the optimizer's params: {name} has shape {tuple(leaf.shape)} and dtype "
-                f"{leaf.dtype}; it must have {tuple(shape)} and {dtype}, as it was given"
-            )
-    return params, updated[1]
 
 
 def _is_finite(loss: Tensor, norm: Tensor) -> bool:

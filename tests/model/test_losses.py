@@ -413,9 +413,12 @@ def test_what_is_no_loss_is_refused() -> None:
 
     batch = make_batch(3, (9, 6))
     for numerics in ("plain", "fast"):
-        fns = e3.bind(make_config(numerics=numerics), frozen, loss=mean)
+        config = make_config(numerics=numerics)
+        params = e3.bind(config, frozen).init(0)
         with pytest.raises(e3.UserError, match=r"returned shape \(\).*one value a row"):
-            fns.forward_loss(fns.init(0), batch)
+            e3.bind(config, frozen, loss=mean)
+        with pytest.raises(e3.UserError, match=r"returned shape \(\).*one value a row"):
+            e3.forward_loss(params, batch, config=config, frozen=frozen, loss=mean)
 
 
 def naive(logits: Tensor, p_draft: Tensor, p_full: Tensor) -> Tensor:

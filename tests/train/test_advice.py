@@ -61,6 +61,7 @@ def test_a_run_that_learns_gets_no_advice():
 
 CASES: dict[str, tuple[Any, ...]] = {
     "few rows counted": (step_rows(), held_out_rows(*GROWING, counted=0.79)),
+    "no gradient": (step_rows(60, grad_norm=0.0), held_out_rows(*GROWING)),
     "length of an untrained draft": (
         step_rows(),
         held_out_rows(1.1, 1.05, 1, 1, 1, 1.1, every=120),
@@ -87,6 +88,10 @@ def test_each_symptom_alone_is_one_line_with_a_remedy(name):
     [
         ("few rows counted", step_rows(), held_out_rows(1.1, counted=0.8)),
         ("few rows counted", step_rows(), [{"step": 0}]),
+        ("no gradient", step_rows(60, grad_norm=1e-30), []),
+        ("no gradient", [*step_rows(20, grad_norm=0.0), *step_rows(1, grad_norm=0.1)], []),
+        ("no gradient", step_rows(60, grad_norm=0.0, counted=0.0), []),
+        ("no gradient", step_rows(60, grad_norm=None), []),
         ("length of an untrained draft", step_rows(499), held_out_rows(1.1, 1.0, every=499)),
         ("length of an untrained draft", step_rows(), held_out_rows(1.1, 1.2, 1.0, every=300)),
         ("level loss", step_rows(499, 3.0, 3.0), []),
@@ -169,6 +174,20 @@ def test_a_tiny_run_is_advised_of_its_map_once_and_of_nothing_else(tmp_path):
     events = with_advice(Events(on_notice=lines.append), tmp_path / "run")
     train_in(tmp_path / "run", problem, events=events)
     assert [said for said in lines if said.startswith("advice")] == [line]
+
+
+def constant(logits: torch.Tensor, p_draft: torch.Tensor, p_full: torch.Tensor) -> torch.Tensor:
+    """Its gradient is there, and zero."""
+    return 0 * logits.sum(-1)
+
+
+def test_a_run_whose_loss_is_constant_is_advised(tmp_path):
+    lines: list[str] = []
+    problem = make_problem(tmp_path / "features", loss=f"{__name__}:constant")
+    events = with_advice(Events(on_notice=lines.append), tmp_path / "run")
+    train_in(tmp_path / "run", problem, events=events)
+    wanted = "advice: the gradient norm of the last 4 updates that count rows is exactly 0, so"
+    assert len([line for line in lines if line.startswith(wanted)]) == 1
 
 
 def test_a_run_that_went_on_elsewhere_is_advised_by_its_own_rows(tmp_path):

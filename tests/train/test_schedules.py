@@ -3,15 +3,19 @@
 import doctest
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import eagle3fn as e3
 from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.train import schedules
+from eagle3fn.train.dry_run import dry_run
 from eagle3fn.train.events import Events
 from eagle3fn.train.recipe import OURS, check_schedule
 from eagle3fn.train.schedules import SCHEDULES, Schedule, named_schedule
@@ -138,17 +142,107 @@ def test_own_schedule_is_taken_by_name() -> None:
         ("cosin", r"must be one of 'cosine', 'linear', 'constant', 'wsd', or a function as"),
         ("no_such_module:f", "cannot be imported"),
         ("math:sqrt", r"must be a function of \(config, total_steps\)"),
-        (f"{__name__}:no_function", r"the function returned float; it must take"),
-        (f"{__name__}:failing", r"the function raised KeyError: 'no rate'; it must take"),
-        (f"{__name__}:leaving", r"the function raised SystemExit: no rate; it must take"),
     ],
 )
-def test_what_is_no_schedule_is_refused_before_any_work(name: str, message: str) -> None:
+@pytest.mark.parametrize("steps", [0, 4])
+def test_what_names_no_schedule_is_refused_before_any_work(
+    name: str, message: str, steps: int
+) -> None:
     """By `bind`, also where the number of steps is not chosen yet."""
+    assert_refused(name, message, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_function", r"the function returned float; it must take"),
+        ("failing", r"the function raised KeyError: 'no rate'; it must take"),
+        ("leaving", r"the function raised SystemExit: no rate; it must take"),
+    ],
+)
+def test_what_makes_no_schedule_is_refused_once_the_steps_are_known(name: str, message: str):
+    assert_refused(f"{__name__}:{name}", message, steps=4)
+
+
+def assert_refused(name: str, message: str, steps: int) -> None:
     config = make_config()
-    config = replace(config, optimizer=settings(name), train=replace(config.train, steps=0))
+    config = replace(config, optimizer=settings(name), train=replace(config.train, steps=steps))
     with pytest.raises(e3.UserError, match=rf"optimizer\.schedule = '{name}': .*{message}"):
         e3.bind(config, make_frozen(config))
+
+
+RATES: dict[str, Any] = {
+    "nan": math.nan,
+    "nothing": None,
+    "below 0": -1e-3,
+    "too high": 10**400,
+    "words": "1e-3",
+    "a flag": True,
+    "complex": 1e-3 + 0j,
+    "two": torch.tensor([1e-3, 1e-3]),
+    "a flag's tensor": torch.tensor(True),
+    "a complex tensor": torch.tensor(1e-3 + 0j),
+    "with a gradient": torch.tensor(1e-3, requires_grad=True),
+    "a whole number": 1,
+    "an array's number": np.float32(1),
+    "a tensor": torch.tensor(1.0),
+}
+GOOD_RATES = ["a whole number", "an array's number", "a tensor"]
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_a_rate_is_a_real_number_and_others_are_refused_before_any_work(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.rate_of_all", RATES[kind])
+    if kind not in GOOD_RATES:
+        message = r"the rate of step 1 is .*, must be a real number from 0 to 1e\+30; mend it"
+        assert_refused(f"{__name__}:always", message, steps=4)
+        return
+    (rate,) = rates_of(settings(f"{__name__}:always"), 4, 1)
+    assert type(rate) is float and rate == 1
+
+
+rate_of_all: Any = None
+
+
+def always(config: OptimizerConfig, total_steps: int) -> Schedule:
+    return lambda step: rate_of_all
+
+
+def needs_three(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """For the 3 steps of an epoch or 6 of two alone."""
+    if total_steps not in (3, 6):
+        raise ValueError(f"total_steps={total_steps}")
+    return lambda step: 1e-3
+
+
+def test_a_schedule_is_asked_with_the_runs_own_number_of_steps_alone(tmp_path: Path) -> None:
+    """In a run, when it goes on without a word on steps, by epochs, from another, and dry."""
+    problem = make_problem(tmp_path / "features", steps=3)
+    config = replace(problem.config, optimizer=settings(f"{__name__}:needs_three"))
+    problem = problem._replace(config=config)
+    epochs = replace(config, train=replace(config.train, steps=0, epochs=1))
+    unsaid = problem._replace(config=epochs)
+
+    out = tmp_path / "run"
+    assert int(train_in(out, problem, max_steps=1).step) == 1
+    assert dry_run(*unsaid, out).horizon.steps == 3
+    assert int(train_in(out, unsaid).step) == 3
+    assert int(train_in(tmp_path / "by epochs", unsaid).step) == 3
+    twice = problem._replace(config=replace(epochs, train=replace(epochs.train, epochs=2)))
+    assert int(train_in(tmp_path / "from", twice, source=out).step) == 6
+
+
+@pytest.mark.parametrize("minutes", [None, 1e-3])
+def test_a_schedule_of_other_steps_is_refused_before_anything_is_written(
+    tmp_path: Path, minutes: float | None
+) -> None:
+    problem = make_problem(tmp_path / "features", steps=0, train={"epochs": 3})
+    config = replace(problem.config, optimizer=settings(f"{__name__}:failing"))
+    with pytest.raises(e3.UserError, match="the function raised KeyError"):
+        train_in(tmp_path / "run", problem._replace(config=config), minutes=minutes)
+    assert not list((tmp_path / "run").rglob("*.*"))
 
 
 LATER = {"raises": None, "words": "fast", "nan": math.nan, "below 0": -1e-3, "infinite": math.inf}
