@@ -50,8 +50,9 @@ class UpdateInfo(NamedTuple):
 class Optimizer(NamedTuple):
     """An optimizer, as in optax; `params`, `grads` and the state are trees of this rank's rows.
 
-    `init(params, roles) → state`: any pytree. Its tensors have a parameter's rows, or are 0-d. It
-    is called with tensors of the device "meta" too, where only shapes are asked for.
+    `init(params, roles) → state`: any pytree of tensors, which have a parameter's rows or are 0-d.
+    It is called with tensors of the device "meta" too, where only shapes are asked for. `update`
+    returns a state of the same names, shapes and dtypes.
 
     `update(grads, state, params, info) → (params, state)`: `params` are the fp32 masters, `grads`
     the clipped gradients. It returns the next parameters, and not an increment to add as in optax:
