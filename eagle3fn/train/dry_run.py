@@ -17,7 +17,13 @@ from eagle3fn.train.bad_updates import check_first, check_update
 from eagle3fn.train.begin import find_point
 from eagle3fn.train.changes import changes_since, refuse_in_place
 from eagle3fn.train.checkpoint_meta import read_meta
-from eagle3fn.train.horizon import Horizon, seconds_per_step, times_left, with_horizon
+from eagle3fn.train.horizon import (
+    Horizon,
+    chosen_by,
+    seconds_per_step,
+    times_left,
+    with_horizon,
+)
 from eagle3fn.train.memory import MemoryPlan, describe, peak_bytes, plan_memory, readable_bytes
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.run import prepare, training_batches
@@ -121,7 +127,7 @@ def describe_dry_run(found: DryRun) -> str:
             describe(found.plan),
             "the run",
             f"  {_updates(found)}, {found.evaluations} evaluations, "
-            f"{found.checkpoints} checkpoints; {_chosen_by(found.horizon)} chose the number of "
+            f"{found.checkpoints} checkpoints; {chosen_by(found.horizon)} chose the number of "
             "updates",
             "the first batch",
             f"  {found.samples} samples, {found.tokens} tokens, {found.rows} supervised rows, of "
@@ -142,16 +148,6 @@ def _updates(found: DryRun) -> str:
     if not found.made:
         return f"{total} updates"
     return f"{total - found.made} of {total} updates left"
-
-
-def _chosen_by(horizon: Horizon) -> str:
-    """What chose the number of updates, as a user names it."""
-    names = {
-        "steps": f"train.steps = {horizon.steps}",
-        "minutes": f"--minutes {horizon.minutes or 0:g}",
-        "epochs": f"train.epochs = {horizon.epochs}",
-    }
-    return names.get(horizon.chosen_by, "an earlier call")
 
 
 def _memory(found: DryRun) -> str:

@@ -87,7 +87,7 @@ def with_horizon(
         horizon = Horizon(settings.steps, "steps", settings.epochs)
     elif minutes is not None:
         seconds = seconds_per_step(run, first_state())
-        steps = run.world.shared(max(1, int(minutes * 60 / seconds)))
+        steps = run.world.shared(max(1, int(min(minutes * 60 / seconds, MOST_STEPS))))
         steps = min(point.step + steps, MOST_STEPS)
         horizon = Horizon(steps, "minutes", settings.epochs, minutes, point.step)
     else:
@@ -95,6 +95,17 @@ def with_horizon(
 
     _check_steps(run, horizon, point)
     return _with_steps(run, horizon.steps), horizon
+
+
+def chosen_by(horizon: Horizon) -> str:
+    """What chose the number of steps, as a user names it."""
+    if horizon.chosen_by == "steps":
+        return f"train.steps = {horizon.steps}"
+    if horizon.chosen_by == "epochs":
+        return f"train.epochs = {horizon.epochs}"
+    if horizon.chosen_by == "minutes" and horizon.minutes is not None:
+        return f"--minutes {horizon.minutes:g}"
+    return "an earlier call"
 
 
 def times_left(every: int, step: int, total: int) -> int:
@@ -153,18 +164,16 @@ def _next_horizon(run: Run, begun: Horizon, minutes: float | None) -> Horizon:
         )
     if begun.minutes in (None, minutes):
         return begun._replace(epochs=settings.epochs)
-    steps = round((begun.steps - begun.first) * minutes / begun.minutes)
-    steps = min(begun.first + max(1, steps), MOST_STEPS)
+    steps = min((begun.steps - begun.first) * minutes / begun.minutes, MOST_STEPS)
+    steps = min(begun.first + max(1, round(steps)), MOST_STEPS)
     return begun._replace(steps=steps, minutes=minutes, epochs=settings.epochs)
 
 
 def _check_steps(run: Run, horizon: Horizon, point: Point) -> None:
     """Refuse fewer steps than were made."""
-    asked = f"train.steps = {horizon.steps}"
-    if horizon.chosen_by == "minutes":
-        asked = f"--minutes {horizon.minutes:g}, {horizon.steps} steps"
-    elif horizon.chosen_by == "epochs":
-        asked = f"train.epochs = {horizon.epochs}, {horizon.steps} steps"
+    asked = chosen_by(horizon)
+    if horizon.chosen_by != "steps":
+        asked = f"{asked}, {horizon.steps} steps"
     if horizon.steps < point.step:
         raise UserError(
             f"{asked}: {point.path} has made {point.step}; ask for as many at least, or go on from "
