@@ -1,7 +1,8 @@
 """Where a run begins: at its start, at its newest checkpoint, or at one of another run's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from eagle3fn.train.branch import check_branch, source_checkpoint, unless_gone
 from eagle3fn.train.changes import (
     Change,
     refuse_elsewhere,
+    refuse_held_out,
     refuse_in_place,
+    trained_with,
     written_settings,
 )
 from eagle3fn.train.checkpoint import load_checkpoint, newest_checkpoint
@@ -52,6 +55,7 @@ class Point(NamedTuple):
     step: int = 0  # updates made
     shift: int = 0  # `Run.shift`
     branches: bool = False  # it is another run's checkpoint, and this run has none yet
+    earlier: Mapping[str, int] = MappingProxyType({})  # `Run.earlier`
 
 
 class Beginning(NamedTuple):
@@ -72,7 +76,7 @@ def find_point(run: Run, source: str | Path | None, notice: Callable[[str], None
 
     Raises:
         UserError: there is no such checkpoint, or the folder holds a run that did not go on from
-            there; see `newest_checkpoint`.
+            there; see `newest_checkpoint`. Samples that were trained on would be held out.
     """
     newest, incomplete = newest_checkpoint(run.out / "checkpoints")
     if incomplete:
@@ -83,8 +87,10 @@ def find_point(run: Run, source: str | Path | None, notice: Callable[[str], None
     # Its own checkpoint: as many samples of its data's order have been trained on.
     batch = run.config.data.global_batch
     if newest is not None:
-        cursor = read_meta(newest)["cursor"]
-        return Point(newest, cursor["step"], cursor["samples"] // batch - cursor["step"])
+        meta = read_meta(newest)
+        step = meta["cursor"]["step"]
+        shift = meta["cursor"]["samples"] // batch - step
+        return Point(newest, step, shift, earlier=meta.get("earlier", {}))
     if source is None:
         return Point()
 
@@ -92,10 +98,12 @@ def find_point(run: Run, source: str | Path | None, notice: Callable[[str], None
     path = source_checkpoint(source)
     with unless_gone(path):
         meta = read_meta(path)
+    earlier = trained_with(meta)
+    refuse_held_out(path, earlier, run.config, run.data)
     step = meta["cursor"]["step"]
     same = meta["data"].get("features") == run.data["features"]
     samples = meta["cursor"]["samples"] if same else 0
-    return Point(path, step, -(-samples // batch) - step, branches=True)
+    return Point(path, step, -(-samples // batch) - step, branches=True, earlier=earlier)
 
 
 def begin(run: Run, point: Point) -> Beginning:

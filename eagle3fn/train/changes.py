@@ -6,10 +6,12 @@
 | the number of steps (`HORIZON`) | may change | may change |
 | the draft, its dtype, its vocabulary, its optimizer (`FIXED`) | refused | refused |
 | `data.held_out` of the same features | refused | refused |
+| more `data.held_out` of features that an earlier run trained on | refused | refused |
 | anything else | refused | may change |
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -104,6 +106,43 @@ def written_settings(meta: dict[str, Any]) -> dict[str, Any]:
             if default is not MISSING and default is not None:
                 settings.setdefault(f"{section}.{item.name}", default)
     return settings
+
+
+def trained_with(meta: dict[str, Any]) -> dict[str, int]:
+    """By the hash of features, the fewest held-out samples that a state was trained with on them.
+
+    Those of the checkpoint itself, and of the runs before `--from`.
+    """
+    found = dict(meta.get("earlier", {}))
+    features = meta["data"].get("features")
+    held_out = written_settings(meta)["data.held_out"]
+    if features is not None:
+        found[features] = min(held_out, found.get(features, held_out))
+    return found
+
+
+def refuse_held_out(
+    path: Path, trained: Mapping[str, int], config: Config, data: dict[str, str]
+) -> None:
+    """Refuse to hold samples out that a checkpoint's state was trained on, by a run before too.
+
+    Args:
+        path: of the checkpoint.
+        trained: `trained_with` of its `meta.json`.
+        config: the run's now.
+        data: its hashes, `Run.data`.
+
+    Raises:
+        UserError: names the number held out, and the greatest one that may be.
+    """
+    now = config.data.held_out
+    most = trained.get(data["features"], now)
+    if now > most:
+        raise UserError(
+            f"{path}: data.held_out was {most}, is {now}, of features that its run or one before "
+            "was trained on: samples that were trained on would be held out; set "
+            f"data.held_out={most}, or give other features"
+        )
 
 
 def refuse_in_place(path: Path, changes: list[Change]) -> None:

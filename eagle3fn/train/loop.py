@@ -92,7 +92,7 @@ def train(
         # Where to go on.
         found = find_point(run, source, events.on_notice) if world.main else None
         point = run.world.shared(found)
-        run = run._replace(shift=point.shift)
+        run = run._replace(shift=point.shift, earlier=point.earlier)
 
         # How many steps to make, and the state: read, or made. Another run's checkpoint may be
         # removed by it meanwhile.
@@ -282,7 +282,9 @@ def _save(run: Run, state: TrainState, loop_state: LoopState) -> None:
     folder = run.out / "checkpoints"
     extra = loop_state._asdict()
     keep = run.config.train.keep_last
-    save_checkpoint(folder, state, run.config, run.data, extra, keep, run.world, run.shift)
+    save_checkpoint(
+        folder, state, run.config, run.data, extra, keep, run.world, run.shift, run.earlier
+    )
 
 
 def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events) -> LoopState:

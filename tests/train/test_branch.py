@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[Callable[[Problem], Problem], str]] = {
     ),
     "more held out": (
         lambda problem: changed(problem, data={"held_out": problem.config.data.held_out + 1}),
-        r"data\.held_out was 5, is 6, of the same features: .*; set data\.held_out=5, or",
+        r"data\.held_out was 5, is 6, of features that .*; set data\.held_out=5, or",
     ),
     "fewer held out": (
         lambda problem: changed(problem, data={"held_out": problem.config.data.held_out - 1}),
@@ -262,6 +262,28 @@ def test_what_a_state_is_made_of_is_refused_and_nothing_is_written(problem, sour
         call(tmp_path / "new", change(problem), source=source / CHECKPOINT)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_samples_that_a_run_before_the_last_trained_on_are_not_held_out(
+    problem, others, source, tmp_path
+):
+    """The last one trained on others, and was ended once in between."""
+    train_in(tmp_path / "others", others, source=source / CHECKPOINT, max_steps=1)
+    train_in(tmp_path / "others", changed(others, train={"steps": STEPS}))
+    longer = {"steps": STEPS + 1}
+    more = changed(problem, data={"held_out": 6}, train=longer)
+    with pytest.raises(e3.UserError, match=r"data\.held_out was 5, is 6, of .*data\.held_out=5"):
+        call(tmp_path / "more", more, source=tmp_path / "others")
+    assert not (tmp_path / "more").exists()
+
+    # As many may be, and fewer: these count from then on.
+    fewer = changed(problem, data={"held_out": 4}, train=longer)
+    train_in(tmp_path / "fewer", fewer, source=tmp_path / "others")
+    again = changed(others, train={"steps": STEPS + 2})
+    train_in(tmp_path / "again", again, source=tmp_path / "fewer")
+    back = changed(problem, train={"steps": STEPS + 3})
+    with pytest.raises(e3.UserError, match=r"data\.held_out was 4, is 5, of "):
+        call(tmp_path / "back", back, source=tmp_path / "again")
 
 
 class Optimizers(NamedTuple):
