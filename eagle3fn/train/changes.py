@@ -11,7 +11,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -151,9 +151,12 @@ def refuse_in_place(path: Path, changes: list[Change]) -> None:
     Raises:
         UserError: names what changed, both values, and `--from`.
     """
-    for change in changes:
-        if change.name not in MAY_CHANGE | HORIZON:
-            raise _refused(path, change)
+    names = {change.name for change in changes}
+    refused = [change for change in changes if change.name not in MAY_CHANGE | HORIZON]
+
+    # What no run can go on under comes first: the remedy for the others would be refused.
+    for change in sorted(refused, key=lambda change: not _refused_elsewhere(change, names)):
+        raise _refused(path, change, names)
 
 
 def refuse_elsewhere(path: Path, changes: list[Change]) -> None:
@@ -176,18 +179,26 @@ def refuse_elsewhere(path: Path, changes: list[Change]) -> None:
                 "goes on with a state, for which no start is read; leave one of them out"
             )
         if _is_fixed(change):
-            raise _refused(path, change)
+            raise _refused(path, change, names)
 
 
 def _is_fixed(change: Change) -> bool:
     return change.name in FIXED or change.name.startswith("draft.")
 
 
-def _refused(path: Path, change: Change) -> UserError:
-    """One sentence: what changed, and how to go on all the same."""
+def _refused_elsewhere(change: Change, names: Collection[str]) -> bool:
+    """Whether `refuse_elsewhere` refuses it, where `names` have changed."""
+    same_samples = change.name == "data.held_out" and "features" not in names
+    return same_samples or change.name == "train.init" or _is_fixed(change)
+
+
+def _refused(path: Path, change: Change, names: Collection[str]) -> UserError:
+    """One sentence: what changed, and how to go on all the same; `names` are all that did."""
     remedy = f"go on under it in a new folder with --from {path} --out NEW"
     if _is_fixed(change):
         remedy = "begin a new run from an exported draft with --set train.init=RUN/draft"
+    elif _refused_elsewhere(change, names):
+        remedy = "begin a new run with another --out"
 
     # A recipe is known by its name; the other data by hashes.
     if change.name == RECIPE:

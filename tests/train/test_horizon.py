@@ -206,6 +206,30 @@ def test_settings_that_leave_a_step_as_it_is_may_change_and_are_said(problem, tm
     assert [row["step"] for row in rows(tmp_path / "run/eval.jsonl")] == [0, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("train", {"init": "target"}, r"train\.init was 'random', is 'target'"),
+        ("data", {"held_out": 4}, r"data\.held_out was 5, is 4"),
+    ],
+)
+def test_remedy_is_no_call_that_is_refused(ended, problem, section, value, message):
+    """`--from` goes on under neither, nor under another optimizer."""
+    config = replace(
+        problem.config, **{section: replace(getattr(problem.config, section), **value)}
+    )
+    remedy = "; set it back, or begin a new run with another --out"
+    with pytest.raises(e3.UserError, match=rf"{message}{remedy}$"):
+        train_in(ended, problem._replace(config=config))
+
+    optimizer = replace(problem.config.optimizer, learning_rate=0.5, name="muon")
+    other = problem._replace(config=replace(problem.config, optimizer=optimizer))
+    with pytest.raises(
+        e3.UserError, match=r"optimizer\.name was 'adamw', is 'muon'; .*train\.init"
+    ):
+        train_in(ended, other)
+
+
 def test_setting_that_changes_a_step_is_refused_with_the_remedy(ended, problem):
     optimizer = replace(problem.config.optimizer, learning_rate=0.5)
     other = problem._replace(config=replace(problem.config, optimizer=optimizer))
