@@ -147,7 +147,7 @@ def described(run: Run, point: Point, changes: list[Change], early: bool) -> lis
     """Lines for a user on where a run goes on, what has changed, and its learning rate then.
 
     `run` has its number of steps filled in; `early`: it has ended before its last one, which is
-    said with its end.
+    said with its end, and makes no update at another rate.
     """
     if point.path is None:
         return []
@@ -160,12 +160,11 @@ def described(run: Run, point: Point, changes: list[Change], early: bool) -> lis
         first = f"{run.out}: finished, step {point.step} of {total} is its last one; to go on, "
         first += "raise train.steps, train.epochs or --minutes"
 
-    lines = [] if early else [first]
-    lines += [change.line() for change in changes]
-    rate = _rate_line(run, point, changes)
-    if point.step < total and rate:
-        lines.append(rate)
-    return lines
+    said = [change.line() for change in changes]
+    if early:
+        return said
+    rate = _rate_line(run, point, changes) if point.step < total else ""
+    return [first, *said, rate] if rate else [first, *said]
 
 
 def _rate_line(run: Run, point: Point, changes: list[Change]) -> str:
@@ -186,6 +185,10 @@ def _rate_line(run: Run, point: Point, changes: list[Change]) -> str:
     for name, value in settings.items():
         if name.startswith("optimizer."):
             optimizer[name.removeprefix("optimizer.")] = value
-    old = from_dict(OptimizerConfig, optimizer, str(point.path), "optimizer.")
-    before = made_schedule(make, old, settings["train.steps"])(point.step - 1)
+    # A user's own schedule that is replaced may be gone by now: it is no reason to stop.
+    try:
+        old = from_dict(OptimizerConfig, optimizer, str(point.path), "optimizer.")
+        before = made_schedule(make, old, settings["train.steps"])(point.step - 1)
+    except UserError:
+        return f"learning rate: {line}"
     return f"learning rate: {before:.3g} at step {point.step}, {line}"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from eagle3fn.base.tree import equal
 from eagle3fn.base.types import TrainState
 from eagle3fn.data.features import open_features
 from eagle3fn.data.pipeline import shuffled
-from eagle3fn.train import loop
+from eagle3fn.train import loop, schedules
 from eagle3fn.train.branch import read_branch
 from eagle3fn.train.loop import Events
 from eagle3fn.train.recipe import OURS
@@ -321,6 +322,21 @@ def test_another_optimizers_state_is_refused_and_is_not_called_damaged(problem, 
         call(tmp_path / "new", changed(old, optimizer=after), source=tmp_path / "old")
     assert "delete" not in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_schedule_that_is_replaced_may_be_gone(problem, tmp_path, monkeypatch):
+    """Its last rate is not said then."""
+    (tmp_path / "my_own_rate.py").write_text("def ok(config, total): return lambda step: 1e-3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = changed(problem, optimizer={"schedule": "my_own_rate:ok"})
+    train_in(tmp_path / "old", mine, max_steps=2)
+
+    (tmp_path / "my_own_rate.py").unlink()
+    monkeypatch.delitem(sys.modules, "my_own_rate")
+    schedules._kept_schedule.cache_clear()
+    constant = changed(problem, optimizer={"schedule": "constant"})
+    found = call(tmp_path / "new", constant, source=tmp_path / "old")
+    assert "learning rate: from step 3 on 0.01, the rate of a run of 6 steps" in found.said
 
 
 @pytest.mark.parametrize("place", ["with_horizon", "described"])
