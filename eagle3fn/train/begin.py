@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +54,7 @@ class Point(NamedTuple):
     step: int = 0  # updates made
     shift: int = 0  # `Run.shift`
     branches: bool = False  # it is another run's checkpoint, and this run has none yet
-    earlier: Mapping[str, int] = MappingProxyType({})  # `Run.earlier`
+    earlier: Mapping[str, int] = {}  # `Run.earlier`
 
 
 class Beginning(NamedTuple):

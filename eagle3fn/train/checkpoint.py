@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +70,7 @@ def save_checkpoint(
     keep: int,
     world: World = World(),  # noqa: B008
     shift: int = 0,
-    earlier: Mapping[str, int] = MappingProxyType({}),
+    earlier: Mapping[str, int] = {},
 ) -> Path:
     """Write `folder/step-NNNNNNNN/` and delete all but the `keep` newest; every rank calls it.
 

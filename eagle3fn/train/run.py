@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -54,7 +53,7 @@ class Run(NamedTuple):
     mesh: DeviceMesh | None = None
     recipe: Recipe = OURS
     shift: int = 0  # an update's number and this one make its place in the data's order
-    earlier: Mapping[str, int] = MappingProxyType({})  # `changes.trained_with`, before `--from`
+    earlier: Mapping[str, int] = {}  # `changes.trained_with`, before `--from`
 
 
 def prepare(
