@@ -37,7 +37,7 @@ from eagle3fn.train.run import Run, training_batches
 from eagle3fn.train.shard import gather
 
 _TIMED_STEPS = 24
-_FILE = "horizon.json"
+FILE = "horizon.json"
 
 
 class Horizon(NamedTuple):
@@ -78,7 +78,7 @@ def with_horizon(
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"--minutes {minutes}: must be above 0 and finite")
 
-    begun = run.world.shared(_begun(run.out / _FILE) if run.world.main else None)
+    begun = run.world.shared(_begun(run.out / FILE) if run.world.main else None)
     if point.branches:
         begun = None  # what a killed call had left
     if begun is not None:
@@ -159,7 +159,7 @@ def _next_horizon(run: Run, begun: Horizon, minutes: float | None) -> Horizon:
 
     if begun.chosen_by not in ("minutes", ""):
         raise UserError(
-            f"{run.out / _FILE}: the run began with its steps chosen by {begun.chosen_by}, "
+            f"{run.out / FILE}: the run began with its steps chosen by {begun.chosen_by}, "
             f"{begun.steps} of them; leave --minutes out, or raise train.steps"
         )
     if begun.minutes in (None, minutes):
@@ -193,7 +193,7 @@ def _with_steps(run: Run, steps: int) -> Run:
 
 def write_horizon(run: Run, horizon: Horizon) -> None:
     """Keep the choice, the number of threads and the resolved configuration in the run's folder."""
-    write_json(run.out / _FILE, horizon._asdict() | {"threads": torch.get_num_threads()})
+    write_json(run.out / FILE, horizon._asdict() | {"threads": torch.get_num_threads()})
     write_text(run.out / "config.toml", to_toml(to_dict(run.config)))
 
 
@@ -203,7 +203,7 @@ def begun_threads(out: str | Path) -> Kept | None:
     Runs of earlier versions keep it with their checkpoints alone.
     """
     out = Path(out)
-    kept = read_kept(out / _FILE)
+    kept = read_kept(out / FILE)
     newest = max(checkpoints(out / "checkpoints"), default=None)
     if kept is None and newest is not None:
         kept = read_kept(newest / META)
@@ -252,7 +252,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def seconds_per_step(run: Run, state: TrainState, timed: int = _TIMED_STEPS) -> float:
     """Measured seconds of a step of average length and its share of an evaluation.
 
-    The `timed` steps are dropped.
+    The `timed` steps are dropped; their rate is the highest, for which no schedule is asked.
     """
     run = _with_steps(run, timed + 1)
     data = run.config.data
@@ -261,7 +261,7 @@ def seconds_per_step(run: Run, state: TrainState, timed: int = _TIMED_STEPS) -> 
     tokens = 0
     begin = time.perf_counter()
     for number, micro in enumerate(training_batches(run, 0, timed + 1)):
-        _, metrics = run.fns.step(state, micro)
+        _, metrics = run.fns.step(state, micro, rate=run.config.optimizer.learning_rate)
         if number == 0:
             _wait(run.device)
             begin = time.perf_counter()

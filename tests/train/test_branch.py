@@ -16,7 +16,7 @@ from eagle3fn.base.tree import equal
 from eagle3fn.base.types import TrainState
 from eagle3fn.data.features import open_features
 from eagle3fn.data.pipeline import shuffled
-from eagle3fn.train import loop, schedules
+from eagle3fn.train import loop, ready, schedules
 from eagle3fn.train.branch import read_branch
 from eagle3fn.train.loop import Events
 from eagle3fn.train.recipe import OURS
@@ -344,13 +344,13 @@ def test_checkpoint_that_its_run_removes_meanwhile_is_gone_not_damaged(
     problem, source, tmp_path, monkeypatch, place
 ):
     copy = shutil.copytree(source, tmp_path / "copy")
-    before = getattr(loop, place)
+    before = getattr(ready, place)
 
     def removed(*args: Any) -> Any:
         shutil.rmtree(copy / CHECKPOINT)
         return before(*args)
 
-    monkeypatch.setattr(loop, place, removed)
+    monkeypatch.setattr(ready, place, removed)
     with pytest.raises(e3.UserError, match=r"step-00000002: gone since .*; call again") as caught:
         faster = changed(problem, optimizer={"learning_rate": 0.5})
         call(tmp_path / "new", faster, source=copy / CHECKPOINT)
