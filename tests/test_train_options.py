@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from eagle3fn.base.files import locked
 from eagle3fn.base.types import VocabMap
 from eagle3fn.cli import main
 from eagle3fn.data.features import open_features, read_sample
@@ -70,24 +73,59 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(small, tmp_path, capsys):
     assert "all of it\n  about " in found and found.endswith("nothing was written\n")
 
 
-def test_a_dry_runs_loss_is_that_of_the_first_update(small, tmp_path, capsys):
-    """Of a run under way too: it is left as it is."""
-    out = tmp_path / "run"
-    assert main(arguments(small, out, "--max-steps", "2")) == 0
-    before = {path: os.stat(path).st_mtime_ns for path in out.rglob("*")}
-    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-    capsys.readouterr()
-    assert main(arguments(small, out, "--dry-run")) == 0
-    found = capsys.readouterr().out
-    assert f"loss {first['loss']:.4f}, gradient norm {first['grad_norm']:.4f}" in found
-    assert (
-        f"{first['rows']} supervised rows, of which the loss counts {first['counted']:.1%}" in found
-    )
-    assert {path: os.stat(path).st_mtime_ns for path in out.rglob("*")} == before
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: os.stat(path).st_mtime_ns for path in folder.rglob("*")}
 
-    # What that run has left is counted.
-    assert "  2 of 4 updates left, 1 evaluations, 1 checkpoints; train.steps = 4 chose" in found
-    assert "what is left\n  about " in found
+
+def tried(capsys: pytest.CaptureFixture[str], line: list[str]) -> str:
+    """What a dry run of a call says; its folder is left as it is."""
+    out = Path(line[line.index("--out") + 1])
+    before = stamps(out)
+    capsys.readouterr()
+    assert main([*line, "--dry-run"]) == 0
+    assert stamps(out) == before
+    return capsys.readouterr().out
+
+
+def test_a_dry_runs_loss_is_that_of_the_update_that_comes_next(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    line = arguments(small, out)
+    new = tried(capsys, line)
+    assert main([*line, "--max-steps", "2"]) == 0
+    begun = tried(capsys, line)
+    assert main(line) == 0
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    for found, row in ((new, rows[0]), (begun, rows[2])):
+        assert f"loss {row['loss']:.4f}, gradient norm {row['grad_norm']:.4f}" in found
+        counted = f"of which the loss counts {row['counted']:.1%}"
+        assert f"{row['tokens']} tokens, {row['rows']} supervised rows, {counted}" in found
+
+    # What is left of a run that has begun.
+    assert "  2 of 4 updates left, 1 evaluations, 1 checkpoints; train.steps = 4 chose" in begun
+    assert "the next batch\n" in begun and "what is left\n  about " in begun
+    over = tried(capsys, line)
+    assert "\n  ended at step 4 of 4, nothing is left to train; train.steps = 4 chose" in over
+    assert "batch" not in over.split("the run\n")[1] and "one update" not in over
+
+
+def test_a_run_that_its_patience_has_ended_has_nothing_left(small, tmp_path, capsys):
+    """Nor more than that, where more updates are asked for."""
+    out = tmp_path / "run"
+    more = ("--set", "optimizer.learning_rate=1e-30", "--set", "train.patience=1")
+    line = arguments(small, out, *more, "--set", "train.steps=20", "--set", "train.eval_every=1")
+    assert main(line) == 0
+    found = tried(capsys, [*line, "--set", "train.steps=50"])
+    assert "\n  ended at step 2 of 50, by train.patience, nothing is left to train; " in found
+
+
+def test_a_dry_run_does_not_read_the_draft_that_a_run_began_from(small, tmp_path, capsys):
+    assert main(arguments(small, tmp_path / "first")) == 0
+    start = ("--set", f"train.init={tmp_path}/draft")
+    os.rename(tmp_path / "first/draft", tmp_path / "draft")
+    line = arguments(small, tmp_path / "run", *start)
+    assert main([*line, "--max-steps", "2"]) == 0
+    shutil.rmtree(tmp_path / "draft")
+    assert "2 of 4 updates left" in tried(capsys, line)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +143,8 @@ def test_a_dry_run_says_what_chose_the_number_of_updates(small, tmp_path, capsys
 def test_memory_of_an_update_is_the_rise_on_the_cpu_and_all_of_a_card(monkeypatch, small, capsys):
     """The plan's sum beside it is of the same: without the frozen tensors, which were there."""
     peaks = iter([1 << 30, 5 << 30])
-    monkeypatch.setattr("eagle3fn.train.dry_run.peak_bytes", lambda device: next(peaks))
     found: list[DryRun] = []
+    monkeypatch.setattr("eagle3fn.train.dry_run.peak_bytes", lambda device: next(peaks))
     describe = dry_run.describe_dry_run
     monkeypatch.setattr(
         dry_run, "describe_dry_run", lambda one: (found.append(one), describe(one))[1]
@@ -117,9 +155,13 @@ def test_memory_of_an_update_is_the_rise_on_the_cpu_and_all_of_a_card(monkeypatc
     held = {"frozen tensors": plan.needed - (3 << 20)}
     one = found[0]._replace(plan=plan._replace(held={"others": 3 << 20} | held))
     assert "; the plan's sum without frozen tensors is 3.00 MiB\n" in describe(one)
-    on_card = describe(one._replace(device="cuda:0", peak=5 << 30))
+    update = found[0].update
+    assert update is not None
+    on_card = describe(one._replace(device="cuda:0", update=update._replace(peak=5 << 30)))
     assert "  5.00 GiB allocated on cuda:0 at its peak; the plan's sum is " in on_card
-    assert "not above that of reading the data before" in describe(one._replace(peak=0))
+    assert "not above that of reading the data before" in describe(
+        one._replace(update=update._replace(peak=0))
+    )
 
 
 @pytest.mark.parametrize("more", [["--track", "wandb"], ["--max-steps", "3"]])
@@ -144,6 +186,91 @@ def test_a_dry_run_refuses_what_the_run_in_its_folder_would(
     capsys.readouterr()
     assert main(arguments(small, out, "--dry-run", "--set", setting)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def stopped(small: Path) -> Path:
+    """A run's folder, two of its updates made."""
+    out = small / "stopped"
+    assert main(arguments(small, out, "--max-steps", "2")) == 0
+    return out
+
+
+def changed(path: Path, data: bytes | None) -> None:
+    """Another content for a file, or none; a folder is removed."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+
+
+def folder_at(path: Path) -> None:
+    changed(path, None)
+    path.mkdir()
+
+
+NEWEST = Path("checkpoints/step-00000002")
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "state cut": (lambda out: os.truncate(out / NEWEST / "__0_0.distcp", 9), "have changed"),
+    "state empty": (lambda out: changed(out / NEWEST / "__0_0.distcp", b""), "have changed"),
+    "state gone": (lambda out: changed(out / NEWEST / "__0_0.distcp", None), "is no file"),
+    "draft cut": (lambda out: os.truncate(out / NEWEST / "draft.safetensors", 9), "have changed"),
+    "foreign": (lambda out: (out / "draft/mine").touch(), "draft: holds mine, and only"),
+    "foreign first": (lambda out: (out / "untrained/mine").touch(), "untrained: holds mine"),
+    "draft gone": (lambda out: changed(out / "draft", None), "draft: gone, and the run's draft up"),
+    "draft a file": (
+        lambda out: (changed(out / "draft", None), (out / "draft").touch()),
+        "draft: is a file, not a folder",
+    ),
+    "rows": (lambda out: folder_at(out / "metrics.jsonl"), "metrics.jsonl: is a folder, not a"),
+    "held-out rows": (lambda out: folder_at(out / "eval.jsonl"), "eval.jsonl: is a folder, not"),
+    "lock": (lambda out: folder_at(out / ".lock"), ".lock: is a folder, not a file"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused_before_anything_is_written(
+    small, stopped, tmp_path, capsys, name
+):
+    """By a dry run as by the run itself, a longer one too."""
+    damage, message = DAMAGE[name]
+    out = shutil.copytree(stopped, tmp_path / "run")
+    damage(out)
+    before = stamps(out)
+    capsys.readouterr()
+    for more in (("--dry-run",), ("--set", "train.steps=9")):
+        assert main(arguments(small, out, *more)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert {path: stamps(out)[path] for path in before if path.is_file()} == {
+        path: time for path, time in before.items() if path.is_file()
+    }
+
+
+def test_a_dry_run_where_another_process_trains_is_refused(small, stopped, capsys):
+    with locked(stopped):
+        assert main(arguments(small, stopped, "--dry-run")) == 2
+    assert "another process is at work there" in capsys.readouterr().err
+
+
+def test_a_users_own_settings_are_not_replaced_by_the_resolved_ones(small, tmp_path, capsys):
+    own = tmp_path / "run/config.toml"
+    own.parent.mkdir()
+    own.write_text("# mine\n[train]\nsteps = 2\n")
+    for more in (("--config", str(own)), (), ("--dry-run",)):
+        assert main(arguments(small, own.parent, *more)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{own}: is there and no run's, and the run's own would replace it" in line
+    assert [path.name for path in own.parent.iterdir() if path.name != ".lock"] == ["config.toml"]
+    assert own.read_text().startswith("# mine")
+
+    # A run's own is replaced; without a checkpoint too.
+    out = tmp_path / "other"
+    assert main(arguments(small, out, "--config", str(own), "--max-steps", "1")) == 0
+    shutil.rmtree(out / "checkpoints")
+    assert main(arguments(small, out, "--config", str(out / "config.toml"))) == 0
 
 
 def test_a_call_of_few_updates_says_how_to_go_on(small, tmp_path, capsys):

@@ -12,7 +12,7 @@ import lzma
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -149,7 +149,7 @@ def append_line(path: str | Path, text: str) -> None:
     path = Path(path)
     line = memoryview((text + "\n").encode())
     with naming(path):
-        handle = _open_own(path, os.O_WRONLY | os.O_APPEND)
+        handle = _open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         size = os.fstat(handle).st_size
         try:
@@ -163,14 +163,14 @@ def append_line(path: str | Path, text: str) -> None:
 
 
 def _open_own(path: Path, flags: int) -> int:
-    """Open a regular file of a run, made if it is not there; a link is not followed.
+    """Open a regular file of a run; a link is not followed.
 
     Raises:
-        FileNotFoundError: its folder is not there.
+        FileNotFoundError: its folder is not there, or without `O_CREAT` the file.
         UserError: no regular file, or not to be opened.
     """
     # Without waiting for the reader of a pipe.
-    flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         handle = os.open(path, flags, 0o666)
     except FileNotFoundError:
@@ -231,6 +231,27 @@ def locked(folder: str | Path) -> Iterator[bool]:
         os.close(handle)
 
 
+@contextmanager
+def locked_as_is(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` as `locked` does, if one held it before; neither folder nor file is made.
+
+    Raises:
+        UserError: another process holds it, or its file `.lock` is no regular file.
+    """
+    path = Path(folder)
+    handle = None
+    with suppress(FileNotFoundError, NotADirectoryError):
+        handle = _open_own(path / LOCK, os.O_RDWR)
+    if handle is None:
+        yield
+        return
+    try:
+        _flock(handle, path)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _lock_folder(folder: Path) -> tuple[int, bool]:
     """A handle that holds a folder's lock, and whether the folder was made here.
 
@@ -241,7 +262,7 @@ def _lock_folder(folder: Path) -> tuple[int, bool]:
     for _ in range(_LOCK_TRIES):
         try:
             is_new = _make_folder(folder)
-            handle = _open_own(path, os.O_RDWR)
+            handle = _open_own(path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             continue
 

@@ -125,6 +125,17 @@ def check_own_folder(path: str | Path) -> None:
         raise UserError(f"{path}: is a {kind_of(path.lstat())}, not a folder; remove it")
 
 
+def check_own_file(path: str | Path) -> None:
+    """Refuse what is in the place of a file that a run writes in its folder, a link too.
+
+    Raises:
+        UserError: it is there, and no regular file.
+    """
+    path = Path(path)
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise UserError(f"{path}: is a {kind_of(path.lstat())}, not a file; remove it")
+
+
 def anything(folder: Path) -> str | None:
     """A `Foreign` for outputs that replace no older one: only an empty folder is replaced."""
     return min(os.listdir(folder), default=None)

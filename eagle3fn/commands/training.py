@@ -112,8 +112,8 @@ def _trackers(options: Any) -> list[str]:
     for name, given in unused.items() if options.dry_run else ():
         if given:
             raise UserError(
-                f"{name} with --dry-run, which makes one update of a new run and logs nothing; "
-                "drop one"
+                f"{name} with --dry-run, which makes one update of the run in --out and logs "
+                "nothing; drop one"
             )
     names = list(dict.fromkeys(options.track))
     check_trackers(names)
@@ -164,8 +164,10 @@ def _dry_run(run: _Run, layers: int, world: "World", recipe: "Recipe") -> None:
     """Print what a run would be; nothing is written."""
     from eagle3fn.train.dry_run import describe_dry_run, dry_run
     from eagle3fn.use.engine_limits import engines_line
+    from eagle3fn.use.publish import run_events
 
-    found = dry_run(*run, world=world, recipe=recipe)
+    events = run_events(run.out, run.config, layers)
+    found = dry_run(*run, events=events, world=world, recipe=recipe)
     if world.main:
         say(engines_line(run.config.draft, layers))
         say(describe_dry_run(found))

@@ -1,6 +1,6 @@
 """Where a run begins: at its start, at its newest checkpoint, or at one of another run's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ from eagle3fn.train.branch import check_branch, source_checkpoint, unless_gone
 from eagle3fn.train.changes import (
     Change,
     refuse_elsewhere,
+    refuse_held_out,
     refuse_in_place,
+    trained_with,
     written_settings,
 )
 from eagle3fn.train.checkpoint import load_checkpoint, newest_checkpoint
@@ -52,6 +54,7 @@ class Point(NamedTuple):
     step: int = 0  # updates made
     shift: int = 0  # `Run.shift`
     branches: bool = False  # it is another run's checkpoint, and this run has none yet
+    earlier: Mapping[str, int] = {}  # `Run.earlier`
 
 
 class Beginning(NamedTuple):
@@ -72,7 +75,7 @@ def find_point(run: Run, source: str | Path | None, notice: Callable[[str], None
 
     Raises:
         UserError: there is no such checkpoint, or the folder holds a run that did not go on from
-            there; see `newest_checkpoint`.
+            there; see `newest_checkpoint`. Samples that were trained on would be held out.
     """
     newest, incomplete = newest_checkpoint(run.out / "checkpoints")
     if incomplete:
@@ -83,8 +86,10 @@ def find_point(run: Run, source: str | Path | None, notice: Callable[[str], None
     # Its own checkpoint: as many samples of its data's order have been trained on.
     batch = run.config.data.global_batch
     if newest is not None:
-        cursor = read_meta(newest)["cursor"]
-        return Point(newest, cursor["step"], cursor["samples"] // batch - cursor["step"])
+        meta = read_meta(newest)
+        step = meta["cursor"]["step"]
+        shift = meta["cursor"]["samples"] // batch - step
+        return Point(newest, step, shift, earlier=meta.get("earlier", {}))
     if source is None:
         return Point()
 
@@ -92,10 +97,12 @@ def find_point(run: Run, source: str | Path | None, notice: Callable[[str], None
     path = source_checkpoint(source)
     with unless_gone(path):
         meta = read_meta(path)
+    earlier = trained_with(meta)
+    refuse_held_out(path, earlier, run.config, run.data)
     step = meta["cursor"]["step"]
     same = meta["data"].get("features") == run.data["features"]
     samples = meta["cursor"]["samples"] if same else 0
-    return Point(path, step, -(-samples // batch) - step, branches=True)
+    return Point(path, step, -(-samples // batch) - step, branches=True, earlier=earlier)
 
 
 def begin(run: Run, point: Point) -> Beginning:
@@ -139,7 +146,7 @@ def described(run: Run, point: Point, changes: list[Change], early: bool) -> lis
     """Lines for a user on where a run goes on, what has changed, and its learning rate then.
 
     `run` has its number of steps filled in; `early`: it has ended before its last one, which is
-    said with its end.
+    said with its end, and makes no update at another rate.
     """
     if point.path is None:
         return []
@@ -152,12 +159,11 @@ def described(run: Run, point: Point, changes: list[Change], early: bool) -> lis
         first = f"{run.out}: finished, step {point.step} of {total} is its last one; to go on, "
         first += "raise train.steps, train.epochs or --minutes"
 
-    lines = [] if early else [first]
-    lines += [change.line() for change in changes]
-    rate = _rate_line(run, point, changes)
-    if point.step < total and rate:
-        lines.append(rate)
-    return lines
+    said = [change.line() for change in changes]
+    if early:
+        return said
+    rate = _rate_line(run, point, changes) if point.step < total else ""
+    return [first, *said, rate] if rate else [first, *said]
 
 
 def _rate_line(run: Run, point: Point, changes: list[Change]) -> str:
@@ -178,6 +184,10 @@ def _rate_line(run: Run, point: Point, changes: list[Change]) -> str:
     for name, value in settings.items():
         if name.startswith("optimizer."):
             optimizer[name.removeprefix("optimizer.")] = value
-    old = from_dict(OptimizerConfig, optimizer, str(point.path), "optimizer.")
-    before = made_schedule(make, old, settings["train.steps"])(point.step - 1)
+    # A user's own schedule that is replaced may be gone by now: it is no reason to stop.
+    try:
+        old = from_dict(OptimizerConfig, optimizer, str(point.path), "optimizer.")
+        before = made_schedule(make, old, settings["train.steps"])(point.step - 1)
+    except UserError:
+        return f"learning rate: {line}"
     return f"learning rate: {before:.3g} at step {point.step}, {line}"

@@ -6,10 +6,12 @@
 | the number of steps (`HORIZON`) | may change | may change |
 | the draft, its dtype, its vocabulary, its optimizer (`FIXED`) | refused | refused |
 | `data.held_out` of the same features | refused | refused |
+| more `data.held_out` of features that an earlier run trained on | refused | refused |
 | anything else | refused | may change |
 """
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -106,15 +108,55 @@ def written_settings(meta: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def trained_with(meta: dict[str, Any]) -> dict[str, int]:
+    """By the hash of features, the fewest held-out samples that a state was trained with on them.
+
+    Those of the checkpoint itself, and of the runs before `--from`.
+    """
+    found = dict(meta.get("earlier", {}))
+    features = meta["data"].get("features")
+    held_out = written_settings(meta)["data.held_out"]
+    if features is not None:
+        found[features] = min(held_out, found.get(features, held_out))
+    return found
+
+
+def refuse_held_out(
+    path: Path, trained: Mapping[str, int], config: Config, data: dict[str, str]
+) -> None:
+    """Refuse to hold samples out that a checkpoint's state was trained on, by a run before too.
+
+    Args:
+        path: of the checkpoint.
+        trained: `trained_with` of its `meta.json`.
+        config: the run's now.
+        data: its hashes, `Run.data`.
+
+    Raises:
+        UserError: names the number held out, and the greatest one that may be.
+    """
+    now = config.data.held_out
+    most = trained.get(data["features"], now)
+    if now > most:
+        raise UserError(
+            f"{path}: data.held_out was {most}, is {now}, of features that its run or one before "
+            "was trained on: samples that were trained on would be held out; set "
+            f"data.held_out={most}, or give other features"
+        )
+
+
 def refuse_in_place(path: Path, changes: list[Change]) -> None:
     """Refuse what a run in its own folder cannot go on under.
 
     Raises:
         UserError: names what changed, both values, and `--from`.
     """
-    for change in changes:
-        if change.name not in MAY_CHANGE | HORIZON:
-            raise _refused(path, change)
+    names = {change.name for change in changes}
+    refused = [change for change in changes if change.name not in MAY_CHANGE | HORIZON]
+
+    # What no run can go on under comes first: the remedy for the others would be refused.
+    for change in sorted(refused, key=lambda change: not _refused_elsewhere(change, names)):
+        raise _refused(path, change, names)
 
 
 def refuse_elsewhere(path: Path, changes: list[Change]) -> None:
@@ -137,18 +179,26 @@ def refuse_elsewhere(path: Path, changes: list[Change]) -> None:
                 "goes on with a state, for which no start is read; leave one of them out"
             )
         if _is_fixed(change):
-            raise _refused(path, change)
+            raise _refused(path, change, names)
 
 
 def _is_fixed(change: Change) -> bool:
     return change.name in FIXED or change.name.startswith("draft.")
 
 
-def _refused(path: Path, change: Change) -> UserError:
-    """One sentence: what changed, and how to go on all the same."""
+def _refused_elsewhere(change: Change, names: Collection[str]) -> bool:
+    """Whether `refuse_elsewhere` refuses it, where `names` have changed."""
+    same_samples = change.name == "data.held_out" and "features" not in names
+    return same_samples or change.name == "train.init" or _is_fixed(change)
+
+
+def _refused(path: Path, change: Change, names: Collection[str]) -> UserError:
+    """One sentence: what changed, and how to go on all the same; `names` are all that did."""
     remedy = f"go on under it in a new folder with --from {path} --out NEW"
     if _is_fixed(change):
         remedy = "begin a new run from an exported draft with --set train.init=RUN/draft"
+    elif _refused_elsewhere(change, names):
+        remedy = "begin a new run with another --out"
 
     # A recipe is known by its name; the other data by hashes.
     if change.name == RECIPE:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -70,11 +70,13 @@ def save_checkpoint(
     keep: int,
     world: World = World(),  # noqa: B008
     shift: int = 0,
+    earlier: Mapping[str, int] = {},
 ) -> Path:
     """Write `folder/step-NNNNNNNN/` and delete all but the `keep` newest; every rank calls it.
 
     `data` are the hashes of what the run reads, `extra` is what else a resumed run needs, such as
     the best value. `shift` is `Run.shift`: the cursor counts the samples of the run's own data.
+    `earlier` is `Run.earlier`.
 
     Raises:
         UserError: not written, such as for want of room; on every rank. The older checkpoints are
@@ -113,6 +115,7 @@ def save_checkpoint(
                     "cursor": {"step": step, "samples": samples, "seed": config.train.seed},
                     "config": to_dict(config),
                     "data": data,
+                    "earlier": dict(earlier),
                     "extra": extra,
                     "world": world.size,
                     "threads": torch.get_num_threads(),

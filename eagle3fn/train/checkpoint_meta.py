@@ -95,6 +95,12 @@ def _check(meta: dict[str, Any]) -> None:
         _check_type(f"config.{section}", values, dict)
     for name, value in meta["data"].items():
         _check_type(f"data.{name}", value, str)
+    held_out = meta["config"].get("data", {}).get("held_out", 0)
+    _check_type("config.data.held_out", held_out, int)
+    earlier = meta.get("earlier", {})
+    _check_type("earlier", earlier, dict)
+    for name, value in earlier.items():
+        _check_type(f"earlier.{name}", value, int)
     for name, value in meta["files"].items():
         _check_type(f"files.{name}", value, str)
         if name in (".", "..") or not set(name).isdisjoint("/\\\0"):

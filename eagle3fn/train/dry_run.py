@@ -1,48 +1,55 @@
-"""A run tried without a trace: its plan, its first batch, one update, and how long all would take.
+"""A run tried without a trace: its plan, its next batch, one update, and how long all would take.
 
-Nothing is written.
+It goes the run's own way (`train.ready`) up to the first thing that would be written.
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from eagle3fn.base.config import Config
+from eagle3fn.base.files import locked_as_is
 from eagle3fn.base.launch import World
 from eagle3fn.base.progress import duration
-from eagle3fn.base.types import VocabMap
+from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.target_tensors import TargetTensors
-from eagle3fn.train.bad_updates import check_first, check_update
-from eagle3fn.train.begin import find_point
-from eagle3fn.train.changes import changes_since, refuse_in_place
-from eagle3fn.train.checkpoint_meta import read_meta
-from eagle3fn.train.horizon import Horizon, seconds_per_step, times_left, with_horizon
+from eagle3fn.train.bad_updates import check_update
+from eagle3fn.train.events import End, Events
+from eagle3fn.train.horizon import Horizon, chosen_by, seconds_per_step, times_left
 from eagle3fn.train.memory import MemoryPlan, describe, peak_bytes, plan_memory, readable_bytes
-from eagle3fn.train.recipe import OURS, Recipe
-from eagle3fn.train.run import prepare, training_batches
+from eagle3fn.train.ready import ready
+from eagle3fn.train.recipe import OURS, Recipe, schedule_of
+from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.track import readable
 
 _TIMED_STEPS = 2
 
 
-class DryRun(NamedTuple):
-    """What was found, of the global batch and of all ranks."""
+class TriedUpdate(NamedTuple):
+    """The update that comes next, of the global batch and of all ranks."""
 
-    plan: MemoryPlan
-    horizon: Horizon  # the updates of the whole run, and what chose them
-    made: int  # of these, by the run that the folder has
-    evaluations: int  # left; one of them before the first update
-    checkpoints: int  # left
-    samples: int  # of the first batch
+    samples: int
     tokens: int
     rows: int  # supervised, at the first unroll step
     counted: float  # share of the rows that the loss counts
-    loss: float  # of the first update
+    loss: float
     grad_norm: float  # before the clip
-    first_seconds: float  # of that update, what a first one prepares included
+    seconds: float  # what a first one prepares included
+    peak: int  # bytes, from before the state to the update's end, as `peak_bytes` counts
+
+
+class DryRun(NamedTuple):
+    """What was found."""
+
+    plan: MemoryPlan
     device: str
-    peak: int  # bytes, from the first state to the end of that update, as `peak_bytes` counts
+    horizon: Horizon  # the updates of the whole run, and what chose them
+    end: End  # how the run in the folder stands
+    evaluations: int  # left; one of them before the first update
+    checkpoints: int  # left
+    update: TriedUpdate | None  # None: nothing is left to train
     seconds: float  # estimated, of the updates that are left
 
 
@@ -53,119 +60,120 @@ def dry_run(
     target: TargetTensors,
     out: str | Path,
     minutes: float | None = None,
+    events: Events = Events(),  # noqa: B008
     world: World = World(),  # noqa: B008
     recipe: Recipe = OURS,
 ) -> DryRun:
-    """Prepare a run as `train.loop.train` does, from its first state on, and make one update.
+    """Prepare a run as `train.loop.train` does, and make the update that comes next, if one does.
 
     All ranks call. The state after it is dropped. A few more updates and an evaluation are timed
-    for the estimate.
+    for the estimate. Of `events` those before the first update are called.
 
     Raises:
-        UserError: as `train` before its first update, a run in `out` that cannot go on so among it,
-            and for that update.
+        UserError: as `train` before it writes, and for that update.
     """
     run = prepare(config, features, vocab_map, target, out, world, recipe)
-    before = peak_bytes(run.device)
-    state = run.fns.init_state(run.fns.init(run.config.train.seed))
-    check_first(run, state)
+    with locked_as_is(run.out) if world.main else nullcontext():
+        before = peak_bytes(run.device)
+        run, _, horizon, state, _, end, _ = ready(run, None, minutes, events)
 
-    # How many updates there are, and how many the folder's run has made.
-    found = find_point(run, None, lambda line: None) if world.main else None
-    point = world.shared(found)
-    run = run._replace(shift=point.shift)
-    run, horizon = with_horizon(run, lambda: state, minutes, point)
-    if point.path is not None:
-        refuse_in_place(point.path, changes_since(read_meta(point.path), run.config, run.data))
+        update = None
+        seconds = 0.0
+        if not end.finished:
+            update = _tried(run, state, before)
+            seconds = (end.total - end.step) * seconds_per_step(run, state, _TIMED_STEPS)
 
-    # One update; reading its numbers waits for the device.
-    (micro,) = training_batches(run, 0, 1)
-    begin = time.perf_counter()
-    _, metrics = run.fns.step(state, micro)
-    loss = float(metrics["loss"])
-    grad_norm = float(metrics["grad_norm"])
-    first_seconds = time.perf_counter() - begin
-    peak = peak_bytes(run.device)
-    if run.device == "cpu":
-        peak -= before
-    check_update(run, 1, metrics)
-
-    rates = readable(metrics["aux"])
+    # A run that its patience has ended stops before its last update.
     settings = run.config.train
-    total = settings.steps
+    last = end.step if end.early else end.total
     tokens = sum(sample.get("length", 0) for sample in features.samples)
     tied = target.head is target.embed_tokens
     return DryRun(
         plan=plan_memory(run.config, world.size, tokens, tied, recipe),
+        device=run.device,
         horizon=horizon,
-        made=point.step,
-        evaluations=times_left(settings.eval_every, point.step, total) + (point.step == 0),
-        checkpoints=times_left(settings.checkpoint_every, point.step, total),
+        end=end,
+        evaluations=times_left(settings.eval_every, end.step, last) + (end.step == 0),
+        checkpoints=times_left(settings.checkpoint_every, end.step, last),
+        update=update,
+        seconds=seconds,
+    )
+
+
+def _tried(run: Run, state: TrainState, before: int) -> TriedUpdate:
+    """Make the update that comes after `state`; `before`: `peak_bytes` before that was made."""
+    step = int(state.step)
+    (micro,) = training_batches(run, step + run.shift, step + run.shift + 1)
+    rate = schedule_of(run.config, run.recipe)(step)
+
+    # Reading its numbers waits for the device.
+    begin = time.perf_counter()
+    _, metrics = run.fns.step(state, micro, rate=rate)
+    loss = float(metrics["loss"])
+    grad_norm = float(metrics["grad_norm"])
+    seconds = time.perf_counter() - begin
+    peak = peak_bytes(run.device)
+    if run.device == "cpu":
+        peak -= before
+    check_update(run, step + 1, metrics)
+
+    rates = readable(metrics["aux"])
+    return TriedUpdate(
         samples=run.config.data.global_batch,
         tokens=int(metrics["tokens"]),
         rows=rates["rows"],
         counted=rates["counted"],
         loss=loss,
         grad_norm=grad_norm,
-        first_seconds=first_seconds,
-        device=run.device,
+        seconds=seconds,
         peak=peak,
-        seconds=(total - point.step) * seconds_per_step(run, state, _TIMED_STEPS),
     )
 
 
 def describe_dry_run(found: DryRun) -> str:
     """The lines to print."""
-    return "\n".join(
-        [
-            describe(found.plan),
-            "the run",
-            f"  {_updates(found)}, {found.evaluations} evaluations, "
-            f"{found.checkpoints} checkpoints; {_chosen_by(found.horizon)} chose the number of "
-            "updates",
-            "the first batch",
-            f"  {found.samples} samples, {found.tokens} tokens, {found.rows} supervised rows, of "
-            f"which the loss counts {found.counted:.1%}",
-            "one update",
-            f"  loss {found.loss:.4f}, gradient norm {found.grad_norm:.4f}, "
-            f"{found.first_seconds:.2f} s with what a first one prepares",
-            f"  {_memory(found)}",
-            "what is left" if found.made else "all of it",
-            f"  about {duration(found.seconds)}, checkpoints not counted",
-            "nothing was written",
-        ]
-    )
+    lines = [describe(found.plan), "the run", f"  {_left(found)}"]
+    if found.update is not None:
+        lines += _update_lines(found, found.update)
+    return "\n".join([*lines, "nothing was written"])
 
 
-def _updates(found: DryRun) -> str:
-    total = found.horizon.steps
-    if not found.made:
-        return f"{total} updates"
-    return f"{total - found.made} of {total} updates left"
+def _left(found: DryRun) -> str:
+    """What of the run is left, and what chose its number of updates."""
+    step, total, early, _ = found.end
+    chosen = f"{chosen_by(found.horizon)} chose the number of updates"
+    if found.end.finished:
+        by_patience = ", by train.patience" if early else ""
+        return f"ended at step {step} of {total}{by_patience}, nothing is left to train; {chosen}"
+    updates = f"{total - step} of {total} updates left" if step else f"{total} updates"
+    return f"{updates}, {found.evaluations} evaluations, {found.checkpoints} checkpoints; {chosen}"
 
 
-def _chosen_by(horizon: Horizon) -> str:
-    """What chose the number of updates, as a user names it."""
-    names = {
-        "steps": f"train.steps = {horizon.steps}",
-        "minutes": f"--minutes {horizon.minutes or 0:g}",
-        "epochs": f"train.epochs = {horizon.epochs}",
-    }
-    return names.get(horizon.chosen_by, "an earlier call")
+def _update_lines(found: DryRun, update: TriedUpdate) -> list[str]:
+    begun = found.end.step > 0
+    return [
+        "the next batch" if begun else "the first batch",
+        f"  {update.samples} samples, {update.tokens} tokens, {update.rows} supervised rows, of "
+        f"which the loss counts {update.counted:.1%}",
+        "one update",
+        f"  loss {update.loss:.4f}, gradient norm {update.grad_norm:.4f}, "
+        f"{update.seconds:.2f} s with what a first one prepares",
+        f"  {_memory(found, update.peak)}",
+        "what is left" if begun else "all of it",
+        f"  about {duration(found.seconds)}, checkpoints not counted",
+    ]
 
 
-def _memory(found: DryRun) -> str:
+def _memory(found: DryRun, peak: int) -> str:
     """The memory that was measured, and the plan's of the same."""
     needed = found.plan.needed
     if found.device != "cpu":
         measured = f"allocated on {found.device} at its peak"
-        return (
-            f"{readable_bytes(found.peak)} {measured}; the plan's sum is {readable_bytes(needed)}"
-        )
+        return f"{readable_bytes(peak)} {measured}; the plan's sum is {readable_bytes(needed)}"
 
     # The frozen tensors were there before.
     needed -= found.plan.held["frozen tensors"]
     planned = f"the plan's sum without frozen tensors is {readable_bytes(needed)}"
-    if found.peak <= 0:
+    if peak <= 0:
         return f"memory at its peak not above that of reading the data before; {planned}"
-    return f"memory rose by {readable_bytes(found.peak)} at its peak, state and update; {planned}"
+    return f"memory rose by {readable_bytes(peak)} at its peak, state and update; {planned}"

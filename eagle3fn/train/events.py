@@ -8,7 +8,7 @@ from eagle3fn.base.types import Frozen, Params
 
 
 class End(NamedTuple):
-    """How a call of `train` ended."""
+    """How a run stands when a call of `train` begins or ends."""
 
     step: int  # updates made
     total: int  # of the whole run
@@ -25,7 +25,12 @@ class Events(NamedTuple):
     """What the loop calls: with each metrics row; each held-out row; each draft to publish, which
     is the untrained one, then the best so far, or without held-out samples the newest; each line
     about what it found and left out; and with how the call ended.
+
+    `on_ready` is called first, before anything is written, with how the run stands and its best
+    held-out accepted length so far (0: none was measured); what it raises ends the call.
     """
+
+    on_ready: Callable[[End, float], None] = lambda end, best: None
 
     on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
     on_eval: Callable[[dict[str, Any]], None] = lambda row: None

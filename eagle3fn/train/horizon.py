@@ -37,7 +37,7 @@ from eagle3fn.train.run import Run, training_batches
 from eagle3fn.train.shard import gather
 
 _TIMED_STEPS = 24
-_FILE = "horizon.json"
+FILE = "horizon.json"
 
 
 class Horizon(NamedTuple):
@@ -78,7 +78,7 @@ def with_horizon(
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"--minutes {minutes}: must be above 0 and finite")
 
-    begun = run.world.shared(_begun(run.out / _FILE) if run.world.main else None)
+    begun = run.world.shared(_begun(run.out / FILE) if run.world.main else None)
     if point.branches:
         begun = None  # what a killed call had left
     if begun is not None:
@@ -87,7 +87,7 @@ def with_horizon(
         horizon = Horizon(settings.steps, "steps", settings.epochs)
     elif minutes is not None:
         seconds = seconds_per_step(run, first_state())
-        steps = run.world.shared(max(1, int(minutes * 60 / seconds)))
+        steps = run.world.shared(max(1, int(min(minutes * 60 / seconds, MOST_STEPS))))
         steps = min(point.step + steps, MOST_STEPS)
         horizon = Horizon(steps, "minutes", settings.epochs, minutes, point.step)
     else:
@@ -95,6 +95,17 @@ def with_horizon(
 
     _check_steps(run, horizon, point)
     return _with_steps(run, horizon.steps), horizon
+
+
+def chosen_by(horizon: Horizon) -> str:
+    """What chose the number of steps, as a user names it."""
+    if horizon.chosen_by == "steps":
+        return f"train.steps = {horizon.steps}"
+    if horizon.chosen_by == "epochs":
+        return f"train.epochs = {horizon.epochs}"
+    if horizon.chosen_by == "minutes" and horizon.minutes is not None:
+        return f"--minutes {horizon.minutes:g}"
+    return "an earlier call"
 
 
 def times_left(every: int, step: int, total: int) -> int:
@@ -148,23 +159,21 @@ def _next_horizon(run: Run, begun: Horizon, minutes: float | None) -> Horizon:
 
     if begun.chosen_by not in ("minutes", ""):
         raise UserError(
-            f"{run.out / _FILE}: the run began with its steps chosen by {begun.chosen_by}, "
+            f"{run.out / FILE}: the run began with its steps chosen by {begun.chosen_by}, "
             f"{begun.steps} of them; leave --minutes out, or raise train.steps"
         )
     if begun.minutes in (None, minutes):
         return begun._replace(epochs=settings.epochs)
-    steps = round((begun.steps - begun.first) * minutes / begun.minutes)
-    steps = min(begun.first + max(1, steps), MOST_STEPS)
+    steps = min((begun.steps - begun.first) * minutes / begun.minutes, MOST_STEPS)
+    steps = min(begun.first + max(1, round(steps)), MOST_STEPS)
     return begun._replace(steps=steps, minutes=minutes, epochs=settings.epochs)
 
 
 def _check_steps(run: Run, horizon: Horizon, point: Point) -> None:
     """Refuse fewer steps than were made."""
-    asked = f"train.steps = {horizon.steps}"
-    if horizon.chosen_by == "minutes":
-        asked = f"--minutes {horizon.minutes:g}, {horizon.steps} steps"
-    elif horizon.chosen_by == "epochs":
-        asked = f"train.epochs = {horizon.epochs}, {horizon.steps} steps"
+    asked = chosen_by(horizon)
+    if horizon.chosen_by != "steps":
+        asked = f"{asked}, {horizon.steps} steps"
     if horizon.steps < point.step:
         raise UserError(
             f"{asked}: {point.path} has made {point.step}; ask for as many at least, or go on from "
@@ -184,7 +193,7 @@ def _with_steps(run: Run, steps: int) -> Run:
 
 def write_horizon(run: Run, horizon: Horizon) -> None:
     """Keep the choice, the number of threads and the resolved configuration in the run's folder."""
-    write_json(run.out / _FILE, horizon._asdict() | {"threads": torch.get_num_threads()})
+    write_json(run.out / FILE, horizon._asdict() | {"threads": torch.get_num_threads()})
     write_text(run.out / "config.toml", to_toml(to_dict(run.config)))
 
 
@@ -194,7 +203,7 @@ def begun_threads(out: str | Path) -> Kept | None:
     Runs of earlier versions keep it with their checkpoints alone.
     """
     out = Path(out)
-    kept = read_kept(out / _FILE)
+    kept = read_kept(out / FILE)
     newest = max(checkpoints(out / "checkpoints"), default=None)
     if kept is None and newest is not None:
         kept = read_kept(newest / META)
@@ -243,7 +252,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def seconds_per_step(run: Run, state: TrainState, timed: int = _TIMED_STEPS) -> float:
     """Measured seconds of a step of average length and its share of an evaluation.
 
-    The `timed` steps are dropped.
+    The `timed` steps are dropped; their rate is the highest, for which no schedule is asked.
     """
     data = run.config.data
 

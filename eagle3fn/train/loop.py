@@ -26,20 +26,20 @@ from eagle3fn.train.bad_updates import (
     check_update,
     dropped_line,
 )
-from eagle3fn.train.begin import LoopState, Point, begin, described, find_point
-from eagle3fn.train.branch import unless_gone, write_branch
+from eagle3fn.train.begin import LoopState, Point
+from eagle3fn.train.branch import write_branch
 from eagle3fn.train.checkpoint import save_checkpoint
 from eagle3fn.train.counted import check_counted_held_out, check_uncounted, uncounted_after
 from eagle3fn.train.events import End, Events
 from eagle3fn.train.held_out import evaluate_held_out
-from eagle3fn.train.horizon import patience_line, with_horizon, write_horizon
+from eagle3fn.train.horizon import patience_line, write_horizon
+from eagle3fn.train.ready import ROWS, end_of, ready
 from eagle3fn.train.recipe import OURS, Recipe, schedule_of
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import gather
 from eagle3fn.train.step import Metrics
-from eagle3fn.train.track import HELD_OUT, STEPS, append_row, cut_rows, metrics_row
+from eagle3fn.train.track import append_row, cut_rows, metrics_row
 
-ROWS = {"metrics.jsonl": STEPS, "eval.jsonl": HELD_OUT}
 T = TypeVar("T")
 
 
@@ -89,18 +89,8 @@ def train(
     run = prepare(config, features, vocab_map, target, out, world, recipe)
     lock = held(run.out) if world.main else nullcontext()
     with lock:
-        # Where to go on.
-        found = find_point(run, source, events.on_notice) if world.main else None
-        point = run.world.shared(found)
-        run = run._replace(shift=point.shift)
-
-        # How many steps to make, and the state: read, or made. Another run's checkpoint may be
-        # removed by it meanwhile.
-        with unless_gone(point.path if point.branches else None):
-            run, horizon = with_horizon(run, lambda: begin(run, point).state, minutes, point)
-            state, loop_state, changes = begin(run, point)
-            early = _end(run, point.step, loop_state).early
-            lines = described(run, point, changes, early) if world.main else []
+        # Where it goes on, and its state.
+        run, point, horizon, state, loop_state, end, lines = ready(run, source, minutes, events)
 
         # The run's files: of another run that it goes on from, cut to its step.
         if world.main:
@@ -116,22 +106,15 @@ def train(
         if point.branches:
             loop_state = _evaluate(run, state, loop_state, events)
             _save(run, state, loop_state)
-        if not _end(run, point.step, loop_state).finished:
+        if not end.finished:
             # A signal before this ends the program: nothing is lost that is not on the disk.
             with signals_noted() as stop_requested:
                 state, loop_state = _steps(
                     run, state, loop_state, events, stop_requested, max_steps
                 )
         if world.main:
-            _report_end(run, _end(run, int(state.step), loop_state), loop_state, events)
+            _report_end(run, end_of(run, int(state.step), loop_state), loop_state, events)
         return state
-
-
-def _end(run: Run, step: int, loop_state: LoopState) -> End:
-    """How the run stands after so many updates, the same on all ranks."""
-    settings = run.config.train
-    early = step < settings.steps and 0 < settings.patience <= loop_state.waited
-    return End(step, settings.steps, early, bool(run.held_out))
 
 
 def _report_end(run: Run, end: End, loop_state: LoopState, events: Events) -> None:
@@ -212,7 +195,7 @@ def _steps(
                 loop_state = _evaluate(run, state, loop_state, events)
 
             # A stop on one rank stops all: they must leave at the same step.
-            early = _end(run, number, loop_state).early
+            early = end_of(run, number, loop_state).early
             stop = any(run.world.every(stop_requested())) or early
             if saves or stop:
                 loop_state = report_all()
@@ -282,7 +265,9 @@ def _save(run: Run, state: TrainState, loop_state: LoopState) -> None:
     folder = run.out / "checkpoints"
     extra = loop_state._asdict()
     keep = run.config.train.keep_last
-    save_checkpoint(folder, state, run.config, run.data, extra, keep, run.world, run.shift)
+    save_checkpoint(
+        folder, state, run.config, run.data, extra, keep, run.world, run.shift, run.earlier
+    )
 
 
 def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events) -> LoopState:

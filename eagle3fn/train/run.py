@@ -5,7 +5,7 @@ Checked before the first step.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,6 +53,7 @@ class Run(NamedTuple):
     mesh: DeviceMesh | None = None
     recipe: Recipe = OURS
     shift: int = 0  # an update's number and this one make its place in the data's order
+    earlier: Mapping[str, int] = {}  # `changes.trained_with`, before `--from`
 
 
 def prepare(

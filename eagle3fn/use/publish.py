@@ -44,17 +44,23 @@ def check_published(out: str | Path, end: End, ranks: int, arguments: Sequence[s
             f"resume with {called_as(arguments, ranks)}"
         )
 
-    clear(out / "draft")  # a kill while it was replaced: the one before comes back
-    if not (out / "draft").is_dir():
-        raise UserError(
-            f"{out}/draft: gone since the run ended at step {end.step}; train into another folder"
-        )
+    _check_draft(out, end.step)
     if not end.compared:
         return (
             f"{out}/draft: the draft after {end.step} steps; no sample was held out "
             "(data.held_out = 0), so it was compared with no other"
         )
     return f"{out}/draft: the best draft of {end.step} steps, by held-out accepted length"
+
+
+def _check_draft(out: Path, step: int) -> None:
+    """Refuse a run whose draft is gone: the parameters of the best one are nowhere else."""
+    clear(out / "draft")  # a kill while it was replaced: the one before comes back
+    if not (out / "draft").is_dir():
+        raise UserError(
+            f"{out}/draft: gone, and the run's draft up to step {step} with it; put it back, or go "
+            f"on in a new folder with --from {out} --out NEW"
+        )
 
 
 def _origin(out: str | Path) -> str:
@@ -81,13 +87,18 @@ def run_events(
 
     Raises:
         UserError: one of the two folders is there, and no draft that was exported here, or is a
-            link.
+            link; as `on_ready`, the run's best draft is gone.
     """
     for name in ("draft", "untrained"):
         check_own_folder(Path(out) / name)
         check_out_draft(Path(out) / name)
     show = progress.bar("step", log=True)
     dtype = getattr(torch, config.train.dtype)
+
+    def on_ready(end: End, best: float) -> None:
+        # Without held-out samples the next evaluation makes a draft, if there is one.
+        if best > 0 or end.finished:
+            _check_draft(Path(out), end.step)
 
     def on_step(row: dict[str, Any], total: int) -> None:
         loss = row["loss"]
@@ -110,5 +121,5 @@ def run_events(
         now = facts._replace(steps=row["step"], accepted_length=length, origin=_origin(out))
         export(params, frozen, config.draft, folder, target_layers, dtype, True, now)
 
-    events = Events(on_step=on_step, on_eval=on_eval, on_draft=on_draft)
+    events = Events(on_ready=on_ready, on_step=on_step, on_eval=on_eval, on_draft=on_draft)
     return with_advice(events, out, warm=config.train.init not in STARTS)

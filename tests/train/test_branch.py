@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from eagle3fn.base.tree import equal
 from eagle3fn.base.types import TrainState
 from eagle3fn.data.features import open_features
 from eagle3fn.data.pipeline import shuffled
-from eagle3fn.train import loop
+from eagle3fn.train import loop, ready, schedules
 from eagle3fn.train.branch import read_branch
 from eagle3fn.train.loop import Events
 from eagle3fn.train.recipe import OURS
@@ -236,7 +237,7 @@ REFUSED: dict[str, tuple[Callable[[Problem], Problem], str]] = {
     ),
     "more held out": (
         lambda problem: changed(problem, data={"held_out": problem.config.data.held_out + 1}),
-        r"data\.held_out was 5, is 6, of the same features: .*; set data\.held_out=5, or",
+        r"data\.held_out was 5, is 6, of features that .*; set data\.held_out=5, or",
     ),
     "fewer held out": (
         lambda problem: changed(problem, data={"held_out": problem.config.data.held_out - 1}),
@@ -262,6 +263,28 @@ def test_what_a_state_is_made_of_is_refused_and_nothing_is_written(problem, sour
         call(tmp_path / "new", change(problem), source=source / CHECKPOINT)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_samples_that_a_run_before_the_last_trained_on_are_not_held_out(
+    problem, others, source, tmp_path
+):
+    """The last one trained on others, and was ended once in between."""
+    train_in(tmp_path / "others", others, source=source / CHECKPOINT, max_steps=1)
+    train_in(tmp_path / "others", changed(others, train={"steps": STEPS}))
+    longer = {"steps": STEPS + 1}
+    more = changed(problem, data={"held_out": 6}, train=longer)
+    with pytest.raises(e3.UserError, match=r"data\.held_out was 5, is 6, of .*data\.held_out=5"):
+        call(tmp_path / "more", more, source=tmp_path / "others")
+    assert not (tmp_path / "more").exists()
+
+    # As many may be, and fewer: these count from then on.
+    fewer = changed(problem, data={"held_out": 4}, train=longer)
+    train_in(tmp_path / "fewer", fewer, source=tmp_path / "others")
+    again = changed(others, train={"steps": STEPS + 2})
+    train_in(tmp_path / "again", again, source=tmp_path / "fewer")
+    back = changed(problem, train={"steps": STEPS + 3})
+    with pytest.raises(e3.UserError, match=r"data\.held_out was 4, is 5, of "):
+        call(tmp_path / "back", back, source=tmp_path / "again")
 
 
 class Optimizers(NamedTuple):
@@ -301,18 +324,33 @@ def test_another_optimizers_state_is_refused_and_is_not_called_damaged(problem, 
     assert not (tmp_path / "new").exists()
 
 
+def test_schedule_that_is_replaced_may_be_gone(problem, tmp_path, monkeypatch):
+    """Its last rate is not said then."""
+    (tmp_path / "my_own_rate.py").write_text("def ok(config, total): return lambda step: 1e-3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = changed(problem, optimizer={"schedule": "my_own_rate:ok"})
+    train_in(tmp_path / "old", mine, max_steps=2)
+
+    (tmp_path / "my_own_rate.py").unlink()
+    monkeypatch.delitem(sys.modules, "my_own_rate")
+    schedules._kept_schedule.cache_clear()
+    constant = changed(problem, optimizer={"schedule": "constant"})
+    found = call(tmp_path / "new", constant, source=tmp_path / "old")
+    assert "learning rate: from step 3 on 0.01, the rate of a run of 6 steps" in found.said
+
+
 @pytest.mark.parametrize("place", ["with_horizon", "described"])
 def test_checkpoint_that_its_run_removes_meanwhile_is_gone_not_damaged(
     problem, source, tmp_path, monkeypatch, place
 ):
     copy = shutil.copytree(source, tmp_path / "copy")
-    before = getattr(loop, place)
+    before = getattr(ready, place)
 
     def removed(*args: Any) -> Any:
         shutil.rmtree(copy / CHECKPOINT)
         return before(*args)
 
-    monkeypatch.setattr(loop, place, removed)
+    monkeypatch.setattr(ready, place, removed)
     with pytest.raises(e3.UserError, match=r"step-00000002: gone since .*; call again") as caught:
         faster = changed(problem, optimizer={"learning_rate": 0.5})
         call(tmp_path / "new", faster, source=copy / CHECKPOINT)

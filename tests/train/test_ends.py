@@ -93,9 +93,11 @@ def test_a_run_ends_when_its_patience_is_over(problem, tmp_path, lengths):
     )
     assert checkpoints(tmp_path / "run/checkpoints")[-1].name == "step-00000006"
 
-    # A later call respects it, and says so again.
+    # A later call respects it, and says so again; a longer one has no rate to say.
     again = call(tmp_path / "run", with_train(problem, patience=2))
     assert (again.ends, again.lines, again.drafts) == (noted.ends, noted.lines, [])
+    longer = call(tmp_path / "run", with_train(problem, patience=2, steps=50))
+    assert longer.lines == ["train.steps: 50, was 8", line.replace("of 8", "of 50")]
 
 
 @pytest.mark.parametrize(("patience", "said"), [(4, False), (5, True), (0, False)])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import eagle3fn as e3
+from eagle3fn.base.sections import MOST_STEPS
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import TrainState
 from eagle3fn.train.loop import Events
@@ -151,6 +152,35 @@ def test_twice_the_minutes_are_twice_the_steps_and_the_same_none(problem, tmp_pa
     assert json.loads((tmp_path / "run/horizon.json").read_text())["minutes"] == 2e-3
 
 
+@pytest.mark.parametrize("kept", [{}, {"minutes": None}])
+@pytest.mark.parametrize("minutes", [None, 1])
+def test_run_of_an_early_version_that_kept_no_minutes_goes_on(problem, tmp_path, kept, minutes):
+    """With its number of steps, with a checkpoint and without."""
+    free = with_train(problem, steps=0)
+    for out, said in ((tmp_path / "begun", "resumed from step 2 of 3"), (tmp_path / "new", "")):
+        if said:
+            train_in(out, problem, max_steps=2)
+        out.mkdir(exist_ok=True)
+        (out / "horizon.json").write_text(json.dumps({"steps": 3, "chosen_by": "minutes"} | kept))
+        found = call(out, free, minutes=minutes)
+        assert int(found.state.step) == 3
+        assert said in " ".join(found.said)
+
+    # Fewer than were made are refused, in words.
+    (out / "horizon.json").write_text(json.dumps({"steps": 1, "chosen_by": "minutes"} | kept))
+    with pytest.raises(e3.UserError, match=r"an earlier call, 1 steps: .* has made 3"):
+        call(out, free, minutes=minutes)
+
+
+def test_minutes_beyond_all_bounds_are_the_most_steps(problem, tmp_path):
+    free = with_train(problem, steps=0)
+    call(tmp_path / "run", free, minutes=1e-3)
+    call(tmp_path / "run", free, minutes=1e308, max_steps=1)
+    assert json.loads((tmp_path / "run/horizon.json").read_text())["steps"] == MOST_STEPS
+    call(tmp_path / "new", free, minutes=1e308, max_steps=1)
+    assert json.loads((tmp_path / "new/horizon.json").read_text())["steps"] == MOST_STEPS
+
+
 def test_minutes_for_a_run_of_steps_are_refused(ended, problem):
     message = r"steps chosen by steps, 4 of them; leave --minutes out, or raise train\.steps"
     with pytest.raises(e3.UserError, match=message):
@@ -174,6 +204,30 @@ def test_settings_that_leave_a_step_as_it_is_may_change_and_are_said(problem, tm
     ]
     assert equal(found.state, whole)
     assert [row["step"] for row in rows(tmp_path / "run/eval.jsonl")] == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("train", {"init": "target"}, r"train\.init was 'random', is 'target'"),
+        ("data", {"held_out": 4}, r"data\.held_out was 5, is 4"),
+    ],
+)
+def test_remedy_is_no_call_that_is_refused(ended, problem, section, value, message):
+    """`--from` goes on under neither, nor under another optimizer."""
+    config = replace(
+        problem.config, **{section: replace(getattr(problem.config, section), **value)}
+    )
+    remedy = "; set it back, or begin a new run with another --out"
+    with pytest.raises(e3.UserError, match=rf"{message}{remedy}$"):
+        train_in(ended, problem._replace(config=config))
+
+    optimizer = replace(problem.config.optimizer, learning_rate=0.5, name="muon")
+    other = problem._replace(config=replace(problem.config, optimizer=optimizer))
+    with pytest.raises(
+        e3.UserError, match=r"optimizer\.name was 'adamw', is 'muon'; .*train\.init"
+    ):
+        train_in(ended, other)
 
 
 def test_setting_that_changes_a_step_is_refused_with_the_remedy(ended, problem):

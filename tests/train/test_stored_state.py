@@ -420,7 +420,7 @@ def test_values_of_wrong_types_in_meta_are_refused_or_change_nothing(saved):
             accepted.add(place[0])
 
     # What a resume does not read or has a default for, and the loop's own values.
-    assert accepted <= {"torch", "extra", "cursor", "config", "world", "files"}
+    assert accepted <= {"torch", "extra", "earlier", "cursor", "config", "world", "files"}
 
 
 @pytest.mark.parametrize("name", READ)

@@ -55,7 +55,7 @@ def test_a_draft_that_was_compared_with_no_other_is_not_called_the_best(run):
 
 
 def test_a_missing_draft_is_refused(run):
-    with pytest.raises(UserError, match="draft: gone since the run ended at step 10"):
+    with pytest.raises(UserError, match="draft: gone, and the run's draft up to step 10"):
         check_published(run, FINISHED, 1, ARGUMENTS)
 
 
