@@ -313,7 +313,7 @@ def _config(
     named_optimizer(config.optimizer)
     check_schedule(config, RECIPE if recipe else OURS)
     if recipe:
-        check_read(config)
+        check_read(_named(options, overrides))
     return config
 
 

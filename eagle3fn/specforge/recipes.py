@@ -123,21 +123,27 @@ def check_plain(draft: DraftConfig) -> None:
         raise UserError(f"draft.aux_layers = {draft.aux_layers}: SpecForge has three taps")
 
 
-def check_read(config: Config) -> None:
-    """Refuse values of settings that these functions do not read.
+_UNREAD = {
+    ("objective", "numerics", "fast"): "SpecForge's arithmetic is plain",
+    ("train", "init", "target"): "SpecForge's draft starts from random weights",
+}
+"""Values of settings that these functions do not read, and why."""
+
+
+def check_read(named: dict[str, Any]) -> None:
+    """Refuse a value that these functions would not heed.
+
+    Args:
+        named: the settings that a user names, by section.
 
     Raises:
         UserError: names the setting and its value.
     """
-    numerics = config.objective.numerics
-    start = config.train.init
-    for name, value, holds, why in (
-        ("objective.numerics", numerics, numerics == "plain", "SpecForge's arithmetic is plain"),
-        ("train.init", start, start != "target", "SpecForge's draft starts from random weights"),
-    ):
-        if not holds:
+    for (section, key, value), why in _UNREAD.items():
+        if named.get(section, {}).get(key) == value:
             raise UserError(
-                f"{name} = {value!r}: {why}; leave the setting out, or train without --recipe"
+                f"{section}.{key} = {value!r}: {why}; leave the setting out, or train without "
+                "--recipe"
             )
 
 
