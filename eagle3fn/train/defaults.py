@@ -25,10 +25,10 @@ _HIGHEST_RATE = 1e-3
 _LOWEST_RATE = 1e-4
 _RATED = ("adamw", "muon")  # the optimizers that these rates are for
 _HINTS = {
-    "lion": "a tenth of AdamW's is a usual start",
-    "sgd": "it needs hundreds of times AdamW's",
+    "lion": "the best of two tried was a third of AdamW's",
+    "sgd": "the best of four tried, far behind, was a hundred times AdamW's",
 }
-"""How the rate of another optimizer stands to AdamW's, by `optimizer.name`."""
+"""How the rate of another optimizer stands to AdamW's, by `optimizer.name` (bench/LOG.md)."""
 _WARM_SHARE = 1 / 3  # of the rate, where a trained draft is trained on
 _MOST_STEPS_APART = 500  # between two evaluations
 _FEWEST_STEPS_APART = 50

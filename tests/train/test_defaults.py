@@ -59,7 +59,7 @@ def rate_in(choices: list[Choice]) -> Choice | None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("lion", "a tenth of AdamW's"), ("sgd", "hundreds of times AdamW's"), ("mine:make", "")],
+    [("lion", "a third of AdamW's"), ("sgd", "a hundred times AdamW's"), ("mine:make", "")],
 )
 def test_other_optimizers_get_no_rate_and_need_one(name, hint):
     chosen = chosen_defaults(make_draft(hidden_size=576), 60, optimizer=name)
