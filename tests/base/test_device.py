@@ -82,4 +82,5 @@ def test_commands_refuse_a_device_in_one_line(
     assert main([*command, "--target", "none", "--device", name]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert f"device {name!r}: not usable here" in line
+    expected = f"device {name!r}: not usable here" if name else "--device: is empty; name one"
+    assert expected in line
