@@ -137,7 +137,7 @@ def check_rate(optimizer: OptimizerConfig, width: int, *given: Mapping[str, Any]
         return
     hint = ""
     if optimizer.name in _HINTS:
-        hint = f"; {_HINTS[optimizer.name]}, {rate_of(width):g} for this draft"
+        hint = f"; {_HINTS[optimizer.name]}, which would be {rate_of(width):g} for this draft"
     raise UserError(
         f"optimizer.learning_rate: none is chosen for optimizer.name = {optimizer.name!r}; name "
         f"one with --set optimizer.learning_rate=RATE{hint}"

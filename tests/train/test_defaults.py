@@ -71,7 +71,9 @@ def test_other_optimizers_get_no_rate_and_need_one(name, hint):
     assert text.startswith(
         f"optimizer.learning_rate: none is chosen for optimizer.name = {name!r}; name one with "
     )
-    assert (hint and f"{hint}" in text and ", 0.001 for this draft" in text) or text[-5:] == "=RATE"
+    assert (
+        hint and f"{hint}" in text and "AdamW's, which would be 0.001 for this draft" in text
+    ) or text[-5:] == "=RATE"
 
     # One that is named, or that a run began with, is taken.
     check_rate(optimizer, 576, {}, {"optimizer": {"learning_rate": 0.1}})
