@@ -20,7 +20,7 @@ _RANGES = {
     "initializer_range": (0.0, 100.0),
     "max_position_embeddings": (_SHORTEST_LIMIT, 2**31 - 1),
 }
-"""Least and largest value of some settings; each is above 0 besides."""
+"""Least and largest value of some settings; each is above 0, too."""
 
 
 def _count(value: Any) -> bool:

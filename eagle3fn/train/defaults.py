@@ -26,7 +26,7 @@ _LOWEST_RATE = 1e-4
 _RATED = ("adamw", "muon")  # the optimizers that these rates are for
 _HINTS = {
     "lion": "the best of two tried was a third of AdamW's",
-    "sgd": "the best of four tried, far behind, was a hundred times AdamW's",
+    "sgd": "the best of four tried, none of them near AdamW, was a hundred times AdamW's",
 }
 """How the rate of another optimizer stands to AdamW's, by `optimizer.name` (bench/LOG.md)."""
 _WARM_SHARE = 1 / 3  # of the rate, where a trained draft is trained on

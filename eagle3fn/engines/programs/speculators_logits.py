@@ -24,8 +24,8 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     """
     import torch  # pyright: ignore[reportMissingImports]
     from safetensors.torch import load_file, save_file  # pyright: ignore[reportMissingImports]
-    from speculators.convert.eagle.eagle3_converter import (  # pyright: ignore[reportMissingImports]
-        Eagle3Converter,
+    from speculators.convert.eagle import (  # pyright: ignore[reportMissingImports]
+        eagle3_converter,
     )
     from speculators.models.eagle3 import (  # pyright: ignore[reportMissingImports]
         Eagle3DraftModel,
@@ -37,7 +37,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
         folder = settings["draft"]
         if "speculators_model_type" not in json.loads((Path(folder) / "config.json").read_text()):
             folder = converted
-            Eagle3Converter().convert(
+            eagle3_converter.Eagle3Converter().convert(
                 settings["draft"],
                 folder,
                 base_model=settings["target"],
