@@ -65,6 +65,14 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "EAGLE-3.1": EAGLE_31,
         "EAGLE-3.1, norm_before_residual": [*EAGLE_31, "draft.norm_before_residual=true"],
     },
+    "sizes": {
+        "none": [],
+        "half as wide": [
+            "draft.hidden_size=288",
+            "draft.intermediate_size=768",
+            "train.init=random",
+        ],
+    },
     "losses": {
         "kl": [],
         "rkl": ["objective.loss=rkl"],
@@ -94,7 +102,9 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "wsd": ["optimizer.schedule=wsd"],
     },
 }
-"""By group: each choice's settings; the first one has none, and the others get its time."""
+"""By group: each choice's settings; the first one has none, and the others get its time. Sizes are
+those of SmolLM2-135M.
+"""
 
 
 class Data(NamedTuple):
