@@ -233,6 +233,7 @@ class DataConfig:
     micro_batch: int = 1
     held_out: int = 0
     prefetch: int = 2
+    pack_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
