@@ -75,7 +75,7 @@ def make_blocks(rows: Tensor, s: int, seen: Visible) -> Blocks:
         end = begin - (begin - end) // _STRIDE * _STRIDE
         end = max(min(end, s), common)
 
-        joined = max(max(firsts[part]), begin)
+        joined = max(*firsts[part], begin)
         blocks.append(Block(start, stop, samples[start], begin, joined, common, end))
         start = stop
     return Blocks(tuple(blocks), order, None if seen.first is None else first, last)
