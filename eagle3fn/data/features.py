@@ -335,6 +335,12 @@ def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def length_of(features: FeatureSet, number: int) -> int:
+    """Tokens of sample `number`: as the index has it, or by reading a file without an index."""
+    length = features.samples[number].get("length")
+    return len(read_tokens(features, number)[0]) if length is None else length
+
+
 def read_last_hidden(features: FeatureSet, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """`input_ids` and `token_mask` `(S,)` and `last_hidden` `(S, Ht)` of sample `number`.
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle3fn.base.device import to_device
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Params
-from eagle3fn.data.pipeline import batches, shuffled
-from eagle3fn.train.run import Run, to_device
+from eagle3fn.data.order import shuffled
+from eagle3fn.data.pipeline import batches
+from eagle3fn.train.run import Run
 from eagle3fn.train.shard import rows_of
 from eagle3fn.train.track import readable
 

@@ -7,19 +7,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.config import Config, to_dict
-from eagle3fn.base.device import check_device, send
+from eagle3fn.base.device import check_device
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
 from eagle3fn.base.sections import MOST_STEPS
-from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Batch, Frozen, VocabMap
+from eagle3fn.data import stages
 from eagle3fn.data.collate import AlignMask
 from eagle3fn.data.features import FeatureSet, read_tokens
 from eagle3fn.data.pipeline import batches, split
@@ -31,7 +30,6 @@ from eagle3fn.train.memory import check_fits, memory_of
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.reduce import check_ranks
 
-T = TypeVar("T")
 _SAMPLES_CHECKED = 100
 
 
@@ -124,7 +122,7 @@ def training_batches(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, .
     device: of update `n`, counted from 0, that is step `n + run.shift`.
     """
     world, recipe = run.world, run.recipe
-    steps = batches(
+    micro = batches(
         run.features,
         run.train,
         run.config,
@@ -135,8 +133,7 @@ def training_batches(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, .
         recipe.align_mask,
         recipe.order,
     )
-    for micro in steps:
-        yield to_device(micro, run.device)
+    return stages.to_device(micro, run.device)
 
 
 def check_world(config: Config, world: World) -> None:
@@ -254,15 +251,3 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
         "features": hashlib.sha256(text).hexdigest(),
         "vocabulary map": hashlib.sha256(tokens).hexdigest(),
     }
-
-
-def to_device(values: T, device: str) -> T:
-    """The tree, such as a batch, with every tensor on `device`; arrays stay on the host.
-
-    On the way there the host does not wait.
-    """
-
-    def sent(leaf: Any) -> Any:
-        return send(leaf, device) if isinstance(leaf, Tensor) else leaf
-
-    return tree_map(sent, values)
