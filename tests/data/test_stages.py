@@ -270,7 +270,8 @@ def threads() -> list[threading.Thread]:
 def test_closing_after_any_item_closes_the_source_and_its_thread(chain, taken):
     source = Source()
     chain = chain._replace(samples=12)  # a filter leaves some
-    made = chain.on(source.items())
+    held = source.items()  # so that it is not closed for want of a reference
+    made = chain.on(held)
     for _ in range(taken):
         next(made)
     made.close()  # type: ignore[attr-defined]
@@ -302,7 +303,8 @@ def test_a_stage_that_fails_itself_closes_what_it_reads_from():
             yield item
 
     source = Source()
-    made = stages.group(fifth_fails(source.items()), 2)
+    held = source.items()
+    made = stages.group(fifth_fails(held), 2)
     assert [next(made).value, next(made).value] == [[0, 1], [2, 3]]
     with pytest.raises(ValueError, match="the fifth"):
         next(made)
