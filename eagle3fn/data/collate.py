@@ -180,13 +180,3 @@ def global_row_counts(batches: Sequence[Batch]) -> Tensor:
     fp32, at least 1.
     """
     return trained_row_counts([batch.row_mask for batch in batches])
-
-
-def collate_packed(
-    samples: Sequence[Sample],
-    config: Config,
-    align_mask: AlignMask = align_mask,
-    survives: Sequence[Tensor] | None = None,
-) -> Batch:
-    """To be replaced."""
-    raise NotImplementedError

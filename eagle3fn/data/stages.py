@@ -17,6 +17,7 @@ from functools import partial, wraps
 from itertools import islice
 from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from eagle3fn.base.config import Config
@@ -211,7 +212,7 @@ def collate(
         config: `data`, `objective` and `train.seed` are read.
         align_mask: token mask to row mask.
     """
-    made = _collate.collate_packed if config.data.pack_tokens else _collate.collate
+    made = _packed if config.data.pack_tokens else _collate.collate
     for loaded, place in items:
         step = (place - 1) // config.data.global_batch
         micro = []
@@ -223,6 +224,20 @@ def collate(
         masks = [_row_mask(mask, config, align_mask) for mask in loaded.others]
         counts = trained_row_counts([*(batch.row_mask for batch in micro), *masks])
         yield Item(tuple(batch._replace(row_counts=counts) for batch in micro), place)
+
+
+def _packed(
+    samples: Sequence[Sample],
+    config: Config,
+    align_mask: AlignMask,
+    survives: Sequence[Tensor] | None,
+) -> Batch:
+    """A bin as a packed row; an empty one has the features' widths."""
+    draft = config.draft
+    width = draft.target_hidden_size
+    dtype = getattr(torch, config.train.dtype)
+    like = _collate.FeatureKind(draft.taps * width, width, dtype)
+    return _collate.collate_packed(samples, config, align_mask, survives, like)
 
 
 def _row_mask(token_mask: Tensor, config: Config, align_mask: AlignMask) -> Tensor:

@@ -22,9 +22,7 @@ class Visible(NamedTuple):
     last: Tensor | int  # at step 0 not below `first`
 
 
-def visible(
-    config: DraftConfig, place: Place, step: int, start: Tensor | None = None
-) -> Visible:
+def visible(config: DraftConfig, place: Place, step: int, start: Tensor | None = None) -> Visible:
     """What the row at `place` sees at an unroll step, where it is `step` positions further on.
 
     Every key of its conversation up to its own place; with a window of `W` positions, those from

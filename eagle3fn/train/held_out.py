@@ -32,9 +32,9 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
     if not run.held_out:
         return {}
 
-    # One sample a batch, each once, in the same order whatever the seed and the recipe: so a step
-    # is a sample, and this rank's steps are its block of them.
-    data = replace(run.config.data, global_batch=1, micro_batch=1)
+    # One sample a batch, each once, in the same order whatever the seed, packing and the recipe: so
+    # a step is a sample, and this rank's steps are its block of them.
+    data = replace(run.config.data, global_batch=1, micro_batch=1, pack_tokens=0)
     every_row = replace(run.config.objective, survival=1.0)
     train = replace(run.config.train, seed=0)
     config = replace(run.config, objective=every_row, data=data, train=train)

@@ -137,20 +137,21 @@ def training_batches(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, .
 
 
 def check_world(config: Config, world: World) -> None:
-    """Refuse a number of ranks that cannot share every global batch alike.
+    """Refuse a number of ranks that cannot share every global batch alike; packed ones all can.
 
     Raises:
         UserError: names the micro-batches of an update and the ranks.
     """
     data, size = config.data, world.size
     count = data.global_batch // data.micro_batch
-    if count % size:
+    if not data.pack_tokens and count % size:
         raise UserError(
             f"data.global_batch = {data.global_batch} and data.micro_batch = {data.micro_batch} "
             f"make {count} "
             f"micro-batches an update, {size} ranks must divide them; set data.global_batch to a "
             "multiple of "
-            f"{size * data.micro_batch}, or start other ranks"
+            f"{size * data.micro_batch}, start other ranks, or set data.pack_tokens, with which "
+            "any number does"
         )
     check_ranks(size, config.train.reduce)
 
