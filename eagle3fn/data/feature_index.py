@@ -8,6 +8,7 @@ import torch
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import json_sha256
 from eagle3fn.base.read import read_json
+from eagle3fn.data.storage import STORES
 
 SCHEMA = 1
 REMEDY = "run eagle3fn extract again"
@@ -47,6 +48,12 @@ def read_index(path: Path) -> dict[str, Any]:
     _check_names(index, path)
     _check_totals(index, path)
     _check_types(index["target"], _TARGET_TYPES, "target", path)
+    if "store" in index and str(index["store"]) not in STORES:
+        found = printable(repr(index["store"]))
+        raise UserError(
+            f"{path}: store is {found}: this version reads {', '.join(STORES)}; update eagle3fn, "
+            f"or {REMEDY}"
+        )
     if "tensors" in index["target"]:
         _check_record(index["target"]["tensors"], path)
 

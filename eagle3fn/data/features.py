@@ -2,7 +2,8 @@
 
     index.json                   target, dtype, totals, the shards' hashes, an entry for each sample
     shard-00000.safetensors      tensors `<key>.input_ids`, `<key>.loss_mask`, `<key>.aux_hidden`,
-                                 `<key>.last_hidden` of each sample
+                                 `<key>.last_hidden` of each sample; in a smaller store
+                                 (`data.storage`) also `<key>.aux_hidden.scale` and so on
     shard-00000.json             the shard's hash and its samples' entries: what a resumed
                                  extraction reads
 
@@ -25,6 +26,7 @@ from eagle3fn.base.types import Sample
 from eagle3fn.data.feature_index import REMEDY, SCHEMA, own_hash, read_index
 from eagle3fn.data.sample_file import pack
 from eagle3fn.data.samples import Encoded
+from eagle3fn.data.storage import STORES, decode, encode
 from eagle3fn.data.validate import hidden_fault, token_fault
 
 READER_REMEDY = "delete the file or write it anew"
@@ -36,6 +38,7 @@ _STORED = {
     "aux_hidden": "aux_hidden",
     "last_hidden": "last_hidden",
 }
+_HIDDEN = ("aux_hidden", "last_hidden")  # what a smaller store holds in fewer bytes
 
 
 class Reader(NamedTuple):
@@ -83,13 +86,25 @@ def _stored_name(key: str, field: str) -> str:
     return f"{key}.{_STORED[field]}"
 
 
+def _stored_names(key: str, field: str, store: str | None) -> dict[str, str]:
+    """The names in a shard of a sample's field, by their ends; `""` is no end."""
+    name = _stored_name(key, field)
+    if store is None or field not in _HIDDEN:
+        return {"": name}
+    return {end: f"{name}.{end}" if end else name for end in STORES[store].dtypes}
+
+
 def tokens_digest(name: str, ids: Tensor, mask: Tensor) -> str:
     """Hex digest of a sample's id, `input_ids` and `token_mask`, as its entry has it."""
     return hashlib.sha256(pack(Encoded(name, ids, mask)).data).hexdigest()[:16]
 
 
 def write_shard(
-    folder: Path, number: int, samples: dict[str, Sample], sidecar: dict[str, Any]
+    folder: Path,
+    number: int,
+    samples: dict[str, Sample],
+    sidecar: dict[str, Any],
+    store: str | None = None,
 ) -> dict[str, Any]:
     """Write a shard whole, then its sidecar.
 
@@ -98,14 +113,23 @@ def write_shard(
         number: the shard's.
         samples: by their keys in the index.
         sidecar: what the sidecar holds next to the shard's name, size and hash.
+        store: the index's: a name of `data.storage.STORES`; None: the values as they are.
 
     Returns:
         The whole sidecar.
+
+    Raises:
+        UserError: a value that the store has no number for.
     """
     tensors = {}
     for key, sample in samples.items():
+        width = sample.last_hidden.shape[-1]
         for field, value in sample._asdict().items():
-            tensors[_stored_name(key, field)] = value.cpu().contiguous()
+            parts = {"": value.cpu().contiguous()}
+            if store is not None and field in _HIDDEN:
+                parts = encode(store, parts[""], width)
+            for end, name in _stored_names(key, field, store).items():
+                tensors[name] = parts[end]
 
     path = folder / shard_name(number)
     with whole_file(path) as temporary:
@@ -240,6 +264,11 @@ def tensors_of(features: FeatureSet) -> dict[str, str] | None:
     return features.index.get("target", {}).get("tensors")
 
 
+def store_of(features: FeatureSet) -> str | None:
+    """The name in `data.storage.STORES` of how the hidden states are stored; None: as they are."""
+    return features.index.get("store")
+
+
 # Reading
 
 
@@ -261,7 +290,11 @@ def _verify(features: FeatureSet, shard: dict[str, Any]) -> None:
         raise UserError(f"{path}: its bytes have changed; {REMEDY}")
 
     entries = [entry for entry in features.samples if entry["shard"] == shard["file"]]
-    listed = {_stored_name(entry["key"], field) for entry in entries for field in _STORED}
+    store = store_of(features)
+    listed = set()
+    for entry in entries:
+        for field in _STORED:
+            listed |= set(_stored_names(entry["key"], field, store).values())
     others = _names_in(path) ^ listed
     if others:
         raise UserError(
@@ -303,7 +336,7 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
     if features.reader:
         sample = features.reader.sample(path)
     else:
-        sample = Sample(*_tensors(path, entry, Sample._fields))
+        sample = Sample(*_tensors(features, number, Sample._fields))
         _verify_once(features, entry["shard"])
 
     _check_tokens(features, number, sample.input_ids, sample.token_mask)
@@ -330,7 +363,7 @@ def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
     if features.reader:
         ids, mask = features.reader.tokens(path)
     else:
-        ids, mask = _tensors(path, entry, ("input_ids", "token_mask"))
+        ids, mask = _tensors(features, number, ("input_ids", "token_mask"))
     _check_tokens(features, number, ids, mask)
     return ids, mask
 
@@ -352,7 +385,7 @@ def read_last_hidden(features: FeatureSet, number: int) -> tuple[Tensor, Tensor,
         sample = features.reader.sample(path)
         ids, mask, last = sample.input_ids, sample.token_mask, sample.last_hidden
     else:
-        ids, mask, last = _tensors(path, entry, ("input_ids", "token_mask", "last_hidden"))
+        ids, mask, last = _tensors(features, number, ("input_ids", "token_mask", "last_hidden"))
     _check_tokens(features, number, ids, mask)
     return ids, mask, last
 
@@ -365,16 +398,36 @@ def _verify_once(features: FeatureSet, file: str) -> None:
             _verify(features, shard)
 
 
-def _tensors(path: Path, entry: dict[str, Any], fields: tuple[str, ...]) -> list[Tensor]:
-    """Some fields of one sample, from its shard; the other tensors are not read."""
+def _tensors(features: FeatureSet, number: int, fields: tuple[str, ...]) -> list[Tensor]:
+    """Some fields of one sample, from its shard; the other tensors are not read.
+
+    Hidden states of a smaller store come as bfloat16.
+    """
+    entry = features.samples[number]
+    path = features.folder / entry["shard"]
+    store = store_of(features)
+    found = []
     try:
         with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(_stored_name(entry["key"], field)) for field in fields]
+            for field in fields:
+                names = _stored_names(entry["key"], field, store)
+                found.append({end: file.get_tensor(name) for end, name in names.items()})
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: missing or damaged at sample {printable(repr(entry['id']))} ({error}); "
             f"{REMEDY}"
         ) from None
+
+    values = []
+    for field, parts in zip(fields, found, strict=True):
+        if store is None or field not in _HIDDEN:
+            values.append(parts[""])
+            continue
+        try:
+            values.append(decode(store, parts))
+        except UserError as error:
+            raise _fault(features, number, f"{field}: {error}") from None
+    return values
 
 
 def _check_tokens(features: FeatureSet, number: int, ids: Tensor, mask: Tensor) -> None:
