@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -185,13 +186,16 @@ def _check_batch(config: Config, samples: int) -> None:
 
 def _check_lengths(config: Config, features: FeatureSet) -> None:
     limit = config.draft.max_position_embeddings
-    for sample in features.samples:
-        length = min(sample.get("length", 0), config.data.max_length)
-        if length > limit:
-            raise UserError(
-                f"{features.folder}: sample {sample['id']} has {length} tokens, beyond the draft's "
-                f"max_position_embeddings = {limit}; set data.max_length={limit}"
-            )
+    if features.lengths is None or config.data.max_length <= limit:
+        return
+    too_long = np.flatnonzero(features.lengths > limit)
+    if len(too_long):
+        sample = features.samples[int(too_long[0])]
+        length = min(sample["length"], config.data.max_length)
+        raise UserError(
+            f"{features.folder}: sample {sample['id']} has {length} tokens, beyond the draft's "
+            f"max_position_embeddings = {limit}; set data.max_length={limit}"
+        )
 
 
 def _check_trained(
