@@ -149,6 +149,12 @@ def _add_extract(command: Command) -> None:
     )
     sub.add_argument("--dtype", choices=DTYPES, help=f"what the target computes in ({FASTEST})")
     sub.add_argument(
+        "--store",
+        choices=tuple(data.STORED_IN),
+        default="bf16",
+        help="how features lie on disk: bf16, or half the bytes by fp8 or int8 (default bf16)",
+    )
+    sub.add_argument(
         "--batch",
         type=positive,
         help="conversations in one run of the target (default 4 on CPUs, else 8; of an engine 32)",

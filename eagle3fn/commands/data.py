@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from eagle3fn.data.sources import FeatureSource
 
+STORED_IN = {"bf16": "bfloat16", "fp8": "fp8", "int8": "int8"}
+"""What `extract --store` takes, and its name in a line."""
+
 
 def synthesize(options: Any) -> None:
     """Let the target write conversations, or answer given prompts."""
@@ -117,6 +120,7 @@ def extract(options: Any) -> None:
     from eagle3fn.data.features import open_features
     from eagle3fn.data.held import held
     from eagle3fn.data.own import foreign_note, measure_agreement
+    from eagle3fn.data.storage import STORES
     from eagle3fn.data.target_source import target_config
 
     _check_extract(options)
@@ -131,7 +135,7 @@ def extract(options: Any) -> None:
     opened = _engine_source if options.engine else _model_source
     with opened(options, tree, layers) as (source, tokenizer):
         name = str(source.dtype).removeprefix("torch.")
-        say(f"the target computes in {name}, its features are stored in bfloat16")
+        say(f"the target computes in {name}, its features are stored in {STORED_IN[options.store]}")
         index = extract(
             source,
             chat_template(options, tokenizer),
@@ -141,6 +145,7 @@ def extract(options: Any) -> None:
             limit=options.limit,
             minutes=options.minutes,
             stored=torch.bfloat16,
+            store=options.store if options.store in STORES else None,
             skip_bad=options.skip_bad,
             processes=own_cores(),
             on_rows=progress.counter("row"),

@@ -21,6 +21,7 @@ from eagle3fn.data.held import held
 from eagle3fn.data.row_files import data_files, rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.sources import FeatureSource, check_extraction
+from eagle3fn.data.storage import check_store, store_entry
 from eagle3fn.data.target_files import KEPT, check_unchanged, target_digests
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.validate import hidden_fault
@@ -40,6 +41,7 @@ def extract(
     limit: int | None = None,
     minutes: float | None = None,
     stored: torch.dtype | None = None,
+    store: str | None = None,
     skip_bad: float | None = None,
     processes: int = 1,
     on_rows: Callable[[int], None] = lambda rows: None,
@@ -62,7 +64,9 @@ def extract(
         samples_per_shard: samples in one file.
         limit: conversations read.
         minutes: the time for new shards; None, as long as all take.
-        stored: the dtype of the stored features; None, what the source computes in.
+        stored: the dtype of the features as they are read; None, what the source computes in.
+        store: how the hidden states lie on disk, by its name in `data.storage.STORES`, which are
+            read as bfloat16; None, the values themselves.
         skip_bad: the share of rows that may be bad: they are written to `out`/rejects.jsonl and
             left out. None: bad rows are refused.
         processes: processes that encode conversations; more than 1 needs a main module that can be
@@ -83,6 +87,7 @@ def extract(
 
     stamps = _stamps(conversations)
     stored_dtype = stored or source.dtype
+    check_store(store, stored_dtype)
     settings = {
         **source.identity,
         "conversations": rows_digest(conversations),
@@ -92,6 +97,7 @@ def extract(
         "max_length": max_length,
         "dtype": _dtypes(source.dtype, stored_dtype),
         "samples_per_shard": samples_per_shard,
+        **store_entry(store),
     }
 
     # A folder holds the features of one fingerprint, and is written by one process.
@@ -104,6 +110,7 @@ def extract(
             settings,
             stamps=stamps,
             stored=stored_dtype,
+            store=store,
             limit=limit,
             minutes=minutes,
             skip_bad=skip_bad,
@@ -122,6 +129,7 @@ def _extract(
     *,
     stamps: list[tuple[str, int, int]],
     stored: torch.dtype,
+    store: str | None,
     limit: int | None,
     minutes: float | None,
     skip_bad: float | None,
@@ -161,7 +169,7 @@ def _extract(
     with encoded.samples as samples:
         total = len(samples)
         per_shard = settings["samples_per_shard"]
-        shards = _Shards(out, fingerprint, files, source, per_shard, stored)
+        shards = _Shards(out, fingerprint, files, source, per_shard, stored, store)
         sidecars = shards.write(samples, minutes, on_progress)
     _check_unchanged(source)
 
@@ -173,6 +181,7 @@ def _extract(
         **source.index,
         "dtype": _name(stored),
         "computed_in": _name(source.dtype),
+        **store_entry(store),
         "max_length": max_length,
         "template_arguments": template.arguments,
         **encoded.counts(),
@@ -202,6 +211,7 @@ class _Shards(NamedTuple):
     source: FeatureSource
     samples_per_shard: int
     stored: torch.dtype
+    store: str | None
 
     def write(
         self,
@@ -245,7 +255,7 @@ class _Shards(NamedTuple):
             "samples": entries,
         }
         named = dict(zip(keys, features, strict=True))
-        return write_shard(self.out, number, named, sidecar)
+        return write_shard(self.out, number, named, sidecar, self.store)
 
     def _check_finite(self, entry: dict[str, Any], sample: Sample) -> None:
         """Refuse features that training would refuse, by the layer that they come from."""
