@@ -144,9 +144,9 @@ def compare(features: FeatureSet, head: Tensor, rows: int) -> dict[str, Any]:
         found[store] = {
             **_teacher_loss(samples, places, head, store),
             "taps_error": _taps_error(samples, places, store),
-            "bytes_per_token": bytes_per_token(store, head.shape[1], taps),
+            "bytes_per_token": bytes_per_token(head.shape[1], taps, store),
         }
-    found[BF16] = {"bytes_per_token": bytes_per_token(None, head.shape[1], taps)}
+    found[BF16] = {"bytes_per_token": bytes_per_token(head.shape[1], taps)}
     return {"rows": sum(len(place) for place in places), "samples": len(samples), "stores": found}
 
 

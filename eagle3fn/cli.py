@@ -10,6 +10,7 @@ from eagle3fn.commands import checking, data, drafts, training
 from eagle3fn.commands.options import (
     DTYPES,
     FASTEST,
+    STORES,
     above_zero,
     add_conversations,
     add_engine,
@@ -150,7 +151,7 @@ def _add_extract(command: Command) -> None:
     sub.add_argument("--dtype", choices=DTYPES, help=f"what the target computes in ({FASTEST})")
     sub.add_argument(
         "--store",
-        choices=tuple(data.STORED_IN),
+        choices=STORES,
         default="bf16",
         help="how features lie on disk: bf16, or half the bytes by fp8 or int8 (default bf16)",
     )

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
     from eagle3fn.data.sources import FeatureSource
 
-STORED_IN = {"bf16": "bfloat16", "fp8": "fp8", "int8": "int8"}
-"""What `extract --store` takes, and its name in a line."""
-
 
 def synthesize(options: Any) -> None:
     """Let the target write conversations, or answer given prompts."""
@@ -135,7 +132,7 @@ def extract(options: Any) -> None:
     opened = _engine_source if options.engine else _model_source
     with opened(options, tree, layers) as (source, tokenizer):
         name = str(source.dtype).removeprefix("torch.")
-        say(f"the target computes in {name}, its features are stored in {STORED_IN[options.store]}")
+        say(f"the target computes in {name}, its features are stored in {options.store}")
         index = extract(
             source,
             chat_template(options, tokenizer),

@@ -6,6 +6,7 @@ from typing import Any
 
 from eagle3fn.use.trackers import TRACKERS
 
+STORES = ("bf16", "fp8", "int8")
 DTYPES = ("float32", "bfloat16", "float16")
 FASTEST = "default: bfloat16 where the device multiplies it, else float32"
 
