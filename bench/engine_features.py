@@ -38,9 +38,9 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.read import read_jsonl
 from eagle3fn.data.features import open_features, read_sample
-from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
+from eagle3fn.data.user_turns import chat_prompt
 from eagle3fn.use.counts import accepted_length
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.export import load_draft

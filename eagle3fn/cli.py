@@ -52,7 +52,7 @@ def _run(options: Any) -> int | None:
     return options.run(options)
 
 
-GO_ON = ("synthesize", "extract", "train")
+GO_ON = ("synthesize", "regenerate", "extract", "train")
 """Commands that go on where they were stopped."""
 
 
@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_data_commands(command: Command) -> None:
     _add_synthesize(command)
+    _add_regenerate(command)
     _add_inspect(command)
     _add_extract(command)
     _add_vocab(command)
@@ -85,39 +86,86 @@ def _add_data_commands(command: Command) -> None:
 
 def _add_synthesize(command: Command) -> None:
     sub = command(
-        "synthesize",
-        data.synthesize,
-        "let the target answer given prompts, or write its own turns too",
+        "synthesize", data.synthesize, "let the target write conversations, user turns too"
     )
     add_target(sub, runs=True)
     add_template(sub)
     sub.add_argument("--out", required=True, help="JSONL file; .xz and .gz compress")
     sub.add_argument(
-        "--prompts",
-        help="JSONL of prompts or conversations, whose assistant turns it answers anew; "
-        "without: it writes the user turns too",
-    )
-    sub.add_argument(
         "--count",
         type=positive,
-        help="conversations to write at least (default 1000); of --prompts, the first so many",
+        default=1000,
+        help="conversations to write at least (default 1000)",
     )
+    sub.add_argument(
+        "--turns", type=positive, default=1, help="user turns of one, at most (default 1)"
+    )
+    sub.add_argument(
+        "--system",
+        metavar="FILE",
+        help="system texts, a JSON text a line; one is drawn for each conversation",
+    )
+    sub.add_argument(
+        "--languages",
+        default="en",
+        metavar="A,B,…",
+        help="of the user turns: en, de, fr, es, it, pt, ru, zh, ja (default en)",
+    )
+    sub.add_argument(
+        "--max-repeated",
+        type=share,
+        default=0.5,
+        metavar="SHARE",
+        help="drop a conversation if more of a turn's 8-grams are repetitions (default 0.5)",
+    )
+    _add_drawing(sub, max_new=224)
+    sub.add_argument(
+        "--batch", type=positive, default=64, help="conversations sampled together (default 64)"
+    )
+    _add_exclude(sub)
+    add_threads(sub)
+
+
+def _add_regenerate(command: Command) -> None:
+    sub = command(
+        "regenerate",
+        data.regenerate,
+        "replace the answers of conversations by the target's own, or answer prompts; resumable",
+    )
+    add_target(sub, runs=True)
+    add_conversations(sub, cut=False)
+    sub.add_argument("--out", required=True, help="JSONL file; bad rows: OUT.rejects.jsonl")
+    _add_drawing(sub, max_new=512)
+    sub.add_argument("--top-p", type=share, help="nucleus of the answers (default 0.95)")
+    sub.add_argument(
+        "--batch", type=positive, default=64, help="conversations answered together (default 64)"
+    )
+    _add_exclude(sub)
+    add_threads(sub)
+    sub.add_argument("--url", help="ask a running server, as http://localhost:8000/v1")
+    sub.add_argument("--model", help="the target's name there (default: the only one)")
+    sub.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable with the server's key"
+    )
+    sub.add_argument(
+        "--concurrent", type=positive, default=16, help="requests at once (default 16)"
+    )
+
+
+def _add_drawing(sub: argparse.ArgumentParser, max_new: int) -> None:
     sub.add_argument(
         "--temperature", type=at_least_zero, help="of the answers (default 0.5; 0: greedy)"
     )
     sub.add_argument(
-        "--max-new",
-        type=positive,
-        help="tokens of an answer at most (default 224; with --prompts 512)",
+        "--max-new", type=positive, help=f"tokens of an answer at most (default {max_new})"
     )
     sub.add_argument("--seed", type=count, default=0)
-    sub.add_argument(
-        "--batch", type=positive, default=64, help="conversations sampled together (default 64)"
-    )
+
+
+def _add_exclude(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--exclude", help="JSONL whose texts must not come back: 13 words in a row are too many"
     )
-    add_threads(sub)
 
 
 def _add_inspect(command: Command) -> None:

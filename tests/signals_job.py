@@ -17,7 +17,7 @@ from typing import Any
 from tests.stages import commands, leftovers, run, write_world
 
 PLACES = {
-    "synthesize": ("eagle3fn.data.synthesize", "generate", 2),
+    "synthesize": ("eagle3fn.data.generate", "generate", 2),
     "inspect": ("eagle3fn.data.encode", "encode_row", 3),
     "extract": ("eagle3fn.data.extract", "write_shard", 2),
     "vocab": ("eagle3fn.data.vocab", "count_tokens", 1),

@@ -20,7 +20,8 @@ from eagle3fn.base.sections import ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.toml import read_toml
 from eagle3fn.base.tree import equal
 from eagle3fn.cli import main
-from eagle3fn.data.synthesize import begun_threads, synthesize
+from eagle3fn.data.parts import begun_threads
+from eagle3fn.data.synthesize import Settings, synthesize
 from eagle3fn.data.vocab import save_map
 from eagle3fn.train.defaults import Choice
 from tests import devices
@@ -297,10 +298,10 @@ def test_cut_off_synthesis_keeps_the_number_of_threads_that_it_began_with(tmp_pa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthesize(model, template, out, 50, seed=0, batch=2, on_progress=stop)
+        synthesize(model, template, out, 50, Settings(batch=2), on_progress=stop)
     kept = begun_threads(out)
     assert kept is not None and kept.count == torch.get_num_threads()
-    synthesize(model, template, out, 2, seed=0, batch=2)
+    synthesize(model, template, out, 2, Settings(batch=2))
     assert begun_threads(out) is None
 
 
@@ -372,7 +373,7 @@ def test_answers_of_others_are_named_with_what_to_do(work, tmp_path, capsys):
     # It answers the prompts of others' conversations.
     talks, own = work / "talks.jsonl", tmp_path / "own.jsonl"
     limits = ["--temperature", 0, "--max-new", 40]
-    text = said("synthesize", "--prompts", talks, "--out", own, *limits)
+    text = said("regenerate", "--conversations", talks, "--out", own, *limits)
     assert re.search(r"own.jsonl: 10 conversations, 10 answers, \d+ of them cut at 40", text)
 
     # Others' answers are distinguished from these, by `extract` and by `train`.
@@ -380,7 +381,7 @@ def test_answers_of_others_are_named_with_what_to_do(work, tmp_path, capsys):
     length = ["--max-length", 128]
     text = said("extract", "--conversations", talks, "--out", tmp_path / "a", *length)
     assert foreign in text
-    assert f"synthesize --target {sure} --prompts {talks} --out OWN.jsonl" in text
+    assert f"regenerate --target {sure} --conversations {talks} --out OWN.jsonl" in text
     text = said("extract", "--conversations", own, "--out", tmp_path / "b", *length)
     assert foreign not in text
     said("vocab", "--features", tmp_path / "b", "--out", tmp_path / "map", "--size", 64)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from eagle3fn.cli import main
-from eagle3fn.data.synthesize import check_out_conversations
+from eagle3fn.data.parts import check_out_conversations
 from eagle3fn.data.vocab import read_map, save_map
 from eagle3fn.use.convert import check_out_map
 from eagle3fn.use.report_files import check_out_evaluation
@@ -54,12 +54,12 @@ def refused(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         (f"{VOCAB} --out link/new", "--out link/new: lies in the target's folder"),
         (f"{VOCAB} --out features", "--out features: is --features too, and would replace it"),
         (
-            "synthesize --target TARGET --prompts prompts.jsonl --out prompts.jsonl",
-            "--out prompts.jsonl: is --prompts too",
+            "regenerate --target TARGET --conversations prompts.jsonl --out prompts.jsonl",
+            "--out prompts.jsonl: is --conversations too",
         ),
         (
-            "synthesize --target TARGET --prompts prompts.jsonl --out hard.jsonl",
-            "--out hard.jsonl: is --prompts too",
+            "regenerate --target TARGET --conversations prompts.jsonl --out hard.jsonl",
+            "--out hard.jsonl: is --conversations too",
         ),
         (
             "synthesize --target TARGET --exclude talks.jsonl --out talks.jsonl",
@@ -92,7 +92,7 @@ def test_an_output_that_is_an_input_is_refused(folder, capsys, line, message):
         (f"{VOCAB} --out weights", "weights: is there and no older map"),
         (
             "synthesize --target TARGET --out talks.jsonl",
-            "talks.jsonl: holds rows that eagle3fn synthesize did not write",
+            "talks.jsonl: holds rows that eagle3fn did not write",
         ),
         (
             "train --target TARGET --features features --vocab map --out talks.jsonl",

@@ -67,19 +67,20 @@ def add_template(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def add_conversations(sub: argparse.ArgumentParser) -> None:
-    """The options that name conversations and say how they are read."""
+def add_conversations(sub: argparse.ArgumentParser, cut: bool = True) -> None:
+    """The options that name conversations and say how they are read; with `cut`, how long."""
     sub.add_argument(
         "--conversations",
         required=True,
         help="JSONL, a JSON array (also .gz, .xz, .zst), parquet, or a data set's folder",
     )
-    sub.add_argument(
-        "--max-length",
-        type=positive,
-        default=2048,
-        help="tokens kept of a sample (default 2048)",
-    )
+    if cut:
+        sub.add_argument(
+            "--max-length",
+            type=positive,
+            default=2048,
+            help="tokens kept of a sample (default 2048)",
+        )
     sub.add_argument("--limit", type=positive, help="use only the first conversations")
     sub.add_argument(
         "--skip-bad",

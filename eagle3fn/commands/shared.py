@@ -11,6 +11,7 @@ _OUTPUTS = ("out", "plain")
 _INPUTS = (
     "conversations",
     "prompts",
+    "system",
     "exclude",
     "features",
     "vocab",

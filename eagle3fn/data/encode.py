@@ -197,7 +197,7 @@ _REMEDIES = {
     NOT_TRAINED: "give an answer weight 1",
     TOO_LONG: "raise --max-length",
     EMPTY: "write the answers",
-    NO_THOUGHT: "let the target answer anew by eagle3fn synthesize --prompts, or give a "
+    NO_THOUGHT: "let the target answer anew by eagle3fn regenerate, or give a "
     "--template-arg that turns thinking off",
 }
 

@@ -6,6 +6,12 @@ drawn independently of the form, so that a few short tables give many thousand d
 """
 
 import random
+from collections.abc import Sequence
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.data.languages import LANGUAGES
+
+ENGLISH = "en"
 
 CODE_FORMS = (
     "Write a Python function that {task}",
@@ -99,7 +105,27 @@ SUBJECTS = (
 ).split(";")
 
 
-def opening(seed: int, index: int, code_share: float = 0.6) -> str:
+def check_languages(languages: Sequence[str]) -> None:
+    """Refuse languages that there are no openings in, and one that is named twice."""
+    known = (ENGLISH, *LANGUAGES)
+    for place, name in enumerate(languages):
+        if name not in known:
+            raise UserError(f"--languages {name}: must be of {', '.join(known)}")
+        if name in languages[:place]:
+            raise UserError(f"--languages {name}: is named twice; name it once")
+
+
+def opening(seed: int, index: int, languages: Sequence[str] = (ENGLISH,)) -> str:
+    """The beginning of user turn `index`, in one of the languages: a pure function."""
+    name = random.Random(f"language/{seed}/{index}").choice(languages)
+    if name == ENGLISH:
+        return english_opening(seed, index)
+    language = LANGUAGES[name]
+    draw = random.Random(f"{name}/{seed}/{index}")
+    return draw.choice(language.forms).format(subject=draw.choice(language.subjects))
+
+
+def english_opening(seed: int, index: int, code_share: float = 0.6) -> str:
     """The beginning of user turn `index`: a pure function of its arguments."""
     draw = random.Random(f"{seed}/{index}")
     verb = draw.choice(VERBS)

@@ -108,7 +108,7 @@ def foreign_note(found: Agreement, target: str, conversations: str) -> str | Non
     """
     if not found.excess > _MOST_EXCESS:
         return None
-    command = ["eagle3fn", "synthesize", "--target", target, "--prompts", conversations]
+    command = ["eagle3fn", "regenerate", "--target", target, "--conversations", conversations]
     return (
         f"the answers are not the target's own: {found.first_choice:.0%} of their tokens are its "
         f"first choice, their surprise is {found.surprise:.2f} nats, its own would be "

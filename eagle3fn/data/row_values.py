@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import east_asian_width
 
 from eagle3fn.base.errors import UserError, printable
 
@@ -47,6 +48,15 @@ def name_of(row: Any) -> str | None:
 def text_of(content: str | Sequence[str]) -> str:
     """A turn's content as one text: several parts on lines of their own, as vLLM joins them."""
     return content if isinstance(content, str) else "\n".join(content)
+
+
+def width(text: str) -> int:
+    """A text's columns in a terminal: letters of Chinese, Japanese and Korean take two.
+
+    >>> width("four"), width("四字")
+    (4, 4)
+    """
+    return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def forms_of(text: str) -> tuple[str, ...]:

@@ -15,11 +15,11 @@ from eagle3fn.base.draft_json import draft_config_from_json
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.sampling import GREEDY, Sampling, check_sampling
 from eagle3fn.base.sections import require
-from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import stop_ids
 from eagle3fn.data.target_loading import load_tokenizer
 from eagle3fn.data.target_source import loaded_config
 from eagle3fn.data.template import ChatTemplate
+from eagle3fn.data.user_turns import chat_prompt
 from eagle3fn.engines.decoding import (
     ENGINES,
     Counts,

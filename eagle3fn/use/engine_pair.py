@@ -11,9 +11,9 @@ from torch import Tensor
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.sections import require
-from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
+from eagle3fn.data.user_turns import chat_prompt
 from eagle3fn.engines.logits import Chain
 from eagle3fn.use.decode import Decoded, check_pair, check_request, open_target, speculate
 from eagle3fn.use.drafter import Drafter

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.data.synthesize import chat_prompt
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
+from eagle3fn.data.user_turns import chat_prompt
 from eagle3fn.use.decode import Decoded, check_pair, check_request, speculate
 from eagle3fn.use.eval_settings import EvalSettings
 from eagle3fn.use.export import Draft, load_draft

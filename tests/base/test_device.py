@@ -72,6 +72,7 @@ def test_device_that_is_not_there_is_refused_by_name(name: str) -> None:
     [
         ["extract", "--conversations", "c", "--out", "f"],
         ["synthesize", "--out", "c"],
+        ["regenerate", "--conversations", "c", "--out", "d"],
         ["evaluate", "--draft", "d", "--prompts", "p", "--out", "r"],
     ],
     ids=lambda words: words[0],

@@ -16,10 +16,11 @@ from torch import nn
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.cli import main
-from eagle3fn.data.answers import answer_prompts
 from eagle3fn.data.cache_check import check_batch, check_roll_back
 from eagle3fn.data.decoder import final_norm, hidden_states
-from eagle3fn.data.synthesize import Sampling, generate, synthesize
+from eagle3fn.data.generate import Sampling, generate
+from eagle3fn.data.regenerate import ByModel, regenerate
+from eagle3fn.data.synthesize import Settings, synthesize
 from eagle3fn.data.target import load_target
 from eagle3fn.data.target_source import check_supported
 from eagle3fn.data.target_tensors import TargetTensors, read_target_tensors
@@ -263,10 +264,11 @@ def test_recurrent_layers_write_no_conversations_in_batches(loaded, tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", "two")))
     out = tmp_path / "out.jsonl"
     with pytest.raises(UserError, match=r"'lfm2': rows of a batch.*--batch 1"):
-        synthesize(model, template, out, 1, batch=2)
+        synthesize(model, template, out, 1, Settings(batch=2))
     with pytest.raises(UserError, match=r"'lfm2': rows of a batch.*--batch 1"):
-        answer_prompts(model, template, prompts, out, batch=2, sampling=GREEDY)
-    assert answer_prompts(model, template, prompts, out, batch=1, sampling=GREEDY).answers == 2
+        regenerate(ByModel(model, template, 2), template, prompts, out, GREEDY)
+    one_by_one = ByModel(model, template, 1)
+    assert regenerate(one_by_one, template, prompts, out, GREEDY).answers == 2
 
 
 def test_wrong_tokens_that_stay_in_a_cache_are_seen(loaded, monkeypatch):

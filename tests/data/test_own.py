@@ -75,7 +75,9 @@ def test_own_answers_are_distinguished_from_others(tmp_path):
         assert foreign_note(found, "t", "c.jsonl") is None
     note = foreign_note(others, "my target", "c.jsonl")
     assert note
-    assert "eagle3fn synthesize --target 'my target' --prompts c.jsonl --out OWN.jsonl" in note
+    assert (
+        "eagle3fn regenerate --target 'my target' --conversations c.jsonl --out OWN.jsonl" in note
+    )
     assert f"{others.surprise:.2f} nats" in note
     assert len(note.splitlines()) == 3
 

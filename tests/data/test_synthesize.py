@@ -1,5 +1,6 @@
 """Synthetic conversations: those that the demo ships, and how others are written and resumed."""
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,12 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_jsonl
 from eagle3fn.base.read import read_jsonl
 from eagle3fn.data import synthesize as module
-from eagle3fn.data.openings import opening, stub
-from eagle3fn.data.synthesize import (
-    GRAM_SIZE,
-    Continuation,
-    Sampling,
-    generate,
-    grams,
-    grams_of_file,
-    synthesize,
-    without,
-)
+from eagle3fn.data.filters import EXCLUDED, NEAR_COPY, REPETITIVE, SAME_USER
+from eagle3fn.data.generate import Continuation, Sampling, generate
+from eagle3fn.data.grams import grams_of_file, without
+from eagle3fn.data.openings import english_opening, opening, stub
+from eagle3fn.data.rejects import Dropped
+from eagle3fn.data.synthesize import Settings, Written, read_systems, synthesize
 from eagle3fn.data.turns import conversation_of
 from tests.factories import CHATML, MARKED, talk, tiny_model, tiny_template, tiny_tokenizer
 
@@ -56,37 +52,6 @@ def test_shipped_conversations_are_many_small_and_different(shipped):
     assert all(row["conversations"][1]["role"] == "assistant" for row in shipped)
 
 
-# 13-grams
-
-
-def test_grams_are_runs_of_thirteen_words():
-    words = [f"w{i}" for i in range(20)]
-    assert grams(" ".join(words)) == {tuple(words[i : i + GRAM_SIZE]) for i in range(8)}
-    assert grams("one two three") == set()
-
-
-def test_grams_of_a_file_are_of_every_string_in_lower_case(tmp_path):
-    words = " ".join(f"W{i}" for i in range(13))
-    rows = [{"prompt": "short", "solution": words, "n": 3}, {"deep": {"list": [["x " * 13]]}}]
-    write_jsonl(tmp_path / "a.jsonl", rows)
-    expected = {tuple(words.lower().split()), ("x",) * 13}
-    assert grams_of_file(tmp_path / "a.jsonl") == expected
-
-
-def test_turns_of_an_excluded_conversation_are_kept_out(tmp_path):
-    row = {"id": "a", "conversations": talk(" ".join(f"w{i}" for i in range(13)))}
-    write_jsonl(tmp_path / "c.jsonl", [row])
-    other = {"id": "b", "conversations": talk("something else")}
-    assert without([row, other], grams_of_file(tmp_path / "c.jsonl")) == [other]
-
-
-@pytest.mark.parametrize("rows", [[], [{"n": 3}, {"deep": [1, None]}]])
-def test_excluded_file_without_text_is_refused(tmp_path, rows):
-    write_jsonl(tmp_path / "c.jsonl", rows)
-    with pytest.raises(UserError, match=r"c.jsonl: no text.*name"):
-        grams_of_file(tmp_path / "c.jsonl")
-
-
 # Openings
 
 
@@ -115,9 +80,9 @@ def fake_batches(monkeypatch, usable=lambda index: True, user: Callable[[int], s
     """
     written = []
 
-    def write(model, tokenizer, answer, seed, index, batch):
+    def write(model, template, settings, index):
         written.append(index)
-        row = {"id": f"{seed}-{index}", "conversations": talk(user(index), "b")}
+        row = {"id": f"{settings.seed}-{index}", "conversations": talk(user(index), "b")}
         return [row] if usable(index) else []
 
     monkeypatch.setattr(module, "_write_batch", write)
@@ -147,27 +112,26 @@ def killed(tmp_path, monkeypatch):
 
 def test_killed_run_takes_up_its_finished_batches(killed):
     out, written = killed
-    assert synthesize(tiny_model(), tiny_template(), out, 3) == 3
+    assert synthesize(tiny_model(), tiny_template(), out, 3).conversations == 3
     assert written == [2]
     assert [row["id"] for row in read_jsonl(out)] == ["0-0", "0-1", "0-2"]
 
 
 @pytest.mark.parametrize(
-    "change", ["target", "configuration", "template", "sampling", "seed", "batch"]
+    "change",
+    ["target", "configuration", "template", "answer", "seed", "batch", "turns", "systems"],
 )
-def test_batches_of_other_settings_are_not_taken_up(killed, monkeypatch, change):
+def test_batches_of_other_settings_are_not_taken_up(killed, change):
     out, written = killed
     model = tiny_model()
     template = tiny_template(MARKED if change == "template" else CHATML)
-    settings: dict[str, Any] = {"seed": 1, "batch": 8}
-    settings = {name: value for name, value in settings.items() if name == change}
+    others = Settings(Sampling(0, 1, 8), seed=1, batch=8, turns=2, systems=("be brief",))
+    settings = Settings(**{name: each for name, each in others._asdict().items() if name == change})
     if change == "target":
         model.model.norm.weight += 1
     if change == "configuration":
         model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5000.0}
-    if change == "sampling":
-        monkeypatch.setattr(module, "ANSWER", Sampling(0, 1, 8))
-    assert synthesize(model, template, out, 1, **settings) == 1
+    assert synthesize(model, template, out, 1, settings).conversations == 1
     assert written == [0]
 
 
@@ -178,7 +142,7 @@ def test_finished_run_deletes_its_own_parts_alone(killed):
     (parts / f".{mine}.abcdefgh.tmp").mkdir()  # left by a kill
     others = parts / ".other-00000.jsonl.abc.tmp"
     others.write_text("left by a kill of other settings")
-    assert synthesize(tiny_model(), tiny_template(), out, 3) == 3
+    assert synthesize(tiny_model(), tiny_template(), out, 3).conversations == 3
     assert {path.name for path in parts.iterdir()} == {others.name, "threads.json", ".lock"}
 
 
@@ -199,15 +163,18 @@ def test_second_of_two_runs_for_one_file_is_refused(tmp_path, monkeypatch):
 
 def test_empty_folder_of_parts_is_removed(killed):
     out, _ = killed
-    assert synthesize(tiny_model(), tiny_template(), out, 3) == 3
+    assert synthesize(tiny_model(), tiny_template(), out, 3).conversations == 3
     assert not Path(f"{out}.parts").exists()
     assert len(out.read_text().splitlines()) == 3
 
 
 def test_each_user_turn_is_kept_once(tmp_path, monkeypatch):
-    written = fake_batches(monkeypatch, user=lambda index: str(index // 2))
+    """Whatever its case and blanks."""
+    texts = ["one", " ONE", "two", "two\n", "three"]
+    written = fake_batches(monkeypatch, user=lambda index: texts[index])
     out = tmp_path / "c.jsonl"
-    assert synthesize(tiny_model(), tiny_template(), out, 3) == 3
+    done = synthesize(tiny_model(), tiny_template(), out, 3, Settings(batch=1))
+    assert done == Written(conversations=3, turns=3, asked=5, dropped=Dropped({SAME_USER: 2}))
     assert written == [0, 1, 2, 3, 4]
     assert [row["id"] for row in read_jsonl(out)] == ["0-0", "0-2", "0-4"]
 
@@ -216,11 +183,12 @@ def test_target_is_refused_by_its_share_of_usable_turns(tmp_path, monkeypatch):
     model = tiny_model()
     template = tiny_template()
     fake_batches(monkeypatch, lambda index: index % 3 == 0)
-    assert synthesize(model, template, tmp_path / "good.jsonl", 30, batch=1) == 30
+    one = Settings(batch=1)
+    assert synthesize(model, template, tmp_path / "good.jsonl", 30, one).conversations == 30
 
     written = fake_batches(monkeypatch, lambda index: index < 3)
     with pytest.raises(UserError, match=r"3 usable turns of 80 .*instruction-tuned"):
-        synthesize(model, template, tmp_path / "bad.jsonl", 30, batch=4)
+        synthesize(model, template, tmp_path / "bad.jsonl", 30, Settings(batch=4))
     assert len(written) == 20
 
 
@@ -262,3 +230,177 @@ def test_continuation_ends_at_the_models_stop_token_or_the_tokenizers(written, e
     source = torch.Generator()
     (found,) = generate(model, tiny_tokenizer(), ["hi"], Sampling(0, 1, 3), source)
     assert found == Continuation([] if ended else [written] * 3, ended)
+
+
+# Turns, system texts, languages
+
+SYSTEMS = ("Answer in one word.", "Answer at length.", "")
+
+
+class Scripted:
+    """A target that writes a number, a function of its prompt; every fourth text is cut."""
+
+    def __init__(self):
+        self.prompts: list[list[str]] = []
+
+    def generate(self, model, tokenizer, prompts, sampling, generator):
+        self.prompts.append(prompts)
+        numbers = [zlib.crc32(prompt.encode()) for prompt in prompts]
+        texts = [f"the number {number} follows" for number in numbers]
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        return [
+            Continuation(each, bool(number % 4)) for each, number in zip(ids, numbers, strict=True)
+        ]
+
+
+@pytest.fixture
+def scripted(monkeypatch) -> Scripted:
+    target = Scripted()
+    monkeypatch.setattr(module, "generate", target.generate)
+    return target
+
+
+def write_batch(positions: int = 9999, index: int = 0, **settings: Any) -> list[dict]:
+    model = tiny_model(max_position_embeddings=positions)
+    return module._write_batch(model, tiny_template(), Settings(**settings), index)
+
+
+def rendered(turns: list[dict]) -> str:
+    return "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+
+
+def is_cut(text: str) -> bool:
+    return int(text.split()[-2]) % 4 == 0
+
+
+def test_further_turns_go_on_from_the_conversation_so_far(scripted):
+    one = write_batch(batch=24)
+    four = write_batch(batch=24, turns=4)
+    assert [row["id"] for row in four] == [row["id"] for row in one]
+    for short, long in zip(one, four, strict=True):
+        turns = long["conversations"]
+        assert turns[:2] == short["conversations"]
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+
+        # An answer that the limit cut is the last. Else a conversation ends after four turns, or
+        # where the target's next user turn did not end by itself.
+        assert not any(is_cut(turn["content"]) for turn in turns[:-1])
+        if len(turns) < 8 and not is_cut(turns[-1]["content"]):
+            head = rendered(turns) + "<|im_start|>user\n"
+            assert zlib.crc32(head.encode()) % 4 == 0
+    assert {len(row["conversations"]) for row in four} == {2, 4, 6, 8}
+
+
+def test_user_turns_are_written_after_the_templates_beginning_of_one(scripted):
+    rows = write_batch(batch=8, turns=2, systems=("Be brief.",))
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert scripted.prompts[0] == [
+        f"{system}<|im_start|>user\n{opening(0, name)}" for name in range(8)
+    ]
+    longer = [row["conversations"] for row in rows if len(row["conversations"]) == 5]
+    assert longer
+    for turns in longer:
+        assert f"{rendered(turns[:3])}<|im_start|>user\n" in scripted.prompts[2]
+        assert f"{rendered(turns[:4])}<|im_start|>assistant\n" in scripted.prompts[3]
+
+
+def test_conversations_end_while_another_turn_fits_the_targets_positions(scripted):
+    """The longest turn is 144 and 224 tokens; a token is a letter or a mark of the template."""
+    longest = max(
+        len(rendered(row["conversations"][:-2])) for row in write_batch(batch=24, turns=4)
+    )
+    for positions, most in ((9999, 8), (longest + 368, 8), (500, 4), (300, 2)):
+        rows = write_batch(positions, batch=24, turns=4)
+        assert len(rows) > 12
+        assert max(len(row["conversations"]) for row in rows) == most
+
+
+def test_system_texts_are_drawn_for_each_conversation_from_the_seed(scripted):
+    def systems(**settings: Any) -> dict[str, str]:
+        found = {}
+        for row in write_batch(systems=SYSTEMS, **settings):
+            first = row["conversations"][0]
+            found[row["id"]] = first["content"] if first["role"] == "system" else ""
+        return found
+
+    drawn = systems(batch=32)
+    assert set(drawn.values()) == set(SYSTEMS)
+    halves = systems(batch=16) | systems(batch=16, index=1)
+    assert halves.keys() == drawn.keys()
+    assert halves == drawn
+    others = systems(batch=32, seed=1)
+    assert [*others.values()] != [*drawn.values()]
+
+
+def test_batches_are_a_function_of_their_number_and_the_settings():
+    """Of a real target, whose texts are drawn."""
+    model, template = tiny_model(), tiny_template()
+    settings = Settings(Sampling(0.9, 0.95, 24), batch=4, turns=2, languages=("zh", "en"))
+    batches = [module._write_batch(model, template, settings, index) for index in (0, 1, 0)]
+    assert batches[0] == batches[2] != batches[1]
+
+
+def test_a_template_without_system_turns_is_refused_system_texts(tmp_path):
+    template = tiny_template(CHATML.replace("messages", "messages if m['role'] != 'system'", 1))
+    with pytest.raises(UserError, match=r"does not render system turns; leave --system out"):
+        synthesize(tiny_model(), template, tmp_path / "c", 1, Settings(systems=SYSTEMS))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_system_texts_are_json_texts_or_rows(tmp_path):
+    (tmp_path / "s.jsonl").write_text('"Be\\nbrief."\n{"system": "Be kind."}\n""\n')
+    assert read_systems(tmp_path / "s.jsonl") == ("Be\nbrief.", "Be kind.", "")
+    (tmp_path / "s.jsonl").write_text('"good"\n{"text": "x"}\nBe brief.\n')
+    with pytest.raises(UserError, match=r"2 of 3 rows are bad: .*s.jsonl:2: .*JSON text"):
+        read_systems(tmp_path / "s.jsonl")
+    (tmp_path / "s.jsonl").write_text("")
+    with pytest.raises(UserError, match="no system texts"):
+        read_systems(tmp_path / "s.jsonl")
+
+
+def test_languages_are_drawn_and_english_stays_as_it_was():
+    assert [opening(3, i) for i in range(50)] == [english_opening(3, i) for i in range(50)]
+    mixed = [opening(0, i, ("en", "de", "zh")) for i in range(300)]
+    assert mixed == [opening(0, i, ("en", "de", "zh")) for i in range(300)]
+    assert not any("{" in text for text in mixed)
+    chinese = [text for text in mixed if any("\u4e00" <= letter <= "\u9fff" for letter in text)]
+    english = [text for i, text in enumerate(mixed) if text == english_opening(0, i)]
+    assert len(chinese) > 60 and len(english) > 60
+    assert len(mixed) - len(chinese) - len(english) > 60
+
+
+@pytest.mark.parametrize("name", ["de", "fr", "es", "it", "pt", "ru", "zh", "ja"])
+def test_every_language_has_many_openings(name):
+    found = {opening(0, i, (name,)) for i in range(400)}
+    assert len(found) > 60
+    assert not any("{" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"), [(("en", "xx"), "xx: must be of en, de"), (("de",) * 2, "twice")]
+)
+def test_unknown_languages_are_refused(tmp_path, names, text):
+    with pytest.raises(UserError, match=f"--languages .*{text}"):
+        synthesize(tiny_model(), tiny_template(), tmp_path / "c", 1, Settings(languages=names))
+
+
+def test_what_is_dropped_is_counted_by_reason(tmp_path, monkeypatch):
+    long = " ".join(f"w{i}" for i in range(40))
+    write_jsonl(tmp_path / "x.jsonl", [{"text": " ".join(f"x{i}" for i in range(13))}])
+    talks = [
+        talk("first?", long),
+        talk("second?", "again and " * 20),
+        talk("third?", f"{long} more"),
+        talk("fourth?", " ".join(f"x{i}" for i in range(20))),
+        talk("fifth?", "another"),
+    ]
+
+    def write(model, template, settings, index):
+        return [{"id": f"0-{i}", "conversations": turns} for i, turns in enumerate(talks)]
+
+    monkeypatch.setattr(module, "_write_batch", write)
+    places = (tiny_model(), tiny_template(), tmp_path / "c.jsonl", 2, Settings(batch=7))
+    done = synthesize(*places, exclude=tmp_path / "x.jsonl")
+    assert done.conversations == 2 and done.asked == 7
+    assert done.dropped == {REPETITIVE: 1, NEAR_COPY: 1, EXCLUDED: 1, module._NOT_WRITTEN: 2}
+    assert synthesize(*places, most_repeated=1.0).dropped[REPETITIVE] == 0

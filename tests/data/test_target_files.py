@@ -20,9 +20,9 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.thread_timing import sizes_of
 from eagle3fn.data import target_loading
 from eagle3fn.data.cache_check import check_batch, check_roll_back
+from eagle3fn.data.generate import Sampling, generate
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.stored_config import gguf_config
-from eagle3fn.data.synthesize import Sampling, generate
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.target_loading import load_tokenizer
 from eagle3fn.data.target_source import check_supported, config_hashes, target_config

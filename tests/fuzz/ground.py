@@ -25,7 +25,7 @@ _HEAVY = [
     "matplotlib.pyplot",
     "matplotlib.backends.backend_agg",
     "eagle3fn.data.inspection",
-    "eagle3fn.data.synthesize",
+    "eagle3fn.data.regenerate",
     "eagle3fn.use.report",
 ]
 """What takes longest to import, and what the making of the world does not import."""

@@ -54,7 +54,7 @@ _TOKENIZER = {
     "extract-on": FRESH,
     "evaluate": MAY,
     "evaluate-plain": FRESH,
-    "synthesize": MAY,
+    "regenerate": MAY,
 }
 _TARGET_JSON = {**_TOKENIZER, "train": MAY, "vocab": MAY, "export-vllm": MAY, "plan": MAY}
 _TARGET_JSON |= {"resume": NEVER, "convert-to-ours": MAY, "convert-draft": MAY}
@@ -77,7 +77,7 @@ KINDS = {
     "conversations.xz": Kind("talks.jsonl.xz", ROWS, {"inspect": MAY}),
     "conversations, JSON": Kind("talks.json", JSON, {"inspect": MAY, "extract": MAY}),
     "conversations, parquet": Kind("talks.parquet", (mutate_parquet,), {"inspect": MAY}),
-    "prompts": Kind("prompts.jsonl", ROWS, {"evaluate": MAY, "synthesize": MAY}),
+    "prompts": Kind("prompts.jsonl", ROWS, {"evaluate": MAY, "regenerate": MAY}),
     # The target.
     "target's config.json": Kind(
         "target/config.json", (*JSON * 4, mutate_remote_code), _TARGET_JSON

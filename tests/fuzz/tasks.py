@@ -82,9 +82,9 @@ TASKS = {
         ("made.safetensors",),
         ("features", *CKPTS),
     ),
-    "synthesize": Task(
-        f"synthesize {_TARGET} --prompts prompts.jsonl --out made.jsonl --threads 1 --count 2 "
-        "--max-new 6 --temperature 0",
+    "regenerate": Task(
+        f"regenerate {_TARGET} --conversations prompts.jsonl --out made.jsonl --threads 1 "
+        "--limit 2 --max-new 6 --temperature 0",
         ("target", "prompts.jsonl"),
         ("made.jsonl",),
     ),

@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (root / "prompts.jsonl").write_text("".join(rows))
 
     answers = ("--out", root / "talks.jsonl", "--max-new", 40, "--temperature", 0)
-    run(root, "synthesize", "--prompts", root / "prompts.jsonl", *answers)
+    run(root, "regenerate", "--conversations", root / "prompts.jsonl", *answers)
     talks = ("--conversations", root / "talks.jsonl", "--max-length", 128)
     run(root, "extract", *talks, "--out", root / "features")
     data = ("--features", root / "features")

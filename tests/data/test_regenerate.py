@@ -1,4 +1,4 @@
-"""Given prompts answered by the target: order, turns, resuming, and what is refused."""
+"""Answers given anew by the target in this process: order, turns, resuming, what is refused."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_jsonl
 from eagle3fn.base.read import read_jsonl
-from eagle3fn.data import answers as module
-from eagle3fn.data.answers import Answered, answer_prompts
-from eagle3fn.data.synthesize import Sampling
+from eagle3fn.data import regenerate as module
+from eagle3fn.data.generate import Sampling
+from eagle3fn.data.regenerate import ByModel, Regenerated, regenerate
 from eagle3fn.data.turns import conversation_of
 from tests.factories import CHATML, talk, tiny_model, tiny_template, tiny_tokenizer
 
@@ -38,15 +38,23 @@ def target():
     return model
 
 
+TOOLS = CHATML.replace(
+    "m['content']", "(m['content'] or '') + ((m['tool_calls']|tojson) if m.tool_calls else '')"
+)
+"""It renders calls of tools."""
+
+
 def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     write_jsonl(path, rows)
     return path
 
 
-def answer(prompts: Path, out: Path, sampling=GREEDY, model=None, **options: Any) -> Answered:
-    return answer_prompts(
-        model or target(), tiny_template(), prompts, out, sampling=sampling, **options
-    )
+def answer(
+    prompts: Path, out: Path, sampling=GREEDY, model=None, batch: int = 64, **options: Any
+) -> Regenerated:
+    template = tiny_template(TOOLS)
+    source = ByModel(model or target(), template, batch)
+    return regenerate(source, template, prompts, out, sampling, **options)
 
 
 def plain_greedy(model, text: str, limit: int) -> str:
@@ -125,8 +133,8 @@ def test_drawn_answers_depend_on_the_seed_alone(tmp_path):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_only_the_first_rows_are_answered_with_a_count(tmp_path):
-    done = answer(write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl", count=2)
+def test_only_the_first_rows_are_answered_with_a_limit(tmp_path):
+    done = answer(write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl", limit=2)
     assert done.conversations == 2
     assert [row["id"] for row in read_jsonl(tmp_path / "c.jsonl")] == ["1", "b"]
 
@@ -164,9 +172,9 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     written = []
     real = module._answer_batch
 
-    def counted(model, template, tokens, rows, *rest):
+    def counted(write, template, tokens, rows):
         written.append([row.id for row in rows])
-        return real(model, template, tokens, rows, *rest)
+        return real(write, template, tokens, rows)
 
     monkeypatch.setattr(module, "_answer_batch", counted)
     answer(prompts, again, DRAWN, batch=2)
@@ -189,18 +197,17 @@ def test_batches_of_other_settings_are_not_taken_up(tmp_path, monkeypatch, chang
     written = []
     real = module._answer_batch
     monkeypatch.setattr(module, "_answer_batch", lambda *given: written.append(1) or real(*given))
-    options: dict[str, Any] = {"seed": 1, "batch": 4}
-    options = {name: value for name, value in options.items() if name == change}
-    template = tiny_template()
+    template = tiny_template(TOOLS)
     model = target()
     if change == "prompts":
         write(prompts, [*ROWS, {"prompt": "more"}])
     if change == "template":
-        template.tokenizer.chat_template = CHATML + " "
+        template = tiny_template(TOOLS + " ")
     if change == "target":
         model.model.norm.weight += 1
-    options["sampling"] = GREEDY._replace(max_new=5) if change == "sampling" else GREEDY
-    answer_prompts(model, template, prompts, out, **options)
+    source = ByModel(model, template, batch=4 if change == "batch" else 64)
+    sampling = GREEDY._replace(max_new=5) if change == "sampling" else GREEDY
+    regenerate(source, template, prompts, out, sampling, seed=change == "seed")
     assert written
 
 
@@ -243,4 +250,97 @@ def test_a_file_without_rows_and_a_target_without_a_template_are_refused(tmp_pat
     with pytest.raises(UserError, match=r"p.jsonl: no rows"):
         answer(tmp_path / "p.jsonl", tmp_path / "c.jsonl")
     with pytest.raises(UserError, match="no chat template"):
-        answer_prompts(target(), tiny_template(None), tmp_path / "p.jsonl", tmp_path / "c.jsonl")
+        template = tiny_template(None)
+        source = ByModel(target(), template)
+        regenerate(source, template, tmp_path / "p.jsonl", tmp_path / "c.jsonl")
+
+
+def test_all_bad_rows_are_counted_or_left_out(tmp_path):
+    """Long ones too; what is left out is in a file next to the conversations."""
+    bad = [{"prompt": "x" * 235}, {"prompt": ""}]
+    prompts = write(tmp_path / "p.jsonl", [*ROWS, *bad])
+    with pytest.raises(UserError, match=r"2 of 7 rows .*:6: .* exceed .*:7: turn 1 is empty"):
+        answer(prompts, tmp_path / "c.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+    done = answer(prompts, tmp_path / "c.jsonl", skip_bad=0.5)
+    assert done.conversations == 5 and "2 of 7 rows are bad" in done.rejects
+    assert [row["row"] for row in read_jsonl(tmp_path / "c.jsonl.rejects.jsonl")] == bad
+
+
+# What is kept.
+
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "weather", "arguments": '{"in": "Oslo"}'}}],
+}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def test_calls_of_tools_are_kept_untrained_and_what_follows_is_answered(tmp_path):
+    result = {"role": "tool", "content": ""}
+    row = {
+        "id": "a",
+        "tools": [WEATHER],
+        "messages": [*talk("how is it?"), CALL, result, *talk("theirs")[::-1], *talk("so?")],
+    }
+    row["messages"][3]["role"] = "assistant"
+    done = answer(write(tmp_path / "p.jsonl", [row]), tmp_path / "c.jsonl")
+    assert (done.answers, done.kept) == (2, 1)
+
+    (written,) = read_jsonl(tmp_path / "c.jsonl")
+    turns = written["conversations"]
+    assert [turn["role"] for turn in turns] == [
+        *("user", "assistant", "tool", "assistant", "user", "assistant")
+    ]
+    assert turns[1]["weight"] == 0
+    assert turns[1]["tool_calls"][0]["function"]["arguments"] == {"in": "Oslo"}
+    assert written["tools"] == [WEATHER]
+
+    # What is trained of the written row: the two new answers.
+    assert conversation_of(written, "c").supervised == (3, 5)
+    model = target()
+    prompt = "<|im_start|>user\nhow is it?<|im_end|>\n<|im_start|>assistant\n"
+    prompt += json.dumps(turns[1]["tool_calls"]) + "<|im_end|>\n<|im_start|>tool\n<|im_end|>\n"
+    expected = plain_greedy(model, prompt + "<|im_start|>assistant\n", GREEDY.max_new)
+    assert turns[3]["content"] == expected
+
+
+def test_answers_of_weight_zero_are_kept_as_context(tmp_path):
+    shown = {"role": "assistant", "content": "an example", "weight": 0}
+    rows = [
+        {"id": "a", "messages": [*talk("one"), shown, *talk("two", "theirs")]},
+        {"id": "b", "messages": talk("three", "theirs"), "train": False},
+        {"id": "c", "messages": talk("four", "theirs", "five"), "weight": 0},
+    ]
+    done = answer(write(tmp_path / "p.jsonl", rows), tmp_path / "c.jsonl")
+    assert (done.conversations, done.answers, done.kept) == (3, 1, 3)
+
+    first, second, third = (row["conversations"] for row in read_jsonl(tmp_path / "c.jsonl"))
+    assert first[:2] == [*talk("one"), shown]
+    assert first[3]["content"] != "theirs" and "weight" not in first[3]
+    assert second[1] == {"role": "assistant", "content": "theirs", "weight": 0}
+    assert [turn["content"] for turn in third] == ["four", "theirs", "five"]
+
+
+def test_greedy_answers_are_those_of_the_models_own_generate(tmp_path):
+    """Of every size of batch, in fp64."""
+    model = target().double()
+    tokenizer = tiny_tokenizer()
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "x" * (3 * i + 1)} for i in range(6)])
+    texts = set()
+    for batch in (1, 4, 64):
+        out = tmp_path / f"{batch}.jsonl"
+        answer(prompts, out, GREEDY._replace(max_new=12), model, batch)
+        texts.add(out.read_text())
+    assert len(texts) == 1
+
+    for row in read_jsonl(tmp_path / "1.jsonl"):
+        user, said = row["conversations"]
+        text = f"<|im_start|>user\n{user['content']}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        limits = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": END}
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **limits)
+        expected = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        assert said["content"] == expected
