@@ -1,12 +1,12 @@
-"""Which choices train the better draft in equal time: switches, losses, optimizers, schedules.
+"""Which choices train the better draft in equal time: switches, losses, optimizers, micro-batches.
 
     python -m bench.choices switches --target FOLDER --features FOLDER --vocab FILE --work FOLDER
 
 Each choice of the group is a few settings on top of those that `eagle3fn train` takes by itself. It
-gets as many steps as fit into the time of `--steps` steps of the first one, which has no setting of
-its own: processor seconds of steps on the same batches are compared in turns, in this process,
-before anything is trained. All choices see the samples in the same order, and the learning-rate
-schedule of each spans its own steps.
+gets as many steps as fit into the time of `--steps` steps of the first one: processor seconds of
+steps on the same samples are compared in turns, in this process, before anything is trained. All
+choices see the samples in the same order, and the learning-rate schedule of each spans its own
+steps.
 
 The value is the accepted length on the held-out samples, simulated, after the last step, with the
 same number of unroll steps for all. Finished runs in `--work` are kept, so a call that was cut off
@@ -73,6 +73,11 @@ GROUPS: dict[str, dict[str, list[str]]] = {
             "train.init=random",
         ],
     },
+    "batches": {
+        "one sample after another": ["data.global_batch=8"],
+        "padded": ["data.global_batch=8", "data.micro_batch=8"],
+        "packed": ["data.global_batch=8", "data.pack_tokens=4096"],
+    },
     "losses": {
         "kl": [],
         "rkl": ["objective.loss=rkl"],
@@ -102,7 +107,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "wsd": ["optimizer.schedule=wsd"],
     },
 }
-"""By group: each choice's settings; the first one has none, and the others get its time. Sizes are
+"""By group: each choice's settings, of which the first one's time is that of the others. Sizes are
 those of SmolLM2-135M.
 """
 
@@ -186,10 +191,12 @@ class Stepper:
         return time.process_time() - begin
 
 
-def relative_time(options: argparse.Namespace, data: Data, settings: list[str]) -> float:
+def relative_time(
+    options: argparse.Namespace, data: Data, first: list[str], settings: list[str]
+) -> float:
     """Processor seconds of a choice's step over the first one's: the median of steps in turns."""
     sides = []
-    for given in ([], settings):
+    for given in (first, settings):
         config = config_of(options, data, given, 0, options.steps)
         sides.append(Stepper(prepare(config, *data[:3], options.work / "unused")))
     ratios = []
@@ -209,7 +216,9 @@ def trained(
     folder = options.work / options.group / name.replace(" ", "-").replace(",", "")
     times = folder / "time.json"
     if not times.exists():
-        ratio = relative_time(options, data, settings) if settings else 1.0
+        first = next(iter(GROUPS[options.group].values()))
+        is_first = settings == first
+        ratio = 1.0 if is_first else relative_time(options, data, first, settings)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(times, {"relative_time": ratio})
     ratio = read_json(times)["relative_time"]
