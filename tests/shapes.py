@@ -181,7 +181,7 @@ def fields_of(record: Any) -> dict[str, Any]:
     found = {}
     for name, hint in get_type_hints(record).items():
         inside = [part for part in get_args(hint) if part is not NoneType]
-        if hint in (Tensor, Tensor | None, np.ndarray):
+        if hint in (Tensor, Tensor | None, np.ndarray, np.ndarray | None):
             text = comments.get(name, "")
             match = SHAPE.match(text)
             assert match, f"{record.__name__}.{name}: no shape in its comment: {text!r}"
