@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import sha256
-from eagle3fn.data import extract as module
+from eagle3fn.data import shards as module
 from eagle3fn.data import sources, target_files
 from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.encode import encode_all
@@ -61,7 +61,8 @@ def test_stored_features_are_the_targets(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 8)
     seen = []
     index = run(talks, tmp_path / "out", on_progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(3, 8), (6, 8), (8, 8)]
+    lengths = [entry["length"] for entry in index["samples"]]
+    assert seen == [(sum(lengths[:count]), sum(lengths)) for count in (0, 3, 6, 8)]
 
     opened = open_features(tmp_path / "out", vocab_size=300, hidden_size=16)
     check_shards(opened)
