@@ -161,8 +161,17 @@ def extract(options: Any) -> None:
 
 def _extract_device(options: Any, world: "World") -> str:
     """Where this rank computes the target."""
-    from eagle3fn.base.device import check_device
+    from eagle3fn.base.device import SPREAD, check_device, check_spread
+    from eagle3fn.base.errors import UserError
 
+    if options.device == SPREAD:
+        if world.size > 1:
+            raise UserError(
+                f"--device = {SPREAD!r} on {world.size} ranks: one process has all cards then; "
+                "start it without torchrun, or set --device=cuda, a card for each rank"
+            )
+        check_spread()
+        return SPREAD
     return check_device(world.device(options.device, "--device"))
 
 
@@ -232,29 +241,33 @@ def _model_source(
     """The target in this process as a source of features, and its tokenizer."""
     import torch
 
-    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.device import SPREAD, check_spread, fast_dtype
     from eagle3fn.base.thread_timing import large_products, sizes_of
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.shards import begun_threads
-    from eagle3fn.data.sources import model_source
+    from eagle3fn.data.sources import BATCH_TOKENS, CPU_BATCH_TOKENS, model_source
     from eagle3fn.data.target import load_target
     from eagle3fn.data.target_files import target_stamps
 
-    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(device)
+    card = check_spread() if device == SPREAD else device
+    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(card)
     stamps = target_stamps(options.target)
     model, tokenizer = load_target(options.target, dtype, device)
     sizes = sizes_of(tree)
     line = take_threads(
         lambda: large_products(sizes.hidden, sizes.intermediate, model.dtype),
-        device,
+        card,
         options.threads,
         world.shared(begun_threads(options.out) if world.main else None),
         world,
     )
     if world.main:
         say(line)
-    batch = options.batch or (4 if device == "cpu" else 8)
-    source = model_source(model, layers, batch=batch, name=options.target, stamps=stamps)
+    on_cpu = torch.device(card).type == "cpu"
+    batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
+    source = model_source(
+        model, layers, batch_tokens=batch_tokens, name=options.target, stamps=stamps
+    )
     yield source, tokenizer
 
 
@@ -265,7 +278,12 @@ def _engine_source(
     """An engine as a source of features, and the target's tokenizer."""
     import torch
 
-    from eagle3fn.data.engine_source import check_room, default_check, engine_source
+    from eagle3fn.data.engine_source import (
+        ENGINE_BATCH_TOKENS,
+        check_room,
+        default_check,
+        engine_source,
+    )
     from eagle3fn.data.target_files import target_stamps
     from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
@@ -277,9 +295,14 @@ def _engine_source(
     dtype = getattr(torch, options.dtype) if options.dtype else None
     stamps = target_stamps(options.target)
     with _open_engine(options, tree, layers, dtype, arguments) as engine:
-        batch = options.batch or 32
         source = engine_source(
-            engine, options.target, layers, batch=batch, check=check, say=say, stamps=stamps
+            engine,
+            options.target,
+            layers,
+            batch_tokens=options.batch_tokens or ENGINE_BATCH_TOKENS,
+            check=check,
+            say=say,
+            stamps=stamps,
         )
         yield source, tokenizer
 

@@ -2,7 +2,7 @@
 
 The target is run by extraction's own `run_target`, and batches are made by the pipeline's own
 `micro_batches`. So a sample has the bits that extraction stores if it went through the target with
-the same rows around it and the same `batch`. With `batch=1` its bits depend on itself alone;
+the same rows around it and the same `batch_tokens`. With 1 its bits depend on itself alone;
 otherwise padding and the other rows may move the last ones.
 """
 
@@ -17,12 +17,16 @@ from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.decoder import check_present
 from eagle3fn.data.pipeline import Order, draw_survival, micro_batches, shuffled
 from eagle3fn.data.samples import Encoded
-from eagle3fn.data.sources import check_extraction, run_target
+from eagle3fn.data.sources import BATCH_TOKENS, check_extraction, run_target
 from eagle3fn.data.validate import hidden_fault, token_fault
 
 
 def roll_out(
-    model: Any, rows: Iterable[Encoded], layers: Sequence[int], batch: int = 8, group: int = 64
+    model: Any,
+    rows: Iterable[Encoded],
+    layers: Sequence[int],
+    batch_tokens: int = BATCH_TOKENS,
+    group: int = 64,
 ) -> Iterator[Sample]:
     """A sample for each row, in the order of `rows`, on the CPU and in the target's dtype.
 
@@ -32,7 +36,8 @@ def roll_out(
             `Encoded(id, ids, mask)` from a pair. They are read `group` at a time, when the first
             sample of the group is asked for.
         layers: the tapped decoder layers, ascending and counted from 0.
-        batch: rows in one run of the target, of like length within a group, padded on the right.
+        batch_tokens: tokens in one run of the target, as `data.sources.token_batches` counts them;
+            of like length within a group, padded on the right.
         group: rows sorted by length together: extraction's `samples_per_shard`, where its bits are
             wanted.
 
@@ -51,7 +56,7 @@ def roll_out(
 
         for row in chosen:
             _check_row(model.config, row)
-        samples = run_target(model, chosen, layers, batch)
+        samples = run_target(model, chosen, layers, batch_tokens)
         for row, sample in zip(chosen, samples, strict=True):
             what = hidden_fault(
                 sample.aux_hidden,
@@ -83,13 +88,13 @@ def online_batches(
     config: Config,
     start: int,
     stop: int,
-    batch: int = 1,
+    batch_tokens: int = 1,
     align_mask: AlignMask = align_mask,
     order: Order = shuffled,
 ) -> Iterator[tuple[Batch, ...]]:
     """`data.pipeline.batches` without stored features: the same steps, samples and order.
 
-    With features extracted at `batch=1` and `batch=1` here, the two give the same bits.
+    With features extracted at `batch_tokens=1`, and that here, the two give the same bits.
 
     Args:
         model: the target, as in `roll_out`.
@@ -98,7 +103,7 @@ def online_batches(
         config: `data`, `train.seed` and the unroll length are read.
         start: the first step.
         stop: one past the last.
-        batch: rows in one run of the target, as in `roll_out`.
+        batch_tokens: tokens in one run of the target, as in `roll_out`.
         align_mask: token mask to row mask.
         order: which rows a step trains on.
 
@@ -113,6 +118,6 @@ def online_batches(
         numbers = order(len(rows), config, step)
         chosen = [rows[number] for number in numbers]
         # One group a step: the target runs on this step's rows alone.
-        samples = list(roll_out(model, chosen, layers, batch, group=len(chosen)))
+        samples = list(roll_out(model, chosen, layers, batch_tokens, group=len(chosen)))
         survives = draw_survival(samples, numbers, config, step)
         yield micro_batches(samples, config, align_mask=align_mask, survives=survives)

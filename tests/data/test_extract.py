@@ -33,7 +33,7 @@ GOOD = {"conversations": talk("a", "b")}
 
 def run(conversations, out, template=TEMPLATE, **changes):
     options = {"max_length": 90, "samples_per_shard": 3, **changes}
-    source = model_source(MODEL, options.pop("layers", LAYERS), batch=2)
+    source = model_source(MODEL, options.pop("layers", LAYERS), batch_tokens=100)
     return extract(source, template, conversations, out, **options)
 
 
@@ -337,7 +337,7 @@ def target(tmp_path):
 def from_files(tmp_path, **changes):
     model, tokenizer = load_target(tmp_path / "target", torch.float32)
     options = {"max_length": 90, "samples_per_shard": 2, **changes}
-    source = model_source(model, LAYERS, batch=2)
+    source = model_source(model, LAYERS, batch_tokens=100)
     template = ChatTemplate(tokenizer, (1,))
     return extract(source, template, tmp_path / "c.jsonl", tmp_path / "out", **options)
 
@@ -388,7 +388,7 @@ def test_a_target_whose_files_change_while_it_is_read_is_refused(target, tmp_pat
     model, tokenizer = load_target(target, torch.float32)
     if when == "loaded":
         change(target)
-    source = model_source(model, LAYERS, batch=2, stamps=stamps)
+    source = model_source(model, LAYERS, batch_tokens=100, stamps=stamps)
 
     def changed(done, total):
         if when == "extracted" and done == total:
@@ -502,7 +502,7 @@ def test_the_second_of_two_extractions_into_a_folder_is_refused(tmp_path):
 def test_features_that_training_refuses_are_not_written(tmp_path, place, value, named):
     """Sample and layer are named; shards that were finished before are kept."""
     talks = write_talks(tmp_path / "c.jsonl", 4)
-    source = model_source(MODEL, LAYERS, batch=2)
+    source = model_source(MODEL, LAYERS, batch_tokens=100)
 
     def spoiled(group, stored):
         samples = source.features(group, stored)
