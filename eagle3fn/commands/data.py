@@ -152,6 +152,7 @@ def extract(options: Any) -> None:
                 world=world,
                 say=say,
                 on_rows=progress.counter("row"),
+                on_check=progress.bar("shard", "checked"),
                 on_progress=progress.bar("token", rate=True),
             )
         progress.close()

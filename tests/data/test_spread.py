@@ -13,7 +13,7 @@ from eagle3fn.base.launch import World
 from eagle3fn.cli import main
 from eagle3fn.commands.data import _extract_device
 from eagle3fn.data import target_model
-from eagle3fn.data.decoder import hidden_states
+from eagle3fn.data.decoder import decoder, hidden_states
 from eagle3fn.data.encode import encode_all
 from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import SampleMaker
@@ -75,7 +75,7 @@ def test_a_spread_target_gives_the_features_of_the_target_on_one_device(folder, 
     names = [f"model.layers.{number}" for number in range(5)]
     names += ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
     spread = accelerate.dispatch_model(spread, dict.fromkeys(names, "cpu"), force_hooks=True)
-    assert hasattr(spread.model.layers[2], "_hf_hook")
+    assert hasattr(decoder(spread).layers[2], "_hf_hook")
 
     model, _ = load_target(folder / "target", torch.float32)
     talks = write_talks(folder / "c.jsonl", 3)
