@@ -13,6 +13,7 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError, one_line
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.encode import EncodedRow, describe_counts, encode_file
+from eagle3fn.data.feature_size import size_text
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.storage import STORES, bytes_per_token
 from eagle3fn.data.vocab import coverage
@@ -173,18 +174,12 @@ def describe(found: Inspection, conversations: str) -> str:
     if found.bytes is None:
         size = "8 bytes a token and hidden dimension; no config.json names the hidden size"
     else:
-        size = f"{_size(found.bytes)} in bfloat16"
+        size = f"{size_text(found.bytes)} in bfloat16"
         for store, count in (found.smaller or {}).items():
-            size += f", {_size(count)} in {store}"
+            size += f", {size_text(count)} in {store}"
     lines.append(("features", size))
     lines += [("left out", line) for line in describe_counts(found.counts)]
     return "\n".join(f"{name:<15}{text}" for name, text in [("file", conversations), *lines])
-
-
-def _size(count: int) -> str:
-    if count < 2**30:
-        return f"{count / 2**20:.1f} MiB"
-    return f"{count / 2**30:.2f} GiB"
 
 
 def show_sample(tokenizer: Any, sample: Encoded, colour: bool) -> str:

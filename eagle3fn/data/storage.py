@@ -200,15 +200,24 @@ def _shaped_outliers(
     return {"columns": columns, "outliers": outliers.unflatten(-1, (count, kept))}
 
 
-def bytes_per_token(hidden_size: int, taps: int = DEFAULT_TAPS, store: str | None = None) -> int:
+def bytes_per_token(
+    hidden_size: int,
+    taps: int = DEFAULT_TAPS,
+    store: str | None = None,
+    stored: torch.dtype = torch.bfloat16,
+) -> int:
     """What a token's features take on disk: `taps` parts and the last hidden state, id and mask.
 
     Args:
         hidden_size: `Ht`.
         taps: `A`.
-        store: of `STORES`; None, bfloat16.
+        store: of `STORES`; None, the values themselves.
+        stored: their dtype.
     """
-    part = 2 * hidden_size if store is None else STORES[store].bytes_per_part(hidden_size)
+    if store is None:
+        part = stored.itemsize * hidden_size
+    else:
+        part = STORES[store].bytes_per_part(hidden_size)
     return (taps + 1) * part + _TOKEN_BYTES
 
 
