@@ -91,7 +91,7 @@ def attention_call(problem: Problem, k: int, numerics: str, seed: int = 0) -> Ca
         rows = None if plan is None else plan.rows[: len(query)]
         at = place if rows is None else place.flatten()[rows]
         seen = visible(draft, at, 0)
-        sights.append(ops.sight(seen, rows, batch.attention_mask, draft, keys[0].dtype))
+        sights.append(ops.sight(seen, rows, batch, draft, keys[0].dtype))
 
     def attend(queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> list[Tensor]:
         """Every step over step 0's keys and its rows' own later ones so far."""

@@ -17,7 +17,8 @@ from eagle3fn.base.files import write_json
 from eagle3fn.base.read import read_object
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.features import FeatureSet, tensors_of
-from eagle3fn.data.pipeline import shuffled, split
+from eagle3fn.data.order import shuffled
+from eagle3fn.data.pipeline import split
 from eagle3fn.data.target_tensors import TargetTensors, read_target_tensors
 from eagle3fn.data.vocab import map_size
 from eagle3fn.specforge.oracle import Oracle
@@ -78,8 +79,8 @@ def part_of(features: FeatureSet, size: int, held_out: int) -> Part:
 def first_samples(part: Part) -> Recipe:
     """Our recipe, whose steps train on the first samples alone."""
 
-    def order(n: int, config: Config, step: int) -> list[int]:
-        return shuffled(min(n, part.samples), config, step)
+    def order(n: int, config: Config, place: int) -> int:
+        return shuffled(min(n, part.samples), config, place)
 
     return Recipe(name=f"the first {part.samples} samples", order=order)
 

@@ -27,6 +27,7 @@ import torch
 from bench import common
 from bench.launch import add_arguments
 from eagle3fn.base.config import load_config, to_dict, with_steps
+from eagle3fn.base.device import to_device
 from eagle3fn.base.draft_keys import draft_config_from_target
 from eagle3fn.base.launch import World
 from eagle3fn.base.provenance import provenance
@@ -39,7 +40,7 @@ from eagle3fn.data.target_tensors import read_target_tensors
 from eagle3fn.data.vocab import load_map, map_size
 from eagle3fn.model.table import HEAD, init_params, start_from_target
 from eagle3fn.train.held_out import evaluate_held_out
-from eagle3fn.train.run import Run, prepare, to_device
+from eagle3fn.train.run import Run, prepare
 
 SETTINGS = common.ROOT / "scripts" / "demo.toml"
 STEPS = 40

@@ -11,7 +11,7 @@ from eagle3fn.base.rows import plan_rows, surviving
 from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.types import Batch, Frozen, Params, Sample
 from eagle3fn.data.collate import align
-from eagle3fn.data.pipeline import draw_survival
+from eagle3fn.data.survival import draw_survival
 from eagle3fn.model.table import weights
 from eagle3fn.specforge import align_mask
 

@@ -46,7 +46,8 @@ from eagle3fn.base.read import read_jsonl
 from eagle3fn.base.sections import require
 from eagle3fn.base.types import Batch, Params
 from eagle3fn.data.features import open_features, tensors_of
-from eagle3fn.data.pipeline import batches, prefetch
+from eagle3fn.data.pipeline import batches
+from eagle3fn.data.stages import prefetch
 from eagle3fn.data.target_source import config_hashes, target_config
 from eagle3fn.data.target_tensors import read_target_tensors
 from eagle3fn.data.vocab import load_map

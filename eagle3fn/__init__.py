@@ -26,6 +26,7 @@ from eagle3fn.base.types import Frozen as Frozen
 from eagle3fn.base.types import Sample as Sample
 from eagle3fn.base.types import TrainState as TrainState
 from eagle3fn.base.types import VocabMap as VocabMap
+from eagle3fn.data import stages as stages
 from eagle3fn.data.collate import align as align
 from eagle3fn.data.collate import align_mask as align_mask
 from eagle3fn.data.collate import collate as collate

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn.base.types import Batch, Frozen, Sample, VocabMap
-from eagle3fn.data.features import write_index, write_shard
+from eagle3fn.data.feature_index import own_hash
+from eagle3fn.data.features import open_features, write_index, write_shard
 from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.testing.builders import Case, Unaligned
 
@@ -337,3 +338,17 @@ def write_folder(
     target = {"name": "tiny", "hidden_size": hidden, "vocab_size": vocab}
     write_index(folder, {"target": target, "dtype": "bfloat16", "max_length": 64}, sidecars)
     return folder
+
+
+def as_schema_1(folder: Path) -> Path:
+    """Rewrite a folder's index as folders had it before the samples' table; its path."""
+    path = folder / "index.json"
+    samples = list(open_features(folder).samples)
+    index = json.loads(path.read_text())
+    del index["table"]
+    shards = [{key: shard[key] for key in ("file", "bytes", "sha256")} for shard in index["shards"]]
+    index |= {"schema": 1, "shards": shards, "samples": samples}
+    index["sha256"] = own_hash(index)
+    path.write_text(json.dumps(index))
+    (folder / "samples.safetensors").unlink()
+    return path

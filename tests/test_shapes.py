@@ -16,7 +16,7 @@ import eagle3fn as e3
 from eagle3fn.base import rows
 from eagle3fn.base.types import Params
 from eagle3fn.data import collate as collate_file
-from eagle3fn.data.pipeline import draw_survival
+from eagle3fn.data.survival import draw_survival
 from eagle3fn.model import fast, forward, plain
 from eagle3fn.model.losses import LOSSES, RowLoss
 from eagle3fn.testing import cases

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import eagle3fn as e3
-from eagle3fn.base.device import send
+from eagle3fn.base.device import send, to_device
 from eagle3fn.base.rows import plan_rows
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
-from eagle3fn.train.run import to_device
 from tests.stand_in_card import NAME, Wait, stand_in
 
 pytest.importorskip(

@@ -34,9 +34,14 @@ class RowPlan(NamedTuple):
     step: Tensor  # (X,) int64
     state: Tensor  # (X,) int64: index into all steps' rows, one step after another
     first: np.ndarray  # (P + 1,) int64: number of the first pair of each label; X at the end
+    # Of packed rows, for attention that is kept apart; absent: one conversation a row.
+    bounds: Tensor | None = None  # (C + 1,) int32: each conversation's first place, then B·S
+    lengths: np.ndarray | None = None  # (C,) int64: places of each conversation
 
 
-def plan_rows(row_mask: Tensor, survives: Tensor | None = None) -> RowPlan:
+def plan_rows(
+    row_mask: Tensor, survives: Tensor | None = None, starts: Tensor | None = None
+) -> RowPlan:
     """The rows and pairs of a row mask `(B, K, S)`; tensors on its device, which is waited for.
 
     A row is computed up to the last step at which it is trained. Any other row matters only by its
@@ -45,6 +50,7 @@ def plan_rows(row_mask: Tensor, survives: Tensor | None = None) -> RowPlan:
     Args:
         row_mask: see `Batch`.
         survives: at how many steps each row takes part, `(B, S)` int64; None: at all.
+        starts: where conversations begin in packed rows, see `Batch`; None: one conversation a row.
     """
     mask = surviving(row_mask, survives).cpu() > 0
     _, k, s = mask.shape
@@ -79,6 +85,7 @@ def plan_rows(row_mask: Tensor, survives: Tensor | None = None) -> RowPlan:
     sizes = np.array(sizes)
     before = torch.from_numpy(sizes.cumsum() - sizes)
     device = row_mask.device
+    bounds, lengths = (None, None) if starts is None else _conversations(starts)
     return RowPlan(
         rows=rows.to(device),
         sizes=sizes,
@@ -88,7 +95,18 @@ def plan_rows(row_mask: Tensor, survives: Tensor | None = None) -> RowPlan:
         step=step.to(device),
         state=(before[step] + row).to(device),
         first=np.cumsum([0, *count.tolist()]),
+        bounds=None if bounds is None else bounds.to(device),
+        lengths=lengths,
     )
+
+
+def _conversations(starts: Tensor) -> tuple[Tensor, np.ndarray]:
+    """`RowPlan.bounds`, on the host, and `RowPlan.lengths` of packed rows."""
+    starts = starts.cpu()
+    is_first = starts == torch.arange(starts.shape[1])
+    first = is_first.flatten().nonzero()[:, 0]
+    bounds = torch.cat([first, first.new_tensor([starts.numel()])])
+    return bounds.to(torch.int32), bounds.diff().numpy()
 
 
 def surviving(row_mask: Tensor, survives: Tensor | None) -> Tensor:

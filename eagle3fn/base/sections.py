@@ -226,6 +226,9 @@ class DataConfig:
         micro_batch: samples of one forward and backward pass; divides `global_batch`.
         held_out: samples at the end that are evaluated on, not trained on.
         prefetch: batches that are read ahead in a thread; 0: none.
+        pack_tokens: micro-batches are packed rows of at most so many tokens, several samples one
+            after another, and as many rows as the global batch needs; 0: `micro_batch` padded
+            samples each.
     """
 
     max_length: int = 2048
@@ -233,6 +236,7 @@ class DataConfig:
     micro_batch: int = 1
     held_out: int = 0
     prefetch: int = 2
+    pack_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -244,6 +248,24 @@ class DataConfig:
             "data.global_batch",
             self.global_batch,
             f"a multiple of data.micro_batch = {self.micro_batch}",
+        )
+        self._check_packing()
+
+    def _check_packing(self) -> None:
+        if not self.pack_tokens:
+            return
+        _within(self, "data", pack_tokens=(0, _MOST))
+        require(
+            self.pack_tokens >= self.max_length,
+            "data.pack_tokens",
+            self.pack_tokens,
+            f"0, or at least data.max_length = {self.max_length}: a sample is in one row",
+        )
+        require(
+            self.micro_batch == 1,
+            "data.micro_batch",
+            self.micro_batch,
+            f"1, its default, where data.pack_tokens = {self.pack_tokens} makes the micro-batches",
         )
 
 

@@ -3,7 +3,7 @@
 Shape letters, used in every docstring: `B` batch, `S` sequence, `K` unroll steps, `H` draft hidden,
 `Ht` target hidden, `A` taps, `I` inner size of the MLP, `N` heads, `J` key-value heads, `E` head
 size, `V` target vocabulary, `D` draft vocabulary, `T` computed rows, `R` those of all steps
-together, `P` scored labels, `X` pairs of a row and its label.
+together, `P` scored labels, `X` pairs of a row and its label, `C` conversations in packed rows.
 """
 
 from typing import Any, NamedTuple
@@ -33,11 +33,12 @@ class Batch(NamedTuple):
 
     Row `t` of a sample has the target's features of token `t`. At unroll step `i` it reads the
     embedding of token `t + i + 1`, and is scored against the target's distribution for token
-    `t + i + 2`: the label at place `t + i`. Samples are right-padded with zeros.
+    `t + i + 2`: the label at place `t + i`. Samples are right-padded with zeros; or a row is packed
+    with samples one after another (`data.collate.collate_packed`), and `starts` keeps them apart.
 
-    `row_mask` must be 0 on padding, and where the label `t + i` is past the end; that is not
-    checked, as it would read values. There the two numerics differ: plain hides padded keys from a
-    padded row, fast does not, and counts no row without a label.
+    `row_mask` must be 0 on padding, and where the label `t + i` is past the sample's end; that is
+    not checked, as it would read values. There the two numerics differ: plain hides padded keys
+    from a padded row, fast does not, and counts no row without a label.
     """
 
     # (B, S + K - 1) int64: row t reads entry t + i, which is token t + i + 1; 0 past the end
@@ -54,9 +55,12 @@ class Batch(NamedTuple):
     # (B, S) int64: at how many steps each row takes part, drawn by the data pipeline
     # (`objective.survival`); absent: at all K
     survives: Tensor | None = None
-    # `base.rows.plan_rows(row_mask, survives)`; absent: made from them. A given one must be theirs:
-    # another gives another loss. It has no form under `vmap`.
+    # `base.rows.plan_rows(row_mask, survives, starts)`; absent: made from them. A given one must be
+    # theirs: another gives another loss. It has no form under `vmap`.
     plan: RowPlan | None = None
+    # (B, S) int64, of packed rows: the first place of the conversation that each place belongs to;
+    # absent: one conversation a row. `position_ids` then begin at 0 in each conversation
+    starts: Tensor | None = None
 
 
 class VocabMap(NamedTuple):

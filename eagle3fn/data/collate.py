@@ -1,6 +1,7 @@
-"""Samples to a batch: cut, padded on the right, and aligned once for every unroll step."""
+"""Samples to a batch: cut, padded or packed, and aligned once for every unroll step."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,80 @@ def collate(
         short_lists = [steps[: config.data.max_length] for steps in survives]
         batch = batch._replace(survives=_pad(short_lists))
     return batch._replace(plan=plan_rows(batch.row_mask, batch.survives))
+
+
+class FeatureKind(NamedTuple):
+    """Widths and dtype of samples' features."""
+
+    aux_width: int  # A·Ht
+    last_width: int  # Ht
+    dtype: torch.dtype
+
+
+def collate_packed(
+    samples: Sequence[Sample],
+    config: Config,
+    align_mask: AlignMask = align_mask,
+    survives: Sequence[Tensor] | None = None,
+    like: FeatureKind | tuple[int, int, torch.dtype] | None = None,
+) -> Batch:
+    """Samples as one packed row, `B = 1`: cut, and laid one after another without padding.
+
+    Each is aligned for itself before they are joined: labels, trained rows and positions are those
+    of the samples alone, and `starts` keeps attention apart. `next_ids` alone are the row's tokens
+    shifted: near its sample's end a row reads tokens of the next one, at steps at which it has no
+    label.
+
+    Args:
+        samples: any number; without one the batch has one place that is not a token, and trains no
+            row: for a rank that has nothing left to do.
+        config: as in `collate`.
+        align_mask: as in `collate`.
+        survives: as in `collate`.
+        like: what the features of no samples are like; needed there alone.
+    """
+    k = config.objective.ttt_length
+    if not samples:
+        assert like is not None, "without samples: name the features' widths and dtype"
+        return _no_row(FeatureKind(*like), k)
+
+    short = [cut(sample, config.data.max_length) for sample in samples]
+    lengths = torch.tensor([len(sample.input_ids) for sample in short])
+    start = lengths.cumsum(0) - lengths
+    starts = start.repeat_interleave(lengths)  # (S,)
+    tokens = torch.cat([sample.input_ids for sample in short])
+    row_masks = [over_steps(align_mask(sample.token_mask), k) for sample in short]
+    labels = [shift(sample.last_hidden, dim=0) for sample in short]
+
+    batch = Batch(
+        next_ids=F.pad(tokens, (0, k))[None, 1:],
+        attention_mask=torch.ones_like(tokens)[None],
+        row_mask=torch.cat(row_masks, dim=-1)[None],
+        aux_hidden=torch.cat([sample.aux_hidden for sample in short])[None],
+        label_hidden=torch.cat(labels)[None],
+        position_ids=(torch.arange(len(tokens)) - starts)[None],
+        starts=starts[None],
+    )
+    if survives is not None:
+        short_lists = [steps[: config.data.max_length] for steps in survives]
+        batch = batch._replace(survives=torch.cat(short_lists)[None])
+    return batch._replace(plan=plan_rows(batch.row_mask, batch.survives, batch.starts))
+
+
+def _no_row(like: FeatureKind, k: int) -> Batch:
+    """A packed row of one place that is not a token, and is not trained."""
+    place = torch.zeros(1, 1, dtype=torch.int64)
+    row_mask = place.new_zeros(1, k, 1)
+    return Batch(
+        next_ids=place.new_zeros(1, k),
+        attention_mask=place,
+        row_mask=row_mask,
+        aux_hidden=torch.zeros(1, 1, like.aux_width, dtype=like.dtype),
+        label_hidden=torch.zeros(1, 1, like.last_width, dtype=like.dtype),
+        position_ids=place,
+        starts=place,
+        plan=plan_rows(row_mask, None, place),
+    )
 
 
 def align(

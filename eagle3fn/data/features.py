@@ -1,6 +1,7 @@
 """The feature folder: safetensors shards of many samples, and `index.json`, which is written last.
 
-    index.json                   target, dtype, totals, the shards' hashes, an entry for each sample
+    index.json                   target, dtype, totals, the hashes of the shards and of the table
+    samples.safetensors          the table: an entry for each sample (`data.sample_table`)
     shard-00000.safetensors      tensors `<key>.input_ids`, `<key>.loss_mask`, `<key>.aux_hidden`,
                                  `<key>.last_hidden` of each sample; in a smaller store
                                  (`data.storage`) also `<key>.aux_hidden.scale` and so on
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,8 +25,16 @@ from eagle3fn.base.draft_config import DEFAULT_TAPS
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import sha256, whole_file, write_json
 from eagle3fn.base.types import Sample
-from eagle3fn.data.feature_index import REMEDY, SCHEMA, own_hash, read_index
+from eagle3fn.data.feature_index import SCHEMA, own_hash, read_index
 from eagle3fn.data.sample_file import pack
+from eagle3fn.data.sample_table import (
+    REMEDY,
+    SampleTable,
+    all_entries,
+    columns_of,
+    first_doubled,
+    write_table,
+)
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.storage import STORES, decode, encode
 from eagle3fn.data.validate import hidden_fault, token_fault
@@ -59,18 +69,23 @@ class Reader(NamedTuple):
 class FeatureSet(NamedTuple):
     """An opened folder.
 
-    `samples` are the index's entries. Where a `reader` reads the files, the index is empty and
+    `samples` are a `SampleTable`. Where a `reader` reads the files, the index is empty and
     `samples` has one entry a file, with its path in the folder as `id` and `shard`.
     """
 
     folder: Path
-    samples: list[dict[str, Any]]
+    samples: Sequence[dict[str, Any]]
     index: dict[str, Any]
     vocab_size: int | None  # V, if known
     hidden_size: int | None  # Ht, if known
     # Shards whose bytes were compared with the index's hash, as the file was: inode, bytes, time.
     verified: dict[str, tuple[int, int, int]]
     reader: Reader | None = None
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """Tokens of every sample, (N,) int64; None where a `reader` reads them."""
+        return self.samples.lengths if isinstance(self.samples, SampleTable) else None
 
 
 # Writing
@@ -142,25 +157,25 @@ def write_shard(
 def write_index(
     folder: Path, index: dict[str, Any], sidecars: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write `index.json`: `index`, and from the shards' sidecars the totals, shards and samples.
+    """Write the samples' table, then `index.json`: `index`, and of the sidecars totals and shards.
 
     Returns:
         The whole index.
     """
     shards = []
-    samples = []
     for sidecar in sidecars:
-        shards.append({key: sidecar[key] for key in ("file", "bytes", "sha256")})
-        for entry in sidecar["samples"]:
-            samples.append({**entry, "shard": sidecar["file"]})
+        shard = {key: sidecar[key] for key in ("file", "bytes", "sha256")}
+        shards.append({**shard, "samples": len(sidecar["samples"])})
 
+    samples = all_entries(sidecars)
     totals = {
         "samples": len(samples),
         "tokens": sum(entry["length"] for entry in samples),
         "supervised": sum(entry["supervised"] for entry in samples),
         "bytes": sum(shard["bytes"] for shard in shards),
     }
-    index = {"schema": SCHEMA, **index, "totals": totals, "shards": shards, "samples": samples}
+    table = write_table(folder, columns_of(samples))
+    index = {"schema": SCHEMA, **index, "totals": totals, "table": table, "shards": shards}
     index["sha256"] = own_hash(index)
     write_json(folder / "index.json", index)
     return index
@@ -199,7 +214,7 @@ def open_features(
 
 def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -> FeatureSet:
     path = folder / "index.json"
-    index = read_index(path)
+    index, samples = read_index(path)
 
     # The shards, by their sizes alone: hashes are compared when a shard is first read.
     for shard in index["shards"]:
@@ -219,7 +234,7 @@ def _open_index(folder: Path, vocab_size: int | None, hidden_size: int | None) -
             )
     return FeatureSet(
         folder=folder,
-        samples=index["samples"],
+        samples=samples,
         index=index,
         vocab_size=target["vocab_size"],
         hidden_size=target["hidden_size"],
@@ -278,23 +293,33 @@ def check_shards(features: FeatureSet) -> None:
     Raises:
         UserError: names the first shard that differs.
     """
-    for shard in features.index.get("shards", []):
-        _verify(features, shard)
+    for number in range(len(features.index.get("shards", []))):
+        _verify(features, number)
 
 
-def _verify(features: FeatureSet, shard: dict[str, Any]) -> None:
-    """Compare a shard's bytes with the index's hash, and its tensors with the index's samples."""
+def _verify(features: FeatureSet, number: int) -> None:
+    """Compare a shard's bytes with the index's hash, and its tensors with its samples' keys."""
+    assert isinstance(features.samples, SampleTable)
+    shard = features.index["shards"][number]
     path = features.folder / shard["file"]
     stamp = _stamp(path)
     if sha256(path) != shard["sha256"]:
         raise UserError(f"{path}: its bytes have changed; {REMEDY}")
 
-    entries = [entry for entry in features.samples if entry["shard"] == shard["file"]]
+    # Each sample's tensors are there, once, and no others.
+    own = features.samples.of_shard(number)
+    keys = [features.samples[sample]["key"] for sample in own]
+    doubled = first_doubled(keys)
+    if doubled is not None:
+        raise UserError(
+            f"{features.folder / 'index.json'}: samples[{own[doubled]}].key is "
+            f"{printable(repr(keys[doubled]))}: another sample has it; {REMEDY}"
+        )
     store = store_of(features)
     listed = set()
-    for entry in entries:
+    for key in keys:
         for field in _STORED:
-            listed |= set(_stored_names(entry["key"], field, store).values())
+            listed |= set(_stored_names(key, field, store).values())
     others = _names_in(path) ^ listed
     if others:
         raise UserError(
@@ -337,7 +362,7 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
         sample = features.reader.sample(path)
     else:
         sample = Sample(*_tensors(features, number, Sample._fields))
-        _verify_once(features, entry["shard"])
+        _verify_once(features, number, entry["shard"])
 
     _check_tokens(features, number, sample.input_ids, sample.token_mask)
     what = hidden_fault(
@@ -368,6 +393,12 @@ def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def length_of(features: FeatureSet, number: int) -> int:
+    """Tokens of sample `number`: as the index has it, or by reading a file without an index."""
+    length = features.samples[number].get("length")
+    return len(read_tokens(features, number)[0]) if length is None else length
+
+
 def read_last_hidden(features: FeatureSet, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """`input_ids` and `token_mask` `(S,)` and `last_hidden` `(S, Ht)` of sample `number`.
 
@@ -384,12 +415,11 @@ def read_last_hidden(features: FeatureSet, number: int) -> tuple[Tensor, Tensor,
     return ids, mask, last
 
 
-def _verify_once(features: FeatureSet, file: str) -> None:
-    if features.verified.get(file) == _stamp(features.folder / file):
-        return
-    for shard in features.index["shards"]:
-        if shard["file"] == file:
-            _verify(features, shard)
+def _verify_once(features: FeatureSet, number: int, file: str) -> None:
+    """Verify the shard of sample `number`, unless its file is as it was then."""
+    assert isinstance(features.samples, SampleTable)
+    if features.verified.get(file) != _stamp(features.folder / file):
+        _verify(features, features.samples.shard_of(number))
 
 
 def _tensors(features: FeatureSet, number: int, fields: tuple[str, ...]) -> list[Tensor]:

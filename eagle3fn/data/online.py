@@ -1,7 +1,7 @@
 """Online roll-out: samples from the target when they are needed, without files.
 
 The target is run by extraction's own `run_target`, and batches are made by the pipeline's own
-`micro_batches`. So a sample has the bits that extraction stores if it went through the target with
+stages. So a sample has the bits that extraction stores if it went through the target with
 the same rows around it and the same `batch`. With `batch=1` its bits depend on itself alone;
 otherwise padding and the other rows may move the last ones.
 """
@@ -15,9 +15,11 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Batch, Sample
 from eagle3fn.data.collate import AlignMask, align_mask
 from eagle3fn.data.decoder import check_present
-from eagle3fn.data.pipeline import Order, draw_survival, micro_batches, shuffled
+from eagle3fn.data.order import Order, shuffled
+from eagle3fn.data.pipeline import binned, micro_batches, ordered
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import check_extraction, run_target
+from eagle3fn.data.stages import Item, Loaded, stage
 from eagle3fn.data.validate import hidden_fault, token_fault
 
 
@@ -100,7 +102,7 @@ def online_batches(
         stop: one past the last.
         batch: rows in one run of the target, as in `roll_out`.
         align_mask: token mask to row mask.
-        order: which rows a step trains on.
+        order: which row comes at which place.
 
     Raises:
         UserError: `rows` is empty, or as `roll_out`.
@@ -109,10 +111,22 @@ def online_batches(
         raise UserError(
             "online_batches: no rows to train on; give conversations with a supervised token"
         )
-    for step in range(start, stop):
-        numbers = order(len(rows), config, step)
-        chosen = [rows[number] for number in numbers]
+    numbers = ordered(range(len(rows)), config, start, stop, order)
+    bins = binned(numbers, lambda number: len(rows[number].input_ids), config)
+    return micro_batches(_rolled_out(bins, model, rows, layers, batch), config, align_mask)
+
+
+@stage
+def _rolled_out(
+    items: Iterable[Item[list[list[int]]]],
+    model: Any,
+    rows: Sequence[Encoded],
+    layers: Sequence[int],
+    batch: int,
+) -> Iterator[Item[Loaded]]:
+    """`data.stages.read` of one rank, by the target in place of a folder."""
+    for bins, place in items:
         # One group a step: the target runs on this step's rows alone.
-        samples = list(roll_out(model, chosen, layers, batch, group=len(chosen)))
-        survives = draw_survival(samples, numbers, config, step)
-        yield micro_batches(samples, config, align_mask=align_mask, survives=survives)
+        chosen = [rows[number] for each in bins for number in each]
+        samples = iter(list(roll_out(model, chosen, layers, batch, group=len(chosen))))
+        yield Item(Loaded(bins, [[next(samples) for _ in each] for each in bins], []), place)

@@ -17,21 +17,25 @@ from eagle3fn.model.visibility import Visible
 
 _BLOCK = 128  # rows of a block, at most
 _STRIDE = 64  # a block's number of keys is a multiple of this
+_SHARED = 256  # from so many keys on a block does not go on to rows that see none of them
 
 StepTensors = Sequence[Tensor] | Tensor
 """One tensor `(T, J, E)` for each of `I` later steps: what a row itself adds at that step."""
 
 
 class Block(NamedTuple):
-    """Rows `start … stop - 1` by place, all of one sample. They see keys `begin … end - 1` only.
+    """Rows `start … stop - 1` by place, all of one row of the batch. They see keys
+    `begin … end - 1` only.
 
-    Keys below `common` are hidden from none of them by its last key.
+    Keys from `joined` on are hidden from none of them by its first key, and keys below `common`
+    from none by its last.
     """
 
     start: int
     stop: int
-    sample: int
+    sample: int  # the row of the batch
     begin: int
+    joined: int
     common: int
     end: int
 
@@ -46,32 +50,51 @@ class Blocks(NamedTuple):
 
 
 def make_blocks(rows: Tensor, s: int, seen: Visible) -> Blocks:
-    """Cut rows `b·S + t` into blocks of one sample each, neighbours together.
+    """Cut rows `b·S + t` into blocks of one row of the batch each, neighbours together.
 
-    `begin` and `end` are rounded to multiples of `_STRIDE`, so that few shapes occur. Reads rows
-    and bounds on the host, which waits for a device once.
+    Rows of several short conversations of a packed row share a block: a few scores too many take
+    less time than a block more. The number of keys is rounded up to a multiple of `_STRIDE`, so
+    that few shapes occur. Reads rows and bounds on the host, which waits for a device once.
     """
     order = rows.argsort()
     last = torch.as_tensor(seen.last)
     first = torch.zeros_like(last) if seen.first is None else torch.as_tensor(seen.first)
     by_place = torch.stack([rows // s, first, last])[:, order]
-    samples, first_places, last_places = by_place.tolist()
+    samples, firsts, lasts = by_place.tolist()
 
     blocks: list[Block] = []
     start = 0
     while start < len(samples):
-        # The block ends with the sample, or when it is full.
-        stop = start + 1
-        while stop < min(start + _BLOCK, len(samples)) and samples[stop] == samples[start]:
-            stop += 1
-
+        stop = _end_of_block(start, samples, firsts, lasts)
         part = slice(start, stop)
-        begin = max(min(first_places[part]), 0) // _STRIDE * _STRIDE
-        end = -(-(max(last_places[part]) + 1) // _STRIDE) * _STRIDE
-        common = max(min(last_places[part]) + 1, begin)
-        blocks.append(Block(start, stop, samples[start], begin, common, max(min(s, end), common)))
+
+        # The keys of its rows, as many as a multiple of the stride.
+        begin = max(min(firsts[part]), 0)
+        common = max(min(lasts[part]) + 1, begin)
+        end = max(lasts[part]) + 1
+        end = begin - (begin - end) // _STRIDE * _STRIDE
+        end = max(min(end, s), common)
+
+        joined = max(max(firsts[part]), begin)
+        blocks.append(Block(start, stop, samples[start], begin, joined, common, end))
         start = stop
     return Blocks(tuple(blocks), order, None if seen.first is None else first, last)
+
+
+def _end_of_block(start: int, samples: list[int], firsts: list[int], lasts: list[int]) -> int:
+    """One past the last row of a block, which ends
+
+    - when it is full, and with its row of the batch;
+    - before a row that sees none of the keys so far, if those are many.
+    """
+    full = min(start + _BLOCK, len(samples))
+    stop = start + 1
+    while stop < full and samples[stop] == samples[start]:
+        is_apart = firsts[stop] > lasts[stop - 1]
+        if is_apart and lasts[stop] - firsts[start] >= _SHARED:
+            break
+        stop += 1
+    return stop
 
 
 class _Inputs(NamedTuple):
@@ -174,7 +197,7 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
     values = _keys_first(value)
     values_last = _keys_last(value)
 
-    # Blocks of one sample add to the same keys: their sums are at least fp32.
+    # Blocks of one row of the batch add to the same keys: their sums are at least fp32.
     wide = at_least_fp32(key.dtype)
     grad_key = torch.zeros_like(keys, dtype=wide)  # (B, J, S, E)
     grad_value = torch.zeros_like(values, dtype=wide)
@@ -242,9 +265,10 @@ def _probabilities(
     key = torch.arange(block.common, block.end, device=q.device)
     after = key > inputs.last[part, None]
     by_row[..., block.common - block.begin :].masked_fill_(after, -torch.inf)
-    if inputs.first is not None:
-        key = torch.arange(block.begin, block.end, device=q.device)
-        by_row.masked_fill_(key < inputs.first[part, None], -torch.inf)
+    if inputs.first is not None and block.joined > block.begin:
+        key = torch.arange(block.begin, block.joined, device=q.device)
+        before = key < inputs.first[part, None]
+        by_row[..., : block.joined - block.begin].masked_fill_(before, -torch.inf)
 
     return torch.softmax(torch.cat([scores, _heads_first(step_scores[part])], dim=-1), dim=-1)
 

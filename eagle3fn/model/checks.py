@@ -32,9 +32,10 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     _check("batch.aux_hidden", batch.aux_hidden, None, ("B", "S", draft.taps * width))
     b, s, _ = batch.aux_hidden.shape
     k = config.objective.ttt_length
-    if s > draft.max_position_embeddings:
+    longest = _longest(batch)
+    if longest > draft.max_position_embeddings:
         raise UserError(
-            f"batch.aux_hidden: sequence length {s} is beyond max_position_embeddings = "
+            f"batch.aux_hidden: sequence length {longest} is beyond max_position_embeddings = "
             f"{draft.max_position_embeddings}; lower data.max_length"
         )
 
@@ -45,7 +46,44 @@ def check_batch(params: Params, batch: Batch, config: Config, frozen: Frozen) ->
     _check("batch.position_ids", batch.position_ids, torch.int64, (b, s), (1, s))
     _check("batch.row_counts", batch.row_counts, None, (k,))
     _check("batch.survives", batch.survives, torch.int64, (b, s))
+    _check("batch.starts", batch.starts, torch.int64, (b, s))
+    _check_packed(batch, config)
     check_frozen(frozen, config)
+
+
+def _longest(batch: Batch) -> int:
+    """Places of the longest conversation; without a plan of packed rows at least 1."""
+    if batch.starts is None:
+        return batch.aux_hidden.shape[1]
+    if batch.plan is None or batch.plan.lengths is None:
+        return 1
+    return int(batch.plan.lengths.max())
+
+
+def _check_packed(batch: Batch, config: Config) -> None:
+    """Check what goes with `starts`."""
+    if (batch.plan is not None) and (batch.plan.bounds is None) != (batch.starts is None):
+        raise UserError(
+            "batch.plan is not of batch.starts: make it by plan_rows(row_mask, survives, starts), "
+            "or leave it out"
+        )
+    if batch.starts is None:
+        return
+    if batch.position_ids is None:
+        raise UserError(
+            "batch.position_ids is missing: with batch.starts each conversation's begin at 0 "
+            "(data.collate.collate_packed)"
+        )
+    _refuse_packed_rows(config, "batch.starts")
+
+
+def _refuse_packed_rows(config: Config, packed: str) -> None:
+    """Refuse the normalization by all rows where conversations are packed."""
+    if config.objective.normalization == "rows":
+        raise UserError(
+            f"objective.normalization = 'rows' with {packed}: it divides by padding too, which "
+            "packed rows do not have; set objective.normalization = 'mask'"
+        )
 
 
 def check_no_autocast(device: str) -> None:
@@ -116,20 +154,29 @@ def check_loss(
     batch_means: Mapping[str, tuple[str, ...]] | None = None,
     own: RowLoss | Callable | None = None,
 ) -> None:
-    """Check that the loss is there, before any work.
+    """Check that the loss is there, and goes with the batches, before any work.
 
     Args:
-        config: `objective.loss` is read, and how `data` splits a batch.
+        config: `objective` is read, and how `data` splits and packs a batch.
         batch_means: see `train.recipe.Recipe`.
         own: a user's loss, in place of the named one.
 
     Raises:
         UserError: no such loss, a setting that it does not read, or one with means over the whole
-            batch where that is split, or in a sum.
+            batch where that is split, or in a sum; packed rows under `normalization = "rows"` or
+            under a recipe with such means.
     """
     means = batch_means or {}
     name = config.objective.loss
     data = config.data
+    if data.pack_tokens:
+        packed = f"data.pack_tokens = {data.pack_tokens}"
+        _refuse_packed_rows(config, packed)
+        if means:
+            raise UserError(
+                f"{packed} under SpecForge's recipe, whose losses are means over a padded batch; "
+                "set data.pack_tokens = 0, or train without the recipe"
+            )
     for part in name if isinstance(name, Mapping) else ():
         if part in means:
             raise UserError(

@@ -24,7 +24,12 @@ from eagle3fn.base.rows import RowPlan, plan_rows, surviving, trained_row_counts
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import table
 from eagle3fn.model.block_attention import Blocks, block_attention, make_blocks
-from eagle3fn.model.flash_attention import flash_attention, has_flash_kernel
+from eagle3fn.model.flash_attention import (
+    Packing,
+    flash_attention,
+    has_flash_kernel,
+    packing_of,
+)
 from eagle3fn.model.fused_layers import fused_rms_norm, mlp, norm_linear
 from eagle3fn.model.head_loss import Pairs, Scores, head_and_loss
 from eagle3fn.model.losses import RowLoss, survival_rate
@@ -39,7 +44,7 @@ def _plan(batch: Batch) -> RowPlan:
     """The batch's plan, or else the one of its masks, which waits for a device."""
     if batch.plan is not None:
         return batch.plan
-    return plan_rows(batch.row_mask, batch.survives)
+    return plan_rows(batch.row_mask, batch.survives, batch.starts)
 
 
 # The layer
@@ -164,26 +169,25 @@ class _Sight(NamedTuple):
     """What the rows see."""
 
     rows: Tensor  # (T,)
-    blocks: Blocks | None  # None: all before them, by the flash kernel
+    blocks: Blocks | None  # None: all of their conversations before them, by the flash kernel
+    packing: Packing | None  # where conversations begin, for that kernel
 
 
 def _sight(
-    seen: Visible,
-    rows: Tensor,
-    attention_mask: Tensor,
-    draft: DraftConfig,
-    dtype: torch.dtype,
+    seen: Visible, rows: Tensor, batch: Batch, draft: DraftConfig, dtype: torch.dtype
 ) -> _Sight:
     """The flash kernel where there is one, else blocks, which are cut on the host."""
-    if seen.first is None and has_flash_kernel(rows.device, dtype, draft.head_dim):
-        return _Sight(rows, None)
-    return _Sight(rows, make_blocks(rows, attention_mask.shape[1], seen))
+    sees_all = draft.draft_window is None
+    if sees_all and has_flash_kernel(rows.device, dtype, draft.head_dim):
+        packing = None if batch.starts is None else packing_of(_plan(batch))
+        return _Sight(rows, None, packing)
+    return _Sight(rows, make_blocks(rows, batch.attention_mask.shape[1], seen), None)
 
 
 def _attend(query: Tensor, keys: list[Tensor], values: list[Tensor], sight: _Sight) -> Tensor:
     parts = query, keys[0], values[0], keys[1:], values[1:]
     if sight.blocks is None:
-        return flash_attention(*parts, sight.rows)
+        return flash_attention(*parts, sight.rows, sight.packing)
     return block_attention(*parts, sight.blocks)
 
 

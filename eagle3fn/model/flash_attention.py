@@ -9,6 +9,9 @@ then merged with the rows' own keys of later steps, whose scores are c_i:
 
 The backward gives the kernel the merged `out` and `Z` in place of its own: from them it makes the
 probabilities of the one softmax over both kinds of keys.
+
+Packed rows (`Batch.starts`) go to the kernel for sequences of several lengths: it reads on the
+device where conversations begin, and attends within each.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.dtypes import at_least_fp32
+from eagle3fn.base.rows import RowPlan
 from eagle3fn.model.autograd import differentiable_once
 from eagle3fn.model.block_attention import StepTensors as Steps
 from eagle3fn.model.block_attention import add_weighted_steps_, dot_steps, weighted_query_sums
@@ -38,6 +42,19 @@ def _card_has_flash(device: torch.device) -> bool:
     return available and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+class Packing(NamedTuple):
+    """Where the conversations of packed rows begin."""
+
+    bounds: Tensor  # (C + 1,) int32: each one's first place b·S + t, then B·S
+    longest: int  # places of the longest, on the host
+
+
+def packing_of(plan: RowPlan) -> Packing:
+    """Of a plan of packed rows."""
+    assert plan.bounds is not None and plan.lengths is not None, "the plan is not of packed rows"
+    return Packing(plan.bounds, int(plan.lengths.max()))
+
+
 class _Inputs(NamedTuple):
     q: Tensor  # (T, N, E)
     key: Tensor  # (B, S, J, E)
@@ -45,6 +62,7 @@ class _Inputs(NamedTuple):
     step_keys: tuple[Tensor, ...]  # I times (T, J, E)
     step_values: tuple[Tensor, ...]  # I times (T, J, E)
     rows: Tensor  # (T,) int64
+    packing: Packing | None
 
 
 class _Outputs(NamedTuple):
@@ -53,20 +71,36 @@ class _Outputs(NamedTuple):
 
 
 def flash_attention(
-    q: Tensor, key: Tensor, value: Tensor, step_keys: Steps, step_values: Steps, rows: Tensor
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step_keys: Steps,
+    step_values: Steps,
+    rows: Tensor,
+    packing: Packing | None = None,
 ) -> Tensor:
-    """`block_attention` by the flash kernel, to rounding; differentiable once."""
-    inputs = _Inputs(q, key, value, tuple(step_keys), tuple(step_values), rows)
+    """`block_attention` by the flash kernel, to rounding; differentiable once.
+
+    Args:
+        q: `(T, N, E)`, rotated; the others as in `block_attention`.
+        rows: `(T,)` int64, the queries' places `b·S + t`.
+        packing: of packed rows; None: each row of the batch is one conversation.
+    """
+    inputs = _Inputs(q, key, value, tuple(step_keys), tuple(step_values), rows, packing)
     return _attention(inputs).attended
 
 
 def _forward(inputs: _Inputs) -> _Outputs:
-    q, key, value, step_keys, step_values, rows = inputs
+    q, key, value, step_keys, step_values, rows, packing = inputs
     scale = q.shape[-1] ** -0.5
 
     # The kernel on whole sequences, read at the rows.
     whole_q = _to_sequences(q, rows, key)
-    whole = _flash(whole_q, _for_queries(key, q), _for_queries(value, q), scale)
+    block = _for_queries(key, q), _for_queries(value, q)
+    if packing is None:
+        whole = _flash(whole_q, *block, scale)
+    else:
+        whole = _flash_packed(whole_q, *block, packing, scale)
     causal, causal_log_sum = (_at_rows(x, rows) for x in whole)
 
     # One softmax with the rows' own keys of later steps.
@@ -81,24 +115,23 @@ def _forward(inputs: _Inputs) -> _Outputs:
 
 
 def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, Any]:
-    q, key, value, step_keys, step_values, rows = inputs
+    q, key, value, step_keys, step_values, rows, packing = inputs
     out, log_sum = outputs
     grad = grads.attended
     scale = q.shape[-1] ** -0.5
 
     # The causal keys: the kernel with the merged result and log-sum-exp.
     whole = (_to_sequences(x, rows, key) for x in (grad, q, out, log_sum))
-    whole_grad, whole_q, whole_out, whole_log_sum = whole
     block = _for_queries(key, q), _for_queries(value, q)
-    grad_q, *grad_block = _flash_backward(
-        whole_grad, whole_q, whole_out, whole_log_sum, *block, scale
-    )
-
+    if packing is None:
+        grad_q, *grad_block = _flash_backward(*whole, *block, scale)
+    else:
+        grad_q, *grad_block = _flash_packed_backward(*whole, *block, packing, scale)
     grad_q = _at_rows(grad_q, rows)
 
     # The query heads of one key-value head add up.
     heads = key.shape[2]
-    grad_key, grad_value = (x.unflatten(1, (heads, -1)).sum(2).transpose(1, 2) for x in grad_block)
+    grad_key, grad_value = (x.unflatten(2, (heads, -1)).sum(3) for x in grad_block)
 
     # The rows' own keys, with p = exp(c − Z) and grad_p = grad · step_value:
     # grad_score = p · (grad_p − grad · out) · scale.
@@ -138,21 +171,21 @@ def _step_scores(q: Tensor, step_keys: Steps, scale: float) -> Tensor:
 
 
 def _to_sequences(x: Tensor, rows: Tensor, key: Tensor) -> Tensor:
-    """Rows `(T, N, …)` laid into zeros `(B, N, S, …)`."""
+    """Rows `(T, N, …)` laid into zeros `(B, S, N, …)`."""
     b, s = key.shape[:2]
     flat = x.new_zeros(b * s, *x.shape[1:])
-    return flat.index_copy_(0, rows, x).unflatten(0, (b, s)).transpose(1, 2)
+    return flat.index_copy_(0, rows, x).unflatten(0, (b, s))
 
 
 def _at_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Whole sequences `(B, N, S, …)` at the rows: `(T, N, …)`."""
-    return x.transpose(1, 2).flatten(0, 1)[rows]
+    """Whole sequences `(B, S, N, …)` at the rows: `(T, N, …)`."""
+    return x.flatten(0, 1)[rows]
 
 
 def _for_queries(x: Tensor, q: Tensor) -> Tensor:
-    """Key-value heads `(B, S, J, E)` once for each query head that reads them: `(B, N, S, E)`."""
+    """Key-value heads `(B, S, J, E)` once for each query head that reads them: `(B, S, N, E)`."""
     groups = q.shape[1] // x.shape[2]
-    return x[:, :, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3).transpose(1, 2)
+    return x[:, :, :, None].expand(-1, -1, -1, groups, -1).flatten(2, 3)
 
 
 def _op(suffix: str, q: Tensor) -> Any:
@@ -163,21 +196,67 @@ def _op(suffix: str, q: Tensor) -> Any:
 
 
 def _flash(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention of `(B, N, S, E)`, and its log-sum-exp `(B, N, S)`."""
-    attended, log_sum, *_ = _op("", q)(q, key, value, _DROPOUT, _CAUSAL, scale=scale)
-    return attended, log_sum
+    """Causal attention of `(B, S, N, E)`, and its log-sum-exp `(B, S, N)`."""
+    by_head = (x.transpose(1, 2) for x in (q, key, value))
+    attended, log_sum, *_ = _op("", q)(*by_head, _DROPOUT, _CAUSAL, scale=scale)
+    return attended.transpose(1, 2), log_sum.transpose(1, 2)
 
 
 def _flash_backward(
     grad: Tensor, q: Tensor, out: Tensor, log_sum: Tensor, key: Tensor, value: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by `q`, `key` and `value`, all `(B, N, S, E)`."""
+) -> tuple[Tensor, ...]:
+    """Gradients by `q`, `key` and `value`, all `(B, S, N, E)`."""
     lengths = ()
     seeds = ()
     if q.device.type != "cpu":
-        s = q.shape[2]
-        seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: it is not read
+        s = q.shape[1]
         lengths = None, None, s, s  # all sequences have one length
-        seeds = seed, seed
-    made = grad, q, key, value, out, log_sum.contiguous()
-    return _op("_backward", q)(*made, *lengths, _DROPOUT, _CAUSAL, *seeds, scale=scale)
+        seeds = _no_seeds(q)
+    by_head = (x.transpose(1, 2) for x in (grad, q, key, value, out))
+    made = *by_head, log_sum.transpose(1, 2).contiguous()
+    grads = _op("_backward", q)(*made, *lengths, _DROPOUT, _CAUSAL, *seeds, scale=scale)
+    return tuple(x.transpose(1, 2) for x in grads)
+
+
+def _no_seeds(q: Tensor) -> tuple[Tensor, Tensor]:
+    """The state of random numbers that a backward takes: without dropout it is not read."""
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+    return seed, seed
+
+
+# The kernel for sequences of several lengths. It takes places in one list, `(B·S, N, E)`, and has
+# the log-sum-exp of one head after the other, `(N, B·S)`.
+
+
+def _flash_packed(
+    q: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within conversations of `(B, S, N, E)`, and its log-sum-exp `(B, S, N)`."""
+    b, s, heads, _ = q.shape
+    places = (x.flatten(0, 1) for x in (q, key, value))
+    spans = packing.bounds, packing.bounds, packing.longest, packing.longest
+    attended, log_sum, *_ = torch.ops.aten._flash_attention_forward(
+        *places, *spans, _DROPOUT, _CAUSAL, return_debug_mask=False, scale=scale
+    )
+    assert log_sum.shape == (heads, b * s), log_sum.shape
+    return attended.unflatten(0, (b, s)), log_sum.T.unflatten(0, (b, s))
+
+
+def _flash_packed_backward(
+    grad: Tensor,
+    q: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients by `q`, `key` and `value`, all `(B, S, N, E)`."""
+    places = (x.flatten(0, 1) for x in (grad, q, key, value, out))
+    made = *places, log_sum.flatten(0, 1).T.contiguous()
+    spans = packing.bounds, packing.bounds, packing.longest, packing.longest
+    grads = torch.ops.aten._flash_attention_backward(
+        *made, *spans, _DROPOUT, _CAUSAL, *_no_seeds(q), scale=scale
+    )
+    return tuple(x.unflatten(0, q.shape[:2]) for x in grads)

@@ -76,6 +76,9 @@ def forward(
 ) -> tuple[Tensor, Aux]:
     """`forward_loss` by given operations, without its checks."""
     plan = ops.plan(batch)
-    rows = None if plan is None else Rows(plan.rows, plan.sizes)
+    rows = None
+    if plan is not None:
+        batch = batch._replace(plan=plan)
+        rows = Rows(plan.rows, plan.sizes)
     states = unroll(params, batch, rows, config, frozen, ops)
     return ops.score(params, states, plan, batch, config, frozen, loss)

@@ -111,11 +111,11 @@ def additive_mask(seen: Visible, attention_mask: Tensor, dtype: torch.dtype) -> 
 def _sight(
     seen: Visible,
     rows: Tensor | None,
-    attention_mask: Tensor,
+    batch: Batch,
     draft: DraftConfig,
     dtype: torch.dtype,
 ) -> Tensor:
-    return additive_mask(seen, attention_mask, dtype)
+    return additive_mask(seen, batch.attention_mask, dtype)
 
 
 def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:

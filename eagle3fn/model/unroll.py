@@ -54,8 +54,7 @@ class Ops(NamedTuple):
     head_axis: int  # of those heads' tensors
     # (key or value heads, N / J) → as `attend` reads them
     shared: Callable[[Tensor, int], Tensor]
-    # (what rows see, their places b·S + t or None, attention mask, draft, dtype) → as `attend`
-    # reads it
+    # (what rows see, their places b·S + t or None, batch, draft, dtype) → as `attend` reads it
     sight: Callable[..., Any]
     # (queries, keys, values, sight) → heads; the first key is step 0's, the others the rows' own
     attend: Callable[[Tensor, list[Tensor], list[Tensor], Any], Tensor]
@@ -72,18 +71,21 @@ class _Listed(NamedTuple):
     """Rows of the batch: every place as `(B, S)`, or a list of them `(T,)`."""
 
     rows: Tensor | None  # (T,) int64: places b·S + t; None: every place, not listed
-    place: Tensor  # of each in its sample
+    place: Tensor  # of each in its row of the batch
     position: Tensor  # of each at step 0, for the rotation
+    start: Tensor | None  # as `Batch.starts`
 
     def pick(self, rows: Tensor) -> "_Listed":
         """Of every place, those of the list."""
         place, position = (x.flatten(0, 1)[rows] for x in (self.place, self.position))
-        return _Listed(rows, place, position)
+        start = None if self.start is None else self.start.flatten(0, 1)[rows]
+        return _Listed(rows, place, position, start)
 
     def first(self, size: int) -> "_Listed":
         """The first of a list."""
         assert self.rows is not None
-        return _Listed(self.rows[:size], self.place[:size], self.position[:size])
+        start = None if self.start is None else self.start[:size]
+        return _Listed(self.rows[:size], self.place[:size], self.position[:size], start)
 
     def listed(self) -> "_Listed":
         """Every place as a list."""
@@ -129,13 +131,14 @@ def unroll(
     hidden = project(weights, draft, batch.aux_hidden, ops)  # (B, S, H)
     b, s, _ = hidden.shape
     tokens = ops.tokens(weights, batch, draft, frozen)
-    tables = rope_table(draft, s + k, hidden.dtype, hidden.device, beyond=k)
-    once = _Once(weights, draft, tokens, tables, batch.attention_mask, hidden.dtype, ops)
+    length = s if batch.starts is None else min(s, draft.max_position_embeddings)
+    tables = rope_table(draft, length + k, hidden.dtype, hidden.device, beyond=k)
+    once = _Once(weights, draft, tokens, tables, batch, hidden.dtype, ops)
 
     # Every place of the batch, and the rows whose queries are made.
     place = torch.arange(s, device=hidden.device).expand(b, s)
     position = place if batch.position_ids is None else batch.position_ids.expand(b, s)
-    every = _Listed(None, place, position)
+    every = _Listed(None, place, position, batch.starts)
     chosen = every if rows is None else every.pick(rows.places)
 
     caches = [_Cache([], []) for _ in layers]
@@ -174,15 +177,15 @@ class _Once(NamedTuple):
     draft: DraftConfig
     tokens: Any
     tables: Angles
-    attention_mask: Tensor  # (B, S)
+    batch: Batch
     dtype: torch.dtype
     ops: Ops
 
 
 def _sight(once: _Once, rows: _Listed, step: int) -> Any:
     """What rows see at a step."""
-    seen = visible(once.draft, rows.place, step)
-    return once.ops.sight(seen, rows.rows, once.attention_mask, once.draft, once.dtype)
+    seen = visible(once.draft, rows.place, step, rows.start)
+    return once.ops.sight(seen, rows.rows, once.batch, once.draft, once.dtype)
 
 
 def _layer(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eagle3fn.base.config import Config
 from eagle3fn.base.dtypes import wide
+from eagle3fn.base.errors import UserError
 from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
 from eagle3fn.model import losses
@@ -138,6 +139,11 @@ def forward_loss(
         UserError: as `eagle3fn.forward_loss`.
     """
     check_batch(params, batch, config, frozen)
+    if batch.starts is not None:
+        raise UserError(
+            "batch.starts: SpecForge's arithmetic has no packed rows; give padded ones "
+            "(data.collate.collate)"
+        )
     if loss is not None:
         return forward(params, batch, config, frozen, PLAIN, find_loss(config.objective, loss))
     return forward(params, batch, config, frozen, SPECFORGE, None)

@@ -27,7 +27,7 @@ from eagle3fn.base.draft_config import DEFAULT_TAPS, DraftConfig, switches
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.sections import STARTS, OptimizerConfig
 from eagle3fn.base.types import Frozen, Params
-from eagle3fn.data.pipeline import epoch_order
+from eagle3fn.data.order import epoch_order
 from eagle3fn.model.table import TABLE, weights
 from eagle3fn.specforge.arithmetic import BATCH_MEANS, forward_loss
 from eagle3fn.train.recipe import Recipe
@@ -198,38 +198,27 @@ def align_mask(token_mask: Tensor) -> Tensor:
     return torch.cat([token_mask[:-1], torch.zeros_like(token_mask[-1:])])
 
 
-def script_order(n: int, config: Config, step: int) -> list[int]:
-    """The samples of a step as `train_eagle3.py` reads them: shuffled by the epoch's number alone.
+def script_order(n: int, config: Config, place: int) -> int:
+    """The sample at a place as `train_eagle3.py` reads them: shuffled by the epoch's number alone.
 
     Epochs are counted from 1. Each leaves out what does not fill a micro-batch.
 
     Raises:
         UserError: fewer samples than a micro-batch, where none would be left.
     """
-    kept = _whole_batches(n, config)
-    chosen = []
-    for place in _places(config, step):
-        epoch, place_in_epoch = divmod(place, kept)
-        chosen.append(epoch_order(n, 1 + epoch)[place_in_epoch])
-    return chosen
+    epoch, place_in_epoch = divmod(place, _whole_batches(n, config))
+    return int(epoch_order(n, 1 + epoch)[place_in_epoch])
 
 
-def stored_order(n: int, config: Config, step: int) -> list[int]:
-    """The samples of a step as the dataflow launcher reads them: in stored order, in every epoch.
+def stored_order(n: int, config: Config, place: int) -> int:
+    """The sample at a place as the dataflow launcher reads them: in stored order, in every epoch.
 
     An epoch leaves out what does not fill a micro-batch.
 
     Raises:
         UserError: fewer samples than a micro-batch, where none would be left.
     """
-    kept = _whole_batches(n, config)
-    return [place % kept for place in _places(config, step)]
-
-
-def _places(config: Config, step: int) -> range:
-    """A step's places in epochs laid end to end."""
-    size = config.data.global_batch
-    return range(step * size, (step + 1) * size)
+    return place % _whole_batches(n, config)
 
 
 def _whole_batches(n: int, config: Config) -> int:

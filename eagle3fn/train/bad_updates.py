@@ -7,6 +7,7 @@ import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import TrainState
+from eagle3fn.data.pipeline import ordered
 from eagle3fn.train.checkpoint import checkpoints
 from eagle3fn.train.finite import finite, watched
 from eagle3fn.train.run import Run
@@ -113,8 +114,9 @@ def _named(run: Run, found: torch.Tensor) -> str:
 
 
 def _samples(run: Run, number: int) -> str:
-    chosen = run.recipe.order(len(run.train), run.config, number - 1 + run.shift)
-    return ", ".join(str(run.features.samples[run.train[i]]["id"]) for i in chosen)
+    step = number - 1 + run.shift
+    chosen = ordered(run.train, run.config, step, step + 1, run.recipe.order)
+    return ", ".join(str(run.features.samples[sample]["id"]) for sample, _ in chosen)
 
 
 def _last_good(run: Run) -> str:

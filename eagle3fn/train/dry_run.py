@@ -86,7 +86,7 @@ def dry_run(
     # A run that its patience has ended stops before its last update.
     settings = run.config.train
     last = end.step if end.early else end.total
-    tokens = sum(sample.get("length", 0) for sample in features.samples)
+    tokens = 0 if features.lengths is None else int(features.lengths.sum())
     tied = target.head is target.embed_tokens
     return DryRun(
         plan=plan_memory(run.config, world.size, tokens, tied, recipe),

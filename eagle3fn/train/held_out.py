@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle3fn.base.device import to_device
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Params
-from eagle3fn.data.pipeline import batches, shuffled
-from eagle3fn.train.run import Run, to_device
+from eagle3fn.data.order import shuffled
+from eagle3fn.data.pipeline import batches
+from eagle3fn.train.run import Run
 from eagle3fn.train.shard import rows_of
 from eagle3fn.train.track import readable
 
@@ -30,9 +32,9 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
     if not run.held_out:
         return {}
 
-    # One sample a batch, each once, in the same order whatever the seed and the recipe: so a step
-    # is a sample, and this rank's steps are its block of them.
-    data = replace(run.config.data, global_batch=1, micro_batch=1)
+    # One sample a batch, each once, in the same order whatever the seed, packing and the recipe: so
+    # a step is a sample, and this rank's steps are its block of them.
+    data = replace(run.config.data, global_batch=1, micro_batch=1, pack_tokens=0)
     every_row = replace(run.config.objective, survival=1.0)
     train = replace(run.config.train, seed=0)
     config = replace(run.config, objective=every_row, data=data, train=train)

@@ -273,10 +273,10 @@ def seconds_per_step(run: Run, state: TrainState, timed: int = _TIMED_STEPS) -> 
 
     # A step of average length: the index has the lengths, files without an index don't.
     tokens_per_step = tokens / timed
-    lengths = [run.features.samples[i].get("length") for i in run.train]
-    known = [min(length, data.max_length) for length in lengths if length]
-    if known:
-        tokens_per_step = sum(known) / len(known) * data.global_batch
+    lengths = run.features.lengths
+    if lengths is not None:
+        tokens_per_step = float(lengths[run.train].clip(max=data.max_length).mean())
+        tokens_per_step *= data.global_batch
 
     # An evaluation comes every `eval_every` steps.
     begin = time.perf_counter()

@@ -18,7 +18,7 @@ from eagle3fn.base.signals import Stop, signals_noted
 from eagle3fn.base.types import TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.held import held
-from eagle3fn.data.pipeline import prefetch
+from eagle3fn.data.stages import prefetch
 from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.train.bad_updates import (
     check_dropped,

@@ -61,7 +61,11 @@ def plan_memory(
     wide = at_least_fp32(dtype).itemsize
 
     # Gradients of several micro-batches are summed in fp32: the sum, and the one that is added.
-    several = config.data.global_batch // config.data.micro_batch > ranks
+    data = config.data
+    several = data.global_batch // data.micro_batch > ranks
+    if data.pack_tokens:
+        # At their longest, an update's samples would fill more rows than there are ranks.
+        several = data.global_batch * data.max_length > data.pack_tokens * ranks
     gradients = values * (2 * wide if several else narrow)
 
     # An update that may be dropped is computed next to the state before it.

@@ -14,7 +14,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.sections import STARTS, OptimizerConfig
 from eagle3fn.base.types import Frozen, Params
 from eagle3fn.data.collate import AlignMask, align_mask
-from eagle3fn.data.pipeline import Order, shuffled
+from eagle3fn.data.order import Order, shuffled
 from eagle3fn.model.forward import ForwardLoss, forward_loss
 from eagle3fn.model.table import init_params, start_from_target
 from eagle3fn.train.optimizer import Optimizer, named_optimizer, own_optimizer

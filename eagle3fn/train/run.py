@@ -7,19 +7,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3fn.base.config import Config, to_dict
-from eagle3fn.base.device import check_device, send
+from eagle3fn.base.device import check_device
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
 from eagle3fn.base.sections import MOST_STEPS
-from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Batch, Frozen, VocabMap
+from eagle3fn.data import stages
 from eagle3fn.data.collate import AlignMask
 from eagle3fn.data.features import FeatureSet, read_tokens
 from eagle3fn.data.pipeline import batches, split
@@ -31,7 +31,6 @@ from eagle3fn.train.memory import check_fits, memory_of
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.reduce import check_ranks
 
-T = TypeVar("T")
 _SAMPLES_CHECKED = 100
 
 
@@ -124,7 +123,7 @@ def training_batches(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, .
     device: of update `n`, counted from 0, that is step `n + run.shift`.
     """
     world, recipe = run.world, run.recipe
-    steps = batches(
+    micro = batches(
         run.features,
         run.train,
         run.config,
@@ -135,25 +134,25 @@ def training_batches(run: Run, start: int, stop: int) -> Iterator[tuple[Batch, .
         recipe.align_mask,
         recipe.order,
     )
-    for micro in steps:
-        yield to_device(micro, run.device)
+    return stages.to_device(micro, run.device)
 
 
 def check_world(config: Config, world: World) -> None:
-    """Refuse a number of ranks that cannot share every global batch alike.
+    """Refuse a number of ranks that cannot share every global batch alike; packed ones all can.
 
     Raises:
         UserError: names the micro-batches of an update and the ranks.
     """
     data, size = config.data, world.size
     count = data.global_batch // data.micro_batch
-    if count % size:
+    if not data.pack_tokens and count % size:
         raise UserError(
             f"data.global_batch = {data.global_batch} and data.micro_batch = {data.micro_batch} "
             f"make {count} "
             f"micro-batches an update, {size} ranks must divide them; set data.global_batch to a "
             "multiple of "
-            f"{size * data.micro_batch}, or start other ranks"
+            f"{size * data.micro_batch}, start other ranks, or set data.pack_tokens, with which "
+            "any number does"
         )
     check_ranks(size, config.train.reduce)
 
@@ -187,13 +186,16 @@ def _check_batch(config: Config, samples: int) -> None:
 
 def _check_lengths(config: Config, features: FeatureSet) -> None:
     limit = config.draft.max_position_embeddings
-    for sample in features.samples:
-        length = min(sample.get("length", 0), config.data.max_length)
-        if length > limit:
-            raise UserError(
-                f"{features.folder}: sample {sample['id']} has {length} tokens, beyond the draft's "
-                f"max_position_embeddings = {limit}; set data.max_length={limit}"
-            )
+    if features.lengths is None or config.data.max_length <= limit:
+        return
+    too_long = np.flatnonzero(features.lengths > limit)
+    if len(too_long):
+        sample = features.samples[int(too_long[0])]
+        length = min(sample["length"], config.data.max_length)
+        raise UserError(
+            f"{features.folder}: sample {sample['id']} has {length} tokens, beyond the draft's "
+            f"max_position_embeddings = {limit}; set data.max_length={limit}"
+        )
 
 
 def _check_trained(
@@ -254,15 +256,3 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
         "features": hashlib.sha256(text).hexdigest(),
         "vocabulary map": hashlib.sha256(tokens).hexdigest(),
     }
-
-
-def to_device(values: T, device: str) -> T:
-    """The tree, such as a batch, with every tensor on `device`; arrays stay on the host.
-
-    On the way there the host does not wait.
-    """
-
-    def sent(leaf: Any) -> Any:
-        return send(leaf, device) if isinstance(leaf, Tensor) else leaf
-
-    return tree_map(sent, values)

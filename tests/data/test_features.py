@@ -3,8 +3,11 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
@@ -20,8 +23,16 @@ from eagle3fn.data.features import (
     tensors_of,
     tokens_digest,
 )
+from eagle3fn.data.sample_table import (
+    SampleTable,
+    all_entries,
+    columns_of,
+    read_table,
+    write_table,
+)
 from eagle3fn.data.vocab import count_tokens
-from tests.factories import random_sample, write_folder
+from tests.factories import as_schema_1, random_sample, write_folder
+from tests.fuzz.hashes import match
 
 AGAIN = "run eagle3fn extract again"
 GOOD = random_sample(6, 1)
@@ -171,8 +182,9 @@ def test_bad_tensor_is_refused_with_its_file_and_sample(tmp_path, change, named)
 
 
 def test_length_other_than_the_indexs_is_refused(tmp_path):
-    opened = open_features(write_folder(tmp_path, [GOOD]))
-    opened.samples[0]["length"] = 5
+    folder = write_folder(tmp_path, [GOOD, random_sample(6, 2)])
+    change_table(folder, length=np.array([5, 7]))
+    opened = open_features(tmp_path)
     with pytest.raises(UserError, match=r"shard-00000.safetensors.*both must be \(5,\)"):
         read_tokens(opened, 0)
 
@@ -183,13 +195,13 @@ def test_length_other_than_the_indexs_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"schema": 99}, "schema 99"),
+        ({"schema": 99}, "schema 99: this version reads 1 and 2"),
         ({"samples": []}, "no samples"),
         ({"shards": None}, "shards is missing"),
     ],
 )
 def test_bad_index_is_refused(tmp_path, change, named):
-    path = write_folder(tmp_path, [GOOD]) / "index.json"
+    path = as_schema_1(write_folder(tmp_path, [GOOD]))
     tree = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
     with pytest.raises(UserError, match=f"index.json: {named}.*{AGAIN}"):
@@ -222,7 +234,7 @@ def made_longer(samples):
 
 def change_index(folder, has_hash, **changes):
     """Change entries of an index; one of an earlier version has no hash of itself."""
-    path = folder / "index.json"
+    path = as_schema_1(folder) if "samples" in changes else folder / "index.json"
     tree = json.loads(path.read_text())
     tree |= {key: change(tree[key]) for key, change in changes.items()}
     if not has_hash:
@@ -235,7 +247,7 @@ def change_index(folder, has_hash, **changes):
 def test_index_with_other_samples_is_refused(tmp_path, change, has_hash):
     """By its hash; without one by keys, totals and, when a shard is read, by its tensors."""
     folder = write_folder(tmp_path, [random_sample(6, i) for i in range(5)])
-    for entry in json.loads((folder / "index.json").read_text())["samples"]:
+    for entry in open_features(folder).samples:
         assert entry["length"] == 6  # swapped keys are found by the digest of tokens alone
     change_index(folder, has_hash, samples=change)
     if change is made_longer and not has_hash:
@@ -310,6 +322,8 @@ def having(**changes):
         ("samples", having(length="6"), r"samples\[0\].length is '6': must be a int"),
         ("samples", having(length=True), r"samples\[0\].length is True"),
         ("samples", having(shard="x"), r"samples\[0\].shard is 'x': must be one of its shards"),
+        ("samples", having(supervised="x"), r"samples\[0\].supervised is 'x': must be a int"),
+        ("samples", having(tokens=3), r"samples\[0\].tokens is 3: must be a str"),
         ("samples", lambda _: 7, r"samples\[0\] is 7: must be a dict"),
         ("shards", lacking("file"), r"shards\[0\].file is missing"),
         ("shards", lacking("bytes"), r"shards\[0\].bytes is missing"),
@@ -318,7 +332,7 @@ def having(**changes):
     ],
 )
 def test_bad_entry_of_the_index_is_refused(tmp_path, place, change, named):
-    path = write_folder(tmp_path, [GOOD]) / "index.json"
+    path = as_schema_1(write_folder(tmp_path, [GOOD]))
     index = json.loads(path.read_text())
     path.write_text(json.dumps(index | {place: [change(index[place][0])]}))
     with pytest.raises(UserError, match=f"index.json: {named}.*{AGAIN}"):
@@ -336,10 +350,160 @@ def test_bad_entry_of_the_index_is_refused(tmp_path, place, change, named):
     ],
 )
 def test_field_of_a_wrong_type_in_the_index_is_refused(tmp_path, key, value):
-    path = write_folder(tmp_path, [GOOD]) / "index.json"
+    path = as_schema_1(write_folder(tmp_path, [GOOD]))
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=f"index.json: {key}.*{AGAIN}"):
         open_features(tmp_path, vocab_size=50)
+
+
+# The samples' table
+
+
+def change_table(folder, file="samples.safetensors", **columns):
+    """Change columns of the table (None: leave one out), and the hashes that are of it."""
+    table = folder / file
+    tensors = load_file(table)
+    for name, column in columns.items():
+        tensors[name.replace("_ends", ".ends")] = column
+    kept = {name: torch.as_tensor(column) for name, column in tensors.items() if column is not None}
+    save_file(kept, table)
+    match(table)
+
+
+WHOLE = {"id": "row0", "key": "0", "shard": "shard-00000.safetensors", "length": 6}
+
+
+ENTRIES = st.tuples(st.text(), st.integers(1, 99), st.booleans(), st.booleans())
+
+
+@given(st.lists(st.lists(ENTRIES, max_size=4), min_size=1, max_size=5).filter(any))
+@settings(max_examples=20, deadline=None)
+def test_table_gives_back_every_entry_in_both_schemas(tmp_path_factory, shards):
+    """Ids of any text, shards without a sample, numbers and digests that older folders lack."""
+    folder = tmp_path_factory.mktemp("table")
+    sidecars = []
+    for number, samples in enumerate(shards):
+        entries = []
+        for key, (name, length, supervised, digest) in enumerate(samples):
+            entry = {"id": name, "key": str(key), "length": length}
+            entry |= {"supervised": length // 2} if supervised else {}
+            entry |= {"tokens": f"{length:016x}"} if digest else {}
+            entries.append(entry)
+        sidecars.append({"file": f"s{number}", "bytes": 0, "sha256": "", "samples": entries})
+    files = [sidecar["file"] for sidecar in sidecars]
+    counts = [len(sidecar["samples"]) for sidecar in sidecars]
+    record = write_table(folder, columns_of(all_entries(sidecars)))
+    found = read_table(folder, record, files, counts)
+
+    expected = [
+        entry | {"shard": sidecar["file"]} for sidecar in sidecars for entry in sidecar["samples"]
+    ]
+    assert list(found) == expected == found[:]
+    assert found[-1] == expected[-1]
+    assert found.lengths.tolist() == [entry["length"] for entry in expected]
+    for number, sidecar in enumerate(sidecars):
+        own = [expected[sample] for sample in found.of_shard(number)]
+        assert [entry["key"] for entry in own] == [entry["key"] for entry in sidecar["samples"]]
+        assert all(found.shard_of(sample) == number for sample in found.of_shard(number))
+    with pytest.raises(IndexError):
+        found[len(expected)]
+
+
+def test_folder_of_schema_1_opens_as_before(tmp_path):
+    samples = [random_sample(4 + i, i) for i in range(7)]
+    new = open_features(write_folder(tmp_path, samples))
+    entries = list(new.samples)
+    assert entries[0] == {**WHOLE, "length": 4, "supervised": int(samples[0].token_mask.sum())}
+    as_schema_1(tmp_path)
+    old = open_features(tmp_path)
+    assert list(old.samples) == entries
+    assert old.index["schema"] == 1
+    check_shards(old)
+    for number, sample in enumerate(samples):
+        assert same(read_sample(old, number), sample)
+
+
+def test_the_same_samples_have_the_same_bytes(tmp_path):
+    samples = [random_sample(4 + i, i) for i in range(7)]
+    for name in ("one", "two"):
+        write_folder(tmp_path / name, samples)
+    for file in ("samples.safetensors", "index.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
+def test_damaged_table_is_named(tmp_path, damage):
+    table = write_folder(tmp_path, [GOOD]) / "samples.safetensors"
+    if damage == "missing":
+        table.unlink()
+    elif damage == "truncated":
+        table.write_bytes(table.read_bytes()[:-3])
+    else:
+        change_last_byte(table)
+    with pytest.raises(UserError, match=rf"samples.safetensors: .*(bytes|changed).*{AGAIN}"):
+        open_features(tmp_path)
+
+
+ONE = np.array([1])
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"length": None}, "length is missing"),
+        ({"more": ONE}, "more is no column"),
+        ({"length": np.array([6, 6])}, r"length is \(2,\) torch.int64, must be \(1,\) torch.int64"),
+        ({"supervised": np.array([1.0])}, "supervised is .* torch.float64"),
+        ({"key": np.array([[1]], np.uint8)}, r"key is \(1, 1\).*must be \(bytes,\) torch.uint8"),
+        ({"id_ends": np.array([9])}, "id.ends are not the ends of its texts"),
+        ({"id_ends": np.array([-1])}, "id.ends are not the ends of its texts"),
+        ({"id": np.full(4, 255, np.uint8)}, "the id of sample 0 is no text"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(tmp_path, columns, named):
+    """By somebody who writes the hashes too."""
+    change_table(write_folder(tmp_path, [GOOD]), **columns)
+    with pytest.raises(UserError, match=rf"samples.safetensors: {named}.*{AGAIN}"):
+        read_sample(open_features(tmp_path), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"table": None}, "table is missing"),
+        ({"table": 3}, "table is 3: must be a dict"),
+        ({"table": {"file": "../x", "bytes": 1, "sha256": ""}}, r"table.file is '../x': must be"),
+        ({"table": {"file": "samples.safetensors", "bytes": 1}}, "table.sha256 is missing"),
+        ({"shards": [{"file": "a", "bytes": 0, "sha256": ""}]}, r"shards\[0\].samples is missing"),
+        ({"totals": {"tokens": 7}}, "totals.tokens is 7, but 6 are listed"),
+        ({"max_length": 7}, "has been changed since it was written"),
+    ],
+)
+def test_bad_index_of_a_table_is_refused(tmp_path, change, named):
+    path = write_folder(tmp_path, [GOOD]) / "index.json"
+    tree = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+    with pytest.raises(UserError, match=f"index.json: {named}.*{AGAIN}"):
+        open_features(tmp_path)
+
+
+def test_key_that_the_table_has_twice_is_refused_with_its_shard(tmp_path):
+    folder = write_folder(tmp_path, [random_sample(6, i) for i in range(2)])
+    change_table(folder, key=np.frombuffer(b"00", np.uint8).copy())
+    with pytest.raises(UserError, match=rf"index.json: samples\[1\].key is '0': another.*{AGAIN}"):
+        read_sample(open_features(folder), 1)
+
+
+def test_opening_makes_no_entry(tmp_path, monkeypatch):
+    """What a million samples would take long for."""
+    folder = write_folder(tmp_path, [random_sample(6, i) for i in range(5)])
+    made = []
+    make = SampleTable.__getitem__
+    monkeypatch.setattr(SampleTable, "__getitem__", lambda *at: made.append(at[1]) or make(*at))
+    opened = open_features(folder)
+    assert made == []
+    read_sample(opened, 4)
+    assert set(made) == {3, 4}  # of its own shard
 
 
 # The target that features were made with

@@ -18,9 +18,10 @@ from eagle3fn.data.encode import encode_all
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import online_batches, roll_out
-from eagle3fn.data.pipeline import batches, prefetch
+from eagle3fn.data.pipeline import batches
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.sources import model_source
+from eagle3fn.data.stages import prefetch
 from eagle3fn.data.vocab import build_map
 from eagle3fn.testing.builders import on
 from tests.factories import tiny_model, tiny_template, write_talks
@@ -237,8 +238,8 @@ def test_given_order_is_followed(tmp_path):
     features, rows = stored(model, tmp_path, batch=1)
     config, _ = problem(model, rows, "float32")
 
-    def backwards(n, config, step):
-        return [n - 1 - step - place for place in range(config.data.global_batch)]
+    def backwards(n, config, place):
+        return n - 1 - place % n
 
     offline = list(batches(features, range(8), config, 0, 3, order=backwards))
     online = list(online_batches(model, rows, LAYERS, config, 0, 3, order=backwards))

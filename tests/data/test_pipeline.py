@@ -1,7 +1,4 @@
-"""Laws of the sample order, the batch generator and reading ahead."""
-
-import threading
-import time
+"""Laws of the sample order and the batch generator."""
 
 import optree
 import pytest
@@ -14,7 +11,8 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.sections import DataConfig, ObjectiveConfig, TrainConfig
 from eagle3fn.data.collate import align_mask
 from eagle3fn.data.features import open_features, read_sample
-from eagle3fn.data.pipeline import batches, prefetch, sample_indices, split
+from eagle3fn.data.order import shuffled_number
+from eagle3fn.data.pipeline import batches, split
 from tests.factories import make_draft, random_sample, write_folder
 
 DRAFT = make_draft(
@@ -33,6 +31,11 @@ def order(n, seed, epoch):
     return torch.randperm(
         n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     ).tolist()
+
+
+def sample_indices(n, size, seed, step):
+    """The numbers of a step's places."""
+    return [shuffled_number(n, seed, place) for place in range(step * size, (step + 1) * size)]
 
 
 @given(st.integers(1, 40), st.integers(0, 99), st.integers(0, 5))
@@ -56,10 +59,9 @@ def test_steps_cut_the_epochs_laid_end_to_end(n, size, seed):
     assert stream == epochs
 
 
-def in_stored_order(n, config, step):
+def in_stored_order(n, config, place):
     """An order as a caller may give it: the samples one after the other, again and again."""
-    size = config.data.global_batch
-    return [place % n for place in range(step * size, (step + 1) * size)]
+    return place % n
 
 
 def test_batches_follow_the_order(folder):
@@ -136,42 +138,3 @@ def test_nothing_to_train_on_is_refused(folder):
 def test_split_holds_out_the_last():
     assert split(5, 2) == ([0, 1, 2], [3, 4])
     assert split(2, 0) == ([0, 1], [])
-
-
-@pytest.mark.parametrize("size", [0, 1, 3])
-def test_prefetch_gives_the_same_items_and_raises_in_place(size):
-    def items():
-        yield from range(5)
-        raise OSError("disk")
-
-    assert list(prefetch(iter(range(9)), size)) == list(range(9))
-    seen = []
-    with pytest.raises(OSError, match=r"disk"):
-        for item in prefetch(items(), size):
-            seen.append(item)
-    assert seen == list(range(5))
-
-
-def test_prefetch_is_bounded_and_its_thread_ends_when_closed():
-    made, closed = [], []
-
-    def items():
-        try:
-            for item in range(1000):
-                made.append(item)
-                yield item
-        finally:
-            closed.append(True)
-
-    stream = prefetch(items(), 2)
-    assert next(stream) == 0
-    time.sleep(0.2)
-    assert 2 <= len(made) <= 4
-    stream.close()
-    assert closed == [True]
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-def test_prefetch_passes_exceptions_as_items():
-    items = [ValueError("an item"), 1]
-    assert list(prefetch(iter(items), 1)) == items

@@ -16,6 +16,8 @@ def match(path: Path) -> bool:
         return False
     if path.parent.name.startswith("step-"):
         return _match_checkpoint(path)
+    if path.name == "samples.safetensors":
+        return _match_table(path)
     if path.name.endswith(".safetensors"):
         return _match_shard(path)
     return path.name == "index.json" and _edit(path, _match_index)
@@ -41,6 +43,14 @@ def _match_shard(path: Path) -> bool:
 
     matched = _edit(path.with_suffix(".json"), lambda sidecar: sidecar.update(entry))
     return _edit(path.parent / "index.json", change) and matched
+
+
+def _match_table(path: Path) -> bool:
+    def change(index: dict[str, Any]) -> None:
+        index["table"].update(bytes=path.stat().st_size, sha256=sha256(path))
+        _match_index(index)
+
+    return _edit(path.parent / "index.json", change)
 
 
 def _match_index(index: dict[str, Any]) -> None:

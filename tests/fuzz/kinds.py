@@ -106,6 +106,9 @@ KINDS = {
     "shard": Kind(
         "features/shard-*.safetensors", TENSORS, {**_FEATURES, "extract-on": NEVER}, True
     ),
+    "samples' table": Kind(
+        "features/samples.safetensors", TENSORS, {**_FEATURES, "extract-on": FRESH}, True
+    ),
     "sidecar": Kind("features/shard-*.json", JSON, {"extract-on": NEVER}),
     "target's kept hashes": Kind(
         "features/target-files.json", JSON, {"extract-on": NEVER, "train": NEVER, "resume": NEVER}

@@ -20,7 +20,9 @@ from eagle3fn.base.sections import ObjectiveConfig
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.base.types import Batch, Params, Sample
 from eagle3fn.data.collate import collate
-from eagle3fn.data.pipeline import draw_survival, micro_batches
+from eagle3fn.data.stages import Item, Loaded
+from eagle3fn.data.stages import collate as collate_stage
+from eagle3fn.data.survival import draw_survival
 from eagle3fn.testing.builders import Case, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.strategies import cases
 from tests.model.blocks import error
@@ -243,8 +245,12 @@ def test_micro_batches_carry_their_samples_survival_and_the_full_counts() -> Non
     samples = samples_of([30, 20, 25, 9])
     drawn = draw_survival(samples, [4, 9, 2, 3], config, 7)
     assert drawn is not None
-    parts = micro_batches(samples, config, survives=drawn)
-    every = micro_batches(samples, config)
+    loaded = Loaded([[4, 9], [2, 3]], [samples[:2], samples[2:]], [])
+    step_7 = Item(loaded, 8 * 4)
+    ((parts, _),) = collate_stage([step_7], config)
+    ((every, _),) = collate_stage(
+        [step_7], replace(config, objective=replace(config.objective, survival=1.0))
+    )
     assert [len(part.row_mask) for part in parts] == [2, 2]
     for part, full in zip(parts, every, strict=True):
         assert part.row_counts is not None and full.row_counts is not None

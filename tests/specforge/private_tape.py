@@ -84,7 +84,7 @@ def with_flex(ops: Ops) -> Ops:
     It reads the attention mask `(B, S)` itself, and heads that are not repeated.
     """
     return ops._replace(
-        sight=lambda seen, rows, attention_mask, draft, dtype: attention_mask,
+        sight=lambda seen, rows, batch, draft, dtype: batch.attention_mask,
         shared=lambda heads, groups: heads,
         attend=flex_over_unroll,
     )

@@ -20,7 +20,7 @@ import torch
 
 from eagle3fn import cli
 from eagle3fn.base.files import locked
-from eagle3fn.data.pipeline import sample_indices
+from eagle3fn.data.order import shuffled_number
 from eagle3fn.data.target_source import target_config
 from eagle3fn.data.vocab import save_map
 from eagle3fn.train import bind
@@ -42,7 +42,7 @@ SETTINGS = [
     f"data.held_out={HELD_OUT}",
     "objective.ttt_length=2",
 ]
-LAST = sample_indices(SAMPLES, 2, 0, STEPS - 1)
+LAST = [shuffled_number(SAMPLES, 0, 2 * (STEPS - 1) + rank) for rank in range(2)]
 """The samples of the last step: rank 0's and rank 1's."""
 
 Seen = dict[str, list[dict[str, Any]]]

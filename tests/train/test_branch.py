@@ -15,7 +15,7 @@ import eagle3fn as e3
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import TrainState
 from eagle3fn.data.features import open_features
-from eagle3fn.data.pipeline import shuffled
+from eagle3fn.data.order import shuffled
 from eagle3fn.train import loop, ready, schedules
 from eagle3fn.train.branch import read_branch
 from eagle3fn.train.loop import Events
@@ -166,9 +166,11 @@ class Watched:
     def __init__(self) -> None:
         self.steps: list[int] = []
 
-    def __call__(self, n: int, config: e3.Config, step: int) -> list[int]:
-        self.steps.append(step)
-        return shuffled(n, config, step)
+    def __call__(self, n: int, config: e3.Config, place: int) -> int:
+        step, sample = divmod(place, config.data.global_batch)
+        if sample == 0:
+            self.steps.append(step)
+        return shuffled(n, config, place)
 
 
 def steps_asked(out: Path, problem: Problem, source: Path | None) -> list[int]:

@@ -107,8 +107,8 @@ def test_each_held_out_sample_is_read_once_whatever_the_recipes_order(tmp_path):
     ours = prepare(*problem, tmp_path / "ours")
     params = ours.fns.init(0)
 
-    def first_alone(n: int, config: e3.Config, step: int) -> list[int]:
-        return [0] * config.data.global_batch
+    def first_alone(n: int, config: e3.Config, place: int) -> int:
+        return 0
 
     recipe = OURS._replace(name="first sample alone", order=first_alone)
     other = prepare(*problem, tmp_path / "other", recipe=recipe)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn.base.types import Aux, Batch, Frozen, Params
-from eagle3fn.data.pipeline import shuffled
+from eagle3fn.data.order import shuffled
 from eagle3fn.train import loop
 from eagle3fn.train.recipe import OURS
 from tests.train.run_files import same_end
@@ -86,10 +86,10 @@ def test_loss_that_is_not_finite_ends_the_run_with_the_samples_named(
 
 
 def test_batch_that_cannot_be_read_loses_no_metrics(problem, tmp_path, asynchronous):
-    def broken(n: int, config: e3.Config, step: int) -> list[int]:
-        if n == len(LENGTHS) and step == 2:  # not in an evaluation
+    def broken(n: int, config: e3.Config, place: int) -> int:
+        if n == len(LENGTHS) and place == 2 * config.data.global_batch:  # not in an evaluation
             raise e3.UserError("shard 7: truncated")
-        return shuffled(n, config, step)
+        return shuffled(n, config, place)
 
     out = tmp_path / "run"
     with pytest.raises(e3.UserError, match="shard 7: truncated"):
