@@ -172,7 +172,8 @@ def align(
 
 
 def _pad(rows: list[Tensor]) -> Tensor:
-    return pad_sequence(rows, batch_first=True)
+    # One alone is not copied: of a stored sample it is the mapped file.
+    return rows[0].contiguous()[None] if len(rows) == 1 else pad_sequence(rows, batch_first=True)
 
 
 def global_row_counts(batches: Sequence[Batch]) -> Tensor:

@@ -16,7 +16,7 @@ from eagle3fn.base.read import read_json
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
 from eagle3fn.data.encode import encode_file
-from eagle3fn.data.features import shard_name, tokens_digest, write_index, write_shard
+from eagle3fn.data.features import remove_index, shard_name, tokens_digest, write_index, write_shard
 from eagle3fn.data.held import held
 from eagle3fn.data.row_files import data_files, rows_digest
 from eagle3fn.data.samples import Encoded, SampleMaker
@@ -232,7 +232,7 @@ class _Shards(NamedTuple):
             if sidecar is None:
                 if sidecars and clock.is_up():
                     break
-                (self.out / "index.json").unlink(missing_ok=True)
+                remove_index(self.out)
                 sidecar = self._run(number, group, entries)
                 clock.shard_ended()
             sidecars.append(sidecar)

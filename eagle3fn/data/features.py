@@ -27,6 +27,7 @@ from eagle3fn.base.files import sha256, whole_file, write_json
 from eagle3fn.base.types import Sample
 from eagle3fn.data.feature_index import SCHEMA, own_hash, read_index
 from eagle3fn.data.sample_file import pack
+from eagle3fn.data.sample_table import FILE as TABLE
 from eagle3fn.data.sample_table import (
     REMEDY,
     SampleTable,
@@ -179,6 +180,12 @@ def write_index(
     index["sha256"] = own_hash(index)
     write_json(folder / "index.json", index)
     return index
+
+
+def remove_index(folder: Path) -> None:
+    """Remove the index and then its table: the folder is not complete, its shards stay."""
+    (folder / "index.json").unlink(missing_ok=True)
+    (folder / TABLE).unlink(missing_ok=True)
 
 
 # Opening

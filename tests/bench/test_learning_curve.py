@@ -46,11 +46,10 @@ def test_a_size_that_is_not_there_is_refused(size):
 def test_every_epoch_has_the_first_samples_once(samples, more, seed):
     config = Config(make_draft(32, 64, 32), data=DataConfig(global_batch=1))
     order = first_samples(Part(samples, 0)).order
-    steps = [order(samples + more, config, step) for step in range(3 * samples)]
-    assert all(len(step) == 1 for step in steps)
+    numbers = [order(samples + more, config, place) for place in range(3 * samples)]
     for epoch in range(3):
-        chosen = steps[epoch * samples : (epoch + 1) * samples]
-        assert Counter(number for step in chosen for number in step) == Counter(range(samples))
+        chosen = numbers[epoch * samples : (epoch + 1) * samples]
+        assert Counter(chosen) == Counter(range(samples))
 
 
 def row(side: str, size: int, seed: int, held_out: float, decoded: float) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from tests.train.run_files import rows, same_end
 
 STEPS = 8
 SAMPLES = 40
+LONGEST = 40  # tokens of a sample
 VOCAB = 96
 DRAFT_VOCAB = 61
 HIDDEN = 32
@@ -98,8 +99,8 @@ def write_features(folder: Path) -> None:
     write_folder(folder, samples, VOCAB, HIDDEN, per_shard=SAMPLES)
 
 
-def make_config() -> e3.Config:
-    """A run of `STEPS` steps of 8 micro-batches, summed by the tree.
+def make_config(pack: int = 0) -> e3.Config:
+    """A run of `STEPS` steps of 8 micro-batches, or of rows of `pack` tokens, summed by the tree.
 
     Leaves have odd numbers of rows, so that shards are uneven.
     """
@@ -109,12 +110,12 @@ def make_config() -> e3.Config:
         draft=draft,
         objective=e3.ObjectiveConfig(ttt_length=3, survival=0.7),
         optimizer=e3.OptimizerConfig(learning_rate=1e-3),
-        data=e3.DataConfig(global_batch=8, held_out=2),
+        data=e3.DataConfig(global_batch=8, held_out=2, max_length=LONGEST, pack_tokens=pack),
         train=train,
     )
 
 
-def train(features: Path, out: Path, notes: Any, rank: int) -> None:
+def train(pack: int, features: Path, out: Path, notes: Any, rank: int) -> None:
     """What a rank does; it notes in `notes` where it is."""
     note = Note(notes, rank)
     bind.step = noted(bind.step, note, "step")
@@ -123,8 +124,9 @@ def train(features: Path, out: Path, notes: Any, rank: int) -> None:
 
     vocab_map = make_map(VOCAB, DRAFT_VOCAB, torch.Generator().manual_seed(1))
     target = make_target(VOCAB, HIDDEN)
+    config = make_config(pack)
     with joined() as world:
-        loop.train(make_config(), open_features(features), vocab_map, target, out, world=world)
+        loop.train(config, open_features(features), vocab_map, target, out, world=world)
 
 
 def noted(function: Callable, note: Note, place: str) -> Callable:
@@ -201,10 +203,10 @@ def kill(aim: Aim, job: Ranks, notes: Any) -> str | None:
     return PLACES[note.place]
 
 
-def run_on(ranks: int, features: Path, out: Path) -> None:
+def run_on(ranks: int, features: Path, out: Path, pack: int) -> None:
     """Train to the end on so many ranks."""
     log = out.with_name(f"{out.name}.log")
-    job = Ranks(partial(train, features, out, shared_notes(ranks)), ranks, log)
+    job = Ranks(partial(train, pack, features, out, shared_notes(ranks)), ranks, log)
     codes = job.wait(PATIENCE_S)
     if any(codes):
         raise SystemExit(f"{out}: the ranks ended with {codes}; see {log}*")
@@ -221,13 +223,13 @@ class Cycle(NamedTuple):
     resumed_from: int  # the step of the newest checkpoint, 0 if there was none
 
 
-def run_cycle(number: int, aim: Aim, ranks: list[int], folder: Path) -> Cycle | None:
+def run_cycle(number: int, aim: Aim, ranks: list[int], folder: Path, pack: int) -> Cycle | None:
     """Kill, resume, compare; None if the kill came too late."""
     features = folder / "features"
     out = folder / f"run{number}"
     notes = shared_notes(ranks[0])
     log = folder / f"run{number}.killed"
-    job = Ranks(partial(train, features, out, notes), ranks[0], log)
+    job = Ranks(partial(train, pack, features, out, notes), ranks[0], log)
     place = kill(aim, job, notes)
     if place is None or (out / f"checkpoints/step-{STEPS:08d}").exists():
         shutil.rmtree(out, ignore_errors=True)
@@ -235,7 +237,7 @@ def run_cycle(number: int, aim: Aim, ranks: list[int], folder: Path) -> Cycle | 
 
     found = checkpoints(out / "checkpoints")
     begun = int(found[-1].name.removeprefix("step-")) if found else 0
-    run_on(ranks[-1], features, out)
+    run_on(ranks[-1], features, out, pack)
 
     equal = same_end(out, folder / "whole", STEPS)
     steps = [row["step"] for row in rows(out / "metrics.jsonl")]
@@ -280,6 +282,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="of a training: killed on R ranks, resumed on R2 (default 2); of several pairs each "
         "kill draws one",
     )
+    parser.add_argument(
+        "--pack", type=int, default=0, metavar="TOKENS", help="of a training: data.pack_tokens"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--place", choices=PLACES[1:], help="aim at this place alone (default: at all three)"
@@ -295,12 +300,12 @@ def run_cycles(options: argparse.Namespace, draw: random.Random, folder: Path) -
 
     # The run that nothing happens to: the same bits on any number of ranks.
     write_features(folder / "features")
-    run_on(pairs[0][0], folder / "features", folder / "whole")
+    run_on(pairs[0][0], folder / "features", folder / "whole", options.pack)
 
     cycles: list[Cycle] = []
     for number in range(10 * options.kills):
         ranks = draw.choice(pairs)
-        done = run_cycle(number, draw_aim(draw, ranks[0], places), ranks, folder)
+        done = run_cycle(number, draw_aim(draw, ranks[0], places), ranks, folder, options.pack)
         if done:
             cycles.append(done)
         message = f"{len(cycles)} of {options.kills}: {done or 'too late, not counted'}"
