@@ -105,7 +105,7 @@ def convert(folder: str | Path, out: str | Path, store: str) -> dict[str, Any]:
 
 def _head(features: FeatureSet, store: str) -> dict[str, Any]:
     """The index without samples, shards and totals, in another store."""
-    listed = ("samples", "shards", "totals", "sha256", "store")
+    listed = ("schema", "samples", "table", "shards", "totals", "sha256", "store")
     head = {key: value for key, value in features.index.items() if key not in listed}
     if "fingerprint" in head:
         head["fingerprint"] = json_sha256([head["fingerprint"], "converted to", store])
