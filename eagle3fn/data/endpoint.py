@@ -124,7 +124,8 @@ class Endpoint:
                 is_hopeless = fault.only_known and not self._has_answered
                 pause = min(max(seconds, fault.wait), _LONGEST_WAIT)
                 if is_hopeless or not left or wait(pause):
-                    tried = "" if is_hopeless else f", after {self.tries - left} tries"
+                    count = self.tries - left
+                    tried = "" if count == 1 else f", after {count} tries"
                     raise UserError(
                         f"{self.url}: {fault}{tried}; mend the server or --url, then call again"
                     ) from None
