@@ -361,7 +361,7 @@ def test_map_says_what_it_has_and_a_run_holds_out_the_same(work, tmp_path, capsy
     # What was said is in the file too.
     stored = read_map(tmp_path / "map").provenance
     assert stored["held_out"] == 3 and stored["always"] == [0, 1]
-    share = float(re.search(r"([\d.]+)% of the target's own", said)[1])
+    (share,) = map(float, re.findall(r"([\d.]+)% of the target's own", said))
     assert stored["choices_held_out"] == pytest.approx(share / 100, abs=1e-4)
 
     # A run holds out the same samples, and says where it doesn't.

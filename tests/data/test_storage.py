@@ -200,7 +200,7 @@ def test_outliers_that_do_not_fit_are_refused(changed):
 
 
 def run(folder, out, **options):
-    source = model_source(tiny_model(), (1, 2, 4), batch=2)
+    source = model_source(tiny_model(), (1, 2, 4), batch_tokens=60)
     options = {"max_length": 90, "samples_per_shard": 3, "stored": torch.bfloat16, **options}
     return extract(source, tiny_template(), write_talks(folder / "c.jsonl", 4), out, **options)
 
