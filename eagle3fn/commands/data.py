@@ -13,6 +13,7 @@ from eagle3fn.commands.shared import chat_template, draft_shape, given_options, 
 if TYPE_CHECKING:
     import torch
 
+    from eagle3fn.base.launch import World
     from eagle3fn.base.types import VocabMap
     from eagle3fn.data.features import FeatureSet
     from eagle3fn.data.sources import FeatureSource
@@ -113,49 +114,83 @@ def inspect(options: Any) -> None:
 
 
 def extract(options: Any) -> None:
-    """Write the target's features of conversations."""
+    """Write the target's features of conversations, on one rank or several."""
     import torch
 
-    from eagle3fn.base.cores import own_cores
-    from eagle3fn.base.device import check_device
+    from eagle3fn.base.cores import local_ranks, own_cores
     from eagle3fn.base.draft_config import aux_layers
-    from eagle3fn.data.encode import describe_counts
+    from eagle3fn.base.launch import ranks
     from eagle3fn.data.extract import extract
-    from eagle3fn.data.features import open_features
     from eagle3fn.data.held import held
-    from eagle3fn.data.own import foreign_note, measure_agreement
     from eagle3fn.data.storage import STORES
     from eagle3fn.data.target_source import target_config
 
     _check_extract(options)
-    check_device(options.device)
-    with held(options.out):
-        pass  # refused before the target is loaded
-    tree = target_config(options.target)
-    shape = draft_shape(options, tree)
-    if options.aux_layers:
-        shape = replace(shape, aux_layers=options.aux_layers)
-    layers = aux_layers(shape, tree["num_hidden_layers"])
-    opened = _engine_source if options.engine else _model_source
-    with opened(options, tree, layers) as (source, tokenizer):
-        name = str(source.dtype).removeprefix("torch.")
-        say(f"the target computes in {name}, its features are stored in {options.store}")
-        index = extract(
-            source,
-            chat_template(options, tokenizer),
-            options.conversations,
-            options.out,
-            max_length=options.max_length,
-            limit=options.limit,
-            minutes=options.minutes,
-            stored=torch.bfloat16,
-            store=options.store if options.store in STORES else None,
-            skip_bad=options.skip_bad,
-            processes=own_cores(),
-            on_rows=progress.counter("row"),
-            on_progress=progress.bar("sample"),
-        )
-    progress.close()
+    with ranks() as world:
+        device = _extract_device(options, world)
+        with held(options.out, world=world):
+            pass  # refused before the target is loaded
+
+        # The target, or an engine that has it.
+        tree = target_config(options.target)
+        shape = draft_shape(options, tree)
+        if options.aux_layers:
+            shape = replace(shape, aux_layers=options.aux_layers)
+        layers = aux_layers(shape, tree["num_hidden_layers"])
+        if options.engine:
+            opened = _engine_source(options, tree, layers)
+        else:
+            opened = _model_source(options, tree, layers, device, world)
+
+        with opened as (source, tokenizer):
+            name = str(source.dtype).removeprefix("torch.")
+            if world.main:
+                say(f"the target computes in {name}, its features are stored in {options.store}")
+            index = extract(
+                source,
+                chat_template(options, tokenizer),
+                options.conversations,
+                options.out,
+                max_length=options.max_length,
+                limit=options.limit,
+                minutes=options.minutes,
+                stored=torch.bfloat16,
+                store=options.store if options.store in STORES else None,
+                skip_bad=options.skip_bad,
+                processes=own_cores() * local_ranks(),  # the other ranks wait meanwhile
+                world=world,
+                say=say,
+                on_rows=progress.counter("row"),
+                on_check=progress.bar("shard", "checked"),
+                on_progress=progress.bar("token", rate=True),
+            )
+        progress.close()
+        if world.main:
+            _say_extracted(options, index, source.head)
+
+
+def _extract_device(options: Any, world: "World") -> str:
+    """Where this rank computes the target."""
+    from eagle3fn.base.device import SPREAD, check_device, check_spread
+    from eagle3fn.base.errors import UserError
+
+    if options.device == SPREAD:
+        if world.size > 1:
+            raise UserError(
+                f"--device = {SPREAD!r} on {world.size} ranks: one process has all cards then; "
+                "start it without torchrun, or set --device=cuda, a card for each rank"
+            )
+        check_spread()
+        return SPREAD
+    return check_device(world.device(options.device, "--device"))
+
+
+def _say_extracted(options: Any, index: dict[str, Any], head: "torch.Tensor") -> None:
+    """Print what a feature folder holds, what was left out, and whose answers they are."""
+    from eagle3fn.data.encode import describe_counts
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.own import foreign_note, measure_agreement
+
     totals = index["totals"]
     rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
     print(
@@ -164,7 +199,7 @@ def extract(options: Any) -> None:
     )
     for line in describe_counts(index, Path(options.out) / "rejects.jsonl"):
         print(line)
-    found = measure_agreement(open_features(options.out), source.head)
+    found = measure_agreement(open_features(options.out), head)
     say(foreign_note(found, options.target, options.conversations))
 
 
@@ -177,10 +212,22 @@ def _check_extract(options: Any) -> None:
             options, ("--engine-python", "--engine-url", "--engine-arg", "--check")
         ):
             raise UserError(f"{name}: needs --engine, such as --engine vllm")
-        return
+    else:
+        _check_extract_engine(options)
+
+
+def _check_extract_engine(options: Any) -> None:
+    """Refuse options of `extract` that an engine has no use for."""
+    from eagle3fn.base.cores import all_ranks
+    from eagle3fn.base.errors import UserError
 
     for name in given_options(options, ("--device",)):
         raise UserError(f"{name}: the engine chooses its device; leave it out")
+    if all_ranks() > 1:
+        raise UserError(
+            f"--engine {options.engine}: an engine spreads by itself; start one process, with the "
+            "engine's own setting, such as --engine-arg tensor_parallel_size=2"
+        )
     if bool(options.engine_python) == bool(options.engine_url):
         raise UserError(
             f"--engine {options.engine}: needs either --engine-python, a Python that has it, or "
@@ -199,33 +246,38 @@ def _check_extract(options: Any) -> None:
 
 @contextmanager
 def _model_source(
-    options: Any, tree: dict[str, Any], layers: tuple[int, ...]
+    options: Any, tree: dict[str, Any], layers: tuple[int, ...], device: str, world: "World"
 ) -> "Iterator[tuple[FeatureSource, Any]]":
     """The target in this process as a source of features, and its tokenizer."""
     import torch
 
-    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.device import SPREAD, check_spread, fast_dtype
     from eagle3fn.base.thread_timing import large_products, sizes_of
     from eagle3fn.base.threads import take_threads
-    from eagle3fn.data.extract import begun_threads
-    from eagle3fn.data.sources import model_source
+    from eagle3fn.data.shards import begun_threads
+    from eagle3fn.data.sources import BATCH_TOKENS, CPU_BATCH_TOKENS, model_source
     from eagle3fn.data.target import load_target
     from eagle3fn.data.target_files import target_stamps
 
-    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
+    card = check_spread() if device == SPREAD else device
+    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(card)
     stamps = target_stamps(options.target)
-    model, tokenizer = load_target(options.target, dtype, options.device)
+    model, tokenizer = load_target(options.target, dtype, device)
     sizes = sizes_of(tree)
-    say(
-        take_threads(
-            lambda: large_products(sizes.hidden, sizes.intermediate, model.dtype),
-            options.device,
-            options.threads,
-            begun_threads(options.out),
-        )
+    line = take_threads(
+        lambda: large_products(sizes.hidden, sizes.intermediate, model.dtype),
+        card,
+        options.threads,
+        world.shared(begun_threads(options.out) if world.main else None),
+        world,
     )
-    batch = options.batch or (4 if options.device == "cpu" else 8)
-    source = model_source(model, layers, batch=batch, name=options.target, stamps=stamps)
+    if world.main:
+        say(line)
+    on_cpu = torch.device(card).type == "cpu"
+    batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
+    source = model_source(
+        model, layers, batch_tokens=batch_tokens, name=options.target, stamps=stamps
+    )
     yield source, tokenizer
 
 
@@ -236,7 +288,12 @@ def _engine_source(
     """An engine as a source of features, and the target's tokenizer."""
     import torch
 
-    from eagle3fn.data.engine_source import check_room, default_check, engine_source
+    from eagle3fn.data.engine_source import (
+        ENGINE_BATCH_TOKENS,
+        check_room,
+        default_check,
+        engine_source,
+    )
     from eagle3fn.data.target_files import target_stamps
     from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
@@ -248,9 +305,14 @@ def _engine_source(
     dtype = getattr(torch, options.dtype) if options.dtype else None
     stamps = target_stamps(options.target)
     with _open_engine(options, tree, layers, dtype, arguments) as engine:
-        batch = options.batch or 32
         source = engine_source(
-            engine, options.target, layers, batch=batch, check=check, say=say, stamps=stamps
+            engine,
+            options.target,
+            layers,
+            batch_tokens=options.batch_tokens or ENGINE_BATCH_TOKENS,
+            check=check,
+            say=say,
+            stamps=stamps,
         )
         yield source, tokenizer
 
