@@ -20,7 +20,7 @@ from eagle3fn.data.features import write_index
 from eagle3fn.data.held import held
 from eagle3fn.data.shards import Shards, Sidecar, dtype_name, in_time
 from eagle3fn.data.sources import FeatureSource, check_extraction
-from eagle3fn.data.storage import bytes_per_token, check_store, store_entry
+from eagle3fn.data.storage import check_store, store_entry
 from eagle3fn.data.template import ChatTemplate
 
 SAMPLE_RULE = 2
@@ -111,16 +111,7 @@ def extract(
         processes=processes,
         on_rows=on_rows,
     )
-    task = Task(
-        source=source,
-        out=Path(out),
-        settings=settings,
-        stored=stored_dtype,
-        store=store,
-        rows=rows,
-        world=world,
-        name=_name_of_run(world),
-    )
+    task = Task(source, Path(out), settings, stored_dtype, store, rows, world, _name_of_run(world))
 
     # A folder holds the features of one fingerprint, and is written by one program.
     with held(out, world=world):
@@ -216,8 +207,8 @@ class _Tally:
     def size(self) -> FeatureSize:
         """What the features take on the disk."""
         source = self.task.source
-        taps = len(source.layers)
-        sizes = (source.config.hidden_size, taps, self.task.store, self.task.stored)
+        task = self.task
+        sizes = (source.config.hidden_size, len(source.layers), task.stored, task.store)
         return feature_size(
             self.task.out,
             samples=len(self.samples),

@@ -45,7 +45,7 @@ class Task(NamedTuple):
     out: Path
     settings: dict[str, Any]  # all of the fingerprint but the conversations
     stored: torch.dtype
-    store: str | None  # of `data.storage.STORES`; None: the values themselves
+    store: str | None  # of `data.storage.STORES`
     rows: Rows
     world: World
     name: str  # of this run, for the places where its ranks meet

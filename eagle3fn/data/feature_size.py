@@ -6,8 +6,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.storage import STORES
 
 _AROUND = 1024  # bytes of a sample in the shard's header, the sidecar and the index
+
+
+def bytes_per_token(
+    hidden_size: int, taps: int, stored: torch.dtype, store: str | None = None
+) -> int:
+    """What a token's features take on disk: `A + 1` parts of `Ht` numbers, its id and its mask.
+
+    Args:
+        hidden_size: the target's, Ht.
+        taps: tapped layers, A.
+        stored: the dtype of the stored features.
+        store: how they lie on disk, of `data.storage.STORES`; None: the numbers themselves.
+    """
+    part = hidden_size * stored.itemsize
+    if store is not None:
+        part = STORES[store].bytes_per_part(hidden_size)
+    return (taps + 1) * part + 2 * torch.int64.itemsize
 
 
 class FeatureSize(NamedTuple):

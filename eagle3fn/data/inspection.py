@@ -15,7 +15,7 @@ from eagle3fn.base.types import VocabMap
 from eagle3fn.data.encode import EncodedRow, describe_counts, encode_file
 from eagle3fn.data.feature_size import size_text
 from eagle3fn.data.samples import Encoded, SampleMaker
-from eagle3fn.data.storage import STORES, bytes_per_token
+from eagle3fn.data.storage import STORES
 from eagle3fn.data.vocab import coverage
 
 _COLOUR = "\x1b[32m"  # green
@@ -116,7 +116,7 @@ def inspect_file(
         longest=in_order[-1],
         full=sum(length == maker.max_length for length in lengths),
         coverage=None if vocab_map is None else coverage(vocab_map, counts),
-        bytes=None if hidden_size is None else tokens * bytes_per_token(hidden_size),
+        bytes=size,
         smaller=None if hidden_size is None else _smaller(tokens, hidden_size),
         shown=shown,
         missing=asked.missing,
@@ -125,7 +125,8 @@ def inspect_file(
 
 def _smaller(tokens: int, hidden_size: int) -> dict[str, int]:
     """Bytes of the features in each smaller store."""
-    return {store: tokens * bytes_per_token(hidden_size, store=store) for store in STORES}
+    sizes = (hidden_size, DEFAULT_TAPS, torch.bfloat16)
+    return {store: tokens * bytes_per_token(*sizes, store) for store in STORES}
 
 
 class _Asked:

@@ -47,7 +47,7 @@ class Shards(NamedTuple):
     files: str | None  # digest of the target's files
     source: FeatureSource
     stored: torch.dtype
-    store: str | None  # of `data.storage.STORES`; None: the values themselves
+    store: str | None  # of `data.storage.STORES`
     samples: SampleFile
     per_shard: int  # samples
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3fn.base.draft_config import DEFAULT_TAPS
 from eagle3fn.base.errors import UserError
 
 OUTLIERS = 8
@@ -29,7 +28,6 @@ _INT8_LARGEST = 127.0
 _SMALLEST_SCALE = 2.0**-100  # below it products are no normal float32 numbers
 _SCALE_BYTES = 4
 _OUTLIER_BYTES = 2
-_TOKEN_BYTES = 16  # id and mask
 
 Parts = dict[str, Tensor]
 """The stored tensors of one hidden tensor, by the ends of their names in a file; `""` is no end."""
@@ -202,27 +200,6 @@ def _shaped_outliers(
     if kept and not 0 <= int(columns.min()) <= int(columns.max()) < width:
         raise UserError(f"columns beyond [0, {width})")
     return {"columns": columns, "outliers": outliers.unflatten(-1, (count, kept))}
-
-
-def bytes_per_token(
-    hidden_size: int,
-    taps: int = DEFAULT_TAPS,
-    store: str | None = None,
-    stored: torch.dtype = torch.bfloat16,
-) -> int:
-    """What a token's features take on disk: `taps` parts and the last hidden state, id and mask.
-
-    Args:
-        hidden_size: `Ht`.
-        taps: `A`.
-        store: of `STORES`; None, the values themselves.
-        stored: their dtype.
-    """
-    if store is None:
-        part = stored.itemsize * hidden_size
-    else:
-        part = STORES[store].bytes_per_part(hidden_size)
-    return (taps + 1) * part + _TOKEN_BYTES
 
 
 def _scale(value: Tensor, largest: float) -> Tensor:

@@ -15,7 +15,8 @@ from eagle3fn.base.cores import local_ranks
 from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import named_leaves
-from eagle3fn.data.storage import STORES, bytes_per_token
+from eagle3fn.data.feature_size import bytes_per_token
+from eagle3fn.data.storage import STORES
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.shard import LeafSpec, specs
 
@@ -82,12 +83,9 @@ def plan_memory(
     frozen += draft.draft_vocab_size * torch.int64.itemsize
 
     # On disk a checkpoint has the state, and the parameters once more as safetensors.
-    token = bytes_per_token(draft.target_hidden_size, draft.taps)
-    smaller = {
-        f"features in {store}": tokens
-        * bytes_per_token(draft.target_hidden_size, draft.taps, store)
-        for store in STORES
-    }
+    sizes = (draft.target_hidden_size, draft.taps, torch.bfloat16)
+    token = bytes_per_token(*sizes)
+    smaller = {f"features in {store}": tokens * bytes_per_token(*sizes, store) for store in STORES}
     return MemoryPlan(
         ranks=ranks,
         params=values,

@@ -8,7 +8,9 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,19 @@ def work(folder: Path, out: Path, more: dict[int, list[str]], rank: int) -> int:
 
     def slow(*arguments: Any) -> Any:
         time.sleep(SECONDS)
+        with (folder / f"runs{rank}").open("a") as file:
+            file.write("run\n")
         return _run_target(*arguments)
 
     def small(*arguments: Any, **options: Any) -> Any:
-        minutes = options.pop("minutes") and 0.0  # any time is none: a shard a rank
-        return _extract(*arguments, samples_per_shard=SHARD, minutes=minutes, **options)
+        return _extract(*arguments, samples_per_shard=SHARD, **options)
+
+    def uneven(numbers: Iterable[int], minutes: float | None, first: bool) -> Iterator[int]:
+        """Any time is enough on rank 0, and for one shard on the others."""
+        return islice(numbers, 1 if minutes and rank else None)
 
     extraction.extract = small
+    extraction.in_time = uneven
     sources.run_target = slow
     line = ["extract", "--target", str(folder / "target"), "--out", str(out)]
     line += ["--conversations", str(folder / "talks.jsonl"), "--max-length", "90"]
@@ -57,9 +65,12 @@ def start(folder: Path, out: Path, ranks: int, more: dict[int, list[str]] | None
 
 
 def run(folder: Path, out: Path, ranks: int, more: dict[int, list[str]] | None = None) -> Any:
-    """Exit codes and what the ranks printed."""
+    """Exit codes, what the ranks printed, and how often each ran the target."""
+    for path in folder.glob("runs*"):
+        path.unlink()
     codes = start(folder, out, ranks, more).wait(PATIENCE_S)
-    return {"codes": codes, "text": printed(folder, ranks)}
+    runs = [len(path.read_text().splitlines()) for path in sorted(folder.glob("runs*"))]
+    return {"codes": codes, "text": printed(folder, ranks), "runs": runs}
 
 
 def printed(folder: Path, ranks: int) -> list[str]:
@@ -119,7 +130,7 @@ def main(folder: Path) -> None:
     results["held"] = job.wait(PATIENCE_S)
     results["of_held"] = contents(out)
 
-    # Time that ends: each rank makes one shard, and a later call the others.
+    # Time that ends on one rank before it does on the other; a later call makes the rest.
     out = folder / "short"
     short = ["--minutes", "0.01"]
     results["short"] = run(folder, out, 2, {0: short, 1: short})

@@ -29,9 +29,10 @@ def results(tmp_path_factory):
 
 def test_two_ranks_write_the_files_of_one(results):
     assert results["one"]["codes"] == [0] and results["two"]["codes"] == [0, 0], results["two"]
-    assert len(results["whole"]) == 16  # seven shards, their sidecars, index and hashes
+    assert len(results["whole"]) == 17  # seven shards, their sidecars, table, index and hashes
     assert results["of_two"] == results["whole"]
     assert results["two"]["text"][1] == ""  # rank 0 alone prints
+    assert results["two"]["runs"] == [4, 3]  # a run of the target for each shard
 
 
 def test_killed_ranks_are_resumed_on_any_number_to_the_files_of_one(results):
@@ -61,9 +62,11 @@ def test_ranks_hold_the_folder_together_against_another_program(results):
 def test_time_that_ends_leaves_a_complete_folder_of_the_first_shards(results):
     text = results["short"]["text"][0]
     assert results["short"]["codes"] == [0, 0], text
-    assert "6 samples" in text and f"{TALKS - 6} left for a call with more time" in text
-    shards = [name for name in results["of_short"] if name.endswith("safetensors")]
-    assert shards == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert "9 samples" in text and f"{TALKS - 9} left for a call with more time" in text
+    files = [name for name in results["of_short"] if name.startswith("shard-")]
+    shards = [name for name in files if name.endswith("safetensors")]
+    assert shards == [f"shard-0000{number}.safetensors" for number in (0, 1, 2, 4, 6)]
+    assert results["short_again"]["runs"] == [2]
     assert results["short_again"]["codes"] == [0]
     assert results["of_short_again"] == results["whole"]
 

@@ -14,7 +14,7 @@ from eagle3fn.data.features import open_features
 from eagle3fn.data.inspection import describe, inspect_file, numbers, show_sample
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.sources import model_source
-from eagle3fn.data.storage import STORES, bytes_per_token
+from eagle3fn.data.storage import STORES
 from tests.factories import talk, tiny_model, tiny_template, tiny_tokenizer, write_talks
 
 TEMPLATE = tiny_template()
@@ -57,7 +57,7 @@ def test_features_take_the_bytes_that_are_told(tmp_path, store):
     found = inspect_file(MAKER, path, hidden_size=16)
     assert found.smaller is not None
     counted = found.smaller[store] if store else found.bytes
-    assert counted == found.tokens * bytes_per_token(16, store=store)
+    assert counted == found.tokens * bytes_per_token(16, 3, torch.bfloat16, store)
     extract(
         model_source(tiny_model(), (1, 2, 4)),
         TEMPLATE,

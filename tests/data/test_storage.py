@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
 from eagle3fn.data.extract import extract
+from eagle3fn.data.feature_size import bytes_per_token
 from eagle3fn.data.features import check_shards, open_features, read_last_hidden, read_sample
 from eagle3fn.data.sources import model_source
-from eagle3fn.data.storage import OUTLIERS, STORES, bytes_per_token, decode, encode
+from eagle3fn.data.storage import OUTLIERS, STORES, decode, encode
 from tests.factories import random_sample, tiny_model, tiny_template, write_folder, write_talks
 
 TAPS = 3
@@ -158,8 +159,8 @@ def test_bytes_of_a_token_are_those_of_its_tensors(store):
     stored = encode(store, torch.randn(10, TAPS * 64), 64)
     stored.pop("columns", None)
     of_taps = sum(tensor.nbytes for tensor in stored.values()) // 10
-    assert bytes_per_token(64, TAPS, store) == of_taps // TAPS * (TAPS + 1) + 16
-    assert bytes_per_token(64, TAPS) == 8 * 64 + 16
+    assert bytes_per_token(64, TAPS, torch.bfloat16, store) == of_taps // TAPS * (TAPS + 1) + 16
+    assert bytes_per_token(64, TAPS, torch.bfloat16) == 8 * 64 + 16
 
 
 @each_store
@@ -200,7 +201,7 @@ def test_outliers_that_do_not_fit_are_refused(changed):
 
 
 def run(folder, out, **options):
-    source = model_source(tiny_model(), (1, 2, 4), batch_tokens=60)
+    source = model_source(tiny_model(), (1, 2, 4))
     options = {"max_length": 90, "samples_per_shard": 3, "stored": torch.bfloat16, **options}
     return extract(source, tiny_template(), write_talks(folder / "c.jsonl", 4), out, **options)
 

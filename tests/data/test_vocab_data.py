@@ -59,11 +59,11 @@ def test_stop_tokens_and_those_the_template_names_are_always_kept(tmp_path):
     named = tokenizer.convert_ids_to_tokens(0)
     assert named in {token.content for token in tokenizer.added_tokens_decoder.values()}
 
-    plain = kept_tokens(write_target(tmp_path / "a", "{{ messages }}", eos_token_id=[7, 1]), 300)
-    assert set(plain.ids) == {1, 7, tokenizer.eos_token_id}
+    plain = kept_tokens(write_target(tmp_path / "a", "{{ messages }}", eos_token_id=[7]), 300)
+    assert set(plain.ids) == {7, tokenizer.eos_token_id}
     assert plain.unknown == ""
     marked = "{{ messages }}" + named
-    marks = kept_tokens(write_target(tmp_path / "b", marked, eos_token_id=[7, 1]), 300)
+    marks = kept_tokens(write_target(tmp_path / "b", marked, eos_token_id=[7]), 300)
     assert set(marks.ids) == {*plain.ids, 0}
     assert named in marks.texts
     assert marks.ids == tuple(sorted(marks.ids))
