@@ -15,7 +15,7 @@ import torch
 from eagle3fn.base.files import json_sha256
 from eagle3fn.base.launch import World
 from eagle3fn.data.extract_rows import Rows, Task, check_target, encoded_shards
-from eagle3fn.data.feature_size import FeatureSize, feature_size
+from eagle3fn.data.feature_size import FeatureSize, bytes_per_token, feature_size
 from eagle3fn.data.features import write_index
 from eagle3fn.data.held import held
 from eagle3fn.data.shards import Shards, Sidecar, dtype_name, in_time
@@ -66,8 +66,9 @@ def extract(
         samples_per_shard: samples in one file.
         limit: conversations read.
         minutes: the time for new shards; None, as long as all take.
-        stored: the dtype of the stored features; None, what the source computes in.
-        store: how they lie on the disk, of `data.storage.STORES`; None: as they are.
+        stored: the dtype of the features as they are read; None, what the source computes in.
+        store: how the hidden states lie on disk, by its name in `data.storage.STORES`, which are
+            read as bfloat16; None, the values themselves.
         skip_bad: the share of rows that may be bad: they are written to `out`/rejects.jsonl and
             left out. None: bad rows are refused.
         processes: processes that encode conversations; more than 1 needs a main module that can be
@@ -99,8 +100,8 @@ def extract(
         "layers": list(source.layers),
         "max_length": max_length,
         "dtype": _dtypes(source.dtype, stored_dtype),
-        **store_entry(store),
         "samples_per_shard": samples_per_shard,
+        **store_entry(store),
     }
     world.agree(_facts(source, settings, minutes))
     rows = Rows(

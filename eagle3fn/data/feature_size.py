@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.storage import STORES
 
@@ -71,7 +73,7 @@ def feature_size(
         samples: all.
         tokens: of all samples.
         found: samples and tokens of the shards that are there.
-        token_bytes: `data.storage.bytes_per_token`.
+        token_bytes: `bytes_per_token`.
     """
     whole = samples * _AROUND + tokens * token_bytes
     there = found[0] * _AROUND + found[1] * token_bytes

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eagle3fn.base.draft_config import DEFAULT_TAPS
 from eagle3fn.base.errors import UserError, one_line
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.encode import EncodedRow, describe_counts, encode_file
-from eagle3fn.data.feature_size import size_text
+from eagle3fn.data.feature_size import bytes_per_token, size_text
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.storage import STORES
 from eagle3fn.data.vocab import coverage
@@ -105,6 +106,9 @@ def inspect_file(
                 shown.append(sample)
 
     tokens = sum(lengths)
+    size = None
+    if hidden_size is not None:
+        size = tokens * bytes_per_token(hidden_size, DEFAULT_TAPS, torch.bfloat16)
     in_order = sorted(lengths)
     return Inspection(
         counts=encoded.counts(),
