@@ -34,6 +34,7 @@ FIRST = (
     "test_kl_kernel",
     "test_fast_cuda",
     "test_fast",
+    "test_packed",
     "test_mesh_of_one",
     "test_laws",
 )

@@ -65,7 +65,7 @@ def backward(
     causal: bool,
     *seeds: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`_flash_attention_backward`: the gradients by `q`, `key` and `value`."""
     check_bounds(q, bounds, longest)
     assert bounds_of_keys is bounds and longest_of_keys == longest

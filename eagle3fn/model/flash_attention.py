@@ -123,11 +123,13 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
 
     # The causal keys: the kernel with the merged result and log-sum-exp.
     whole = (_to_sequences(x, rows, key) for x in (grad, q, out, log_sum))
+    whole_grad, whole_q, whole_out, whole_log_sum = whole
     block = _for_queries(key, q), _for_queries(value, q)
+    tensors = whole_grad, whole_q, whole_out, whole_log_sum, *block
     if packing is None:
-        grad_q, *grad_block = _flash_backward(*whole, *block, scale)
+        grad_q, *grad_block = _flash_backward(*tensors, scale)
     else:
-        grad_q, *grad_block = _flash_packed_backward(*whole, *block, packing, scale)
+        grad_q, *grad_block = _flash_packed_backward(*tensors, packing, scale)
     grad_q = _at_rows(grad_q, rows)
 
     # The query heads of one key-value head add up.

@@ -367,6 +367,7 @@ def test_objective_by_flash_is_plain_on_packed_rows(survival, layers):
 
     with by_flash, packed_flash.on_cpu() as kernel:
         (loss, _), grads = gradients_by("fast")
+    assert batch.plan is not None
     steps = len(batch.plan.sizes)
     assert kernel.call_count == steps + (steps if layers == 2 else 0)
     (want, _), want_grads = gradients_by("plain")
