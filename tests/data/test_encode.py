@@ -164,6 +164,7 @@ def test_samples_come_back_from_their_file(tmp_path):
         file.flush()
         with SampleFile.written(tmp_path / "samples") as same:
             assert equal(same[:], samples)
+            assert same.tokens == file.tokens == 6
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
