@@ -75,6 +75,7 @@ FUNCTIONS: dict[str, Function] = {
     # data
     "align_mask": Function({"token_mask": "(S,) int64"}, "(S,) int64"),
     "collate": Function({"samples": Each(Sample)}, Batch),
+    "collate_packed": Function({"samples": Each(Sample)}, Batch),
     "align": Function(
         {
             "input_ids": "(B, S) int64",
@@ -86,7 +87,10 @@ FUNCTIONS: dict[str, Function] = {
         },
         Batch,
     ),
-    "plan_rows": Function({"row_mask": "(B, K, S) int64", "survives": "(B, S) int64?"}, RowPlan),
+    "plan_rows": Function(
+        {"row_mask": "(B, K, S) int64", "survives": "(B, S) int64?", "starts": "(B, S) int64?"},
+        RowPlan,
+    ),
     "over_steps": Function({"row_mask": "(…, S) int64"}, "(…, K, S) int64"),
     "global_row_counts": Function({"batches": Each(Batch)}, "(K,) fp32"),
     "read_sample": Function({}, Sample),
@@ -177,7 +181,7 @@ def fields_of(record: Any) -> dict[str, Any]:
     found = {}
     for name, hint in get_type_hints(record).items():
         inside = [part for part in get_args(hint) if part is not NoneType]
-        if hint in (Tensor, Tensor | None, np.ndarray):
+        if hint in (Tensor, Tensor | None, np.ndarray, np.ndarray | None):
             text = comments.get(name, "")
             match = SHAPE.match(text)
             assert match, f"{record.__name__}.{name}: no shape in its comment: {text!r}"

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from eagle3fn.model import fast, flash_attention
 from eagle3fn.model.kernels import score
 from eagle3fn.specforge import kl_kernel
+from tests import packed_flash
 
 NAME = "meta"
 aten = torch.ops.aten
@@ -192,10 +193,10 @@ class _Launch:
 def _by_value(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of the CPU, for tensors on the card too."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if isinstance(args[0], OnCard):
-            return to_card(function(*to_host(args)))
-        return function(*args)
+            return to_card(function(*to_host(args), **kwargs))
+        return function(*args, **kwargs)
 
     return call
 
@@ -217,6 +218,9 @@ def stand_in() -> Iterator[list[Wait]]:
             and size in flash_attention._HEAD_SIZES
         )
 
+    packed_kernel = flash_attention.PackedKernel(
+        forward=_by_value(packed_flash.forward), backward=_by_value(packed_flash.backward)
+    )
     make = torch.tensor
 
     def tensor(data: Any, *, device: Any = None, **rest: Any) -> Tensor:
@@ -232,6 +236,7 @@ def stand_in() -> Iterator[list[Wait]]:
         (fast, "has_flash_kernel", has_flash_kernel),
         (flash_attention, "_flash", _by_value(flash_attention._flash)),
         (flash_attention, "_flash_backward", _by_value(flash_attention._flash_backward)),
+        (flash_attention, "packed_kernel", packed_kernel),
     ]
     _waits.clear()
     with contextlib.ExitStack() as stack:

@@ -174,6 +174,8 @@ def test_shapes_from_samples_to_a_batch(lengths, k):
         batch = alone.checked(e3.collate)(samples, config, mask, survives)
     checker.check(batch, e3.Batch)
     assert batch.survives is not None and batch.plan is not None
+    packed = alone.checked(e3.collate_packed)(samples, config, mask, survives)
+    assert packed.starts is not None
     alone.checked(collate_file.global_row_counts)([batch, e3.collate(samples[:1], config)])
     assert {"align", "plan_rows"} <= set(checker.calls)
     assert {"over_steps", "align_mask", "collate"} <= set(alone.calls)
@@ -217,11 +219,13 @@ def whole_batch() -> e3.Batch:
     """A batch with every field."""
     batch = tiny_batch(CASE)
     survives = torch.arange(27).view(3, 9) % CASE.steps + 1
+    starts = torch.zeros(3, 9, dtype=torch.int64)
     return batch._replace(
         position_ids=torch.arange(9).expand(3, 9),
+        starts=starts,
         row_counts=torch.ones(5),
         survives=survives,
-        plan=rows.plan_rows(batch.row_mask, survives),
+        plan=rows.plan_rows(batch.row_mask, survives, starts),
     )
 
 

@@ -10,7 +10,7 @@ import eagle3fn as e3
 from eagle3fn.base.device import send, to_device
 from eagle3fn.base.rows import plan_rows
 from eagle3fn.base.tree import named_leaves
-from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
+from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_packed, tiny_params
 from tests.stand_in_card import NAME, Wait, stand_in
 
 pytest.importorskip(
@@ -26,19 +26,21 @@ class TwoSteps(NamedTuple):
     waits: list[Wait]
 
 
-def two_steps(numerics: str, dtype: str, donate: bool, survival: float = 1.0) -> TwoSteps:
+def two_steps(
+    numerics: str, dtype: str, donate: bool, survival: float = 1.0, packed: bool = False
+) -> TwoSteps:
     """Two updates; their batches are moved to the card as training moves them."""
     case = Case(head_dim=8, dtype=dtype, normalization="mask", teacher="compact")  # pyright: ignore
     config = case.config()
     objective = replace(config.objective, numerics=numerics, survival=survival)
     config = replace(config, objective=objective)
-    batch = tiny_batch(case)
+    batch = tiny_packed(case) if packed else tiny_batch(case)
     if survival < 1:
         b, _, s = batch.row_mask.shape
         survives = torch.arange(b * s).view(b, s) % case.steps + 1
         batch = batch._replace(survives=survives)
     row_counts = torch.arange(case.steps, 0, -1.0) + 4
-    plan = plan_rows(batch.row_mask, batch.survives)
+    plan = plan_rows(batch.row_mask, batch.survives, batch.starts)
     batch = batch._replace(plan=plan, row_counts=row_counts)
     with stand_in() as waits:
         fns = e3.bind(config, on(NAME, tiny_frozen(case)))
@@ -50,16 +52,17 @@ def two_steps(numerics: str, dtype: str, donate: bool, survival: float = 1.0) ->
         return TwoSteps(state, float(metrics["loss"]), during_steps)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("donate", "survival"), [(False, 1.0), (True, 1.0), (True, 0.7)])
-def test_a_fast_step_waits_for_nothing(donate: bool, survival: float) -> None:
+def test_a_fast_step_waits_for_nothing(donate: bool, survival: float, packed: bool) -> None:
     """The kernels of its scores: tests/model/test_fast_cuda.py."""
-    found = two_steps("fast", "bfloat16", donate, survival)
+    found = two_steps("fast", "bfloat16", donate, survival, packed)
     assert found.waits == []
 
     devices = {name: leaf.device.type for name, leaf in named_leaves(found.state).items()}
     assert devices.pop("step") == "cpu"
     assert set(devices.values()) == {NAME}
-    plain = two_steps("plain", "bfloat16", donate, survival)
+    plain = two_steps("plain", "bfloat16", donate, survival, packed)
     assert found.loss == pytest.approx(plain.loss, rel=1e-2)
 
 

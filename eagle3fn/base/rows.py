@@ -35,8 +35,8 @@ class RowPlan(NamedTuple):
     state: Tensor  # (X,) int64: index into all steps' rows, one step after another
     first: np.ndarray  # (P + 1,) int64: number of the first pair of each label; X at the end
     # Of packed rows, for attention that is kept apart; absent: one conversation a row.
-    bounds: Tensor | None = None  # (C + 1,) int32: each conversation's first place, then B·S
     lengths: np.ndarray | None = None  # (C,) int64: places of each conversation
+    bounds: Tensor | None = None  # (C + 1,) int32: each one's first place `b·S + t`, then B·S
 
 
 def plan_rows(

@@ -17,7 +17,6 @@ from eagle3fn.model.visibility import Visible
 
 _BLOCK = 128  # rows of a block, at most
 _STRIDE = 64  # a block's number of keys is a multiple of this
-_SHARED = 256  # from so many keys on a block does not go on to rows that see none of them
 
 StepTensors = Sequence[Tensor] | Tensor
 """One tensor `(T, J, E)` for each of `I` later steps: what a row itself adds at that step."""
@@ -52,9 +51,8 @@ class Blocks(NamedTuple):
 def make_blocks(rows: Tensor, s: int, seen: Visible) -> Blocks:
     """Cut rows `b·S + t` into blocks of one row of the batch each, neighbours together.
 
-    Rows of several short conversations of a packed row share a block: a few scores too many take
-    less time than a block more. The number of keys is rounded up to a multiple of `_STRIDE`, so
-    that few shapes occur. Reads rows and bounds on the host, which waits for a device once.
+    The number of keys is rounded up to a multiple of `_STRIDE`, so that few shapes occur. Reads
+    rows and bounds on the host, which waits for a device once.
     """
     order = rows.argsort()
     last = torch.as_tensor(seen.last)
@@ -75,24 +73,21 @@ def make_blocks(rows: Tensor, s: int, seen: Visible) -> Blocks:
         end = begin - (begin - end) // _STRIDE * _STRIDE
         end = max(min(end, s), common)
 
-        joined = max(max(firsts[part]), begin)
+        joined = max(*firsts[part], begin)
         blocks.append(Block(start, stop, samples[start], begin, joined, common, end))
         start = stop
     return Blocks(tuple(blocks), order, None if seen.first is None else first, last)
 
 
 def _end_of_block(start: int, samples: list[int], firsts: list[int], lasts: list[int]) -> int:
-    """One past the last row of a block, which ends
+    """One past the last row of a block.
 
-    - when it is full, and with its row of the batch;
-    - before a row that sees none of the keys so far, if those are many.
+    It ends when it is full, with its row of the batch, and before a row that sees no key of the row
+    before it: where a conversation begins.
     """
     full = min(start + _BLOCK, len(samples))
     stop = start + 1
-    while stop < full and samples[stop] == samples[start]:
-        is_apart = firsts[stop] > lasts[stop - 1]
-        if is_apart and lasts[stop] - firsts[start] >= _SHARED:
-            break
+    while stop < full and samples[stop] == samples[start] and firsts[stop] <= lasts[stop - 1]:
         stop += 1
     return stop
 

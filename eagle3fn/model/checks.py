@@ -62,7 +62,7 @@ def _longest(batch: Batch) -> int:
 
 def _check_packed(batch: Batch, config: Config) -> None:
     """Check what goes with `starts`."""
-    if (batch.plan is not None) and (batch.plan.bounds is None) != (batch.starts is None):
+    if batch.plan is not None and (batch.plan.bounds is None) != (batch.starts is None):
         raise UserError(
             "batch.plan is not of batch.starts: make it by plan_rows(row_mask, survives, starts), "
             "or leave it out"
@@ -74,10 +74,10 @@ def _check_packed(batch: Batch, config: Config) -> None:
             "batch.position_ids is missing: with batch.starts each conversation's begin at 0 "
             "(data.collate.collate_packed)"
         )
-    _refuse_packed_rows(config, "batch.starts")
+    _refuse_all_rows(config, "batch.starts")
 
 
-def _refuse_packed_rows(config: Config, packed: str) -> None:
+def _refuse_all_rows(config: Config, packed: str) -> None:
     """Refuse the normalization by all rows where conversations are packed."""
     if config.objective.normalization == "rows":
         raise UserError(
@@ -154,29 +154,20 @@ def check_loss(
     batch_means: Mapping[str, tuple[str, ...]] | None = None,
     own: RowLoss | Callable | None = None,
 ) -> None:
-    """Check that the loss is there, and goes with the batches, before any work.
+    """Check that the loss is there, before any work.
 
     Args:
-        config: `objective` is read, and how `data` splits and packs a batch.
+        config: `objective.loss` is read, and how `data` splits a batch.
         batch_means: see `train.recipe.Recipe`.
         own: a user's loss, in place of the named one.
 
     Raises:
         UserError: no such loss, a setting that it does not read, or one with means over the whole
-            batch where that is split, or in a sum; packed rows under `normalization = "rows"` or
-            under a recipe with such means.
+            batch where that is split, or in a sum.
     """
     means = batch_means or {}
     name = config.objective.loss
     data = config.data
-    if data.pack_tokens:
-        packed = f"data.pack_tokens = {data.pack_tokens}"
-        _refuse_packed_rows(config, packed)
-        if means:
-            raise UserError(
-                f"{packed} under SpecForge's recipe, whose losses are means over a padded batch; "
-                "set data.pack_tokens = 0, or train without the recipe"
-            )
     for part in name if isinstance(name, Mapping) else ():
         if part in means:
             raise UserError(
@@ -196,6 +187,24 @@ def check_loss(
         require(rate == 1, "objective.survival", rate, constraint)
     else:
         find_loss(config.objective, own)
+
+
+def check_packing(config: Config, batch_means: Collection[str] = ()) -> None:
+    """Check that the objective can be computed on packed rows, where `data.pack_tokens` asks for
+    them.
+
+    Raises:
+        UserError: under `objective.normalization = "rows"`, or a recipe with `batch_means`.
+    """
+    if not config.data.pack_tokens:
+        return
+    packed = f"data.pack_tokens = {config.data.pack_tokens}"
+    _refuse_all_rows(config, packed)
+    if batch_means:
+        raise UserError(
+            f"{packed} under a recipe whose losses are means over padded batches: set "
+            "data.pack_tokens = 0, or train without the recipe"
+        )
 
 
 def check_micro_batches(

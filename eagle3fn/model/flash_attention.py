@@ -14,6 +14,7 @@ Packed rows (`Batch.starts`) go to the kernel for sequences of several lengths: 
 device where conversations begin, and attends within each.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -122,11 +123,13 @@ def _backward(inputs: _Inputs, outputs: _Outputs, grads: _Outputs) -> dict[str, 
 
     # The causal keys: the kernel with the merged result and log-sum-exp.
     whole = (_to_sequences(x, rows, key) for x in (grad, q, out, log_sum))
+    whole_grad, whole_q, whole_out, whole_log_sum = whole
     block = _for_queries(key, q), _for_queries(value, q)
+    tensors = whole_grad, whole_q, whole_out, whole_log_sum, *block
     if packing is None:
-        grad_q, *grad_block = _flash_backward(*whole, *block, scale)
+        grad_q, *grad_block = _flash_backward(*tensors, scale)
     else:
-        grad_q, *grad_block = _flash_packed_backward(*whole, *block, packing, scale)
+        grad_q, *grad_block = _flash_packed_backward(*tensors, packing, scale)
     grad_q = _at_rows(grad_q, rows)
 
     # The query heads of one key-value head add up.
@@ -224,8 +227,20 @@ def _no_seeds(q: Tensor) -> tuple[Tensor, Tensor]:
     return seed, seed
 
 
-# The kernel for sequences of several lengths. It takes places in one list, `(B·S, N, E)`, and has
-# the log-sum-exp of one head after the other, `(N, B·S)`.
+class PackedKernel(NamedTuple):
+    """PyTorch's flash kernel for sequences of several lengths, which CUDA alone has.
+
+    It takes places in one list, `(B·S, N, E)`, and has the log-sum-exp of one head after the other,
+    `(N, B·S)`.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+packed_kernel = PackedKernel(
+    torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
+)
 
 
 def _flash_packed(
@@ -235,7 +250,7 @@ def _flash_packed(
     b, s, heads, _ = q.shape
     places = (x.flatten(0, 1) for x in (q, key, value))
     spans = packing.bounds, packing.bounds, packing.longest, packing.longest
-    attended, log_sum, *_ = torch.ops.aten._flash_attention_forward(
+    attended, log_sum, *_ = packed_kernel.forward(
         *places, *spans, _DROPOUT, _CAUSAL, return_debug_mask=False, scale=scale
     )
     assert log_sum.shape == (heads, b * s), log_sum.shape
@@ -256,7 +271,5 @@ def _flash_packed_backward(
     places = (x.flatten(0, 1) for x in (grad, q, key, value, out))
     made = *places, log_sum.flatten(0, 1).T.contiguous()
     spans = packing.bounds, packing.bounds, packing.longest, packing.longest
-    grads = torch.ops.aten._flash_attention_backward(
-        *made, *spans, _DROPOUT, _CAUSAL, *_no_seeds(q), scale=scale
-    )
+    grads = packed_kernel.backward(*made, *spans, _DROPOUT, _CAUSAL, *_no_seeds(q), scale=scale)
     return tuple(x.unflatten(0, q.shape[:2]) for x in grads)

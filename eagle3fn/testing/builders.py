@@ -10,9 +10,9 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.sections import ObjectiveConfig, OptimizerConfig, TrainConfig
 from eagle3fn.base.tree import tree_map
-from eagle3fn.base.types import Batch, Frozen, Params
+from eagle3fn.base.types import Batch, Frozen, Params, Sample
 from eagle3fn.base.weights import Weights
-from eagle3fn.data.collate import align
+from eagle3fn.data.collate import align, collate_packed
 from eagle3fn.model.table import weights
 
 
@@ -235,6 +235,43 @@ def tiny_unaligned(case: Case, index: int = 0) -> Unaligned:
         last_hidden=last * real[..., None],
         position_ids=positions,
     )
+
+
+def tiny_packed(case: Case, index: int = 0, survives: list[Tensor] | None = None) -> Batch:
+    """The samples of `tiny_batch` in one packed row, `(1, S)`.
+
+    `survives` are at how many steps their rows take part, each `(S,)` int64. No sample's last row
+    may be trained: it has no label. `case.normalization` must be "mask".
+    """
+    batch = collate_packed(
+        samples=tiny_samples(case, index),
+        config=case.config(),
+        align_mask=lambda token_mask: token_mask,  # the trained rows already
+        survives=survives,
+    )
+    positions = tiny_unaligned(case, index).position_ids
+    if positions is None:
+        return batch
+    own = [row[:length] for row, length in zip(positions, case.lengths, strict=True)]
+    return batch._replace(position_ids=torch.cat(own)[None])
+
+
+def tiny_samples(case: Case, index: int = 0) -> list[Sample]:
+    """The samples of `tiny_batch` without padding; each `token_mask` is the rows that are trained
+    at step 0.
+    """
+    padded = tiny_unaligned(case, index)
+    samples = []
+    for number, length in enumerate(case.lengths):
+        real = slice(length)
+        sample = Sample(
+            input_ids=padded.input_ids[number, real],
+            token_mask=padded.row_mask[number, real],
+            aux_hidden=padded.aux_hidden[number, real],
+            last_hidden=padded.last_hidden[number, real],
+        )
+        samples.append(sample)
+    return samples
 
 
 def _row_mask(case: Case, real: Tensor, chosen: Tensor, source: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.sections import OptimizerConfig
 from eagle3fn.base.types import Aux, Batch, Frozen, Params, TrainState, VocabMap
 from eagle3fn.data.vocab import check_map
-from eagle3fn.model.checks import check_frozen, check_loss
+from eagle3fn.model.checks import check_frozen, check_loss, check_packing
 from eagle3fn.model.losses import LOSSES
 from eagle3fn.model.named_loss import Loss, try_loss
 from eagle3fn.model.table import roles
@@ -48,9 +48,10 @@ def bind(
     `model.named_loss.find_loss` and `train.optimizer.Optimizer`.
 
     Raises:
-        UserError: no such loss or schedule, a loss of your own that fails when it is tried, weight
-            decay of parameters that the draft has not, the frozen tensors don't fit the
-            configuration, or `t2d` and `d2t` name different tokens.
+        UserError: no such loss or schedule, a loss of your own that fails when it is tried, packed
+            rows that the objective or the recipe cannot take, weight decay of parameters that the
+            draft has not, the frozen tensors don't fit the configuration, or `t2d` and `d2t` name
+            different tokens.
     """
     for name, given in (("loss", loss), ("optimizer", optimizer)):
         if isinstance(given, str):
@@ -63,6 +64,7 @@ def bind(
             " such as OPTIMIZERS[name](config.optimizer)"
         )
     check_loss(config, recipe.batch_means, loss)
+    check_packing(config, recipe.batch_means)
     check_schedule(config, recipe)
     _check_decay_roles(config)
     check_frozen(frozen, config)

@@ -7,6 +7,7 @@ kernels are interpreted and real widths are SmolLM2's.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import importlib
@@ -30,13 +31,14 @@ from bench.sides import one_rank_mesh
 from eagle3fn import specforge
 from eagle3fn.base.draft_config import aux_layers
 from eagle3fn.base.read import read_json
+from eagle3fn.base.rows import plan_rows
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Params, VocabMap
 from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import Encoded
 from eagle3fn.model import head_loss
 from eagle3fn.model.block_attention import block_attention, make_blocks
-from eagle3fn.model.flash_attention import flash_attention
+from eagle3fn.model.flash_attention import flash_attention, packing_of
 from eagle3fn.model.losses import LOSSES
 from eagle3fn.model.named_loss import find_loss
 from eagle3fn.model.rope import rope_table, rotate
@@ -60,6 +62,7 @@ from eagle3fn.train.shard import empty_state
 from eagle3fn.use.decode import speculate
 from eagle3fn.use.engine_variants import SWITCHES
 from eagle3fn.use.export import Draft
+from tests import packed_flash
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 NUMERICS = ("fast", "plain")
@@ -107,6 +110,7 @@ class Size:
         k: int,
         vocab: int | None,
         survival: float = 1.0,
+        packs: bool = False,
     ) -> None:
         self.name = name
         self.shape = shape
@@ -116,6 +120,7 @@ class Size:
         self.k = k
         self.vocab = vocab
         self.survival = survival
+        self.packs = packs
         self.draft = draft_of(shape, vocab, seq)
 
     def switched(self, **switches: Any) -> "Size":
@@ -129,6 +134,11 @@ class Size:
         """The same size with rows that survive to the next unroll step by chance."""
         sizes = self.seq, self.batch, self.k, self.vocab
         return Size(self.name, self.shape, self.device, *sizes, SURVIVAL)
+
+    def packed(self) -> "Size":
+        """The same size with several conversations in a row."""
+        sizes = self.seq, self.batch, self.k, self.vocab
+        return Size(self.name, self.shape, self.device, *sizes, packs=True)
 
     @cached_property
     def truth_device(self) -> str:
@@ -149,6 +159,8 @@ class Size:
             survival=self.survival,
             **kind,
         )
+        if self.packs:
+            made = made._replace(batch=packed_rows(made.batch))
         return made, draw_params(self.draft, 0, **kind)
 
     @cached_property
@@ -197,6 +209,8 @@ def checks(device: str) -> Iterator[Named]:
             rotation = partial(check_rotate, size, dtype)
             yield Named(f"{size.name} rotation {short(dtype)}", rotation)
         yield Named(f"{size.name} flash attention bf16", partial(check_flash, size))
+        packed = size.packed()
+        yield Named(f"{size.name} packed flash attention bf16", partial(check_flash, packed))
         yield from check_tables(size)
 
         fewer = size.surviving()
@@ -209,6 +223,7 @@ def checks(device: str) -> Iterator[Named]:
                     step = partial(check_step, size, numerics, dtype, way)
                     yield Named(f"{about} step {way.name}", step)
                 yield from check_survival(fewer, numerics, dtype)
+                yield from check_packed(packed, numerics, dtype)
             about = f"{size.name} SpecForge {short(dtype)}"
             yield Named(f"{about} step", partial(check_specforge, size, dtype))
 
@@ -310,6 +325,16 @@ def check_survival(fewer: Size, numerics: str, dtype: torch.dtype) -> Iterator[N
     yield Named(f"{about} step", partial(check_step, fewer, numerics, dtype, WAYS[0]))
 
 
+def check_packed(size: Size, numerics: str, dtype: torch.dtype) -> Iterator[Named]:
+    """Loss, gradients and an update of packed rows; at real widths by the fast numerics alone."""
+    if size.name != "tiny" and numerics != "fast":
+        return
+    about = f"{size.name} {numerics} {short(dtype)} packed"
+    yield Named(f"{about} forward", partial(check_forward, size, numerics, dtype))
+    yield Named(f"{about} backward", partial(check_backward, size, numerics, dtype))
+    yield Named(f"{about} step", partial(check_step, size, numerics, dtype, WAYS[1]))
+
+
 def check_surroundings(size: Size) -> Iterator[Named]:
     """The start of a run, its resume, and the caller's settings of torch."""
     yield Named(f"{size.name} start from the target", partial(check_init, size))
@@ -386,7 +411,11 @@ def check_kl(size: Size, dtype: torch.dtype) -> dict[str, float]:
 
 
 def check_flash(size: Size) -> dict[str, float]:
-    """Attention of some rows, in any order, with two later keys each; gradients of all inputs."""
+    """Attention of some rows, in any order, with two later keys each; gradients of all inputs.
+
+    Of packed rows by the kernel for sequences of several lengths, which a CPU has not: there it is
+    one call a conversation.
+    """
     source = torch.Generator().manual_seed(3)
     n = size.draft.num_attention_heads
     j = size.draft.num_key_value_heads
@@ -406,9 +435,19 @@ def check_flash(size: Size) -> dict[str, float]:
         out, pullback = torch.func.vjp(split, *inputs)  # pyright: ignore
         return [out, *pullback(grad)]
 
-    flash = partial(flash_attention, rows=rows.to(size.device))
-    found = run(flash, [x.to(size.device) for x in inputs], grad.to(size.device))
-    seen = visible(size.draft, rows % size.seq, 0)
+    start = None
+    packing = None
+    if size.packs:
+        starts = starts_of(1, size.seq)
+        start = starts[0, rows]
+        plan = plan_rows(torch.ones(1, 1, size.seq, dtype=torch.int64), None, starts)
+        packing = packing_of(plan)
+        packing = packing._replace(bounds=packing.bounds.to(size.device))
+
+    flash = partial(flash_attention, rows=rows.to(size.device), packing=packing)
+    with packed_flash.on_cpu() if size.device == "cpu" else contextlib.nullcontext():
+        found = run(flash, [x.to(size.device) for x in inputs], grad.to(size.device))
+    seen = visible(size.draft, rows % size.seq, 0, start)
     plain = partial(block_attention, blocks=make_blocks(rows, size.seq, seen))
     expected = run(plain, [x.double() for x in inputs], grad.double())
 
@@ -477,6 +516,37 @@ def problem_in(size: Size, numerics: str, dtype: torch.dtype, device: str) -> In
     frozen = tree_map(move, drawn.frozen)
     batch = tree_map(move, drawn.batch)
     return InDtype(config, frozen, batch, tree_map(move, params))
+
+
+PIECES = (1, 5, 2, 13)  # lengths of packed conversations, in these shares of a row
+
+
+def starts_of(b: int, s: int) -> Tensor:
+    """As `Batch.starts`, `(b, s)`, of rows in which each of `PIECES` comes twice."""
+    shares = torch.tensor(PIECES * 2)
+    ends = shares.cumsum(0) * s // int(shares.sum())  # the last one is s
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    starts = (ends - lengths).repeat_interleave(lengths)
+    return starts.expand(b, s).contiguous()
+
+
+def packed_rows(batch: e3.Batch) -> e3.Batch:
+    """The batch with several conversations in each row, where its sample was one.
+
+    The labels that are of the next conversation are not trained.
+    """
+    mask = batch.row_mask
+    b, k, s = mask.shape
+    starts = starts_of(b, s).to(mask.device)
+    place = torch.arange(s, device=mask.device)
+
+    # The label of row t at step i is of token t + i + 1, which must be of the row's conversation.
+    step = torch.arange(k, device=mask.device)[:, None]
+    of_label = place + step + 1  # (K, S)
+    inside = starts[:, of_label.clamp(max=s - 1)] == starts[:, None]
+    row_mask = mask * (inside & (of_label < s))
+    plan = plan_rows(row_mask, batch.survives, starts)
+    return batch._replace(row_mask=row_mask, position_ids=place - starts, starts=starts, plan=plan)
 
 
 def name_of(dtype: torch.dtype) -> str:

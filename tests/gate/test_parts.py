@@ -264,13 +264,17 @@ def test_smoke_names_every_kernel_numerics_and_dtype() -> None:
     assert len(names) == len(set(names)) and names[0].startswith("tiny")
     for size in ("tiny", "real"):
         kernels = ("score kernel", "KL kernel", "flash attention", "rotation")
+        kernels += ("packed flash attention",)
         losses = [f"loss {name} " for name in LOSSES]
         for what in (*kernels, *losses, "extract", "decode"):
             assert any(name.startswith(f"{size} {what}") for name in names)
         steps = [name for name in names if name.startswith(f"{size} ") and " step" in name]
-        # Each dtype: two numerics in four ways and with survival, SpecForge. Some switches.
+        # Each dtype: two numerics in four ways and with survival, SpecForge; packed, and some
+        # switches.
+        packed = [name for name in steps if " packed " in name]
+        assert len(packed) == 3 * (2 if size == "tiny" else 1)
         switched = [name for name in steps if " switch " in name]
-        assert len(steps) == 3 * (2 * 5 + 1) + len(switched)
+        assert len(steps) == 3 * (2 * 5 + 1) + len(packed) + len(switched)
         assert len(switched) == (2 * len(gate_smoke.STEPPED) if size == "tiny" else 0)
     for name in ("fast", "plain", "SpecForge"):
         assert f"tiny {name} refuses autocast" in names

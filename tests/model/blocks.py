@@ -122,8 +122,11 @@ def assert_fast_is_plain(batch, pair, **objective):
         assert error(grads[name], want_grads[name]) < 1e-10, name
 
 
-def plain_attention(q, key, value, step_keys, step_values, rows):
-    """`block_attention` as one masked softmax over all keys of the row's sample and its own."""
+def plain_attention(q, key, value, step_keys, step_values, rows, starts=None):
+    """`block_attention` as one masked softmax over all keys of the row's sample and its own.
+
+    `starts` `(B, S)` are those of packed rows.
+    """
     s = key.shape[1]
     groups = q.shape[1] // key.shape[2]
     key, value = (x[rows // s].repeat_interleave(groups, 2) for x in (key, value))
@@ -131,6 +134,9 @@ def plain_attention(q, key, value, step_keys, step_values, rows):
 
     causal = torch.einsum("tne,tsne->tns", q, key)
     causal = causal.masked_fill(torch.arange(s) > (rows % s)[:, None, None], -torch.inf)
+    if starts is not None:
+        first = starts.flatten()[rows]
+        causal = causal.masked_fill(torch.arange(s) < first[:, None, None], -torch.inf)
     own = torch.einsum("tne,itne->tni", q, step_keys)
     p = torch.softmax(torch.cat([causal, own], -1) / q.shape[-1] ** 0.5, -1)
 

@@ -4,9 +4,11 @@ On the CPU the Triton kernels are interpreted, and compiled for a card; attentio
 kernel; a whole step runs on tensors without values.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from eagle3fn.data.collate import align
 from eagle3fn.model import fast, flash_attention, head_loss
 from eagle3fn.model.named_loss import find_loss
 from eagle3fn.specforge.oracle import ENVIRONMENT
+from eagle3fn.testing.builders import Case, tiny_frozen, tiny_packed, tiny_params
 from eagle3fn.train.step import init_state, step
+from tests import packed_flash
 from tests.factories import make_draft
 from tests.model.blocks import (
     HEAD_SIZE,
@@ -292,6 +296,98 @@ def test_objective_by_flash_is_as_near_to_fp64_as_plain(dtype):
     assert_as_near_to_fp64_as_plain(batch, pair, dtype, k, grads)
 
 
+# Packed rows, by the kernel for sequences of several lengths.
+
+
+def packed_inputs(later, head_size, dtype):
+    """As `attention_inputs`, with where the conversations of the rows begin, `(B, S)`."""
+    rows, inputs, grad = attention_inputs(later, head_size, dtype)
+    starts = torch.tensor([0] * 17 + [17] + [18] * 22 + [0] * 40).view(2, 40)
+    plan = plan_rows(torch.ones(2, 1, 40, dtype=torch.int64), None, starts)
+    assert plan.lengths is not None and plan.lengths.tolist() == [17, 1, 22, 40]
+    return rows, inputs, grad, starts, flash_attention.packing_of(plan)
+
+
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_packed_flash_attention_equals_the_plain_expression(later):
+    rows, inputs, grad, starts, packing = packed_inputs(later, HEAD_SIZE, torch.float64)
+    with packed_flash.on_cpu() as kernel:
+        flash = partial(flash_attention.flash_attention, packing=packing)
+        out, pull_back = pull_back_of(flash, inputs, rows)
+        found = pull_back(grad)
+    assert kernel.call_count == 1
+    plain = partial(plain_attention, starts=starts)
+    want, want_pull_back = pull_back_of(plain, inputs, rows)
+    assert torch.allclose(out, want, rtol=1e-11, atol=1e-13)
+    for a, b in zip(found, want_pull_back(grad), strict=True):
+        assert error(a, b) < 1e-12
+
+    # What keeps them apart is seen.
+    joined, _ = pull_back_of(plain_attention, inputs, rows)
+    assert error(joined, want) > 0.1
+
+
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_packed_flash_attention_in_bf16_is_near_the_plain_expression(later, device):
+    rows, inputs, grad, starts, packing = packed_inputs(later, 8, torch.bfloat16)
+    placed = [x.to(device) for x in inputs]
+    packing = packing._replace(bounds=packing.bounds.to(device))
+    with packed_flash.on_cpu() if device == "cpu" else contextlib.nullcontext():
+        flash = partial(flash_attention.flash_attention, packing=packing)
+        out, pull_back = pull_back_of(flash, placed, rows.to(device))
+        found = pull_back(grad.to(device))
+    plain = partial(plain_attention, starts=starts)
+    want, want_pull_back = pull_back_of(plain, [x.double() for x in inputs], rows)
+    assert error(out.cpu(), want) < 1e-2
+    for a, b in zip(found, want_pull_back(grad.double()), strict=True):
+        assert error(a.cpu(), b) < 2e-2
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("survival", [1.0, 0.5])
+def test_objective_by_flash_is_plain_on_packed_rows(survival, layers):
+    case = Case(
+        dtype="float64",
+        normalization="mask",
+        lengths=(9, 1, 14, 6),
+        steps=4,
+        switches=(("num_hidden_layers", layers),),
+    )
+    survives = None
+    if survival < 1:
+        source = torch.Generator().manual_seed(2)
+        survives = [torch.randint(1, 5, (n,), generator=source) for n in case.lengths]
+    batch = tiny_packed(case, survives=survives)
+
+    def gradients_by(numerics):
+        config = case.config()
+        objective = replace(config.objective, numerics=numerics, survival=survival)
+        fns = e3.bind(replace(config, objective=objective), tiny_frozen(case))
+        return e3.value_and_grad(fns.forward_loss, has_aux=True)(tiny_params(case), batch)
+
+    with by_flash, packed_flash.on_cpu() as kernel:
+        (loss, _), grads = gradients_by("fast")
+    assert batch.plan is not None
+    steps = len(batch.plan.sizes)
+    assert kernel.call_count == steps + (steps if layers == 2 else 0)
+    (want, _), want_grads = gradients_by("plain")
+    assert torch.allclose(loss, want, rtol=1e-11)
+    for name in want_grads:
+        assert error(grads[name], want_grads[name]) < 1e-10, name
+
+
+def test_packed_rows_with_a_window_have_blocks():
+    """The kernel sees whole conversations."""
+    switches = (("draft_window", 4),)
+    case = Case(dtype="float64", normalization="mask", lengths=(9, 14), switches=switches)
+    config = case.config()
+    objective = replace(config.objective, numerics="fast")
+    fns = e3.bind(replace(config, objective=objective), tiny_frozen(case))
+    with by_flash, packed_flash.on_cpu() as kernel:
+        assert fns.forward_loss(tiny_params(case), tiny_packed(case))[0] > 0
+    assert kernel.call_count == 0
+
+
 def test_flash_is_for_cuda_and_the_heads_it_takes(monkeypatch):
     has_flash_kernel = flash_attention.has_flash_kernel
     cuda = torch.device("cuda")
@@ -354,6 +450,15 @@ def test_a_step_reads_nothing_on_the_host():
     plan = plan_rows(batch.row_mask, survives)
     assert plan.sizes[-1] < plan.sizes[0]
     step_without_values(batch._replace(survives=survives, plan=plan), survival=0.9)
+
+    # And of packed rows: the kernel gets its sizes from the plan.
+    apart = torch.tensor([[0] * 10 + [10] * 14])
+    packed = batch._replace(
+        position_ids=torch.arange(24)[None] - apart,
+        starts=apart,
+        plan=plan_rows(batch.row_mask, None, apart),
+    )
+    step_without_values(packed)
 
     # Without its plan the batch's mask must be read.
     with pytest.raises((NotImplementedError, RuntimeError), match=r"[Mm]eta"):
