@@ -60,7 +60,8 @@ def parse() -> argparse.Namespace:
     add("--engine-python", required=True, help="the Python of vLLM's environment")
     add("--max-length", type=int, default=1024)
     add("--samples", type=int, default=64, help="in a group (default 64, a shard's)")
-    add("--batch", type=int, default=4, help="samples in one run of Hugging Face (default 4)")
+    help_text = "tokens in one run of Hugging Face (default 2048)"
+    add("--batch-tokens", type=int, default=2048, help=help_text)
     common.add_dtype(parser)
     add_arguments(parser)
     return parser.parse_args()
@@ -105,7 +106,7 @@ def open_sides(
 
     def huggingface() -> FeatureSource:
         model, _ = load_target(options.target, dtype, options.device)
-        return model_source(model, layers, batch=options.batch)
+        return model_source(model, layers, batch_tokens=options.batch_tokens)
 
     def vllm() -> FeatureSource:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
@@ -154,7 +155,7 @@ def main() -> int:
         engine = sides["vllm"].index["engine"]
 
     ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
-    names = ("dtype", "threads", "max_length", "samples", "batch")
+    names = ("dtype", "threads", "max_length", "samples", "batch_tokens")
     result = {
         "settings": {name: getattr(options, name) for name in names} | {"rounds": rounds},
         "target": Path(options.target).name,

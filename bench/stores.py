@@ -36,6 +36,7 @@ from eagle3fn.base.files import json_sha256, whole_folder
 from eagle3fn.base.places import anything, check_out_folder
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Sample
+from eagle3fn.data.feature_size import bytes_per_token
 from eagle3fn.data.features import (
     FeatureSet,
     open_features,
@@ -45,7 +46,7 @@ from eagle3fn.data.features import (
     write_index,
     write_shard,
 )
-from eagle3fn.data.storage import STORES, bytes_per_token, decode, encode, store_entry
+from eagle3fn.data.storage import STORES, decode, encode, store_entry
 from eagle3fn.data.target_tensors import read_target_tensors
 
 BF16 = "bf16"
@@ -105,7 +106,7 @@ def convert(folder: str | Path, out: str | Path, store: str) -> dict[str, Any]:
 
 def _head(features: FeatureSet, store: str) -> dict[str, Any]:
     """The index without samples, shards and totals, in another store."""
-    listed = ("samples", "shards", "totals", "sha256", "store")
+    listed = ("schema", "samples", "table", "shards", "totals", "sha256", "store")
     head = {key: value for key, value in features.index.items() if key not in listed}
     if "fingerprint" in head:
         head["fingerprint"] = json_sha256([head["fingerprint"], "converted to", store])
@@ -139,14 +140,15 @@ def compare(features: FeatureSet, head: Tensor, rows: int) -> dict[str, Any]:
         places.append(supervised[::step][:_ROWS_OF_SAMPLE])
 
     taps = samples[0].aux_hidden.shape[-1] // samples[0].last_hidden.shape[-1]
+    sizes = (head.shape[1], taps, torch.bfloat16)
     found = {}
     for store in STORES:
         found[store] = {
             **_teacher_loss(samples, places, head, store),
             "taps_error": _taps_error(samples, places, store),
-            "bytes_per_token": bytes_per_token(store, head.shape[1], taps),
+            "bytes_per_token": bytes_per_token(*sizes, store),
         }
-    found[BF16] = {"bytes_per_token": bytes_per_token(None, head.shape[1], taps)}
+    found[BF16] = {"bytes_per_token": bytes_per_token(*sizes)}
     return {"rows": sum(len(place) for place in places), "samples": len(samples), "stores": found}
 
 

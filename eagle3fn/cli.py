@@ -10,6 +10,7 @@ from eagle3fn.commands import checking, data, drafts, training
 from eagle3fn.commands.options import (
     DTYPES,
     FASTEST,
+    STORES,
     above_zero,
     add_conversations,
     add_engine,
@@ -139,7 +140,7 @@ def _add_extract(command: Command) -> None:
         data.extract,
         "run the target over conversations and write its features; resumable",
     )
-    add_target(sub, runs=True)
+    add_target(sub, runs=True, spread=True)
     add_conversations(sub)
     sub.add_argument("--out", required=True, help="feature folder; bad rows: OUT/rejects.jsonl")
     sub.add_argument(
@@ -150,14 +151,16 @@ def _add_extract(command: Command) -> None:
     sub.add_argument("--dtype", choices=DTYPES, help=f"what the target computes in ({FASTEST})")
     sub.add_argument(
         "--store",
-        choices=tuple(data.STORED_IN),
+        choices=STORES,
         default="bf16",
         help="how features lie on disk: bf16, or half the bytes by fp8 or int8 (default bf16)",
     )
     sub.add_argument(
-        "--batch",
+        "--batch-tokens",
         type=positive,
-        help="conversations in one run of the target (default 4 on CPUs, else 8; of an engine 32)",
+        metavar="N",
+        help="tokens, with padding, in one run of the target; a longer row runs alone "
+        "(default 2048 on CPUs, else 16384; of an engine 32768)",
     )
     taps = sub.add_mutually_exclusive_group()
     taps.add_argument(

@@ -21,7 +21,7 @@ from eagle3fn.base.toml import read_toml
 from eagle3fn.base.tree import equal
 from eagle3fn.cli import main
 from eagle3fn.data.synthesize import begun_threads, synthesize
-from eagle3fn.data.vocab import save_map
+from eagle3fn.data.vocab import load_map, read_map, save_map
 from eagle3fn.train.defaults import Choice
 from tests import devices
 from tests.factories import make_map, tiny_model, tiny_template, tiny_tokenizer, write_talks
@@ -314,7 +314,7 @@ def test_settings_that_nobody_names_are_chosen_said_and_kept(work, tmp_path, cap
     assert call(work, "train", *arguments) == 0
     said = capsys.readouterr().out
     assert ", optimizer.learning_rate=0.001 (by hidden size 16)\n" in said
-    assert "data.held_out=1 (a tenth of 10 samples" in said
+    assert "data.held_out=1 (those that the vocabulary map was not counted on)" in said
     config = read_toml(out / "config.toml")
     assert config["data"]["held_out"] == 1
     assert config["optimizer"]["learning_rate"] == 1e-3
@@ -346,6 +346,57 @@ def test_vocabulary_takes_its_size_from_the_data(work, tmp_path, capsys):
     assert call(work, "vocab", "--features", work / "features", "--out", tmp_path / "map") == 0
     said = capsys.readouterr().out
     assert re.search(r"map: 300 of 300 tokens, 100.00% .*, 100.00% in 1 held-out samples\n", said)
+
+
+def test_map_says_what_it_has_and_a_run_holds_out_the_same(work, tmp_path, capsys):
+    made = ["--features", work / "features", "--out", tmp_path / "map", "--held-out", 3]
+    assert call(work, "vocab", *made, "--size", 64) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"of the target's own choices in them, at \d+ places, are in the map\n", said)
+    assert "always in the map: <|im_start|>, <|im_end|>\n" in said
+    vocab_map = load_map(tmp_path / "map")
+    assert vocab_map.t2d[:2].all()
+
+    # What was said is in the file too.
+    stored = read_map(tmp_path / "map").provenance
+    assert stored["held_out"] == 3 and stored["always"] == [0, 1]
+    share = float(re.search(r"([\d.]+)% of the target's own", said)[1])
+    assert stored["choices_held_out"] == pytest.approx(share / 100, abs=1e-4)
+
+    # A run holds out the same samples, and says where it doesn't.
+    def trained(out: str, *more: object) -> str:
+        run = [
+            "--features",
+            work / "features",
+            "--vocab",
+            tmp_path / "map",
+            "--out",
+            tmp_path / out,
+        ]
+        capsys.readouterr()
+        assert call(work, "train", *run, *settings("train.steps=1"), *more) == 0
+        return capsys.readouterr().out
+
+    text = trained("a")
+    assert "data.held_out=3 (those that the vocabulary map was not counted on)" in text
+    assert "map held out 3" not in text
+    assert "run eagle3fn vocab --held-out 4" in trained("b", *settings("data.held_out=4"))
+
+    # A map may serve other features: its coverage of them is said.
+    extract = ["--conversations", work / "talks.jsonl", "--out", tmp_path / "few"]
+    assert call(work, "extract", *extract, "--max-length", 128, "--limit", 6) == 0
+    text = trained("c", "--features", tmp_path / "few")
+    assert re.search(r"counted on other samples than \S+few has; .* it has \d", text)
+    assert "data.held_out=0 (a tenth of 6 samples, at most 24)" in text
+
+
+def test_draft_vocabulary_beyond_the_targets_is_refused(work, tmp_path, capsys):
+    made = ["--features", work / "features", "--out", tmp_path / "map"]
+    code = call(work, "vocab", *made, "--size", 301)
+    expect_refusal(capsys, code, "draft_vocab_size = 301", "[1, 300]")
+    code = call(work, "vocab", *made, "--size", 1)
+    expect_refusal(capsys, code, "draft_vocab_size = 1", "at least 2")
+    assert not (tmp_path / "map").exists()
 
 
 # Whose answers these are.

@@ -1,6 +1,7 @@
 """Tensors between the host and a device, and what a device multiplies fast."""
 
 import platform
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,9 @@ from eagle3fn.base.tree import tree_map
 T = TypeVar("T")
 
 _LONGEST_REASON = 120  # characters
+
+SPREAD = "auto"
+"""The device of a target that is spread over all cards."""
 
 
 def check_device(name: str) -> str:
@@ -30,6 +34,23 @@ def check_device(name: str) -> str:
             f"device {name!r}: not usable here ({reason}); name cpu or cuda, or a card as cuda:1"
         ) from None
     return name
+
+
+def check_spread() -> str:
+    """The kind of the cards that a target can be spread over, such as "cuda".
+
+    Raises:
+        UserError: no card, or accelerate is not installed.
+    """
+    if not torch.accelerator.is_available():
+        raise UserError(f"device {SPREAD!r}: no card to spread the target over; name cpu")
+    if find_spec("accelerate") is None:
+        raise UserError(
+            f"device {SPREAD!r}: needs accelerate; pip install accelerate, or name one card"
+        )
+    kind = torch.accelerator.current_accelerator()
+    assert kind
+    return kind.type
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:

@@ -209,11 +209,11 @@ def json_sha256(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[bool]:
+def locked(folder: str | Path, shared: bool = False) -> Iterator[bool]:
     """Hold `folder` (made if need be) for this process, until the block or the process ends.
 
     A link to a folder is followed. What killed calls left in the folder is removed. Yields whether
-    this call made the folder.
+    this call made the folder. With `shared`, other processes may join by `locked_too`.
 
     Raises:
         UserError: another process holds it, or its file `.lock` is no regular file.
@@ -226,7 +226,30 @@ def locked(folder: str | Path) -> Iterator[bool]:
         handle, is_new = _lock_folder(folder)
     try:
         clear_in(folder)
+        if shared:
+            _flock(handle, folder, shared)
         yield is_new
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked_too(folder: str | Path) -> Iterator[None]:
+    """Hold a folder that another process of the same program holds, shared, as long as either.
+
+    Raises:
+        UserError: it is not held so, or not seen here.
+    """
+    folder = Path(os.path.realpath(folder))
+    try:
+        handle = _open_own(folder / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: rank 0's folder is not seen here; name one that all machines share"
+        ) from None
+    try:
+        _flock(handle, folder, shared=True)
+        yield
     finally:
         os.close(handle)
 
@@ -294,11 +317,11 @@ def _make_folder(folder: Path) -> bool:
     return True
 
 
-def _flock(handle: int, folder: Path) -> None:
+def _flock(handle: int, folder: Path, shared: bool = False) -> None:
     import fcntl
 
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _held_by_another(folder) from None
     except OSError as error:

@@ -16,8 +16,9 @@ AGAIN = "nothing is half written; call again"
 """What to do after a signal, where a program does not say more."""
 
 _SMALLER = (
-    "use less at a time (--batch, data.micro_batch), shorter samples (--max-length, "
-    "data.max_length), or a machine with more memory; eagle3fn plan counts what training needs"
+    "use less at a time (--batch, --batch-tokens, data.micro_batch), shorter samples "
+    "(--max-length, data.max_length), or a machine with more memory; eagle3fn plan counts what "
+    "training needs"
 )
 
 

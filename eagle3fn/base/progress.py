@@ -26,16 +26,17 @@ def counter(unit: str) -> Callable[[int], None]:
     return lambda done: update(done, None)
 
 
-def bar(unit: str, name: str | None = None, log: bool = False) -> Update:
+def bar(unit: str, name: str | None = None, log: bool = False, rate: bool = False) -> Update:
     """A function `(done, total, note="")` that draws a bar on stderr, which begins with `name`.
 
     `total` is None where it isn't known; `note` is said after the count. Where stderr is no
     terminal, a line is printed every half minute: on stderr, or with `log`, for a command whose
-    output is read as a log, on stdout.
+    output is read as a log, on stdout; with `rate` it has the units a second since the first count.
+    What was done at the first count took no time.
     """
     if sys.stderr.isatty():
         return _drawn_bar(unit, name)
-    return _lines(unit, name, log)
+    return _lines(unit, name, log, rate)
 
 
 def _drawn_bar(unit: str, name: str | None) -> Update:
@@ -51,6 +52,7 @@ def _drawn_bar(unit: str, name: str | None) -> Update:
                 unit=unit,
                 dynamic_ncols=True,
                 total=total,
+                initial=done,
                 leave=False,
                 delay=1.0,  # so that a short stage, and bad input, draw nothing
             )
@@ -64,7 +66,7 @@ def _drawn_bar(unit: str, name: str | None) -> Update:
     return update
 
 
-def _lines(unit: str, name: str | None, log: bool) -> Update:
+def _lines(unit: str, name: str | None, log: bool, rate: bool) -> Update:
     printed = monotonic()
     begun = first = None  # when the first count came, and which it was
 
@@ -82,6 +84,8 @@ def _lines(unit: str, name: str | None, log: bool) -> Update:
             line += f" of {total}"
         if note:
             line += f": {note}"
+        if rate and done > first:
+            line += f", {(done - first) / (now - begun):,.0f} {unit}s/s"
         if total is not None and done > first:
             line += f", {duration((total - done) * (now - begun) / (done - first))} left"
         print(line, file=sys.stdout if log else sys.stderr, flush=True)

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
+from eagle3fn.base.errors import printable
 from eagle3fn.commands.shared import chat_template, draft_shape, given_options, named_values, say
 
 if TYPE_CHECKING:
     import torch
 
+    from eagle3fn.base.launch import World
+    from eagle3fn.base.types import VocabMap
+    from eagle3fn.data.features import FeatureSet
     from eagle3fn.data.sources import FeatureSource
-
-STORED_IN = {"bf16": "bfloat16", "fp8": "fp8", "int8": "int8"}
-"""What `extract --store` takes, and its name in a line."""
 
 
 def synthesize(options: Any) -> None:
@@ -79,11 +80,13 @@ def inspect(options: Any) -> None:
     from eagle3fn.data.inspection import describe, inspect_file, numbers, show_sample
     from eagle3fn.data.samples import SampleMaker
     from eagle3fn.data.target_loading import load_tokenizer
-    from eagle3fn.data.target_source import known_hidden_size
+    from eagle3fn.data.target_source import config_hashes, known_hidden_size
     from eagle3fn.data.vocab import load_map
     from eagle3fn.specforge.feature_files import read_map
 
     tokenizer = load_tokenizer(options.target)
+    hidden_size = known_hidden_size(options.target)
+    hashes = None if hidden_size is None else config_hashes(options.target)
     found = inspect_file(
         SampleMaker(chat_template(options, tokenizer), options.max_length),
         options.conversations,
@@ -92,8 +95,10 @@ def inspect(options: Any) -> None:
         skip_bad=options.skip_bad,
         show=options.show,
         row_id=options.id,
-        vocab_map=load_map(options.vocab, read=read_map) if options.vocab else None,
-        hidden_size=known_hidden_size(options.target),
+        vocab_map=load_map(options.vocab, target_hash=hashes, read=read_map)
+        if options.vocab
+        else None,
+        hidden_size=hidden_size,
         on_rows=progress.counter("row"),
     )
     progress.close()
@@ -109,49 +114,83 @@ def inspect(options: Any) -> None:
 
 
 def extract(options: Any) -> None:
-    """Write the target's features of conversations."""
+    """Write the target's features of conversations, on one rank or several."""
     import torch
 
-    from eagle3fn.base.cores import own_cores
-    from eagle3fn.base.device import check_device
+    from eagle3fn.base.cores import local_ranks, own_cores
     from eagle3fn.base.draft_config import aux_layers
-    from eagle3fn.data.encode import describe_counts
+    from eagle3fn.base.launch import ranks
     from eagle3fn.data.extract import extract
-    from eagle3fn.data.features import open_features
     from eagle3fn.data.held import held
-    from eagle3fn.data.own import foreign_note, measure_agreement
     from eagle3fn.data.storage import STORES
     from eagle3fn.data.target_source import target_config
 
     _check_extract(options)
-    check_device(options.device)
-    with held(options.out):
-        pass  # refused before the target is loaded
-    tree = target_config(options.target)
-    shape = draft_shape(options, tree)
-    if options.aux_layers:
-        shape = replace(shape, aux_layers=options.aux_layers)
-    layers = aux_layers(shape, tree["num_hidden_layers"])
-    opened = _engine_source if options.engine else _model_source
-    with opened(options, tree, layers) as (source, tokenizer):
-        name = str(source.dtype).removeprefix("torch.")
-        say(f"the target computes in {name}, its features are stored in {STORED_IN[options.store]}")
-        index = extract(
-            source,
-            chat_template(options, tokenizer),
-            options.conversations,
-            options.out,
-            max_length=options.max_length,
-            limit=options.limit,
-            minutes=options.minutes,
-            stored=torch.bfloat16,
-            store=options.store if options.store in STORES else None,
-            skip_bad=options.skip_bad,
-            processes=own_cores(),
-            on_rows=progress.counter("row"),
-            on_progress=progress.bar("sample"),
-        )
-    progress.close()
+    with ranks() as world:
+        device = _extract_device(options, world)
+        with held(options.out, world=world):
+            pass  # refused before the target is loaded
+
+        # The target, or an engine that has it.
+        tree = target_config(options.target)
+        shape = draft_shape(options, tree)
+        if options.aux_layers:
+            shape = replace(shape, aux_layers=options.aux_layers)
+        layers = aux_layers(shape, tree["num_hidden_layers"])
+        if options.engine:
+            opened = _engine_source(options, tree, layers)
+        else:
+            opened = _model_source(options, tree, layers, device, world)
+
+        with opened as (source, tokenizer):
+            name = str(source.dtype).removeprefix("torch.")
+            if world.main:
+                say(f"the target computes in {name}, its features are stored in {options.store}")
+            index = extract(
+                source,
+                chat_template(options, tokenizer),
+                options.conversations,
+                options.out,
+                max_length=options.max_length,
+                limit=options.limit,
+                minutes=options.minutes,
+                stored=torch.bfloat16,
+                store=options.store if options.store in STORES else None,
+                skip_bad=options.skip_bad,
+                processes=own_cores() * local_ranks(),  # the other ranks wait meanwhile
+                world=world,
+                say=say,
+                on_rows=progress.counter("row"),
+                on_check=progress.bar("shard", "checked"),
+                on_progress=progress.bar("token", rate=True),
+            )
+        progress.close()
+        if world.main:
+            _say_extracted(options, index, source.head)
+
+
+def _extract_device(options: Any, world: "World") -> str:
+    """Where this rank computes the target."""
+    from eagle3fn.base.device import SPREAD, check_device, check_spread
+    from eagle3fn.base.errors import UserError
+
+    if options.device == SPREAD:
+        if world.size > 1:
+            raise UserError(
+                f"--device = {SPREAD!r} on {world.size} ranks: one process has all cards then; "
+                "start it without torchrun, or set --device=cuda, a card for each rank"
+            )
+        check_spread()
+        return SPREAD
+    return check_device(world.device(options.device, "--device"))
+
+
+def _say_extracted(options: Any, index: dict[str, Any], head: "torch.Tensor") -> None:
+    """Print what a feature folder holds, what was left out, and whose answers they are."""
+    from eagle3fn.data.encode import describe_counts
+    from eagle3fn.data.features import open_features
+    from eagle3fn.data.own import foreign_note, measure_agreement
+
     totals = index["totals"]
     rest = f", {index['remaining']} left for a call with more time" if index["remaining"] else ""
     print(
@@ -160,7 +199,7 @@ def extract(options: Any) -> None:
     )
     for line in describe_counts(index, Path(options.out) / "rejects.jsonl"):
         print(line)
-    found = measure_agreement(open_features(options.out), source.head)
+    found = measure_agreement(open_features(options.out), head)
     say(foreign_note(found, options.target, options.conversations))
 
 
@@ -173,10 +212,22 @@ def _check_extract(options: Any) -> None:
             options, ("--engine-python", "--engine-url", "--engine-arg", "--check")
         ):
             raise UserError(f"{name}: needs --engine, such as --engine vllm")
-        return
+    else:
+        _check_extract_engine(options)
+
+
+def _check_extract_engine(options: Any) -> None:
+    """Refuse options of `extract` that an engine has no use for."""
+    from eagle3fn.base.cores import all_ranks
+    from eagle3fn.base.errors import UserError
 
     for name in given_options(options, ("--device",)):
         raise UserError(f"{name}: the engine chooses its device; leave it out")
+    if all_ranks() > 1:
+        raise UserError(
+            f"--engine {options.engine}: an engine spreads by itself; start one process, with the "
+            "engine's own setting, such as --engine-arg tensor_parallel_size=2"
+        )
     if bool(options.engine_python) == bool(options.engine_url):
         raise UserError(
             f"--engine {options.engine}: needs either --engine-python, a Python that has it, or "
@@ -195,33 +246,38 @@ def _check_extract(options: Any) -> None:
 
 @contextmanager
 def _model_source(
-    options: Any, tree: dict[str, Any], layers: tuple[int, ...]
+    options: Any, tree: dict[str, Any], layers: tuple[int, ...], device: str, world: "World"
 ) -> "Iterator[tuple[FeatureSource, Any]]":
     """The target in this process as a source of features, and its tokenizer."""
     import torch
 
-    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.device import SPREAD, check_spread, fast_dtype
     from eagle3fn.base.thread_timing import large_products, sizes_of
     from eagle3fn.base.threads import take_threads
-    from eagle3fn.data.extract import begun_threads
-    from eagle3fn.data.sources import model_source
+    from eagle3fn.data.shards import begun_threads
+    from eagle3fn.data.sources import BATCH_TOKENS, CPU_BATCH_TOKENS, model_source
     from eagle3fn.data.target import load_target
     from eagle3fn.data.target_files import target_stamps
 
-    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(options.device)
+    card = check_spread() if device == SPREAD else device
+    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(card)
     stamps = target_stamps(options.target)
-    model, tokenizer = load_target(options.target, dtype, options.device)
+    model, tokenizer = load_target(options.target, dtype, device)
     sizes = sizes_of(tree)
-    say(
-        take_threads(
-            lambda: large_products(sizes.hidden, sizes.intermediate, model.dtype),
-            options.device,
-            options.threads,
-            begun_threads(options.out),
-        )
+    line = take_threads(
+        lambda: large_products(sizes.hidden, sizes.intermediate, model.dtype),
+        card,
+        options.threads,
+        world.shared(begun_threads(options.out) if world.main else None),
+        world,
     )
-    batch = options.batch or (4 if options.device == "cpu" else 8)
-    source = model_source(model, layers, batch=batch, name=options.target, stamps=stamps)
+    if world.main:
+        say(line)
+    on_cpu = torch.device(card).type == "cpu"
+    batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
+    source = model_source(
+        model, layers, batch_tokens=batch_tokens, name=options.target, stamps=stamps
+    )
     yield source, tokenizer
 
 
@@ -232,7 +288,12 @@ def _engine_source(
     """An engine as a source of features, and the target's tokenizer."""
     import torch
 
-    from eagle3fn.data.engine_source import check_room, default_check, engine_source
+    from eagle3fn.data.engine_source import (
+        ENGINE_BATCH_TOKENS,
+        check_room,
+        default_check,
+        engine_source,
+    )
     from eagle3fn.data.target_files import target_stamps
     from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
@@ -244,9 +305,14 @@ def _engine_source(
     dtype = getattr(torch, options.dtype) if options.dtype else None
     stamps = target_stamps(options.target)
     with _open_engine(options, tree, layers, dtype, arguments) as engine:
-        batch = options.batch or 32
         source = engine_source(
-            engine, options.target, layers, batch=batch, check=check, say=say, stamps=stamps
+            engine,
+            options.target,
+            layers,
+            batch_tokens=options.batch_tokens or ENGINE_BATCH_TOKENS,
+            check=check,
+            say=say,
+            stamps=stamps,
         )
         yield source, tokenizer
 
@@ -284,6 +350,8 @@ def _open_engine(
 def vocab(options: Any) -> None:
     """Count the supervised tokens and write the vocabulary map."""
     from eagle3fn.data.features import check_made_for, open_features
+    from eagle3fn.data.kept_tokens import kept_tokens
+    from eagle3fn.data.map_data import samples_hash
     from eagle3fn.data.pipeline import split
     from eagle3fn.data.target_files import check_weights_of
     from eagle3fn.data.target_source import check_supported, config_hashes, target_config
@@ -311,17 +379,64 @@ def vocab(options: Any) -> None:
     held_out = held_out_of(samples) if options.held_out is None else options.held_out
     kept, held = split(samples, held_out)
 
+    # The map.
+    always = kept_tokens(options.target, vocab_size)
     counts = count_tokens(features, kept, vocab_size)
-    size = options.size or chosen_size(counts)
-    vocab_map = build_map(counts, min(size, vocab_size))
+    size = options.size or max(chosen_size(counts), len(always.ids))
+    vocab_map = build_map(counts, size, always.ids)
     covered = coverage(vocab_map, counts)
-    provenance = {"target": options.target, "covered": covered}
-    provenance["target_hash"] = hashes[0]
-    save_map(options.out, vocab_map, provenance)
-
     text = f"{options.out}: {len(vocab_map.d2t)} of {vocab_size} tokens, {covered:.2%} of the "
     text += "supervised ones"
+    provenance = {
+        "target": options.target,
+        "target_hash": hashes[0],
+        "samples": samples_hash(features),
+        "held_out": held_out,
+        "always": list(always.ids),
+        "covered": covered,
+    }
+
+    # What it has of samples that were not counted.
+    choices = "no samples are held out: how many of the target's own choices it has is not known"
     if held:
         unseen = coverage(vocab_map, count_tokens(features, held, vocab_size))
         text += f", {unseen:.2%} in {len(held)} held-out samples"
+        found, choices = _own_choices(options.target, features, held, vocab_map)
+        provenance |= {"covered_held_out": unseen, **found}
+    save_map(options.out, vocab_map, provenance)
+
     print(text)
+    print(choices)
+    names = ", ".join(printable(text) for text in always.texts[:12])
+    more = len(always.texts) - 12
+    names += f" and {more} more" if more > 0 else ""
+    print(f"always in the map: {names or 'none'}")
+    if always.unknown:
+        say(f"only the configuration's stop tokens are always in the map: {always.unknown}")
+
+
+def _own_choices(
+    target: str, features: "FeatureSet", held: list[int], vocab_map: "VocabMap"
+) -> tuple[dict[str, Any], str]:
+    """The share of the target's own choices that a map has: for its file, and as a line."""
+    import torch
+
+    from eagle3fn.base.errors import UserError
+    from eagle3fn.data.choices import count_choices
+    from eagle3fn.data.features import tensors_of
+    from eagle3fn.data.target_tensors import read_target_tensors
+    from eagle3fn.data.vocab import coverage
+
+    try:
+        tensors = read_target_tensors(target, torch.bfloat16, tensors_of(features))
+    except UserError as error:
+        return {}, f"the target's own choices in them are not counted: {error}"
+    found = count_choices(features, held, tensors.head)
+    if not found.places:
+        return {}, "the target's own choices in them are not counted: no place is supervised"
+    share = coverage(vocab_map, found.counts)
+    places = f"{found.places:,} places"
+    if found.places < found.all_places:
+        places += f" of {found.all_places:,}"
+    line = f"{share:.2%} of the target's own choices in them, at {places}, are in the map"
+    return {"choices_held_out": share, "choices_counted": found.places}, line

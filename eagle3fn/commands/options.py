@@ -6,17 +6,24 @@ from typing import Any
 
 from eagle3fn.use.trackers import TRACKERS
 
+STORES = ("bf16", "fp8", "int8")
 DTYPES = ("float32", "bfloat16", "float16")
 FASTEST = "default: bfloat16 where the device multiplies it, else float32"
 
 
-def add_target(sub: argparse.ArgumentParser, runs: bool) -> None:
-    """The option that names the target; with `runs`, where it is computed."""
+def add_target(sub: argparse.ArgumentParser, runs: bool, spread: bool = False) -> None:
+    """The option that names the target; with `runs`, where it is computed.
+
+    `spread`: the command can spread it over several devices.
+    """
     sub.add_argument(
         "--target", required=True, help="folder or hub id of a Hugging Face causal language model"
     )
     if runs:
-        sub.add_argument("--device", default="cpu", help="torch device of the target (default cpu)")
+        about = "torch device of the target (default cpu)"
+        if spread:
+            about += "; auto: spread over all cards by accelerate"
+        sub.add_argument("--device", default="cpu", help=about)
 
 
 def add_threads(sub: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from eagle3fn.base.launch import World
     from eagle3fn.base.types import VocabMap
     from eagle3fn.data.features import FeatureSet
+    from eagle3fn.data.map_data import CountedOn
     from eagle3fn.data.target_tensors import TargetTensors
     from eagle3fn.train.recipe import Recipe
 
@@ -27,7 +28,7 @@ def train(options: Any) -> int | None:
     from eagle3fn.base.thread_timing import large_products
     from eagle3fn.base.threads import take_threads
     from eagle3fn.data.features import open_features
-    from eagle3fn.data.own import foreign_note, measure_agreement
+    from eagle3fn.data.map_data import counted_on
     from eagle3fn.data.target_source import target_config
     from eagle3fn.data.vocab import map_size
     from eagle3fn.specforge.feature_files import READER, read_map
@@ -51,7 +52,8 @@ def train(options: Any) -> int | None:
         draft = _draft(options, tree, map_size(options.vocab, read_map))
         features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
-        defaults, said = _unnamed(options, named, draft, len(features.samples), device)
+        counted = counted_on(options.vocab, read_map)
+        defaults, said = _unnamed(options, named, draft, features, counted, device)
         config = _config(options, draft, overrides, options.recipe, defaults)
         check_rate(config.optimizer, draft.hidden_size, named, defaults)
         dtype = getattr(torch, config.train.dtype)
@@ -75,8 +77,8 @@ def train(options: Any) -> int | None:
         if world.main:
             say(said)
             say(start)
-            found = measure_agreement(features, tensors.head)
-            say(foreign_note(found, options.target, "CONVERSATIONS.jsonl"))
+            for note in _notes(options, config, features, vocab_map, counted, tensors):
+                say(note)
 
         run = _Run(config, features, vocab_map, tensors, options.out, options.minutes)
         if options.dry_run:
@@ -216,6 +218,24 @@ def _read_matching(
     return vocab_map, tensors
 
 
+def _notes(
+    options: Any,
+    config: "Config",
+    features: "FeatureSet",
+    vocab_map: "VocabMap",
+    counted: "CountedOn",
+    tensors: "TargetTensors",
+) -> list[str]:
+    """What is worth a line of the data: other answers than the target's, another map's data."""
+    from eagle3fn.data.map_data import map_note
+    from eagle3fn.data.own import foreign_note, measure_agreement
+
+    found = measure_agreement(features, tensors.head)
+    notes = [foreign_note(found, options.target, "CONVERSATIONS.jsonl") or ""]
+    held_out = config.data.held_out
+    return [*notes, map_note(options.vocab, vocab_map, counted, features, held_out)]
+
+
 def _named(options: Any, overrides: list[str]) -> dict[str, Any]:
     """The settings that a TOML file and overrides name, by section.
 
@@ -235,12 +255,18 @@ def _named(options: Any, overrides: list[str]) -> dict[str, Any]:
 
 
 def _unnamed(
-    options: Any, named: dict[str, Any], draft: "DraftConfig", samples: int, device: str
+    options: Any,
+    named: dict[str, Any],
+    draft: "DraftConfig",
+    features: "FeatureSet",
+    counted: "CountedOn",
+    device: str,
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Values for the settings that nobody names, by section, and a text of where they are from.
 
     A run that goes on has those it began with; a recipe's own come next, then chosen ones.
     """
+    from eagle3fn.data.map_data import held_out_by
     from eagle3fn.specforge.recipes import SETTINGS
     from eagle3fn.train.defaults import (
         begun_settings,
@@ -260,7 +286,9 @@ def _unnamed(
         return SETTINGS, ""
     optimizer = named_value(named, "optimizer.name", "muon")
     start = named_value(named, "train.init", "target")
-    choices = chosen_defaults(draft, samples, device, optimizer, start)
+    held_out = held_out_by(counted, features)
+    samples = len(features.samples)
+    choices = chosen_defaults(draft, samples, device, optimizer, start, held_out)
     chosen = not_named(choices, named)
     return by_section(chosen), describe(chosen)
 

@@ -82,5 +82,6 @@ def check_present(model: Any) -> None:
         if value.is_meta:
             raise UserError(
                 f"{type(model).__name__}: {name} is offloaded (on the device 'meta'); load the "
-                "target without offloading, on one device or spread over several"
+                "target without offloading, on one device or spread over more, in a narrower "
+                "dtype, or let an engine compute it"
             )

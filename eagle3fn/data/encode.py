@@ -1,6 +1,6 @@
 """A conversations' file to samples: streamed, in several processes, every loss counted.
 
-Samples go to a temporary file, in the rows' order, so memory does not grow with their number.
+Samples go to a file, in the rows' order, so memory does not grow with their number.
 """
 
 from collections import deque
@@ -113,7 +113,7 @@ def encode_file(
     conversations: str | Path,
     vocab_size: int | None,
     *,
-    folder: str | Path | None = None,
+    path: str | Path | None = None,
     limit: int | None = None,
     processes: int = 1,
     skip_bad: float | None = None,
@@ -127,7 +127,7 @@ def encode_file(
         maker: makes the samples.
         conversations: a file or folder that `read_rows` reads.
         vocab_size: the target's, V; None where it is not known.
-        folder: where the temporary file lies; None: the system's own.
+        path: the file that the samples are written to; None: a temporary one.
         limit: rows read.
         processes: processes that encode, where there are more than a few thousand rows.
         skip_bad: the share of rows that may be bad and are left out; None: none may, and all are
@@ -140,16 +140,16 @@ def encode_file(
         UserError: an unreadable file, no rows, bad rows, an id outside the target's vocabulary, or
             no sample at all. The message counts them and names the first.
     """
-    samples = SampleFile(folder)
+    samples = SampleFile(path)
     dropped = Dropped()
     lost = Dropped()
     unused = Dropped()
     notes = Dropped()
     cut_rows = 0
     cut_tokens = 0
-    path = None if skip_bad is None else rejects
+    bad_rows = None if skip_bad is None else rejects
     try:
-        with rejecting(conversations, skip_bad, path, MEND_OR_SKIP) as bad:
+        with rejecting(conversations, skip_bad, bad_rows, MEND_OR_SKIP) as bad:
             for row in encode_rows(maker, conversations, limit, processes):
                 bad.read()
                 on_row(row)

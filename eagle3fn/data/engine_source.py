@@ -15,7 +15,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.samples import Encoded
-from eagle3fn.data.sources import FeatureSource, target_record
+from eagle3fn.data.sources import FeatureSource, target_record, token_batches
 from eagle3fn.data.target import load_target
 from eagle3fn.data.target_files import Stamps
 from eagle3fn.data.target_source import config_hash, loaded_config, weights_folder
@@ -23,6 +23,8 @@ from eagle3fn.data.target_tensors import StoredTarget, read_stored_target
 from eagle3fn.data.weights import files_digest, weight_files
 from eagle3fn.engines.hidden_states import HiddenStates, Row, Score, row_fault
 
+ENGINE_BATCH_TOKENS = 32_768
+"""Tokens that an engine is asked for at once, where nobody says how many."""
 CHECKS = ("hf", "logits")
 _LARGEST_MODEL = 4 * 2**30  # bytes of weights that are loaded to check a row
 _COMPARED = 128  # tokens of a row
@@ -60,7 +62,7 @@ def engine_source(
     target: str | Path,
     layers: Sequence[int],
     *,
-    batch: int = 32,
+    batch_tokens: int = ENGINE_BATCH_TOKENS,
     check: str = "logits",
     say: Callable[[str], None] = lambda line: None,
     stamps: Stamps | None = None,
@@ -73,7 +75,8 @@ def engine_source(
         engine: where the states come from.
         target: the same target's folder or id.
         layers: the tapped decoder layers, ascending and counted from 0.
-        batch: rows that the engine is asked for at once.
+        batch_tokens: tokens that the engine is asked for at once, as `data.sources.token_batches`
+            counts them.
         check: what the first row is compared with: "hf", the states of the target loaded here by
             transformers, or "logits", the engine's own log-probabilities with
             `log_softmax(last_hidden @ head.T)`.
@@ -93,7 +96,9 @@ def engine_source(
         tensors=stored.record,
     )
     weights = files_digest(weights_folder(target))
-    rows = _CheckedRows(engine, target, layers, config.hidden_size, stored, batch, check, say)
+    rows = _CheckedRows(
+        engine, target, layers, config.hidden_size, stored, batch_tokens, check, say
+    )
     return FeatureSource(
         config=config,
         layers=tuple(layers),
@@ -118,7 +123,7 @@ class _CheckedRows:
         layers: Sequence[int],
         hidden_size: int,
         stored: StoredTarget,
-        batch: int,
+        batch_tokens: int,
         check: str,
         say: Callable[[str], None],
     ) -> None:
@@ -127,7 +132,7 @@ class _CheckedRows:
         self.layers = layers
         self.hidden_size = hidden_size
         self.stored = stored
-        self.batch = batch
+        self.batch_tokens = batch_tokens
         self.check = check
         self.say = say
         self.compared = False
@@ -137,21 +142,19 @@ class _CheckedRows:
         if not self.compared:
             self._compare(group[0])
             self.compared = True
-        samples = []
-        for start in range(0, len(group), self.batch):
-            chosen = group[start : start + self.batch]
-            ids = [encoded.input_ids.tolist() for encoded in chosen]
-            for encoded, row in zip(chosen, self.engine.rows(ids, False), strict=True):
+        samples: dict[int, Sample] = {}
+        for chosen in token_batches([len(row.input_ids) for row in group], self.batch_tokens):
+            ids = [group[number].input_ids.tolist() for number in chosen]
+            for number, row in zip(chosen, self.engine.rows(ids, False), strict=True):
+                encoded = group[number]
                 aux, last = self._states(encoded, row)
-                samples.append(
-                    Sample(
-                        input_ids=encoded.input_ids.clone(),
-                        token_mask=encoded.token_mask.clone(),
-                        aux_hidden=aux.to(dtype),
-                        last_hidden=last.to(dtype),
-                    )
+                samples[number] = Sample(
+                    input_ids=encoded.input_ids.clone(),
+                    token_mask=encoded.token_mask.clone(),
+                    aux_hidden=aux.to(dtype),
+                    last_hidden=last.to(dtype),
                 )
-        return samples
+        return [samples[number] for number in range(len(group))]
 
     @torch.no_grad()
     def _states(self, encoded: Encoded, row: Row) -> tuple[Tensor, Tensor]:

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eagle3fn.base.draft_config import DEFAULT_TAPS
 from eagle3fn.base.errors import UserError, one_line
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.encode import EncodedRow, describe_counts, encode_file
+from eagle3fn.data.feature_size import bytes_per_token, size_text
 from eagle3fn.data.samples import Encoded, SampleMaker
+from eagle3fn.data.storage import STORES
 from eagle3fn.data.vocab import coverage
 
 _COLOUR = "\x1b[32m"  # green
 _DIM = "\x1b[2m"
 _PLAIN = "\x1b[0m"
-_STATES = 4  # of a token that are stored: three tapped layers and the last
-_BYTES = 2  # of a stored value, bfloat16
-_TOKEN_BYTES = 16  # of a token's id and mask
 
 
 class Inspection(NamedTuple):
@@ -36,7 +36,8 @@ class Inspection(NamedTuple):
     longest: int
     full: int  # samples that have the maximal length
     coverage: float | None  # the share of supervised tokens that a map has
-    bytes: int | None  # that features will take, where the hidden size is known
+    bytes: int | None  # that features will take in bfloat16, where the hidden size is known
+    smaller: dict[str, int] | None  # … and in each store of `data.storage`
     shown: list[Encoded]  # the samples to print
     missing: list[str]  # of the row that was asked for: what is not trained, and why
 
@@ -105,6 +106,9 @@ def inspect_file(
                 shown.append(sample)
 
     tokens = sum(lengths)
+    size = None
+    if hidden_size is not None:
+        size = tokens * bytes_per_token(hidden_size, DEFAULT_TAPS, torch.bfloat16)
     in_order = sorted(lengths)
     return Inspection(
         counts=encoded.counts(),
@@ -116,10 +120,17 @@ def inspect_file(
         longest=in_order[-1],
         full=sum(length == maker.max_length for length in lengths),
         coverage=None if vocab_map is None else coverage(vocab_map, counts),
-        bytes=None if hidden_size is None else tokens * bytes_of_token(hidden_size),
+        bytes=size,
+        smaller=None if hidden_size is None else _smaller(tokens, hidden_size),
         shown=shown,
         missing=asked.missing,
     )
+
+
+def _smaller(tokens: int, hidden_size: int) -> dict[str, int]:
+    """Bytes of the features in each smaller store."""
+    sizes = (hidden_size, DEFAULT_TAPS, torch.bfloat16)
+    return {store: tokens * bytes_per_token(*sizes, store) for store in STORES}
 
 
 class _Asked:
@@ -141,11 +152,6 @@ class _Asked:
             self.samples.update(range(first, self._count))
             reasons = [row.fault] if row.fault else row.dropped
             self.missing += [f"{row.where}: {reason}" for reason in reasons]
-
-
-def bytes_of_token(hidden_size: int) -> int:
-    """What a token's features take on disk in bfloat16, for a target of hidden size Ht."""
-    return _STATES * _BYTES * hidden_size + _TOKEN_BYTES
 
 
 def numbers(found: Inspection) -> dict[str, Any]:
@@ -173,16 +179,12 @@ def describe(found: Inspection, conversations: str) -> str:
     if found.bytes is None:
         size = "8 bytes a token and hidden dimension; no config.json names the hidden size"
     else:
-        size = f"{_size(found.bytes)} in bfloat16"
+        size = f"{size_text(found.bytes)} in bfloat16"
+        for store, count in (found.smaller or {}).items():
+            size += f", {size_text(count)} in {store}"
     lines.append(("features", size))
     lines += [("left out", line) for line in describe_counts(found.counts)]
     return "\n".join(f"{name:<15}{text}" for name, text in [("file", conversations), *lines])
-
-
-def _size(count: int) -> str:
-    if count < 2**30:
-        return f"{count / 2**20:.1f} MiB"
-    return f"{count / 2**30:.2f} GiB"
 
 
 def show_sample(tokenizer: Any, sample: Encoded, colour: bool) -> str:

@@ -2,7 +2,7 @@
 
 The target is run by extraction's own `run_target`, and batches are made by the pipeline's own
 stages. So a sample has the bits that extraction stores if it went through the target with
-the same rows around it and the same `batch`. With `batch=1` its bits depend on itself alone;
+the same rows around it and the same `batch_tokens`. With 1 its bits depend on itself alone;
 otherwise padding and the other rows may move the last ones.
 """
 
@@ -18,13 +18,17 @@ from eagle3fn.data.decoder import check_present
 from eagle3fn.data.order import Order, shuffled
 from eagle3fn.data.pipeline import binned, micro_batches, ordered
 from eagle3fn.data.samples import Encoded
-from eagle3fn.data.sources import check_extraction, run_target
+from eagle3fn.data.sources import BATCH_TOKENS, check_extraction, run_target
 from eagle3fn.data.stages import Item, Loaded, stage
 from eagle3fn.data.validate import hidden_fault, token_fault
 
 
 def roll_out(
-    model: Any, rows: Iterable[Encoded], layers: Sequence[int], batch: int = 8, group: int = 64
+    model: Any,
+    rows: Iterable[Encoded],
+    layers: Sequence[int],
+    batch_tokens: int = BATCH_TOKENS,
+    group: int = 64,
 ) -> Iterator[Sample]:
     """A sample for each row, in the order of `rows`, on the CPU and in the target's dtype.
 
@@ -34,7 +38,8 @@ def roll_out(
             `Encoded(id, ids, mask)` from a pair. They are read `group` at a time, when the first
             sample of the group is asked for.
         layers: the tapped decoder layers, ascending and counted from 0.
-        batch: rows in one run of the target, of like length within a group, padded on the right.
+        batch_tokens: tokens in one run of the target, as `data.sources.token_batches` counts them;
+            of like length within a group, padded on the right.
         group: rows sorted by length together: extraction's `samples_per_shard`, where its bits are
             wanted.
 
@@ -53,7 +58,7 @@ def roll_out(
 
         for row in chosen:
             _check_row(model.config, row)
-        samples = run_target(model, chosen, layers, batch)
+        samples = run_target(model, chosen, layers, batch_tokens)
         for row, sample in zip(chosen, samples, strict=True):
             what = hidden_fault(
                 sample.aux_hidden,
@@ -85,13 +90,13 @@ def online_batches(
     config: Config,
     start: int,
     stop: int,
-    batch: int = 1,
+    batch_tokens: int = 1,
     align_mask: AlignMask = align_mask,
     order: Order = shuffled,
 ) -> Iterator[tuple[Batch, ...]]:
     """`data.pipeline.batches` without stored features: the same steps, samples and order.
 
-    With features extracted at `batch=1` and `batch=1` here, the two give the same bits.
+    With features extracted at `batch_tokens=1`, and that here, the two give the same bits.
 
     Args:
         model: the target, as in `roll_out`.
@@ -100,7 +105,7 @@ def online_batches(
         config: `data`, `train.seed` and the unroll length are read.
         start: the first step.
         stop: one past the last.
-        batch: rows in one run of the target, as in `roll_out`.
+        batch_tokens: tokens in one run of the target, as in `roll_out`.
         align_mask: token mask to row mask.
         order: which row comes at which place.
 
@@ -113,7 +118,7 @@ def online_batches(
         )
     numbers = ordered(range(len(rows)), config, start, stop, order)
     bins = binned(numbers, lambda number: len(rows[number].input_ids), config)
-    return micro_batches(_rolled_out(bins, model, rows, layers, batch), config, align_mask)
+    return micro_batches(_rolled_out(bins, model, rows, layers, batch_tokens), config, align_mask)
 
 
 @stage
@@ -122,11 +127,11 @@ def _rolled_out(
     model: Any,
     rows: Sequence[Encoded],
     layers: Sequence[int],
-    batch: int,
+    batch_tokens: int,
 ) -> Iterator[Item[Loaded]]:
     """`data.stages.read` of one rank, by the target in place of a folder."""
     for bins, place in items:
         # One group a step: the target runs on this step's rows alone.
         chosen = [rows[number] for each in bins for number in each]
-        samples = iter(list(roll_out(model, chosen, layers, batch, group=len(chosen))))
+        samples = iter(list(roll_out(model, chosen, layers, batch_tokens, group=len(chosen))))
         yield Item(Loaded(bins, [[next(samples) for _ in each] for each in bins], []), place)

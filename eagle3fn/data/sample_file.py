@@ -1,11 +1,12 @@
-"""Samples in a temporary file: memory does not grow with their number."""
+"""Samples in a file: memory does not grow with their number."""
 
+import os
 import struct
 import tempfile
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import IO, NamedTuple, overload
 
 import torch
 
@@ -31,22 +32,45 @@ def pack(sample: Encoded) -> PackedSample:
 
 
 class SampleFile(Sequence[Encoded]):
-    """Samples in a temporary file, which is gone with the process; memory has 8 bytes of each.
+    """Samples in a file; memory has 8 bytes of each.
 
     Args:
-        folder: where the file lies; None: the system's own.
+        path: the file, made anew; None: a temporary one, which is gone with the process.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    def __init__(self, path: str | Path | None = None) -> None:
+        self._file: IO[bytes]
+        self._file = tempfile.TemporaryFile() if path is None else open(path, "w+b")  # noqa: SIM115
         self._places = array("Q")
+        self.tokens = 0  # of all samples
+
+    @classmethod
+    def written(cls, path: str | Path) -> "SampleFile":
+        """The samples of a file that another process wrote and flushed."""
+        file = cls.__new__(cls)
+        file._file = open(path, "rb")  # noqa: SIM115
+        file._places = array("Q")
+        file.tokens = 0
+        size = os.fstat(file._file.fileno()).st_size
+        place = 0
+        while place < size:
+            file._places.append(place)
+            file._file.seek(place)
+            lengths = _HEADER.unpack(file._file.read(_HEADER.size))
+            place += _HEADER.size + sum(lengths)
+            file.tokens += lengths[-1]
+        return file
 
     def append(self, sample: PackedSample) -> None:
         """Add a sample."""
         self._places.append(self._file.seek(0, 2))
         self._file.write(sample.data)
+        self.tokens += _HEADER.unpack_from(sample.data)[-1]
+
+    def flush(self) -> None:
+        """Let other processes see the samples added so far."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def __len__(self) -> int:
         return len(self._places)
@@ -76,5 +100,5 @@ class SampleFile(Sequence[Encoded]):
         self.close()
 
     def close(self) -> None:
-        """Delete the file."""
+        """Close the file; a temporary one is gone."""
         self._file.close()

@@ -4,7 +4,7 @@ A sample is the prompt's ids, as the chat template renders the turns before an a
 generation prompt, and then the ids that the target writes: the answer and one stop token.
 Supervised are exactly the written ids. Prompt and answer are tokenized apart. A further answer
 shares the sample if its own prompt begins with these very ids; otherwise it has a sample of its
-own.
+own. What follows the last supervised token within the maximal length is left out: no loss reads it.
 """
 
 import re
@@ -90,7 +90,8 @@ class SampleMaker:
         lost = 0
         for number, ids, mask in self._sequences(conversation, where, dropped, notes):
             full_name = f"{name}:{number + 1}" if made else name
-            made.append(_encoded(full_name, ids[: self.max_length], mask[: self.max_length]))
+            end = needed_tokens(mask[: self.max_length])
+            made.append(_encoded(full_name, ids[:end], mask[:end]))
             lost += sum(mask[self.max_length :])
         # The reason of a row that gives nothing is the first: one that is not the row's own choice.
         return Samples(made, dropped + _not_trained(conversation), notes, lost)
@@ -253,6 +254,15 @@ class _Shown:
                 self._tokens += len(self._encode(text_of(turn["content"]).strip()))
         self._counted = max(self._counted, turns)
         return self._tokens
+
+
+def needed_tokens(mask: list[int]) -> int:
+    """How many tokens of a sample training needs: up to the one after the last supervised one.
+
+    Attention looks back alone. SpecForge's mask trains one row later than ours, so that one stays.
+    """
+    last = max((place for place, written in enumerate(mask) if written), default=-1)
+    return min(last + 2, len(mask)) if last >= 0 else len(mask)
 
 
 def _encoded(name: str, ids: list[int], mask: list[int]) -> Encoded:

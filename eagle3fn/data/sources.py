@@ -18,6 +18,11 @@ from eagle3fn.data.target_files import Stamps
 from eagle3fn.data.target_source import model_config_hash
 from eagle3fn.data.target_tensors import tensors_record
 
+BATCH_TOKENS = 16_384
+"""Tokens in one run of a target on a card, where nobody says how many."""
+CPU_BATCH_TOKENS = 2_048
+"""The same on CPUs, whose cores have enough to do with less."""
+
 
 class FeatureSource(NamedTuple):
     """What computes features of token ids, and what a feature folder keeps of it."""
@@ -43,7 +48,7 @@ def model_source(
     model: Any,
     layers: Sequence[int],
     *,
-    batch: int = 8,
+    batch_tokens: int = BATCH_TOKENS,
     name: str | None = None,
     stamps: Stamps | None = None,
 ) -> FeatureSource:
@@ -52,7 +57,7 @@ def model_source(
     Args:
         model: the target (`data.target.load_target`), on any device; it computes in its own dtype.
         layers: the tapped decoder layers, ascending and counted from 0.
-        batch: samples in one run of the target.
+        batch_tokens: tokens in one run of the target, as in `token_batches`.
         name: the target's name in the index; None, where it was loaded from.
         stamps: `data.target_files.target_stamps` from before it was loaded: an extraction refuses
             files that have changed since.
@@ -71,7 +76,7 @@ def model_source(
         head=model.get_output_embeddings().weight,
         target=record,
         identity={"config": record["config_hash"], "weights": weights_digest(model)},
-        features=lambda group, stored: run_target(model, group, layers, batch, stored),
+        features=lambda group, stored: run_target(model, group, layers, batch_tokens, stored),
         sidecar=lambda: {"threads": torch.get_num_threads()},
         files=str(model.config.name_or_path) or None,
         stamps=stamps,
@@ -110,22 +115,44 @@ def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> Non
         raise UserError(f"layers {list(layers)}: must be layers of the target in [0, {count})")
 
 
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows in batches of like length, the shortest first, as many as a budget of tokens allows.
+
+    A batch counts `rows · longest` tokens, padding included. A row longer than the budget is
+    alone.
+
+    Args:
+        lengths: of the rows, in tokens.
+        budget: tokens of a batch; 1, and every row is alone.
+
+    Returns:
+        The rows' numbers; each batch ends with its longest.
+
+    >>> token_batches([5, 2, 9, 3, 2], 10)
+    [[1, 4, 3], [0], [2]]
+    """
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * lengths[number] <= budget:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
 def run_target(
     model: Any,
     group: Sequence[Encoded],
     layers: Sequence[int],
-    batch: int,
+    batch_tokens: int,
     stored: torch.dtype | None = None,
 ) -> list[Sample]:
     """The samples of a group, in its order, on the CPU, in the dtype `stored` or the target's.
 
-    The target runs on `batch` rows at a time, of like length, padded on the right.
+    The target runs on a batch of `token_batches` at a time, padded on the right.
     """
-    by_length = sorted(range(len(group)), key=lambda number: len(group[number].input_ids))
     samples: dict[int, Sample] = {}
-    for start in range(0, len(group), batch):
-        chosen = by_length[start : start + batch]
-
+    for chosen in token_batches([len(row.input_ids) for row in group], batch_tokens):
         # Pad to the longest, which is the last.
         longest = len(group[chosen[-1]].input_ids)
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64)  # (B, S)

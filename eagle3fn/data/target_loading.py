@@ -58,8 +58,12 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     return tokenizer
 
 
-def load_weights(path_or_id: str | Path, attn: str, dtype: Any) -> tuple[Any, dict[str, Any]]:
+def load_weights(
+    path_or_id: str | Path, attn: str, dtype: Any, spread: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """The model by its `attn` implementation or else by "eager", and transformers' report of it.
+
+    With `spread` accelerate puts its layers on all cards, and what they have no room for elsewhere.
 
     Raises:
         UserError: not loadable.
@@ -67,7 +71,9 @@ def load_weights(path_or_id: str | Path, attn: str, dtype: Any) -> tuple[Any, di
     name, extra = source_of(path_or_id)
     if not extra:
         check_generation(path_or_id)
-        extra = {"use_safetensors": True}  # no pickles
+        extra: dict[str, Any] = {"use_safetensors": True}  # no pickles
+    if spread:
+        extra = {**extra, "device_map": "auto"}
     for file in sorted(Path(path_or_id).glob("*.safetensors*")):
         check_regular(file)
     with _refusing(path_or_id), _escaped_log():

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from eagle3fn.base.device import check_device
+from eagle3fn.base.device import SPREAD, check_device, check_spread
 from eagle3fn.base.errors import UserError
+from eagle3fn.data.decoder import check_present
 from eagle3fn.data.target_loading import load_tokenizer, load_weights
 from eagle3fn.data.target_source import loaded_config, no_fit, source_of, weights_folder
 from eagle3fn.data.teacher_check import check_teacher
@@ -27,16 +28,21 @@ def load_model(
     """The target model, in eval mode and without gradients, and its tokenizer.
 
     A target that has no `attn` implementation is loaded with "eager". What training will compute is
-    compared with the model (`data.teacher_check`).
+    compared with the model (`data.teacher_check`). On the device "auto" its layers are spread over
+    all cards.
 
     Raises:
         UserError: as `target_config`; a device that is not there; the weights are not loadable, do
-            not fit or are not all there; a biased head; logits that are not
-            `last_hidden @ head.T`.
+            not fit the target or the cards, or are not all there; a biased head; logits that are
+            not `last_hidden @ head.T`.
     """
     from transformers.utils import logging
 
-    check_device(device)
+    spread = device == SPREAD
+    if spread:
+        check_spread()
+    else:
+        check_device(device)
     config = loaded_config(path_or_id)
     _, gguf = source_of(path_or_id)
     if not gguf:
@@ -47,7 +53,7 @@ def load_model(
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(path_or_id)
     try:
-        model, loading = load_weights(path_or_id, attn, dtype)
+        model, loading = load_weights(path_or_id, attn, dtype, spread)
     except UserError:
         # transformers' own message rarely names the damaged file; `check_weights` does.
         if Path(path_or_id).is_dir():
@@ -60,7 +66,11 @@ def load_model(
     if missing:
         raise no_fit(path_or_id, f"no tensor {min(missing)}, which config.json asks for")
     check_unbiased(model, path_or_id)
-    model = model.to(device).eval().requires_grad_(False)
+    if spread:
+        check_present(model)  # what the cards have no room for is left out
+    else:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     if gguf:
         model.config.name_or_path = str(path_or_id)  # the file, not its folder
 

@@ -1,5 +1,6 @@
 """The vocabulary map: which target tokens the draft can propose."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -49,22 +50,30 @@ def count_tokens(
     return counts
 
 
-def build_map(counts: Tensor, draft_size: int) -> VocabMap:
+def build_map(counts: Tensor, draft_size: int, always: Sequence[int] = ()) -> VocabMap:
     """Keep the `draft_size` most frequent tokens of `counts` `(V,)`; ties go to the lowest id.
 
-    Draft id `j` is the j-th kept target id in ascending order: `kept[j] == j + d2t[j]`.
+    The tokens `always` come before all others, so they take the place of the rarest. Draft id `j`
+    is the j-th kept target id in ascending order: `kept[j] == j + d2t[j]`.
 
     Raises:
-        UserError: `draft_size` is not in [1, V].
+        UserError: `draft_size` is not in [1, V], or below the number of `always`.
     """
     size = len(counts)
     if not 1 <= draft_size <= size:
         raise UserError(
             f"draft_vocab_size = {draft_size}: must be in [1, {size}], the target's vocabulary"
         )
+    if draft_size < len(set(always)):
+        raise UserError(
+            f"draft_vocab_size = {draft_size}: must be at least {len(set(always))}, the target's "
+            "stop tokens and those of its chat template, which are always in; name a larger one"
+        )
 
     # A stable sort keeps tokens of equal counts in the order of their ids.
-    by_count = counts.sort(descending=True, stable=True).indices
+    first = torch.tensor(sorted(set(always)), dtype=torch.int64, device=counts.device)
+    ranked = counts.index_fill(0, first, int(counts.max()) + 1)
+    by_count = ranked.sort(descending=True, stable=True).indices
     kept = by_count[:draft_size].sort().values  # (D,)
 
     t2d = torch.zeros(size, dtype=torch.bool)
@@ -144,9 +153,11 @@ class StoredMap(NamedTuple):
 def save_map(path: str | Path, vocab_map: VocabMap, provenance: dict[str, Any]) -> None:
     """Write the map as safetensors, whole or not at all.
 
-    `provenance` (JSON values; `target_hash` is checked on loading) goes into the file's metadata.
+    `provenance` (JSON values; `target_hash` is checked on loading) goes into the file's metadata,
+    with a digest of the map, which is checked too.
     """
     tensors = {name: value.contiguous() for name, value in vocab_map._asdict().items()}
+    provenance = provenance | {"digest": map_digest(vocab_map)}
     metadata = {"provenance": json.dumps(provenance, sort_keys=True)}
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -177,7 +188,9 @@ def load_map(
     target_hash: str | Sequence[str] | None = None,
     read: Callable[[Path], StoredMap] = read_map,
 ) -> VocabMap:
-    """Read a map and check it.
+    """Read a map and check it, and the digest that its file has of it.
+
+    Files of versions before 0.2 and of other trainers have no digest, and pass.
 
     Args:
         path: the map's file.
@@ -188,16 +201,13 @@ def load_map(
         read: reads the file; another function reads another format.
 
     Raises:
-        UserError: missing or damaged, made for another target, of other sizes, or inconsistent.
+        UserError: missing or damaged, changed, made for another target, of other sizes, or
+            inconsistent.
     """
     stored = read(Path(path))
     tensors = _tensors_of(stored, VocabMap._fields, path)
 
-    provenance = stored.provenance
-    if not isinstance(provenance, dict):
-        raise UserError(
-            f"{path}: its provenance is {provenance!r:.80}: must be a JSON object; {REMEDY}"
-        )
+    provenance = provenance_of(stored, path)
     made_for = provenance.get("target_hash")
     hashes = [target_hash] if isinstance(target_hash, str) else list(target_hash or ())
     if hashes and made_for and made_for not in hashes:
@@ -210,6 +220,8 @@ def load_map(
     v = vocab_map.t2d.numel() if vocab_size is None else vocab_size
     d = vocab_map.d2t.numel() if draft_size is None else draft_size
     check_map(vocab_map, v, d, str(path))
+    if provenance.get("digest") not in (None, map_digest(vocab_map)):
+        raise UserError(f"{path}: not the map that was written: its digest differs; {REMEDY}")
     return vocab_map
 
 
@@ -221,6 +233,26 @@ def map_size(path: str | Path, read: Callable[[Path], StoredMap] = read_map) -> 
     """
     (d2t,) = _tensors_of(read(Path(path)), ("d2t",), path)
     return d2t.numel()
+
+
+def map_digest(vocab_map: VocabMap) -> str:
+    """Hex digest of a consistent map: of its kept tokens and of V."""
+    kept = vocab_map.t2d.cpu().nonzero().flatten().numpy().tobytes()
+    return hashlib.sha256(len(vocab_map.t2d).to_bytes(8, "little") + kept).hexdigest()
+
+
+def provenance_of(stored: StoredMap, path: str | Path) -> dict[str, Any]:
+    """What a map's file says of it.
+
+    Raises:
+        UserError: no JSON object.
+    """
+    provenance = stored.provenance
+    if not isinstance(provenance, dict):
+        raise UserError(
+            f"{path}: its provenance is {provenance!r:.80}: must be a JSON object; {REMEDY}"
+        )
+    return provenance
 
 
 def _tensors_of(stored: StoredMap, names: tuple[str, ...], path: str | Path) -> list[Tensor]:

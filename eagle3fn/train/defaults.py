@@ -63,6 +63,7 @@ def chosen_defaults(
     device: str = "cpu",
     optimizer: str = "muon",
     init: str = "target",
+    held_out: int | None = None,
 ) -> list[Choice]:
     """The settings that are chosen where nobody names them.
 
@@ -72,8 +73,13 @@ def chosen_defaults(
         device: where it is trained.
         optimizer: the `optimizer.name` that is named; no rate is chosen but for AdamW and Muon.
         init: the `train.init` that is named; a trained draft gets a third of the rate.
+        held_out: samples that the vocabulary map was not counted on, of the same folder; None: of
+            another, or it doesn't say.
     """
-    held_out = held_out_of(samples)
+    reason = "those that the vocabulary map was not counted on"
+    if held_out is None:
+        held_out = held_out_of(samples)
+        reason = f"a tenth of {samples} samples, at most 24"
     apart = min(max(samples - held_out, _FEWEST_STEPS_APART), _MOST_STEPS_APART)
     width = draft.hidden_size
     unroll = _SHORT if samples < _MANY_SAMPLES else _LONG
@@ -87,7 +93,7 @@ def chosen_defaults(
         *rates,
         Choice("optimizer.warmup_ratio", 0.03, "of the demo"),
         Choice("train.dtype", _name(fast_dtype(device)), f"fast on this {device}"),
-        Choice("data.held_out", held_out, f"a tenth of {samples} samples, at most 24"),
+        Choice("data.held_out", held_out, reason),
         Choice("train.eval_every", apart, "about an epoch, 50 to 500 steps"),
     ]
 

@@ -15,12 +15,12 @@ from eagle3fn.base.cores import local_ranks
 from eagle3fn.base.dtypes import at_least_fp32
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import named_leaves
+from eagle3fn.data.feature_size import bytes_per_token
+from eagle3fn.data.storage import STORES
 from eagle3fn.train.recipe import OURS, Recipe
 from eagle3fn.train.shard import LeafSpec, specs
 
 GIB = 2**30
-_TOKEN_BYTES = 2 * 8  # a token's id and mask in a feature file, int64
-_FEATURE_BYTES = 2  # a feature's value, bf16
 
 
 class MemoryPlan(NamedTuple):
@@ -83,7 +83,9 @@ def plan_memory(
     frozen += draft.draft_vocab_size * torch.int64.itemsize
 
     # On disk a checkpoint has the state, and the parameters once more as safetensors.
-    token = (draft.taps + 1) * draft.target_hidden_size * _FEATURE_BYTES + _TOKEN_BYTES
+    sizes = (draft.target_hidden_size, draft.taps, torch.bfloat16)
+    token = bytes_per_token(*sizes)
+    smaller = {f"features in {store}": tokens * bytes_per_token(*sizes, store) for store in STORES}
     return MemoryPlan(
         ranks=ranks,
         params=values,
@@ -103,6 +105,7 @@ def plan_memory(
         disk={
             "features of a token": token,
             "features": tokens * token,
+            **smaller,
             "a checkpoint": whole + values * narrow,
         },
     )

@@ -47,6 +47,17 @@ def test_a_first_count_that_took_long_is_said_without_a_time_left(pass_seconds, 
     )
 
 
+def test_a_rate_is_of_what_was_done_since_the_first_count(pass_seconds, capsys):
+    update = progress.bar("token", rate=True)
+    pass_seconds(31)
+    update(1000, 4000)  # found, not computed
+    pass_seconds(40)
+    update(2000, 4000)
+    assert capsys.readouterr().err == (
+        "token 1000 of 4000\ntoken 2000 of 4000, 25 tokens/s, 1 min 20 s left\n"
+    )
+
+
 def test_a_count_without_an_end_is_said(pass_seconds, capsys):
     update = progress.counter("row")
     update(1)

@@ -13,7 +13,10 @@ from eagle3fn.base.sections import DataConfig, ObjectiveConfig
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Sample
 from eagle3fn.data.collate import align, align_mask, collate, cut, global_row_counts
-from tests.factories import make_draft, random_sample
+from eagle3fn.data.samples import needed_tokens
+from eagle3fn.model.forward import forward_loss
+from eagle3fn.model.table import init_params
+from tests.factories import make_config, make_draft, make_frozen, random_sample
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
 
@@ -123,3 +126,43 @@ def test_counts_are_the_same_for_every_split(masks, k):
     assert trained_row_counts([whole.row_mask]).tolist() == plain
     assert global_row_counts(parts).tolist() == plain == global_row_counts([whole]).tolist()
     assert global_row_counts(parts).dtype == torch.float32
+
+
+# What extraction leaves out at the end of a sample
+
+
+@given(
+    st.lists(st.integers(0, 1), min_size=1, max_size=8),
+    st.integers(0, 6),
+    st.integers(1, 4),
+    st.sampled_from([align_mask, specforge.align_mask]),
+    st.sampled_from(["plain", "fast"]),
+)
+@settings(max_examples=30, deadline=None)
+def test_tokens_left_out_by_extraction_move_no_bit_of_the_loss(mask, tail, k, align, numerics):
+    whole_mask = [*mask, 1, *[0] * tail]
+    whole = random_sample(len(whole_mask), tail, vocab=40, hidden=16)
+    whole = whole._replace(token_mask=torch.tensor(whole_mask))
+    kept = cut(whole, needed_tokens(whole_mask))
+    assert len(kept.input_ids) == len(mask) + min(tail + 1, 2)
+
+    # Next to a longer sample, so that the products have the same shapes and round alike.
+    config = make_config(ttt_length=k, numerics=numerics)
+    params = init_params(config.draft, 3)
+    frozen = make_frozen(config)
+    longer = random_sample(len(whole_mask) + 1, 9, vocab=40, hidden=16)
+    losses = []
+    for sample in (whole, kept):
+        pair = [each._replace(**_widened(each)) for each in (sample, longer)]
+        batch = collate(pair, config, align)
+        loss, aux = forward_loss(params, batch, config=config, frozen=frozen)
+        losses.append((loss, *aux))
+    assert equal(*losses)
+
+
+def _widened(sample: Sample) -> dict[str, Any]:
+    return {name: getattr(sample, name).float() for name in ("aux_hidden", "last_hidden")}
+
+
+def test_sample_without_a_supervised_token_is_not_cut():
+    assert needed_tokens([0, 0, 0]) == 3

@@ -150,7 +150,7 @@ def test_samples_come_back_from_their_file(tmp_path):
         Encoded("ü:4", torch.tensor([2**31 - 1]), torch.tensor([1])),
         Encoded("", torch.tensor([1, 2]), torch.tensor([1, 0])),
     ]
-    with SampleFile(tmp_path) as file:
+    with SampleFile(tmp_path / "samples") as file:
         for sample in samples:
             file.append(pack(sample))
         assert len(file) == 3
@@ -159,7 +159,11 @@ def test_samples_come_back_from_their_file(tmp_path):
         assert equal(file[1:5], samples[1:])
         with pytest.raises(IndexError):
             file[3]
-    assert not list(tmp_path.iterdir())
+
+        # Another process opens the file by its name.
+        file.flush()
+        with SampleFile.written(tmp_path / "samples") as same:
+            assert equal(same[:], samples)
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):

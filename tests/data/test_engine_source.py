@@ -61,7 +61,7 @@ def run(made, engine, out, **options):
 def test_features_and_target_are_those_of_the_model_itself(made, tmp_path, check):
     said = []
     engine = InProcess(made)
-    index = run(made, engine, tmp_path / "engine", batch=2, check=check, say=said.append)
+    index = run(made, engine, tmp_path / "engine", batch_tokens=100, check=check, say=said.append)
     itself = model_source(made.model, LAYERS, name=str(made.target))
     extract(itself, TEMPLATE, made.talks, tmp_path / "model", max_length=CUT, samples_per_shard=3)
 
@@ -145,8 +145,8 @@ def test_wrong_row_later_keeps_the_finished_shards(made, tmp_path):
         numbers.append(1)
         return zero_end(row) if len(numbers) == 6 else row
 
-    with pytest.raises(UserError, match=r"row 'row4': .*all zero"):
-        run(made, InProcess(made, late), tmp_path / "out", batch=2)
+    with pytest.raises(UserError, match=r"row 'row5': .*all zero"):
+        run(made, InProcess(made, late), tmp_path / "out", batch_tokens=100)
     assert (tmp_path / "out" / "shard-00000.json").is_file()
 
     # The next call makes the rest.

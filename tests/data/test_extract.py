@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import sha256
-from eagle3fn.data import extract as module
+from eagle3fn.data import shards as module
 from eagle3fn.data import sources, target_files
 from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.encode import encode_all
@@ -33,7 +33,7 @@ GOOD = {"conversations": talk("a", "b")}
 
 def run(conversations, out, template=TEMPLATE, **changes):
     options = {"max_length": 90, "samples_per_shard": 3, **changes}
-    source = model_source(MODEL, options.pop("layers", LAYERS), batch=2)
+    source = model_source(MODEL, options.pop("layers", LAYERS), batch_tokens=100)
     return extract(source, template, conversations, out, **options)
 
 
@@ -61,7 +61,8 @@ def test_stored_features_are_the_targets(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 8)
     seen = []
     index = run(talks, tmp_path / "out", on_progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(3, 8), (6, 8), (8, 8)]
+    lengths = [entry["length"] for entry in index["samples"]]
+    assert seen == [(sum(lengths[:count]), sum(lengths)) for count in (0, 3, 6, 8)]
 
     opened = open_features(tmp_path / "out", vocab_size=300, hidden_size=16)
     check_shards(opened)
@@ -337,7 +338,7 @@ def target(tmp_path):
 def from_files(tmp_path, **changes):
     model, tokenizer = load_target(tmp_path / "target", torch.float32)
     options = {"max_length": 90, "samples_per_shard": 2, **changes}
-    source = model_source(model, LAYERS, batch=2)
+    source = model_source(model, LAYERS, batch_tokens=100)
     template = ChatTemplate(tokenizer, (1,))
     return extract(source, template, tmp_path / "c.jsonl", tmp_path / "out", **options)
 
@@ -388,7 +389,7 @@ def test_a_target_whose_files_change_while_it_is_read_is_refused(target, tmp_pat
     model, tokenizer = load_target(target, torch.float32)
     if when == "loaded":
         change(target)
-    source = model_source(model, LAYERS, batch=2, stamps=stamps)
+    source = model_source(model, LAYERS, batch_tokens=100, stamps=stamps)
 
     def changed(done, total):
         if when == "extracted" and done == total:
@@ -502,7 +503,7 @@ def test_the_second_of_two_extractions_into_a_folder_is_refused(tmp_path):
 def test_features_that_training_refuses_are_not_written(tmp_path, place, value, named):
     """Sample and layer are named; shards that were finished before are kept."""
     talks = write_talks(tmp_path / "c.jsonl", 4)
-    source = model_source(MODEL, LAYERS, batch=2)
+    source = model_source(MODEL, LAYERS, batch_tokens=100)
 
     def spoiled(group, stored):
         samples = source.features(group, stored)

@@ -2,11 +2,13 @@
 
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.files import locked, locked_too
 from eagle3fn.data.held import held
 
 
@@ -41,6 +43,22 @@ def test_of_processes_that_hold_and_remove_a_folder_one_is_in_it_at_a_time(tmp_p
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert codes == [0, 0, 0, 0]
+
+
+def test_a_shared_folder_is_held_until_the_last_one_leaves_it(tmp_path):
+    with ExitStack() as last:
+        with locked(tmp_path / "f", shared=True):
+            last.enter_context(locked_too(tmp_path / "f"))
+        with (
+            pytest.raises(UserError, match="another process is at work there"),
+            held(tmp_path / "f"),
+        ):
+            pass
+    alone = held(tmp_path / "f")  # who holds it alone shares it with nobody
+    with alone, pytest.raises(UserError, match="at work there"), locked_too(tmp_path / "f"):
+        pass
+    with pytest.raises(UserError, match="not seen here; name one that all machines share"):
+        locked_too(tmp_path / "none").__enter__()
 
 
 def test_a_folder_made_here_without_work_is_removed(tmp_path):

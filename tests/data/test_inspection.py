@@ -10,10 +10,12 @@ from eagle3fn.base.types import VocabMap
 from eagle3fn.cli import main
 from eagle3fn.data.encode import encode_all
 from eagle3fn.data.extract import extract
+from eagle3fn.data.feature_size import bytes_per_token
 from eagle3fn.data.features import open_features
-from eagle3fn.data.inspection import bytes_of_token, describe, inspect_file, numbers, show_sample
+from eagle3fn.data.inspection import describe, inspect_file, numbers, show_sample
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.sources import model_source
+from eagle3fn.data.storage import STORES
 from tests.factories import talk, tiny_model, tiny_template, tiny_tokenizer, write_talks
 
 TEMPLATE = tiny_template()
@@ -49,11 +51,13 @@ def test_coverage_is_the_share_of_supervised_tokens_in_the_map(tmp_path):
     assert "50.00% of the supervised tokens" in describe(found, "c.jsonl")
 
 
-def test_features_take_the_bytes_that_are_told(tmp_path):
-    """Up to the headers of the shards."""
+@pytest.mark.parametrize("store", [None, *STORES])
+def test_features_take_the_bytes_that_are_told(tmp_path, store):
+    """Up to the headers of the shards, and what a sample has once."""
     path = write_talks(tmp_path / "c.jsonl", 8)
-    counted = inspect_file(MAKER, path, hidden_size=16).bytes
-    assert counted == inspect_file(MAKER, path).tokens * bytes_of_token(16)
+    found = inspect_file(MAKER, path, hidden_size=16)
+    counted = found.smaller[store] if store else found.bytes
+    assert counted == found.tokens * bytes_per_token(16, 3, torch.bfloat16, store)
     extract(
         model_source(tiny_model(), (1, 2, 4)),
         TEMPLATE,
@@ -61,9 +65,12 @@ def test_features_take_the_bytes_that_are_told(tmp_path):
         tmp_path / "out",
         max_length=90,
         stored=torch.bfloat16,
+        store=store,
     )
     stored = open_features(tmp_path / "out").index["totals"]["bytes"]
-    assert 0 < stored - counted < 8 * 600
+    assert 0 < stored - counted < 8 * 1500
+    for name in STORES:
+        assert f"in {name}" in describe(found, "c.jsonl")
 
 
 def test_prompt_and_answer_are_shown_apart():

@@ -59,7 +59,7 @@ def counted_rows(model):
 def stored(model, tmp_path, **changes):
     """Features of eight conversations in a folder, and the rows they were made of."""
     talks = write_talks(tmp_path / "c.jsonl", 8)
-    source = model_source(model, LAYERS, batch=changes.pop("batch", 8))
+    source = model_source(model, LAYERS, batch_tokens=changes.pop("batch_tokens", 16_384))
     extract(source, TEMPLATE, talks, tmp_path / "out", max_length=CUT, **changes)
     rows = encode_all(SampleMaker(TEMPLATE, CUT), talks, model.config.vocab_size)
     return open_features(tmp_path / "out"), rows
@@ -84,11 +84,11 @@ def same(left, right):
 
 
 @pytest.mark.parametrize("dtype", MODELS)
-@pytest.mark.parametrize(("batch", "group"), [(1, 3), (2, 3), (3, 8)])
-def test_samples_have_the_bits_that_extraction_stores(tmp_path, dtype, batch, group, device):
+@pytest.mark.parametrize(("batch_tokens", "group"), [(1, 3), (80, 3), (120, 8)])
+def test_samples_have_the_bits_that_extraction_stores(tmp_path, dtype, batch_tokens, group, device):
     model = model_on(device, dtype)
-    features, rows = stored(model, tmp_path, batch=batch, samples_per_shard=group)
-    online = list(roll_out(model, iter(rows), LAYERS, batch, group))
+    features, rows = stored(model, tmp_path, batch_tokens=batch_tokens, samples_per_shard=group)
+    online = list(roll_out(model, iter(rows), LAYERS, batch_tokens, group))
     assert len(online) == 8
     assert len({len(row.input_ids) for row in rows}) > 3
     assert same(online, [read_sample(features, number) for number in range(8)])
@@ -102,12 +102,12 @@ def test_bits_do_not_depend_on_other_rows_with_batch_one(device):
         pair(str(number), torch.randint(300, (length,), generator=source))
         for number, length in enumerate(lengths)
     ]
-    alone = list(roll_out(model, rows, LAYERS, batch=1))
-    assert same(alone, list(roll_out(model, rows, LAYERS, batch=1, group=5)))
-    assert same(alone[::-1], list(roll_out(model, rows[::-1], LAYERS, batch=1)))
+    alone = list(roll_out(model, rows, LAYERS, batch_tokens=1))
+    assert same(alone, list(roll_out(model, rows, LAYERS, batch_tokens=1, group=5)))
+    assert same(alone[::-1], list(roll_out(model, rows[::-1], LAYERS, batch_tokens=1)))
 
     # In larger batches padding and the other rows move the last bits: equal to rounding.
-    for one, other in zip(alone, roll_out(model, rows, LAYERS, batch=8), strict=True):
+    for one, other in zip(alone, roll_out(model, rows, LAYERS), strict=True):
         torch.testing.assert_close(one.aux_hidden, other.aux_hidden, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.last_hidden, other.last_hidden, atol=2e-5, rtol=1e-4)
 
@@ -116,7 +116,7 @@ def test_target_runs_when_the_first_sample_of_a_group_is_asked_for():
     model = MODELS["float32"]
     source = iter([pair(str(number), torch.arange(5) + number) for number in range(7)])
     with counted_rows(model) as counts:
-        samples = roll_out(model, source, LAYERS, batch=2, group=3)
+        samples = roll_out(model, source, LAYERS, batch_tokens=10, group=3)
         assert counts == []
         firsts = [int(sample.input_ids[0]) for sample in islice(samples, 4)]
         assert firsts == [0, 1, 2, 3]
@@ -185,7 +185,7 @@ def run(fns, state, steps, device) -> list[Update]:
 def test_five_updates_equal_those_of_stored_features(tmp_path, dtype, numerics, align, device):
     """Batches, losses, gradients and every leaf of the state, over more than two epochs."""
     model = model_on(device, dtype)
-    features, rows = stored(model, tmp_path, batch=1)
+    features, rows = stored(model, tmp_path, batch_tokens=1)
     config, fns = problem(model, rows, dtype, numerics=numerics)
 
     offline = list(batches(features, range(8), config, 0, 5, align_mask=align))
@@ -205,13 +205,13 @@ def test_five_updates_equal_those_of_stored_features(tmp_path, dtype, numerics, 
 def test_last_entry_of_a_cut_mask_is_zeroed_online_as_in_files(tmp_path):
     """With the entry left at 1, rows and loss are others."""
     model = MODELS["float32"]
-    features, rows = stored(model, tmp_path, batch=1)
+    features, rows = stored(model, tmp_path, batch_tokens=1)
     ending = [number for number, row in enumerate(rows) if row.token_mask[-1]]
     assert len(ending) > 2
     config, fns = problem(model, rows, "float32")
     params = fns.init(0)
 
-    samples = list(roll_out(model, [rows[number] for number in ending], LAYERS, batch=1))
+    samples = list(roll_out(model, [rows[number] for number in ending], LAYERS, batch_tokens=1))
     online = collate(samples, config, all_but_last)
     files = [read_sample(features, number) for number in ending]
     offline = collate(files, config, all_but_last)
@@ -229,13 +229,13 @@ def test_each_step_runs_the_target_once_on_its_own_rows(tmp_path):
     _, rows = stored(model, tmp_path)
     config, _ = problem(model, rows, "float32")
     with counted_rows(model) as counts:
-        list(online_batches(model, rows, LAYERS, config, 0, 3, batch=4))
+        list(online_batches(model, rows, LAYERS, config, 0, 3, batch_tokens=2**20))
     assert counts == [4, 4, 4]
 
 
 def test_given_order_is_followed(tmp_path):
     model = MODELS["float32"]
-    features, rows = stored(model, tmp_path, batch=1)
+    features, rows = stored(model, tmp_path, batch_tokens=1)
     config, _ = problem(model, rows, "float32")
 
     def backwards(n, config, place):

@@ -706,7 +706,12 @@ def oracle(made, row, written, max_length):
         mask += [0] * (len(added) - len(answer) - 1) + [1] * (len(answer) + 1)
         ids += added
     cut = [(ids[:max_length], mask[:max_length]) for ids, mask in made_samples]
-    return [(ids, mask) for ids, mask in cut if any(mask)]
+    kept = []
+    for ids, mask in cut:
+        if any(mask):
+            end = len(mask) - mask[::-1].index(1) + 1  # one after the last supervised token
+            kept.append((ids[:end], mask[:end]))
+    return kept
 
 
 def plain_ids(tokenizer, text):

@@ -3,9 +3,12 @@
 import copy
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,7 +20,7 @@ from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import SampleMaker
-from eagle3fn.data.sources import model_source
+from eagle3fn.data.sources import model_source, token_batches
 from eagle3fn.data.stored_config import gguf_config
 from eagle3fn.data.target import load_target, stop_ids, weights_digest
 from eagle3fn.data.target_files import loaded_digest
@@ -131,8 +134,20 @@ def independent(model, rows):
     ]
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_extraction_stores_the_bits_of_an_independent_forward(placed, tmp_path, batch):
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 120))
+def test_batches_hold_every_row_once_within_the_budget(lengths, budget):
+    batches = token_batches(lengths, budget)
+    assert sorted(number for batch in batches for number in batch) == list(range(len(lengths)))
+    in_order = [lengths[number] for batch in batches for number in batch]
+    assert in_order == sorted(lengths)
+    for batch, later in pairwise([*batches, []]):
+        assert len(batch) == 1 or len(batch) * lengths[batch[-1]] <= budget
+        # The next row would have been too much.
+        assert not later or (len(batch) + 1) * lengths[later[0]] > budget
+
+
+@pytest.mark.parametrize("tokens", [1, 160])
+def test_extraction_stores_the_bits_of_an_independent_forward(placed, tmp_path, tokens):
     """Every layer as a tap, from the written files, at every real row; alone and in batches."""
     model = placed
     template = tiny_template()
@@ -140,17 +155,18 @@ def test_extraction_stores_the_bits_of_an_independent_forward(placed, tmp_path, 
     rows = [row.input_ids for row in encode_all(SampleMaker(template, 90), talks, 300)]
 
     # The same batches as extraction's: of like length.
-    by_length = sorted(range(8), key=lambda number: len(rows[number]))
+    batches = token_batches([len(row) for row in rows], tokens)
+    assert tokens == 1 or any(
+        len({len(rows[number]) for number in chosen}) > 1 for chosen in batches
+    )
     expected = {}
-    for start in range(0, 8, batch):
-        chosen = by_length[start : start + batch]
-        assert batch == 1 or len({len(rows[number]) for number in chosen}) > 1
+    for chosen in batches:
         states = independent(model, [rows[number] for number in chosen])
         expected |= dict(zip(chosen, states, strict=True))
 
     for taps in ((0, 1, 2), (4, 3, 2)):
         out = tmp_path / str(taps)
-        source = model_source(model, taps, batch=batch)
+        source = model_source(model, taps, batch_tokens=tokens)
         extract(source, template, talks, out, max_length=90, samples_per_shard=8)
         features = open_features(out)
         for number in range(8):

@@ -1,9 +1,12 @@
 """Laws of the vocabulary map and what its file refuses."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import VocabMap
@@ -158,7 +161,7 @@ def test_damaged_map_is_refused(tmp_path, read, data):
 @pytest.mark.parametrize("provenance", [[1], "abc", 3, None])
 def test_provenance_that_is_no_dict_is_refused(tmp_path, provenance):
     path = tmp_path / "map.safetensors"
-    save_map(path, MAP, provenance)
+    save_file(MAP._asdict(), path, {"provenance": json.dumps(provenance)})
     with pytest.raises(UserError, match=r"map.safetensors: .*provenance.*again"):
         load_map(path, 5, 3, "abc")
 

@@ -90,7 +90,7 @@ def vllm(made, folder, **changes):
 
 def run(engine, made, out):
     with engine:
-        source = engine_source(engine, made.target, LAYERS, batch=2)
+        source = engine_source(engine, made.target, LAYERS, batch_tokens=100)
         return extract(source, TEMPLATE, made.talks, out, max_length=CUT, samples_per_shard=2)
 
 

@@ -51,7 +51,7 @@ def run(made, tmp_path, **options):
     given = {"dtype": torch.float32, "max_length": CUT, **options}
     log = tmp_path / "log"
     with VllmProcess(sys.executable, made.target, made.taps, log, **given) as engine:
-        source = engine_source(engine, made.target, LAYERS, batch=2)
+        source = engine_source(engine, made.target, LAYERS, batch_tokens=100)
         return extract(
             source, TEMPLATE, made.talks, tmp_path / "out", max_length=CUT, samples_per_shard=3
         )

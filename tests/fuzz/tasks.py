@@ -37,7 +37,7 @@ FOREIGN = ("foreign-hf", "foreign-eagle", "foreign-shards", "foreign-speculators
 CKPTS = ("ckpts", "ckpts-gz")
 
 _TARGET = "--target target"
-_COMPUTED = "--max-length 128 --threads 1 --dtype float32 --batch 16"
+_COMPUTED = "--max-length 128 --threads 1 --dtype float32 --batch-tokens 2048"
 _EPOCH = "--set train.epochs=1"  # where a mutated file names no number of steps
 _TRAIN = f"--features features --vocab vocab.safetensors --threads 1 {_EPOCH} --config"
 _DECODED = "--tasks 2 --max-new 6 --draft-length 2 --threads 1 --dtype float32"

@@ -83,7 +83,7 @@ def online_case(case: Case) -> Case:
 
 
 def our_batch(case: Case, model: Any, rows: list[Encoded]) -> Batch:
-    samples = list(roll_out(model, rows, LAYERS, batch=len(rows), group=len(rows)))
+    samples = list(roll_out(model, rows, LAYERS, batch_tokens=2**20, group=len(rows)))
     return collate(samples, case.config(), specforge.align_mask)
 
 

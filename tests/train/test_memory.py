@@ -11,6 +11,8 @@ from eagle3fn.base.config import to_dict
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.cli import main
+from eagle3fn.data.features import write_shard
+from eagle3fn.data.storage import STORES
 from eagle3fn.train.memory import GIB, check_fits, plan_memory
 from eagle3fn.train.optimizer import OPTIMIZERS
 from tests.factories import make_config, make_frozen, random_sample, write_folder
@@ -88,6 +90,15 @@ def test_planned_bytes_of_features_are_those_written(tmp_path):
 
     header = written - planned["features"]
     assert 0 < header < 4 * 600  # names and places of four samples' tensors
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_planned_bytes_of_smaller_features_are_those_written(tmp_path, store):
+    samples = {str(seed): random_sample(60, seed) for seed in range(4)}
+    written = write_shard(tmp_path, 0, samples, {}, store)["bytes"]
+    config = e3.load_config(None, ["draft.target_hidden_size=4"], make_config().draft)
+    header = written - plan_memory(config, tokens=240).disk[f"features in {store}"]
+    assert 0 < header < 4 * 1500
 
 
 @pytest.mark.parametrize("tree", [QWEN_7B, LLAMA_70B], ids=["7B", "70B"])
