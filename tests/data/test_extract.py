@@ -61,10 +61,10 @@ def test_stored_features_are_the_targets(tmp_path):
     talks = write_talks(tmp_path / "c.jsonl", 8)
     seen = []
     index = run(talks, tmp_path / "out", on_progress=lambda done, total: seen.append((done, total)))
-    lengths = [entry["length"] for entry in index["samples"]]
+    opened = open_features(tmp_path / "out", vocab_size=300, hidden_size=16)
+    lengths = [entry["length"] for entry in opened.samples]
     assert seen == [(sum(lengths[:count]), sum(lengths)) for count in (0, 3, 6, 8)]
 
-    opened = open_features(tmp_path / "out", vocab_size=300, hidden_size=16)
     check_shards(opened)
     assert index == opened.index
     assert index["target"]["aux_layers"] == [1, 2, 4]
