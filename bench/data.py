@@ -165,9 +165,9 @@ def first_batch(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
 
 
-def delivery(folder: Folder, options: argparse.Namespace, work: Path) -> list[float]:
+def delivery(folder: Folder, options: argparse.Namespace, path: Path) -> list[float]:
     """Tokens a second of each round, every sample once in each; the first one warms up."""
-    features = write_folder(work / folder.shape, folder, options.seed)
+    features = write_folder(path, folder, options.seed)
     numbers = range(folder.samples)
     rates = []
     for number in range(1 + (options.rounds or ROUNDS)):
@@ -232,7 +232,7 @@ def main() -> None:
 
         result["delivery"] = {}
         for title, folder in DELIVERED.items():
-            rates = delivery(folder, options, work)
+            rates = delivery(folder, options, work / title)
             step = options.step_7b
             if title == "smollm2":
                 step = step_rate(folder, options)

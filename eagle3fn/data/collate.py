@@ -42,7 +42,7 @@ def collate(
 ) -> Batch:
     """Samples as one batch: cut, padded on the right with zeros, and aligned for every unroll step.
 
-    All that is shifted is shifted here (see `Batch`). Its `row_counts` are left to `micro_batches`,
+    All that is shifted is shifted here (see `Batch`). Its `row_counts` are left to `data.stages`,
     as they are of the whole global batch.
 
     Args:
@@ -50,7 +50,7 @@ def collate(
         config: `data.max_length` and `objective.ttt_length` are read.
         align_mask: a sample's token mask → its rows that are trained at step 0.
         survives: for each sample at how many unroll steps its rows take part, `(S,)` int64, as
-            `data.pipeline.draw_survival` draws them; None: at all.
+            `data.survival.draw_survival` draws them; None: at all.
     """
     short = [cut(sample, config.data.max_length) for sample in samples]
     batch = align(

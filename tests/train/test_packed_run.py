@@ -61,11 +61,16 @@ def test_packed_run_has_the_updates_of_a_padded_one(tmp_path, survival):
 
 
 def test_held_out_evaluation_does_not_read_the_setting(problem, tmp_path):
-    found = []
-    for tokens in (0, PACK):
-        run = prepare(*packed(problem, tokens), tmp_path / "run")
-        found.append(evaluate_held_out(run, run.fns.init(0)))
-    assert found[0] == found[1] != {}
+    run = prepare(*packed(problem), tmp_path / "run")
+    seen = []
+
+    def forward_loss(params, batch):
+        seen.append(batch.starts)
+        return run.fns.forward_loss(params, batch)
+
+    watched = run._replace(fns=run.fns._replace(forward_loss=forward_loss))
+    assert evaluate_held_out(watched, run.fns.init(0)) != {}
+    assert seen == [None] * len(run.held_out)
 
 
 def test_update_has_as_many_rows_as_its_samples_fill(problem):
