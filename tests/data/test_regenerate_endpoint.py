@@ -421,26 +421,29 @@ def command(server: ChatServer, target: Path, prompts: Path, out: Path, *more: A
     return [str(word) for word in words]
 
 
-def test_a_run_killed_by_sigkill_goes_on_and_asks_twice_only_what_was_on_its_way(
-    server, target, tmp_path
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)]
+)
+def test_a_run_that_is_ended_goes_on_and_asks_twice_only_what_was_on_its_way(
+    server, target, tmp_path, number, code
 ):
     rows = [{"id": f"r{i}", "messages": talk(f"{i}", "x", "and", "y")} for i in range(12)]
     prompts, out = write(tmp_path / "p.jsonl", rows), tmp_path / "c.jsonl"
     words = [sys.executable, "-m", "eagle3fn.cli"]
     words += command(server, target, prompts, out, "--concurrent", 3)
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-    server.on_request = lambda number: (
-        os.kill(process.pid, signal.SIGKILL) if number == 11 else None
-    )
-    assert process.wait(120) == -signal.SIGKILL
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    server.on_request = lambda count: os.kill(process.pid, number) if count == 11 else None
+    _, text = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert number == signal.SIGKILL or "go on with eagle3fn regenerate --target" in text
     assert not out.exists()
 
-    server.on_request = lambda number: None
+    server.on_request = lambda count: None
     assert main(words[3:]) == 0
     check_written(out, rows)
     asked = server.asked()
     assert len(asked) == 24
-    assert max(asked.values()) == 2  # at least the one that the kill came with
+    assert max(asked.values()) == 2 or number == signal.SIGTERM  # the one that a kill came with
     assert sum(asked.values()) <= 24 + 3
     assert not Path(f"{out}.parts").exists()
 
