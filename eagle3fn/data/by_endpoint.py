@@ -232,9 +232,9 @@ def given_of(tree: dict[str, Any]) -> Given:
     """
     choices = tree.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
+    if not (isinstance(choice, dict) and isinstance(choice.get("message"), dict)):
         raise ValueError("no message in it")
+    message = choice["message"]
     content = message.get("content")
     if content is not None and not isinstance(content, str):
         raise ValueError("its content is no text")

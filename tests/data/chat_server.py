@@ -37,6 +37,7 @@ class ChatServer(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.models = ["tiny"]
+        self.gets: list[str] = []
         self.delay = 0.0  # seconds before each answer
         self.waiting = 0  # requests that are being answered …
         self.most_waiting = 0  # … and most of them at once
@@ -63,6 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The models."""
+        self.server.gets.append(self.path)
         self.send({"data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self) -> None:

@@ -281,6 +281,15 @@ def test_refusals_are_one_line_at_once(server, tmp_path, code, text):
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
 
 
+def test_redirects_are_not_followed(server, tmp_path):
+    """Another address would be sent the key."""
+    server.faults.append(failing(b"", 302, Location=f"{server.url}/other"))
+    prompts = write(tmp_path / "p.jsonl", ROWS[:1])
+    with pytest.raises(UserError, match=r"refused, 302: .*; it sends elsewhere; name .*/other"):
+        answer(server, prompts, tmp_path / "c.jsonl")
+    assert server.gets == []
+
+
 def test_a_fault_that_stays_is_refused_after_all_tries(server, tmp_path):
     server.faults.extend([failing(HTML, 502)] * 4)
     prompts = write(tmp_path / "p", ROWS[:1])
@@ -363,16 +372,23 @@ def test_a_line_that_a_kill_cut_off_is_asked_again(server, tmp_path):
     prompts, out = write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl"
     kept = half_done(server, prompts, out)
     kept.write_bytes(kept.read_bytes()[:-20])
+
+    # What comes after it stands on a line of its own, and is kept too.
+    server.faults.extend([None] * 2 + [failing(b"no", 400)])
+    with pytest.raises(UserError):
+        answer(server, prompts, out, concurrent=1)
+    assert [type(json.loads(line)) for line in kept.read_text().splitlines()] == [dict] * 7
+    server.bodies.clear()
     answer(server, prompts, out)
     check_written(out)
-    assert len(server.bodies) == ANSWERS - 5
+    assert len(server.bodies) == ANSWERS - 7
 
 
 def test_answers_are_kept_when_rows_before_them_are_deleted_or_added(server, tmp_path):
     prompts, out = write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl"
     half_done(server, prompts, out)
-    rows = [{"id": "new", "prompt": "new"}, *ROWS[1:]]
-    rows[2] = {"id": "3", **rows[2]}
+    rows = [*ROWS[1:], {"id": "new", "prompt": "new"}]
+    rows[1] = {"id": "3", **rows[1]}
     answer(server, write(prompts, rows), out)
     check_written(out, rows)
     assert len(server.bodies) == 1 + ANSWERS - 6
@@ -405,26 +421,29 @@ def command(server: ChatServer, target: Path, prompts: Path, out: Path, *more: A
     return [str(word) for word in words]
 
 
-def test_a_run_killed_by_sigkill_goes_on_and_asks_twice_only_what_was_on_its_way(
-    server, target, tmp_path
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)]
+)
+def test_a_run_that_is_ended_goes_on_and_asks_twice_only_what_was_on_its_way(
+    server, target, tmp_path, number, code
 ):
     rows = [{"id": f"r{i}", "messages": talk(f"{i}", "x", "and", "y")} for i in range(12)]
     prompts, out = write(tmp_path / "p.jsonl", rows), tmp_path / "c.jsonl"
     words = [sys.executable, "-m", "eagle3fn.cli"]
     words += command(server, target, prompts, out, "--concurrent", 3)
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-    server.on_request = lambda number: (
-        os.kill(process.pid, signal.SIGKILL) if number == 11 else None
-    )
-    assert process.wait(120) == -signal.SIGKILL
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    server.on_request = lambda count: os.kill(process.pid, number) if count == 11 else None
+    _, text = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert number == signal.SIGKILL or "go on with eagle3fn regenerate --target" in text
     assert not out.exists()
 
-    server.on_request = lambda number: None
+    server.on_request = lambda count: None
     assert main(words[3:]) == 0
     check_written(out, rows)
     asked = server.asked()
     assert len(asked) == 24
-    assert max(asked.values()) == 2  # at least the one that the kill came with
+    assert max(asked.values()) == 2 or number == signal.SIGTERM  # the one that a kill came with
     assert sum(asked.values()) <= 24 + 3
     assert not Path(f"{out}.parts").exists()
 
