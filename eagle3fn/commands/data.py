@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from eagle3fn.base.launch import World
     from eagle3fn.base.types import VocabMap
     from eagle3fn.data.features import FeatureSet
+    from eagle3fn.data.generate import Sampling
+    from eagle3fn.data.regenerate import Source
     from eagle3fn.data.sources import FeatureSource
     from eagle3fn.data.template import ChatTemplate
 

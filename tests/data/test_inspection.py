@@ -56,6 +56,7 @@ def test_features_take_the_bytes_that_are_told(tmp_path, store):
     """Up to the headers of the shards, and what a sample has once."""
     path = write_talks(tmp_path / "c.jsonl", 8)
     found = inspect_file(MAKER, path, hidden_size=16)
+    assert found.smaller is not None
     counted = found.smaller[store] if store else found.bytes
     assert counted == found.tokens * bytes_per_token(16, 3, torch.bfloat16, store)
     extract(
