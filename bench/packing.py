@@ -9,8 +9,9 @@ tokens, half of the tokens supervised. Sides, each with its own state, in turns:
 - `padded`: one micro-batch of all samples, padded to the longest;
 - `packed`: rows of at most `--pack-tokens` tokens (`data.pack_tokens`).
 
-`ratio` is a side's time over that of `single`, the median over `--rounds`, 7 if not given; on CPUs processor time.
-`loss_apart` is the largest relative difference of the first losses. The last line is JSON.
+`ratio` is a side's time over that of `single`, the median over `--rounds`, 7 if not given; on CPUs
+processor time. `loss_apart` is the largest relative difference of the first losses. The last line
+is JSON.
 """
 
 import sys
@@ -96,6 +97,7 @@ class Side:
         self.state = fns.init_state(params)
 
     def update(self) -> Tensor:
+        """Make the next update; its loss."""
         self.state, metrics = self.fns.step(self.state, self.micro, donate=True)
         return metrics["loss"]
 
