@@ -355,12 +355,12 @@ def test_packed_rows_are_refused_where_they_have_no_meaning() -> None:
 
 def test_packing_is_refused_before_a_run_begins() -> None:
     config = config_of(CASE, normalization="rows")
-    packing = replace(config, data=e3.DataConfig(pack_tokens=64))
+    packing = replace(config, data=e3.DataConfig(pack_tokens=2048))
     check_packing(config)
-    with pytest.raises(UserError, match=r"'rows' with data\.pack_tokens = 64"):
+    with pytest.raises(UserError, match=r"'rows' with data\.pack_tokens = 2048"):
         e3.bind(packing, tiny_frozen(CASE))
 
     by_mask = replace(packing, objective=replace(packing.objective, normalization="mask"))
     e3.bind(by_mask, tiny_frozen(CASE))
-    with pytest.raises(UserError, match=r"pack_tokens = 64 under a recipe whose losses are means"):
+    with pytest.raises(UserError, match=r"pack_tokens = 2048 under a recipe whose losses are means"):
         e3.bind(by_mask, tiny_frozen(CASE), recipe=specforge.RECIPE)
