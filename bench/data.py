@@ -42,7 +42,8 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.sections import DataConfig, ObjectiveConfig
 from eagle3fn.base.types import Batch, Sample
-from eagle3fn.data.features import FeatureSet, open_features, shard_name, write_index, write_shard
+from eagle3fn.data.feature_writing import shard_name, write_index, write_shard
+from eagle3fn.data.features import FeatureSet, open_features
 from eagle3fn.data.pipeline import batches
 
 ROUNDS = 3

@@ -37,15 +37,8 @@ from eagle3fn.base.places import anything, check_out_folder
 from eagle3fn.base.provenance import provenance
 from eagle3fn.base.types import Sample
 from eagle3fn.data.feature_size import bytes_per_token
-from eagle3fn.data.features import (
-    FeatureSet,
-    open_features,
-    read_sample,
-    store_of,
-    tensors_of,
-    write_index,
-    write_shard,
-)
+from eagle3fn.data.feature_writing import write_index, write_shard
+from eagle3fn.data.features import FeatureSet, open_features, read_sample, store_of, tensors_of
 from eagle3fn.data.storage import STORES, decode, encode, store_entry
 from eagle3fn.data.target_tensors import read_target_tensors
 

@@ -17,7 +17,8 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn.base.types import Batch, Frozen, Sample, VocabMap
 from eagle3fn.data.feature_index import own_hash
-from eagle3fn.data.features import open_features, write_index, write_shard
+from eagle3fn.data.feature_writing import write_index, write_shard
+from eagle3fn.data.features import open_features
 from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.testing.builders import Case, Unaligned
 

@@ -16,7 +16,7 @@ from eagle3fn.base.files import json_sha256
 from eagle3fn.base.launch import World
 from eagle3fn.data.extract_rows import Rows, Task, check_target, encoded_shards
 from eagle3fn.data.feature_size import FeatureSize, bytes_per_token, feature_size
-from eagle3fn.data.features import write_index
+from eagle3fn.data.feature_writing import write_index
 from eagle3fn.data.held import held
 from eagle3fn.data.shards import Shards, Sidecar, dtype_name, in_time
 from eagle3fn.data.sources import FeatureSource, check_extraction

@@ -18,7 +18,7 @@ from eagle3fn.base.launch import World
 from eagle3fn.base.read import read_json
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
-from eagle3fn.data.features import remove_index, shard_name, tokens_digest, write_shard
+from eagle3fn.data.feature_writing import remove_index, shard_name, tokens_digest, write_shard
 from eagle3fn.data.sample_file import SampleFile
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import FeatureSource

@@ -14,7 +14,8 @@ from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import whole_file, whole_folder
 from eagle3fn.base.places import anything, check_out_file, check_out_folder, other_than
 from eagle3fn.base.types import Sample, VocabMap
-from eagle3fn.data.features import FeatureSet, read_sample, write_index, write_shard
+from eagle3fn.data.feature_writing import write_index, write_shard
+from eagle3fn.data.features import FeatureSet, read_sample
 from eagle3fn.data.vocab import StoredMap, save_map
 from eagle3fn.train.drafts import CONFIG
 from eagle3fn.train.foreign_drafts import read_foreign

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import sha256
 from eagle3fn.data import features as module
+from eagle3fn.data.feature_writing import tokens_digest
 from eagle3fn.data.features import (
     Reader,
     check_made_for,
@@ -21,7 +22,6 @@ from eagle3fn.data.features import (
     read_sample,
     read_tokens,
     tensors_of,
-    tokens_digest,
 )
 from eagle3fn.data.sample_table import (
     SampleTable,

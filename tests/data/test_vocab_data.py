@@ -12,7 +12,8 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Sample
 from eagle3fn.data import choices as choices_module
 from eagle3fn.data.choices import count_choices
-from eagle3fn.data.features import Reader, open_features, write_index
+from eagle3fn.data.feature_writing import write_index
+from eagle3fn.data.features import Reader, open_features
 from eagle3fn.data.kept_tokens import kept_tokens
 from eagle3fn.data.map_data import CountedOn, counted_on, held_out_by, map_note, samples_hash
 from eagle3fn.data.vocab import build_map, check_map, load_map, read_map, save_map

@@ -362,5 +362,5 @@ def test_packing_is_refused_before_a_run_begins() -> None:
 
     by_mask = replace(packing, objective=replace(packing.objective, normalization="mask"))
     e3.bind(by_mask, tiny_frozen(CASE))
-    with pytest.raises(UserError, match=r"pack_tokens = 2048 under a recipe whose losses are means"):
+    with pytest.raises(UserError, match=r"pack_tokens = 2048 under a recipe whose losses"):
         e3.bind(by_mask, tiny_frozen(CASE), recipe=specforge.RECIPE)

@@ -11,7 +11,7 @@ from eagle3fn.base.config import to_dict
 from eagle3fn.base.toml import to_toml
 from eagle3fn.base.tree import named_leaves
 from eagle3fn.cli import main
-from eagle3fn.data.features import write_shard
+from eagle3fn.data.feature_writing import write_shard
 from eagle3fn.data.storage import STORES
 from eagle3fn.train.memory import GIB, check_fits, plan_memory
 from eagle3fn.train.optimizer import OPTIMIZERS
