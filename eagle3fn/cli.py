@@ -58,10 +58,15 @@ GO_ON = ("synthesize", "regenerate", "extract", "train")
 
 # The grammar
 
+_ABOUT = (
+    "Trains EAGLE-3 drafts: from conversations and a target to a draft that serving engines load. "
+    "README.md and docs/data.md show the commands in order."
+)
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    root = argparse.ArgumentParser(prog="eagle3fn", description=__doc__, allow_abbrev=False)
+    root = argparse.ArgumentParser(prog="eagle3fn", description=_ABOUT, allow_abbrev=False)
     subcommands = root.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[Any], int | None], about: str) -> argparse.ArgumentParser:

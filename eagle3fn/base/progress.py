@@ -86,7 +86,7 @@ def _lines(unit: str, name: str | None, log: bool, rate: bool) -> Update:
             line += f": {note}"
         if rate and done > first:
             line += f", {(done - first) / (now - begun):,.0f} {unit}s/s"
-        if total is not None and done > first:
+        if total is not None and first < done < total:
             line += f", {duration((total - done) * (now - begun) / (done - first))} left"
         print(line, file=sys.stdout if log else sys.stderr, flush=True)
 

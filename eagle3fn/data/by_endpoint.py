@@ -63,7 +63,8 @@ class ByEndpoint(NamedTuple):
         on_progress(done, len(rows))
 
         waiting = iter(unfinished)
-        with _asking(self.endpoint, self.concurrent) as (questions, replies):
+        threads = min(self.concurrent, len(unfinished))
+        with _asking(self.endpoint, threads) as (questions, replies):
 
             def ask(index: int) -> None:
                 drawn = [seed, keys[index], len(given[index])]
@@ -71,7 +72,7 @@ class ByEndpoint(NamedTuple):
                 questions.put((index, rows[index].where, body))
 
             in_flight = 0
-            for index in islice(waiting, self.concurrent):
+            for index in islice(waiting, threads):
                 ask(index)
                 in_flight += 1
 
@@ -109,7 +110,7 @@ def _keys(rows: Sequence[Asked]) -> list[str]:
 class _Kept:
     """The file of answers: a line each, appended as they come.
 
-    A line that a kill cut off is removed.
+    A line that a kill cut off, or that is no answer, is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,10 +137,15 @@ class _Kept:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of the file; None if it is not one that `_Kept.add` wrote."""
     try:
-        return json.loads(line)
-    except ValueError:
+        row = json.loads(line)
+        kinds = {name: type(row[name]) for name in ("key", "number", "turn", "cut")}
+        content = row["turn"]["content"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    right = {"key": str, "number": int, "turn": dict, "cut": bool}
+    return row if kinds == right and isinstance(content, str) else None
 
 
 # Threads

@@ -85,7 +85,7 @@ class Endpoint:
         found = entries if isinstance(entries, list) else []
         names = [each["id"] for each in found if isinstance(each, dict) and each.get("id")]
         if len(names) != 1:
-            shown = ", ".join(map(str, names[:6])) or "none that it names"
+            shown = self._without_key(", ".join(map(str, names[:6]))) or "none that it names"
             raise UserError(f"{self.url}: has several models or none ({shown}); give --model")
         return str(names[0])
 
@@ -106,9 +106,11 @@ class Endpoint:
         def ask() -> Made:
             tree = self._ask("/chat/completions", body, self.seconds)
             try:
-                return use(tree)
+                made = use(tree)
             except ValueError as error:
                 raise _TransientError(f"unusable answer, {error}", only_known=True) from None
+            self._has_answered = True  # a list of models alone does not say that it can
+            return made
 
         return self._again(ask, wait)
 
@@ -117,9 +119,7 @@ class Endpoint:
         seconds = self.first_wait
         for left in reversed(range(self.tries)):
             try:
-                found = ask()
-                self._has_answered = True
-                return found
+                return ask()
             except _TransientError as fault:
                 is_hopeless = fault.only_known and not self._has_answered
                 pause = min(max(seconds, fault.wait), _LONGEST_WAIT)
@@ -189,7 +189,7 @@ class Endpoint:
             text = error.read(_CHUNK)
         except (OSError, HTTPException):
             text = b""
-        shown = self._one_line(text) or str(error.reason)
+        shown = self._one_line(text) or self._one_line(str(error.reason).encode())
         if error.code in _BUSY or error.code >= 500:
             return _TransientError(f"{error.code}: {shown}", wait=_asked_wait(error))
 
@@ -200,7 +200,8 @@ class Endpoint:
         elif error.code == 404:
             remedy = "--url must end as the server says, mostly in /v1; or mend --model"
         elif error.code < 400:
-            remedy = f"it sends elsewhere; name {error.headers.get('Location')}"
+            place = self._without_key(str(error.headers.get("Location")))
+            remedy = f"it sends elsewhere; name {place}"
         elif error.code in (400, 413, 422):
             remedy = "shorten, mend or delete the row, or mend the options"
         return UserError(f"{self.url}: refused, {error.code}: {shown}; {remedy}")
@@ -215,9 +216,11 @@ class Endpoint:
             words = found if isinstance(found, str) else words
         except (ValueError, RecursionError, AttributeError):
             pass
-        if self._key:
-            words = words.replace(self._key, "***")
-        return " ".join(words.split())[:_SHOWN]
+        return " ".join(self._without_key(words).split())[:_SHOWN]
+
+    def _without_key(self, words: str) -> str:
+        """A server may say again what it was sent."""
+        return words.replace(self._key, "***") if self._key else words
 
 
 class _NoRedirects(HTTPRedirectHandler):

@@ -13,7 +13,7 @@ import torch
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
 from eagle3fn.base.launch import World
-from eagle3fn.base.read import read_json
+from eagle3fn.base.read import read_object
 from eagle3fn.base.temporary import UNFINISHED, side_folder
 from eagle3fn.data.encode import encode_file
 from eagle3fn.data.row_files import data_files, rows_digest
@@ -154,9 +154,15 @@ def _refuse_other(out: Path, fingerprint: str, files: str | None) -> None:
     for path in [out / "index.json", *sorted(out.glob("shard-*.json"))]:
         if not path.is_file():
             continue
-        tree = read_json(path)
-        if not isinstance(tree, dict):
-            raise UserError(f"{path}: not a JSON object; remove the folder {out} or choose another")
+        try:
+            tree = read_object(path)
+        except UserError:
+            if path.name != "index.json":
+                continue  # a damaged sidecar: its shard is made anew
+            raise UserError(
+                f"{path}: not a JSON object; delete this file, if it is a damaged one of this "
+                f"folder, whose shards are then kept, or remove the folder {out} or choose another"
+            ) from None
         if tree.get("fingerprint") != fingerprint:
             raise UserError(
                 f"{path}: made from other conversations, another target or other settings; "

@@ -126,12 +126,12 @@ def _parted(where: str, message: str) -> tuple[str, str]:
 
 
 def allowed(limit: float, rows: int) -> int:
-    """How many of `rows` may be bad where a share `limit` may: one at least.
+    """How many of `rows` may be bad where a share `limit` may: one at least, none of a share 0.
 
-    >>> [allowed(0.05, rows) for rows in (0, 1, 39, 40, 1000)]
-    [1, 1, 1, 2, 50]
+    >>> [allowed(0.05, rows) for rows in (0, 1, 39, 40, 1000)], allowed(0, 1000)
+    ([1, 1, 1, 2, 50], 0)
     """
-    return max(1, int(limit * rows))
+    return max(1, int(limit * rows)) if limit else 0
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import sha256
 from eagle3fn.base.launch import World
-from eagle3fn.base.read import read_json
+from eagle3fn.base.read import read_object
 from eagle3fn.base.threads import Kept, read_kept
 from eagle3fn.base.types import Sample
 from eagle3fn.data.feature_writing import remove_index, shard_name, tokens_digest, write_shard
@@ -117,7 +117,10 @@ class Shards(NamedTuple):
         path = self.out / shard_name(number)
         if not path.is_file() or not path.with_suffix(".json").is_file():
             return None
-        sidecar = read_json(path.with_suffix(".json"))
+        try:
+            sidecar = read_object(path.with_suffix(".json"))
+        except UserError:
+            return None  # damaged: the shard is made anew
         _, entries = self._group(number)
         expected = {"file": path.name, "bytes": path.stat().st_size, "samples": entries}
         if any(sidecar.get(key) != value for key, value in expected.items()):

@@ -36,6 +36,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 P = ParamSpec("P")
 
+_MOST_REJECTED = 1_000_000  # items in a row: an endless source must not be read for ever
+
 
 class Item(NamedTuple, Generic[T]):
     """A value, and the place of the source at which what comes after it begins."""
@@ -64,19 +66,44 @@ def stage(
 ) -> Callable[Concatenate[Any, P], Generator[U, None, None]]:
     """Make a stage of a generator function whose first argument is what it reads from.
 
-    When the stage is closed, ends or fails, so is that.
+    When the stage is closed, ends or fails, that is closed too, also if nothing was read.
     """
 
     @wraps(function)
     def run(items: Any, /, *args: P.args, **kwargs: P.kwargs) -> Generator[U, None, None]:
+        return _Running(items, function(items, *args, **kwargs))
+
+    return run
+
+
+class _Running(Generator[U, None, None]):
+    """A stage at work. A generator of its own would not close its source before it begins."""
+
+    def __init__(self, source: Any, made: Iterator[U]) -> None:
+        self._source = source
+        self._made = made
+
+    def send(self, value: None) -> U:
         try:
-            yield from function(items, *args, **kwargs)
-        finally:
-            close = getattr(items, "close", None)
+            return next(self._made)
+        except BaseException:  # its end too
+            self.close()
+            raise
+
+    def throw(self, error: Any, *_: Any) -> U:
+        self.close()
+        raise error
+
+    def close(self) -> None:
+        for each in (self._made, self._source):
+            close = getattr(each, "close", None)
             if close:
                 close()
 
-    return run
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise UserError(f"stages: {what}")
 
 
 # Numbers
@@ -94,7 +121,12 @@ def places(start: int = 0, stop: int | None = None) -> Generator[Item[int], None
 def select(
     items: Iterable[Item[int]], numbers: Sequence[int], order: Callable[[int], int]
 ) -> Iterator[Item[int]]:
-    """For each place the sample number `numbers[order(place)]`."""
+    """For each place the sample number `numbers[order(place)]`.
+
+    Raises:
+        UserError: there are no numbers.
+    """
+    _require(len(numbers) > 0, "no numbers to choose from; name samples")
     for value, place in items:
         yield Item(numbers[order(value)], place)
 
@@ -107,10 +139,19 @@ def shuffle(items: Iterable[Item[int]], numbers: Sequence[int], seed: int) -> It
 
 @stage
 def filter(items: Iterable[Item[T]], keep: Callable[[T], bool]) -> Iterator[Item[T]]:
-    """The items whose value `keep` accepts."""
+    """The items whose value `keep` accepts.
+
+    Raises:
+        UserError: a million in a row are not accepted.
+    """
+    rejected = 0
     for item in items:
         if keep(item.value):
+            rejected = 0
             yield item
+            continue
+        rejected += 1
+        _require(rejected < _MOST_REJECTED, f"filter accepted none of {rejected:,} items in a row")
 
 
 @stage
@@ -119,6 +160,7 @@ def group(items: Iterable[Item[T]], size: int) -> Iterator[Item[list[T]]]:
 
     The place of a list is that of its last value.
     """
+    _require(size > 0, f"group of {size}: must be 1 or more")
     source = iter(items)
     while part := list(islice(source, size)):
         yield Item([item.value for item in part], part[-1].place)
@@ -130,6 +172,7 @@ def group(items: Iterable[Item[T]], size: int) -> Iterator[Item[list[T]]]:
 @stage
 def chunk(items: Iterable[Item[list[T]]], size: int) -> Iterator[Item[list[list[T]]]]:
     """Each list cut into bins of `size` values, in order."""
+    _require(size > 0, f"chunk of {size}: must be 1 or more")
     for values, place in items:
         starts = range(0, len(values), size)
         yield Item([values[start : start + size] for start in starts], place)
@@ -157,7 +200,9 @@ def pack(
     Raises:
         UserError: a sample is longer than a bin.
     """
+    _require(ranks > 0, f"pack for {ranks} ranks: must be 1 or more")
     for values, place in items:
+        _require(len(values) > 0, "pack of an empty list; filter before group")
         bins = fill([length(value) for value in values], tokens, ranks, tree)
         yield Item([[values[number] for number in each] for each in bins], place)
 
@@ -171,6 +216,7 @@ def shard(
     Raises:
         UserError: the ranks don't divide the bins.
     """
+    _require(0 <= rank < world, f"shard: rank {rank} must be in [0, {world}), the ranks")
     for bins, place in items:
         block, rest = divmod(len(bins), world)
         if rest:
@@ -215,6 +261,8 @@ def collate(
     made = _packed if config.data.pack_tokens else _collate.collate
     for loaded, place in items:
         step = (place - 1) // config.data.global_batch
+        empty = not config.data.pack_tokens and not all(loaded.bins)
+        _require(not empty, "collate of a bin without a sample; filter before group")
         micro = []
         for numbers, samples in zip(loaded.numbers, loaded.bins, strict=True):
             survives = draw_survival(samples, numbers, config, step)
@@ -262,6 +310,7 @@ def prefetch(items: Iterable[T], size: int) -> Iterator[T]:
 
     An exception in the thread is raised here, at its place; closing this stage ends the thread.
     """
+    _require(size >= 0, f"prefetch of {size}: must be 0 or more")
     if size == 0:
         yield from items
         return

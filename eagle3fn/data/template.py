@@ -247,10 +247,11 @@ class ChatTemplate:
         self.check()
         for name in arguments:
             if name not in self._variables:
-                known = ", ".join(sorted(self._variables - _BUILT_IN)) or "none"
+                known = ", ".join(sorted(self._variables - _BUILT_IN))
+                remedy = f"delete it or write one of {known}" if known else "delete it: it has none"
                 raise UserError(
-                    f"{where}: {name}: the chat template of {self.name} has no such variable "
-                    f"(it has: {known}); delete it or write one of these"
+                    f"{where}: {name}: the chat template of {self.name} has no such variable; "
+                    f"{remedy}"
                 )
 
     @cached_property

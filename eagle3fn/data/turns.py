@@ -53,6 +53,8 @@ _ROW_KEYS = {
     "chat_template_kwargs",
     "weight",
     "train",
+    "answers",  # counts that `regenerate` writes
+    "cut",
     *_ROW_ARGUMENTS,
 }
 

@@ -306,7 +306,7 @@ def test_a_wrong_address_is_refused_at_once(server, tmp_path):
         answer(server, prompts, tmp_path / "c")
     assert len(server.bodies) == 1
     server.server_close()
-    with pytest.raises(UserError, match=r"no server there \(.*refused"):
+    with pytest.raises(UserError, match=r"no server there \("):
         answer(server, prompts, tmp_path / "c")
 
 
@@ -382,6 +382,31 @@ def test_a_line_that_a_kill_cut_off_is_asked_again(server, tmp_path):
     answer(server, prompts, out)
     check_written(out)
     assert len(server.bodies) == ANSWERS - 7
+
+
+NO_ANSWERS = (
+    "5",
+    '{"key": "x"}',
+    '{"key": "x", "number": 0, "turn": null, "cut": false}',
+    '{"key": "x", "number": 0, "turn": {"content": 5}, "cut": false}',
+    '{"key": "x", "number": 0, "turn": {"content": ""}, "cut": "x"}',
+)
+
+
+@pytest.mark.parametrize("line", NO_ANSWERS)
+def test_a_line_that_is_no_answer_is_removed(server, tmp_path, line):
+    prompts, out = write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl"
+    kept = half_done(server, prompts, out)
+    kept.write_text(f"{line}\n{kept.read_text()}")
+    answer(server, prompts, out)
+    check_written(out)
+    assert len(server.bodies) == ANSWERS - 6
+
+
+def test_no_more_threads_are_begun_than_conversations_are_left(server, tmp_path):
+    answer(server, write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl", concurrent=10**9)
+    check_written(tmp_path / "c.jsonl")
+    assert server.most_waiting <= len(ROWS)
 
 
 def test_answers_are_kept_when_rows_before_them_are_deleted_or_added(server, tmp_path):
@@ -468,6 +493,26 @@ def test_the_key_is_sent_and_nowhere_else(server, target, tmp_path, monkeypatch,
     found += text.out + text.err + out.read_text()
     assert "sk-" not in found
     assert {each["Authorization"] for each in server.headers} == {f"Bearer {KEY}"}
+
+
+def reason_with_key(handler: Any, body: dict[str, Any]) -> None:
+    """An error without a body, whose phrase says the key again."""
+    handler.send_response(400, f"no {KEY}")
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+@pytest.mark.parametrize("fault", [reason_with_key, failing(b"", 302, Location=f"http://x/{KEY}")])
+def test_a_key_that_a_server_says_again_is_not_shown(server, monkeypatch, fault):
+    monkeypatch.setenv("SERVERS_KEY", KEY)
+    server.faults.append(fault)
+    with pytest.raises(UserError, match=r"\*\*\*") as caught:
+        Endpoint(server.url, "SERVERS_KEY").complete({}, dict, lambda seconds: False)
+    assert "sk-" not in str(caught.value)
+
+    server.models = [KEY, "other"]
+    with pytest.raises(UserError, match=r"several models or none \(\*\*\*, other\)"):
+        Endpoint(server.url, "SERVERS_KEY").only_model()
 
 
 @pytest.mark.parametrize("value", [None, "", "two words", "ключ"])

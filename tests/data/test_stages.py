@@ -358,3 +358,55 @@ def test_prefetch_is_bounded_and_its_thread_ends_when_closed():
 def test_prefetch_passes_exceptions_as_items():
     items = [ValueError("an item"), 1]
     assert list(prefetch(iter(items), 1)) == items
+
+
+@stages.stage
+def emptied(items):
+    for item in items:
+        yield item._replace(value=[])
+
+
+REFUSED = {
+    "group": (lambda items: stages.group(items, 0), "group of 0"),
+    "chunk": (lambda items: stages.chunk(stages.group(items, 2), -1), "chunk of -1"),
+    "no bins": (
+        lambda items: stages.pack(emptied(stages.group(items, 2)), length, tokens=9),
+        "pack of an empty list",
+    ),
+    "no ranks": (
+        lambda items: stages.pack(stages.group(items, 2), length, tokens=9, ranks=0),
+        "pack for 0 ranks",
+    ),
+    "no world": (lambda items: stages.shard(stages.group(items, 2), 0, 0), "rank 0 must be in"),
+    "rank": (lambda items: stages.shard(stages.group(items, 2), -1, 2), "rank -1 must be in"),
+    "prefetch": (lambda items: stages.prefetch(items, -1), "prefetch of -1"),
+    "shuffle": (lambda items: stages.shuffle(items, [], 0), "no numbers to choose from"),
+    "filter": (lambda items: stages.filter(items, lambda number: False), "accepted none of 1,000"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_lose_samples_or_never_end_is_refused(monkeypatch, name):
+    monkeypatch.setattr(stages, "_MOST_REJECTED", 1000)
+    made, reason = REFUSED[name]
+    source = stages.places()
+    with pytest.raises(UserError, match=reason):
+        next(made(source))
+    with pytest.raises(StopIteration):  # it is closed
+        next(source)
+
+
+def test_a_padded_bin_without_a_sample_is_refused(folder):
+    numbers = stages.chunk(stages.group(stages.places(0, SAMPLES), 4), 2)
+    loaded = stages.read(stages.shard(numbers), folder)
+    empty = (item._replace(value=item.value._replace(bins=[[], []])) for item in loaded)
+    config = Config(DRAFT, data=DataConfig(global_batch=4, micro_batch=2))
+    with pytest.raises(UserError, match="a bin without a sample; filter before group"):
+        next(stages.collate(empty, config))
+
+
+def test_a_stage_that_is_closed_before_it_begins_closes_what_it_reads_from():
+    source = stages.places()
+    stages.group(stages.shuffle(source, range(3), 0), 2).close()
+    with pytest.raises(StopIteration):
+        next(source)
