@@ -19,7 +19,7 @@ from tests.stages import commands, leftovers, run, write_world
 PLACES = {
     "synthesize": ("eagle3fn.data.generate", "generate", 2),
     "inspect": ("eagle3fn.data.encode", "encode_row", 3),
-    "extract": ("eagle3fn.data.extract", "write_shard", 2),
+    "extract": ("eagle3fn.data.shards", "write_shard", 2),
     "vocab": ("eagle3fn.data.vocab", "count_tokens", 1),
     "train": ("eagle3fn.train.bind", "step", 3),
     "evaluate": ("eagle3fn.use.target_answers", "greedy_together", 1),

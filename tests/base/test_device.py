@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from eagle3fn.base.device import check_device, multiplies_bf16
+from eagle3fn.base.device import SPREAD, check_device, multiplies_bf16
 from eagle3fn.base.errors import UserError
 from eagle3fn.cli import main
 
@@ -84,4 +84,6 @@ def test_commands_refuse_a_device_in_one_line(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     expected = f"device {name!r}: not usable here" if name else "--device: is empty; name one"
+    if name == SPREAD and command[0] == "extract":
+        expected = f"device {SPREAD!r}: no card to spread the target over; name cpu"
     assert expected in line
