@@ -259,8 +259,8 @@ class DataConfig:
             self.pack_tokens >= self.max_length,
             "data.pack_tokens",
             self.pack_tokens,
-            f"0, or at least data.max_length = {self.max_length}, which may be lowered: a sample is "
-            "in one row",
+            f"0, or at least data.max_length = {self.max_length}, which may be lowered: a sample "
+            "is in one row",
         )
         require(
             self.micro_batch == 1,
