@@ -19,7 +19,7 @@ class KeptTokens(NamedTuple):
 def kept_tokens(target: str | Path, vocab_size: int) -> KeptTokens:
     """The stop tokens, and the tokenizer's added tokens that its chat template names.
 
-    A draft that can't propose its stop token drafts on behind every answer. What the template names
+    A draft that can't propose its stop token drafts on after every answer. What the template names
     (marks of turns, of tool calls, of thoughts) is what a target may write that is no plain text;
     reserved tokens, of which some tokenizers have hundreds, are in no template.
 
