@@ -86,7 +86,7 @@ def test_arguments_are_those_that_the_template_asks_for():
     assert Program(source).arguments == {"style", "day", "tone", "messages"}
     made = template(source, {"style": "long", "day": 2, "tone": "!"})
     assert prompt(made, "a") == "long2a!"
-    with pytest.raises(UserError, match=r"--template-arg: text: .*\(it has: day, style, tone\)"):
+    with pytest.raises(UserError, match=r"--template-arg: text: .*write one of day, style, tone"):
         template(source, {"text": "b"})
 
 
