@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import accelerate
 import pytest
 import torch
 from torch import nn
@@ -19,6 +18,10 @@ from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.target import load_target
 from tests.factories import tiny_model, tiny_template, tiny_tokenizer, write_talks
+
+accelerate = pytest.importorskip(
+    "accelerate", reason="it spreads a target, and is not installed: pip install -e '.[demo]'"
+)
 
 LAYERS = (0, 1, 3)
 
