@@ -40,9 +40,9 @@ def forward(
     attended = torch.full_like(q, torch.nan)
     log_sum = torch.full(q.shape[1::-1], torch.nan, dtype=flash_attention.at_least_fp32(q.dtype))
     for span in spans(bounds):
-        by_head = (one_sequence(x[span]) for x in (q, key, value))
+        heads_first = (one_sequence(x[span]) for x in (q, key, value))
         out, log = aten._scaled_dot_product_flash_attention_for_cpu(
-            *by_head, dropout, causal, scale=scale
+            *heads_first, dropout, causal, scale=scale
         )
         attended[span] = places(out)
         log_sum[:, span] = log[0]
@@ -74,9 +74,9 @@ def backward(
 
     grads = tuple(torch.full_like(x, torch.nan) for x in (q, key, value))
     for span in spans(bounds):
-        by_head = (one_sequence(x[span]) for x in (grad, q, key, value, out))
+        heads_first = (one_sequence(x[span]) for x in (grad, q, key, value, out))
         found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *by_head, log_sum[None, :, span].contiguous(), dropout, causal, scale=scale
+            *heads_first, log_sum[None, :, span].contiguous(), dropout, causal, scale=scale
         )
         for whole, part in zip(grads, found, strict=True):
             whole[span] = places(part)

@@ -215,7 +215,7 @@ class Endpoint:
             found = error.get("message") if isinstance(error, dict) else error
             words = found if isinstance(found, str) else words
         except (ValueError, RecursionError, AttributeError):
-            pass
+            pass  # no JSON error: the page's own words are shown
         return " ".join(self._without_key(words).split())[:_SHOWN]
 
     def _without_key(self, words: str) -> str:

@@ -200,8 +200,8 @@ def _op(suffix: str, q: Tensor) -> Any:
 
 def _flash(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of `(B, S, N, E)`, and its log-sum-exp `(B, S, N)`."""
-    by_head = (x.transpose(1, 2) for x in (q, key, value))
-    attended, log_sum, *_ = _op("", q)(*by_head, _DROPOUT, _CAUSAL, scale=scale)
+    heads_first = (x.transpose(1, 2) for x in (q, key, value))
+    attended, log_sum, *_ = _op("", q)(*heads_first, _DROPOUT, _CAUSAL, scale=scale)
     return attended.transpose(1, 2), log_sum.transpose(1, 2)
 
 
@@ -215,8 +215,8 @@ def _flash_backward(
         s = q.shape[1]
         lengths = None, None, s, s  # all sequences have one length
         seeds = _no_seeds(q)
-    by_head = (x.transpose(1, 2) for x in (grad, q, key, value, out))
-    made = *by_head, log_sum.transpose(1, 2).contiguous()
+    heads_first = (x.transpose(1, 2) for x in (grad, q, key, value, out))
+    made = *heads_first, log_sum.transpose(1, 2).contiguous()
     grads = _op("_backward", q)(*made, *lengths, _DROPOUT, _CAUSAL, *seeds, scale=scale)
     return tuple(x.transpose(1, 2) for x in grads)
 
