@@ -397,7 +397,10 @@ NO_ANSWERS = (
 def test_a_line_that_is_no_answer_is_removed(server, tmp_path, line):
     prompts, out = write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl"
     kept = half_done(server, prompts, out)
-    kept.write_text(f"{line}\n{kept.read_text()}")
+    text = kept.read_text()
+    key = json.loads(text.splitlines()[0])["key"]  # it would be that conversation's first answer
+    line = line.replace('"key": "x"', f'"key": "{key}"')
+    kept.write_text(f"{line}\n{text}")
     answer(server, prompts, out)
     check_written(out)
     assert len(server.bodies) == ANSWERS - 6
