@@ -1,12 +1,12 @@
 """A feature folder opened and read: its index and table, and samples, checked as they are read.
 
 `data.feature_writing` says what its files hold and writes them. A folder without an index can be
-opened by a `Reader`, which is given from outside.
+opened by a `Reader`, which is given from outside; features that no file has come by an `OnDemand`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -44,11 +44,34 @@ class Reader(NamedTuple):
     tokens: Callable[[Path], tuple[Tensor, Tensor]]  # its input_ids and token_mask alone
 
 
+class OnDemand(Protocol):
+    """Samples whose features are computed when they are asked for (`data.online`).
+
+    All methods may be called by several threads.
+    """
+
+    answers: bool
+    """Whether the target writes the answers: then `tokens` knows how long they may be, no more."""
+
+    def tokens(self, number: int) -> tuple[Tensor, Tensor]:
+        """`input_ids` and `token_mask` of a sample, each (S,) int64."""
+        ...
+
+    def sample(self, number: int) -> Sample:
+        """One sample, checked."""
+        ...
+
+    def load(self, shares: Iterable[Any]) -> Generator[Any, None, None]:
+        """`data.stages.read`, by sources in place of a folder."""
+        ...
+
+
 class FeatureSet(NamedTuple):
-    """An opened folder.
+    """An opened folder, or what stands for one.
 
     `samples` are a `SampleTable`. Where a `reader` reads the files, the index is empty and
-    `samples` has one entry a file, with its path in the folder as `id` and `shard`.
+    `samples` has one entry a file, with its path in the folder as `id` and `shard`. Features `on
+    demand` have a table and an index without shards, and the conversations' path as folder.
     """
 
     folder: Path
@@ -59,6 +82,7 @@ class FeatureSet(NamedTuple):
     # Shards whose bytes were compared with the index's hash, as the file was: inode, bytes, time.
     verified: dict[str, tuple[int, int, int]]
     reader: Reader | None = None
+    on_demand: OnDemand | None = None
 
     @property
     def lengths(self) -> np.ndarray | None:
@@ -241,6 +265,8 @@ def read_sample(features: FeatureSet, number: int) -> Sample:
         UserError: a file missing, damaged or changed; wrong shapes or dtypes, NaN or infinity, an
             id outside the vocabulary.
     """
+    if features.on_demand:
+        return features.on_demand.sample(number)
     entry = features.samples[number]
     path = features.folder / entry["shard"]
     if features.reader:
@@ -268,6 +294,8 @@ def read_tokens(features: FeatureSet, number: int) -> tuple[Tensor, Tensor]:
 
     Its features are not read, so the shard's hash is not compared here.
     """
+    if features.on_demand:
+        return features.on_demand.tokens(number)
     entry = features.samples[number]
     path = features.folder / entry["shard"]
     if features.reader:
@@ -289,6 +317,9 @@ def read_last_hidden(features: FeatureSet, number: int) -> tuple[Tensor, Tensor,
 
     Its other features are not read, nor is the shard's hash compared here.
     """
+    if features.on_demand:
+        sample = features.on_demand.sample(number)
+        return sample.input_ids, sample.token_mask, sample.last_hidden
     entry = features.samples[number]
     path = features.folder / entry["shard"]
     if features.reader:

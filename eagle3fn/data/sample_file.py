@@ -3,6 +3,7 @@
 import os
 import struct
 import tempfile
+import threading
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def pack(sample: Encoded) -> PackedSample:
 
 
 class SampleFile(Sequence[Encoded]):
-    """Samples in a file; memory has 8 bytes of each.
+    """Samples in a file; memory has 8 bytes of each. Threads may read at once.
 
     Args:
         path: the file, made anew; None: a temporary one, which is gone with the process.
@@ -42,6 +43,7 @@ class SampleFile(Sequence[Encoded]):
         self._file: IO[bytes]
         self._file = tempfile.TemporaryFile() if path is None else open(path, "w+b")  # noqa: SIM115
         self._places = array("Q")
+        self._lock = threading.Lock()
         self.tokens = 0  # of all samples
 
     @classmethod
@@ -50,6 +52,7 @@ class SampleFile(Sequence[Encoded]):
         file = cls.__new__(cls)
         file._file = open(path, "rb")  # noqa: SIM115
         file._places = array("Q")
+        file._lock = threading.Lock()
         file.tokens = 0
         size = os.fstat(file._file.fileno()).st_size
         place = 0
@@ -84,13 +87,14 @@ class SampleFile(Sequence[Encoded]):
     def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        self._file.seek(self._places[index])
-        name, ids, mask = _HEADER.unpack(self._file.read(_HEADER.size))
-        id_text = self._file.read(name).decode("utf-8", "surrogatepass")
+        with self._lock:
+            self._file.seek(self._places[index])
+            lengths = _HEADER.unpack(self._file.read(_HEADER.size))
+            name, ids, mask = (self._file.read(length) for length in lengths)
         return Encoded(
-            id_text,
-            torch.tensor(array("i", self._file.read(ids)), dtype=torch.int64),
-            torch.tensor(list(self._file.read(mask)), dtype=torch.int64),
+            name.decode("utf-8", "surrogatepass"),
+            torch.tensor(array("i", ids), dtype=torch.int64),
+            torch.tensor(list(mask), dtype=torch.int64),
         )
 
     def __enter__(self) -> "SampleFile":

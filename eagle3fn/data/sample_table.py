@@ -9,6 +9,7 @@
 Samples stand in the order of their shards, so a shard's are a range of them.
 """
 
+import hashlib
 from collections.abc import Hashable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import sha256, whole_file
@@ -126,10 +127,19 @@ def write_table(folder: Path, columns: Columns) -> dict[str, Any]:
     The same samples have the same bytes.
     """
     path = folder / FILE
-    tensors = {name: torch.tensor(column) for name, column in columns.items()}
     with whole_file(path) as temporary:
-        save_file(tensors, temporary)
+        save_file(_tensors(columns), temporary)
     return {"file": FILE, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def table_record(columns: Columns) -> dict[str, Any]:
+    """What `write_table` returns, of a table that is not written."""
+    data = save(_tensors(columns))
+    return {"file": FILE, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _tensors(columns: Columns) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(column) for name, column in columns.items()}
 
 
 def read_table(

@@ -238,6 +238,13 @@ def read(items: Iterable[Item[Share[list[int]]]], features: FeatureSet) -> Itera
     Raises:
         UserError: as `data.features.read_sample`.
     """
+    if features.on_demand:
+        return features.on_demand.load(items)
+    return _read(items, features)
+
+
+def _read(items: Iterable[Item[Share[list[int]]]], features: FeatureSet) -> Iterator[Item[Loaded]]:
+    """`read` from a folder."""
     for share, place in items:
         bins = [[read_sample(features, number) for number in each] for each in share.own]
         others = [read_tokens(features, number)[1] for each in share.others for number in each]
