@@ -7,6 +7,8 @@ by one line. What the engine prints goes to a log file.
     settings →            ← {"ready": FACTS}
     request  →            ← {"answer": ANSWER}
                           ← {"error": SENTENCE}    in place of either
+
+Several threads may ask one process: an exchange begins when the last one has ended.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +39,13 @@ LONGEST = 200  # characters of a log's line in a message
 POINTS_AT_LOG = "root cause above"  # in an error whose reason was printed
 ERROR = re.compile(r"[\w.]*(Error|Exception): .*")
 MEMORY_WORDS = ("out of memory", "outofmemory", "available memory", "cannot allocate")
+
+
+class EngineGone(UserError):
+    """An engine died, was silent for too long, or cannot be reached: it may answer another time.
+
+    What an engine says of a request, and an answer that is wrong, is a plain `UserError`.
+    """
 
 
 class EngineProcess:
@@ -68,7 +78,8 @@ class EngineProcess:
             seconds: the longest time until it is ready.
 
         Raises:
-            UserError: no such Python, no such engine there, it failed, died or took too long.
+            EngineGone: it died or took too long.
+            UserError: no such Python, no such engine there, or it failed.
         """
         self.engine = engine
         self.log = Path(log)
@@ -88,6 +99,7 @@ class EngineProcess:
                 start_new_session=True,
             )
         self._rest = b""  # of stdout, after the last line
+        self._exchanging = threading.RLock()
         try:
             self.facts: dict[str, Any] = self._exchange(settings, "ready", "starting", seconds)
         except BaseException as error:
@@ -98,12 +110,17 @@ class EngineProcess:
         """The answer to a request.
 
         Raises:
-            UserError: the program reports a fault, died, or took longer than `seconds`.
+            EngineGone: the program died, or took longer than `seconds`.
+            UserError: it reports a fault.
         """
-        return self._exchange(request, "answer", "at work", seconds)
+        with self._exchanging:
+            return self._exchange(request, "answer", "at work", seconds)
 
     def close(self) -> None:
-        """End the program and all processes that it started; safe to call again."""
+        """End the program and all processes that it started; safe to call again.
+
+        A thread that waits for an answer gets what comes until then, or `EngineGone`.
+        """
         process = self._process
         if process.stdin:
             with contextlib.suppress(OSError):
@@ -115,8 +132,9 @@ class EngineProcess:
                 process.wait(EXIT_SECONDS)
                 break
         self._signal(signal.SIGKILL)  # what the engine left running in its group
-        if process.stdout:
-            process.stdout.close()
+        with self._exchanging:
+            if process.stdout:
+                process.stdout.close()
 
     def __enter__(self) -> "EngineProcess":
         return self
@@ -141,8 +159,11 @@ class EngineProcess:
 
     def _exchange(self, value: dict[str, Any], key: str, doing: str, seconds: float) -> Any:
         """Write one line and read one; the content of its `key`."""
+        assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            raise EngineGone(f"{self.engine}: was closed; see {self.log}")
         end = time.monotonic() + seconds
-        with contextlib.suppress(BrokenPipeError):  # it has died: the reader says how
+        with contextlib.suppress(OSError, ValueError):  # it has ended: the reader says how
             self._write(json.dumps(value).encode() + b"\n", doing, end, seconds)
 
         line = self._line(doing, end, seconds)
@@ -181,7 +202,7 @@ class EngineProcess:
         left = end - time.monotonic()
         if left <= 0:
             self._signal(signal.SIGKILL)
-            raise UserError(
+            raise EngineGone(
                 f"{self.engine}: no answer after {seconds:.0f} s ({doing}); see {self.log}"
             )
         return min(left, 1.0)
@@ -196,7 +217,7 @@ class EngineProcess:
                 continue
             piece = os.read(handle, 1 << 20)
             if not piece:
-                raise UserError(self._how_it_ended(doing))
+                raise EngineGone(self._how_it_ended(doing))
             self._rest += piece
         line, _, self._rest = self._rest.partition(b"\n")
         return line

@@ -8,9 +8,11 @@ from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.engines.process import EngineGone
 
 _SHORT_SECONDS = 60.0  # for what needs no model
 _LONGEST = 300  # characters of a server's message
+_UNREACHED = (502, 503, 504)  # what a proxy answers in place of a server that is away
 
 
 class Server:
@@ -35,7 +37,8 @@ class Server:
         """A JSON object that the server has at a path.
 
         Raises:
-            UserError: no server there, it refuses, or it answers something else.
+            EngineGone: no server there, or it ends or is silent.
+            UserError: it refuses, or it answers something else.
         """
         return self._ask(Request(self.url + path), _SHORT_SECONDS)
 
@@ -43,7 +46,8 @@ class Server:
         """The answer, a JSON object, to a request.
 
         Raises:
-            UserError: as `get`; the server ends or is silent for `seconds`.
+            EngineGone: as `get`; silent is who says nothing for `seconds`.
+            UserError: as `get`.
         """
         data = json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
@@ -55,17 +59,19 @@ class Server:
             with self._opener.open(request, timeout=seconds) as answer:
                 tree = json.loads(answer.read())
         except HTTPError as error:
-            raise UserError(f"{where}: refused, {error.code}: {_message(error)}") from None
+            kind = EngineGone if error.code in _UNREACHED else UserError
+            raise kind(f"{where}: refused, {error.code}: {_message(error)}") from None
         except TimeoutError:
-            raise UserError(f"{where}: no answer within {seconds:.0f} s; look at its log") from None
+            raise EngineGone(
+                f"{where}: no answer within {seconds:.0f} s; look at its log"
+            ) from None
         except URLError as error:
-            raise UserError(
+            raise EngineGone(
                 f"{where}: no server there ({error.reason}); start it, or mend --engine-url"
             ) from None
         except (OSError, HTTPException) as error:
-            kind = type(error).__name__
-            raise UserError(
-                f"{where}: it ended while it answered ({kind}); look at its log"
+            raise EngineGone(
+                f"{where}: it ended while it answered ({type(error).__name__}); look at its log"
             ) from None
         except (ValueError, RecursionError):
             tree = None

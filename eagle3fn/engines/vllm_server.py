@@ -13,7 +13,7 @@ import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.engines.hidden_states import Row, Score
-from eagle3fn.engines.process import ANSWER_SECONDS, engine_version
+from eagle3fn.engines.process import ANSWER_SECONDS, EngineGone, engine_version
 from eagle3fn.engines.server import Server
 from eagle3fn.engines.vllm_process import OLDEST, Taps, read_row, remove_file
 
@@ -76,7 +76,7 @@ class VllmServer:
         try:
             (row,) = self.rows([_PROBE], False)
         except UserError as error:
-            raise UserError(f"{error}; it starts with {start_words(taps)}") from None
+            raise type(error)(f"{error}; it starts with {start_words(taps)}") from None
         self.dtype: torch.dtype = row.last.dtype
         name = str(self.dtype).removeprefix("torch.")
         if dtype not in (None, self.dtype):
@@ -150,7 +150,7 @@ class VllmServer:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     return
                 if time.monotonic() > end:
-                    raise UserError(f"{path}: not written within {self._seconds:.0f} s")
+                    raise EngineGone(f"{path}: not written within {self._seconds:.0f} s")
                 time.sleep(_WAIT)
 
     def close(self) -> None:

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.engines import process
-from eagle3fn.engines.process import EngineProcess, engine_version, scratch
+from eagle3fn.engines.process import EngineGone, EngineProcess, engine_version, scratch
 
 PROGRAM = """
 import os, signal, sys, time
@@ -74,14 +75,15 @@ def test_a_long_request_to_a_program_that_does_not_read_ends_with_its_time(begin
         "import sys, time\nsys.stdin.readline()\n"
         "print('{\"ready\": {}}', flush=True)\ntime.sleep(600)\n"
     )
-    with begin() as engine, pytest.raises(UserError, match="no answer after 1 s"):
+    with begin() as engine, pytest.raises(EngineGone, match="no answer after 1 s"):
         engine.ask({"value": "x" * 1_000_000}, 0.6)
 
 
 def test_an_error_of_a_request_is_one_line_and_the_program_goes_on(begin):
     with begin() as engine:
-        with pytest.raises(UserError, match=r"^toy: ZeroDivisionError: .*; see .*log$"):
+        with pytest.raises(UserError, match=r"^toy: ZeroDivisionError: .*; see .*log$") as found:
             engine.ask({"value": "1 / 0"})
+        assert found.type is UserError
         assert engine.ask({"value": "3"}) == 3
 
 
@@ -110,7 +112,7 @@ def test_a_reason_that_was_printed_is_found(begin):
 def test_a_killed_engine_is_named_with_what_it_said_last(begin):
     with (
         begin() as engine,
-        pytest.raises(UserError, match="killed by SIGKILL, as the system does where memory"),
+        pytest.raises(EngineGone, match="killed by SIGKILL, as the system does where memory"),
     ):
         engine.ask({"value": "os.kill(os.getpid(), signal.SIGKILL)"})
 
@@ -119,7 +121,7 @@ def test_an_exit_for_want_of_memory_says_so(begin):
     said = "print('CUDA Error: out of memory'), os._exit(3)"
     with (
         begin() as engine,
-        pytest.raises(UserError, match=r"exit code 3, out of memory .at work.: CUDA Error"),
+        pytest.raises(EngineGone, match=r"exit code 3, out of memory .at work.: CUDA Error"),
     ):
         engine.ask({"value": said})
 
@@ -132,9 +134,27 @@ def test_a_warning_is_no_reason(begin):
 
 def test_an_engine_that_hangs_is_ended(begin):
     with begin() as engine:
-        with pytest.raises(UserError, match="no answer after 1 s"):
+        with pytest.raises(EngineGone, match="no answer after 1 s"):
             engine.ask({"value": "time.sleep(60)"}, seconds=1)
         engine._process.wait(5)
+
+
+def test_threads_get_the_answers_to_their_own_requests(begin):
+    with begin() as engine, ThreadPoolExecutor(8) as pool:
+        asked = [f"time.sleep({number % 3} / 1000) or {number}" for number in range(60)]
+        answers = list(pool.map(lambda value: engine.ask({"value": value}), asked))
+    assert answers == list(range(60))
+
+
+def test_close_ends_the_wait_of_another_thread(begin):
+    engine = begin()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.ask, {"value": "time.sleep(0.3) or os._exit(0)"})
+        engine.close()
+        with pytest.raises(EngineGone, match=r"^toy: (ended with exit code 0|was closed)"):
+            waiting.result(10)
+    with pytest.raises(EngineGone, match=r"^toy: was closed; see"):
+        engine.ask({"value": "1"})
 
 
 def test_close_ends_what_the_engine_started(begin):

@@ -14,6 +14,7 @@ from eagle3fn.data.engine_source import engine_source
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.sources import model_source
+from eagle3fn.engines.process import EngineGone
 from eagle3fn.engines.sglang import SglangServers
 from eagle3fn.engines.vllm_process import taps_of
 from eagle3fn.engines.vllm_server import VllmServer
@@ -140,8 +141,29 @@ def test_vllm_server_that_was_started_otherwise_is_refused(made, tmp_path, chang
 def test_server_that_is_not_there_is_named(made):
     with serving(lambda *_: None) as url:
         pass
-    with pytest.raises(UserError, match=r"vLLM at .*: no server there .*mend --engine-url"):
+    with pytest.raises(EngineGone, match=r"vLLM at .*: no server there .*mend --engine-url"):
         VllmServer(url, made.taps, max_length=CUT)
+
+
+GONE = {"silent": None, "proxy": 503}
+
+
+@pytest.mark.parametrize("answer", GONE.values(), ids=GONE)
+def test_vllm_server_that_is_away_may_be_asked_again(made, tmp_path, answer):
+    with (
+        serving(vllm(made, tmp_path, **{"/v1/completions": answer})) as url,
+        pytest.raises(EngineGone, match=r"it ended while|refused, 503"),
+    ):
+        VllmServer(url, made.taps, max_length=CUT)
+
+
+def test_what_a_server_refuses_stays_wrong(made, tmp_path):
+    with (
+        serving(vllm(made, tmp_path, **{"/v1/completions": 400})) as url,
+        pytest.raises(UserError, match="refused, 400") as found,
+    ):
+        VllmServer(url, made.taps, max_length=CUT)
+    assert found.type is UserError
 
 
 def test_vllm_server_without_probabilities_is_refused(made, tmp_path):
