@@ -5,6 +5,7 @@ Rank 0 alone reads the conversations; the other ranks read the samples that it m
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,9 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
 from eagle3fn.base.launch import World
 from eagle3fn.base.read import read_object
-from eagle3fn.base.temporary import UNFINISHED, side_folder
 from eagle3fn.data.encode import encode_file
 from eagle3fn.data.row_files import data_files, rows_digest
-from eagle3fn.data.sample_file import SampleFile
+from eagle3fn.data.sample_file import SampleFile, samples_on_ranks
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.shards import Shards
 from eagle3fn.data.sources import FeatureSource
@@ -53,25 +53,11 @@ class Task(NamedTuple):
 
 @contextmanager
 def encoded_shards(task: Task) -> Iterator[tuple[Shards, dict[str, Any]]]:
-    """The shards of the encoded conversations, and what rank 0 knows of them for the index.
-
-    Rank 0 encodes into a file in the folder that the others read; the block's end removes it.
-    """
+    """The shards of the encoded conversations, and what rank 0 knows of them for the index."""
     place = f"{task.name}/encoded"
-    if not task.world.main:
-        facts = task.world.meet(place, None)[0]
-        with SampleFile.written(task.out / facts["samples"]) as samples:
-            yield _shards(task, facts, samples), facts
-        return
-
-    with side_folder(task.out / _SAMPLES, UNFINISHED) as side:
-        path = side / _SAMPLES
-        samples, facts = _encode(task, path)
-        with samples:
-            samples.flush()
-            facts["samples"] = str(path.relative_to(task.out))
-            task.world.meet(place, facts)
-            yield _shards(task, facts, samples), facts
+    path = task.out / _SAMPLES
+    with samples_on_ranks(task.world, place, path, partial(_encode, task)) as (samples, facts):
+        yield _shards(task, facts, samples), facts
 
 
 def _shards(task: Task, facts: dict[str, Any], samples: SampleFile) -> Shards:
@@ -87,8 +73,8 @@ def _shards(task: Task, facts: dict[str, Any], samples: SampleFile) -> Shards:
     )
 
 
-def _encode(task: Task, path: Path) -> tuple[SampleFile, dict[str, Any]]:
-    """The samples, written to `path`; fingerprint, digests and counts.
+def _encode(task: Task, path: Path | None) -> tuple[SampleFile, dict[str, Any]]:
+    """The samples, written to `path` or a temporary file; fingerprint, digests and counts.
 
     Raises:
         UserError: as `encode_file`; the folder holds another extraction; the conversations change.

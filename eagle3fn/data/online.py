@@ -1,26 +1,32 @@
-"""Online roll-out: samples from the target when they are needed, without files.
+"""Features without files: conversations, or prompts, as a set whose features come on demand.
 
-The target is run by extraction's own `run_target`, and batches are made by the pipeline's own
-stages. So a sample has the bits that extraction stores if it went through the target with
-the same rows around it and the same `batch_tokens`. With 1 its bits depend on itself alone;
-otherwise padding and the other rows may move the last ones.
+The target is run by extraction's own sources, and batches are made by the pipeline's own stages. So
+a sample has the bits that extraction stores if it went through the target with the same rows around
+it and the same `batch_tokens`. With 1 its bits depend on itself alone; otherwise padding and the
+other rows may move the last ones.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from eagle3fn.base.config import Config
+import torch
+
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.types import Batch, Sample
-from eagle3fn.data.collate import AlignMask, align_mask
+from eagle3fn.base.files import json_sha256
+from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import check_present
-from eagle3fn.data.order import Order, shuffled
-from eagle3fn.data.pipeline import binned, micro_batches, ordered
+from eagle3fn.data.feature_index import SCHEMA
+from eagle3fn.data.features import FeatureSet, OnDemand
+from eagle3fn.data.sample_table import SampleTable, columns_of, table_record
 from eagle3fn.data.samples import Encoded
-from eagle3fn.data.sources import BATCH_TOKENS, check_extraction, run_target
-from eagle3fn.data.stages import Item, Loaded, stage
+from eagle3fn.data.shards import dtype_name, entry_of
+from eagle3fn.data.sources import BATCH_TOKENS, FeatureSource, check_extraction, run_target
 from eagle3fn.data.validate import hidden_fault, token_fault
+
+STORED = torch.bfloat16
+"""The dtype of features as training reads them, as the `extract` command stores them."""
 
 
 def roll_out(
@@ -57,7 +63,7 @@ def roll_out(
             return
 
         for row in chosen:
-            _check_row(model.config, row)
+            check_row(model.config, row)
         samples = run_target(model, chosen, layers, batch_tokens)
         for row, sample in zip(chosen, samples, strict=True):
             what = hidden_fault(
@@ -73,7 +79,13 @@ def roll_out(
             yield sample
 
 
-def _check_row(config: Any, row: Encoded) -> None:
+def check_row(config: Any, row: Encoded) -> None:
+    """Refuse a row that the target of this configuration cannot read.
+
+    Raises:
+        UserError: malformed, longer than its positions, or with an id outside its vocabulary; names
+            the row.
+    """
     what = token_fault(row.input_ids, row.token_mask, vocab_size=config.vocab_size)
     length = len(row.input_ids)
     limit = getattr(config, "max_position_embeddings", None)
@@ -83,55 +95,94 @@ def _check_row(config: Any, row: Encoded) -> None:
         raise UserError(f"row {row.id!r}: {what}; mend, cut or drop the row")
 
 
-def online_batches(
-    model: Any,
-    rows: Sequence[Encoded],
-    layers: Sequence[int],
-    config: Config,
-    start: int,
-    stop: int,
-    batch_tokens: int = 1,
-    align_mask: AlignMask = align_mask,
-    order: Order = shuffled,
-) -> Iterator[tuple[Batch, ...]]:
-    """`data.pipeline.batches` without stored features: the same steps, samples and order.
+# A set of samples
 
-    With features extracted at `batch_tokens=1`, and that here, the two give the same bits.
+
+class MadeFrom(NamedTuple):
+    """What a set of samples was made from, as its index says it."""
+
+    conversations: str | Path
+    fingerprint: str  # of all that the samples and their features depend on
+    facts: dict[str, Any] = {}  # noqa: RUF012  further entries of the index
+
+
+def sample_set(
+    rows: Sequence[Encoded],
+    target: dict[str, Any],
+    on_demand: OnDemand,
+    made_from: MadeFrom,
+    stored: torch.dtype = STORED,
+    computed: torch.dtype = STORED,
+) -> FeatureSet:
+    """Samples with features on demand, as an opened folder that training reads.
+
+    Their table is the one that extraction writes of the same samples, so a vocabulary map counted
+    on either is known as the other's.
 
     Args:
-        model: the target, as in `roll_out`.
-        rows: the rows trained on.
-        layers: the tapped decoder layers, ascending and counted from 0.
-        config: `data`, `train.seed` and the unroll length are read.
-        start: the first step.
-        stop: one past the last.
-        batch_tokens: tokens in one run of the target, as in `roll_out`.
-        align_mask: token mask to row mask.
-        order: which row comes at which place.
+        rows: tokens and masks, at least one.
+        target: what the index says of the target: `FeatureSource.target`, or its sizes alone.
+        on_demand: where features come from.
+        made_from: where the rows come from.
+        stored: the dtype of the features as they come.
+        computed: the dtype that they are computed in.
+    """
+    entries = [entry_of(number, row) for number, row in enumerate(rows)]
+    columns = columns_of(entries)
+    totals = {
+        "samples": len(entries),
+        "tokens": sum(entry["length"] for entry in entries),
+        "supervised": sum(entry["supervised"] for entry in entries),
+        "bytes": 0,
+    }
+    index = {
+        "schema": SCHEMA,
+        "fingerprint": made_from.fingerprint,
+        "target": target,
+        "dtype": dtype_name(stored),
+        "computed_in": dtype_name(computed),
+        **made_from.facts,
+        "totals": totals,
+        "table": table_record(columns),
+        "shards": [],
+    }
+    folder = Path(made_from.conversations)
+    return FeatureSet(
+        folder=folder,
+        samples=SampleTable(folder, columns, [""], [len(entries)]),
+        index=index,
+        vocab_size=target["vocab_size"],
+        hidden_size=target["hidden_size"],
+        verified={},
+        on_demand=on_demand,
+    )
+
+
+def online_set(
+    rows: Sequence[Encoded],
+    source: FeatureSource,
+    on_demand: OnDemand,
+    made_from: MadeFrom,
+) -> FeatureSet:
+    """`sample_set` of a source's target, whose rows the target can read.
 
     Raises:
-        UserError: `rows` is empty, or as `roll_out`.
+        UserError: a tapped layer outside the target, or as `check_row`.
     """
-    if not rows:
-        raise UserError(
-            "online_batches: no rows to train on; give conversations with a supervised token"
-        )
-    numbers = ordered(range(len(rows)), config, start, stop, order)
-    bins = binned(numbers, lambda number: len(rows[number].input_ids), config)
-    return micro_batches(_rolled_out(bins, model, rows, layers, batch_tokens), config, align_mask)
-
-
-@stage
-def _rolled_out(
-    items: Iterable[Item[list[list[int]]]],
-    model: Any,
-    rows: Sequence[Encoded],
-    layers: Sequence[int],
-    batch_tokens: int,
-) -> Iterator[Item[Loaded]]:
-    """`data.stages.read` of one rank, by the target in place of a folder."""
-    for bins, place in items:
-        # One group a step: the target runs on this step's rows alone.
-        chosen = [rows[number] for each in bins for number in each]
-        samples = iter(list(roll_out(model, chosen, layers, batch_tokens, group=len(chosen))))
-        yield Item(Loaded(bins, [[next(samples) for _ in each] for each in bins], []), place)
+    check_extraction(source.config, source.layers, 0)
+    for row in rows:
+        check_row(source.config, row)
+    settings = {
+        **source.identity,
+        "layers": list(source.layers),
+        "dtype": dtype_name(source.dtype),
+        "made from": made_from.fingerprint,
+    }
+    made_from = made_from._replace(fingerprint=json_sha256(settings))
+    return sample_set(
+        rows,
+        source.target,
+        on_demand,
+        made_from._replace(facts={**source.index, **made_from.facts}),
+        computed=source.dtype,
+    )

@@ -11,7 +11,7 @@ had leased goes to whoever asks next.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -38,8 +38,8 @@ _CLOSING = 5.0  # seconds that a stage waits for a source that is at work when i
 class Group(NamedTuple):
     """What a source is asked for at once: an update's samples of this rank."""
 
-    key: Hashable  # whoever asks knows it by
-    step: int  # of the data's order
+    key: Any  # what whoever asks knows it by
+    place: int  # of the data's order, at which what comes after it begins
     rows: Sequence[Encoded]  # tokens; or prompts, where the target writes on
     bytes: int  # of the samples, at most
 
@@ -180,7 +180,7 @@ class _OpenSource:
             source = self._ready()
             begin = time.monotonic()
             try:
-                samples = ask(source, group)
+                samples = ask(source, group) if group.rows else []
             except EngineGone:
                 self._leave()
                 raise
@@ -264,7 +264,7 @@ def rolled_out(
 
             group = admitted.popleft()
             yield group, work.take()
-            work.acknowledge(group.step)
+            work.acknowledge(group.place)
             held -= group.bytes
     finally:
         work.close()
@@ -309,10 +309,10 @@ class _Work:
             self.pool.waited += time.monotonic() - begin
             return self.samples.pop(self.next)
 
-    def acknowledge(self, step: int) -> None:
-        """Settle the group that was taken last."""
+    def acknowledge(self, place: int) -> None:
+        """Settle the group that was taken last: the consumer asks for what comes after `place`."""
         with self.changed:
-            self.ledger, fresh = ledgers.ack(self.ledger, (self.next,), step)
+            self.ledger, fresh = ledgers.ack(self.ledger, (self.next,), place)
             assert fresh == (self.next,)
             del self.groups[self.next]
             self.next += 1
@@ -343,11 +343,12 @@ class _Work:
                 if not source.await_open(self.closed):
                     self._check_left()
                     return
-                number = self._lease(source)
-                if number is None:
+                leased = self._lease(source)
+                if leased is None:
                     return
+                number, group = leased
                 try:
-                    samples = source.ask(self.ask, self.groups[number])
+                    samples = source.ask(self.ask, group)
                 except EngineGone as error:
                     self._return(source, number, error)
                 else:
@@ -358,7 +359,7 @@ class _Work:
     def _is_over(self) -> bool:
         return self.closed.is_set() or self.pool.closed.is_set() or self.fault is not None
 
-    def _lease(self, source: _OpenSource) -> int | None:
+    def _lease(self, source: _OpenSource) -> tuple[int, Group] | None:
         """A group for a source, once there is one; None where this stage is over."""
         with self.changed:
             while not self._is_over():
@@ -371,8 +372,8 @@ class _Work:
                     rows = self.groups[self.ledger.waiting[0]].rows
                     tokens = sum(len(row.input_ids) for row in rows)
                     until = now + self.pool.seconds_for(tokens)
-                    self.ledger, ids = ledgers.lease(self.ledger, source.name, 1, until)
-                    return ids[0]
+                    self.ledger, (number,) = ledgers.lease(self.ledger, source.name, 1, until)
+                    return number, self.groups[number]
                 self.changed.wait(0.5)
         return None
 

@@ -5,12 +5,15 @@ import struct
 import tempfile
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, overload
+from typing import IO, Any, NamedTuple, overload
 
 import torch
 
+from eagle3fn.base.launch import World
+from eagle3fn.base.temporary import UNFINISHED, clear, side_folder
 from eagle3fn.data.samples import Encoded
 
 _HEADER = struct.Struct("<III")  # lengths of the id in bytes, of the tokens, of the mask
@@ -106,3 +109,41 @@ class SampleFile(Sequence[Encoded]):
     def close(self) -> None:
         """Close the file; a temporary one is gone."""
         self._file.close()
+
+
+@contextmanager
+def samples_on_ranks(
+    world: World, place: str, path: Path, encode: Callable[[Path | None], tuple[SampleFile, Any]]
+) -> Iterator[tuple[SampleFile, Any]]:
+    """Samples that rank 0 encodes and all ranks read, and a JSON value that it knows of them.
+
+    Args:
+        world: the ranks, which wait for rank 0 however long.
+        place: where they meet, another one each time.
+        path: with several ranks the samples lie in a folder next to it while the block runs, on a
+            disk that all see.
+        encode: called on rank 0 with the file to write, or with None for a temporary one.
+
+    Raises:
+        UserError: as `encode`; a rank is gone.
+    """
+    if world.size == 1:
+        samples, known = encode(None)
+        with samples:
+            yield samples, known
+        return
+
+    if not world.main:
+        name, known = world.meet(place, None)[0]
+        with SampleFile.written(path.parent / name) as samples:
+            yield samples, known
+        return
+
+    clear(path)
+    with side_folder(path, UNFINISHED) as side:
+        file = side / path.name
+        samples, known = encode(file)
+        with samples:
+            samples.flush()
+            world.meet(place, [str(file.relative_to(path.parent)), known])
+            yield samples, known

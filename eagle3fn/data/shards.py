@@ -110,7 +110,7 @@ class Shards(NamedTuple):
         """The samples of a shard, and their entries."""
         start = number * self.per_shard
         group = self.samples[start : start + self.per_shard]
-        return group, [_entry(key, row) for key, row in enumerate(group, start)]
+        return group, [entry_of(key, row) for key, row in enumerate(group, start)]
 
     def _listed(self, number: int) -> Sidecar | None:
         """The sidecar of a shard that has its size and these samples; its bytes are not read."""
@@ -155,7 +155,7 @@ class Shards(NamedTuple):
         )
 
 
-def _entry(key: int, row: Encoded) -> dict[str, Any]:
+def entry_of(key: int, row: Encoded) -> dict[str, Any]:
     """A sample's entry in the sidecar and the index.
 
     By its tokens' digest a shard is made again if another tokenizer gives other tokens.
