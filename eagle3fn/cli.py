@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eagle3fn.base.program import called_as, exit_code
-from eagle3fn.commands import checking, data, drafts, training
+from eagle3fn.commands import checking, data, drafts, extraction, training
 from eagle3fn.commands.options import (
     DTYPES,
     FASTEST,
@@ -190,7 +190,7 @@ def _add_inspect(command: Command) -> None:
 def _add_extract(command: Command) -> None:
     sub = command(
         "extract",
-        data.extract,
+        extraction.extract,
         "run the target over conversations and write its features; resumable",
     )
     add_target(sub, runs=True, spread=True)

@@ -10,7 +10,7 @@ from eagle3fn.base import device as devices
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
 from eagle3fn.cli import main
-from eagle3fn.commands.data import _extract_device
+from eagle3fn.commands.extraction import _device
 from eagle3fn.data import target_model
 from eagle3fn.data.decoder import decoder, hidden_states
 from eagle3fn.data.encode import encode_all
@@ -126,7 +126,7 @@ def test_spreading_without_accelerate_is_refused(monkeypatch):
 def test_one_device_for_several_ranks_is_refused(name):
     options = SimpleNamespace(device=name)
     with pytest.raises(UserError, match=rf"--device = '{name}' on 2 ranks: .*--device=cuda"):
-        _extract_device(options, World(rank=1, size=2))
+        _device(options, World(rank=1, size=2))
 
 
 def test_ranks_with_an_engine_are_refused_in_one_line(folder, capfd, monkeypatch):

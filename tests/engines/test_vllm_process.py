@@ -6,12 +6,14 @@ A stand-in answers in place of vLLM.
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.cli import main
+from eagle3fn.commands.sources import check_engine_options
 from eagle3fn.data.engine_source import engine_source
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
@@ -201,3 +203,12 @@ def test_options_that_do_not_go_together_are_refused(made, tmp_path, capsys, wor
     assert command(made, tmp_path, *words) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert named in line
+
+
+def test_what_a_running_server_has_of_its_own_is_the_commands_to_say():
+    options = SimpleNamespace(engine="vllm", engine_python=None, engine_url=["x"], arguments=[])
+    options.engine_arg = None
+    options.threads = 1
+    check_engine_options(options, of_server=["engine_arg"])  # the command's own threads
+    with pytest.raises(UserError, match="--threads: a running server has its own"):
+        check_engine_options(options)
