@@ -15,6 +15,7 @@ from eagle3fn.commands.options import (
     add_conversations,
     add_engine,
     add_feature_engine,
+    add_online,
     add_settings,
     add_target,
     add_template,
@@ -249,7 +250,13 @@ def _add_vocab(command: Command) -> None:
 def _add_training_commands(command: Command) -> None:
     sub = command("train", training.train, "train the draft; goes on from the newest checkpoint")
     add_target(sub, runs=False)
-    sub.add_argument("--features", required=True)
+    data = sub.add_mutually_exclusive_group(required=True)
+    data.add_argument("--features", help="folder of features, as extract writes it")
+    data.add_argument(
+        "--online",
+        metavar="FILE",
+        help="conversations, whose features are computed as training goes",
+    )
     sub.add_argument("--vocab", required=True, help="vocabulary map")
     sub.add_argument(
         "--out",
@@ -293,6 +300,7 @@ def _add_training_commands(command: Command) -> None:
         help=f"log to {', '.join(TRACKERS)}: several with commas, or once more",
     )
     add_threads(sub)
+    add_online(sub)
 
     sub = command(
         "plan",

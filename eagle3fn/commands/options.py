@@ -36,11 +36,13 @@ def add_feature_engine(sub: argparse.ArgumentParser) -> None:
     """The options of a serving engine that computes the features."""
     sub.add_argument(
         "--engine",
-        choices=("vllm", "sglang"),
-        help="a serving engine computes them (docs/engines.md); sglang was never run",
+        choices=("vllm", "sglang", "transformers"),
+        help="an engine computes the features (docs/engines.md); sglang was never run",
     )
     sub.add_argument(
-        "--engine-python", metavar="PYTHON", help="of the environment that has the engine"
+        "--engine-python",
+        metavar="PYTHON",
+        help="of the environment that has the engine (transformers: default this one)",
     )
     sub.add_argument(
         "--engine-url",
@@ -80,6 +82,11 @@ def add_conversations(sub: argparse.ArgumentParser, cut: bool = True) -> None:
         required=True,
         help="JSONL, a JSON array (also .gz, .xz, .zst), parquet, or a data set's folder",
     )
+    add_reading(sub, cut)
+
+
+def add_reading(sub: argparse.ArgumentParser, cut: bool = True) -> None:
+    """The options that say how conversations are read; with `cut`, how long."""
     if cut:
         sub.add_argument(
             "--max-length",
@@ -97,6 +104,50 @@ def add_conversations(sub: argparse.ArgumentParser, cut: bool = True) -> None:
         help="leave bad rows out, at most this share of all, 0 to 1 (default 0.05)",
     )
     add_template(sub)
+
+
+def add_online(sub: argparse.ArgumentParser) -> None:
+    """The options of a training whose features are computed as it goes."""
+    sub.add_argument(
+        "--target-device",
+        default="cpu",
+        help="torch device of the target with --online (default cpu); on ranks cuda is each one's",
+    )
+    sub.add_argument("--dtype", choices=DTYPES, help=f"the target's with --online ({FASTEST})")
+    sub.add_argument(
+        "--batch-tokens",
+        type=positive,
+        help="tokens in one run of the target (default 16384, on a CPU 2048; an engine's 32768)",
+    )
+    add_reading(sub)
+    add_feature_engine(sub)
+    sub.add_argument(
+        "--sources",
+        type=positive,
+        metavar="N",
+        help="processes of the engine, of each rank (default 1)",
+    )
+    sub.add_argument(
+        "--buffer",
+        type=above_zero,
+        metavar="GIB",
+        help="features that may lie ready, of each rank (default 1, or two updates' if that is "
+        "more)",
+    )
+    sub.add_argument(
+        "--keep", metavar="DIR", help="write the features of the first pass, as extract does"
+    )
+    sub.add_argument(
+        "--generate",
+        action="store_true",
+        help="the target answers the prompts of --online as training goes",
+    )
+    sub.add_argument(
+        "--max-new", type=positive, help="tokens of such an answer at most (default 512)"
+    )
+    sub.add_argument(
+        "--temperature", type=at_least_zero, help="of such answers (default 0.5; 0: greedy)"
+    )
 
 
 def add_engine(sub: argparse.ArgumentParser) -> None:

@@ -7,9 +7,10 @@ if TYPE_CHECKING:
     from eagle3fn.data.template import ChatTemplate
 
 
-_OUTPUTS = ("out", "plain")
+_OUTPUTS = ("out", "plain", "keep")
 _INPUTS = (
     "conversations",
+    "online",
     "prompts",
     "system",
     "exclude",

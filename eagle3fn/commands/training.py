@@ -2,9 +2,12 @@
 
 import math
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eagle3fn.base import progress
+from eagle3fn.commands.online import begin_online, check_online_options, online_features
 from eagle3fn.commands.shared import draft_shape, say
 
 if TYPE_CHECKING:
@@ -27,16 +30,16 @@ def train(options: Any) -> int | None:
     from eagle3fn.base.signals import received
     from eagle3fn.base.thread_timing import large_products
     from eagle3fn.base.threads import take_threads
-    from eagle3fn.data.features import open_features
     from eagle3fn.data.map_data import counted_on
     from eagle3fn.data.target_source import target_config
     from eagle3fn.data.vocab import map_size
-    from eagle3fn.specforge.feature_files import READER, read_map
+    from eagle3fn.specforge.feature_files import read_map
     from eagle3fn.specforge.recipes import RECIPES
     from eagle3fn.train.defaults import check_rate
     from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.recipe import OURS
 
+    check_online_options(options)
     _check_folders(options)
     trackers = _trackers(options)
     recipe = RECIPES[options.recipe] if options.recipe else OURS
@@ -44,18 +47,20 @@ def train(options: Any) -> int | None:
     if options.on_nonfinite:
         overrides.append(f"train.on_nonfinite={options.on_nonfinite}")
 
-    with ranks() as world:
+    with ranks() as world, ExitStack() as own:
         # The configuration: the draft from the target, its vocabulary's size from the map, and what
         # nobody names by the size of both, or as the recipe has it.
         named = _named(options, overrides)
         tree = target_config(options.target)
         draft = _draft(options, tree, map_size(options.vocab, read_map))
-        features = open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
+        features = own.enter_context(_features(options, tree, draft, world))
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
         counted = counted_on(options.vocab, read_map)
         defaults, said = _unnamed(options, named, draft, features, counted, device)
         config = _config(options, draft, overrides, options.recipe, defaults)
         check_rate(config.optimizer, draft.hidden_size, named, defaults)
+        if options.online:
+            begin_online(features, options, config, world)
         dtype = getattr(torch, config.train.dtype)
         shape = config.draft
         line = take_threads(
@@ -88,6 +93,23 @@ def train(options: Any) -> int | None:
 
         # Ctrl-C ends a script that calls this too; SIGTERM, which saved as well, is a good end.
         return 128 + signal.SIGINT if received() == signal.SIGINT else None
+
+
+@contextmanager
+def _features(
+    options: Any, tree: dict[str, Any], draft: "DraftConfig", world: "World"
+) -> "Iterator[FeatureSet]":
+    """What is trained on: a folder of features, or conversations whose features are computed."""
+    from eagle3fn.base.draft_config import aux_layers
+    from eagle3fn.data.features import open_features
+    from eagle3fn.specforge.feature_files import READER
+
+    if not options.online:
+        yield open_features(options.features, tree["vocab_size"], tree["hidden_size"], READER)
+        return
+    layers = aux_layers(draft, tree["num_hidden_layers"])
+    with online_features(options, tree, layers, world) as features:
+        yield features
 
 
 def _check_folders(options: Any) -> None:
@@ -230,8 +252,11 @@ def _notes(
     from eagle3fn.data.map_data import map_note
     from eagle3fn.data.own import foreign_note, measure_agreement
 
-    found = measure_agreement(features, tensors.head)
-    notes = [foreign_note(found, options.target, "CONVERSATIONS.jsonl") or ""]
+    notes = []
+    if not (features.on_demand and features.on_demand.answers):
+        found = measure_agreement(features, tensors.head)
+        conversations = options.online or "CONVERSATIONS.jsonl"
+        notes = [foreign_note(found, options.target, conversations) or ""]
     held_out = config.data.held_out
     return [*notes, map_note(options.vocab, vocab_map, counted, features, held_out)]
 

@@ -53,6 +53,10 @@ class OnDemand(Protocol):
     answers: bool
     """Whether the target writes the answers: then `tokens` knows how long they may be, no more."""
 
+    def fix(self, numbers: Iterable[int]) -> None:
+        """Let these samples keep the first answer that the target writes, as held-out ones must."""
+        ...
+
     def tokens(self, number: int) -> tuple[Tensor, Tensor]:
         """`input_ids` and `token_mask` of a sample, each (S,) int64."""
         ...

@@ -21,17 +21,12 @@ from eagle3fn.data.sources import FeatureSource
 from eagle3fn.data.stages import Item, Loaded, Share, stage
 from eagle3fn.data.validate import hidden_fault, token_fault
 
+BUFFER = 2**30
+"""Bytes of samples that are rolled out ahead, where nobody says how many."""
 _SEEDS_APART = 1_000_003
 
 Passed = Callable[[Sequence[int], Sequence[Sample], int], None]
 """Called with the numbers of samples, the samples, and the place after them, as they pass."""
-
-
-class Answers(NamedTuple):
-    """The target writes the answers, as training goes."""
-
-    sampling: Sampling
-    seed: int
 
 
 class Widths(NamedTuple):
@@ -62,9 +57,12 @@ class OnlineSamples:
             token that an answer may have.
         pool: the sources; None: tokens alone are read.
         widths: of the states.
-        buffer: bytes of samples that may be waited for or ready, for each stage that loads.
         answers: how the target writes; None: the rows have their answers.
         passed: called with the samples of each group that is loaded.
+
+    Attributes:
+        buffer: bytes of samples that may be waited for or ready, for each stage that loads.
+        seed: of the answers.
     """
 
     def __init__(
@@ -72,23 +70,24 @@ class OnlineSamples:
         rows: Sequence[Encoded],
         pool: Pool | None,
         widths: Widths,
-        buffer: int,
-        answers: Answers | None = None,
+        answers: Sampling | None = None,
         passed: Passed = lambda numbers, samples, place: None,
     ) -> None:
         self.rows = rows
         self.pool = pool
         self.widths = widths
-        self.buffer = buffer
+        self.buffer = BUFFER
+        self.seed = 0
         self.answers = answers is not None
         self.passed = passed
-        self._answers = answers
+        self._sampling = answers
         # Samples that have one answer for the whole run, and those answers.
         self._fixed: dict[int, Encoded | None] = {}
 
     def fix(self, numbers: Iterable[int]) -> None:
         """Let these samples keep the first answer that the target writes, as held-out ones must."""
-        self._fixed |= dict.fromkeys(numbers)
+        for number in numbers:
+            self._fixed.setdefault(number)
 
     # As `OnDemand` has them
 
@@ -140,13 +139,13 @@ class OnlineSamples:
         """What a source computes of a group, checked."""
         numbers = group.key.numbers
         alone = len(numbers) == 1 and (group.key.share is None or numbers[0] in self._fixed)
-        if self._answers is None or (alone and self._fixed.get(numbers[0])):
+        if self._sampling is None or (alone and self._fixed.get(numbers[0])):
             samples = source.features(group.rows, self.widths.stored)
         else:
             # Ranks are at one place with other samples.
             drawn = 0 if alone else group.place
-            seed = (self._answers.seed + drawn) * _SEEDS_APART + numbers[0]
-            samples = self._written(source, group, self._answers.sampling, seed)
+            seed = (self.seed + drawn) * _SEEDS_APART + numbers[0]
+            samples = self._written(source, group, self._sampling, seed)
 
         if len(samples) != len(group.rows):
             raise UserError(f"a source gave {len(samples)} samples of {len(group.rows)} rows")

@@ -65,6 +65,17 @@ class Counts(NamedTuple):
     again: int = 0  # groups that were asked for once more: their source ended, or was too slow
     late: int = 0  # answers that came after another source's
 
+    def describe(self) -> str:
+        """One line."""
+        said = f"{self.samples:,} samples rolled out, {self.tokens:,} tokens"
+        for count, what in (
+            (self.reopened, "sources opened again"),
+            (self.again, "updates' samples asked for once more"),
+            (self.late, "late answers dropped"),
+        ):
+            said += f"; {count} {what}" if count else ""
+        return said
+
 
 class Pool:
     """Sources of one target, shared by several stages; a context manager that closes them.
@@ -90,7 +101,6 @@ class Pool:
         self.least_lease = least_lease
         self.pause = pause
         self.counts = Counts()
-        self.waited = 0.0  # seconds that stages waited for samples
         self.closed = threading.Event()
         self._lock = threading.Lock()
         self._identity: dict[str, Any] | None = None
@@ -298,7 +308,6 @@ class _Work:
 
     def take(self) -> list[Sample]:
         """The samples of the next group, once they are there."""
-        begin = time.monotonic()
         with self.changed:
             while self.next not in self.samples:
                 if self.fault is not None:
@@ -306,7 +315,6 @@ class _Work:
                 self.changed.wait(1.0)
             self.ledger, taken = ledgers.take(self.ledger, "trainer", (self.next,))
             assert taken == (self.next,)
-            self.pool.waited += time.monotonic() - begin
             return self.samples.pop(self.next)
 
     def acknowledge(self, place: int) -> None:

@@ -15,7 +15,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import fsync_path
 from eagle3fn.base.launch import World
 from eagle3fn.base.signals import Stop, signals_noted
-from eagle3fn.base.types import TrainState, VocabMap
+from eagle3fn.base.types import Batch, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.held import held
 from eagle3fn.data.stages import prefetch
@@ -31,6 +31,7 @@ from eagle3fn.train.branch import write_branch
 from eagle3fn.train.checkpoint import save_checkpoint
 from eagle3fn.train.counted import check_counted_held_out, check_uncounted, uncounted_after
 from eagle3fn.train.events import End, Events
+from eagle3fn.train.feed import Feed
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import patience_line, write_horizon
 from eagle3fn.train.ready import ROWS, end_of, ready
@@ -169,10 +170,17 @@ def _steps(
     def report_all() -> LoopState:
         return _report(run, pending, loop_state, events, wait=True)
 
+    def keep_finished() -> None:
+        """Where the data ends with an error: what sources may do at any time loses no update."""
+        reported = report_all()
+        if run.features.on_demand and int(state.step) > start:
+            _save(run, state, reported)
+
     places = training_batches(run, start + run.shift, last + run.shift)
     source = prefetch(places, run.config.data.prefetch)
+    feed = _feed(run, source)
     with closing(source):
-        for number, micro in enumerate(_or_else(source, report_all), start + 1):
+        for number, micro in enumerate(_or_else(feed, keep_finished), start + 1):
             begin = time.perf_counter()
             try:
                 rate = schedule_of(run.config, run.recipe)(number - 1)
@@ -202,7 +210,15 @@ def _steps(
                 _save(run, state, loop_state)
             if stop:
                 break
+    if isinstance(feed, Feed) and run.world.main:
+        events.on_notice(f"updates waited for features {feed.share_waited():.0%} of the time")
     return state, loop_state
+
+
+def _feed(run: Run, source: Iterator[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
+    """The batches as the loop takes them; those with features on demand may fail on one rank."""
+    on_demand = run.features.on_demand
+    return source if on_demand is None else Feed(source, run.world, on_demand.answers)
 
 
 def _or_else(source: Iterator[T], before: Callable[[], object]) -> Iterator[T]:

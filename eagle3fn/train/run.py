@@ -88,6 +88,8 @@ def prepare(
 
     frozen = make_frozen(target, vocab_map, config, device)
     kept, held_out = split(len(features.samples), config.data.held_out)
+    if features.on_demand:
+        features.on_demand.fix(held_out)
     _check_batch(config, len(kept))
     _check_lengths(config, features)
     _check_trained(config, features, kept, recipe.align_mask)

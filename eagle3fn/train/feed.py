@@ -1,0 +1,83 @@
+"""Batches of a run whose features are computed as it trains: waited for, and agreed on by all ranks.
+
+A rank whose sources have failed has no batch, while the others wait for it in the update. So each
+update's batch is announced before it is used: where one rank has none, all stop at the same step,
+and what they have trained can be saved.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.launch import World
+from eagle3fn.base.types import Batch
+
+
+class _Announced(NamedTuple):
+    """What a rank says of its next batch."""
+
+    fault: str | None  # why it has none
+    counts: Any  # rows trained at each unroll step, where ranks know their own alone
+
+
+class Feed:
+    """The micro-batches of each update, as an iterator.
+
+    Args:
+        items: this rank's.
+        world: the ranks; all must ask alike.
+        counted: whether the batches' row counts are of this rank's samples alone, as where the
+            target writes the answers; they are added up.
+    """
+
+    def __init__(
+        self, items: Iterator[tuple[Batch, ...]], world: World, counted: bool = False
+    ) -> None:
+        self._items = items
+        self._world = world
+        self._counted = counted
+        self._begin = time.monotonic()
+        self._waited = 0.0
+
+    def __iter__(self) -> Iterator[tuple[Batch, ...]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, ...]:
+        """The next update's batches.
+
+        Raises:
+            UserError: this rank's sources have failed, or another's.
+        """
+        begin = time.monotonic()
+        micro: tuple[Batch, ...] | None = None
+        fault: Exception | None = None
+        try:
+            micro = next(self._items, None)
+        except Exception as error:
+            fault = error
+        self._waited += time.monotonic() - begin
+
+        if self._world.size > 1:
+            counts = micro[0].row_counts if micro and self._counted else None
+            own = _Announced(
+                None if fault is None else str(fault),
+                None if counts is None else counts.cpu(),
+            )
+            every = self._world.every(own)
+            for rank, other in enumerate(every):
+                if other.fault and fault is None:
+                    fault = UserError(f"rank {rank}: {other.fault}")
+            if micro and fault is None and counts is not None:
+                total = sum(other.counts for other in every).to(counts.device)
+                micro = tuple(batch._replace(row_counts=total) for batch in micro)
+
+        if fault is not None:
+            raise fault
+        if micro is None:
+            raise StopIteration
+        return micro
+
+    def share_waited(self) -> float:
+        """The share of the time so far that updates waited for batches."""
+        return self._waited / max(time.monotonic() - self._begin, 1e-9)
