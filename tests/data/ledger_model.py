@@ -27,7 +27,7 @@ NOBODY = Lease("", math.inf)
 
 holders = st.sampled_from((*SOURCES, *TRAINERS, "stranger"))
 # Distances from the lowest group that is not settled: also settled groups, and ones never added.
-distances = st.lists(st.integers(-3, 9), max_size=5)
+distances = st.lists(st.integers(0, 5) | st.integers(-3, 9), min_size=1, max_size=6)
 
 
 def places(ledger: Ledger) -> list[int]:

@@ -176,6 +176,13 @@ def test_a_lease_ends_after_its_last_instant() -> None:
     assert expire(ledger, 1.0 + 1e-9)[1] == (0,)
 
 
+def test_the_oldest_lease_expires_first() -> None:
+    ledger = add(opened(), 3)
+    for until in (3.0, 1.0, 2.0):
+        ledger, _ = lease(ledger, SOURCES[0], 1, until)
+    assert expire(ledger, 4.0)[1] == (1, 2, 0)
+
+
 def test_only_the_holder_can_fail() -> None:
     ledger = rolled_out(2)
     for retryable in (True, False):
@@ -188,6 +195,19 @@ def test_what_failed_is_rolled_out_next() -> None:
     ledger, _ = lease(add(opened(), 5), SOURCES[0], 2, LATER)
     ledger = fail(ledger, SOURCES[0], [0], retryable=True)
     assert lease(ledger, SOURCES[1], 2, LATER)[1] == (0, 2)
+
+
+def test_attempts_count_failures_and_expired_leases_until_the_group_is_settled() -> None:
+    ledger = fail(rolled_out(2), SOURCES[0], [0], retryable=True)
+    ledger, _ = lease(ledger, SOURCES[1], 1, until=1.0)
+    ledger, past = expire(ledger, 1.5)
+    assert past == (0,) and ledger.attempts == {0: 2}
+
+    ledger, _ = commit(ledger, [0])
+    ledger, _ = take(ledger, TRAINERS[0], [0])
+    ledger = fail(ledger, TRAINERS[0], [0], retryable=True)
+    assert ledger.ready == (0,) and ledger.attempts == {0: 2}
+    assert ack(ledger, [0], 0)[0].attempts == {}
 
 
 def test_a_late_acknowledgement_wins_while_nobody_else_has_trained() -> None:

@@ -64,7 +64,7 @@ class Life(RuleBasedStateMachine):
         return [self.ledger.first + distance for distance in distances]
 
     @precondition(lambda self: self.ledger.end - self.ledger.first < 8)
-    @rule(count=st.integers(0, 3))
+    @rule(count=st.integers(1, 4))
     def add(self, count: int) -> None:
         self.ledger = self.call(add, count)
         for number in range(self.model.end(), self.model.end() + count):
@@ -121,8 +121,17 @@ class Life(RuleBasedStateMachine):
         # The trainer makes its update of these.
         self.history += fresh
 
-    @rule(holder=holders, distances=distances, retryable=st.booleans())
-    def fail(self, holder: str, distances: list[int], retryable: bool) -> None:
+    @precondition(lambda self: self.ledger.rolling or self.ledger.training)
+    @rule(
+        holder=st.none() | holders,
+        pick=st.integers(0, 7),
+        distances=distances,
+        retryable=st.booleans(),
+    )
+    def fail(self, holder: str | None, pick: int, distances: list[int], retryable: bool) -> None:
+        """By anybody, or by one that holds a lease."""
+        leases = [*self.ledger.rolling.values(), *self.ledger.training.values()]
+        holder = holder or leases[pick % len(leases)].holder
         numbers = self.numbers(distances)
         self.ledger = self.call(fail, holder, numbers, retryable, "torn")
         for number in numbers:
@@ -151,6 +160,7 @@ class Life(RuleBasedStateMachine):
     def checkpoint(self) -> None:
         self.saved = (self.ledger.first, list(self.history), list(self.abandoned))
 
+    @precondition(lambda self: self.ledger.end > self.saved[0] + 6)
     @rule()
     def crash(self) -> None:
         """The trained state is the checkpoint's again; sources may still answer the life before."""
