@@ -38,12 +38,20 @@ TARGET = "specforge/modeling/target/eagle3_target_model.py"
 COLLATOR = "specforge/data/utils.py"
 ADAPTER = "specforge/runtime/inference/sglang_adapter.py"
 STRATEGY = "specforge/runtime/training/strategy.py"
+CONTRACTS = "specforge/runtime/contracts.py"
+CONTROLLER = "specforge/runtime/control_plane/controller.py"
+STORE = "specforge/runtime/control_plane/metadata_store.py"
+QUEUE = "specforge/runtime/data_plane/sample_ref_queue.py"
 FILES = {  # sha256 at the commit
     SCRIPT: "7f9089ea903af3ba4e299c8f691d15fd3fdc638355450c5da3f76d5593f2b718",
     TARGET: "35189c66259dfda350f74f421dbcd099909892e847d512b366620fb5735c5070",
     COLLATOR: "04719a60bf0b30abfd3ae499718be849e072588a77a853f240fac950faba530e",
     STRATEGY: "46b52eaab185b4ba2f7d50820c1dc3a7a2a999085027fb59a7969e9c2b49fd72",
     ADAPTER: "76961ecf0d56aa80c042bddc9ca4916f65c59b4eed9f5c104e283e8b1da19978",
+    CONTRACTS: "17c2dbd987e6cd17b59bcc96211eefe1891256282f0f299a31c5e02d09d53c4d",
+    CONTROLLER: "f6ee40476975f01ea2be10b86fd229682ab265e5a02a9105ef26f14ffd2e82df",
+    STORE: "1d5a418ac17f49af95d59ef1e18ce1165b53aae3b07a2e772afa8efe72eae0b1",
+    QUEUE: "dcb40200abf28d616fd4fbb577f9a26b3e975effa6cbd9581fc3b3b887d1efef",
 }
 
 
