@@ -45,8 +45,10 @@ def check_roll_back(model: Any) -> None:
 
 
 @torch.no_grad()
-def check_batch(model: Any) -> None:
+def check_batch(model: Any, remedy: str = "set batch to 1 (--batch 1)") -> None:
     """Read two rows together, one of them padded on its left; drop the other, and go on.
+
+    `remedy` ends an error.
 
     Raises:
         UserError: the model cannot, or its logits are others than those of the row alone.
@@ -82,8 +84,7 @@ def check_batch(model: Any) -> None:
     if fault:
         with nan_named(model, model.config.name_or_path):
             raise UserError(
-                f"{_name(model)}: rows of a batch cannot be padded and dropped ({fault}); "
-                "set batch to 1 (--batch 1)"
+                f"{_name(model)}: rows of a batch cannot be padded and dropped ({fault}); {remedy}"
             )
 
 

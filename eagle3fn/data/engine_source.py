@@ -4,6 +4,7 @@ The engine computes the layers. Head, final norm and digests come from the targe
 training reads what it reads of features made by the model itself.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,23 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import hidden_states
+from eagle3fn.data.generate import Sampling
 from eagle3fn.data.samples import Encoded
-from eagle3fn.data.sources import FeatureSource, target_record, token_batches
+from eagle3fn.data.sources import FeatureSource, answered, target_record, token_batches
 from eagle3fn.data.target import load_target
 from eagle3fn.data.target_files import Stamps
 from eagle3fn.data.target_source import config_hash, loaded_config, weights_folder
 from eagle3fn.data.target_tensors import StoredTarget, read_stored_target
 from eagle3fn.data.weights import files_digest, weight_files
-from eagle3fn.engines.hidden_states import HiddenStates, Row, Score, row_fault
+from eagle3fn.engines.hidden_states import (
+    HiddenStates,
+    Row,
+    Score,
+    Writer,
+    Writing,
+    row_fault,
+    written_fault,
+)
 
 ENGINE_BATCH_TOKENS = 32_768
 """Tokens that an engine is asked for at once, where nobody says how many."""
@@ -66,10 +76,12 @@ def engine_source(
     check: str = "logits",
     say: Callable[[str], None] = lambda line: None,
     stamps: Stamps | None = None,
+    stops: Sequence[int] = (),
 ) -> FeatureSource:
     """An engine that has a target, or loads it, as a source of features.
 
     Every row is checked by itself; the first one is compared before its samples are returned.
+    Several threads may ask it, if they may ask the engine.
 
     Args:
         engine: where the states come from.
@@ -82,6 +94,8 @@ def engine_source(
             `log_softmax(last_hidden @ head.T)`.
         say: called with one line on how the first row compares.
         stamps: of the target's files, as in `data.sources.model_source`.
+        stops: tokens that end an answer, as there. It writes if there are some, and the engine is a
+            `Writer`.
 
     Raises:
         UserError: as `data.target_tensors.read_stored_target`.
@@ -97,7 +111,7 @@ def engine_source(
     )
     weights = files_digest(weights_folder(target))
     rows = _CheckedRows(
-        engine, target, layers, config.hidden_size, stored, batch_tokens, check, say
+        engine, target, layers, config.hidden_size, stored, batch_tokens, check, say, stops
     )
     return FeatureSource(
         config=config,
@@ -107,6 +121,7 @@ def engine_source(
         target=record,
         identity={"config": record["config_hash"], "weights": weights, "engine": engine.record},
         features=rows.features,
+        write=rows.write if stops and isinstance(engine, Writer) else None,
         index={"engine": engine.record},
         files=str(target),
         stamps=stamps,
@@ -126,6 +141,7 @@ class _CheckedRows:
         batch_tokens: int,
         check: str,
         say: Callable[[str], None],
+        stops: Sequence[int],
     ) -> None:
         self.engine = engine
         self.target = target
@@ -135,26 +151,53 @@ class _CheckedRows:
         self.batch_tokens = batch_tokens
         self.check = check
         self.say = say
+        self.stops = stops
         self.compared = False
+        self.comparing = threading.Lock()
 
     def features(self, group: Sequence[Encoded], dtype: torch.dtype) -> list[Sample]:
         """Samples of a group, stored in `dtype`."""
-        if not self.compared:
-            self._compare(group[0])
-            self.compared = True
+        self._compare_once(group[0])
         samples: dict[int, Sample] = {}
         for chosen in token_batches([len(row.input_ids) for row in group], self.batch_tokens):
             ids = [group[number].input_ids.tolist() for number in chosen]
             for number, row in zip(chosen, self.engine.rows(ids, False), strict=True):
-                encoded = group[number]
-                aux, last = self._states(encoded, row)
-                samples[number] = Sample(
-                    input_ids=encoded.input_ids.clone(),
-                    token_mask=encoded.token_mask.clone(),
-                    aux_hidden=aux.to(dtype),
-                    last_hidden=last.to(dtype),
-                )
+                samples[number] = self._sample(group[number], row, dtype)
         return [samples[number] for number in range(len(group))]
+
+    def write(
+        self, prompts: Sequence[Encoded], sampling: Sampling, seed: int, dtype: torch.dtype
+    ) -> list[Sample]:
+        """Samples of prompts and of what the engine writes after them, stored in `dtype`."""
+        assert isinstance(self.engine, Writer)
+        self._compare_once(prompts[0])
+        writing = Writing(
+            stops=list(self.stops),
+            max_new=sampling.max_new,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed,
+            batch_tokens=self.batch_tokens,
+        )
+        samples = []
+        rows = self.engine.write([prompt.input_ids.tolist() for prompt in prompts], writing)
+        for prompt, row in zip(prompts, rows, strict=True):
+            what = written_fault(row.token_ids, prompt.input_ids, writing, len(self.stored.head))
+            if what:
+                raise self._refusal(prompt, what)
+            written = row.token_ids[len(prompt.input_ids) :].tolist()
+            samples.append(self._sample(answered(prompt, written), row, dtype))
+        return samples
+
+    def _sample(self, encoded: Encoded, row: Row, dtype: torch.dtype) -> Sample:
+        """The sample of a row that is checked by itself."""
+        aux, last = self._states(encoded, row)
+        return Sample(
+            input_ids=encoded.input_ids.clone(),
+            token_mask=encoded.token_mask.clone(),
+            aux_hidden=aux.to(dtype),
+            last_hidden=last.to(dtype),
+        )
 
     @torch.no_grad()
     def _states(self, encoded: Encoded, row: Row) -> tuple[Tensor, Tensor]:
@@ -171,6 +214,13 @@ class _CheckedRows:
         return UserError(f"{self.engine.title}: row {encoded.id!r}: {what}; {self.engine.remedy}")
 
     # The first row
+
+    def _compare_once(self, encoded: Encoded) -> None:
+        """Compare a row, if none was found right yet; other threads wait."""
+        with self.comparing:
+            if not self.compared:
+                self._compare(encoded)
+                self.compared = True
 
     def _compare(self, encoded: Encoded) -> None:
         """Compare a row's states with what the target's files say."""

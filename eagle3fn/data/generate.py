@@ -1,5 +1,6 @@
 """The target writes on: tokens drawn after prompts, a batch at once."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,31 +25,56 @@ class Continuation(NamedTuple):
     """What the target wrote after one prompt."""
 
     ids: list[int]  # new tokens, without the one that ended it
-    ended: bool  # by a stop token, not by the limit
+    stop: int | None  # the stop token that ended it; None: the limit did
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop token ended it, not the limit."""
+        return self.stop is not None
 
 
 def batch_generator(seed: int, index: int) -> torch.Generator:
     """What the tokens of batch `index` are drawn by."""
-    return torch.Generator().manual_seed(seed * _SEEDS_APART + index)
+    return torch.Generator().manual_seed((seed * _SEEDS_APART + index) % 2**63)
 
 
-@torch.no_grad()
 def generate(
     model: Any, tokenizer: Any, prompts: list[str], sampling: Sampling, generator: torch.Generator
 ) -> list[Continuation]:
-    """Sample a continuation of each prompt, all in one batch.
-
-    Rows that ended leave the batch every few tokens, so that short answers don't cost what the
-    longest does. Below, B is the number of prompts and A of those still in the batch.
+    """Sample a continuation of each prompt, all in one batch; `generate_ids` of their tokens.
 
     Raises:
         UserError: no stop token, neither of the model nor of the tokenizer.
     """
     if not prompts:
         return []
+    rows = tokenizer(prompts, add_special_tokens=False).input_ids
+    return generate_ids(model, rows, sampling, stop_ids(model, tokenizer), generator)
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stops: Sequence[int],
+    generator: torch.Generator,
+) -> list[Continuation]:
+    """Sample a continuation of each prompt of token ids, all in one batch.
+
+    Rows that ended leave the batch every few tokens, so that short answers don't cost what the
+    longest does. Below, B is the number of prompts and A of those still in the batch.
+
+    Args:
+        model: the target, on any device.
+        prompts: at least one, of at least one token each.
+        sampling: how tokens are drawn.
+        stops: tokens that end a row, at least one.
+        generator: of the CPU; what is drawn is a function of it, the prompts and their order.
+    """
     device = model.device
-    ends = torch.tensor(stop_ids(model, tokenizer), device=device)
-    ids, mask = _left_padded(tokenizer, prompts, int(ends[0]))
+    ends = torch.tensor(stops, device=device)
+    ids, mask = _left_padded(prompts, stops[0])
     new_ids = ids.to(device)  # (A, S) at first, then (A, 1): what the cache does not hold yet
     mask = mask.to(device)  # (A, tokens so far)
 
@@ -57,6 +83,7 @@ def generate(
     alive = torch.arange(len(prompts), device=device)  # (A,): the prompts in the batch
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (B,)
     rows: list[list[int]] = [[] for _ in prompts]
+    ended_by: dict[int, int] = {}  # the stop tokens of prompts that ended
     for step in range(sampling.max_new):
         # One run of the target, one token a row. Positions count real tokens: padding is on the
         # left.
@@ -77,6 +104,8 @@ def generate(
         for row, value in zip(alive.tolist(), token.tolist(), strict=True):
             if not done[row]:
                 rows[row].append(value)
+            else:
+                ended_by.setdefault(row, value)  # what is drawn later does not count
         if done.all():
             break
 
@@ -89,23 +118,18 @@ def generate(
             alive = alive[keep]
             new_ids = new_ids[keep]
             mask = mask[keep]
-    return [Continuation(ids, ended) for ids, ended in zip(rows, done.tolist(), strict=True)]
+    return [Continuation(ids, ended_by.get(row)) for row, ids in enumerate(rows)]
 
 
-def _left_padded(tokenizer: Any, prompts: list[str], end: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of the prompts, each `(B, S)` int64.
-
-    `end` pads where the tokenizer has no pad token: the mask hides it.
-    """
-    rows = tokenizer(prompts, add_special_tokens=False).input_ids
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of rows, each `(B, S)` int64; the mask hides the token `pad`."""
     width = max(len(row) for row in rows)
 
     ids = []
     mask = []
     for row in rows:
         gap = width - len(row)
-        ids.append([pad] * gap + row)
+        ids.append([pad] * gap + list(row))
         mask.append([0] * gap + [1] * len(row))
     return torch.tensor(ids), torch.tensor(mask)
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Sample
+from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.decoder import hidden_states
+from eagle3fn.data.generate import Sampling, batch_generator, generate_ids
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.target import weights_digest
 from eagle3fn.data.target_files import Stamps
@@ -22,6 +24,8 @@ BATCH_TOKENS = 16_384
 """Tokens in one run of a target on a card, where nobody says how many."""
 CPU_BATCH_TOKENS = 2_048
 """The same on CPUs, whose cores have enough to do with less."""
+ONE_BY_ONE = "set batch_tokens to 1 (--batch-tokens 1)"
+"""The remedy where a target's rows cannot be padded together."""
 
 
 class FeatureSource(NamedTuple):
@@ -37,6 +41,10 @@ class FeatureSource(NamedTuple):
     identity: dict[str, Any]
     # Samples of a group, in its order, on the CPU, stored in the given dtype.
     features: Callable[[Sequence[Encoded], torch.dtype], list[Sample]]
+    # Samples of what the target writes after the prompts of a group, in its order: prompt, answer,
+    # and the stop token that ended it. The mask is 1 on what was written. By how tokens are drawn,
+    # the group's seed and the dtype; None: it cannot write.
+    write: Callable[[Sequence[Encoded], Sampling, int, torch.dtype], list[Sample]] | None = None
     index: dict[str, Any] = {}  # noqa: RUF012  further entries of the index
     sidecar: Callable[[], dict[str, Any]] = dict  # what a shard's sidecar keeps of its making
     # The target's folder, GGUF file or id: its files are compared where a folder is gone on with.
@@ -51,6 +59,7 @@ def model_source(
     batch_tokens: int = BATCH_TOKENS,
     name: str | None = None,
     stamps: Stamps | None = None,
+    stops: Sequence[int] = (),
 ) -> FeatureSource:
     """A Hugging Face model in this process.
 
@@ -61,7 +70,20 @@ def model_source(
         name: the target's name in the index; None, where it was loaded from.
         stamps: `data.target_files.target_stamps` from before it was loaded: an extraction refuses
             files that have changed since.
+        stops: tokens that end an answer (`data.target.stop_ids`); none, and it does not write.
+
+    Raises:
+        UserError: it shall write, and rows of the model cannot be padded together.
     """
+    if stops and batch_tokens > 1:
+        check_batch(model, ONE_BY_ONE)
+
+    def write(
+        prompts: Sequence[Encoded], sampling: Sampling, seed: int, stored: torch.dtype
+    ) -> list[Sample]:
+        answered = write_answers(model, prompts, sampling, stops, seed, batch_tokens)
+        return run_target(model, answered, layers, batch_tokens, stored)
+
     record = target_record(
         model.config,
         layers,
@@ -77,10 +99,45 @@ def model_source(
         target=record,
         identity={"config": record["config_hash"], "weights": weights_digest(model)},
         features=lambda group, stored: run_target(model, group, layers, batch_tokens, stored),
+        write=write if stops else None,
         sidecar=lambda: {"threads": torch.get_num_threads()},
         files=str(model.config.name_or_path) or None,
         stamps=stamps,
     )
+
+
+def write_answers(
+    model: Any,
+    prompts: Sequence[Encoded],
+    sampling: Sampling,
+    stops: Sequence[int],
+    seed: int,
+    batch_tokens: int,
+) -> list[Encoded]:
+    """Prompts, and what the target writes after them: a function of the arguments alone.
+
+    Prompts of like length are answered together, as `token_batches` of the longest answers has it.
+
+    Returns:
+        In the order of the prompts: ids of prompt and answer, and of the stop token where one
+        ended it; the mask is 1 on what was written.
+    """
+    longest = [len(prompt.input_ids) + sampling.max_new for prompt in prompts]
+    answers: dict[int, list[int]] = {}
+    for index, chosen in enumerate(token_batches(longest, batch_tokens)):
+        rows = [prompts[number].input_ids.tolist() for number in chosen]
+        found = generate_ids(model, rows, sampling, stops, batch_generator(seed, index))
+        for number, one in zip(chosen, found, strict=True):
+            answers[number] = one.ids if one.stop is None else [*one.ids, one.stop]
+    return [answered(prompt, answers[number]) for number, prompt in enumerate(prompts)]
+
+
+def answered(prompt: Encoded, written: Sequence[int]) -> Encoded:
+    """A prompt and what was written after it, which is supervised."""
+    ids = torch.tensor(written, dtype=torch.int64)
+    mask = torch.zeros(len(prompt.input_ids) + len(ids), dtype=torch.int64)
+    mask[len(prompt.input_ids) :] = 1
+    return Encoded(prompt.id, torch.cat([prompt.input_ids, ids]), mask)
 
 
 def target_record(

@@ -5,7 +5,7 @@ trained on them looks as if it learned. So every row is checked.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,6 +58,36 @@ class HiddenStates(Protocol):
         ...
 
 
+class Writing(NamedTuple):
+    """How an engine writes on after prompts."""
+
+    stops: list[int]  # a row ends with the first of these tokens
+    max_new: int  # at most so many tokens
+    temperature: float  # of the softmax; 0 is greedy
+    top_p: float  # nucleus mass
+    seed: int  # of this request: with the prompts it decides what is drawn
+    batch_tokens: int  # tokens in one run, for an engine that leaves that to who asks
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """An engine that also writes on, and gives the states of what it wrote."""
+
+    def write(self, prompts: Sequence[Sequence[int]], writing: Writing) -> Iterator[Row]:
+        """Rows that begin with the prompts, in their order, and go on with what was written.
+
+        A row ends before the first token of which there is no state. It has no scores.
+
+        Args:
+            prompts: token ids, at least one in each.
+            writing: how the tokens are drawn.
+
+        Raises:
+            UserError: as `HiddenStates.rows`.
+        """
+        ...
+
+
 def row_fault(
     row: Row, ids: Tensor, hidden_size: int, dtype: torch.dtype, zeros: int = 0
 ) -> str | None:
@@ -87,6 +117,29 @@ def row_fault(
         zero = (states == 0).all(-1).reshape(len(ids), -1).any(-1)[zeros:]
         if zero.any():
             return f"its {name} are all zero at {int(zero.sum())} of {len(ids)} tokens"
+    return None
+
+
+def written_fault(ids: Tensor, prompt: Tensor, writing: Writing, vocab_size: int) -> str | None:
+    """What is wrong with the tokens of a written row, in words; None if nothing is seen.
+
+    Args:
+        ids: as the engine gave them, `(S,)`.
+        prompt: what it was asked to go on from, `(P,)`.
+        writing: how.
+        vocab_size: the target's.
+    """
+    count = len(prompt)
+    if not torch.equal(ids[:count], prompt):
+        return _ids_fault(ids[:count], prompt)
+    written = ids[count:].tolist()
+    if len(written) > writing.max_new:
+        return f"{len(written)} tokens were written, not at most {writing.max_new}"
+    beyond = [token for token in written if not 0 <= token < vocab_size]
+    if beyond:
+        return f"token {beyond[0]} was written, which is not in [0, {vocab_size})"
+    if set(written[:-1]) & set(writing.stops):
+        return "it goes on after a stop token"
     return None
 
 

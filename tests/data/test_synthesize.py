@@ -220,8 +220,8 @@ def test_greedy_continuation_in_a_batch_is_that_of_its_prompt_alone():
     assert generated(tokenizer, [], greedy) == []
 
 
-@pytest.mark.parametrize(("written", "ended"), [(0, True), (1, True), (2, False)])
-def test_continuation_ends_at_the_models_stop_token_or_the_tokenizers(written, ended):
+@pytest.mark.parametrize(("written", "stop"), [(0, 0), (1, 1), (2, None)])
+def test_continuation_ends_at_the_models_stop_token_or_the_tokenizers(written, stop):
     """Samples end with both: 0 of the generation configuration, 1 of the tokenizer."""
     model = tiny_model()
     model.generation_config.eos_token_id = 0
@@ -229,7 +229,8 @@ def test_continuation_ends_at_the_models_stop_token_or_the_tokenizers(written, e
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits * 0 + only)
     source = torch.Generator()
     (found,) = generate(model, tiny_tokenizer(), ["hi"], Sampling(0, 1, 3), source)
-    assert found == Continuation([] if ended else [written] * 3, ended)
+    assert found == Continuation([written] * 3 if stop is None else [], stop)
+    assert found.ended == (stop is not None)
 
 
 # Turns, system texts, languages
@@ -249,7 +250,8 @@ class Scripted:
         texts = [f"the number {number} follows" for number in numbers]
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         return [
-            Continuation(each, bool(number % 4)) for each, number in zip(ids, numbers, strict=True)
+            Continuation(each, 1 if number % 4 else None)
+            for each, number in zip(ids, numbers, strict=True)
         ]
 
 

@@ -57,4 +57,6 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{sys.executable} has no module {error.name}; install it there"
     text = " ".join(str(error).split())
+    if type(error).__name__ == "UserError":  # a whole sentence already
+        return text[:LONGEST]
     return f"{type(error).__name__}: {text}"[:LONGEST]
