@@ -95,6 +95,8 @@ def _check_options(options: Any) -> None:
                 "the engine's own setting, such as --engine-arg tensor_parallel_size=2"
             )
     check_engine_options(options)
+    if options.engine == "vllm" and len(options.engine_url or []) > 1:
+        raise UserError("--engine-url: extraction asks one server of vLLM; give it once")
 
 
 def _device(options: Any, world: "World") -> str:

@@ -57,21 +57,29 @@ def check_online_options(options: Any) -> None:
     if not options.generate:
         for name in given_options(options, _GENERATE):
             raise UserError(f"{name}: needs --generate, by which the target writes the answers")
-
-    check_engine_options(options, ("engine_arg",))
-    if not options.engine or options.engine_url:
-        for name in given_options(options, ("--sources",)):
-            if options.engine:
-                raise UserError(f"{name}: each --engine-url is a source; leave it out")
-            raise UserError(f"{name}: needs --engine, which runs in processes of its own")
-    if options.engine:
-        for name in given_options(options, ("--target-device",)):
-            raise UserError(f"{name}: the engine chooses its device (--engine-arg); leave it out")
-    if options.generate and options.engine_url:
+    elif options.engine_url:
         raise UserError(
             "--generate: a running server's answers are not taken; name the Python of an "
             "environment that has the engine, --engine-python, or leave --engine out"
         )
+
+    check_engine_options(options, ("engine_arg",))
+    for name in given_options(options, _useless(options)):
+        raise UserError(f"{name}: {_WHY[name]}; leave it out")
+
+
+_WHY = {
+    "--sources": "is of an engine's processes; each --engine-url is a source, and so is the target "
+    "in this process",
+    "--target-device": "an engine chooses its device, by --engine-arg",
+}
+
+
+def _useless(options: Any) -> tuple[str, ...]:
+    """Names of options that these sources have no use for."""
+    if not options.engine:
+        return ("--sources",)
+    return ("--target-device", "--sources") if options.engine_url else ("--target-device",)
 
 
 @contextmanager
@@ -154,7 +162,7 @@ def begin_online(features: "FeatureSet", options: Any, config: "Config", world: 
 def _encode(
     options: Any, vocab_size: int, path: Path | None
 ) -> "tuple[SampleFile, dict[str, Any]]":
-    """The rows, written to `path` or a temporary file; their fingerprint, and what is to be said."""
+    """The rows, written to `path` or a temporary file; their fingerprint and facts, and what to say."""
     from eagle3fn.base.files import json_sha256
     from eagle3fn.data.extract import SAMPLE_RULE
     from eagle3fn.data.row_files import rows_digest

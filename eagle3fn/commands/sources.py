@@ -4,6 +4,7 @@ Options are read by the names that `commands.options` gives them; what differs b
 an argument.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,10 @@ def check_engine_options(
             raise UserError(f"{name}: needs --engine, such as --engine vllm")
         return
 
+    if options.engine == "transformers":
+        if options.engine_url:
+            raise UserError("--engine transformers: has no servers; leave --engine-url out")
+        return
     if bool(options.engine_python) == bool(options.engine_url):
         raise UserError(
             f"--engine {options.engine}: needs either --engine-python, a Python that has it, or "
@@ -50,8 +55,6 @@ def check_engine_options(
                 raise UserError(f"{option}: a running server has its own; give it at its start")
     if options.engine == "sglang" and options.engine_python:
         raise UserError("--engine sglang: is asked as running servers alone; give --engine-url")
-    if options.engine == "vllm" and len(options.engine_url or []) > 1:
-        raise UserError("--engine-url: vLLM has one server; give it once")
 
 
 @contextmanager
@@ -85,9 +88,21 @@ def model_source(
     on_cpu = torch.device(card).type == "cpu"
     batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
     source = model_source(
-        model, layers, batch_tokens=batch_tokens, name=options.target, stamps=stamps
+        model,
+        layers,
+        batch_tokens=batch_tokens,
+        name=options.target,
+        stamps=stamps,
+        stops=_stops(options, tokenizer),
     )
     yield source, tokenizer
+
+
+def _stops(options: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, where the target writes some."""
+    from eagle3fn.data.target import stop_ids
+
+    return stop_ids(options.target, tokenizer) if getattr(options, "generate", False) else []
 
 
 def card_of(device: str) -> str:
@@ -125,17 +140,13 @@ def engine_source(
     """
     import torch
 
-    from eagle3fn.data.engine_source import (
-        ENGINE_BATCH_TOKENS,
-        check_room,
-        default_check,
-        engine_source,
-    )
+    from eagle3fn.data.engine_source import check_room, default_check, engine_source
     from eagle3fn.data.target_files import target_stamps
     from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
 
-    check_room(loaded_config(options.target), options.max_length, options.engine)
+    if options.engine != "transformers":
+        check_room(loaded_config(options.target), options.max_length, options.engine)
     arguments = named_values(options.engine_arg or [], "--engine-arg", "tensor_parallel_size=2")
     check = options.check or default_check(options.target, arguments)
     tokenizer = load_tokenizer(options.target)
@@ -146,12 +157,23 @@ def engine_source(
             engine,
             options.target,
             layers,
-            batch_tokens=options.batch_tokens or ENGINE_BATCH_TOKENS,
+            batch_tokens=options.batch_tokens or _batch_tokens(options.engine, arguments),
             check=check,
             say=say,
             stamps=stamps,
+            stops=_stops(options, tokenizer),
         )
         yield source, tokenizer
+
+
+def _batch_tokens(engine: str, arguments: dict[str, Any]) -> int:
+    """Tokens that an engine is asked for at once; of transformers as in this process."""
+    from eagle3fn.data.engine_source import ENGINE_BATCH_TOKENS
+    from eagle3fn.data.sources import BATCH_TOKENS, CPU_BATCH_TOKENS
+
+    if engine != "transformers":
+        return ENGINE_BATCH_TOKENS
+    return CPU_BATCH_TOKENS if arguments.get("device", "cpu") == "cpu" else BATCH_TOKENS
 
 
 def open_engine(
@@ -177,9 +199,21 @@ def open_engine(
         UserError: it does not start or answer.
     """
     from eagle3fn.engines.sglang import SglangServers
+    from eagle3fn.engines.transformers_process import TransformersProcess
     from eagle3fn.engines.vllm_process import VllmProcess, taps_of
     from eagle3fn.engines.vllm_server import VllmServer
 
+    if options.engine == "transformers":
+        return TransformersProcess(
+            options.engine_python or sys.executable,
+            options.target,
+            layers,
+            log,
+            max_length=options.max_length,
+            dtype=dtype,
+            device=_transformers_device(arguments),
+            threads=options.threads,
+        )
     if options.engine == "sglang":
         return SglangServers(options.engine_url, layers, dtype=dtype)
     taps = taps_of(layers, tree["num_hidden_layers"])
@@ -196,3 +230,20 @@ def open_engine(
         arguments=arguments,
         threads=options.threads,
     )
+
+
+def _transformers_device(arguments: dict[str, Any]) -> str:
+    """The target's device by transformers: all that `--engine-arg` may say of it.
+
+    Raises:
+        UserError: something else.
+    """
+    from eagle3fn.base.errors import UserError, printable
+
+    for name in arguments:
+        if name != "device":
+            raise UserError(
+                f"--engine-arg {printable(name)}: of transformers there is device alone, as in "
+                "device=cuda:1"
+            )
+    return str(arguments.get("device", "cpu"))

@@ -1,4 +1,4 @@
-"""Batches of a run whose features are computed as it trains: waited for, and agreed on by all ranks.
+"""Batches of a run whose features are computed as it trains: all ranks agree that they are there.
 
 A rank whose sources have failed has no batch, while the others wait for it in the update. So each
 update's batch is announced before it is used: where one rank has none, all stop at the same step,
@@ -7,7 +7,10 @@ and what they have trained can be saved.
 
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
@@ -18,7 +21,7 @@ class _Announced(NamedTuple):
     """What a rank says of its next batch."""
 
     fault: str | None  # why it has none
-    counts: Any  # rows trained at each unroll step, where ranks know their own alone
+    counts: Tensor | None  # rows trained at each unroll step, where ranks know their own alone
 
 
 class Feed:
@@ -59,24 +62,37 @@ class Feed:
         self._waited += time.monotonic() - begin
 
         if self._world.size > 1:
-            counts = micro[0].row_counts if micro and self._counted else None
-            own = _Announced(
-                None if fault is None else str(fault),
-                None if counts is None else counts.cpu(),
-            )
-            every = self._world.every(own)
-            for rank, other in enumerate(every):
-                if other.fault and fault is None:
-                    fault = UserError(f"rank {rank}: {other.fault}")
-            if micro and fault is None and counts is not None:
-                total = sum(other.counts for other in every).to(counts.device)
-                micro = tuple(batch._replace(row_counts=total) for batch in micro)
-
+            micro = self._agreed(micro, fault)
         if fault is not None:
             raise fault
         if micro is None:
             raise StopIteration
         return micro
+
+    def _agreed(
+        self, micro: tuple[Batch, ...] | None, fault: Exception | None
+    ) -> tuple[Batch, ...] | None:
+        """The batches, once all ranks have theirs, with the counts of all.
+
+        Raises:
+            UserError: another rank has none.
+        """
+        counts = micro[0].row_counts if micro and self._counted else None
+        own = _Announced(
+            None if fault is None else str(fault), None if counts is None else counts.cpu()
+        )
+        every: list[_Announced] = self._world.every(own)
+        for rank, other in enumerate(every):
+            if other.fault and fault is None:
+                raise UserError(f"rank {rank}: {other.fault}")
+        if micro is None or fault is not None or counts is None:
+            return micro
+        total = (
+            torch.stack([other.counts for other in every if other.counts is not None])
+            .sum(0)
+            .to(counts.device)
+        )
+        return tuple(batch._replace(row_counts=total) for batch in micro)
 
     def share_waited(self) -> float:
         """The share of the time so far that updates waited for batches."""

@@ -210,9 +210,13 @@ def _steps(
                 _save(run, state, loop_state)
             if stop:
                 break
+    _report_waited(run, feed, events)
+    return state, loop_state
+
+
+def _report_waited(run: Run, feed: Iterator[tuple[Batch, ...]], events: Events) -> None:
     if isinstance(feed, Feed) and run.world.main:
         events.on_notice(f"updates waited for features {feed.share_waited():.0%} of the time")
-    return state, loop_state
 
 
 def _feed(run: Run, source: Iterator[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
