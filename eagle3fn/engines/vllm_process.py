@@ -6,7 +6,9 @@ order of their ids, each once.
 """
 
 import contextlib
+import hashlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 from eagle3fn.base.device import fast_dtype
 from eagle3fn.base.errors import UserError
-from eagle3fn.engines.hidden_states import Row, Score
+from eagle3fn.engines.hidden_states import Row, Score, Writing
 from eagle3fn.engines.process import (
     ANSWER_SECONDS,
     START_SECONDS,
@@ -114,6 +116,7 @@ class VllmProcess(EngineClient):
         self._taps = taps
         self._seconds = seconds
         self._loaded = False
+        self._loading = threading.Lock()
         self._load = {
             "target": str(Path(target).resolve()) if Path(target).is_dir() else str(target),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -125,12 +128,54 @@ class VllmProcess(EngineClient):
 
     def rows(self, rows: Sequence[Sequence[int]], scores: bool) -> Iterator[Row]:
         """As `HiddenStates.rows`; the files that vLLM writes are deleted one by one."""
-        if not self._loaded:
-            self._process.ask({"load": self._load}, max(START_SECONDS, self._seconds))
-            self._loaded = True
         request = {"rows": [list(row) for row in rows], "scores": scores}
+        yield from self._asked(request, len(rows))
+
+    def write(self, prompts: Sequence[Sequence[int]], writing: Writing) -> Iterator[Row]:
+        """As `Writer.write`; one pass of vLLM gives the tokens and their states.
+
+        No run reads the last token, so vLLM has no state of it: a stop token is not in the row. One
+        token more is asked for, so that an answer that the limit ends is whole. What is drawn
+        after a prompt depends on the seed and the prompt's place among those of this call; vLLM
+        cuts its runs itself, whatever `batch_tokens`.
+
+        Raises:
+            UserError: also as `check_temperature`.
+        """
+        self.check_temperature(writing.temperature)
+        sampling = {
+            "max_tokens": writing.max_new + 1,
+            "temperature": writing.temperature,
+            "top_p": writing.top_p,
+            "stop_token_ids": writing.stops,
+        }
+        request = {
+            "write": [list(prompt) for prompt in prompts],
+            "sampling": sampling,
+            "seeds": [place_seed(writing.seed, place) for place in range(len(prompts))],
+        }
+        yield from self._asked(request, len(prompts))
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse to draw where vLLM loses the temperature: 0.32 does on a CPU, where it drafts.
+
+        Raises:
+            UserError: it would write other tokens than the target does.
+        """
+        if temperature > 0 and not self._process.facts.get("samples", True):
+            raise UserError(
+                f"--temperature {temperature}: {self.title} loses it on this device; take 0, or "
+                "--engine transformers"
+            )
+
+    def _asked(self, request: dict[str, Any], count: int) -> Iterator[Row]:
+        """The rows that a request gives; the first request loads the target."""
+        with self._loading:
+            if not self._loaded:
+                self._process.ask({"load": self._load}, max(START_SECONDS, self._seconds))
+                self._loaded = True
         answers = self._process.ask(request, self._seconds)
-        for path, found in self._parsed(answers, len(rows)):
+        for path, found in self._parsed(answers, count):
             yield read_row(path, self._taps, found, f"{self.title}: ")
 
     def _parsed(self, answers: Any, count: int) -> list[tuple[str | None, list[Score]]]:
@@ -150,6 +195,12 @@ class VllmProcess(EngineClient):
         """End the process and remove its files; safe to call again."""
         super().close()
         self._own.close()
+
+
+def place_seed(seed: int, place: int) -> int:
+    """The seed in [0, 2^63) of the prompt at a place of a request."""
+    digest = hashlib.sha256(f"{seed} {place}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def read_row(path: str | None, taps: Taps, scores: list[Score], who: str) -> Row:

@@ -14,6 +14,8 @@ from eagle3fn.data.decoder import final_norm
 from eagle3fn.data.engine_source import check_room, default_check, engine_source
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample, tensors_of
+from eagle3fn.data.generate import Sampling
+from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import model_source
 from eagle3fn.data.target_files import target_digests
 from eagle3fn.data.target_tensors import read_stored_target, read_target_tensors
@@ -169,6 +171,62 @@ def test_states_of_the_layers_next_to_the_tapped_ones_are_refused(made, tmp_path
         # The logits tell it too, where the last state is moved as well.
         with pytest.raises(UserError, match=r"other log-probabilities"):
             run(made, InProcess(made, shift=shift), tmp_path / "out", check="logits")
+
+
+class Writes(InProcess):
+    """It writes what follows a prompt in the conversations."""
+
+    def write(self, prompts, writing):
+        for prompt in prompts:
+            rows = [row.input_ids for row in self.made.rows]
+            ids = next(ids for ids in rows if ids[: len(prompt)].tolist() == prompt)
+            yield self.change(row_of(self.made, ids))
+
+
+def longer(row):
+    return row._replace(token_ids=torch.cat([row.token_ids, row.token_ids[-1:]]))
+
+
+def token(place, value):
+    """Puts a token at a place of the row."""
+
+    def change(row):
+        ids = row.token_ids.clone()
+        ids[place] = value
+        return row._replace(token_ids=ids)
+
+    return change
+
+
+WRITTEN = {
+    "another prompt": (token(3, 299), {}, "its token 3 is 299, not"),
+    "no prompt": (lambda row: row._replace(token_ids=row.token_ids[:7]), {}, "of 7 tokens, not of"),
+    "too long": (lambda row: row, {"max_new": 7}, "8 tokens were written, not at most 7"),
+    "no token": (token(-1, 300), {}, r"token 300 was written, which is not in \[0, 300\)"),
+    "goes on": (token(-3, 298), {}, "it goes on after a stop token"),
+    "more tokens than states": (longer, {}, r"tapped states have shape \(\d+, 3, 16\), not"),
+    "zeros": (zero_end, {}, "all zero at 4 of"),
+    "NaN": (not_a_number, {}, "last states are not finite"),
+}
+
+
+@pytest.mark.parametrize(("change", "sampling", "named"), WRITTEN.values(), ids=WRITTEN)
+def test_written_row_that_cannot_be_right_is_refused(made, change, sampling, named):
+    engine = Writes(made, change)
+    engine.rows = InProcess(made).rows  # which are right
+    source = source_of(engine, made.target, stops=(298, 299))
+    row = made.rows[0]
+    prompt = Encoded("it", row.input_ids[:20], torch.zeros(20, dtype=torch.int64))
+    assert source.write
+    with pytest.raises(UserError, match=rf"^toy 1.0: row 'it': .*{named}.*; take another$"):
+        source.write([prompt], Sampling(1.0, 1.0, CUT)._replace(**sampling), 0, torch.float32)
+
+
+def test_source_writes_where_it_knows_the_end_and_the_engine_can(made):
+    assert source_of(Writes(made), made.target, stops=(1,)).write
+    assert source_of(Writes(made), made.target).write is None
+    assert source_of(InProcess(made), made.target, stops=(1,)).write is None
+    assert model_source(made.model, LAYERS).write is None
 
 
 def test_next_token_alone_is_compared_where_there_is_no_more(made, tmp_path):

@@ -33,7 +33,14 @@ def start(settings: dict[str, Any]) -> Any:
             if plan.get("wrong") == "loads not":
                 raise RuntimeError("no kernel\nfor heads of 16")
             return {"dtype": "float32", "quantization": None}
+        if "write" in request:
+            Path(plan["files"], "write.json").write_text(json.dumps(request))
+            return [one(row_after(prompt), False) for prompt in request["write"]]
         return [one(row, request["scores"]) for row in request["rows"]]
+
+    def row_after(prompt: list[int]) -> list[int]:
+        rows = [json.loads(name) for name in made]
+        return next(row for row in rows if row[: -plan["written"]] == prompt)
 
     def one(row: list[int], scores: bool) -> Any:
         served[0] += 1
@@ -44,7 +51,8 @@ def start(settings: dict[str, Any]) -> Any:
         shutil.copy(os.path.join(plan["files"], found["file"]), path)
         return {"path": path, "scores": found["scores"] if scores else []}
 
-    return {"version": plan["version"], "device": "cpu"}, answer
+    facts = {"version": plan["version"], "device": "cpu", "samples": plan.get("samples", True)}
+    return facts, answer
 
 
 def fail(how: str) -> None:

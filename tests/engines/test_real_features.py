@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.types import Sample
 from eagle3fn.data.engine_source import engine_source
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.generate import Sampling
+from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import model_source
 from eagle3fn.engines.vllm_process import VllmProcess, taps_of
 from eagle3fn.engines.vllm_server import VllmServer
@@ -60,6 +63,43 @@ def test_process(tmp_path: Path, family: str, changes: dict[str, int]) -> None:
     names = (python_of("vllm"), made.target, made.taps, tmp_path / "log")
     engine = VllmProcess(*names, max_length=CUT, dtype=torch.float32)
     assert compare(made, engine, tmp_path / "out") == 8
+
+
+def test_process_writes_as_transformers_does(tmp_path: Path) -> None:
+    """One pass: the tokens are transformers' but for the stop token, and so are their states."""
+    made = make_target(tmp_path, **WIDE)
+    stops = tuple(range(0, 300, 12))
+    prompts = [
+        Encoded(row.id, row.input_ids[: 9 + number], torch.zeros(9 + number, dtype=torch.int64))
+        for number, row in enumerate(made.rows)
+    ]
+    here = model_source(made.model, LAYERS, batch_tokens=1, stops=stops)
+    greedy = Sampling(0.0, 1.0, 12)
+    assert here.write
+    expected = here.write(prompts, greedy, 3, torch.float32)
+
+    names = (python_of("vllm"), made.target, made.taps, tmp_path / "log")
+    with VllmProcess(*names, max_length=CUT, dtype=torch.float32) as engine:
+        there = engine_source(engine, made.target, LAYERS, check="hf", stops=stops)
+        assert there.write
+        found = there.write(prompts, greedy, 3, torch.float32)
+        again = there.write(prompts, greedy, 4, torch.float32)
+        on_a_cpu = engine.record["device"] == "cpu"
+        if on_a_cpu:
+            with pytest.raises(UserError, match=r"^--temperature 1.0: vLLM .* loses it"):
+                there.write(prompts, Sampling(1.0, 1.0, 12), 3, torch.float32)
+
+    ended = 0
+    for sample, other, whole in zip(found, again, expected, strict=True):
+        stopped = int(whole.input_ids[-1]) in stops
+        ended += stopped
+        wanted = Sample(*(part[: len(part) - stopped] for part in whole))
+        assert torch.equal(sample.input_ids, wanted.input_ids)
+        assert torch.equal(sample.input_ids, other.input_ids)
+        assert torch.equal(sample.token_mask, wanted.token_mask)
+        torch.testing.assert_close(sample.aux_hidden, wanted.aux_hidden, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(sample.last_hidden, wanted.last_hidden, atol=1e-4, rtol=1e-3)
+    assert 0 < ended < len(found)
 
 
 def documented(target: Path, states: Path) -> list[str]:

@@ -5,6 +5,7 @@ A stand-in answers in place of vLLM.
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,8 @@ from eagle3fn.commands.sources import check_engine_options
 from eagle3fn.data.engine_source import engine_source
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.generate import Sampling
+from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import model_source
 from eagle3fn.engines.vllm_process import Taps, VllmProcess, read_row, taps_of
 from tests.engines.made_rows import CUT, LAYERS, make_target, stand_in, write_answers
@@ -148,6 +151,81 @@ def test_file_that_was_not_written_is_named(tmp_path):
         read_row(None, taps, [], "vLLM: ")
     with pytest.raises(UserError, match=r"none.safetensors: not written, not readable here"):
         read_row(str(tmp_path / "none.safetensors"), taps, [], "vLLM: ")
+
+
+# Rows that it writes
+
+WRITTEN = 3  # tokens that the stand-in writes
+LONG = Sampling(0.7, 0.9, CUT)
+
+
+@pytest.fixture
+def written_by(made, plan, tmp_path):
+    """Starts the stand-in and writes after the conversations' first tokens."""
+    prompts = [
+        Encoded(row.id, row.input_ids[:-WRITTEN], row.token_mask[:-WRITTEN] * 0)
+        for row in made.rows
+    ]
+
+    def write(sampling=LONG, seed=11, **changes):
+        plan(written=WRITTEN, **changes)
+        names = (sys.executable, made.target, made.taps, tmp_path / "log")
+        with VllmProcess(*names, max_length=CUT, dtype=torch.float32) as engine:
+            said = []
+            source = engine_source(engine, made.target, LAYERS, say=said.append, stops=(299, 298))
+            assert source.write
+            with ThreadPoolExecutor(2) as pool:
+                compared = pool.submit(source.features, made.rows, torch.float32)
+                samples = pool.submit(source.write, prompts, sampling, seed, torch.float32)
+                found = samples.result(), compared.result()
+            assert len(said) == 1
+            assert not list(engine._folder.iterdir())
+        request = json.loads((made.target.parent / "answers" / "write.json").read_text())
+        return *found, request
+
+    return write
+
+
+def test_written_samples_have_the_states_of_their_tokens(written_by):
+    """Two threads ask at once; one row is compared."""
+    samples, rows, _ = written_by()
+    assert len(samples) == len(rows) == 8
+    for sample, row in zip(samples, rows, strict=True):
+        assert torch.equal(sample.input_ids, row.input_ids)
+        assert sample.token_mask.tolist() == [0] * (len(row.input_ids) - WRITTEN) + [1] * WRITTEN
+        assert torch.equal(sample.aux_hidden, row.aux_hidden)
+        assert torch.equal(sample.last_hidden, row.last_hidden)
+
+
+def test_target_is_loaded_once_for_all_threads(made, plan, tmp_path):
+    names = (sys.executable, made.target, made.taps, tmp_path / "log")
+    rows = [row.input_ids.tolist() for row in made.rows]
+    with (
+        VllmProcess(*names, max_length=CUT, dtype=torch.float32) as engine,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        found = list(pool.map(lambda row: next(engine.rows([row], False)), rows))
+    assert [row.token_ids.tolist() for row in found] == rows
+
+
+def test_vllm_is_asked_for_one_token_more_and_by_a_seed_for_each_prompt(written_by):
+    *_, request = written_by()
+    assert request["sampling"] == {
+        "max_tokens": CUT + 1,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "stop_token_ids": [299, 298],
+    }
+    seeds = request["seeds"]
+    assert len(set(seeds)) == 8 and all(0 <= seed < 2**63 for seed in seeds)
+    assert written_by()[2]["seeds"] == seeds
+    assert not set(written_by(seed=12)[2]["seeds"]) & set(seeds)
+
+
+def test_a_temperature_that_vllm_loses_is_refused(written_by):
+    with pytest.raises(UserError, match=r"^--temperature 0.7: vLLM 0.32.0 loses it on this device"):
+        written_by(samples=False)
+    assert len(written_by(LONG._replace(temperature=0.0), samples=False)[0]) == 8
 
 
 # The command

@@ -2,11 +2,16 @@
 
 It is loaded by a first request, so that its version is read before any weight:
 
-    {"load": OPTIONS}                       ← {"dtype": …, "quantization": …}
-    {"rows": [ids, …], "scores": bool}      ← [{"path": …, "scores": [[place, token, log p], …]}, …]
+    {"load": OPTIONS}                         ← {"dtype": …, "quantization": …}
+    {"rows": [ids, …], "scores": bool}        ← [{"path": …, "scores": SCORES}, …]
+    {"write": [ids, …], "sampling": {…}, "seeds": [number, …]}      ← as rows
 
 A path is of vLLM's safetensors file: `hidden_states` `(S, n, Ht)` and `token_ids` `(S,)`. Who asked
-deletes it. Scores are of the most probable token after each place; none, unless asked for.
+deletes it. Scores are `[place, token, log p]` of the most probable token after each place; none,
+unless asked for.
+
+What `write` gives are rows of a prompt and what was written after it, but for the last token: no
+run has read it, so that it has no state.
 """
 
 import fcntl
@@ -17,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from answering import Answer, serve
+from vllm_decode import keeps_temperature
 
 CPU_CONNECTOR = {
     "kv_connector": "CpuHiddenStatesConnector",
@@ -37,9 +43,17 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
         if "load" in request:
             loaded[:] = [load(device, **request["load"])]
             return facts_of(loaded[0])
+        if "write" in request:
+            return write(loaded[0], request["write"], request["sampling"], request["seeds"])
         return run(loaded[0], request["rows"], request["scores"])
 
-    return {"version": vllm.__version__, "device": device}, answer
+    # The states come by speculative decoding: rows that are drawn go its way.
+    facts = {
+        "version": vllm.__version__,
+        "device": device,
+        "samples": keeps_temperature(current_platform),
+    }
+    return facts, answer
 
 
 def load(
@@ -97,6 +111,34 @@ def run(engine: Any, rows: list[list[int]], scores: bool) -> list[dict[str, Any]
     prompts = [{"prompt_token_ids": row} for row in rows]
     outputs = engine.generate(prompts, sampling, use_tqdm=False)
     return [answer_of(output, scores) for output in outputs]
+
+
+def write(
+    engine: Any, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int]
+) -> list[dict[str, Any]]:
+    """Write on after prompts; each one's file. One pass gives the tokens and their states.
+
+    Args:
+        engine: the loaded vLLM.
+        prompts: token ids.
+        sampling: arguments of `vllm.SamplingParams`, the same for all.
+        seeds: one a prompt.
+    """
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    of_each = [
+        SamplingParams(
+            **sampling,
+            seed=seed,
+            detokenize=False,
+            ignore_eos=True,  # the stop ids are all there are
+            extra_args={"kv_transfer_params": {"include_output_tokens": True}},
+        )
+        for seed in seeds
+    ]
+    rows = [{"prompt_token_ids": row} for row in prompts]
+    outputs = engine.generate(rows, of_each, use_tqdm=False)
+    return [answer_of(output, False) for output in outputs]
 
 
 def answer_of(output: Any, scores: bool) -> dict[str, Any]:
