@@ -162,7 +162,7 @@ def begin_online(features: "FeatureSet", options: Any, config: "Config", world: 
 def _encode(
     options: Any, vocab_size: int, path: Path | None
 ) -> "tuple[SampleFile, dict[str, Any]]":
-    """The rows, written to `path` or a temporary file; their fingerprint and facts, and what to say."""
+    """The rows, written to `path` or a temporary file, and what is known of them."""
     from eagle3fn.base.files import json_sha256
     from eagle3fn.data.extract import SAMPLE_RULE
     from eagle3fn.data.row_files import rows_digest

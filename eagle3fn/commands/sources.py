@@ -98,11 +98,11 @@ def model_source(
     yield source, tokenizer
 
 
-def _stops(options: Any, tokenizer: Any) -> list[int]:
+def _stops(options: Any, tokenizer: Any) -> Sequence[int]:
     """The tokens that end an answer, where the target writes some."""
     from eagle3fn.data.target import stop_ids
 
-    return stop_ids(options.target, tokenizer) if getattr(options, "generate", False) else []
+    return stop_ids(options.target, tokenizer) if getattr(options, "generate", False) else ()
 
 
 def card_of(device: str) -> str:

@@ -23,20 +23,15 @@ if TYPE_CHECKING:
 
 def train(options: Any) -> int | None:
     """Train the draft, or go on; the exit code after a signal."""
-    import torch
-
     from eagle3fn.base.device import check_device
     from eagle3fn.base.launch import ranks
     from eagle3fn.base.signals import received
-    from eagle3fn.base.thread_timing import large_products
-    from eagle3fn.base.threads import take_threads
     from eagle3fn.data.map_data import counted_on
     from eagle3fn.data.target_source import target_config
     from eagle3fn.data.vocab import map_size
     from eagle3fn.specforge.feature_files import read_map
     from eagle3fn.specforge.recipes import RECIPES
     from eagle3fn.train.defaults import check_rate
-    from eagle3fn.train.horizon import begun_threads
     from eagle3fn.train.recipe import OURS
 
     check_online_options(options)
@@ -61,18 +56,7 @@ def train(options: Any) -> int | None:
         check_rate(config.optimizer, draft.hidden_size, named, defaults)
         if options.online:
             begin_online(features, options, config, world)
-        dtype = getattr(torch, config.train.dtype)
-        shape = config.draft
-        line = take_threads(
-            lambda: large_products(shape.hidden_size, shape.draft_vocab_size, dtype),
-            config.train.device,
-            options.threads,
-            world.shared(begun_threads(options.out) if world.main else None),
-            world,
-            bits_depend=config.train.reduce == "tree",
-        )
-        if world.main:
-            say(line)
+        _take_threads(options, config, world)
 
         # Features, map and target, which must belong together; a draft to start from, unless the
         # run goes on.
@@ -110,6 +94,28 @@ def _features(
     layers = aux_layers(draft, tree["num_hidden_layers"])
     with online_features(options, tree, layers, world) as features:
         yield features
+
+
+def _take_threads(options: Any, config: "Config", world: "World") -> None:
+    """Set the number of threads, and say it."""
+    import torch
+
+    from eagle3fn.base.thread_timing import large_products
+    from eagle3fn.base.threads import take_threads
+    from eagle3fn.train.horizon import begun_threads
+
+    dtype = getattr(torch, config.train.dtype)
+    shape = config.draft
+    line = take_threads(
+        lambda: large_products(shape.hidden_size, shape.draft_vocab_size, dtype),
+        config.train.device,
+        options.threads,
+        world.shared(begun_threads(options.out) if world.main else None),
+        world,
+        bits_depend=config.train.reduce == "tree",
+    )
+    if world.main:
+        say(line)
 
 
 def _check_folders(options: Any) -> None:

@@ -171,10 +171,7 @@ def _steps(
         return _report(run, pending, loop_state, events, wait=True)
 
     def keep_finished() -> None:
-        """Where the data ends with an error: what sources may do at any time loses no update."""
-        reported = report_all()
-        if run.features.on_demand and int(state.step) > start:
-            _save(run, state, reported)
+        _keep_finished(run, state, start, report_all())
 
     places = training_batches(run, start + run.shift, last + run.shift)
     source = prefetch(places, run.config.data.prefetch)
@@ -212,6 +209,12 @@ def _steps(
                 break
     _report_waited(run, feed, events)
     return state, loop_state
+
+
+def _keep_finished(run: Run, state: TrainState, start: int, loop_state: LoopState) -> None:
+    """Save what was trained, where sources end with an error, as they may at any time."""
+    if run.features.on_demand and int(state.step) > start:
+        _save(run, state, loop_state)
 
 
 def _report_waited(run: Run, feed: Iterator[tuple[Batch, ...]], events: Events) -> None:
