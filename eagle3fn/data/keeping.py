@@ -1,7 +1,7 @@
 """Features kept as they pass through a training: a feature folder, written on the side.
 
-It has each sample once, as it passes in the first pass over the data, and the held-out ones last, as
-training expects them. Its index is written when the training ends, of the shards that are there.
+It has each sample once, as it passes in the first pass over the data, and the held-out ones last,
+as training expects them. Its index is written when the training ends, of the shards that are there.
 """
 
 import threading
