@@ -205,7 +205,13 @@ engine.ask({{"value": f"os.mkdir({{sys.argv[3]!r}}) or time.sleep(600)"}})
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends the program")
+def test_a_program_outlives_the_thread_that_started_it(begin):
+    started = ThreadPoolExecutor(1)
+    engine = started.submit(begin).result()
+    started.shutdown()
+    assert engine.ask({"value": "time.sleep(1.5) or 3"}) == 3
+
+
 def test_a_busy_program_ends_with_its_parent(begin, tmp_path):
     """It does not read its stdin, so that it cannot see that this is closed."""
     begin()  # writes the program
