@@ -159,6 +159,7 @@ def test_a_killed_process_is_gone_and_its_files_too(made, tmp_path):
 
 WRONG = {
     "no target": ({"target": "none/such"}, r"none/such: "),
+    "device": ({"device": "cuda:9"}, r"device 'cuda:9': not usable here .*name cpu or cuda"),
     "positions": ({"max_length": 257}, r"max_length = 257: .*set --max-length to at most 256"),
 }
 
