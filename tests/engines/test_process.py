@@ -157,6 +157,18 @@ def test_close_ends_the_wait_of_another_thread(begin):
         engine.ask({"value": "1"})
 
 
+def test_an_abandoned_engine_does_not_finish_its_answer(begin, tmp_path):
+    engine = begin()
+    busy = tmp_path / "busy"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.ask, {"value": f"os.mkdir({str(busy)!r}) or time.sleep(60)"})
+        while not busy.exists():
+            time.sleep(0.01)
+        engine.abandon()
+        with pytest.raises(EngineGone, match=r"^toy: was killed by SIGTERM"):
+            waiting.result(10)
+
+
 def test_close_ends_what_the_engine_started(begin):
     with begin() as engine:
         child = engine.ask({"value": "__import__('subprocess').Popen(['sleep', '60']).pid"})
