@@ -17,7 +17,7 @@ from typing import Any
 Answer = Callable[[dict[str, Any]], Any]
 
 LONGEST = 600  # characters of an error
-PARENT_SECONDS = 0.5  # between two looks for the parent
+LOOK_SECONDS = 0.5  # between two looks at the parent
 
 
 def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> None:
@@ -30,9 +30,8 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> N
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    # End with the parent, whose death closes stdin only for a program that reads it.
-    watch = threading.Thread(target=end_with, args=(os.getppid(),), name="parent", daemon=True)
-    watch.start()
+    # The parent's death closes stdin, which a program at work does not read.
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
     def say(**tree: Any) -> None:
         answers.write(json.dumps(tree) + "\n")
@@ -53,12 +52,13 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> N
 
 
 def end_with(parent: int) -> None:
-    """End this process when its parent has ended.
+    """End this process once its parent has ended.
 
-    The kernel's own signal for it comes when the parent's *thread* ends that started the process.
+    Linux's own signal of that (PR_SET_PDEATHSIG) comes already when the parent's thread ends that
+    started this process.
     """
     while os.getppid() == parent:
-        time.sleep(PARENT_SECONDS)
+        time.sleep(LOOK_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
