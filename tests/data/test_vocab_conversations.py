@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from eagle3fn.cli import main
@@ -57,17 +57,21 @@ BAD = st.just({"messages": 3})
 
 @given(
     rows=st.lists(st.one_of(GOOD, GOOD, GOOD, NO_SAMPLE, BAD), min_size=4, max_size=9),
-    max_length=st.sampled_from([40, 128]),
+    max_length=st.sampled_from([24, 128]),
     limit=st.none() | st.integers(3, 6),
     mark=st.sampled_from(["", "xyz"]),
     size=st.none() | st.integers(2, 12),
     held_out=st.integers(0, 1),
 )
-@settings(max_examples=8, deadline=None)
+@settings(
+    max_examples=8,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],  # an example takes half a second: no shrinking
+)
 def test_map_is_the_one_that_is_counted_on_features(
     target, rows, max_length, limit, mark, size, held_out
 ):
-    rows = [{"messages": talk("a", "b")}, {"messages": talk("a", "defg")}, *rows]
+    rows = [{"messages": talk("a", "b")}, {"messages": talk("a", "defghijkl" * 3)}, *rows]
     reading = ["--max-length", max_length, "--skip-bad", 1, "--template-arg", f"mark={mark}"]
     reading += [] if limit is None else ["--limit", limit]
     making = ["--held-out", held_out]
@@ -142,6 +146,21 @@ def test_what_was_left_out_is_said_as_extraction_says_it(target, tmp_path, capsy
 
 
 # What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "1 of 2 rows is bad: .*talks.jsonl:2: .*--skip-bad 0.05"),
+        (["--skip-bad", 0], "1 of 2 rows is bad, more than the share 0 that is left out"),
+    ],
+)
+def test_bad_rows_beyond_the_share_are_refused(target, tmp_path, capsys, options, message):
+    talks = tmp_path / "talks.jsonl"
+    rows = [{"messages": talk("a", "b")}, {"messages": 3}]
+    talks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = ["--conversations", talks, "--max-length", 128, *options, "--out", tmp_path / "map"]
+    assert re.search(message, refusal(capsys, tmp_path, call(target, "vocab", *read)))
 
 
 @pytest.mark.parametrize("option", ["--max-length=9", "--limit=3", "--skip-bad", "--template-arg"])
