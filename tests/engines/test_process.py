@@ -164,6 +164,13 @@ def test_close_ends_what_the_engine_started(begin):
     assert ended(child)
 
 
+def test_an_engine_outlives_the_thread_that_started_it(begin):
+    with ThreadPoolExecutor(1) as pool:
+        engine = pool.submit(begin).result()
+    time.sleep(0.2)
+    assert engine.ask({"value": "1 + 1"}) == 2
+
+
 def test_an_engine_ends_with_its_parent(begin, tmp_path):
     # The parent is a process of its own, killed without a chance to clean up.
     code = f"""
