@@ -17,7 +17,7 @@ from typing import Any
 Answer = Callable[[dict[str, Any]], Any]
 
 LONGEST = 600  # characters of an error
-LOOK_SECONDS = 0.5  # between two looks for the parent
+PARENT_SECONDS = 0.5  # between two looks for the parent
 
 
 def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> None:
@@ -30,8 +30,9 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> N
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    # The parent's death closes stdin, which a program that is at work does not read.
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    # End with the parent, whose death closes stdin only for a program that reads it.
+    watch = threading.Thread(target=end_with, args=(os.getppid(),), name="parent", daemon=True)
+    watch.start()
 
     def say(**tree: Any) -> None:
         answers.write(json.dumps(tree) + "\n")
@@ -52,12 +53,12 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> N
 
 
 def end_with(parent: int) -> None:
-    """End this process when `parent`, which started it, has ended.
+    """End this process when its parent has ended.
 
-    Linux's parent-death signal would not do: it comes when the thread that started it ends.
+    The kernel's own signal for it comes when the parent's *thread* ends that started the process.
     """
     while os.getppid() == parent:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(PARENT_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
