@@ -28,7 +28,7 @@ from tests.train.run_files import rows, same_end
 
 STEPS = 16
 SOURCES = {1: 2, 2: 1}  # a rank's, by the number of ranks
-KILLS_A_CYCLE = 4
+KILLS_A_CYCLE = 5
 PATIENCE_S = 400.0
 POLL_S = 0.01
 PAUSE_S = 0.15  # of each update, in which a kill may come

@@ -24,7 +24,7 @@ from eagle3fn.data.ledger import Ledger
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import FeatureSource
 from eagle3fn.data.stages import stage
-from eagle3fn.engines.process import EngineGone
+from eagle3fn.engines.process import ABANDONED, EngineGone
 
 MOST_ATTEMPTS = 3
 """Sources that may end while they have a group, before the group is given up, and the run with
@@ -225,8 +225,10 @@ class _OpenSource:
         return False
 
     def close(self) -> None:
-        """Close it, also while it is at work: then who waits for it gets an `EngineGone`."""
+        """Close it, also while it is opened or at work: then who waits gets an `EngineGone`."""
         self._leave()
+        if self._lock.acquire(timeout=_CLOSING):  # what was being opened is closed now
+            self._lock.release()
 
     def _ready(self) -> FeatureSource:
         source = self._source
@@ -371,6 +373,7 @@ class _Work:
 
     def _serve(self, source: _OpenSource) -> None:
         """Ask one source for group after group, until this stage is closed or it is given up."""
+        ABANDONED.set(self.pool.closed)
         try:
             while not self._is_over():
                 if not source.await_open(self.closed):
