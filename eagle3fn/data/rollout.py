@@ -104,6 +104,7 @@ class Pool:
         self.pause = pause
         self.counts = Counts()
         self.closed = threading.Event()
+        self.works: list[_Work] = []  # of the stages that are open
         self._lock = threading.Lock()
         self._identity: dict[str, Any] | None = None
 
@@ -321,6 +322,8 @@ class _Work:
         self.changed = threading.Condition()
         self.closed = threading.Event()
         self.threads: list[threading.Thread] = []
+        self.is_awaited = False  # the consumer waits for samples
+        pool.works.append(self)
 
     # By the consumer
 
@@ -339,7 +342,9 @@ class _Work:
             while self.next not in self.samples:
                 if self.fault is not None:
                     raise self.fault
+                self.is_awaited = True
                 self.changed.wait(1.0)
+            self.is_awaited = False
             self.ledger, taken = ledgers.take(self.ledger, "trainer", (self.next,))
             assert taken == (self.next,)
             return self.samples.pop(self.next)
@@ -355,6 +360,7 @@ class _Work:
     def close(self) -> None:
         """End the threads; one whose source is at work for long ends with the pool."""
         self.closed.set()
+        self.pool.works.remove(self)
         with self.changed:
             self.changed.notify_all()
         end = time.monotonic() + _CLOSING
@@ -405,13 +411,18 @@ class _Work:
                 if expired:
                     self.pool.count(again=len(expired))
                     self._check_attempts(expired, "no source has answered in time")
-                if self.ledger.waiting:
+                if self.ledger.waiting and not self._gives_way():
                     until = now + self._seconds_for(self.ledger.waiting[0])
                     self.ledger, (number,) = ledgers.lease(self.ledger, source.name, 1, until)
                     return number, self.groups[number]
                 ends = [lease.until for lease in self.ledger.rolling.values()]
-                self.changed.wait(min([0.5, *(max(end - now, 0.001) for end in ends)]))
+                pause = 0.02 if self.ledger.waiting else 0.5
+                self.changed.wait(min([pause, *(max(end - now, 0.001) for end in ends)]))
         return None
+
+    def _gives_way(self) -> bool:
+        """Whether another stage's consumer waits, as in an evaluation, and this one's does not."""
+        return not self.is_awaited and any(work.is_awaited for work in list(self.pool.works))
 
     def _seconds_for(self, number: int) -> float:
         """How long a lease of a group lasts."""

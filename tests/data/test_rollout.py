@@ -365,3 +365,18 @@ def test_wrong_answer_is_refused_before_it_is_a_batch(name):
 def test_answer_of_too_few_samples_is_refused():
     *_, error = load(lambda samples: samples[:1])
     assert error == "a source gave 1 samples of 2 rows"
+
+
+def test_who_waits_comes_before_what_is_rolled_out_ahead():
+    """An evaluation's samples do not queue up after all that the buffer has room for."""
+    sources = Sources(lambda name, key: time.sleep(0.01))
+    ahead = groups_of(200)
+    (urgent,) = [group for group in groups_of(501) if group.key == 500]
+    with Pool([sources.source("one")]) as pool:
+        with closing(rolled_out(iter(ahead), pool, ask, 10**6)) as training:
+            next(training)
+            before = len(sources.asked)
+            with closing(rolled_out(iter([urgent]), pool, ask, 10**6)) as evaluation:
+                next(evaluation)
+            place = sources.asked.index(("one", 500))
+    assert place <= before + 3
