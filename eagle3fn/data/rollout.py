@@ -175,6 +175,11 @@ class _OpenSource:
         self._lock = threading.Lock()  # stages share a source: one asks at a time
         self._leaving = threading.Lock()
 
+    @property
+    def is_well(self) -> bool:
+        """Whether it has not ended since its last answer."""
+        return self._failed == 0 and self.given_up is None
+
     def opened(self) -> FeatureSource:
         """The source, opened if need be.
 
@@ -317,6 +322,7 @@ class _Work:
         self.ledger: Ledger = ledgers.opened()
         self.groups: dict[int, Group] = {}
         self.samples: dict[int, list[Sample]] = {}
+        self.ended_with: dict[int, str] = {}  # the source that ended last while it had a group
         self.next = 0  # the group that is taken next
         self.fault: BaseException | None = None
         self.changed = threading.Condition()
@@ -355,6 +361,7 @@ class _Work:
             self.ledger, fresh = ledgers.ack(self.ledger, (self.next,), place)
             assert fresh == (self.next,)
             del self.groups[self.next]
+            self.ended_with.pop(self.next, None)
             self.next += 1
 
     def close(self) -> None:
@@ -411,7 +418,7 @@ class _Work:
                 if expired:
                     self.pool.count(again=len(expired))
                     self._check_attempts(expired, "no source has answered in time")
-                if self.ledger.waiting and not self._gives_way():
+                if self.ledger.waiting and not (self._gives_way() or self._leaves(source)):
                     until = now + self._seconds_for(self.ledger.waiting[0])
                     self.ledger, (number,) = ledgers.lease(self.ledger, source.name, 1, until)
                     return number, self.groups[number]
@@ -423,6 +430,14 @@ class _Work:
     def _gives_way(self) -> bool:
         """Whether another stage's consumer waits, as in an evaluation, and this one's does not."""
         return not self.is_awaited and any(work.is_awaited for work in list(self.pool.works))
+
+    def _leaves(self, source: _OpenSource) -> bool:
+        """Whether the group that comes next ended this source, and another one is well: it shall
+        show whether the group or the source is at fault.
+        """
+        if self.ended_with.get(self.ledger.waiting[0]) != source.name:
+            return False
+        return any(other.is_well for other in self.pool.sources if other is not source)
 
     def _seconds_for(self, number: int) -> float:
         """How long a lease of a group lasts."""
@@ -454,6 +469,7 @@ class _Work:
         if self._is_over():
             return
         with self.changed:
+            self.ended_with[number] = source.name
             self.ledger = ledgers.fail(
                 self.ledger, source.name, (number,), retryable=True, reason=str(error)
             )
