@@ -145,6 +145,17 @@ def fail(
     return _settle(ledger, dict.fromkeys(own, GivenUp(reason)))
 
 
+def bound(ledger: Ledger, ends: Mapping[int, float]) -> Ledger:
+    """Let the leases of these groups in `rolling` end at their time in `ends`, if that is earlier.
+
+    For leases from before it was known how long a roll-out takes.
+    """
+    rolling = {}
+    for group, held in ledger.rolling.items():
+        rolling[group] = held._replace(until=min(held.until, ends.get(group, held.until)))
+    return ledger._replace(rolling=MappingProxyType(rolling))
+
+
 def expire(ledger: Ledger, now: float) -> tuple[Ledger, tuple[int, ...]]:
     """Leases with `until < now` end as retryable failures, the oldest first; these are returned."""
     leases = {**ledger.rolling, **ledger.training}

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
@@ -445,11 +444,12 @@ class _Work:
 
     def _bound_leases(self, now: float) -> None:
         """Give an end to leases from before a source had answered, once one has."""
-        for number, lease in self.ledger.rolling.items():
-            if lease.until == math.inf:
-                bound = lease._replace(until=now + self._seconds_for(number))
-                rolling = MappingProxyType({**self.ledger.rolling, number: bound})
-                self.ledger = self.ledger._replace(rolling=rolling)
+        endless = [
+            number for number, lease in self.ledger.rolling.items() if lease.until == math.inf
+        ]
+        if endless:
+            ends = {number: now + self._seconds_for(number) for number in endless}
+            self.ledger = ledgers.bound(self.ledger, ends)
 
     def _commit(self, number: int, samples: list[Sample]) -> None:
         """Take in what a source has answered, unless another one has before."""

@@ -1,5 +1,6 @@
 """Laws of the ledger of an online run, and its answer to every fault."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from eagle3fn.data.ledger import (
     Trained,
     ack,
     add,
+    bound,
     commit,
     expire,
     fail,
@@ -181,6 +183,14 @@ def test_the_oldest_lease_expires_first() -> None:
     for until in (3.0, 1.0, 2.0):
         ledger, _ = lease(ledger, SOURCES[0], 1, until)
     assert expire(ledger, 4.0)[1] == (1, 2, 0)
+
+
+def test_a_lease_can_be_shortened_and_not_lengthened() -> None:
+    ledger, _ = lease(add(opened(), 2), "a", 1, math.inf)
+    ledger, _ = lease(ledger, "b", 1, 3.0)
+    bounded = bound(ledger, {0: 5.0, 1: 9.0, 7: 1.0})
+    assert {group: held.until for group, held in bounded.rolling.items()} == {0: 5.0, 1: 3.0}
+    assert bounded._replace(rolling=ledger.rolling) == ledger
 
 
 def test_only_the_holder_can_fail() -> None:
