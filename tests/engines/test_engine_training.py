@@ -132,6 +132,7 @@ def test_features_that_differ_by_rounding_give_another_state(world):
     assert not same_leaves(world / "run-here" / last, world / "run-vllm" / last)
 
 
+@pytest.mark.parametrize("source", ["the target here", "vllm"], indirect=True)
 def test_online_training_in_two_calls_has_the_bits_of_one(world, tmp_path, source):
     """It ends between two checkpoints; the rest has the groups that the whole would have."""
     run = tmp_path / "run"
