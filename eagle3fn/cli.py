@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eagle3fn.base.program import called_as, exit_code
-from eagle3fn.commands import checking, data, drafts, extraction, training
+from eagle3fn.commands import checking, data, drafts, extraction, training, vocabulary
 from eagle3fn.commands.options import (
     DTYPES,
     FASTEST,
@@ -16,6 +16,7 @@ from eagle3fn.commands.options import (
     add_engine,
     add_feature_engine,
     add_online,
+    add_reading,
     add_settings,
     add_target,
     add_template,
@@ -230,11 +231,16 @@ def _add_extract(command: Command) -> None:
 
 def _add_vocab(command: Command) -> None:
     sub = command(
-        "vocab", data.vocab, "count the supervised tokens and write the draft vocabulary map"
+        "vocab",
+        vocabulary.vocab,
+        "count the supervised tokens and write the draft vocabulary map",
     )
     add_target(sub, runs=False)
-    sub.add_argument("--features", required=True)
-    sub.add_argument("--out", required=True, help="safetensors file")
+    counted = sub.add_mutually_exclusive_group(required=True)
+    counted.add_argument("--features", help="feature folder whose samples are counted")
+    counted.add_argument("--conversations", help="rows whose samples are counted, as extract reads")
+    add_reading(sub)
+    sub.add_argument("--out", required=True, help="safetensors file; bad rows: OUT.rejects.jsonl")
     sub.add_argument(
         "--size",
         type=positive,

@@ -1,14 +1,11 @@
-"""Commands that make conversations and show them, and that make the vocabulary map of features."""
+"""Commands that make conversations, and that show what is trained on of them."""
 
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
-from eagle3fn.base.errors import printable
 from eagle3fn.commands.shared import chat_template, given_options, say
 
 if TYPE_CHECKING:
-    from eagle3fn.base.types import VocabMap
-    from eagle3fn.data.features import FeatureSet
     from eagle3fn.data.generate import Sampling
     from eagle3fn.data.regenerate import Source
     from eagle3fn.data.template import ChatTemplate
@@ -191,98 +188,3 @@ def inspect(options: Any) -> None:
     for line in found.missing:
         print(f"not trained: {line}", end="\n\n")
     print(describe(found, options.conversations))
-
-
-def vocab(options: Any) -> None:
-    """Count the supervised tokens and write the vocabulary map."""
-    from eagle3fn.data.features import check_made_for, open_features
-    from eagle3fn.data.kept_tokens import kept_tokens
-    from eagle3fn.data.map_data import samples_hash
-    from eagle3fn.data.pipeline import split
-    from eagle3fn.data.target_files import check_weights_of
-    from eagle3fn.data.target_source import check_supported, config_hashes, target_config
-    from eagle3fn.data.vocab import (
-        build_map,
-        chosen_size,
-        count_tokens,
-        coverage,
-        held_out_of,
-        read_map,
-        save_map,
-    )
-    from eagle3fn.specforge.feature_files import READER
-    from eagle3fn.use.convert import check_out_map
-
-    check_out_map(options.out, "eagle3fn", read_map)
-    tree = target_config(options.target)
-    check_supported(options.target)
-    vocab_size = tree["vocab_size"]
-    features = open_features(options.features, vocab_size, tree["hidden_size"], READER)
-    hashes = config_hashes(options.target)
-    check_made_for(features, hashes, None, options.target)
-    check_weights_of(features, options.target)
-    samples = len(features.samples)
-    held_out = held_out_of(samples) if options.held_out is None else options.held_out
-    kept, held = split(samples, held_out)
-
-    # The map.
-    always = kept_tokens(options.target, vocab_size)
-    counts = count_tokens(features, kept, vocab_size)
-    size = options.size or max(chosen_size(counts), len(always.ids))
-    vocab_map = build_map(counts, size, always.ids)
-    covered = coverage(vocab_map, counts)
-    text = f"{options.out}: {len(vocab_map.d2t)} of {vocab_size} tokens, {covered:.2%} of the "
-    text += "supervised ones"
-    provenance = {
-        "target": options.target,
-        "target_hash": hashes[0],
-        "samples": samples_hash(features),
-        "held_out": held_out,
-        "always": list(always.ids),
-        "covered": covered,
-    }
-
-    # What it has of samples that were not counted.
-    choices = "no samples are held out: how many of the target's own choices it has is not known"
-    if held:
-        unseen = coverage(vocab_map, count_tokens(features, held, vocab_size))
-        text += f", {unseen:.2%} in {len(held)} held-out samples"
-        found, choices = _own_choices(options.target, features, held, vocab_map)
-        provenance |= {"covered_held_out": unseen, **found}
-    save_map(options.out, vocab_map, provenance)
-
-    print(text)
-    print(choices)
-    names = ", ".join(printable(text) for text in always.texts[:12])
-    more = len(always.texts) - 12
-    names += f" and {more} more" if more > 0 else ""
-    print(f"always in the map: {names or 'none'}")
-    if always.unknown:
-        say(f"only the configuration's stop tokens are always in the map: {always.unknown}")
-
-
-def _own_choices(
-    target: str, features: "FeatureSet", held: list[int], vocab_map: "VocabMap"
-) -> tuple[dict[str, Any], str]:
-    """The share of the target's own choices that a map has: for its file, and as a line."""
-    import torch
-
-    from eagle3fn.base.errors import UserError
-    from eagle3fn.data.choices import count_choices
-    from eagle3fn.data.features import tensors_of
-    from eagle3fn.data.target_tensors import read_target_tensors
-    from eagle3fn.data.vocab import coverage
-
-    try:
-        tensors = read_target_tensors(target, torch.bfloat16, tensors_of(features))
-    except UserError as error:
-        return {}, f"the target's own choices in them are not counted: {error}"
-    found = count_choices(features, held, tensors.head)
-    if not found.places:
-        return {}, "the target's own choices in them are not counted: no place is supervised"
-    share = coverage(vocab_map, found.counts)
-    places = f"{found.places:,} places"
-    if found.places < found.all_places:
-        places += f" of {found.all_places:,}"
-    line = f"{share:.2%} of the target's own choices in them, at {places}, are in the map"
-    return {"choices_held_out": share, "choices_counted": found.places}, line

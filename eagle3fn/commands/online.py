@@ -156,6 +156,24 @@ def begin_online(features: "FeatureSet", options: Any, config: "Config", world: 
     samples.buffer = given or max(BUFFER, 2 * needed)
 
 
+@contextmanager
+def kept_features(
+    folder: str, features: "FeatureSet", config: "Config", world: "World"
+) -> Iterator[None]:
+    """Keep the features that pass, and say at the block's end what is there.
+
+    Raises:
+        UserError: as `data.keeping.keeping`.
+    """
+    from eagle3fn.data.keeping import keeping
+
+    with keeping(folder, features, config.data.held_out, world) as keeper:
+        yield
+        line = keeper.finish()
+        if line:
+            progress.say(line)
+
+
 # The rows
 
 
@@ -295,5 +313,5 @@ def _say_sources(options: Any, source: "FeatureSource", count: int, features: "F
     what = "prompts, which the target answers as training goes" if options.generate else "samples"
     say(
         f"{options.online}: {totals['samples']:,} {what}; features by {by}, computed in "
-        f"{dtype_name(source.dtype)}; none is written to disk"
+        f"{dtype_name(source.dtype)}"
     )

@@ -7,7 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eagle3fn.base import progress
-from eagle3fn.commands.online import begin_online, check_online_options, online_features
+from eagle3fn.commands.online import (
+    begin_online,
+    check_online_options,
+    kept_features,
+    online_features,
+)
 from eagle3fn.commands.shared import draft_shape, say
 
 if TYPE_CHECKING:
@@ -70,6 +75,8 @@ def train(options: Any) -> int | None:
                 say(note)
 
         run = _Run(config, features, vocab_map, tensors, options.out, options.minutes)
+        if options.keep:
+            own.enter_context(kept_features(options.keep, features, config, world))
         if options.dry_run:
             _dry_run(run, layers, world, recipe)
         else:
@@ -138,6 +145,7 @@ def _trackers(options: Any) -> list[str]:
         "--track": options.track,
         "--max-steps": options.max_steps,
         "--from": options.source,
+        "--keep": options.keep,
     }
     for name, given in unused.items() if options.dry_run else ():
         if given:

@@ -19,6 +19,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.signals import children_spared
 from eagle3fn.data.rejects import MEND_OR_SKIP, Dropped, rejecting
 from eagle3fn.data.row_files import FileRow, read_rows
+from eagle3fn.data.row_stamps import Stamps, check_stamps, stamps_of
 from eagle3fn.data.row_values import name_of
 from eagle3fn.data.sample_file import PackedSample, SampleFile, pack
 from eagle3fn.data.samples import (
@@ -118,6 +119,7 @@ def encode_file(
     processes: int = 1,
     skip_bad: float | None = None,
     rejects: str | Path | None = None,
+    stamps: Stamps | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
     on_row: Callable[[EncodedRow], None] = lambda row: None,
 ) -> EncodedFile:
@@ -133,13 +135,16 @@ def encode_file(
         skip_bad: the share of rows that may be bad and are left out; None: none may, and all are
             counted before that is said.
         rejects: the file that rows left out are written to.
+        stamps: the file's, of a time since when it must not have changed; None: of now.
         on_progress: called with the rows done.
         on_row: called with each row.
 
     Raises:
-        UserError: an unreadable file, no rows, bad rows, an id outside the target's vocabulary, or
-            no sample at all. The message counts them and names the first.
+        UserError: an unreadable file, or one that changes while it is read; no rows, bad rows, an
+            id outside the target's vocabulary, or no sample at all. The message counts them and
+            names the first.
     """
+    stamps = stamps_of(conversations) if stamps is None else stamps
     samples = SampleFile(path)
     dropped = Dropped()
     lost = Dropped()
@@ -167,6 +172,7 @@ def encode_file(
                 for sample in row.samples:
                     _check_id(sample.highest_id, vocab_size, row.where)
                     samples.append(sample)
+            check_stamps(conversations, stamps)
         if not bad.rows:
             raise UserError(f"{conversations}: no rows; write one JSON object a line")
         if not samples:
@@ -192,7 +198,8 @@ def encode_all(
 
 
 _REMEDIES = {
-    NO_ANSWER: "give each conversation an assistant's turn",
+    NO_ANSWER: "give each conversation an answer: the target's own by eagle3fn regenerate (for a "
+    "vocabulary map a few hundred are enough, --limit 500)",
     NO_QUESTION: "put a user turn before the first answer",
     NOT_TRAINED: "give an answer weight 1",
     TOO_LONG: "raise --max-length",

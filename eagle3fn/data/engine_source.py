@@ -182,10 +182,10 @@ class _CheckedRows:
         samples = []
         rows = self.engine.write([prompt.input_ids.tolist() for prompt in prompts], writing)
         for prompt, row in zip(prompts, rows, strict=True):
-            what = written_fault(row.token_ids, prompt.input_ids, writing, len(self.stored.head))
+            written = row.token_ids[len(prompt.input_ids) :].tolist()
+            what = written_fault(written, writing, len(self.stored.head))
             if what:
                 raise self._refusal(prompt, what)
-            written = row.token_ids[len(prompt.input_ids) :].tolist()
             samples.append(self._sample(answered(prompt, written), row, dtype))
         return samples
 

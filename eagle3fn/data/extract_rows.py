@@ -16,7 +16,8 @@ from eagle3fn.base.files import json_sha256
 from eagle3fn.base.launch import World
 from eagle3fn.base.read import read_object
 from eagle3fn.data.encode import encode_file
-from eagle3fn.data.row_files import data_files, rows_digest
+from eagle3fn.data.row_files import rows_digest
+from eagle3fn.data.row_stamps import stamps_of
 from eagle3fn.data.sample_file import SampleFile, samples_on_ranks
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.shards import Shards
@@ -81,7 +82,7 @@ def _encode(task: Task, path: Path | None) -> tuple[SampleFile, dict[str, Any]]:
     """
     # What the folder's fingerprint is made of, and a refusal of a folder that has another.
     source, rows = task.source, task.rows
-    stamps = _stamps(rows.conversations)
+    stamps = stamps_of(rows.conversations)
     data_hash = rows_digest(rows.conversations)
     fingerprint = json_sha256({**task.settings, "conversations": data_hash})
     digests = {}
@@ -101,14 +102,9 @@ def _encode(task: Task, path: Path | None) -> tuple[SampleFile, dict[str, Any]]:
         processes=rows.processes,
         skip_bad=rows.skip_bad,
         rejects=rejects,
+        stamps=stamps,
         on_progress=rows.on_rows,
     )
-    if stamps != _stamps(rows.conversations):
-        encoded.samples.close()
-        raise UserError(
-            f"{rows.conversations}: changed while it was read; wait until it is written, and call "
-            "again"
-        )
     if rows.skip_bad is None:
         rejects.unlink(missing_ok=True)  # of an earlier call that left rows out
     facts = {
@@ -124,12 +120,6 @@ def check_target(source: FeatureSource) -> None:
     """Refuse a target whose files have changed since before it was loaded."""
     if source.files is not None and source.stamps is not None:
         check_unchanged(source.files, source.stamps)
-
-
-def _stamps(conversations: str | Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files of rows."""
-    found = [(file.name, file.stat()) for file in data_files(conversations)]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def _refuse_other(out: Path, fingerprint: str, files: str | None) -> None:

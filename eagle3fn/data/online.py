@@ -7,6 +7,7 @@ other rows may move the last ones.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import check_present
 from eagle3fn.data.feature_index import SCHEMA
 from eagle3fn.data.features import FeatureSet, OnDemand
+from eagle3fn.data.on_demand import OnlineSamples, Widths
+from eagle3fn.data.rollout import Pool, Source
 from eagle3fn.data.sample_table import SampleTable, columns_of, table_record
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.shards import dtype_name, entry_of
@@ -163,6 +166,7 @@ def online_set(
     source: FeatureSource,
     on_demand: OnDemand,
     made_from: MadeFrom,
+    stored: torch.dtype = STORED,
 ) -> FeatureSet:
     """`sample_set` of a source's target, whose rows the target can read.
 
@@ -184,5 +188,37 @@ def online_set(
         source.target,
         on_demand,
         made_from._replace(facts={**source.index, **made_from.facts}),
+        stored=stored,
         computed=source.dtype,
     )
+
+
+@contextmanager
+def features_of(
+    source: FeatureSource, rows: Sequence[Encoded], stored: torch.dtype | None = None
+) -> Iterator[FeatureSet]:
+    """Rows as a set whose features one source computes ahead, for `data.pipeline.batches`.
+
+    ```python
+    with features_of(model_source(model, layers), rows) as features:
+        for micro in batches(features, range(len(rows)), config, 0, steps):
+            state, metrics = fns.step(state, micro)
+    ```
+
+    With features that were extracted at `batch_tokens=1`, and that here, batches have their bits.
+
+    Args:
+        source: a model in this process (`data.sources.model_source`), or an engine.
+        rows: tokens and masks, such as `data.encode.encode_all` makes of conversations.
+        stored: the dtype of the features as they come; None, what the source computes in.
+
+    Raises:
+        UserError: no rows, or as `online_set`.
+    """
+    if not rows:
+        raise UserError("no rows to train on; give conversations with a supervised token")
+    dtype = stored or source.dtype
+    widths = Widths(len(source.layers), source.config.hidden_size, dtype)
+    with Pool([Source("the target", lambda: nullcontext(source))]) as pool:
+        samples = OnlineSamples(rows, pool, widths)
+        yield online_set(rows, source, samples, MadeFrom("rows", ""), dtype)

@@ -161,15 +161,23 @@ def check_extraction(config: Any, layers: Sequence[int], max_length: int) -> Non
     Raises:
         UserError: it has not.
     """
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise UserError(
-            f"max_length = {max_length}: the target's max_position_embeddings is {limit}; "
-            f"set --max-length to at most {limit}"
-        )
+    check_max_length(max_length, getattr(config, "max_position_embeddings", None))
     count = config.num_hidden_layers
     if not layers or not all(0 <= layer < count for layer in layers):
         raise UserError(f"layers {list(layers)}: must be layers of the target in [0, {count})")
+
+
+def check_max_length(max_length: int, positions: int | None) -> None:
+    """Check that a sample of `max_length` tokens fits a target's positions; None: not known.
+
+    Raises:
+        UserError: it does not.
+    """
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"max_length = {max_length}: the target's max_position_embeddings is {positions}; "
+            f"set --max-length to at most {positions}"
+        )
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -57,18 +57,9 @@ def build_map(counts: Tensor, draft_size: int, always: Sequence[int] = ()) -> Vo
     is the j-th kept target id in ascending order: `kept[j] == j + d2t[j]`.
 
     Raises:
-        UserError: `draft_size` is not in [1, V], or below the number of `always`.
+        UserError: as `check_draft_size`.
     """
-    size = len(counts)
-    if not 1 <= draft_size <= size:
-        raise UserError(
-            f"draft_vocab_size = {draft_size}: must be in [1, {size}], the target's vocabulary"
-        )
-    if draft_size < len(set(always)):
-        raise UserError(
-            f"draft_vocab_size = {draft_size}: must be at least {len(set(always))}, the target's "
-            "stop tokens and those of its chat template, which are always in; name a larger one"
-        )
+    check_draft_size(draft_size, len(counts), always)
 
     # A stable sort keeps tokens of equal counts in the order of their ids.
     first = torch.tensor(sorted(set(always)), dtype=torch.int64, device=counts.device)
@@ -76,9 +67,27 @@ def build_map(counts: Tensor, draft_size: int, always: Sequence[int] = ()) -> Vo
     by_count = ranked.sort(descending=True, stable=True).indices
     kept = by_count[:draft_size].sort().values  # (D,)
 
-    t2d = torch.zeros(size, dtype=torch.bool)
+    t2d = torch.zeros(len(counts), dtype=torch.bool)
     t2d[kept] = True
     return VocabMap(t2d, kept - torch.arange(draft_size, device=kept.device))
+
+
+def check_draft_size(draft_size: int, vocab_size: int, always: Sequence[int] = ()) -> None:
+    """Check that a draft vocabulary of a target's has room for the tokens `always`.
+
+    Raises:
+        UserError: `draft_size` is not in [1, V], or below the number of `always`.
+    """
+    if not 1 <= draft_size <= vocab_size:
+        raise UserError(
+            f"draft_vocab_size = {draft_size}: must be in [1, {vocab_size}], the target's "
+            "vocabulary"
+        )
+    if draft_size < len(set(always)):
+        raise UserError(
+            f"draft_vocab_size = {draft_size}: must be at least {len(set(always))}, the target's "
+            "stop tokens and those of its chat template, which are always in; name a larger one"
+        )
 
 
 def chosen_size(counts: Tensor) -> int:

@@ -120,19 +120,14 @@ def row_fault(
     return None
 
 
-def written_fault(ids: Tensor, prompt: Tensor, writing: Writing, vocab_size: int) -> str | None:
-    """What is wrong with the tokens of a written row, in words; None if nothing is seen.
+def written_fault(written: Sequence[int], writing: Writing, vocab_size: int) -> str | None:
+    """What is wrong with the tokens after a prompt, in words; None if nothing is seen.
 
     Args:
-        ids: as the engine gave them, `(S,)`.
-        prompt: what it was asked to go on from, `(P,)`.
-        writing: how.
+        written: as the engine gave them.
+        writing: how it was asked for them.
         vocab_size: the target's.
     """
-    count = len(prompt)
-    if not torch.equal(ids[:count], prompt):
-        return _ids_fault(ids[:count], prompt)
-    written = ids[count:].tolist()
     if len(written) > writing.max_new:
         return f"{len(written)} tokens were written, not at most {writing.max_new}"
     beyond = [token for token in written if not 0 <= token < vocab_size]

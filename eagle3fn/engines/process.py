@@ -136,6 +136,11 @@ class EngineProcess:
             if process.stdout:
                 process.stdout.close()
 
+    def abandon(self) -> None:
+        """As `close`, but at once: an answer on its way is not waited for."""
+        self._signal(signal.SIGTERM)
+        self.close()
+
     def __enter__(self) -> "EngineProcess":
         return self
 
@@ -150,8 +155,9 @@ class EngineProcess:
     def _end(self, error: BaseException | None) -> None:
         """End the program; after an interrupt without waiting for an answer that nobody reads."""
         if error is not None and not isinstance(error, UserError):
-            self._signal(signal.SIGTERM)
-        self.close()
+            self.abandon()
+        else:
+            self.close()
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -264,6 +270,11 @@ class EngineClient:
     def close(self) -> None:
         """End the process and remove what it needed; safe to call again."""
         self._process.close()
+
+    def abandon(self) -> None:
+        """As `close`, but at once: an answer on its way is not waited for."""
+        self._process.abandon()
+        self.close()
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ from eagle3fn.base.launch import World
 from eagle3fn.base.types import Batch
 
 
-class _Announced(NamedTuple):
+class Announced(NamedTuple):
     """What a rank says of its next batch."""
 
     fault: str | None  # why it has none
@@ -78,10 +78,10 @@ class Feed:
             UserError: another rank has none.
         """
         counts = micro[0].row_counts if micro and self._counted else None
-        own = _Announced(
+        own = Announced(
             None if fault is None else str(fault), None if counts is None else counts.cpu()
         )
-        every: list[_Announced] = self._world.every(own)
+        every: list[Announced] = self._world.every(own)
         for rank, other in enumerate(every):
             if other.fault and fault is None:
                 raise UserError(f"rank {rank}: {other.fault}")

@@ -14,6 +14,7 @@ from eagle3fn.data.encode import (
     encode_file,
     encode_rows,
 )
+from eagle3fn.data.row_stamps import stamps_of
 from eagle3fn.data.sample_file import SampleFile, pack
 from eagle3fn.data.samples import EMPTY, NO_ANSWER, TOO_LONG, Encoded, SampleMaker
 from tests.factories import talk, tiny_template, write_talks
@@ -109,6 +110,25 @@ def test_bad_rows_are_left_out_and_written_to_a_file(tmp_path):
     with pytest.raises(UserError, match="2 of 3 rows"):
         encode_file(MAKER, path, 300, skip_bad=0.3, rejects=tmp_path / "other.jsonl")
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_file_that_changes_is_refused_and_no_bad_row_is_written(tmp_path):
+    path = write_rows(tmp_path / "c.jsonl", [{"messages": talk("a", "b")}, {"messages": 3}])
+    stamps = stamps_of(path)
+    bad_rows = {"skip_bad": 0.5, "rejects": tmp_path / "rejects.jsonl"}
+
+    def grow(rows):
+        with path.open("a") as file:
+            file.write("\n")
+
+    changed = r"c.jsonl: changed while it was read; wait .* call again$"
+    with pytest.raises(UserError, match=changed):
+        encode_file(MAKER, path, 300, **bad_rows, on_progress=grow)
+    with pytest.raises(UserError, match=changed):
+        encode_file(MAKER, path, 300, **bad_rows, stamps=stamps)
+    assert not (tmp_path / "rejects.jsonl").exists()
+    encode_file(MAKER, path, 300, **bad_rows, stamps=stamps_of(path)).samples.close()
+    assert (tmp_path / "rejects.jsonl").exists()
 
 
 def test_progress_counts_every_row_from_the_first(tmp_path):

@@ -18,6 +18,7 @@ from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.encode import encode_all
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import check_shards, open_features, read_sample
+from eagle3fn.data.row_files import rows_digest
 from eagle3fn.data.samples import NO_ANSWER, TOO_LONG, SampleMaker
 from eagle3fn.data.sources import model_source
 from eagle3fn.data.target import load_target
@@ -229,7 +230,7 @@ def test_rejected_rows_lie_beside_the_features_of_the_others(tmp_path):
     assert not (out / "rejects.jsonl").exists()
 
 
-def test_file_that_changes_while_it_is_read_is_refused(tmp_path):
+def test_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     talks = write_talks(tmp_path / "c.jsonl", 4)
 
     def grow(rows):
@@ -239,6 +240,17 @@ def test_file_that_changes_while_it_is_read_is_refused(tmp_path):
     never = before_each_run(lambda: pytest.fail("the target ran"))
     with never, pytest.raises(UserError, match=r"c.jsonl: changed while it was read"):
         run(talks, tmp_path / "out", limit=3, on_rows=grow)
+
+    # After their digest was made, too.
+    def digest_then_grow(path):
+        digest = rows_digest(path)
+        grow(0)
+        return digest
+
+    monkeypatch.setattr("eagle3fn.data.extract_rows.rows_digest", digest_then_grow)
+    never = before_each_run(lambda: pytest.fail("the target ran"))
+    with never, pytest.raises(UserError, match=r"c.jsonl: changed while it was read"):
+        run(talks, tmp_path / "out", limit=3)
 
 
 def test_shard_of_other_tokens_is_made_again(tmp_path):

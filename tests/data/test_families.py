@@ -20,6 +20,7 @@ from eagle3fn.data.cache_check import check_batch, check_roll_back
 from eagle3fn.data.decoder import final_norm, hidden_states
 from eagle3fn.data.generate import Sampling, generate
 from eagle3fn.data.regenerate import ByModel, regenerate
+from eagle3fn.data.sources import model_source
 from eagle3fn.data.synthesize import Settings, synthesize
 from eagle3fn.data.target import load_target
 from eagle3fn.data.target_source import check_supported
@@ -267,6 +268,8 @@ def test_recurrent_layers_write_no_conversations_in_batches(loaded, tmp_path):
         synthesize(model, template, out, 1, Settings(batch=2))
     with pytest.raises(UserError, match=r"'lfm2': rows of a batch.*--batch 1"):
         regenerate(ByModel(model, template, 2), template, prompts, out, GREEDY)
+    with pytest.raises(UserError, match=r"'lfm2': rows of a batch.*--batch-tokens 1"):
+        model_source(model, (0, 1, 2), stops=(1,))
     one_by_one = ByModel(model, template, 1)
     assert regenerate(one_by_one, template, prompts, out, GREEDY).answers == 2
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from eagle3fn.data.ledger import (
     GivenUp,
@@ -60,18 +61,32 @@ class Life(RuleBasedStateMachine):
         assert function(self.ledger, *arguments) == result
         return result
 
-    def numbers(self, distances: list[int]) -> list[int]:
-        return [self.ledger.first + distance for distance in distances]
+    def numbers(self, distances: list[int], *names: str) -> list[int]:
+        """Groups in one of these places for the lower distances, any others for the rest."""
+        likely = sorted(self.model.at(*names))
+        return [
+            likely[distance % len(likely)]
+            if likely and 0 <= distance < 6
+            else self.ledger.first + distance
+            for distance in distances
+        ]
+
+    @initialize(count=st.integers(6, 12))
+    def begin(self, count: int) -> None:
+        self.add(count)
 
     @precondition(lambda self: self.ledger.end - self.ledger.first < 8)
-    @rule(count=st.integers(1, 4))
+    @rule(count=st.integers(1, 6))
     def add(self, count: int) -> None:
         self.ledger = self.call(add, count)
         for number in range(self.model.end(), self.model.end() + count):
             self.model.groups[number] = Group()
 
-    @rule(source=st.sampled_from(SOURCES), most=st.integers(0, 3), seconds=seconds)
+    @rule(source=st.sampled_from(SOURCES), most=st.integers(0, 4), seconds=seconds)
     def lease(self, source: str, most: int, seconds: float) -> None:
+        """As many new groups where none waits and few are in the air."""
+        if not self.ledger.waiting and len(places(self.ledger)) < 8:
+            self.add(most)
         expected = sorted(self.model.at("waiting"))[:most]
         self.ledger, asked = self.call(lease, source, most, self.now + seconds)
         assert asked == tuple(expected)
@@ -82,7 +97,7 @@ class Life(RuleBasedStateMachine):
     @rule(distances=distances)
     def commit(self, distances: list[int]) -> None:
         """Answers in time, late, twice, after the lease was lost, or to the life before."""
-        numbers = self.numbers(distances)
+        numbers = self.numbers(distances, "waiting", "rolling")
         self.ledger, fresh = self.call(commit, numbers)
         expected = []
         for number in numbers:
@@ -97,7 +112,7 @@ class Life(RuleBasedStateMachine):
         seconds=seconds | st.just(math.inf),
     )
     def take(self, trainer: str, distances: list[int], seconds: float) -> None:
-        numbers = self.numbers(distances)
+        numbers = self.numbers(distances, "ready")
         self.ledger, taken = self.call(take, trainer, numbers, self.now + seconds)
         expected = []
         for number in numbers:
@@ -109,7 +124,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(distances=distances, step=st.integers(0, 5))
     def ack(self, distances: list[int], step: int) -> None:
-        numbers = self.numbers(distances)
+        numbers = self.numbers(distances, "training", "ready")
         self.ledger, fresh = self.call(ack, numbers, step)
         expected = []
         for number in numbers:
@@ -132,7 +147,7 @@ class Life(RuleBasedStateMachine):
         """By anybody, or by one that holds a lease."""
         leases = [*self.ledger.rolling.values(), *self.ledger.training.values()]
         holder = holder or leases[pick % len(leases)].holder
-        numbers = self.numbers(distances)
+        numbers = self.numbers(distances, "rolling", "training")
         self.ledger = self.call(fail, holder, numbers, retryable, "torn")
         for number in numbers:
             group = self.model.at("rolling", "training").get(number)
@@ -155,12 +170,19 @@ class Life(RuleBasedStateMachine):
         for number in ids:
             self.model.give_back(number)
 
+    @rule(trainer=st.sampled_from(TRAINERS))
+    def train_the_lowest(self, trainer: str) -> None:
+        """All goes well with one group, unless somebody else holds it."""
+        self.commit([0])
+        self.take(trainer, [0], math.inf)
+        self.ack([0], 0)
+
     @precondition(lambda self: not self.ledger.settled)
     @rule()
     def checkpoint(self) -> None:
         self.saved = (self.ledger.first, list(self.history), list(self.abandoned))
 
-    @precondition(lambda self: self.ledger.end > self.saved[0] + 6)
+    @precondition(lambda self: len(self.history) > len(self.saved[1]) + 2)
     @rule()
     def crash(self) -> None:
         """The trained state is the checkpoint's again; sources may still answer the life before."""
@@ -169,6 +191,7 @@ class Life(RuleBasedStateMachine):
         self.model = Model(cursor)
         self.history = list(history)
         self.abandoned = list(abandoned)
+        self.add(8)
 
     @invariant()
     def every_group_is_in_exactly_one_place(self) -> None:
@@ -196,6 +219,8 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
+# A life is short: more of them than of other properties.
+TestLife.settings = settings(max_examples=3 * settings().max_examples)
 
 
 # Whole runs

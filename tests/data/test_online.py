@@ -17,7 +17,7 @@ from eagle3fn.data.collate import align_mask, collate
 from eagle3fn.data.encode import encode_all
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
-from eagle3fn.data.online import online_batches, roll_out
+from eagle3fn.data.online import features_of, roll_out
 from eagle3fn.data.pipeline import batches
 from eagle3fn.data.samples import Encoded, SampleMaker
 from eagle3fn.data.sources import model_source
@@ -63,6 +63,12 @@ def stored(model, tmp_path, **changes):
     extract(source, TEMPLATE, talks, tmp_path / "out", max_length=CUT, **changes)
     rows = encode_all(SampleMaker(TEMPLATE, CUT), talks, model.config.vocab_size)
     return open_features(tmp_path / "out"), rows
+
+
+def online_batches(model, rows, config, start, stop, batch_tokens=1, **options):
+    """The batches of a list of steps, from features that are computed as they are asked for."""
+    with features_of(model_source(model, LAYERS, batch_tokens=batch_tokens), rows) as features:
+        return list(batches(features, range(len(rows)), config, start, stop, **options))
 
 
 def pair(name: str, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Encoded:
@@ -189,7 +195,7 @@ def test_five_updates_equal_those_of_stored_features(tmp_path, dtype, numerics, 
     config, fns = problem(model, rows, dtype, numerics=numerics)
 
     offline = list(batches(features, range(8), config, 0, 5, align_mask=align))
-    online = list(online_batches(model, rows, LAYERS, config, 0, 5, align_mask=align))
+    online = online_batches(model, rows, config, 0, 5, align_mask=align)
     assert len(online) == 5
     assert online[0][0].row_counts is not None
     assert equal(offline, online)
@@ -229,7 +235,7 @@ def test_each_step_runs_the_target_once_on_its_own_rows(tmp_path):
     _, rows = stored(model, tmp_path)
     config, _ = problem(model, rows, "float32")
     with counted_rows(model) as counts:
-        list(online_batches(model, rows, LAYERS, config, 0, 3, batch_tokens=2**20))
+        online_batches(model, rows, config, 0, 3, batch_tokens=2**20)
     assert counts == [4, 4, 4]
 
 
@@ -242,17 +248,17 @@ def test_given_order_is_followed(tmp_path):
         return n - 1 - place % n
 
     offline = list(batches(features, range(8), config, 0, 3, order=backwards))
-    online = list(online_batches(model, rows, LAYERS, config, 0, 3, order=backwards))
+    online = online_batches(model, rows, config, 0, 3, order=backwards)
     assert equal(offline, online)
-    assert not equal(online, list(online_batches(model, rows, LAYERS, config, 0, 3)))
+    assert not equal(online, online_batches(model, rows, config, 0, 3))
 
 
 def test_prefetched_batches_are_the_same(tmp_path):
     model = MODELS["float32"]
     _, rows = stored(model, tmp_path)
     config, _ = problem(model, rows, "float32")
-    expected = list(online_batches(model, rows, LAYERS, config, 1, 4))
-    ahead = list(prefetch(online_batches(model, rows, LAYERS, config, 1, 4), 2))
+    expected = online_batches(model, rows, config, 1, 4)
+    ahead = list(prefetch(online_batches(model, rows, config, 1, 4), 2))
     assert equal(ahead, expected)
 
 
@@ -292,7 +298,7 @@ def test_no_rows_to_train_on_are_refused():
     model = MODELS["float32"]
     config, _ = problem(model, [pair("good", IDS)], "float32")
     with pytest.raises(UserError, match="no rows to train on; give"):
-        next(online_batches(model, [], LAYERS, config, 0, 1))
+        online_batches(model, [], config, 0, 1)
 
 
 def test_features_that_are_not_finite_are_refused():

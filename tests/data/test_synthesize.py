@@ -13,7 +13,7 @@ from eagle3fn.base.files import write_jsonl
 from eagle3fn.base.read import read_jsonl
 from eagle3fn.data import synthesize as module
 from eagle3fn.data.filters import EXCLUDED, NEAR_COPY, REPETITIVE, SAME_USER
-from eagle3fn.data.generate import Continuation, Sampling, generate
+from eagle3fn.data.generate import Continuation, Sampling, batch_generator, generate
 from eagle3fn.data.grams import grams_of_file, without
 from eagle3fn.data.openings import english_opening, opening, stub
 from eagle3fn.data.rejects import Dropped
@@ -218,6 +218,14 @@ def test_greedy_continuation_in_a_batch_is_that_of_its_prompt_alone():
     alone = [generated(tokenizer, [text], greedy)[0] for text in PROMPTS]
     assert generated(tokenizer, PROMPTS, greedy) == alone
     assert generated(tokenizer, [], greedy) == []
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**64, -5])
+def test_every_seed_has_generators_of_its_own(seed):
+    drawn = [torch.rand(4, generator=batch_generator(seed, index)).tolist() for index in range(3)]
+    assert len({tuple(one) for one in drawn}) == 3
+    assert drawn[1] == torch.rand(4, generator=batch_generator(seed, 1)).tolist()
+    assert drawn[1] != torch.rand(4, generator=batch_generator(seed + 1, 1)).tolist()
 
 
 @pytest.mark.parametrize(("written", "stop"), [(0, 0), (1, 1), (2, None)])

@@ -30,6 +30,7 @@ def start(settings: dict[str, Any]) -> Any:
             assert not loads["folder"], "it is loaded"
             Path(plan["files"], "load.json").write_text(json.dumps(request["load"]))
             loads["folder"] = request["load"]["folder"]
+            time.sleep(plan.get("load_seconds", 0))
             if plan.get("wrong") == "loads not":
                 raise RuntimeError("no kernel\nfor heads of 16")
             return {"dtype": "float32", "quantization": None}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -157,6 +158,18 @@ def test_close_ends_the_wait_of_another_thread(begin):
         engine.ask({"value": "1"})
 
 
+def test_an_abandoned_engine_does_not_finish_its_answer(begin, tmp_path):
+    engine = begin()
+    busy = tmp_path / "busy"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.ask, {"value": f"os.mkdir({str(busy)!r}) or time.sleep(60)"})
+        while not busy.exists():
+            time.sleep(0.01)
+        engine.abandon()
+        with pytest.raises(EngineGone, match=r"^toy: was killed by SIGTERM"):
+            waiting.result(10)
+
+
 def test_close_ends_what_the_engine_started(begin):
     with begin() as engine:
         child = engine.ask({"value": "__import__('subprocess').Popen(['sleep', '60']).pid"})
@@ -182,6 +195,17 @@ os.kill(os.getpid(), 9)
     assert ended(int(found.stdout))
 
 
+def test_an_engine_outlives_the_thread_that_started_it(begin):
+    """A trainer's threads come and go; the kernel's own signal would come with a thread's end."""
+    started = []
+    thread = threading.Thread(target=lambda: started.append(begin()))
+    thread.start()
+    thread.join()
+    time.sleep(1.5)  # the program looks for its parent twice a second
+    with started[0] as engine:
+        assert engine.ask({"value": "1 + 1"}) == 2
+
+
 @pytest.mark.parametrize(
     ("version", "refused"), [("0.9.12", True), ("0.10", False), ("0.11.0+cpu", False)]
 )
@@ -205,7 +229,13 @@ engine.ask({{"value": f"os.mkdir({{sys.argv[3]!r}}) or time.sleep(600)"}})
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends the program")
+def test_a_program_outlives_the_thread_that_started_it(begin):
+    started = ThreadPoolExecutor(1)
+    engine = started.submit(begin).result()
+    started.shutdown()
+    assert engine.ask({"value": "time.sleep(1.5) or 3"}) == 3
+
+
 def test_a_busy_program_ends_with_its_parent(begin, tmp_path):
     """It does not read its stdin, so that it cannot see that this is closed."""
     begin()  # writes the program

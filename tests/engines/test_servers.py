@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -186,6 +187,17 @@ def test_vllm_server_that_ends_keeps_the_finished_shards(made, tmp_path, then):
     with serving(vllm(made, tmp_path)) as url:
         run(VllmServer(url, made.taps, max_length=CUT), made, tmp_path / "out")
     same_features(made, tmp_path / "out")
+
+
+def test_threads_get_their_own_rows_of_a_server(made, tmp_path):
+    expected = model_source(made.model, LAYERS).features(made.rows, torch.float32)
+    with serving(vllm(made, tmp_path)) as url, ThreadPoolExecutor(4) as pool:
+        source = engine_source(VllmServer(url, made.taps, max_length=CUT), made.target, LAYERS)
+        groups = [[row] for row in made.rows]
+        found = list(pool.map(lambda group: source.features(group, torch.float32), groups))
+    for (sample,), wanted in zip(found, expected, strict=True):
+        assert torch.equal(sample.input_ids, wanted.input_ids)
+        torch.testing.assert_close(sample.aux_hidden, wanted.aux_hidden, atol=2e-5, rtol=1e-4)
 
 
 # SGLang

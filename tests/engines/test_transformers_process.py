@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import model_source
 from eagle3fn.data.target import load_target
 from eagle3fn.engines import transformers_process as module
-from eagle3fn.engines.process import EngineGone
+from eagle3fn.engines.process import PROGRAMS, EngineGone
 from eagle3fn.engines.transformers_process import TransformersProcess
 from tests.engines.made_rows import CUT, LAYERS, make_target
 
@@ -157,15 +158,44 @@ def test_a_killed_process_is_gone_and_its_files_too(made, tmp_path):
     assert not folder.exists()
 
 
+def test_a_target_without_the_positions_is_one_line(made, tmp_path):
+    said = r"max_length = 257: [^\n]*set --max-length to at most 256; see [^\n]*log"
+    with pytest.raises(UserError, match=rf"^transformers: {said}$") as found:
+        start(made, tmp_path / "log", max_length=257)
+    assert found.type is UserError
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """The program's module, which runs the package that is loaded here."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = spec_from_file_location("program", PROGRAMS / "transformers_states.py")
+    assert spec and spec.loader
+    found = module_from_spec(spec)
+    spec.loader.exec_module(found)
+    monkeypatch.setattr(found, "use_package", lambda folder: None)
+    return found
+
+
 WRONG = {
-    "no target": ({"target": "none/such"}, r"none/such: "),
-    "positions": ({"max_length": 257}, r"max_length = 257: .*set --max-length to at most 256"),
+    "target": ({"target": "none/such"}, "none/such: "),
+    "device": ({"device": "cuda:99"}, "device 'cuda:99': not usable here .*name cpu or cuda"),
+    "layers": ({"layers": [0, 2, 5]}, r"layers \[0, 2, 5\]: must be layers of the target"),
 }
 
 
 @pytest.mark.parametrize(("changes", "named"), WRONG.values(), ids=WRONG)
-def test_what_cannot_start_is_one_line(made, tmp_path, monkeypatch, changes, named):
+def test_what_the_program_cannot_start_with_is_refused(made, program, monkeypatch, changes, named):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=rf"^transformers: {named}[^\n]*; see .*log$") as found:
-        start(made, tmp_path / "log", **changes)
-    assert found.type is UserError
+    settings = {
+        "target": str(made.target),
+        "layers": list(LAYERS),
+        "max_length": CUT,
+        "dtype": None,
+        "device": "cpu",
+        "threads": None,
+    }
+    with pytest.raises(UserError, match=named):
+        program.start({**settings, **changes})
+    facts, _ = program.start(settings)
+    assert facts["device"] == "cpu"

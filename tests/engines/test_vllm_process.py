@@ -198,6 +198,7 @@ def test_written_samples_have_the_states_of_their_tokens(written_by):
 
 
 def test_target_is_loaded_once_for_all_threads(made, plan, tmp_path):
+    plan(load_seconds=0.2)
     names = (sys.executable, made.target, made.taps, tmp_path / "log")
     rows = [row.input_ids.tolist() for row in made.rows]
     with (

@@ -4,12 +4,12 @@ It runs under the engine's Python, beside whatever that environment holds: the s
 alone is imported here.
 """
 
-import contextlib
-import ctypes
 import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 Answer = Callable[[dict[str, Any]], Any]
 
 LONGEST = 600  # characters of an error
+LOOK_SECONDS = 0.5  # between two looks at the parent
 
 
 def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> None:
@@ -29,9 +30,8 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> N
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    # End with the parent, whose death closes stdin only for a program that reads it.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    # The parent's death closes stdin, which a program at work does not read.
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
     def say(**tree: Any) -> None:
         answers.write(json.dumps(tree) + "\n")
@@ -49,6 +49,17 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> N
             say(answer=answer(json.loads(line)))
         except Exception as error:
             say(error=sentence(error))
+
+
+def end_with(parent: int) -> None:
+    """End this process once its parent has ended.
+
+    Linux's own signal of that (PR_SET_PDEATHSIG) comes already when the parent's thread ends that
+    started this process.
+    """
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def sentence(error: BaseException) -> str:

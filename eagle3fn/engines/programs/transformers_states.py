@@ -30,15 +30,16 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     import torch
     import transformers
 
-    from eagle3fn.base.device import fast_dtype
+    from eagle3fn.base.device import SPREAD, check_device, check_spread, fast_dtype
     from eagle3fn.data.sources import check_extraction
     from eagle3fn.data.target import load_target
 
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
     device = settings["device"]
+    kind = check_spread() if device == SPREAD else check_device(device)
     name = settings["dtype"]
-    dtype = fast_dtype(device) if name is None else getattr(torch, name)
+    dtype = fast_dtype(kind) if name is None else getattr(torch, name)
     model, _ = load_target(settings["target"], dtype, device)
     check_extraction(model.config, settings["layers"], settings["max_length"])
     facts = {

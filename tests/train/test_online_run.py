@@ -1,0 +1,287 @@
+"""`train --online`: the bits of training on extracted features, whatever computes them."""
+
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from eagle3fn.base.errors import UserError
+from eagle3fn.base.tree import equal
+from eagle3fn.base.types import Batch, Sample
+from eagle3fn.cli import main
+from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.generate import Sampling
+from eagle3fn.data.on_demand import OnlineSamples, Widths
+from eagle3fn.data.prompt_rows import prompt_rows
+from eagle3fn.data.rollout import Pool, Source
+from eagle3fn.data.sample_table import SampleTable
+from eagle3fn.data.sources import model_source
+from eagle3fn.data.stages import Item, Share
+from eagle3fn.data.target import load_target, stop_ids
+from eagle3fn.data.template import ChatTemplate
+from eagle3fn.train.feed import Announced, Feed
+from tests.small_run import write_run
+from tests.train.run_files import rows, same_end
+from tests.train.start_ranks import torchrun
+
+SETTINGS = (
+    "train.steps=7",
+    "train.eval_every=3",
+    "train.checkpoint_every=2",
+    "data.held_out=2",
+    "data.global_batch=2",
+    "objective.ttt_length=2",
+)
+PREFETCHES = (0, 2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A tiny target, ten conversations, a map, and an offline run on features extracted alone."""
+    folder = write_run(tmp_path_factory.mktemp("world"))
+    arguments = ["--target", str(folder / "target"), "--conversations", str(folder / "talks.jsonl")]
+    arguments += ["--out", str(folder / "alone"), "--max-length", "128", "--batch-tokens", "1"]
+    assert main(["extract", *arguments, "--threads", "1"]) == 0
+    assert main(offline(folder, folder / "offline")) == 0
+    return folder
+
+
+def common(world: Path, out: Path, *settings: str) -> list[str]:
+    arguments = ["train", "--target", str(world / "target"), "--out", str(out), "--threads", "1"]
+    arguments += ["--vocab", str(world / "vocab.safetensors")]
+    for setting in (*SETTINGS, *settings):
+        arguments += ["--set", setting]
+    return arguments
+
+
+def offline(world: Path, out: Path) -> list[str]:
+    return [*common(world, out), "--features", str(world / "alone")]
+
+
+def online(world: Path, out: Path, *more: str, settings: tuple[str, ...] = ()) -> list[str]:
+    arguments = [*common(world, out, *settings), "--online", str(world / "talks.jsonl")]
+    return [*arguments, "--max-length", "128", "--batch-tokens", "1", *more]
+
+
+def generated(world: Path, out: Path, *more: str) -> list[str]:
+    arguments = [*common(world, out), "--online", str(world / "talks.jsonl")]
+    return [*arguments, "--generate", "--max-new", "6", "--temperature", "1", *more]
+
+
+# The same run
+
+
+@pytest.mark.parametrize("prefetch", PREFETCHES)
+def test_online_run_equals_the_offline_one(world, tmp_path, prefetch):
+    """State, metrics and evaluations, over more than one epoch."""
+    assert main(online(world, tmp_path / "run", settings=(f"data.prefetch={prefetch}",))) == 0
+    assert same_end(world / "offline", tmp_path / "run", 7)
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 7
+
+
+def test_stopped_and_resumed_is_the_same_run(world, tmp_path):
+    """At an update without a checkpoint of its own schedule, in the middle of the buffer."""
+    for most in ("3", "1", "9"):
+        assert main(online(world, tmp_path / "run", "--max-steps", most)) == 0
+    assert same_end(world / "offline", tmp_path / "run", 7)
+
+
+def test_batches_of_several_rows_do_not_depend_on_where_a_run_was_resumed(world, tmp_path):
+    """An update's samples go through the target together, padded: another bits than alone."""
+    whole = [*online(world, tmp_path / "whole"), "--batch-tokens", "4096"]
+    assert main(whole) == 0
+    parts = [*online(world, tmp_path / "parts"), "--batch-tokens", "4096"]
+    assert main([*parts, "--max-steps", "3"]) == 0
+    assert main(parts) == 0
+    assert same_end(tmp_path / "whole", tmp_path / "parts", 7)
+
+
+def test_processes_of_transformers_give_the_same_run(world, tmp_path):
+    sources = ("--engine", "transformers", "--sources", "2")
+    assert main(online(world, tmp_path / "run", *sources)) == 0
+    assert same_end(world / "offline", tmp_path / "run", 7)
+
+
+def test_packed_updates_equal_the_offline_ones(world, tmp_path):
+    packing = ("--set", "data.max_length=128", "--set", "data.pack_tokens=160")
+    assert main([*offline(world, tmp_path / "offline"), *packing]) == 0
+    assert main([*online(world, tmp_path / "online"), *packing]) == 0
+    assert same_end(tmp_path / "offline", tmp_path / "online", 7)
+
+
+def test_nothing_but_the_run_is_written(world, tmp_path):
+    assert main(online(world, tmp_path / "run")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {path.name for path in (world / "offline").iterdir()}
+
+
+def test_dry_run_writes_nothing(world, tmp_path, capsys):
+    assert main(online(world, tmp_path / "run", "--dry-run")) == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+# Ranks
+
+
+@pytest.mark.parametrize("sources", [(), ("--engine", "transformers")])
+def test_two_ranks_with_sources_of_their_own_give_the_run_of_one(world, tmp_path, sources):
+    tree = ("--set", "train.reduce=tree")
+    assert main([*offline(world, tmp_path / "one"), *tree]) == 0
+    arguments = [*online(world, tmp_path / "two", *sources), *tree]
+    ended = torchrun(2, "-m", "eagle3fn.cli", *arguments)
+    assert ended.codes == [0], ended
+    assert same_end(tmp_path / "one", tmp_path / "two", 7)
+    assert not [path for path in tmp_path.iterdir() if "samples" in path.name]
+
+
+def test_two_ranks_count_each_others_written_rows(world, tmp_path):
+    """The loss is divided by the rows of both: as many as their answers have."""
+    ended = torchrun(2, "-m", "eagle3fn.cli", *generated(world, tmp_path / "run"))
+    assert ended.codes == [0], ended
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(found) == 7
+    assert all(row["rows"] > 0 for row in found)
+
+
+class Another(NamedTuple):
+    """A world of two ranks, of which this is the first; the other says `other`."""
+
+    other: object
+    size: int = 2
+
+    def every(self, value: object) -> list[object]:
+        return [value, self.other]
+
+
+def micro(counts: list[int]) -> Batch:
+    empty = torch.zeros(1)
+    fields = dict.fromkeys(Batch._fields, empty)
+    return Batch(**{**fields, "row_counts": torch.tensor(counts)})  # type: ignore[arg-type]
+
+
+def test_row_counts_of_ranks_that_know_their_own_are_added_up():
+    other = Announced(None, torch.tensor([4, 5]))
+    (batches,) = islice(Feed(iter([(micro([1, 2]),)]), Another(other), counted=True), 1)
+    assert batches[0].row_counts is not None
+    assert batches[0].row_counts.tolist() == [5, 7]
+
+
+def test_a_rank_stops_where_another_has_no_batch():
+    feed = Feed(iter([(micro([1]),)]), Another(Announced("its source is gone", None)))
+    with pytest.raises(UserError, match="rank 1: its source is gone"):
+        next(feed)
+
+
+# Kept features
+
+
+def test_kept_features_train_the_same_draft(world, tmp_path, capsys):
+    """After one epoch all samples are there, the held-out ones last, with their bits."""
+    keep = ("--keep", str(tmp_path / "kept"))
+    assert main(online(world, tmp_path / "run", *keep, "--max-steps", "2")) == 0
+    assert f"{tmp_path / 'kept'}: 6 of 10 samples kept" in capsys.readouterr().out
+    assert main(online(world, tmp_path / "run", *keep)) == 0
+    assert same_end(world / "offline", tmp_path / "run", 7)
+
+    kept = open_features(tmp_path / "kept")
+    alone = open_features(world / "alone")
+    assert isinstance(kept.samples, SampleTable)
+    numbers = [int(entry["key"]) for entry in kept.samples]
+    assert sorted(numbers) == list(range(10))
+    assert numbers[-2:] == [8, 9]
+    for place, number in enumerate(numbers):
+        for mine, theirs in zip(read_sample(kept, place), read_sample(alone, number), strict=True):
+            assert torch.equal(mine, theirs)
+    again = [*common(world, tmp_path / "again"), "--features", str(tmp_path / "kept")]
+    assert main(again) == 0
+
+
+def test_kept_features_of_other_settings_are_refused(world, tmp_path, capsys):
+    keep = ("--keep", str(tmp_path / "kept"))
+    assert main(online(world, tmp_path / "run", *keep)) == 0
+    other = [*online(world, tmp_path / "other", *keep), "--max-length", "100"]
+    assert main(other) == 2
+    assert "shard-00000.json: of other conversations" in capsys.readouterr().err
+
+
+# Answers that the target writes
+
+
+def test_prompts_are_answered_anew_each_time_and_alike_on_each_run(world, tmp_path):
+    assert main(generated(world, tmp_path / "one")) == 0
+    assert main(generated(world, tmp_path / "two", "--max-steps", "3")) == 0
+    assert main(generated(world, tmp_path / "two")) == 0
+    assert same_end(tmp_path / "one", tmp_path / "two", 7)
+    tokens = [row["tokens"] for row in rows(tmp_path / "one" / "metrics.jsonl")]
+    assert len(set(tokens)) > 2
+
+
+def test_held_out_prompts_keep_their_answers(world):
+    """Others are answered anew at each place of the data's order."""
+    model, tokenizer = load_target(str(world / "target"), torch.float32)
+    stops = stop_ids(model, tokenizer)
+    source = model_source(model, (1, 3, 5), stops=stops)
+    template = ChatTemplate(tokenizer, stops, {})
+    talks = world / "talks.jsonl"
+    found = prompt_rows(template, talks, max_length=128, max_new=6)
+    widths = Widths(3, model.config.hidden_size, torch.float32)
+    with Pool([Source("here", lambda: nullcontext(source))]) as pool, found.samples as rows:
+        samples = OnlineSamples(rows, pool, widths, Sampling(1.0, 1.0, 6))
+        samples.fix([8])
+
+        def loaded(number: int, place: int) -> Sample:
+            share = Share([[number]], [])
+            (item,) = samples.load(iter([Item(share, place)]))
+            return item.value.bins[0][0]
+
+        held = [loaded(8, place) for place in range(1, 5)]
+        trained = [loaded(3, place) for place in range(1, 5)]
+        again = loaded(3, 2)
+    assert all(equal(held[0], each) for each in held)
+    assert len({tuple(each.input_ids.tolist()) for each in trained}) > 1
+    assert equal(again, trained[1])
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--sources", "2"), r"--sources: is of an engine's processes"),
+        (("--max-new", "4"), r"--max-new: needs --generate"),
+        (("--buffer", "0.01"), r""),
+        (("--engine", "vllm"), r"--engine vllm: needs either --engine-python"),
+        (
+            ("--engine", "transformers", "--target-device", "cpu"),
+            r"--target-device: an engine chooses its device",
+        ),
+        (
+            ("--engine", "transformers", "--engine-arg", "dtype=float16"),
+            r"--engine-arg dtype: of transformers there is device alone",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(world, tmp_path, capsys, more, named):
+    code = main(online(world, tmp_path / "run", *more, "--dry-run"))
+    if not named:
+        assert code == 0
+        return
+    assert code == 2
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_online_training_need_it(world, tmp_path, capsys):
+    assert main([*offline(world, tmp_path / "run"), "--buffer", "1"]) == 2
+    assert "--buffer: needs --online" in capsys.readouterr().err
+
+
+def test_prompts_without_room_for_an_answer_are_refused(world, tmp_path, capsys):
+    assert main([*generated(world, tmp_path / "run"), "--max-length", "8"]) == 2
+    assert "no prompt: 10 of 10 prompts dropped: 10 have no room" in capsys.readouterr().err
