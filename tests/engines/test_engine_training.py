@@ -1,12 +1,11 @@
-"""Training on an engine's features: online and from files, in one run and in several, on two ranks.
+"""Training on vLLM's features: online and from files, in one call and in two, on two ranks.
 
-Stored features of the same rows are what each run is compared with, bit for bit. A stand-in answers
-in place of vLLM; `test_real_training.py` has vLLM itself.
+A run on its stored features is what each is compared with, bit for bit. A stand-in answers in place
+of vLLM; `test_real_training.py` has vLLM itself, `tests/train/test_online_run.py` other sources.
 """
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,7 +14,7 @@ from eagle3fn.cli import main
 from eagle3fn.engines.vllm_process import taps_of
 from tests.engines.made_rows import CUT, make_target, stand_in, write_answers
 from tests.train.run_files import rows, same_end, same_leaves
-from tests.train.start_ranks import Ended, torchrun
+from tests.train.start_ranks import torchrun
 
 TAPS = (1, 2, 3)  # the default ones of seven layers
 STEPS = 6
@@ -32,30 +31,12 @@ SETTINGS = (
 )
 
 ROWS = ["--max-length", CUT, "--dtype", "float32"]
-ALONE = ["--batch-tokens", "1"]  # each row alone, as the stand-in has it
 VLLM = ["--engine", "vllm", "--engine-python", sys.executable, "--check", "logits"]
-
-
-class FeaturesBy(NamedTuple):
-    """What computes features, and the folder that has the same."""
-
-    options: list[str]
-    folder: str
-
-
-SOURCES = {
-    "the target here": FeaturesBy(ALONE, "here"),
-    "transformers": FeaturesBy(["--engine", "transformers", *ALONE], "here"),
-    "vllm": FeaturesBy(VLLM, "vllm"),
-}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A target, conversations, a map, the features of both, and a run on each.
-
-    Each row is computed alone, so that no bit depends on the rows next to it.
-    """
+    """A target, conversations, a map, features by transformers and by vLLM, and a run on each."""
     root = tmp_path_factory.mktemp("world")
     made = make_target(root, 10, num_hidden_layers=7, eos_token_id=1)
     write_answers(made._replace(taps=taps_of(TAPS, 7)), root / "answers")
@@ -66,7 +47,7 @@ def world(tmp_path_factory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         stand_in(root / "programs", root / "answers", patch)
-        for name, options in (("here", ALONE), ("vllm", VLLM)):
+        for name, options in (("here", []), ("vllm", VLLM)):
             extract = ["--conversations", root / "talks.jsonl", "--out", root / name]
             assert call(root, "extract", *extract, *ROWS, *options) == 0
     vocab = ["--features", root / "here", "--out", root / "map", "--size", 64]
@@ -93,37 +74,17 @@ def train(root: Path, out: Path, *more: object) -> int:
     return call(root, "train", *places(root, out), *more)
 
 
-def online(root: Path, source: str) -> list[object]:
-    """The options that put conversations in place of a folder."""
-    return ["--online", root / "talks.jsonl", *ROWS, *SOURCES[source].options]
+@pytest.fixture
+def online(world: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The options that put conversations in place of a folder, and the stand-in in vLLM's."""
+    stand_in(world / "programs", world / "answers", monkeypatch)
+    return ["--online", world / "talks.jsonl", *ROWS, *VLLM]
 
 
-def on_ranks(root: Path, out: Path, *more: object) -> Ended:
-    """A run of two ranks."""
-    command = ["-m", "eagle3fn.cli", "train", "--target", root / "target"]
-    return torchrun(2, *command, *places(root, out, *more))
-
-
-@pytest.fixture(params=SOURCES)
-def source(request: pytest.FixtureRequest, world: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a source; the stand-in is in vLLM's place where it is that."""
-    if request.param == "vllm":
-        stand_in(world / "programs", world / "answers", monkeypatch)
-    return request.param
-
-
-def stored(world: Path, source: str) -> Path:
-    """The run on stored features of the same rows."""
-    return world / f"run-{SOURCES[source].folder}"
-
-
-# One run, and one in two calls
-
-
-def test_online_training_has_the_bits_of_training_on_stored_features(world, tmp_path, source):
+def test_online_training_has_the_bits_of_training_on_stored_features(world, tmp_path, online):
     """Every leaf of the last state, the rows of all updates and of all evaluations."""
-    assert train(world, tmp_path / "run", *online(world, source)) == 0
-    assert same_end(tmp_path / "run", stored(world, source), STEPS)
+    assert train(world, tmp_path / "run", *online) == 0
+    assert same_end(tmp_path / "run", world / "run-vllm", STEPS)
 
 
 def test_features_that_differ_by_rounding_give_another_state(world):
@@ -132,38 +93,29 @@ def test_features_that_differ_by_rounding_give_another_state(world):
     assert not same_leaves(world / "run-here" / last, world / "run-vllm" / last)
 
 
-@pytest.mark.parametrize("source", ["the target here", "vllm"], indirect=True)
-def test_online_training_in_two_calls_has_the_bits_of_one(world, tmp_path, source):
+def test_online_training_in_two_calls_has_the_bits_of_one(world, tmp_path, online):
     """It ends between two checkpoints; the rest has the groups that the whole would have."""
     run = tmp_path / "run"
-    assert train(world, run, *online(world, source), "--max-steps", 3) == 0
+    assert train(world, run, *online, "--max-steps", 3) == 0
     assert len(rows(run / "metrics.jsonl")) == 3
 
-    assert train(world, run, *online(world, source)) == 0
-    assert same_end(run, stored(world, source), STEPS)
+    assert train(world, run, *online) == 0
+    assert same_end(run, world / "run-vllm", STEPS)
 
 
-def test_training_on_an_engines_stored_features_in_two_calls_has_the_bits_of_one(world, tmp_path):
+def test_training_on_stored_features_in_two_calls_has_the_bits_of_one(world, tmp_path):
     run = tmp_path / "run"
     features = ["--features", world / "vllm"]
     assert train(world, run, *features, "--max-steps", 3) == 0
     assert len(rows(run / "metrics.jsonl")) == 3
 
     assert train(world, run, *features) == 0
-    assert same_end(run, stored(world, "vllm"), STEPS)
+    assert same_end(run, world / "run-vllm", STEPS)
 
 
-# Two ranks
-
-
-def test_two_ranks_train_on_an_engines_stored_features_as_one(world, tmp_path):
-    ended = on_ranks(world, tmp_path / "run", "--features", world / "vllm")
+def test_two_ranks_train_on_stored_features_as_one(world, tmp_path):
+    command = ["-m", "eagle3fn.cli", "train", "--target", world / "target"]
+    where = places(world, tmp_path / "run", "--features", world / "vllm")
+    ended = torchrun(2, *command, *where)
     assert ended.codes == [0], ended.text
-    assert same_end(tmp_path / "run", stored(world, "vllm"), STEPS)
-
-
-def test_two_ranks_train_online_as_one_on_stored_features(world, tmp_path):
-    """Each rank has the target as a source of its own."""
-    ended = on_ranks(world, tmp_path / "run", *online(world, "the target here"))
-    assert ended.codes == [0], ended.text
-    assert same_end(tmp_path / "run", stored(world, "the target here"), STEPS)
+    assert same_end(tmp_path / "run", world / "run-vllm", STEPS)

@@ -4,7 +4,7 @@ vLLM's bits depend on what it computes together, and are not promised. So the fe
 online are stored and trained on again, bit for bit; with transformers' they agree to rounding.
 """
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from eagle3fn.cli import main
 from eagle3fn.data.engine_source import engine_source
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features
-from eagle3fn.data.on_demand import OnlineSamples, Widths
-from eagle3fn.data.online import STORED, MadeFrom, online_set
+from eagle3fn.data.online import features_of
 from eagle3fn.data.pipeline import batches
-from eagle3fn.data.rollout import Pool, Source
+from eagle3fn.data.samples import Encoded
 from eagle3fn.data.vocab import build_map
 from eagle3fn.engines.vllm_process import VllmProcess
 from tests.engines.made_rows import CUT, LAYERS, Made, make_target
@@ -34,6 +33,7 @@ pytestmark = pytest.mark.engines
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # no heads of 8 on a CPU
 STEPS = 4
+SIZE = 256  # the draft vocabulary's: it has most of the choices of the target's 300 tokens
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problem(made: Made) -> tuple[e3.Config, Any]:
     """A configuration of one pass over the rows, and its functions."""
-    draft = draft_config_from_target(made.model.config.to_dict(), "tiny", 40)
+    draft = draft_config_from_target(made.model.config.to_dict(), "tiny", SIZE)
     config = e3.Config(
         draft,
         e3.ObjectiveConfig(ttt_length=3),
@@ -52,7 +52,7 @@ def problem(made: Made) -> tuple[e3.Config, Any]:
         e3.TrainConfig(steps=STEPS, dtype="float32"),
     )
     counts = torch.stack([torch.bincount(row.input_ids, minlength=300) for row in made.rows])
-    vocab = build_map(counts.sum(0), 40)
+    vocab = build_map(counts.sum(0), SIZE)
     frozen = e3.Frozen(
         embed_tokens=made.model.model.embed_tokens.weight,
         target_head=made.model.lm_head.weight,
@@ -67,28 +67,27 @@ def test_online_updates_by_vllm_are_those_of_the_same_features_stored(tmp_path: 
     """Batches, metrics and states, through the pool that `train --online` has."""
     made = make_target(tmp_path, **WIDE)
     config, functions = problem(made)
-    passed: dict[int, Sample] = {}
-
-    def record(numbers: Any, samples: Any, place: int) -> None:
-        passed.update(zip(numbers, samples, strict=True))
+    numbers = range(len(made.rows))
+    passed: dict[str, Sample] = {}
 
     names = (python_of("vllm"), made.target, made.taps, tmp_path / "log")
     with VllmProcess(*names, max_length=CUT, dtype=torch.float32) as engine:
         source = engine_source(engine, made.target, LAYERS, check="hf")
-        with Pool([Source("vLLM", lambda: nullcontext(source))]) as pool:
-            widths = Widths(len(LAYERS), made.model.config.hidden_size, STORED)
-            samples = OnlineSamples(made.rows, pool, widths, passed=record)
-            made_from = MadeFrom(made.talks, "rows")
-            found = online_set(made.rows, pool.first(), samples, made_from)
-            online = list(batches(found, range(len(made.rows)), config, 0, STEPS))
-    assert len(passed) == len(made.rows)
+
+        def recorded(group: Sequence[Encoded], stored: torch.dtype) -> list[Sample]:
+            samples = source.features(group, stored)
+            passed.update((row.id, one) for row, one in zip(group, samples, strict=True))
+            return samples
+
+        with features_of(source._replace(features=recorded), made.rows) as found:
+            online = list(batches(found, numbers, config, 0, STEPS))
+    assert len(passed) == len(numbers)
 
     # The samples that passed, written by `extract` and read.
-    ids = {row.id: number for number, row in enumerate(made.rows)}
-    replay = source._replace(features=lambda group, stored: [passed[ids[row.id]] for row in group])
+    replay = source._replace(features=lambda group, stored: [passed[row.id] for row in group])
     out = tmp_path / "out"
-    extract(replay, tiny_template(), made.talks, out, max_length=CUT, stored=STORED)
-    offline = list(batches(open_features(out), range(len(made.rows)), config, 0, STEPS))
+    extract(replay, tiny_template(), made.talks, out, max_length=CUT, stored=torch.float32)
+    offline = list(batches(open_features(out), numbers, config, 0, STEPS))
     assert equal(offline, online)
 
     left = right = functions.init_state(functions.init(0))
