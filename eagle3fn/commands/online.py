@@ -104,7 +104,8 @@ def online_features(
 
     with ExitStack() as own:
         path = Path(f"{options.out}.samples")
-        encode = partial(_encode, options, tree["vocab_size"])
+        positions = tree.get("max_position_embeddings")
+        encode = partial(_encode, options, tree["vocab_size"], positions)
         rows, known = own.enter_context(samples_on_ranks(world, "train/online", path, encode))
         progress.close()
         for line in known["said"] if world.main else ():
@@ -178,18 +179,23 @@ def kept_features(
 
 
 def _encode(
-    options: Any, vocab_size: int, path: Path | None
+    options: Any, vocab_size: int, positions: int | None, path: Path | None
 ) -> "tuple[SampleFile, dict[str, Any]]":
     """The rows, written to `path` or a temporary file, and what is known of them."""
     from eagle3fn.base.files import json_sha256
     from eagle3fn.data.extract import SAMPLE_RULE
     from eagle3fn.data.row_files import rows_digest
+    from eagle3fn.data.row_stamps import check_stamps, stamps_of
+    from eagle3fn.data.sources import check_max_length
     from eagle3fn.data.target_loading import load_tokenizer
 
+    check_max_length(options.max_length, positions)
     template = chat_template(options, load_tokenizer(options.target))
+    stamps = stamps_of(options.online)
     data_hash = rows_digest(options.online)
     read = _prompts if options.generate else _samples
     samples, counts, said = read(options, template, vocab_size, path)
+    check_stamps(options.online, stamps)
     settings = {
         "template": [template.tokenizer.chat_template, template.arguments, template.stops],
         "rule": SAMPLE_RULE,

@@ -140,7 +140,7 @@ def engine_source(
     """
     import torch
 
-    from eagle3fn.data.engine_source import check_room, default_check, engine_source
+    from eagle3fn.data.engine_source import check_room, engine_source
     from eagle3fn.data.target_files import target_stamps
     from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
@@ -148,11 +148,13 @@ def engine_source(
     if options.engine != "transformers":
         check_room(loaded_config(options.target), options.max_length, options.engine)
     arguments = named_values(options.engine_arg or [], "--engine-arg", "tensor_parallel_size=2")
-    check = options.check or default_check(options.target, arguments)
+    check = options.check or _default_check(options, arguments)
     tokenizer = load_tokenizer(options.target)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     stamps = target_stamps(options.target)
     with open_engine(options, tree, layers, dtype, arguments, log) as engine:
+        if getattr(options, "generate", False):
+            _check_temperature(options, engine)
         source = engine_source(
             engine,
             options.target,
@@ -164,6 +166,25 @@ def engine_source(
             stops=_stops(options, tokenizer),
         )
         yield source, tokenizer
+
+
+def _default_check(options: Any, arguments: dict[str, Any]) -> str:
+    """What an engine's first row is compared with; transformers would be the same library twice."""
+    from eagle3fn.data.engine_source import default_check
+
+    return (
+        "logits" if options.engine == "transformers" else default_check(options.target, arguments)
+    )
+
+
+def _check_temperature(options: Any, engine: Any) -> None:
+    """Refuse to let an engine write that would draw other tokens than it is asked for."""
+    from eagle3fn.data.regenerate import ANEW
+    from eagle3fn.engines.vllm_process import VllmProcess
+
+    if isinstance(engine, VllmProcess):
+        given = options.temperature
+        engine.check_temperature(ANEW.temperature if given is None else given)
 
 
 def _batch_tokens(engine: str, arguments: dict[str, Any]) -> int:

@@ -219,8 +219,13 @@ class _OpenSource:
         return False
 
     def close(self) -> None:
-        """Close it, also while it is at work: then who waits for it gets an `EngineGone`."""
-        self._leave()
+        """Close it; where it is at work, at once, and who waits for it gets an `EngineGone`."""
+        idle = self._lock.acquire(blocking=False)
+        try:
+            self._leave(None if idle else GeneratorExit())
+        finally:
+            if idle:
+                self._lock.release()
 
     def _ready(self) -> FeatureSource:
         if self._source is None:
@@ -230,12 +235,13 @@ class _OpenSource:
             self._pool.check_alike(self.name, self._source)
         return self._source
 
-    def _leave(self) -> None:
+    def _leave(self, error: BaseException | None = None) -> None:
+        """Leave the source's context; by an error that is not a user's, it is not waited for."""
         context = self._context
         self._context = None
         self._source = None
         if context is not None:
-            context.__exit__(None, None, None)
+            context.__exit__(None if error is None else type(error), error, None)
 
 
 @stage

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,17 +192,6 @@ os.kill(os.getpid(), 9)
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert ended(int(found.stdout))
-
-
-def test_an_engine_outlives_the_thread_that_started_it(begin):
-    """A trainer's threads come and go; the kernel's own signal would come with a thread's end."""
-    started = []
-    thread = threading.Thread(target=lambda: started.append(begin()))
-    thread.start()
-    thread.join()
-    time.sleep(1.5)  # the program looks for its parent twice a second
-    with started[0] as engine:
-        assert engine.ask({"value": "1 + 1"}) == 2
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,10 @@ from eagle3fn.base.read import read_json
 from eagle3fn.base.rows import plan_rows
 from eagle3fn.base.tree import equal, named_leaves, tree_map
 from eagle3fn.base.types import Aux, Params, VocabMap
-from eagle3fn.data.online import roll_out
+from eagle3fn.data import stages
+from eagle3fn.data.online import features_of, roll_out
 from eagle3fn.data.samples import Encoded
+from eagle3fn.data.sources import model_source
 from eagle3fn.model import head_loss
 from eagle3fn.model.block_attention import block_attention, make_blocks
 from eagle3fn.model.flash_attention import flash_attention, packing_of
@@ -229,6 +231,7 @@ def checks(device: str) -> Iterator[Named]:
 
             if dtype == torch.bfloat16:
                 yield Named(f"{size.name} extract", partial(check_extract, size))
+                yield Named(f"{size.name} online", partial(check_online, size))
                 yield Named(f"{size.name} decode", partial(check_decode, size))
                 if size.name == "tiny":
                     yield from check_surroundings(size)
@@ -867,6 +870,31 @@ def check_extract(size: Size) -> dict[str, float]:
         wide = list(roll_out(copy.deepcopy(model).cpu().double(), samples, layers, 1))
         errors["against fp64"] = error(alone[1].last_hidden, wide[1].last_hidden) / FEATURE_BOUND
     return errors
+
+
+def check_online(size: Size) -> dict[str, float]:
+    """Features that a thread computes ahead on the device are those of a plain call, bit by bit."""
+    model = target_of(size)
+    source = torch.Generator().manual_seed(6)
+    rows = []
+    for number, length in enumerate((21, 33, 12, 40, 27, 18)):
+        ids = torch.randint(0, size.draft.vocab_size, (length,), generator=source)
+        rows.append(Encoded(str(number), ids, torch.ones_like(ids)))
+    layers = aux_layers(size.draft, DEPTH)
+    alone = list(roll_out(model, rows, layers, 1))
+
+    # Three updates of two samples, in another order than the rows'.
+    order = (3, 0, 5, 1, 2, 4)
+    shares = [
+        stages.Item(stages.Share([list(order[place : place + 2])], []), place + 2)
+        for place in (0, 2, 4)
+    ]
+    with features_of(model_source(model, layers, batch_tokens=1), rows) as features:
+        loaded = [item.value.bins[0] for item in stages.read(iter(shares), features)]
+    found = [sample for samples in loaded for sample in samples]
+    for number, sample in zip(order, found, strict=True):
+        assert equal(sample, alone[number]), f"sample {number} has other bits"
+    return {}
 
 
 def check_decode(size: Size) -> dict[str, float]:

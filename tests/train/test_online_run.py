@@ -3,12 +3,12 @@
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.launch import World
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Batch, Sample
 from eagle3fn.cli import main
@@ -68,7 +68,8 @@ def online(world: Path, out: Path, *more: str, settings: tuple[str, ...] = ()) -
 
 def generated(world: Path, out: Path, *more: str) -> list[str]:
     arguments = [*common(world, out), "--online", str(world / "talks.jsonl")]
-    return [*arguments, "--generate", "--max-new", "6", "--temperature", "1", *more]
+    arguments += ["--max-length", "128", "--max-new", "6", "--temperature", "1"]
+    return [*arguments, "--generate", *more]
 
 
 # The same run
@@ -148,14 +149,14 @@ def test_two_ranks_count_each_others_written_rows(world, tmp_path):
     assert all(row["rows"] > 0 for row in found)
 
 
-class Another(NamedTuple):
+def two_ranks(other: Announced) -> World:
     """A world of two ranks, of which this is the first; the other says `other`."""
 
-    other: object
-    size: int = 2
+    class Two(World):
+        def every(self, value: object) -> list[object]:
+            return [value, other]
 
-    def every(self, value: object) -> list[object]:
-        return [value, self.other]
+    return Two(0, 2)
 
 
 def micro(counts: list[int]) -> Batch:
@@ -166,13 +167,13 @@ def micro(counts: list[int]) -> Batch:
 
 def test_row_counts_of_ranks_that_know_their_own_are_added_up():
     other = Announced(None, torch.tensor([4, 5]))
-    (batches,) = islice(Feed(iter([(micro([1, 2]),)]), Another(other), counted=True), 1)
+    (batches,) = islice(Feed(iter([(micro([1, 2]),)]), two_ranks(other), counted=True), 1)
     assert batches[0].row_counts is not None
     assert batches[0].row_counts.tolist() == [5, 7]
 
 
 def test_a_rank_stops_where_another_has_no_batch():
-    feed = Feed(iter([(micro([1]),)]), Another(Announced("its source is gone", None)))
+    feed = Feed(iter([(micro([1]),)]), two_ranks(Announced("its source is gone", None)))
     with pytest.raises(UserError, match="rank 1: its source is gone"):
         next(feed)
 
