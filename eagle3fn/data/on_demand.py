@@ -151,7 +151,7 @@ class OnlineSamples:
             raise UserError(f"a source gave {len(samples)} samples of {len(group.rows)} rows")
         for row, sample in zip(group.rows, samples, strict=True):
             self._check(row, sample)
-        if self.answers and alone and numbers[0] in self._fixed:
+        if self.answers and alone and numbers[0] in self._fixed and not self._fixed[numbers[0]]:
             (sample,) = samples
             known = Encoded(group.rows[0].id, sample.input_ids, sample.token_mask)
             self._fixed[numbers[0]] = known
@@ -173,6 +173,8 @@ class OnlineSamples:
         what = token_fault(sample.input_ids, sample.token_mask)
         if what is None and not self.answers and not torch.equal(sample.input_ids, row.input_ids):
             what = "its tokens are not those that were asked for"
+        if what is None and not self.answers and not torch.equal(sample.token_mask, row.token_mask):
+            what = "its mask is not that of the row"
         if what is None:
             what = hidden_fault(
                 sample.aux_hidden,

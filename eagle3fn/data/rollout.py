@@ -8,11 +8,13 @@ apart from it. Each source is asked by a thread of its own. One that ends is ope
 had leased goes to whoever asks next.
 """
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
@@ -22,7 +24,7 @@ from eagle3fn.data.ledger import Ledger
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import FeatureSource
 from eagle3fn.data.stages import stage
-from eagle3fn.engines.process import EngineGone
+from eagle3fn.engines.process import ABANDONED, EngineGone
 
 MOST_ATTEMPTS = 3
 """Sources that may end while they have a group, before the group is given up, and the run with
@@ -84,8 +86,8 @@ class Pool:
         sources: at least one. All must be alike: the target, what computes it and its settings.
         say: called with one line where a source ends and is opened again, by the source's thread.
         least_lease: seconds that a source has for a group before another source may take it over;
-            ten times what it takes by the pace so far, if that is longer.
-        pause: seconds before a source is opened again, doubled each time.
+            ten times what the fastest source takes by its pace so far, if that is longer.
+        pause: seconds before a source is opened again, doubled each time until it answers.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Pool:
         self.pause = pause
         self.counts = Counts()
         self.closed = threading.Event()
+        self.works: list[_Work] = []  # of the stages that are open
         self._lock = threading.Lock()
         self._identity: dict[str, Any] | None = None
 
@@ -140,8 +143,8 @@ class Pool:
         """How long a lease of so many tokens lasts; without end before a source has answered."""
         paces = [source.pace for source in self.sources if source.pace is not None]
         if not paces or len(self.sources) == 1:
-            return float("inf")
-        return max(self.least_lease, _LEASE_FACTOR * max(paces) * tokens)
+            return math.inf
+        return max(self.least_lease, _LEASE_FACTOR * min(paces) * tokens)
 
     def close(self) -> None:
         """Close all sources; safe to call again."""
@@ -168,7 +171,9 @@ class _OpenSource:
         self._context: AbstractContextManager[FeatureSource] | None = None
         self._source: FeatureSource | None = None
         self._failed = 0  # times in a row, without an answer
+        self._ended: EngineGone | None = None  # the last of these
         self._lock = threading.Lock()  # stages share a source: one asks at a time
+        self._leaving = threading.Lock()
 
     def opened(self) -> FeatureSource:
         """The source, opened if need be.
@@ -191,57 +196,74 @@ class _OpenSource:
             begin = time.monotonic()
             try:
                 samples = ask(source, group) if group.rows else []
-            except EngineGone:
+            except EngineGone as error:
                 self._leave()
+                self._note(error)
                 raise
-            tokens = sum(len(sample.input_ids) for sample in samples)
-            self.pace = (time.monotonic() - begin) / max(tokens, 1)
-            self._failed = 0
+            if samples:
+                tokens = sum(len(sample.input_ids) for sample in samples)
+                self.pace = (time.monotonic() - begin) / max(tokens, 1)
+                self._failed = 0
         return samples
 
     def await_open(self, closed: threading.Event) -> bool:
         """Open it, in as many tries as a source that starts anew may need; False if it is given up,
         or `closed` is set.
         """
-        while not closed.is_set():
+        while not closed.is_set() and not self._pool.closed.is_set():
+            if self._failed > MOST_REOPENED:
+                self.given_up = self._ended
+                return False
+            if self._failed and self._source is None:
+                pause = self._pool.pause * 2 ** (self._failed - 1)
+                closed.wait(min(pause, _LONGEST_PAUSE))
             try:
                 self.opened()
                 return True
             except EngineGone as error:
-                if self._failed >= MOST_REOPENED:
-                    self.given_up = error
-                    return False
-                pause = self._pool.pause * 2**self._failed
-                self._failed += 1
-                self._pool.count(reopened=1)
-                self._pool.say(f"{self.name}: {error}; opened again in {pause:.0f} s")
-                closed.wait(min(pause, _LONGEST_PAUSE))
+                self._note(error)
+                self._pool.say(f"{self.name}: {error}; tried again")
         return False
 
     def close(self) -> None:
-        """Close it; where it is at work, at once, and who waits for it gets an `EngineGone`."""
-        idle = self._lock.acquire(blocking=False)
-        try:
-            self._leave(None if idle else GeneratorExit())
-        finally:
-            if idle:
-                self._lock.release()
+        """Close it, also while it is opened or at work: then who waits gets an `EngineGone`."""
+        self._leave()
+        if self._lock.acquire(timeout=_CLOSING):  # what was being opened is closed now
+            self._lock.release()
 
     def _ready(self) -> FeatureSource:
-        if self._source is None:
+        source = self._source
+        if source is None:
+            self._check_pool()
             context = self._open()
-            self._source = context.__enter__()
+            source = context.__enter__()
             self._context = context
-            self._pool.check_alike(self.name, self._source)
-        return self._source
+            self._source = source
+            self._check_pool()  # it may have been closed meanwhile
+            self._pool.check_alike(self.name, source)
+            self.given_up = None
+            if self._failed:
+                self._pool.count(reopened=1)
+        return source
 
-    def _leave(self, error: BaseException | None = None) -> None:
-        """Leave the source's context; by an error that is not a user's, it is not waited for."""
-        context = self._context
-        self._context = None
-        self._source = None
+    def _check_pool(self) -> None:
+        """Open nothing that nobody would close."""
+        if self._pool.closed.is_set():
+            self._leave()
+            raise EngineGone(f"{self.name}: was closed")
+
+    def _note(self, error: EngineGone) -> None:
+        """It has ended, or could not be opened."""
+        self._failed += 1
+        self._ended = error
+
+    def _leave(self) -> None:
+        with self._leaving:
+            context = self._context
+            self._context = None
+            self._source = None
         if context is not None:
-            context.__exit__(None if error is None else type(error), error, None)
+            context.__exit__(None, None, None)
 
 
 @stage
@@ -300,6 +322,8 @@ class _Work:
         self.changed = threading.Condition()
         self.closed = threading.Event()
         self.threads: list[threading.Thread] = []
+        self.is_awaited = False  # the consumer waits for samples
+        pool.works.append(self)
 
     # By the consumer
 
@@ -318,7 +342,9 @@ class _Work:
             while self.next not in self.samples:
                 if self.fault is not None:
                     raise self.fault
+                self.is_awaited = True
                 self.changed.wait(1.0)
+            self.is_awaited = False
             self.ledger, taken = ledgers.take(self.ledger, "trainer", (self.next,))
             assert taken == (self.next,)
             return self.samples.pop(self.next)
@@ -334,6 +360,7 @@ class _Work:
     def close(self) -> None:
         """End the threads; one whose source is at work for long ends with the pool."""
         self.closed.set()
+        self.pool.works.remove(self)
         with self.changed:
             self.changed.notify_all()
         end = time.monotonic() + _CLOSING
@@ -352,6 +379,7 @@ class _Work:
 
     def _serve(self, source: _OpenSource) -> None:
         """Ask one source for group after group, until this stage is closed or it is given up."""
+        ABANDONED.set(self.pool.closed)
         try:
             while not self._is_over():
                 if not source.await_open(self.closed):
@@ -378,18 +406,35 @@ class _Work:
         with self.changed:
             while not self._is_over():
                 now = time.monotonic()
+                self._bound_leases(now)
                 self.ledger, expired = ledgers.expire(self.ledger, now)
                 if expired:
                     self.pool.count(again=len(expired))
                     self._check_attempts(expired, "no source has answered in time")
-                if self.ledger.waiting:
-                    rows = self.groups[self.ledger.waiting[0]].rows
-                    tokens = sum(len(row.input_ids) for row in rows)
-                    until = now + self.pool.seconds_for(tokens)
+                if self.ledger.waiting and not self._gives_way():
+                    until = now + self._seconds_for(self.ledger.waiting[0])
                     self.ledger, (number,) = ledgers.lease(self.ledger, source.name, 1, until)
                     return number, self.groups[number]
-                self.changed.wait(0.5)
+                ends = [lease.until for lease in self.ledger.rolling.values()]
+                pause = 0.02 if self.ledger.waiting else 0.5
+                self.changed.wait(min([pause, *(max(end - now, 0.001) for end in ends)]))
         return None
+
+    def _gives_way(self) -> bool:
+        """Whether another stage's consumer waits, as in an evaluation, and this one's does not."""
+        return not self.is_awaited and any(work.is_awaited for work in list(self.pool.works))
+
+    def _seconds_for(self, number: int) -> float:
+        """How long a lease of a group lasts."""
+        return self.pool.seconds_for(sum(len(row.input_ids) for row in self.groups[number].rows))
+
+    def _bound_leases(self, now: float) -> None:
+        """Give an end to leases from before a source had answered, once one has."""
+        for number, lease in self.ledger.rolling.items():
+            if lease.until == math.inf:
+                bound = lease._replace(until=now + self._seconds_for(number))
+                rolling = MappingProxyType({**self.ledger.rolling, number: bound})
+                self.ledger = self.ledger._replace(rolling=rolling)
 
     def _commit(self, number: int, samples: list[Sample]) -> None:
         """Take in what a source has answered, unless another one has before."""
@@ -415,7 +460,6 @@ class _Work:
             self.pool.count(again=1)
             self._check_attempts((number,), str(error))
             self.changed.notify_all()
-        self.pool.count(reopened=1)
         self.pool.say(f"{source.name}: {error}; opened again, what it had is asked for once more")
 
     def _check_attempts(self, numbers: Iterable[int], reason: str) -> None:

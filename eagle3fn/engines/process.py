@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +40,11 @@ LONGEST = 200  # characters of a log's line in a message
 POINTS_AT_LOG = "root cause above"  # in an error whose reason was printed
 ERROR = re.compile(r"[\w.]*(Error|Exception): .*")
 MEMORY_WORDS = ("out of memory", "outofmemory", "available memory", "cannot allocate")
+
+
+ABANDONED: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
+"""Where a thread sets it, a program that it starts or asks is killed soon after the event is set:
+nobody waits any more."""
 
 
 class EngineGone(UserError):
@@ -206,6 +212,10 @@ class EngineProcess:
     def _left(self, doing: str, end: float, seconds: float) -> float:
         """Seconds to wait, at most 1; a program whose time is up is killed."""
         left = end - time.monotonic()
+        abandoned = ABANDONED.get()
+        if abandoned is not None and abandoned.is_set():
+            self._signal(signal.SIGKILL)
+            raise EngineGone(f"{self.engine}: was closed ({doing}); see {self.log}")
         if left <= 0:
             self._signal(signal.SIGKILL)
             raise EngineGone(

@@ -2,13 +2,14 @@
 
     scripts/kill_resume.py --kills 3 --ranks 2,1 1,4
     scripts/kill_resume.py --kills 3 --stage extract
+    scripts/kill_resume.py --kills 20 --stage online --ranks 1 2
 
 Of a training, a cycle starts it on R ranks and kills one rank or all of them at a place drawn by
 the seed: between two micro-batches, in the rest of a step, or in a save. It resumes the training on
 R2 ranks, and compares the last state and the metrics by equality. The training is the package's own
 loop in real processes; only the notes of where each process is come from here. Ranks are forked
 from this process, which has imported everything and computed nothing. The other stages are in
-`tests/kill_stages.py`.
+`tests/kill_stages.py`, online training in `tests/kill_online.py`.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from eagle3fn.data.features import open_features
 from eagle3fn.train import bind, loop
 from eagle3fn.train import step as step_file
 from eagle3fn.train.checkpoint import checkpoints
-from tests import kill_stages
+from tests import kill_online, kill_stages
 from tests.factories import make_draft, make_map, make_target, supervised_sample, write_folder
 from tests.train.forked import Ranks
 from tests.train.run_files import rows, same_end
@@ -50,6 +51,7 @@ DRAFT_VOCAB = 61
 HIDDEN = 32
 PATIENCE_S = 240.0
 POLL_S = 0.0005
+WRONG = ("lost", "repeated", "left_temporary_files", "left_processes")  # counts that must be 0
 PLACES = ("elsewhere", "step", "accumulation", "save")
 
 
@@ -272,7 +274,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kills", type=int, default=3, help="kills that count (default 3)")
     parser.add_argument(
-        "--stage", choices=("train", *kill_stages.STAGES), default="train", help="default train"
+        "--stage",
+        choices=("train", "online", *kill_stages.STAGES),
+        default="train",
+        help="default train",
     )
     parser.add_argument(
         "--ranks",
@@ -280,7 +285,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=["2"],
         metavar="R[,R2]",
         help="of a training: killed on R ranks, resumed on R2 (default 2); of several pairs each "
-        "kill draws one",
+        "kill draws one; of an online one numbers R, by turns",
     )
     parser.add_argument(
         "--pack", type=int, default=0, metavar="TOKENS", help="of a training: data.pack_tokens"
@@ -322,6 +327,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="kill-resume-"))
     if options.stage == "train":
         counts = count(run_cycles(options, draw, folder))
+    elif options.stage == "online":
+        ranks = tuple(map(int, options.ranks))
+        counts = kill_online.count(kill_online.run_cycles(options.kills, draw, folder, ranks))
     else:
         found = kill_stages.run_cycles(options.stage, options.kills, draw, folder)
         counts = kill_stages.count(found)
@@ -333,7 +341,7 @@ def main() -> int:
             print(f"{name:<24}{value}")
 
     all_equal = counts["kills"] == counts["equal"] == options.kills
-    wrong = [counts.get(name, 0) for name in ("lost", "repeated", "left_temporary_files")]
+    wrong = [counts.get(name, 0) for name in WRONG]
     if not all_equal or any(wrong):
         print(f"what differs is in {folder}", file=sys.stderr)
         return 1
