@@ -88,7 +88,7 @@ class ScriptTrainer:
         self.on_card = device == "cuda"
         self.steps = 0
 
-        frozen = on(device, frozen or tiny_frozen(case))
+        frozen = on(device, tiny_frozen(case) if frozen is None else frozen)
         params = on(device, tiny_params(case))
         self.draft = specforge_draft(oracle, case.draft(), params, frozen, attention)
         self.model = oracle.eagle3.OnlineEagle3Model(
