@@ -88,9 +88,9 @@ class ScriptTrainer:
         self.on_card = device == "cuda"
         self.steps = 0
 
-        frozen = on(device, tiny_frozen(case) if frozen is None else frozen)
+        held: Frozen = on(device, frozen or tiny_frozen(case))
         params = on(device, tiny_params(case))
-        self.draft = specforge_draft(oracle, case.draft(), params, frozen, attention)
+        self.draft = specforge_draft(oracle, case.draft(), params, held, attention)
         self.model = oracle.eagle3.OnlineEagle3Model(
             self.draft,
             length=case.steps,
@@ -106,7 +106,7 @@ class ScriptTrainer:
             total_steps=total,
             warmup_ratio=choice.warmup_ratio,
         )
-        self.head = _target_head(frozen.target_head)
+        self.head = _target_head(held.target_head)
 
     @contextlib.contextmanager
     def _replaced(self) -> Iterator[None]:
