@@ -96,6 +96,30 @@ def test_settings_that_a_resumed_run_may_change_are_listed() -> None:
     assert set(re.findall(r"`([\w.]+)`", words)) == MAY_CHANGE
 
 
+def test_tests_that_pages_name_are_there() -> None:
+    named = {
+        (file, test)
+        for text in PAGES.values()
+        for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    }
+    assert len(named) > 20
+    for file, test in sorted(named):
+        functions = re.findall(r"^def (test_\w+)\(", (ROOT / file).read_text(), re.M)
+        assert test in functions, f"{file}::{test}"
+
+
+def test_every_gate_of_the_pull_request_has_tests_for_both_kinds_of_features() -> None:
+    part = PAGES["docs/specforge.md"].split("## The gates of pull request 600")[1].split("\n## ")[0]
+    gates = [row.split(" | ") for row in re.findall(r"^\| (.*) \|$", part, re.M)][1:]
+    assert len(gates) == 6
+    for gate in gates:
+        assert len(gate) == 6, gate[0]
+        _, _, hugging_face, vllm, last_run, _ = gate
+        assert "::test_" in hugging_face, gate[0]
+        assert "::test_" in vllm, gate[0]
+        assert re.match(r"\d{4}-\d\d-\d\d", last_run), gate[0]
+
+
 # docs/training.md: what a run prints
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import eagle3fn as e3
 from eagle3fn import specforge
 from eagle3fn.base.sections import OptimizerConfig
-from eagle3fn.base.types import Batch, TrainState
+from eagle3fn.base.types import Batch, Frozen, TrainState
 from eagle3fn.specforge.oracle import LK, Oracle, eager_loss, specforge_draft, unaligned
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
 from eagle3fn.testing.results import ForwardLoss, Result, run_forward
@@ -79,6 +79,7 @@ class ScriptTrainer:
         device: str = "cpu",
         attention: str = "sdpa",
         level: Literal[1, 2] = 2,
+        frozen: Frozen | None = None,  # the case's own
     ) -> None:
         self.oracle = oracle
         self.script = script
@@ -87,9 +88,9 @@ class ScriptTrainer:
         self.on_card = device == "cuda"
         self.steps = 0
 
-        frozen = on(device, tiny_frozen(case))
+        held: Frozen = on(device, frozen or tiny_frozen(case))
         params = on(device, tiny_params(case))
-        self.draft = specforge_draft(oracle, case.draft(), params, frozen, attention)
+        self.draft = specforge_draft(oracle, case.draft(), params, held, attention)
         self.model = oracle.eagle3.OnlineEagle3Model(
             self.draft,
             length=case.steps,
@@ -105,7 +106,7 @@ class ScriptTrainer:
             total_steps=total,
             warmup_ratio=choice.warmup_ratio,
         )
-        self.head = _target_head(frozen.target_head)
+        self.head = _target_head(held.target_head)
 
     @contextlib.contextmanager
     def _replaced(self) -> Iterator[None]:

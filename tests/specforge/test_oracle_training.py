@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
 
 import eagle3fn as e3
 from eagle3fn import specforge
 from eagle3fn.base.sections import OptimizerConfig
-from eagle3fn.base.types import TrainState
 from eagle3fn.specforge.cases import for_specforge
 from eagle3fn.specforge.oracle import Oracle
 from eagle3fn.testing.builders import Case, on, tiny_batch, tiny_frozen, tiny_params
@@ -26,13 +24,8 @@ from eagle3fn.train.recipe import Recipe
 from eagle3fn.train.schedules import cosine
 from tests.factories import GATE
 from tests.specforge.helpers import level_on, recipe_at
-from tests.specforge.oracle_script import (
-    LeafState,
-    Script,
-    ScriptTrainer,
-    leaf_states,
-    load_script,
-)
+from tests.specforge.oracle_script import Script, ScriptTrainer, load_script
+from tests.specforge.script_updates import check_state, check_updates
 from tests.tally import Tally
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, accumulation="params")
@@ -41,17 +34,6 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, accumulation="params")
 @pytest.fixture(scope="module")
 def script(commit: Oracle) -> Script:
     return load_script(commit)
-
-
-def check_state(state: TrainState, expected: dict[str, LeafState], where: Any) -> None:
-    """Weights, masters and moments of every leaf are equal, in the same order of leaves."""
-    ours = leaf_states(state)
-    assert list(ours) == list(expected), where
-    for name, leaf in expected.items():
-        for part, value in leaf._asdict().items():
-            mine = getattr(ours[name], part)
-            assert mine.dtype == value.dtype, (where, part, name)
-            assert torch.equal(mine, value), (where, part, name)
 
 
 def train_both(
@@ -77,24 +59,11 @@ def train_both(
     )
     theirs = ScriptTrainer(oracle, script, case, optimizer, total, device, level=level)
     state = functions.init_state(params)
-    for index in range(5):
-        batches = [on(device, tiny_batch(case, index * micro + i)) for i in range(micro)]
-        rate = theirs.optimizer.get_learning_rate()
-        state, metrics = functions.step(state, tuple(batches))
-
-        # SpecForge's micro-batches; the losses it reports are divided by their number.
-        norm: Tensor | None = None
-        losses = torch.zeros(case.steps, device=device)
-        for batch in batches:
-            seen = theirs.micro_step(batch, micro)
-            norm = seen.norm
-            losses = losses + torch.stack([loss.detach() for loss in seen.losses]) / micro
-
-        assert norm is not None
-        assert torch.equal(metrics["grad_norm"], norm), index
-        assert metrics["learning_rate"] == rate, index
-        assert torch.equal(metrics["aux"].losses, losses), index
-        check_state(state, theirs.state(), index)
+    updates = [
+        [on(device, tiny_batch(case, index * micro + i)) for i in range(micro)]
+        for index in range(5)
+    ]
+    state = check_updates(functions, state, theirs, updates)
     return all(not torch.equal(state.masters[name], params[name].float()) for name in params)
 
 
