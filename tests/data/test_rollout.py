@@ -50,7 +50,7 @@ def ask(source: FeatureSource, group: Group) -> list[Sample]:
 
 
 class Sources:
-    """Sources that do as `act(name, key)` says before they answer; they note what they are asked."""
+    """Sources that do as `act(name, key)` says before they answer, and note what they are asked."""
 
     def __init__(self, act=lambda name, key: None, wrong=lambda samples: samples):
         self.act = act
@@ -233,7 +233,7 @@ def test_sources_that_are_not_alike_are_refused():
     with Pool(pair, pause=0.001) as pool:
         assert pool.first().identity == {"weights": "one"}
         rolled = rolled_out(groups_of(50), pool, lambda *_: time.sleep(0.05) or [], 2 * BYTES)
-        with closing(rolled), pytest.raises(UserError, match="b: its weights is 'other'.*'one'"):
+        with closing(rolled), pytest.raises(UserError, match=r"b: its weights is 'other'.*'one'"):
             list(rolled)
 
 
@@ -293,11 +293,11 @@ def test_source_that_opens_after_the_pool_is_closed_is_closed_too():
             release.wait(PATIENCE_S)
 
     sources = Sources(act)
-    with pool_of(sources, 2) as pool:
-        with closing(rolled_out(groups_of(1), pool, ask, BYTES)) as rolled:
-            next(rolled)
-            assert opening.wait(PATIENCE_S)
-            threading.Timer(0.1, release.set).start()
+    pool = pool_of(sources, 2)
+    with pool, closing(rolled_out(groups_of(1), pool, ask, BYTES)) as rolled:
+        next(rolled)
+        assert opening.wait(PATIENCE_S)
+        threading.Timer(6.0, release.set).start()  # after the stage has waited for its threads
     await_that(lambda: sources.opened == sources.closed)
     assert sources.closed == {"s0": 1, "s1": 1}
 
@@ -345,7 +345,7 @@ def load(wrong) -> list:
 
 
 def test_right_answers_come_in_their_bins():
-    first, second = load(lambda samples: samples)
+    first, second = load(list)
     assert [len(each) for each in first.value.bins] == [2]
     assert [len(each) for each in second.value.bins] == [1, 1]
     assert torch.equal(second.value.bins[1][0].input_ids, row_of(3).input_ids)
