@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Sample
 from eagle3fn.data.on_demand import OnlineSamples, Widths
-from eagle3fn.data.rollout import MOST_ATTEMPTS, Group, Pool, Source, rolled_out
+from eagle3fn.data.rollout import MOST_ATTEMPTS, MOST_REOPENED, Group, Pool, Source, rolled_out
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import FeatureSource
 from eagle3fn.data.stages import Item, Share
@@ -210,21 +210,16 @@ def test_run_goes_on_with_the_sources_that_are_left_and_ends_with_the_last():
 
 
 def test_source_that_ends_whenever_it_is_asked_is_given_up():
-    """Another source answers in between, so that no group is given up."""
-    begun = threading.Semaphore(0)
-
-    def act(name, key):
-        if key == "open":
-            return
-        if name == "s1":
-            begun.release()
-            gone()
-        begun.acquire(timeout=0.05)
-
-    sources = Sources(act)
-    pool = pool_of(sources, 2, pause=1e-5, least_lease=PATIENCE_S)
-    assert roll(pool, 40, BYTES * 2) == list(range(40))
-    assert 1 <= sources.opened["s1"] <= 9
+    sources = Sources(lambda name, key: None if key == "open" else gone())
+    tries = 0
+    with pool_of(sources, 1, pause=1e-5) as pool:
+        (source,) = pool.sources
+        while tries < 20 and source.await_open(threading.Event()):
+            tries += 1
+            with pytest.raises(EngineGone):
+                source.ask(ask, groups_of(1)[0])
+    assert tries == sources.opened["s0"] == MOST_REOPENED + 1
+    assert str(source.given_up) == "toy: was killed"
 
 
 def test_sources_that_are_not_alike_are_refused():
@@ -344,7 +339,7 @@ def load(wrong) -> list:
 
 
 def test_right_answers_come_in_their_bins():
-    first, second = load(lambda samples: samples)
+    first, second = load(list)
     assert [len(each) for each in first.value.bins] == [2]
     assert [len(each) for each in second.value.bins] == [1, 1]
     assert torch.equal(second.value.bins[1][0].input_ids, row_of(3).input_ids)

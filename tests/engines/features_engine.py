@@ -45,18 +45,19 @@ def start(settings: dict[str, Any]) -> Any:
 
     def one(row: list[int], scores: bool) -> Any:
         served[0] += 1
+        files = plan["files"]
         if served[0] > plan.get("rows", 10**9):
-            fail(plan["wrong"])
+            files = plan.get("wrong_files") or fail(plan["wrong"])
         found = made[json.dumps(row)]
         path = os.path.join(loads["folder"], f"{served[0]}.safetensors")
-        shutil.copy(os.path.join(plan["files"], found["file"]), path)
+        shutil.copy(os.path.join(files, found["file"]), path)
         return {"path": path, "scores": found["scores"] if scores else []}
 
     facts = {"version": plan["version"], "device": "cpu", "samples": plan.get("samples", True)}
     return facts, answer
 
 
-def fail(how: str) -> None:
+def fail(how: str) -> str:
     """End, or do not."""
     if how == "memory":
         print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB")
