@@ -7,12 +7,14 @@ All sides train the same updates of the same samples, in turns, each from a fres
 - `offline`: `extract` writes a feature folder, `train` reads it; timed apart and together;
 - `here`, `transformers`, `vllm`: `train --online`; the target in this process, by transformers in a
   process of its own, or in vLLM's, with room for 1 GiB of features;
-- `... narrow`: the same source with room for one update, so that nothing is computed ahead;
+- `... narrow`: the same source with room for one update and `data.prefetch = 0`, so that nothing is
+  computed ahead;
 - `... writes`: with `--generate`: the target answers the prompts of the conversations.
 
-Sides of vLLM need `--engine-python`. Sources are opened once; that is timed apart. A run is timed
-from when its first batch is asked for until its last update is made. What is not spent in updates
-is waiting. Memory is that of a training's own process, in a run of `bench.online_memory`.
+Sides of vLLM need `--engine-python`. Sources are opened, and asked for one sample, before anything
+is timed. A run is timed from the end of its first update to that of its last; the wait for the
+first batch stands apart. What is not spent in updates is waiting. Memory is that of a training's
+own process, in a run of `bench.online_memory`.
 
 The last line is JSON. `ratio` has a side's tokens a second over those of `extract` and `train`
 together, and over `train` alone: of each round, and their median.
@@ -32,8 +34,9 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,66 +44,32 @@ from bench import common
 from bench.extraction import OURS_ALONE, timed
 from bench.launch import add_arguments
 from bench.online_memory import memory_of_a_run
-from eagle3fn import cli
-from eagle3fn.base.config import Config, load_config
-from eagle3fn.base.draft_config import aux_layers
-from eagle3fn.base.draft_keys import draft_config_from_target
-from eagle3fn.base.errors import UserError
-from eagle3fn.base.launch import World
+from bench.online_sides import SIDES, Opened, on_demand_of, open_source
+from eagle3fn.base.config import Config
 from eagle3fn.base.provenance import provenance
-from eagle3fn.commands.online import begin_online, check_online_options, online_features
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import FeatureSet, open_features, tensors_of
-from eagle3fn.data.on_demand import OnlineSamples
 from eagle3fn.data.online import STORED
 from eagle3fn.data.target import stop_ids
 from eagle3fn.data.target_loading import load_tokenizer
-from eagle3fn.data.target_source import target_config
 from eagle3fn.data.target_tensors import read_target_tensors
 from eagle3fn.data.template import ChatTemplate
-from eagle3fn.data.vocab import load_map, map_size
-from eagle3fn.train.defaults import by_section, chosen_defaults
+from eagle3fn.data.vocab import load_map
 from eagle3fn.train.events import Events
 from eagle3fn.train.loop import train
 
 ROUNDS = 3
-NARROW = 1  # byte of room: then one update is admitted at a time
-
-
-class Side(NamedTuple):
-    """A training with `--online`, by its further options."""
-
-    source: str
-    writes: bool = False
-    narrow: bool = False
-
-
-SIDES = {
-    "here": Side("here"),
-    "here narrow": Side("here", narrow=True),
-    "transformers": Side("transformers"),
-    "transformers narrow": Side("transformers", narrow=True),
-    "transformers writes": Side("transformers", writes=True),
-    "vllm": Side("vllm"),
-    "vllm narrow": Side("vllm", narrow=True),
-    "vllm writes": Side("vllm", writes=True),
-}
-
-
-class Opened(NamedTuple):
-    """Samples whose source is open."""
-
-    features: FeatureSet
-    config: Config
-    seconds: float  # until the source was ready
+WIDE = 2**30  # bytes of room
+NARROW = 1  # then one update is admitted at a time
 
 
 class Trained(NamedTuple):
-    """A training's time."""
+    """A training's time, from the end of its first update to that of its last."""
 
-    tokens: int
-    seconds: float  # from when the first batch was asked for until the last update was made
-    updating: float  # seconds in updates
+    tokens: int  # of these updates
+    seconds: float
+    updating: float  # seconds in these updates
+    first_wait: float  # seconds until the first update could begin
 
     @property
     def rate(self) -> float:
@@ -131,68 +100,10 @@ def parse() -> argparse.Namespace:
     add_arguments(parser)
     options = parser.parse_args()
     options.rounds = options.rounds or ROUNDS
-    sides = options.sides or list(SIDES)
-    options.sides = [name for name in sides if options.engine_python or "vllm" not in name]
+    if options.sides is None:
+        with_vllm = bool(options.engine_python)
+        options.sides = [name for name in SIDES if with_vllm or SIDES[name].source != "vllm"]
     return options
-
-
-# What is opened
-
-
-def command_of(options: argparse.Namespace, side: Side, out: Path) -> list[str]:
-    """The command line whose samples and sources a side has."""
-    words = ["train", "--target", options.target, "--online", options.conversations]
-    words += ["--vocab", options.vocab, "--out", str(out), "--limit", str(options.limit)]
-    words += ["--max-length", str(options.max_length), "--dtype", options.dtype]
-    words += ["--threads", str(options.threads)]
-    if side.source != "here":
-        words += ["--engine", side.source]
-    if side.source == "vllm":
-        words += ["--engine-python", options.engine_python, "--check", "logits"]
-    if side.writes:
-        words += ["--generate", "--max-new", str(options.max_new), "--temperature", "1"]
-    return words
-
-
-def config_of(options: argparse.Namespace, features: FeatureSet) -> Config:
-    """The settings that `train` chooses, over one pass of the samples."""
-    tree = target_config(options.target)
-    draft = draft_config_from_target(tree, options.target, map_size(options.vocab))
-    samples = len(features.samples)
-    updates = samples // options.batch
-    if updates < 2:
-        raise UserError(f"--limit {options.limit}: {samples} samples; two updates need more")
-    overrides = [
-        f"train.steps={updates}",
-        f"train.dtype={options.dtype}",
-        f"data.global_batch={options.batch}",
-        "data.held_out=0",
-    ]
-    return load_config(None, overrides, draft, by_section(chosen_defaults(draft, samples)))
-
-
-def open_side(options: argparse.Namespace, name: str, folder: Path, stack: ExitStack) -> Opened:
-    """A side's samples and its sources, which are ready."""
-    side = SIDES[name]
-    command = command_of(options, side, folder / name.replace(" ", "-"))
-    given = cli.parser().parse_args(command)
-    given.arguments = command
-    check_online_options(given)
-    tree = target_config(options.target)
-    draft = draft_config_from_target(tree, options.target, None)
-    layers = aux_layers(draft, tree["num_hidden_layers"])
-    found = online_features(given, tree, layers, World())
-    features, seconds = timed(lambda: stack.enter_context(found))
-    config = config_of(options, features)
-    begin_online(features, given, config, World())
-    if side.narrow:
-        on_demand_of(features).buffer = NARROW
-    return Opened(features, config, seconds)
-
-
-def on_demand_of(features: FeatureSet) -> OnlineSamples:
-    """A side's samples as they come from its sources."""
-    return cast("OnlineSamples", features.on_demand)
 
 
 # What is timed
@@ -205,25 +116,27 @@ def timed_training(
     vocab_map = load_map(options.vocab)
     dtype = getattr(torch, config.train.dtype)
     target = read_target_tensors(options.target, dtype, tensors_of(features))
-    began = 0.0
-    ended = 0.0
+    began: list[float] = []
+    ended: list[float] = []
     rows: list[dict[str, Any]] = []
 
     def begin(row: dict[str, Any]) -> None:
-        nonlocal began
-        if row["step"] == 0:
-            began = time.perf_counter()
+        began.append(time.perf_counter())
 
     def step(row: dict[str, Any], total: int) -> None:
-        nonlocal ended
-        ended = time.perf_counter()
+        ended.append(time.perf_counter())
         rows.append(row)
 
+    # The untrained draft is evaluated right before the first batch is asked for.
     events = Events(on_step=step, on_eval=begin, on_notice=lambda line: None)
     train(config, features, vocab_map, target, out, events=events)
     assert len(rows) == config.train.steps
-    tokens = sum(row["tokens"] for row in rows)
-    return Trained(tokens, ended - began, sum(row["seconds"] for row in rows))
+    return Trained(
+        tokens=sum(row["tokens"] for row in rows[1:]),
+        seconds=ended[-1] - ended[0],
+        updating=sum(row["seconds"] for row in rows[1:]),
+        first_wait=ended[0] - rows[0]["seconds"] - began[0],
+    )
 
 
 def timed_extraction(options: argparse.Namespace, opened: Opened, out: Path) -> float:
@@ -255,7 +168,7 @@ class Rounds(NamedTuple):
 
 def run_rounds(options: argparse.Namespace, opened: dict[str, Opened], folder: Path) -> Rounds:
     """Every side once a round; which one begins changes."""
-    found = Rounds([], {name: [] for name in ("offline", *opened)})
+    found = Rounds([], {name: [] for name in ("offline", *options.sides)})
     names = list(found.trained)
     for number in range(options.rounds):
         begin = number % len(names)
@@ -267,7 +180,11 @@ def run_rounds(options: argparse.Namespace, opened: dict[str, Opened], folder: P
                 features = open_features(out / "features")
                 config = opened["here"].config
             else:
-                features, config, _ = opened[name]
+                side = SIDES[name]
+                features, config, _ = opened[side.opened]
+                on_demand_of(features).buffer = NARROW if side.narrow else WIDE
+                if side.narrow:
+                    config = replace(config, data=replace(config.data, prefetch=0))
             one = timed_training(options, features, config, out / "run")
             found.trained[name].append(one)
             line = f"round {number}: {name} {one.rate:.0f} tokens/s, {one.waited:.0%} waiting"
@@ -289,6 +206,7 @@ def summary(found: Rounds) -> dict[str, Any]:
             "seconds": [one.seconds for one in trained],
             "tokens_per_second": _with_median(rates),
             "waited": _with_median([one.waited for one in trained]),
+            "first_wait": _with_median([one.first_wait for one in trained]),
             "ratio": {
                 "extract_and_train": _with_median(_ratios(rates, together)),
                 "train": _with_median(_ratios(rates, alone)),
@@ -319,9 +237,11 @@ def main() -> int:
         os.environ.pop(name, None)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        opened = {name: open_side(options, name, folder, stack) for name in options.sides}
-        if "here" not in opened:
-            opened = {"here": open_side(options, "here", folder, stack), **opened}
+        opened = {}
+        for name in ("here", *options.sides):
+            side = SIDES[name]
+            if side.opened not in opened:
+                opened[side.opened] = open_source(options, side, folder, stack)
         found = run_rounds(options, opened, folder)
 
     memory = memory_of_a_run(options) if options.memory_samples else None
