@@ -89,6 +89,8 @@ def parse() -> argparse.Namespace:
     add("--conversations", required=True)
     add("--vocab", required=True, help="a vocabulary map of the target")
     add("--engine-python", help="the Python of vLLM's environment (without it: no side of vLLM)")
+    about = "argument of vLLM's own, as in gpu_memory_utilization=0.3"
+    add("--engine-arg", action="append", default=[], metavar="NAME=VALUE", help=about)
     add("--sides", nargs="+", choices=SIDES, help="besides offline (default all)")
     add("--limit", type=int, default=32, help="conversations that are read (default 32)")
     add("--batch", type=int, default=4, help="samples of an update (default 4)")
@@ -245,7 +247,7 @@ def main() -> int:
         found = run_rounds(options, opened, folder)
 
     memory = memory_of_a_run(options) if options.memory_samples else None
-    names = ("dtype", "threads", "max_length", "limit", "batch", "max_new", "rounds")
+    names = ("dtype", "threads", "engine_arg", "max_length", "limit", "batch", "max_new", "rounds")
     some = opened["here"].config
     result = {
         "settings": {name: getattr(options, name) for name in names},

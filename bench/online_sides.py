@@ -66,6 +66,8 @@ def command_of(options: argparse.Namespace, side: Side, out: Path) -> list[str]:
         words += ["--engine", side.source]
     if side.source == "vllm":
         words += ["--engine-python", options.engine_python, "--check", "logits"]
+        for argument in options.engine_arg:
+            words += ["--engine-arg", argument]
     if side.writes:
         words += ["--generate", "--max-new", str(options.max_new), "--temperature", "1"]
     return words

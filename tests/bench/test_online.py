@@ -1,10 +1,12 @@
 """`bench.online`: its sides train the same updates, and its numbers are their times."""
 
 import json
+import subprocess
 import sys
 from argparse import Namespace
 
 from bench import online
+from bench.memory import status
 from bench.online import Rounds, Trained, summary
 from bench.online_memory import memory_of_a_run
 from tests.factories import write_talks
@@ -64,3 +66,10 @@ def test_memory_is_read_from_the_training_process(tmp_path):
     first, last = found["at"]
     assert 200 <= first["samples"] <= last["samples"] <= 220
     assert 2**26 < first["resident"] <= first["peak"] <= last["peak"] < 2**32
+
+
+def test_status_is_that_of_the_process_that_is_named():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        other = status("VmRSS", process.pid)
+        process.kill()
+    assert 0 < other < 2**25 < status("VmRSS")
