@@ -13,8 +13,7 @@ All sides train the same updates of the same samples, in turns, each from a fres
 
 Sides of vLLM need `--engine-python`. Sources are opened, and asked for one sample, before anything
 is timed. A run is timed from the end of its first update to that of its last; the wait for the
-first batch stands apart. What is not spent in updates is waiting. Memory is that of a training's
-own process, in a run of `bench.online_memory`.
+first batch stands apart. What is not spent in updates is waiting.
 
 The last line is JSON. `ratio` has a side's tokens a second over those of `extract` and `train`
 together, and over `train` alone: of each round, and their median.
@@ -43,7 +42,6 @@ import torch
 from bench import common
 from bench.extraction import OURS_ALONE, timed
 from bench.launch import add_arguments
-from bench.online_memory import memory_of_a_run
 from bench.online_sides import SIDES, Opened, on_demand_of, open_source
 from eagle3fn.base.config import Config
 from eagle3fn.base.provenance import provenance
@@ -96,8 +94,6 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=4, help="samples of an update (default 4)")
     add("--max-length", type=int, default=128, help="tokens of a sample (default 128)")
     add("--max-new", type=int, default=48, help="tokens of an answer that is written (default 48)")
-    about = "samples of the run whose memory is looked at; 0: none (default 2000)"
-    add("--memory-samples", type=int, default=2000, help=about)
     common.add_dtype(parser)
     add_arguments(parser)
     options = parser.parse_args()
@@ -246,7 +242,6 @@ def main() -> int:
                 opened[side.opened] = open_source(options, side, folder, stack)
         found = run_rounds(options, opened, folder)
 
-    memory = memory_of_a_run(options) if options.memory_samples else None
     names = ("dtype", "threads", "engine_arg", "max_length", "limit", "batch", "max_new", "rounds")
     some = opened["here"].config
     result = {
@@ -256,7 +251,6 @@ def main() -> int:
         "updates": {name: one.config.train.steps for name, one in opened.items()},
         "seconds_until_ready": {name: one.seconds for name, one in opened.items()},
         **summary(found),
-        "memory": memory,
         **provenance(),
     }
     common.finish(result, options.out, "online")

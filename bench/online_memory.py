@@ -1,19 +1,36 @@
-"""Memory of the process that trains with features from another one, as samples go through it."""
+"""Memory of a process that trains as its features come, while samples go through it.
+
+    python -m bench.online_memory --target FOLDER --conversations FILE --vocab MAP
+
+Trains by `train --online --engine transformers`, so that the target is another process's, and reads
+the training process's resident memory after each update. Samples are short, the unroll is one step
+and the buffer is 32 MiB: what is looked at is what samples that have passed leave in memory. The
+last line is JSON: resident memory and its maximum so far, in bytes, after some of the samples.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from bench.launch import settle
+
+    settle()
 
 import argparse
 import os
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.common import ROOT
+from bench import common
+from bench.launch import add_arguments
 from bench.memory import status
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.provenance import provenance
 
-MARKS = (200, 500, 1000, 1500, 2000)  # samples after which memory is read
+MARKS = (200, 500, 1000, 1500)  # samples after which memory is read, and at the end
 BUFFER = 1 / 32  # GiB
 BATCH = 20  # samples of an update
 LENGTH = 64  # tokens of a sample
@@ -29,20 +46,25 @@ class Look(NamedTuple):
     peak: int  # bytes, since the process began
 
 
+def parse() -> argparse.Namespace:
+    parser = common.parser_of(__doc__)
+    add = parser.add_argument
+    add("--target", required=True)
+    add("--conversations", required=True)
+    add("--vocab", required=True, help="a vocabulary map of the target")
+    add("--samples", type=int, default=2000, help="trained on (default 2000)")
+    common.add_dtype(parser)
+    add_arguments(parser)
+    return parser.parse_args()
+
+
 def memory_of_a_run(options: argparse.Namespace) -> dict[str, Any]:
-    """The resident memory of `train --online --engine transformers`, at the marks and at the end.
-
-    Samples are short, the unroll is one step and the buffer is small: what is looked at is what
-    passing samples leave in memory.
-
-    Args:
-        options: of `bench.online`; read are `target`, `conversations`, `vocab`, `threads`, `dtype`
-            and `memory_samples`.
+    """The resident memory of a training, at the marks and at the end.
 
     Raises:
         UserError: the training ends with an error.
     """
-    updates = max(1, options.memory_samples // BATCH)
+    updates = max(1, options.samples // BATCH)
     settings = [*SETTINGS, f"data.global_batch={BATCH}", f"train.steps={updates}"]
     settings.append(f"train.dtype={options.dtype}")
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +78,7 @@ def memory_of_a_run(options: argparse.Namespace) -> dict[str, Any]:
 
         log = Path(folder) / "log"
         with log.open("w") as output:
-            variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+            variables = {**os.environ, "PYTHONPATH": str(common.ROOT)}
             process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
             begin = time.perf_counter()
             looks = _watch(process, out / "metrics.jsonl")
@@ -64,7 +86,7 @@ def memory_of_a_run(options: argparse.Namespace) -> dict[str, Any]:
         if process.returncode:
             raise UserError(f"the training whose memory is read failed: {log.read_text()[-500:]}")
 
-    marks = [mark for mark in MARKS if mark < options.memory_samples]
+    marks = [mark for mark in MARKS if mark < options.samples]
     chosen = [next(look for look in looks if look.samples >= mark) for mark in marks]
     return {
         "buffer": int(BUFFER * 2**30),
@@ -90,3 +112,20 @@ def _watch(process: subprocess.Popen[bytes], metrics: Path) -> list[Look]:
         process.terminate()
         process.wait()
     return looks
+
+
+def main() -> int:
+    options = parse()
+    names = ("dtype", "threads", "samples")
+    result = {
+        "settings": {name: getattr(options, name) for name in names},
+        "target": Path(options.target).name,
+        **memory_of_a_run(options),
+        **provenance(),
+    }
+    common.finish(result, options.out, "online-memory")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.program("bench.online_memory", main))

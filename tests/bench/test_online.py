@@ -37,7 +37,7 @@ def test_sides_train_the_same_tokens(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     words = ["--target", world / "target", "--conversations", world / "talks.jsonl"]
     words += ["--vocab", world / "vocab.safetensors", "--batch", 2, "--rounds", 1]
-    words += ["--sides", "here narrow", "here", "--memory-samples", 0, "--dtype", "float32"]
+    words += ["--sides", "here narrow", "here", "--dtype", "float32"]
     words += ["--out", tmp_path / "result.json"]
     monkeypatch.setattr(sys, "argv", ["online", *map(str, words)])
     assert online.main() == 0
@@ -59,7 +59,7 @@ def test_memory_is_read_from_the_training_process(tmp_path):
         vocab=str(world / "vocab.safetensors"),
         threads=1,
         dtype="float32",
-        memory_samples=220,
+        samples=220,
     )
     found = memory_of_a_run(options)
     assert found["samples"] == 220
