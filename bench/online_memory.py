@@ -3,8 +3,8 @@
     python -m bench.online_memory --target FOLDER --conversations FILE --vocab MAP
 
 Trains by `train --online --engine transformers`, so that the target is another process's, and reads
-the training process's resident memory after each update. Samples are short, the unroll is one step
-and the buffer is 32 MiB: what is looked at is what samples that have passed leave in memory. The
+the training process's resident memory after each update. Samples are short and packed, the unroll
+is one step and the buffer is 32 MiB: what is looked at is what samples that have passed leave in memory. The
 last line is JSON: resident memory and its maximum so far, in bytes, after some of the samples.
 """
 
@@ -33,8 +33,13 @@ from eagle3fn.base.provenance import provenance
 MARKS = (200, 500, 1000, 1500)  # samples after which memory is read, and at the end
 BUFFER = 1 / 32  # GiB
 BATCH = 20  # samples of an update
-LENGTH = 64  # tokens of a sample
-SETTINGS = ("data.held_out=0", "objective.ttt_length=1", "optimizer.name=adamw")
+LENGTH = 48  # tokens of a sample
+SETTINGS = (
+    "data.held_out=0",
+    f"data.pack_tokens={BATCH * LENGTH}",
+    "objective.ttt_length=1",
+    "optimizer.name=adamw",
+)
 _PAUSE = 0.05  # seconds between two looks
 
 
