@@ -4,8 +4,9 @@
 
 Trains by `train --online --engine transformers`, so that the target is another process's, and reads
 the training process's resident memory after each update. Samples are short and packed, the unroll
-is one step and the buffer is 32 MiB: what is looked at is what samples that have passed leave in memory. The
-last line is JSON: resident memory and its maximum so far, in bytes, after some of the samples.
+is one step and the buffer is 32 MiB: what is looked at is what samples that have passed leave in
+memory. The last line is JSON: resident memory and its maximum so far, in bytes, after some of the
+samples.
 """
 
 import sys
