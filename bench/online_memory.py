@@ -37,6 +37,7 @@ BATCH = 20  # samples of an update
 LENGTH = 48  # tokens of a sample
 SETTINGS = (
     "data.held_out=0",
+    f"data.max_length={LENGTH}",
     f"data.pack_tokens={BATCH * LENGTH}",
     "objective.ttt_length=1",
     "optimizer.name=adamw",
