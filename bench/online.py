@@ -9,13 +9,14 @@ All sides train the same updates of the same samples, in turns, each from a fres
   process of its own, or in vLLM's, with room for 1 GiB of features;
 - `... narrow`: the same source with room for one update and `data.prefetch = 0`, so that nothing is
   computed ahead;
-- `... writes`: with `--generate`: the target answers the prompts of the conversations.
+- `... writes`: with `--generate`: the target answers the prompts of the conversations,
+  greedily, as vLLM loses the temperature on CPUs.
 
 Sides of vLLM need `--engine-python`. Sources are opened, and asked for one sample, before anything
 is timed. A run is timed from the end of its first update to that of its last; the wait for the
 first batch stands apart. What is not spent in updates is waiting.
 
-The last line is JSON. `ratio` has a side's tokens a second over those of `extract` and `train`
+After each round the result is written; the last line is JSON. `ratio` has a side's tokens a second over those of `extract` and `train`
 together, and over `train` alone: of each round, and their median.
 """
 
@@ -32,6 +33,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from statistics import median
@@ -164,8 +166,10 @@ class Rounds(NamedTuple):
     trained: dict[str, list[Trained]]  # by side; "offline" is `train` alone
 
 
-def run_rounds(options: argparse.Namespace, opened: dict[str, Opened], folder: Path) -> Rounds:
-    """Every side once a round; which one begins changes."""
+def run_rounds(
+    options: argparse.Namespace, opened: dict[str, Opened], folder: Path
+) -> Iterator[Rounds]:
+    """Every side once a round, and what all rounds so far gave; which side begins changes."""
     found = Rounds([], {name: [] for name in ("offline", *options.sides)})
     names = list(found.trained)
     for number in range(options.rounds):
@@ -187,7 +191,7 @@ def run_rounds(options: argparse.Namespace, opened: dict[str, Opened], folder: P
             found.trained[name].append(one)
             line = f"round {number}: {name} {one.rate:.0f} tokens/s, {one.waited:.0%} waiting"
             print(line, file=sys.stderr, flush=True)
-    return found
+        yield found
 
 
 def summary(found: Rounds) -> dict[str, Any]:
@@ -228,6 +232,23 @@ def _ratios(over: list[float], under: list[float]) -> list[float]:
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
+def result_of(
+    options: argparse.Namespace, opened: dict[str, Opened], found: Rounds
+) -> dict[str, Any]:
+    """The result after some rounds."""
+    names = ("dtype", "threads", "engine_arg", "max_length", "limit", "batch", "max_new")
+    named = {name: getattr(options, name) for name in names}
+    return {
+        "settings": named | {"rounds": len(found.extracting)},
+        "target": Path(options.target).name,
+        "unroll": opened["here"].config.objective.ttt_length,
+        "updates": {name: one.config.train.steps for name, one in opened.items()},
+        "seconds_until_ready": {name: one.seconds for name, one in opened.items()},
+        **summary(found),
+        **provenance(),
+    }
+
+
 def main() -> int:
     options = parse()
     torch.set_num_threads(options.threads)
@@ -240,20 +261,8 @@ def main() -> int:
             side = SIDES[name]
             if side.opened not in opened:
                 opened[side.opened] = open_source(options, side, folder, stack)
-        found = run_rounds(options, opened, folder)
-
-    names = ("dtype", "threads", "engine_arg", "max_length", "limit", "batch", "max_new", "rounds")
-    some = opened["here"].config
-    result = {
-        "settings": {name: getattr(options, name) for name in names},
-        "target": Path(options.target).name,
-        "unroll": some.objective.ttt_length,
-        "updates": {name: one.config.train.steps for name, one in opened.items()},
-        "seconds_until_ready": {name: one.seconds for name, one in opened.items()},
-        **summary(found),
-        **provenance(),
-    }
-    common.finish(result, options.out, "online")
+        for found in run_rounds(options, opened, folder):
+            common.finish(result_of(options, opened, found), options.out, "online")
     return 0
 
 

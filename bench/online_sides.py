@@ -69,7 +69,7 @@ def command_of(options: argparse.Namespace, side: Side, out: Path) -> list[str]:
         for argument in options.engine_arg:
             words += ["--engine-arg", argument]
     if side.writes:
-        words += ["--generate", "--max-new", str(options.max_new), "--temperature", "1"]
+        words += ["--generate", "--max-new", str(options.max_new), "--temperature", "0"]
     return words
 
 
