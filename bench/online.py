@@ -16,8 +16,9 @@ Sides of vLLM need `--engine-python`. Sources are opened, and asked for one samp
 is timed. A run is timed from the end of its first update to that of its last; the wait for the
 first batch stands apart. What is not spent in updates is waiting.
 
-After each round the result is written; the last line is JSON. `ratio` has a side's tokens a second over those of `extract` and `train`
-together, and over `train` alone: of each round, and their median.
+After each round the result is written; the last line is JSON. `ratio` has a side's tokens a second
+over those of `extract` and `train` together, and over `train` alone: of each round, and their
+median.
 """
 
 import sys
