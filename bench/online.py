@@ -263,7 +263,9 @@ def main() -> int:
             if side.opened not in opened:
                 opened[side.opened] = open_source(options, side, folder, stack)
         for found in run_rounds(options, opened, folder):
-            common.finish(result_of(options, opened, found), options.out, "online")
+            result = result_of(options, opened, found)
+            common.finish(result, options.out, "online")
+    common.finish(result, options.out, "online")  # the last line: sources have said theirs
     return 0
 
 
