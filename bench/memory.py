@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 NEW_MAXIMUM = "5"  # written to CLEAR, it begins a new VmHWM
 MEANING = {
@@ -62,7 +61,7 @@ def used_now(device: str) -> int:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
 def begin_maximum(device: str) -> None:
@@ -75,12 +74,13 @@ def begin_maximum(device: str) -> None:
 
 def largest(device: str) -> int:
     """The maximum since `begin_maximum`."""
-    return _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+    return status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
-def _status(name: str) -> int:
-    """A number of kB of the process's status, in bytes."""
-    for line in STATUS.read_text().splitlines():
+def status(name: str, process: int | str = "self") -> int:
+    """A number of kB of a process's status, in bytes."""
+    path = Path(f"/proc/{process}/status")
+    for line in path.read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise AssertionError(f"{STATUS}: no {name}")
+    raise AssertionError(f"{path}: no {name}")
