@@ -13,8 +13,8 @@ All sides train the same updates of the same samples, in turns, each from a fres
   greedily, as vLLM loses the temperature on CPUs.
 
 Sides of vLLM need `--engine-python`. Sources are opened, and asked for one sample, before anything
-is timed. A run is timed from the end of its first update to that of its last; the wait for the
-first batch stands apart. What is not spent in updates is waiting.
+is timed. A run is timed from when its first batch is asked for to the end of its last update, so
+that all its features are computed within; what is not spent in updates is waiting.
 
 After each round the result is written; the last line is JSON. `ratio` has a side's tokens a second
 over those of `extract` and `train` together, and over `train` alone: of each round, and their
@@ -65,11 +65,11 @@ NARROW = 1  # then one update is admitted at a time
 
 
 class Trained(NamedTuple):
-    """A training's time, from the end of its first update to that of its last."""
+    """A training's time, from when its first batch is asked for to the end of its last update."""
 
-    tokens: int  # of these updates
+    tokens: int
     seconds: float
-    updating: float  # seconds in these updates
+    updating: float  # seconds in updates
     first_wait: float  # seconds until the first update could begin
 
     @property
@@ -133,9 +133,9 @@ def timed_training(
     train(config, features, vocab_map, target, out, events=events)
     assert len(rows) == config.train.steps
     return Trained(
-        tokens=sum(row["tokens"] for row in rows[1:]),
-        seconds=ended[-1] - ended[0],
-        updating=sum(row["seconds"] for row in rows[1:]),
+        tokens=sum(row["tokens"] for row in rows),
+        seconds=ended[-1] - began[0],
+        updating=sum(row["seconds"] for row in rows),
         first_wait=ended[0] - rows[0]["seconds"] - began[0],
     )
 

@@ -1,12 +1,12 @@
-"""Memory of a process that trains as its features come, while samples go through it.
+"""Memory of a process that trains as its features come, against one that reads them from a folder.
 
     python -m bench.online_memory --target FOLDER --conversations FILE --vocab MAP
 
-Trains by `train --online --engine transformers`, so that the target is another process's, and reads
-the training process's resident memory after each update. Samples are short and packed, the unroll
-is one step and the buffer is 32 MiB: what is looked at is what samples that have passed leave in
-memory. The last line is JSON: resident memory and its maximum so far, in bytes, after some of the
-samples.
+Trains by `train --online --engine transformers`, so that the target is another process's, and by
+`train --features` on what `extract` writes of the same conversations. After each update the
+training process's anonymous memory is read, which has no mapped file in it. Samples are short, the
+unroll is one step and the buffer is 32 MiB: what is looked at is what samples that have passed
+leave in memory. The last line is JSON: bytes after some of the samples, of both.
 """
 
 import sys
@@ -38,7 +38,7 @@ LENGTH = 48  # tokens of a sample
 SETTINGS = (
     "data.held_out=0",
     f"data.max_length={LENGTH}",
-    f"data.pack_tokens={BATCH * LENGTH}",
+    f"data.micro_batch={BATCH}",
     "objective.ttt_length=1",
     "optimizer.name=adamw",
 )
@@ -49,8 +49,7 @@ class Look(NamedTuple):
     """Memory of the training after some samples."""
 
     samples: int
-    resident: int  # bytes, now
-    peak: int  # bytes, since the process began
+    memory: int  # bytes
 
 
 def parse() -> argparse.Namespace:
@@ -65,59 +64,80 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def memory_of_a_run(options: argparse.Namespace) -> dict[str, Any]:
-    """The resident memory of a training, at the marks and at the end.
+def memory_of_both(options: argparse.Namespace) -> dict[str, Any]:
+    """The memory of both trainings, at the marks and at the end.
 
     Raises:
-        UserError: the training ends with an error.
+        UserError: a command ends with an error.
     """
-    updates = max(1, options.samples // BATCH)
-    settings = [*SETTINGS, f"data.global_batch={BATCH}", f"train.steps={updates}"]
-    settings.append(f"train.dtype={options.dtype}")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        command = [sys.executable, "-m", "eagle3fn.cli", "train", "--online", options.conversations]
-        command += ["--target", options.target, "--vocab", options.vocab, "--out", str(out)]
-        command += ["--engine", "transformers", "--dtype", options.dtype, "--buffer", str(BUFFER)]
-        command += ["--max-length", str(LENGTH), "--threads", str(options.threads)]
-        for setting in settings:
-            command += ["--set", setting]
-
-        log = Path(folder) / "log"
-        with log.open("w") as output:
-            variables = {**os.environ, "PYTHONPATH": str(common.ROOT)}
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
-            begin = time.perf_counter()
-            looks = _watch(process, out / "metrics.jsonl")
-            seconds = time.perf_counter() - begin
-        if process.returncode:
-            raise UserError(f"the training whose memory is read failed: {log.read_text()[-500:]}")
-
-    marks = [mark for mark in MARKS if mark < options.samples]
-    chosen = [next(look for look in looks if look.samples >= mark) for mark in marks]
-    return {
+    result: dict[str, Any] = {
         "buffer": int(BUFFER * 2**30),
         "batch": BATCH,
         "max_length": LENGTH,
-        "samples": updates * BATCH,
-        "seconds": seconds,
-        "at": [look._asdict() for look in [*chosen, looks[-1]]],
+        "samples": max(1, options.samples // BATCH) * BATCH,
     }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        features = folder / "features"
+        extraction = ["extract", "--conversations", options.conversations, "--out", str(features)]
+        _end(_start(options, [*extraction, "--max-length", str(LENGTH)], folder / "log"), folder)
+
+        online = ["--online", options.conversations, "--max-length", str(LENGTH)]
+        online += ["--engine", "transformers", "--dtype", options.dtype, "--buffer", str(BUFFER)]
+        for side, words in (("files", ["--features", str(features)]), ("online", online)):
+            result[side] = _memory_of(options, words, folder / side)
+    return result
+
+
+def _memory_of(options: argparse.Namespace, words: list[str], folder: Path) -> list[dict[str, int]]:
+    """The memory of one training."""
+    folder.mkdir()
+    updates = max(1, options.samples // BATCH)
+    out = folder / "run"
+    command = ["train", "--vocab", options.vocab, "--out", str(out), *words]
+    settings = [*SETTINGS, f"data.global_batch={BATCH}", f"train.steps={updates}"]
+    for setting in [*settings, f"train.dtype={options.dtype}"]:
+        command += ["--set", setting]
+
+    process = _start(options, command, folder / "log")
+    try:
+        looks = _watch(process, out / "metrics.jsonl")
+    finally:
+        process.terminate()
+        _end(process, folder)
+
+    marks = [mark for mark in MARKS if mark < options.samples]
+    chosen = [next(look for look in looks if look.samples >= mark) for mark in marks]
+    return [look._asdict() for look in [*chosen, looks[-1]]]
+
+
+def _start(options: argparse.Namespace, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """A command of the package, which prints to a log."""
+    command = [sys.executable, "-m", "eagle3fn.cli", words[0], "--target", options.target]
+    command += ["--threads", str(options.threads), *words[1:]]
+    variables = {**os.environ, "PYTHONPATH": str(common.ROOT)}
+    with log.open("w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=variables)
+
+
+def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Wait for a command.
+
+    Raises:
+        UserError: it ends with an error.
+    """
+    if process.wait():
+        raise UserError(f"a command failed: {(folder / 'log').read_text()[-500:]}")
 
 
 def _watch(process: subprocess.Popen[bytes], metrics: Path) -> list[Look]:
     """Memory after each update that is seen, until the process ends."""
     looks: list[Look] = []
-    try:
-        while process.poll() is None:
-            time.sleep(_PAUSE)
-            updates = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-            if updates and (not looks or updates * BATCH > looks[-1].samples):
-                resident = status("VmRSS", process.pid)
-                looks.append(Look(updates * BATCH, resident, status("VmHWM", process.pid)))
-    finally:
-        process.terminate()
-        process.wait()
+    while process.poll() is None:
+        time.sleep(_PAUSE)
+        updates = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        if updates and (not looks or updates * BATCH > looks[-1].samples):
+            looks.append(Look(updates * BATCH, status("RssAnon", process.pid)))
     return looks
 
 
@@ -127,7 +147,7 @@ def main() -> int:
     result = {
         "settings": {name: getattr(options, name) for name in names},
         "target": Path(options.target).name,
-        **memory_of_a_run(options),
+        **memory_of_both(options),
         **provenance(),
     }
     common.finish(result, options.out, "online-memory")

@@ -8,7 +8,7 @@ from argparse import Namespace
 from bench import online
 from bench.memory import status
 from bench.online import Rounds, Trained, summary
-from bench.online_memory import memory_of_a_run
+from bench.online_memory import memory_of_both
 from tests.factories import write_talks
 from tests.small_run import write_run
 
@@ -51,7 +51,7 @@ def test_sides_train_the_same_tokens(tmp_path, monkeypatch, capsys):
     assert result["updates"] == {"here": 5}
 
 
-def test_memory_is_read_from_the_training_process(tmp_path):
+def test_memory_is_read_from_the_training_processes(tmp_path):
     world = write_run(tmp_path)
     options = Namespace(
         target=str(world / "target"),
@@ -61,11 +61,12 @@ def test_memory_is_read_from_the_training_process(tmp_path):
         dtype="float32",
         samples=220,
     )
-    found = memory_of_a_run(options)
+    found = memory_of_both(options)
     assert found["samples"] == 220
-    first, last = found["at"]
-    assert 200 <= first["samples"] <= last["samples"] <= 220
-    assert 2**26 < first["resident"] <= first["peak"] <= last["peak"] < 2**32
+    for side in ("files", "online"):
+        first, last = found[side]
+        assert 200 <= first["samples"] <= last["samples"] <= 220
+        assert 2**26 < first["memory"] < 2**32
 
 
 def test_status_is_that_of_the_process_that_is_named():
