@@ -314,7 +314,9 @@ def _say_sources(options: Any, source: "FeatureSource", count: int, features: "F
     """Say what computes the features, of what."""
     from eagle3fn.data.shards import dtype_name
 
-    by = f"{options.engine}, {count} sources a rank" if options.engine else "the target here"
+    by = "the target here"
+    if options.engine:
+        by = options.engine if count == 1 else f"{options.engine}, {count} sources a rank"
     totals = features.index["totals"]
     what = "prompts, which the target answers as training goes" if options.generate else "samples"
     say(
