@@ -113,6 +113,10 @@ def online_features(
 
         sources = _sources(options, tree, layers, world)
         pool = own.enter_context(Pool(sources, say=progress.say))
+        if options.engine_python and world.main:
+            say(
+                f"{options.engine} starts; what it prints is in {options.out}.{options.engine}*.log"
+            )
         source = pool.first()
         samples = OnlineSamples(
             rows,
@@ -169,7 +173,15 @@ def kept_features(
     from eagle3fn.data.keeping import keeping
 
     with keeping(folder, features, config.data.held_out, world) as keeper:
-        yield
+        try:
+            yield
+        except BaseException:
+            # Ranks that have not failed do not meet here: the next call writes the index.
+            if world.size == 1:
+                keeper.finish()
+            else:
+                keeper.flush()
+            raise
         line = keeper.finish()
         if line:
             progress.say(line)
@@ -200,6 +212,7 @@ def _encode(
         "template": [template.tokenizer.chat_template, template.arguments, template.stops],
         "rule": SAMPLE_RULE,
         "max_length": options.max_length,
+        "batch_tokens": options.batch_tokens,
         "conversations": data_hash,
         "answers": _sampling(options)._asdict() if options.generate else None,
     }
@@ -219,7 +232,7 @@ def _samples(
     """Conversations, with their answers."""
     from eagle3fn.base.cores import local_ranks, own_cores
     from eagle3fn.data.encode import describe_counts, encode_file
-    from eagle3fn.data.samples import SampleMaker
+    from eagle3fn.data.samples import NO_ANSWER, SampleMaker
 
     rejects = f"{options.out}.rejects.jsonl"
     encoded = encode_file(
@@ -234,7 +247,10 @@ def _samples(
         on_progress=progress.counter("row"),
     )
     counts = encoded.counts()
-    return encoded.samples, counts, describe_counts(counts, rejects)
+    said = describe_counts(counts, rejects)
+    if counts["dropped_reasons"].get(NO_ANSWER):
+        said.append("with --generate the target answers prompts itself")
+    return encoded.samples, counts, said
 
 
 def _prompts(

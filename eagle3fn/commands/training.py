@@ -266,11 +266,11 @@ def _notes(
     from eagle3fn.data.map_data import map_note
     from eagle3fn.data.own import foreign_note, measure_agreement
 
-    notes = []
-    if not (features.on_demand and features.on_demand.answers):
-        found = measure_agreement(features, tensors.head)
-        conversations = options.online or "CONVERSATIONS.jsonl"
-        notes = [foreign_note(found, options.target, conversations) or ""]
+    if features.on_demand and features.on_demand.answers:
+        return []  # the answers are the target's, and nothing is known of them yet
+    found = measure_agreement(features, tensors.head)
+    conversations = options.online or "CONVERSATIONS.jsonl"
+    notes = [foreign_note(found, options.target, conversations) or ""]
     held_out = config.data.held_out
     return [*notes, map_note(options.vocab, vocab_map, counted, features, held_out)]
 

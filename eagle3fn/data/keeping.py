@@ -45,6 +45,7 @@ class Keeper:
         self.trained = len(features.samples) - held_out
         self.all = len(features.samples)
         self.world = world
+        self.made_of = {"samples": features.index["table"]["sha256"], "held_out": held_out}
         sidecars = self._sidecars()
         self.kept = {int(entry["key"]) for each in sidecars for entry in each["samples"]}
         self._next = max((each["number"] for each in sidecars), default=-1) // world.size + 1
@@ -64,11 +65,15 @@ class Keeper:
                 if len(self._waiting[is_held]) == PER_SHARD:
                     self._write(is_held)
 
-    def finish(self) -> str:
-        """Write what is left and, on rank 0, the index; all ranks call. A line on what is there."""
+    def flush(self) -> None:
+        """Write what waits for a shard to be full."""
         with self._lock:
             for is_held in self._waiting:
                 self._write(is_held)
+
+    def finish(self) -> str:
+        """Write what is left and, on rank 0, the index; all ranks call. A line on what is there."""
+        self.flush()
         self.world.barrier()
         if not self.world.main:
             return ""
@@ -79,7 +84,11 @@ class Keeper:
         made = sum(len(each["samples"]) for each in sidecars)
         written = write_index(self.folder, {**self.index, "remaining": self.all - made}, sidecars)
         size = written["totals"]["bytes"] / 2**20
-        return f"{self.folder}: {made} of {self.all} samples kept, {size:.0f} MiB"
+        held_out = sum(len(each["samples"]) for each in sidecars if each["held_out"])
+        return (
+            f"{self.folder}: {made} of {self.all} samples kept, {size:.0f} MiB; to hold out the "
+            f"same ones: --set data.held_out={held_out}"
+        )
 
     def _write(self, is_held: bool) -> None:
         """Write a shard of the samples that wait."""
@@ -95,6 +104,7 @@ class Keeper:
             )
         sidecar = {
             "fingerprint": self.index["fingerprint"],
+            "set": self.made_of,
             "number": number,
             "held_out": is_held,
             "samples": entries,
@@ -113,10 +123,11 @@ class Keeper:
         found = []
         for path in sorted(self.folder.glob("shard-*.json")):
             sidecar = read_object(path)
-            if sidecar.get("fingerprint") != self.index["fingerprint"] or "number" not in sidecar:
+            same = sidecar.get("fingerprint") == self.index["fingerprint"]
+            if not same or sidecar.get("set") != self.made_of:
                 raise UserError(
-                    f"{path}: of other conversations, another target or other settings; name "
-                    "another folder with --keep, or remove this one"
+                    f"{path}: of other conversations, another target, --limit, data.held_out or "
+                    "other settings; name another folder with --keep, or remove this one"
                 )
             shard = self.folder / shard_name(sidecar["number"])
             if shard.is_file() and shard.stat().st_size == sidecar["bytes"]:

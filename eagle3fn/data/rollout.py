@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.signals import received
 from eagle3fn.base.types import Sample
 from eagle3fn.data import ledger as ledgers
 from eagle3fn.data.ledger import Ledger
@@ -33,7 +34,12 @@ MOST_REOPENED = 8
 _LONGEST_PAUSE = 60.0  # seconds before a source is opened again
 _LEAST_LEASE = 60.0  # seconds
 _LEASE_FACTOR = 10.0  # of the time that a group takes by the pace so far
+_STOPPING = 10.0  # seconds that samples are waited for once a signal asks the program to end
 _CLOSING = 5.0  # seconds that a stage waits for a source that is at work when it is closed
+
+
+class StopRequested(UserError):
+    """A signal asks the program to end, and the samples that come next are not there."""
 
 
 class Group(NamedTuple):
@@ -288,6 +294,7 @@ def rolled_out(
 
     Raises:
         UserError: a source's answer cannot be right; sources ended again and again; none is left.
+        StopRequested: a signal came, and no answer did for ten seconds.
     """
     work = _Work(pool, ask)
     coming = iter(groups)
@@ -343,10 +350,19 @@ class _Work:
 
     def take(self) -> list[Sample]:
         """The samples of the next group, once they are there."""
+        stopping: float | None = None  # when a signal was seen
         with self.changed:
             while self.next not in self.samples:
                 if self.fault is not None:
                     raise self.fault
+                if self.pool.closed.is_set():
+                    raise UserError("the sources are closed: ask for samples within their block")
+                if received() is not None:
+                    stopping = stopping or time.monotonic()
+                    if time.monotonic() - stopping > _STOPPING:
+                        raise StopRequested(
+                            "stopped while samples were waited for; look at the sources' logs"
+                        )
                 self.is_awaited = True
                 self.changed.wait(1.0)
             self.is_awaited = False

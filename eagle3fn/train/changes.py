@@ -44,6 +44,10 @@ RENAMED = {"optimizer.horizon": "optimizer.schedule_steps"}
 GONE = {"data.mask_alignment": "serving", "data.order": "shuffled"}
 """Settings of older checkpoints that now always have this value."""
 
+_OF_FEATURES = (
+    " (online: of conversations, --limit, --max-length, --batch-tokens, --dtype, --engine or "
+    "--generate)"
+)
 RECIPE = "recipe"  # among the data's hashes, where a checkpoint keeps its name
 THREADS = "threads"
 
@@ -207,7 +211,8 @@ def _refused(path: Path, change: Change, names: Collection[str]) -> UserError:
             f"name it again, or {remedy}"
         )
     if change.hashed:
-        return UserError(f"{path}: written for other {change.name}; name them again, or {remedy}")
+        name = change.name + (_OF_FEATURES if change.name == "features" else "")
+        return UserError(f"{path}: written for other {name}; name them again, or {remedy}")
     if change.name == THREADS:
         return UserError(
             f"{path}: written by ranks of {change.was} threads, these have {change.now}: under "

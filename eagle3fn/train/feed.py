@@ -15,12 +15,14 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
 from eagle3fn.base.types import Batch
+from eagle3fn.data.rollout import StopRequested
 
 
 class Announced(NamedTuple):
     """What a rank says of its next batch."""
 
     fault: str | None  # why it has none
+    stops: bool  # it has none, as a signal asks it to end
     counts: Tensor | None  # rows trained at each unroll step, where ranks know their own alone
 
 
@@ -47,7 +49,7 @@ class Feed:
         return self
 
     def __next__(self) -> tuple[Batch, ...]:
-        """The next update's batches.
+        """The next update's batches; the end, too, where a signal came and they do not.
 
         Raises:
             UserError: this rank's sources have failed, or another's.
@@ -55,14 +57,17 @@ class Feed:
         begin = time.monotonic()
         micro: tuple[Batch, ...] | None = None
         fault: Exception | None = None
+        stops = False
         try:
             micro = next(self._items, None)
+        except StopRequested:
+            stops = True
         except Exception as error:
             fault = error
         self._waited += time.monotonic() - begin
 
         if self._world.size > 1:
-            micro = self._agreed(micro, fault)
+            micro = self._agreed(micro, fault, stops)
         if fault is not None:
             raise fault
         if micro is None:
@@ -70,21 +75,23 @@ class Feed:
         return micro
 
     def _agreed(
-        self, micro: tuple[Batch, ...] | None, fault: Exception | None
+        self, micro: tuple[Batch, ...] | None, fault: Exception | None, stops: bool
     ) -> tuple[Batch, ...] | None:
-        """The batches, once all ranks have theirs, with the counts of all.
+        """The batches, once all ranks have theirs, with the counts of all; None where one stops.
 
         Raises:
             UserError: another rank has none.
         """
         counts = micro[0].row_counts if micro and self._counted else None
         own = Announced(
-            None if fault is None else str(fault), None if counts is None else counts.cpu()
+            None if fault is None else str(fault), stops, None if counts is None else counts.cpu()
         )
         every: list[Announced] = self._world.every(own)
         for rank, other in enumerate(every):
             if other.fault and fault is None:
                 raise UserError(f"rank {rank}: {other.fault}")
+        if any(other.stops for other in every):
+            return None
         if micro is None or fault is not None or counts is None:
             return micro
         total = (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.device import to_device
+from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Params
 from eagle3fn.data.order import shuffled
@@ -44,15 +45,27 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
 
     # A sample's losses are means over its rows: back to sums, which add up.
     own: list[tuple[Aux, Tensor]] = []
-    with torch.no_grad():
-        for (batch,) in samples:
-            _, aux = run.fns.forward_loss(params, to_device(batch, run.device))
-            aux = to_device(aux, "cpu")
-            count = _averaged_rows(aux, run, batch.attention_mask.numel())
-            own.append((aux._replace(losses=aux.losses * count), count))
+    fault: UserError | None = None
+    try:
+        with torch.no_grad():
+            for (batch,) in samples:
+                _, aux = run.fns.forward_loss(params, to_device(batch, run.device))
+                aux = to_device(aux, "cpu")
+                count = _averaged_rows(aux, run, batch.attention_mask.numel())
+                own.append((aux._replace(losses=aux.losses * count), count))
+    except UserError as error:
+        if run.features.on_demand is None:
+            raise
+        fault = error  # of a rank's sources: all ranks leave together, and save before
 
     # Over all ranks, in the samples' order.
-    every = [part for rank in run.world.every(own) for part in rank]
+    shared = run.world.every((own, None if fault is None else str(fault)))
+    if fault is not None:
+        raise fault
+    for rank, (_, text) in enumerate(shared):
+        if text is not None:
+            raise UserError(f"rank {rank}: {text}")
+    every = [part for parts, _ in shared for part in parts]
     total, count = reduce(partial(tree_map, torch.add), every)
     losses = total.losses / count.clamp_min(1e-8)
     decay = run.config.objective.decay

@@ -3,10 +3,11 @@
 A resumed run is bit-identical.
 """
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -107,6 +108,8 @@ def train(
         if point.branches:
             loop_state = _evaluate(run, state, loop_state, events)
             _save(run, state, loop_state)
+        elif _lacks_evaluation(run, point.step):
+            loop_state = _evaluate(run, state, loop_state, events)
         if not end.finished:
             # A signal before this ends the program: nothing is lost that is not on the disk.
             with signals_noted() as stop_requested:
@@ -116,6 +119,21 @@ def train(
         if world.main:
             _report_end(run, end_of(run, int(state.step), loop_state), loop_state, events)
         return state
+
+
+def _lacks_evaluation(run: Run, step: int) -> bool:
+    """Whether the run ended at an evaluation whose features did not come; the same on all ranks."""
+    settings = run.config.train
+    if not (run.features.on_demand and step):
+        return False
+    if step != settings.steps and step % settings.eval_every:
+        return False
+    lacks = False
+    if run.world.main:
+        path = run.out / "eval.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        lacks = all(json.loads(line).get("step") != step for line in lines)
+    return run.world.shared(lacks)
 
 
 def _report_end(run: Run, end: End, loop_state: LoopState, events: Events) -> None:
@@ -184,8 +202,7 @@ def _steps(
             except UserError:
                 # Before the state changes: what was made so far is kept.
                 loop_state = report_all()
-                if number - 1 > start:
-                    _save(run, state, loop_state)
+                _save_progress(run, state, start, loop_state)
                 raise
             state, metrics = run.fns.step(state, micro, donate=True, rate=rate)
             pending.append(PendingStep(number, begin, metrics))
@@ -197,7 +214,8 @@ def _steps(
             loop_state = _report(run, pending, loop_state, events, wait)
 
             if evaluates:
-                loop_state = _evaluate(run, state, loop_state, events)
+                with _on_user_error(keep_finished):
+                    loop_state = _evaluate(run, state, loop_state, events)
 
             # A stop on one rank stops all: they must leave at the same step.
             early = end_of(run, number, loop_state).early
@@ -207,13 +225,38 @@ def _steps(
                 _save(run, state, loop_state)
             if stop:
                 break
+        else:
+            # Without its last update, where a signal came while samples were waited for.
+            _keep_cut(run, state, start, last, loop_state)
     _report_waited(run, feed, events)
     return state, loop_state
 
 
+@contextmanager
+def _on_user_error(before: Callable[[], object]) -> Iterator[None]:
+    """Call `before` where the block raises a user error."""
+    try:
+        yield
+    except UserError:
+        before()
+        raise
+
+
 def _keep_finished(run: Run, state: TrainState, start: int, loop_state: LoopState) -> None:
     """Save what was trained, where sources end with an error, as they may at any time."""
-    if run.features.on_demand and int(state.step) > start:
+    if run.features.on_demand:
+        _save_progress(run, state, start, loop_state)
+
+
+def _keep_cut(run: Run, state: TrainState, start: int, last: int, loop_state: LoopState) -> None:
+    """Save what was trained, where that is less than this call was to train."""
+    if int(state.step) < last:
+        _save_progress(run, state, start, loop_state)
+
+
+def _save_progress(run: Run, state: TrainState, start: int, loop_state: LoopState) -> None:
+    """Save a state that this call has moved on from `start`."""
+    if int(state.step) > start:
         _save(run, state, loop_state)
 
 

@@ -16,8 +16,17 @@ from hypothesis import strategies as st
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.types import Sample
+from eagle3fn.data import rollout
 from eagle3fn.data.on_demand import OnlineSamples, Widths
-from eagle3fn.data.rollout import MOST_ATTEMPTS, MOST_REOPENED, Group, Pool, Source, rolled_out
+from eagle3fn.data.rollout import (
+    MOST_ATTEMPTS,
+    MOST_REOPENED,
+    Group,
+    Pool,
+    Source,
+    StopRequested,
+    rolled_out,
+)
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import FeatureSource
 from eagle3fn.data.stages import Item, Share
@@ -375,3 +384,21 @@ def test_who_waits_comes_before_what_is_rolled_out_ahead():
         keys = [key for _, key in sources.asked]
     between = keys[keys.index(400) : keys.index(419)]
     assert sum(key < 400 for key in between) <= 8
+
+
+def test_samples_of_a_closed_pool_are_refused():
+    with Pool([Sources().source("one")]) as pool:
+        pass
+    with pytest.raises(UserError, match="the sources are closed"):
+        list(rolled_out(groups_of(1), pool, ask, BYTES))
+
+
+def test_a_signal_ends_the_wait_for_a_source_that_hangs(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(rollout, "_STOPPING", 0.05)
+    monkeypatch.setattr(rollout, "received", lambda: 15)
+    sources = Sources(lambda name, key: key == "open" or release.wait(PATIENCE_S))
+    with Pool([sources.source("one")]) as pool:
+        with pytest.raises(StopRequested, match="stopped while samples were waited for"):
+            list(rolled_out(groups_of(1), pool, ask, BYTES))
+        release.set()

@@ -22,6 +22,7 @@ from eagle3fn.data.sources import model_source
 from eagle3fn.data.stages import Item, Share
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
+from eagle3fn.train import loop
 from eagle3fn.train.feed import Announced, Feed
 from tests.small_run import write_run
 from tests.train.run_files import rows, same_end
@@ -166,14 +167,14 @@ def micro(counts: list[int]) -> Batch:
 
 
 def test_row_counts_of_ranks_that_know_their_own_are_added_up():
-    other = Announced(None, torch.tensor([4, 5]))
+    other = Announced(None, False, torch.tensor([4, 5]))
     (batches,) = islice(Feed(iter([(micro([1, 2]),)]), two_ranks(other), counted=True), 1)
     assert batches[0].row_counts is not None
     assert batches[0].row_counts.tolist() == [5, 7]
 
 
 def test_a_rank_stops_where_another_has_no_batch():
-    feed = Feed(iter([(micro([1]),)]), two_ranks(Announced("its source is gone", None)))
+    feed = Feed(iter([(micro([1]),)]), two_ranks(Announced("its source is gone", False, None)))
     with pytest.raises(UserError, match="rank 1: its source is gone"):
         next(feed)
 
@@ -185,7 +186,9 @@ def test_kept_features_train_the_same_draft(world, tmp_path, capsys):
     """After one epoch all samples are there, the held-out ones last, with their bits."""
     keep = ("--keep", str(tmp_path / "kept"))
     assert main(online(world, tmp_path / "run", *keep, "--max-steps", "2")) == 0
-    assert f"{tmp_path / 'kept'}: 6 of 10 samples kept" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'kept'}: 6 of 10 samples kept" in printed
+    assert "--set data.held_out=2" in printed
     assert main(online(world, tmp_path / "run", *keep)) == 0
     assert same_end(world / "offline", tmp_path / "run", 7)
 
@@ -202,12 +205,35 @@ def test_kept_features_train_the_same_draft(world, tmp_path, capsys):
     assert main(again) == 0
 
 
-def test_kept_features_of_other_settings_are_refused(world, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "other", [("--max-length", "100"), ("--limit", "9"), ("--set", "data.held_out=1")]
+)
+def test_kept_features_of_other_settings_are_refused(world, tmp_path, capsys, other):
     keep = ("--keep", str(tmp_path / "kept"))
-    assert main(online(world, tmp_path / "run", *keep)) == 0
-    other = [*online(world, tmp_path / "other", *keep), "--max-length", "100"]
-    assert main(other) == 2
+    assert main(online(world, tmp_path / "run", *keep, "--max-steps", "1")) == 0
+    assert main([*online(world, tmp_path / "other", *keep), *other]) == 2
     assert "shard-00000.json: of other conversations" in capsys.readouterr().err
+
+
+def test_sources_that_fail_in_an_evaluation_lose_no_update(world, tmp_path, monkeypatch, capsys):
+    """What was trained is saved, what passed is kept; the next call evaluates, and goes on."""
+    evaluate = loop.evaluate_held_out
+
+    def failing(run, params):
+        if len(rows(run.out / "metrics.jsonl")) == 3:
+            raise UserError("source 1: gone for good")
+        return evaluate(run, params)
+
+    arguments = online(world, tmp_path / "run", "--keep", str(tmp_path / "kept"))
+    monkeypatch.setattr(loop, "evaluate_held_out", failing)
+    assert main(arguments) == 2
+    assert "source 1: gone for good" in capsys.readouterr().err
+    assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
+    assert len(open_features(tmp_path / "kept").samples) > 0
+
+    monkeypatch.setattr(loop, "evaluate_held_out", evaluate)
+    assert main(arguments) == 0
+    assert same_end(world / "offline", tmp_path / "run", 7)
 
 
 # Answers that the target writes
