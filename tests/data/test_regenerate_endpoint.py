@@ -305,6 +305,7 @@ def test_a_wrong_address_is_refused_at_once(server, tmp_path):
     with pytest.raises(UserError, match=r"answered no JSON object but '<html>"):
         answer(server, prompts, tmp_path / "c")
     assert len(server.bodies) == 1
+    server.shutdown()  # closed while it listens, it could still take a connection and break it
     server.server_close()
     with pytest.raises(UserError, match=r"no server there \("):
         answer(server, prompts, tmp_path / "c")
