@@ -6,7 +6,12 @@ Trains by `train --online --engine transformers`, so that the target is another 
 `train --features` on what `extract` writes of the same conversations. After each update the
 training process's anonymous memory is read, which has no mapped file in it. Samples are short, the
 unroll is one step and the buffer is 32 MiB: what is looked at is what samples that have passed
-leave in memory. The last line is JSON: bytes after some of the samples, of both.
+leave in memory.
+
+Each of `KINDS` is trained both ways. glibc gives freed blocks of 128 KiB and more back to the
+system, as otherwise its heap grows by fragments. In bfloat16 oneDNN compiles a kernel for each
+shape of a product, and the number of supervised rows differs from update to update: it keeps up to
+1,024 of them, or none. The last line is JSON: bytes after some of the samples.
 """
 
 import sys
@@ -31,7 +36,7 @@ from bench.memory import status
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.provenance import provenance
 
-MARKS = (200, 500, 1000, 1500)  # samples after which memory is read, and at the end
+MARKS = (200, 500, 1000, 1500, 1900)  # samples after which memory is read, and at the end
 BUFFER = 1 / 32  # GiB
 BATCH = 20  # samples of an update
 LENGTH = 48  # tokens of a sample
@@ -43,6 +48,23 @@ SETTINGS = (
     "optimizer.name=adamw",
 )
 _PAUSE = 0.05  # seconds between two looks
+
+
+class Kind(NamedTuple):
+    """How a training computes."""
+
+    dtype: str
+    variables: dict[str, str]  # of the process's environment
+
+
+_GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # bytes
+KINDS = {
+    "float32": Kind("float32", _GIVES_BACK),
+    "bfloat16": Kind("bfloat16", _GIVES_BACK),
+    "bfloat16, no kernel kept": Kind(
+        "bfloat16", {**_GIVES_BACK, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+    ),
+}
 
 
 class Look(NamedTuple):
@@ -59,13 +81,13 @@ def parse() -> argparse.Namespace:
     add("--conversations", required=True)
     add("--vocab", required=True, help="a vocabulary map of the target")
     add("--samples", type=int, default=2000, help="trained on (default 2000)")
-    common.add_dtype(parser)
+    add("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="default: all")
     add_arguments(parser)
     return parser.parse_args()
 
 
-def memory_of_both(options: argparse.Namespace) -> dict[str, Any]:
-    """The memory of both trainings, at the marks and at the end.
+def memory_of_all(options: argparse.Namespace) -> dict[str, Any]:
+    """The memory of both trainings of each kind, at the marks and at the end.
 
     Raises:
         UserError: a command ends with an error.
@@ -75,31 +97,40 @@ def memory_of_both(options: argparse.Namespace) -> dict[str, Any]:
         "batch": BATCH,
         "max_length": LENGTH,
         "samples": max(1, options.samples // BATCH) * BATCH,
+        "kinds": {},
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        features = folder / "features"
-        extraction = ["extract", "--conversations", options.conversations, "--out", str(features)]
-        _end(_start(options, [*extraction, "--max-length", str(LENGTH)], folder / "log"), folder)
-
-        online = ["--online", options.conversations, "--max-length", str(LENGTH)]
-        online += ["--engine", "transformers", "--dtype", options.dtype, "--buffer", str(BUFFER)]
-        for side, words in (("files", ["--features", str(features)]), ("online", online)):
-            result[side] = _memory_of(options, words, folder / side)
+    for name in options.kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            result["kinds"][name] = _memory_of_both(options, KINDS[name], Path(folder))
     return result
 
 
-def _memory_of(options: argparse.Namespace, words: list[str], folder: Path) -> list[dict[str, int]]:
+def _memory_of_both(options: argparse.Namespace, kind: Kind, folder: Path) -> dict[str, Any]:
+    """The memory of a training from files, and of one whose features come as it goes."""
+    features = folder / "features"
+    extraction = ["extract", "--conversations", options.conversations, "--out", str(features)]
+    extraction += ["--max-length", str(LENGTH), "--dtype", kind.dtype]
+    _end(_start(options, extraction, kind, folder / "log"), folder)
+
+    online = ["--online", options.conversations, "--max-length", str(LENGTH)]
+    online += ["--engine", "transformers", "--dtype", kind.dtype, "--buffer", str(BUFFER)]
+    words = {"files": ["--features", str(features)], "online": online}
+    return {side: _memory_of(options, words[side], kind, folder / side) for side in words}
+
+
+def _memory_of(
+    options: argparse.Namespace, words: list[str], kind: Kind, folder: Path
+) -> list[dict[str, int]]:
     """The memory of one training."""
     folder.mkdir()
     updates = max(1, options.samples // BATCH)
     out = folder / "run"
     command = ["train", "--vocab", options.vocab, "--out", str(out), *words]
     settings = [*SETTINGS, f"data.global_batch={BATCH}", f"train.steps={updates}"]
-    for setting in [*settings, f"train.dtype={options.dtype}"]:
+    for setting in [*settings, f"train.dtype={kind.dtype}"]:
         command += ["--set", setting]
 
-    process = _start(options, command, folder / "log")
+    process = _start(options, command, kind, folder / "log")
     try:
         looks = _watch(process, out / "metrics.jsonl")
     finally:
@@ -111,11 +142,13 @@ def _memory_of(options: argparse.Namespace, words: list[str], folder: Path) -> l
     return [look._asdict() for look in [*chosen, looks[-1]]]
 
 
-def _start(options: argparse.Namespace, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def _start(
+    options: argparse.Namespace, words: list[str], kind: Kind, log: Path
+) -> subprocess.Popen[bytes]:
     """A command of the package, which prints to a log."""
     command = [sys.executable, "-m", "eagle3fn.cli", words[0], "--target", options.target]
     command += ["--threads", str(options.threads), *words[1:]]
-    variables = {**os.environ, "PYTHONPATH": str(common.ROOT)}
+    variables = {**os.environ, **kind.variables, "PYTHONPATH": str(common.ROOT)}
     with log.open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, env=variables)
 
@@ -143,11 +176,11 @@ def _watch(process: subprocess.Popen[bytes], metrics: Path) -> list[Look]:
 
 def main() -> int:
     options = parse()
-    names = ("dtype", "threads", "samples")
+    names = ("threads", "samples")
     result = {
         "settings": {name: getattr(options, name) for name in names},
         "target": Path(options.target).name,
-        **memory_of_both(options),
+        **memory_of_all(options),
         **provenance(),
     }
     common.finish(result, options.out, "online-memory")

@@ -8,7 +8,7 @@ from argparse import Namespace
 from bench import online
 from bench.memory import status
 from bench.online import Rounds, Trained, summary
-from bench.online_memory import memory_of_both
+from bench.online_memory import memory_of_all
 from tests.factories import write_talks
 from tests.small_run import write_run
 
@@ -59,13 +59,13 @@ def test_memory_is_read_from_the_training_processes(tmp_path):
         conversations=str(write_talks(tmp_path / "many.jsonl", 30)),
         vocab=str(world / "vocab.safetensors"),
         threads=1,
-        dtype="float32",
+        kinds=["float32"],
         samples=220,
     )
-    found = memory_of_both(options)
+    found = memory_of_all(options)
     assert found["samples"] == 220
     for side in ("files", "online"):
-        first, last = found[side]
+        first, last = found["kinds"]["float32"][side]
         assert 200 <= first["samples"] <= last["samples"] <= 220
         assert 2**26 < first["memory"] < 2**32
 
