@@ -5,6 +5,7 @@ The sources are functions that fail, wait or answer wrongly by a plan; no model 
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -121,6 +122,51 @@ def test_group_that_ends_every_source_is_given_up_after_what_came_before_it():
     assert sources.times(2) == MOST_ATTEMPTS
 
 
+def test_group_that_ended_a_source_is_left_to_one_that_is_well(monkeypatch):
+    """So a source that always ends gives no group up, though the other one is busy for long."""
+    release = threading.Event()
+    looks = []  # of s0 for a group, since it was asked last, while s1 is busy
+
+    def act(name, key):
+        if name == "s0" and key != "open":
+            looks.clear()
+            gone()
+        if name == "s1" and key != "open":
+            release.wait(PATIENCE_S)
+
+    def look(stage):
+        if threading.current_thread().name == "s0" and sources.keys_of("s1"):
+            looks.append(stage)
+            if len(looks) == 2:
+                release.set()
+
+    sources = Sources(act)
+    pool = pool_of(sources, 2, least_lease=PATIENCE_S)
+    on_each_look(pool, look, monkeypatch)
+    assert roll(pool, 2) == [0, 1]
+    keys = sources.keys_of("s0")
+    assert keys
+    assert len(keys) == len(set(keys))
+
+
+def test_group_that_ended_a_source_is_asked_of_it_again_where_no_other_is_well():
+    left = [0]
+
+    def act(name, key):
+        if name == "s1" or (key in left and not left.remove(key)):
+            gone()
+
+    sources = Sources(act)
+    assert roll(pool_of(sources, 2), 3) == [0, 1, 2]
+    assert sources.keys_of("s0") == [0, 0, 1, 2]
+
+
+def on_each_look(pool, look, monkeypatch) -> None:
+    """Call `look(stage)` before each look of a source's thread for a group that waits."""
+    gives_way = pool.gives_way
+    monkeypatch.setattr(pool, "gives_way", lambda stage: look(stage) or gives_way(stage))
+
+
 def test_run_goes_on_with_the_sources_that_are_left_and_ends_with_the_last():
     def dead(names):
         return Sources(lambda name, key: gone() if name in names and key == "open" else None)
@@ -132,6 +178,70 @@ def test_run_goes_on_with_the_sources_that_are_left_and_ends_with_the_last():
 
     with pytest.raises(UserError, match="no source is left: toy: was killed"):
         roll(pool_of(dead(["s0", "s1"]), 2, pause=1e-5), 4)
+
+
+# Stages that share a pool
+
+
+def test_sources_are_left_to_the_stage_whose_consumer_waits(monkeypatch):
+    """An evaluation's samples do not queue up between all that training's buffer has room for."""
+    evaluates = threading.Event()
+    release = threading.Event()
+    stages = []
+    looks = []  # of training for its group 1, while the evaluation waits for its group 9
+    times = []
+
+    def act(name, key):
+        if key == 1 and sources.times(1) == 1:
+            evaluates.wait(PATIENCE_S)
+            gone()
+        if key == 9:
+            release.wait(PATIENCE_S)
+            times.append(sources.times(1))
+
+    def look(stage):
+        stages.append(stage)
+        if stage is stages[0] and pool.counts.again:
+            looks.append(stage)
+            if len(looks) == 4:
+                release.set()
+
+    def evaluation() -> list[int]:
+        with closing(rolled_out(groups_of(10)[9:], pool, ask, BYTES)) as rolled:
+            return [group.key for group, _ in rolled]
+
+    sources = Sources(act)
+    pool = pool_of(sources, 3, least_lease=PATIENCE_S)
+    waits = pool.gives_way
+    on_each_look(pool, look, monkeypatch)
+    with (
+        pool,
+        ThreadPoolExecutor(1) as threads,
+        closing(rolled_out(groups_of(3), pool, ask, 2 * BYTES)) as training,
+    ):
+        assert next(training)[0].key == 0
+        await_that(lambda: sources.times(1))
+        evaluated = threads.submit(evaluation)
+        await_that(lambda: sources.times(9) and waits("another"))
+        evaluates.set()
+        assert evaluated.result(PATIENCE_S) == [9]
+        assert [group.key for group, _ in training] == [1, 2]
+    assert times == [1]
+
+
+def test_stage_that_ended_while_it_waited_is_not_waited_for():
+    wrong = UserError("wrong answer")
+
+    def act(name, key):
+        if key != "open":
+            await_that(lambda: pool.gives_way("another"))
+            raise wrong
+
+    pool = pool_of(Sources(act), 1)
+    with pool:
+        with pytest.raises(UserError, match="wrong answer"):
+            list(rolled_out(groups_of(1), pool, ask, BYTES))
+        assert not pool.gives_way("another")
 
 
 # Room, and the end
@@ -190,9 +300,18 @@ def test_samples_of_a_closed_pool_are_refused():
 def test_a_signal_ends_the_wait_for_a_source_that_hangs(monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(rollout, "_STOPPING", 0.05)
+    monkeypatch.setattr(rollout, "_CLOSING", 0.05)
     monkeypatch.setattr(rollout, "received", lambda: 15)
     sources = Sources(lambda name, key: key == "open" or release.wait(PATIENCE_S))
     with Pool([sources.source("one")]) as pool:
         with pytest.raises(StopRequested, match="stopped while samples were waited for"):
             list(rolled_out(groups_of(1), pool, ask, BYTES))
         release.set()
+
+
+def test_samples_that_come_soon_after_a_signal_are_taken(monkeypatch):
+    """The update is made of them, and saved."""
+    looks = []
+    monkeypatch.setattr(rollout, "received", lambda: looks.append(15) or 15)
+    sources = Sources(lambda name, key: key == "open" or await_that(lambda: len(looks) >= 2))
+    assert roll(pool_of(sources, 1), 1) == [0]

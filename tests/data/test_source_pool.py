@@ -95,6 +95,15 @@ def test_stage_gives_way_where_another_one_waits_and_it_does_not(waits, stage, g
 # The end
 
 
+def test_closed_pool_opens_nothing():
+    sources = Sources()
+    with pool_of(sources, 1) as pool:
+        pass
+    with pytest.raises(EngineGone, match="s0: was closed"):
+        pool.first()
+    assert not sources.opened
+
+
 @pytest.mark.parametrize("when", ["opened", "asked"])
 def test_closed_pool_abandons_what_is_opened_or_asked(when):
     """The thread that waits for the source ends at once, by `EngineGone`."""
