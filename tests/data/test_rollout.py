@@ -192,6 +192,8 @@ def test_sources_are_left_to_the_stage_whose_consumer_waits(monkeypatch):
     times = []
 
     def act(name, key):
+        if key == 0:
+            await_that(lambda: waits("another"))
         if key == 1 and sources.times(1) == 1:
             evaluates.wait(PATIENCE_S)
             gone()
@@ -220,6 +222,7 @@ def test_sources_are_left_to_the_stage_whose_consumer_waits(monkeypatch):
         closing(rolled_out(groups_of(3), pool, ask, 2 * BYTES)) as training,
     ):
         assert next(training)[0].key == 0
+        assert not waits("another")
         await_that(lambda: sources.times(1))
         evaluated = threads.submit(evaluation)
         await_that(lambda: sources.times(9) and waits("another"))

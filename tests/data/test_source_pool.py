@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 import pytest
 
 from eagle3fn.base.errors import EngineGone, UserError
+from eagle3fn.data import rollout
 from eagle3fn.data.rollout import rolled_out
 from eagle3fn.data.source_pool import MOST_REOPENED, Pool, Source
 from tests.data.planned_sources import BYTES, Sources, ask, gone, groups_of, pool_of
@@ -133,19 +134,18 @@ def test_closed_pool_abandons_what_is_opened_or_asked(when):
     assert seen == [True]
 
 
-def test_source_that_opens_after_the_pool_is_closed_is_closed_too():
-    release = threading.Event()
+def test_source_that_opens_after_the_pool_is_closed_is_closed_too(monkeypatch):
+    monkeypatch.setattr(rollout, "_CLOSING", 0.05)
     opening = threading.Event()
 
     def act(name, key):
         if name == "s1" and key == "open":
             opening.set()
-            release.wait(PATIENCE_S)
+            assert pool.closed.wait(PATIENCE_S)
 
     sources = Sources(act)
     with pool_of(sources, 2) as pool, closing(rolled_out(groups_of(1), pool, ask, BYTES)) as rolled:
         next(rolled)
         assert opening.wait(PATIENCE_S)
-        threading.Timer(0.1, release.set).start()
     await_that(lambda: sources.opened == sources.closed)
     assert sources.closed == {"s0": 1, "s1": 1}

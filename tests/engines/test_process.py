@@ -159,12 +159,13 @@ def test_close_ends_the_wait_of_another_thread(begin):
         engine.ask({"value": "1"})
 
 
-def test_an_interrupted_engine_does_not_finish_its_answer(begin, tmp_path):
+def test_an_interrupted_engine_does_not_finish_its_answer(begin, tmp_path, monkeypatch):
     """An interrupt leaves the block; another thread waits for the answer."""
+    monkeypatch.setattr(process, "EXIT_SECONDS", 60.0)
     busy = tmp_path / "busy"
     with ThreadPoolExecutor(1) as pool:
         with pytest.raises(KeyboardInterrupt), begin() as engine:
-            request = {"value": f"os.mkdir({str(busy)!r}) or time.sleep(60)"}
+            request = {"value": f"os.mkdir({str(busy)!r}) or time.sleep(4)"}
             waiting = pool.submit(engine.ask, request)
             await_that(busy.exists)
             raise KeyboardInterrupt
