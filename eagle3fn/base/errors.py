@@ -1,4 +1,4 @@
-"""User errors: one type, raised with what is wrong, where, and what to do."""
+"""User errors, raised with what is wrong, where, and what to do."""
 
 from typing import Any
 
@@ -7,6 +7,13 @@ class UserError(ValueError):
     """Bad input or configuration. The message names the file or value, the constraint, the remedy.
 
     The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class EngineGone(UserError):
+    """An engine died, was silent for too long, or cannot be reached: it may answer another time.
+
+    What an engine says of a request, and an answer that is wrong, is a plain `UserError`.
     """
 
 

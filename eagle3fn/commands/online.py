@@ -1,5 +1,6 @@
 """What `train --online` opens: conversations or prompts, and the sources of their features."""
 
+import threading
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from eagle3fn.data.features import FeatureSet
     from eagle3fn.data.generate import Sampling
     from eagle3fn.data.on_demand import OnlineSamples
-    from eagle3fn.data.rollout import Source
     from eagle3fn.data.sample_file import SampleFile
+    from eagle3fn.data.source_pool import Source
     from eagle3fn.data.sources import FeatureSource
     from eagle3fn.data.template import ChatTemplate
 
@@ -99,8 +100,8 @@ def online_features(
     """
     from eagle3fn.data.on_demand import OnlineSamples, Widths
     from eagle3fn.data.online import STORED, MadeFrom, online_set
-    from eagle3fn.data.rollout import Pool
     from eagle3fn.data.sample_file import samples_on_ranks
+    from eagle3fn.data.source_pool import Pool
 
     with ExitStack() as own:
         path = Path(f"{options.out}.samples")
@@ -288,11 +289,11 @@ def _sources(
 ) -> "Sequence[Source]":
     """The target in this process; or an engine's processes; or its running servers."""
     from eagle3fn.base.device import check_device
-    from eagle3fn.data.rollout import Source
+    from eagle3fn.data.source_pool import Source
 
     if not options.engine:
         device = check_device(world.device(options.target_device, "--target-device"))
-        return [Source("the target", lambda: _alone(model_source(options, layers, device)))]
+        return [Source("the target", lambda _: _alone(model_source(options, layers, device)))]
 
     if options.engine == "vllm" and options.engine_url:
         return [
@@ -309,9 +310,13 @@ def _sources(
 
 
 def _engine(
-    options: Any, tree: dict[str, Any], layers: tuple[int, ...], log: str
+    options: Any,
+    tree: dict[str, Any],
+    layers: tuple[int, ...],
+    log: str,
+    abandoned: threading.Event,
 ) -> "AbstractContextManager[FeatureSource]":
-    return _alone(engine_source(options, tree, layers, log, progress.say))
+    return _alone(engine_source(options, tree, layers, log, progress.say, abandoned))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ an argument.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,7 @@ def engine_source(
     layers: tuple[int, ...],
     log: str,
     say: Callable[[str], None],
+    abandoned: threading.Event | None = None,
 ) -> "Iterator[tuple[FeatureSource, Any]]":
     """An engine as a source of features, and the target's tokenizer; it ends with the context.
 
@@ -133,6 +135,7 @@ def engine_source(
         layers: the tapped decoder layers, ascending and counted from 0.
         log: path of the file into which an engine in a process of its own writes.
         say: called with one line on how the engine's first row compares.
+        abandoned: as of `engines.process.EngineProcess`.
 
     Raises:
         UserError: samples as long as the target's limit; files that cannot be read; an engine that
@@ -152,7 +155,7 @@ def engine_source(
     tokenizer = load_tokenizer(options.target)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     stamps = target_stamps(options.target)
-    with open_engine(options, tree, layers, dtype, arguments, log) as engine:
+    with open_engine(options, tree, layers, dtype, arguments, log, abandoned) as engine:
         if getattr(options, "generate", False):
             _check_temperature(options, engine)
         source = engine_source(
@@ -204,6 +207,7 @@ def open_engine(
     dtype: "torch.dtype | None",
     arguments: dict[str, Any],
     log: str,
+    abandoned: threading.Event | None = None,
 ) -> "AbstractContextManager[HiddenStates]":
     """The engine that the options name; it is started, or its server asked, at once.
 
@@ -215,6 +219,7 @@ def open_engine(
         dtype: what it computes in; None, the engine's choice.
         arguments: of the engine's own, by name.
         log: path of the file into which an engine in a process of its own writes.
+        abandoned: as of `engines.process.EngineProcess`; a running server is left as it is.
 
     Raises:
         UserError: it does not start or answer.
@@ -234,6 +239,7 @@ def open_engine(
             dtype=dtype,
             device=_transformers_device(arguments),
             threads=options.threads,
+            abandoned=abandoned,
         )
     if options.engine == "sglang":
         return SglangServers(options.engine_url, layers, dtype=dtype)
@@ -250,6 +256,7 @@ def open_engine(
         dtype=dtype,
         arguments=arguments,
         threads=options.threads,
+        abandoned=abandoned,
     )
 
 

@@ -17,9 +17,10 @@ import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.signals import children_spared
+from eagle3fn.base.stamps import Stamps
 from eagle3fn.data.rejects import MEND_OR_SKIP, Dropped, rejecting
 from eagle3fn.data.row_files import FileRow, read_rows
-from eagle3fn.data.row_stamps import Stamps, check_stamps, stamps_of
+from eagle3fn.data.row_stamps import check_stamps, stamps_of
 from eagle3fn.data.row_values import name_of
 from eagle3fn.data.sample_file import PackedSample, SampleFile, pack
 from eagle3fn.data.samples import (

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.stamps import Stamps
 from eagle3fn.base.types import Sample
 from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.generate import Sampling
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import FeatureSource, answered, target_record, token_batches
 from eagle3fn.data.target import load_target
-from eagle3fn.data.target_files import Stamps
 from eagle3fn.data.target_source import config_hash, loaded_config, weights_folder
 from eagle3fn.data.target_tensors import StoredTarget, read_stored_target
 from eagle3fn.data.weights import files_digest, weight_files

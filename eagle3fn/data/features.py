@@ -15,6 +15,7 @@ from torch import Tensor
 from eagle3fn.base.draft_config import DEFAULT_TAPS
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import sha256
+from eagle3fn.base.stamps import Stamp, Stamps, stamp_of
 from eagle3fn.base.types import Sample
 from eagle3fn.data.feature_index import read_index
 from eagle3fn.data.feature_writing import STORED, stored_names, tokens_digest
@@ -84,7 +85,7 @@ class FeatureSet(NamedTuple):
     vocab_size: int | None  # V, if known
     hidden_size: int | None  # Ht, if known
     # Shards whose bytes were compared with the index's hash, as the file was: inode, bytes, time.
-    verified: dict[str, tuple[int, int, int]]
+    verified: Stamps
     reader: Reader | None = None
     on_demand: OnDemand | None = None
 
@@ -242,13 +243,11 @@ def _verify(features: FeatureSet, number: int) -> None:
     features.verified[shard["file"]] = stamp
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """What differs when a file is replaced or written."""
+def _stamp(path: Path) -> Stamp:
     try:
-        found = path.stat()
+        return stamp_of(path)
     except OSError as error:
         raise UserError(f"{path}: missing or damaged ({error.strerror}); {REMEDY}") from None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _names_in(path: Path) -> set[str]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.types import Sample
 from eagle3fn.data.generate import Sampling
-from eagle3fn.data.rollout import Group, Pool, rolled_out
+from eagle3fn.data.rollout import Group, rolled_out
 from eagle3fn.data.samples import Encoded
+from eagle3fn.data.source_pool import Pool
 from eagle3fn.data.sources import FeatureSource
 from eagle3fn.data.stages import Item, Loaded, Share, stage
 from eagle3fn.data.validate import hidden_fault, token_fault

@@ -21,10 +21,10 @@ from eagle3fn.data.decoder import check_present
 from eagle3fn.data.feature_index import SCHEMA
 from eagle3fn.data.features import FeatureSet, OnDemand
 from eagle3fn.data.on_demand import OnlineSamples, Widths
-from eagle3fn.data.rollout import Pool, Source
 from eagle3fn.data.sample_table import SampleTable, columns_of, table_record
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.shards import dtype_name, entry_of
+from eagle3fn.data.source_pool import Pool, Source
 from eagle3fn.data.sources import BATCH_TOKENS, FeatureSource, check_extraction, run_target
 from eagle3fn.data.validate import hidden_fault, token_fault
 
@@ -219,6 +219,6 @@ def features_of(
         raise UserError("no rows to train on; give conversations with a supervised token")
     dtype = stored or source.dtype
     widths = Widths(len(source.layers), source.config.hidden_size, dtype)
-    with Pool([Source("the target", lambda: nullcontext(source))]) as pool:
+    with Pool([Source("the target", lambda abandoned: nullcontext(source))]) as pool:
         samples = OnlineSamples(rows, pool, widths)
         yield online_set(rows, source, samples, MadeFrom("rows", ""), dtype)

@@ -2,10 +2,11 @@
 
     groups → admitted, as far as the buffer has room → leased to a source → ready → taken, in order
 
-`rolled_out` is a stage: groups in, their samples out, in the groups' order. What becomes of each
-group is a `data.ledger.Ledger`, a value that this file replaces under a lock; samples are kept
-apart from it. Each source is asked by a thread of its own. One that ends is opened again; what it
-had leased goes to whoever asks next.
+`rolled_out` is a stage of the data pipeline: groups in, their samples out, in the groups' order. A
+*group* is what a source is asked for at once. What becomes of each is a `data.ledger.Ledger`, a
+value that this file replaces under a lock; samples are kept apart from it. For each source of the
+pool (`data.source_pool`, which also says what each lock protects) the stage has a thread, which
+asks it for group after group. What a source had when it ended goes to whoever asks next.
 """
 
 import math
@@ -13,27 +14,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import EngineGone, UserError
 from eagle3fn.base.signals import received
 from eagle3fn.base.types import Sample
 from eagle3fn.data import ledger as ledgers
 from eagle3fn.data.ledger import Ledger
 from eagle3fn.data.samples import Encoded
+from eagle3fn.data.source_pool import Pool, PooledSource
 from eagle3fn.data.sources import FeatureSource
 from eagle3fn.data.stages import stage
-from eagle3fn.engines.process import ABANDONED, EngineGone
 
 MOST_ATTEMPTS = 3
 """Sources that may end while they have a group, before the group is given up, and the run with
 it."""
-MOST_REOPENED = 8
-"""Times that a source is opened again in a row, with no answer between them."""
-_LONGEST_PAUSE = 60.0  # seconds before a source is opened again
-_LEAST_LEASE = 60.0  # seconds
-_LEASE_FACTOR = 10.0  # of the time that a group takes by the pace so far
 _STOPPING = 10.0  # seconds that samples are waited for once a signal asks the program to end
 _CLOSING = 5.0  # seconds that a stage waits for a source that is at work when it is closed
 
@@ -51,229 +46,8 @@ class Group(NamedTuple):
     bytes: int  # of the samples, at most
 
 
-class Source(NamedTuple):
-    """Where features come from, opened when they are needed."""
-
-    name: str  # for messages: "source 1"
-    open: Callable[[], AbstractContextManager[FeatureSource]]
-
-
 Ask = Callable[[FeatureSource, Group], list[Sample]]
 """What a source computes of a group: its samples, in the rows' order."""
-
-
-class Counts(NamedTuple):
-    """What a pool's sources have done so far."""
-
-    groups: int = 0
-    samples: int = 0
-    tokens: int = 0
-    reopened: int = 0  # sources that ended and were opened again
-    again: int = 0  # groups that were asked for once more: their source ended, or was too slow
-    late: int = 0  # answers that came after another source's
-
-    def describe(self) -> str:
-        """One line."""
-        said = f"{self.samples:,} samples rolled out, {self.tokens:,} tokens"
-        for count, what in (
-            (self.reopened, "sources opened again"),
-            (self.again, "updates' samples asked for once more"),
-            (self.late, "late answers dropped"),
-        ):
-            said += f"; {count} {what}" if count else ""
-        return said
-
-
-class Pool:
-    """Sources of one target, shared by several stages; a context manager that closes them.
-
-    Args:
-        sources: at least one. All must be alike: the target, what computes it and its settings.
-        say: called with one line where a source ends and is opened again, by the source's thread.
-        least_lease: seconds that a source has for a group before another source may take it over;
-            ten times what the fastest source takes by its pace so far, if that is longer.
-        pause: seconds before a source is opened again, doubled each time until it answers.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        say: Callable[[str], None] = lambda line: None,
-        least_lease: float = _LEAST_LEASE,
-        pause: float = 1.0,
-    ) -> None:
-        assert sources
-        self.sources = [_OpenSource(source, self) for source in sources]
-        self.say = say
-        self.least_lease = least_lease
-        self.pause = pause
-        self.counts = Counts()
-        self.closed = threading.Event()
-        self.works: list[_Work] = []  # of the stages that are open
-        self._lock = threading.Lock()
-        self._identity: dict[str, Any] | None = None
-
-    def first(self) -> FeatureSource:
-        """The first source, opened: what its features are is known by it.
-
-        Raises:
-            UserError: it cannot be opened.
-        """
-        return self.sources[0].opened()
-
-    def count(self, **more: int) -> None:
-        """Add to the counts."""
-        with self._lock:
-            added = {name: getattr(self.counts, name) + number for name, number in more.items()}
-            self.counts = self.counts._replace(**added)
-
-    def check_alike(self, name: str, source: FeatureSource) -> None:
-        """Refuse a source that is not like the first one that was opened.
-
-        Raises:
-            UserError: names the source and what differs.
-        """
-        with self._lock:
-            if self._identity is None:
-                self._identity = source.identity
-            known = self._identity
-        for key in sorted(known.keys() | source.identity.keys()):
-            if known.get(key) != source.identity.get(key):
-                raise UserError(
-                    f"{name}: its {key} is {source.identity.get(key)!r:.200}, that of the first "
-                    f"source was {known.get(key)!r:.200}; all sources of a run must be alike"
-                )
-
-    def seconds_for(self, tokens: int) -> float:
-        """How long a lease of so many tokens lasts; without end before a source has answered."""
-        paces = [source.pace for source in self.sources if source.pace is not None]
-        if not paces or len(self.sources) == 1:
-            return math.inf
-        return max(self.least_lease, _LEASE_FACTOR * min(paces) * tokens)
-
-    def close(self) -> None:
-        """Close all sources; safe to call again."""
-        self.closed.set()
-        for source in self.sources:
-            source.close()
-
-    def __enter__(self) -> "Pool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class _OpenSource:
-    """A source of a pool, and how to open it again."""
-
-    def __init__(self, source: Source, pool: Pool) -> None:
-        self.name = source.name
-        self.pace: float | None = None  # the last seconds per token, with what waits for them
-        self.given_up: EngineGone | None = None  # why it is not opened any more
-        self._open = source.open
-        self._pool = pool
-        self._context: AbstractContextManager[FeatureSource] | None = None
-        self._source: FeatureSource | None = None
-        self._failed = 0  # times in a row, without an answer
-        self._ended: EngineGone | None = None  # the last of these
-        self._lock = threading.Lock()  # stages share a source: one asks at a time
-        self._leaving = threading.Lock()
-
-    @property
-    def is_well(self) -> bool:
-        """Whether it has not ended since its last answer."""
-        return self._failed == 0 and self.given_up is None
-
-    def opened(self) -> FeatureSource:
-        """The source, opened if need be.
-
-        Raises:
-            UserError: it cannot be opened, or is not like the others.
-        """
-        with self._lock:
-            return self._ready()
-
-    def ask(self, ask: Ask, group: Group) -> list[Sample]:
-        """The samples of a group.
-
-        Raises:
-            EngineGone: it has ended; asked again it is opened again.
-            UserError: its answer cannot be right.
-        """
-        with self._lock:
-            source = self._ready()
-            begin = time.monotonic()
-            try:
-                samples = ask(source, group) if group.rows else []
-            except EngineGone as error:
-                self._leave()
-                self._note(error)
-                raise
-            if samples:
-                tokens = sum(len(sample.input_ids) for sample in samples)
-                self.pace = (time.monotonic() - begin) / max(tokens, 1)
-                self._failed = 0
-        return samples
-
-    def await_open(self, closed: threading.Event) -> bool:
-        """Open it, in as many tries as a source that starts anew may need; False if it is given up,
-        or `closed` is set.
-        """
-        while not closed.is_set() and not self._pool.closed.is_set():
-            if self._failed > MOST_REOPENED:
-                self.given_up = self._ended
-                return False
-            if self._failed and self._source is None:
-                pause = self._pool.pause * 2 ** (self._failed - 1)
-                closed.wait(min(pause, _LONGEST_PAUSE))
-            try:
-                self.opened()
-                return True
-            except EngineGone as error:
-                self._note(error)
-                self._pool.say(f"{self.name}: {error}; tried again")
-        return False
-
-    def close(self) -> None:
-        """Close it, also while it is opened or at work: then who waits gets an `EngineGone`."""
-        self._leave()
-        if self._lock.acquire(timeout=_CLOSING):  # what was being opened is closed now
-            self._lock.release()
-
-    def _ready(self) -> FeatureSource:
-        source = self._source
-        if source is None:
-            self._check_pool()
-            context = self._open()
-            source = context.__enter__()
-            self._context = context
-            self._source = source
-            self._check_pool()  # it may have been closed meanwhile
-            self._pool.check_alike(self.name, source)
-            self.given_up = None
-            if self._failed:
-                self._pool.count(reopened=1)
-        return source
-
-    def _check_pool(self) -> None:
-        """Open nothing that nobody would close."""
-        if self._pool.closed.is_set():
-            self._leave()
-            raise EngineGone(f"{self.name}: was closed")
-
-    def _note(self, error: EngineGone) -> None:
-        """It has ended, or could not be opened."""
-        self._failed += 1
-        self._ended = error
-
-    def _leave(self) -> None:
-        with self._leaving:
-            context = self._context
-            self._context = None
-            self._source = None
-        if context is not None:
-            context.__exit__(None, None, None)
 
 
 @stage
@@ -334,8 +108,6 @@ class _Work:
         self.changed = threading.Condition()
         self.closed = threading.Event()
         self.threads: list[threading.Thread] = []
-        self.is_awaited = False  # the consumer waits for samples
-        pool.works.append(self)
 
     # By the consumer
 
@@ -363,9 +135,9 @@ class _Work:
                         raise StopRequested(
                             "stopped while samples were waited for; look at the sources' logs"
                         )
-                self.is_awaited = True
+                self.pool.note_waiting(self, True)
                 self.changed.wait(1.0)
-            self.is_awaited = False
+            self.pool.note_waiting(self, False)
             self.ledger, taken = ledgers.take(self.ledger, "trainer", (self.next,))
             assert taken == (self.next,)
             return self.samples.pop(self.next)
@@ -382,7 +154,7 @@ class _Work:
     def close(self) -> None:
         """End the threads; one whose source is at work for long ends with the pool."""
         self.closed.set()
-        self.pool.works.remove(self)
+        self.pool.note_waiting(self, False)
         with self.changed:
             self.changed.notify_all()
         end = time.monotonic() + _CLOSING
@@ -399,9 +171,8 @@ class _Work:
 
     # By the sources' threads
 
-    def _serve(self, source: _OpenSource) -> None:
+    def _serve(self, source: PooledSource) -> None:
         """Ask one source for group after group, until this stage is closed or it is given up."""
-        ABANDONED.set(self.pool.closed)
         try:
             while not self._is_over():
                 if not source.await_open(self.closed):
@@ -412,7 +183,7 @@ class _Work:
                     return
                 number, group = leased
                 try:
-                    samples = source.ask(self.ask, group)
+                    samples = self._asked(source, group)
                 except EngineGone as error:
                     self._return(source, number, error)
                 else:
@@ -420,10 +191,16 @@ class _Work:
         except BaseException as error:
             self._fail(error)
 
+    def _asked(self, source: PooledSource, group: Group) -> list[Sample]:
+        """A group's samples by a source; an update may have none of this rank."""
+        if not group.rows:
+            return []
+        return source.ask(lambda opened: self.ask(opened, group))
+
     def _is_over(self) -> bool:
         return self.closed.is_set() or self.pool.closed.is_set() or self.fault is not None
 
-    def _lease(self, source: _OpenSource) -> tuple[int, Group] | None:
+    def _lease(self, source: PooledSource) -> tuple[int, Group] | None:
         """A group for a source, once there is one; None where this stage is over."""
         with self.changed:
             while not self._is_over():
@@ -433,7 +210,7 @@ class _Work:
                 if expired:
                     self.pool.count(again=len(expired))
                     self._check_attempts(expired, "no source has answered in time")
-                if self.ledger.waiting and not (self._gives_way() or self._leaves(source)):
+                if self.ledger.waiting and not (self.pool.gives_way(self) or self._leaves(source)):
                     until = now + self._seconds_for(self.ledger.waiting[0])
                     self.ledger, (number,) = ledgers.lease(self.ledger, source.name, 1, until)
                     return number, self.groups[number]
@@ -442,11 +219,7 @@ class _Work:
                 self.changed.wait(min([pause, *(max(end - now, 0.001) for end in ends)]))
         return None
 
-    def _gives_way(self) -> bool:
-        """Whether another stage's consumer waits, as in an evaluation, and this one's does not."""
-        return not self.is_awaited and any(work.is_awaited for work in list(self.pool.works))
-
-    def _leaves(self, source: _OpenSource) -> bool:
+    def _leaves(self, source: PooledSource) -> bool:
         """Whether the group that comes next ended this source, and another one is well: it shall
         show whether the group or the source is at fault.
         """
@@ -480,7 +253,7 @@ class _Work:
         tokens = sum(len(sample.input_ids) for sample in samples)
         self.pool.count(groups=1, samples=len(samples), tokens=tokens)
 
-    def _return(self, source: _OpenSource, number: int, error: EngineGone) -> None:
+    def _return(self, source: PooledSource, number: int, error: EngineGone) -> None:
         """A source has ended while it had a group: others may take it."""
         if self._is_over():
             return

@@ -3,20 +3,17 @@
 from pathlib import Path
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.stamps import Stamps, stamp_of
 from eagle3fn.data.row_files import data_files
-
-Stamps = list[tuple[str, int, int]]
-"""Of each file its name, its size in bytes and the time of its last change in ns."""
 
 
 def stamps_of(path: str | Path) -> Stamps:
-    """The files that `data.row_files.read_rows` reads, as they are now.
+    """The files that `data.row_files.read_rows` reads, as they are now, by their paths.
 
     Raises:
         UserError: no such file, or a folder that does not say which rows are meant.
     """
-    found = [(file.name, file.stat()) for file in data_files(path)]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    return {str(file): stamp_of(file) for file in data_files(path)}
 
 
 def check_stamps(path: str | Path, stamps: Stamps) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.stamps import Stamps
 from eagle3fn.base.types import Sample
 from eagle3fn.data.cache_check import check_batch
 from eagle3fn.data.decoder import hidden_states
 from eagle3fn.data.generate import Sampling, batch_generator, generate_ids
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.target import weights_digest
-from eagle3fn.data.target_files import Stamps
 from eagle3fn.data.target_source import model_config_hash
 from eagle3fn.data.target_tensors import tensors_record
 

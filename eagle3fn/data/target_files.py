@@ -13,6 +13,7 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256, sha256, write_json
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import CONFIG_LIMIT, read_json
+from eagle3fn.base.stamps import Stamps, stamp_of
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.stored_config import stored_file
 from eagle3fn.data.target import weights_digest
@@ -36,10 +37,6 @@ _NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-Stamps = dict[str, tuple[int, int, int]]
-"""What changes when a file is written or replaced, by its name."""
 
 
 class TargetDigests(NamedTuple):
@@ -112,25 +109,26 @@ def target_digests(
 
 
 def _hashed(file: Path, kept: Any) -> dict[str, Any]:
-    """What changes when a file does, and its hash; the kept one, if nothing has changed."""
-    found = _stat(file)
+    """What changes when a file does, and its hash; the kept one, if nothing has changed.
+
+    That is more than `base.stamps` has: a hash is believed for as long as the folder is there.
+    """
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        raise _unreadable(file, error) from None
     stamp = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
     if isinstance(kept, dict) and kept.get("stamp") == stamp:
         return kept
     return {"stamp": stamp, "sha256": sha256(file)}
 
 
-def _stat(file: Path) -> os.stat_result:
-    try:
-        return os.stat(file)
-    except OSError as error:
-        raise UserError(
-            f"{file}: not readable ({error.strerror}); fetch the target's files again"
-        ) from None
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file}: not readable ({error.strerror}); fetch the target's files again")
 
 
 def target_stamps(path_or_id: str | Path) -> Stamps:
-    """Inodes, sizes and times of all files of a target, config.json among them.
+    """Stamps of all files of a target, config.json among them.
 
     Raises:
         UserError: as `weights_of`; a file is not readable.
@@ -141,8 +139,10 @@ def target_stamps(path_or_id: str | Path) -> Stamps:
         files["config.json"] = config
     stamps = {}
     for name, file in files.items():
-        found = _stat(file)
-        stamps[name] = (found.st_ino, found.st_size, found.st_mtime_ns)
+        try:
+            stamps[name] = stamp_of(file)
+        except OSError as error:
+            raise _unreadable(file, error) from None
     return stamps
 
 

@@ -24,12 +24,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import EngineGone, UserError
 from eagle3fn.base.temporary import UNFINISHED, clear, side_folder
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -40,18 +39,6 @@ LONGEST = 200  # characters of a log's line in a message
 POINTS_AT_LOG = "root cause above"  # in an error whose reason was printed
 ERROR = re.compile(r"[\w.]*(Error|Exception): .*")
 MEMORY_WORDS = ("out of memory", "outofmemory", "available memory", "cannot allocate")
-
-
-ABANDONED: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
-"""Where a thread sets it, a program that it starts or asks is killed soon after the event is set:
-nobody waits any more."""
-
-
-class EngineGone(UserError):
-    """An engine died, was silent for too long, or cannot be reached: it may answer another time.
-
-    What an engine says of a request, and an answer that is wrong, is a plain `UserError`.
-    """
 
 
 class EngineProcess:
@@ -71,6 +58,7 @@ class EngineProcess:
         *,
         environment: dict[str, str] | None = None,
         seconds: float = START_SECONDS,
+        abandoned: threading.Event | None = None,
     ) -> None:
         """Start the program and wait until it is ready.
 
@@ -82,9 +70,11 @@ class EngineProcess:
             log: file for what the engine prints; replaced.
             environment: variables added to this process's.
             seconds: the longest time until it is ready.
+            abandoned: once it is set, nobody waits for the program any more. Who does, for an
+                answer or here, gets `EngineGone` within a second, and the program is killed.
 
         Raises:
-            EngineGone: it died or took too long.
+            EngineGone: it died, took too long or is abandoned.
             UserError: no such Python, no such engine there, or it failed.
         """
         self.engine = engine
@@ -106,6 +96,7 @@ class EngineProcess:
             )
         self._rest = b""  # of stdout, after the last line
         self._exchanging = threading.RLock()
+        self._abandoned = abandoned or threading.Event()
         try:
             self.facts: dict[str, Any] = self._exchange(settings, "ready", "starting", seconds)
         except BaseException as error:
@@ -116,7 +107,7 @@ class EngineProcess:
         """The answer to a request.
 
         Raises:
-            EngineGone: the program died, or took longer than `seconds`.
+            EngineGone: the program died, took longer than `seconds` or is abandoned.
             UserError: it reports a fault.
         """
         with self._exchanging:
@@ -142,11 +133,6 @@ class EngineProcess:
             if process.stdout:
                 process.stdout.close()
 
-    def abandon(self) -> None:
-        """As `close`, but at once: an answer on its way is not waited for."""
-        self._signal(signal.SIGTERM)
-        self.close()
-
     def __enter__(self) -> "EngineProcess":
         return self
 
@@ -161,9 +147,8 @@ class EngineProcess:
     def _end(self, error: BaseException | None) -> None:
         """End the program; after an interrupt without waiting for an answer that nobody reads."""
         if error is not None and not isinstance(error, UserError):
-            self.abandon()
-        else:
-            self.close()
+            self._signal(signal.SIGTERM)
+        self.close()
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -210,10 +195,9 @@ class EngineProcess:
                 line = line[os.write(handle, line[: 1 << 16]) :]
 
     def _left(self, doing: str, end: float, seconds: float) -> float:
-        """Seconds to wait, at most 1; a program whose time is up is killed."""
+        """Seconds to wait, at most 1; a program that is abandoned, or out of time, is killed."""
         left = end - time.monotonic()
-        abandoned = ABANDONED.get()
-        if abandoned is not None and abandoned.is_set():
+        if self._abandoned.is_set():
             self._signal(signal.SIGKILL)
             raise EngineGone(f"{self.engine}: was closed ({doing}); see {self.log}")
         if left <= 0:
@@ -280,11 +264,6 @@ class EngineClient:
     def close(self) -> None:
         """End the process and remove what it needed; safe to call again."""
         self._process.close()
-
-    def abandon(self) -> None:
-        """As `close`, but at once: an answer on its way is not waited for."""
-        self._process.abandon()
-        self.close()
 
     def __enter__(self) -> Self:
         return self

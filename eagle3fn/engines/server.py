@@ -7,8 +7,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
-from eagle3fn.base.errors import UserError
-from eagle3fn.engines.process import EngineGone
+from eagle3fn.base.errors import EngineGone, UserError
 
 _SHORT_SECONDS = 60.0  # for what needs no model
 _LONGEST = 300  # characters of a server's message

@@ -1,5 +1,6 @@
 """Hidden states from transformers in a process of its own, with the bits of this process."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import count
@@ -43,6 +44,7 @@ class TransformersProcess(EngineClient):
         device: str = "cpu",
         threads: int | None = None,
         seconds: float = ANSWER_SECONDS,
+        abandoned: threading.Event | None = None,
     ) -> None:
         """Start the process, which loads the target.
 
@@ -57,9 +59,10 @@ class TransformersProcess(EngineClient):
             device: torch's, or "auto" to spread the layers over all cards.
             threads: CPU threads; None leaves the number to torch.
             seconds: the longest time for an answer.
+            abandoned: as of `EngineProcess`.
 
         Raises:
-            EngineGone: it died while it started, or took too long.
+            EngineGone: it died while it started, took too long or is abandoned.
             UserError: no such Python, or as `data.target.load_target` and
                 `data.sources.check_extraction`.
         """
@@ -82,6 +85,7 @@ class TransformersProcess(EngineClient):
                 log,
                 environment=limits,
                 seconds=max(START_SECONDS, seconds),
+                abandoned=abandoned,
             )
             self._own = own.pop_all()
         super().__init__(process)

@@ -69,6 +69,7 @@ class VllmProcess(EngineClient):
         arguments: dict[str, Any] | None = None,
         threads: int | None = None,
         seconds: float = ANSWER_SECONDS,
+        abandoned: threading.Event | None = None,
     ) -> None:
         """Start the process.
 
@@ -82,6 +83,7 @@ class VllmProcess(EngineClient):
             arguments: further arguments of `vllm.LLM`, JSON values.
             threads: CPU threads; None leaves the number to vLLM.
             seconds: the longest time for loading, and for an answer.
+            abandoned: as of `EngineProcess`.
 
         Raises:
             UserError: no such Python, no vLLM there, or an old one.
@@ -93,7 +95,11 @@ class VllmProcess(EngineClient):
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             }
         program = "vllm_features.py"
-        super().__init__(EngineProcess("vLLM", python, program, {}, log, environment=environment))
+        super().__init__(
+            EngineProcess(
+                "vLLM", python, program, {}, log, environment=environment, abandoned=abandoned
+            )
+        )
         try:
             facts = self._process.facts
             version = engine_version(facts, OLDEST, "vLLM", str(python))

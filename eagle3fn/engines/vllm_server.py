@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import EngineGone, UserError
 from eagle3fn.engines.hidden_states import Row, Score
-from eagle3fn.engines.process import ANSWER_SECONDS, EngineGone, engine_version
+from eagle3fn.engines.process import ANSWER_SECONDS, engine_version
 from eagle3fn.engines.server import Server
 from eagle3fn.engines.vllm_process import OLDEST, Taps, read_row, remove_file
 

@@ -3,11 +3,10 @@
 The sources are functions that fail, wait or answer wrongly by a plan; no model computes.
 """
 
-import re
 import threading
 import time
-from collections import Counter
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,102 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.types import Sample
 from eagle3fn.data import rollout
-from eagle3fn.data.on_demand import OnlineSamples, Widths
-from eagle3fn.data.rollout import (
-    MOST_ATTEMPTS,
-    MOST_REOPENED,
-    Group,
-    Pool,
-    Source,
-    StopRequested,
-    rolled_out,
+from eagle3fn.data.rollout import MOST_ATTEMPTS, StopRequested, rolled_out
+from eagle3fn.data.source_pool import Pool
+from tests.data.planned_sources import (
+    BYTES,
+    Sources,
+    ask,
+    gone,
+    groups_of,
+    pool_of,
+    row_of,
+    sample_of,
 )
-from eagle3fn.data.samples import Encoded
-from eagle3fn.data.sources import FeatureSource
-from eagle3fn.data.stages import Item, Share
-from eagle3fn.engines.process import EngineGone
-
-TAPS = 3
-HIDDEN = 4
-WIDTHS = Widths(TAPS, HIDDEN, torch.bfloat16)
-BYTES = 100  # of a group
-PATIENCE_S = 20.0
-
-
-def row_of(number: int) -> Encoded:
-    ids = torch.arange(3 + number % 3) + number
-    return Encoded(f"row{number}", ids, torch.ones_like(ids))
-
-
-def sample_of(row: Encoded) -> Sample:
-    """What a right source gives: features that the tokens decide."""
-    states = (row.input_ids[:, None] + torch.arange(HIDDEN)).bfloat16()
-    return Sample(row.input_ids, row.token_mask, states.repeat(1, TAPS), states)
-
-
-def groups_of(count: int) -> list[Group]:
-    return [Group(number, number + 1, [row_of(number)], BYTES) for number in range(count)]
-
-
-def ask(source: FeatureSource, group: Group) -> list[Sample]:
-    return source.features(group.rows, torch.bfloat16)
-
-
-class Sources:
-    """Sources that do as `act(name, key)` says before they answer, and note what they are asked."""
-
-    def __init__(self, act=lambda name, key: None, wrong=lambda samples: samples):
-        self.act = act
-        self.wrong = wrong
-        self.asked: list[tuple[str, int]] = []
-        self.opened = Counter[str]()
-        self.closed = Counter[str]()
-
-    def source(self, name: str, identity: str = "one") -> Source:
-        @contextmanager
-        def opened():
-            self.opened[name] += 1
-            self.act(name, "open")
-            try:
-                yield self.record(name, identity)
-            finally:
-                self.closed[name] += 1
-
-        return Source(name, opened)
-
-    def record(self, name: str, identity: str) -> FeatureSource:
-        def features(rows, stored):
-            number = int(rows[0].id.removeprefix("row"))
-            self.asked.append((name, number))
-            self.act(name, number)
-            return self.wrong([sample_of(row) for row in rows])
-
-        head = torch.zeros(1, HIDDEN)
-        return FeatureSource(
-            None, (0, 1, 2), torch.bfloat16, head, {}, {"weights": identity}, features
-        )
-
-    def times(self, number: int) -> int:
-        """How often a group was asked for."""
-        return sum(key == number for _, key in self.asked)
-
-
-def pool_of(sources: Sources, count: int, **options) -> Pool:
-    given = {"least_lease": 0.1, "pause": 0.001, **options}
-    return Pool([sources.source(f"s{number}") for number in range(count)], **given)
-
-
-def gone(*_: object) -> None:
-    raise EngineGone("toy: was killed")
-
-
-def await_that(holds) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < end, "it never happens"
-        time.sleep(0.005)
+from tests.waiting import PATIENCE_S, await_that
 
 
 def roll(pool: Pool, count: int, buffer: int = 4 * BYTES) -> list[int]:
@@ -205,6 +122,51 @@ def test_group_that_ends_every_source_is_given_up_after_what_came_before_it():
     assert sources.times(2) == MOST_ATTEMPTS
 
 
+def test_group_that_ended_a_source_is_left_to_one_that_is_well(monkeypatch):
+    """So a source that always ends gives no group up, though the other one is busy for long."""
+    release = threading.Event()
+    looks = []  # of s0 for a group, since it was asked last, while s1 is busy
+
+    def act(name, key):
+        if name == "s0" and key != "open":
+            looks.clear()
+            gone()
+        if name == "s1" and key != "open":
+            release.wait(PATIENCE_S)
+
+    def look(stage):
+        if threading.current_thread().name == "s0" and sources.keys_of("s1"):
+            looks.append(stage)
+            if len(looks) == 2:
+                release.set()
+
+    sources = Sources(act)
+    pool = pool_of(sources, 2, least_lease=PATIENCE_S)
+    on_each_look(pool, look, monkeypatch)
+    assert roll(pool, 2) == [0, 1]
+    keys = sources.keys_of("s0")
+    assert keys
+    assert len(keys) == len(set(keys))
+
+
+def test_group_that_ended_a_source_is_asked_of_it_again_where_no_other_is_well():
+    left = [0]
+
+    def act(name, key):
+        if name == "s1" or (key in left and not left.remove(key)):
+            gone()
+
+    sources = Sources(act)
+    assert roll(pool_of(sources, 2), 3) == [0, 1, 2]
+    assert sources.keys_of("s0") == [0, 0, 1, 2]
+
+
+def on_each_look(pool, look, monkeypatch) -> None:
+    """Call `look(stage)` before each look of a source's thread for a group that waits."""
+    gives_way = pool.gives_way
+    monkeypatch.setattr(pool, "gives_way", lambda stage: look(stage) or gives_way(stage))
+
+
 def test_run_goes_on_with_the_sources_that_are_left_and_ends_with_the_last():
     def dead(names):
         return Sources(lambda name, key: gone() if name in names and key == "open" else None)
@@ -218,27 +180,71 @@ def test_run_goes_on_with_the_sources_that_are_left_and_ends_with_the_last():
         roll(pool_of(dead(["s0", "s1"]), 2, pause=1e-5), 4)
 
 
-def test_source_that_ends_whenever_it_is_asked_is_given_up():
-    sources = Sources(lambda name, key: None if key == "open" else gone())
-    tries = 0
-    with pool_of(sources, 1, pause=1e-5) as pool:
-        (source,) = pool.sources
-        while tries < 20 and source.await_open(threading.Event()):
-            tries += 1
-            with pytest.raises(EngineGone):
-                source.ask(ask, groups_of(1)[0])
-    assert tries == sources.opened["s0"] == MOST_REOPENED + 1
-    assert str(source.given_up) == "toy: was killed"
+# Stages that share a pool
 
 
-def test_sources_that_are_not_alike_are_refused():
-    sources = Sources()
-    pair = [sources.source("a"), sources.source("b", "other")]
-    with Pool(pair, pause=0.001) as pool:
-        assert pool.first().identity == {"weights": "one"}
-        rolled = rolled_out(groups_of(50), pool, lambda *_: time.sleep(0.05) or [], 2 * BYTES)
-        with closing(rolled), pytest.raises(UserError, match=r"b: its weights is 'other'.*'one'"):
-            list(rolled)
+def test_sources_are_left_to_the_stage_whose_consumer_waits(monkeypatch):
+    """An evaluation's samples do not queue up between all that training's buffer has room for."""
+    evaluates = threading.Event()
+    release = threading.Event()
+    stages = []
+    looks = []  # of training for its group 1, while the evaluation waits for its group 9
+    times = []
+
+    def act(name, key):
+        if key == 0:
+            await_that(lambda: waits("another"))
+        if key == 1 and sources.times(1) == 1:
+            evaluates.wait(PATIENCE_S)
+            gone()
+        if key == 9:
+            release.wait(PATIENCE_S)
+            times.append(sources.times(1))
+
+    def look(stage):
+        stages.append(stage)
+        if stage is stages[0] and pool.counts.again:
+            looks.append(stage)
+            if len(looks) == 4:
+                release.set()
+
+    def evaluation() -> list[int]:
+        with closing(rolled_out(groups_of(10)[9:], pool, ask, BYTES)) as rolled:
+            return [group.key for group, _ in rolled]
+
+    sources = Sources(act)
+    pool = pool_of(sources, 3, least_lease=PATIENCE_S)
+    waits = pool.gives_way
+    on_each_look(pool, look, monkeypatch)
+    with (
+        pool,
+        ThreadPoolExecutor(1) as threads,
+        closing(rolled_out(groups_of(3), pool, ask, 2 * BYTES)) as training,
+    ):
+        assert next(training)[0].key == 0
+        assert not waits("another")
+        await_that(lambda: sources.times(1))
+        evaluated = threads.submit(evaluation)
+        await_that(lambda: sources.times(9) and waits("another"))
+        evaluates.set()
+        assert evaluated.result(PATIENCE_S) == [9]
+        assert [group.key for group, _ in training] == [1, 2]
+    assert times == [1]
+
+
+def test_stage_that_ended_while_it_waited_is_not_waited_for():
+    wrong = UserError("wrong answer")
+
+    def act(name, key):
+        if key != "open":
+            await_that(lambda: pool.gives_way("another"))
+            raise wrong
+
+    pool = pool_of(Sources(act), 1)
+    with pool:
+        with pytest.raises(UserError, match="wrong answer"):
+            list(rolled_out(groups_of(1), pool, ask, BYTES))
+        assert not pool.gives_way("another")
 
 
 # Room, and the end
@@ -287,105 +293,6 @@ def test_closing_early_ends_the_threads_and_the_source_of_groups():
             assert [group.key for group, _ in again] == [0, 1, 2]
 
 
-def test_source_that_opens_after_the_pool_is_closed_is_closed_too():
-    release = threading.Event()
-    opening = threading.Event()
-
-    def act(name, key):
-        if name == "s1" and key == "open":
-            opening.set()
-            release.wait(PATIENCE_S)
-
-    sources = Sources(act)
-    with pool_of(sources, 2) as pool, closing(rolled_out(groups_of(1), pool, ask, BYTES)) as rolled:
-        next(rolled)
-        assert opening.wait(PATIENCE_S)
-        threading.Timer(0.1, release.set).start()
-    await_that(lambda: sources.opened == sources.closed)
-    assert sources.closed == {"s0": 1, "s1": 1}
-
-
-# Wrong answers
-
-
-def with_aux(sample: Sample, change) -> Sample:
-    return sample._replace(aux_hidden=change(sample.aux_hidden))
-
-
-def with_nan(states):
-    states = states.clone()
-    states[1, 0] = torch.nan
-    return states
-
-
-WRONG = {
-    "taps": (lambda s: with_aux(s, lambda aux: aux[:, HIDDEN:]), r"must be \(\d, 12\)"),
-    "width": (
-        lambda s: s._replace(last_hidden=s.last_hidden[:, 1:]),
-        r"last_hidden \(\d, 3\): must be",
-    ),
-    "length": (lambda s: with_aux(s, lambda aux: aux[:-1]), "aux_hidden .*must be"),
-    "dtype": (lambda s: with_aux(s, torch.Tensor.float), "both must be bfloat16"),
-    "nan": (lambda s: with_aux(s, with_nan), "aux_hidden holds NaN or infinity at token 1"),
-    "ids": (lambda s: s._replace(input_ids=s.input_ids + 1), "not those that were asked for"),
-    "mask": (lambda s: s._replace(token_mask=1 - s.token_mask), "mask is not that of the row"),
-}
-
-
-def load(wrong) -> list:
-    """Two updates of two samples, as training reads them; the second answer is wrong."""
-    answers = iter([lambda samples: samples, wrong])
-    pool = pool_of(Sources(wrong=lambda samples: next(answers)(samples)), 1)  # noqa: PLW0108
-    online = OnlineSamples([row_of(number) for number in range(4)], pool, WIDTHS)
-    items = [Item(Share([[0, 1]], []), 2), Item(Share([[2], [3]], []), 4)]
-    found = []
-    try:
-        with pool, closing(online.load(items)) as loaded:
-            found.extend(loaded)
-    except UserError as error:
-        found.append(str(error))
-    return found
-
-
-def test_right_answers_come_in_their_bins():
-    first, second = load(list)
-    assert [len(each) for each in first.value.bins] == [2]
-    assert [len(each) for each in second.value.bins] == [1, 1]
-    assert torch.equal(second.value.bins[1][0].input_ids, row_of(3).input_ids)
-    assert (first.place, second.place) == (2, 4)
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_answer_is_refused_before_it_is_a_batch(name):
-    change, named = WRONG[name]
-    found = load(lambda samples: [samples[0], change(samples[1])])
-    assert len(found) == 2
-    assert isinstance(found[1], str)
-    assert found[1].startswith("sample 'row3': ")
-    assert re.search(named, found[1]), found[1]
-
-
-def test_answer_of_too_few_samples_is_refused():
-    *_, error = load(lambda samples: samples[:1])
-    assert error == "a source gave 1 samples of 2 rows"
-
-
-def test_who_waits_comes_before_what_is_rolled_out_ahead():
-    """An evaluation's samples do not queue up between all that the buffer has room for."""
-    sources = Sources(lambda name, key: time.sleep(0.01))
-    groups = groups_of(420)
-    with (
-        Pool([sources.source("one")]) as pool,
-        closing(rolled_out(groups[:400], pool, ask, 10**6)) as training,
-    ):
-        next(training)
-        with closing(rolled_out(groups[400:], pool, ask, 10**6)) as evaluation:
-            assert len(list(evaluation)) == 20
-        keys = [key for _, key in sources.asked]
-    between = keys[keys.index(400) : keys.index(419)]
-    assert sum(key < 400 for key in between) <= 8
-
-
 def test_samples_of_a_closed_pool_are_refused():
     with Pool([Sources().source("one")]) as pool:
         pass
@@ -396,9 +303,18 @@ def test_samples_of_a_closed_pool_are_refused():
 def test_a_signal_ends_the_wait_for_a_source_that_hangs(monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(rollout, "_STOPPING", 0.05)
+    monkeypatch.setattr(rollout, "_CLOSING", 0.05)
     monkeypatch.setattr(rollout, "received", lambda: 15)
     sources = Sources(lambda name, key: key == "open" or release.wait(PATIENCE_S))
     with Pool([sources.source("one")]) as pool:
         with pytest.raises(StopRequested, match="stopped while samples were waited for"):
             list(rolled_out(groups_of(1), pool, ask, BYTES))
         release.set()
+
+
+def test_samples_that_come_soon_after_a_signal_are_taken(monkeypatch):
+    """The update is made of them, and saved."""
+    looks = []
+    monkeypatch.setattr(rollout, "received", lambda: looks.append(15) or 15)
+    sources = Sources(lambda name, key: key == "open" or await_that(lambda: len(looks) >= 2))
+    assert roll(pool_of(sources, 1), 1) == [0]

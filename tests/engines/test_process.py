@@ -2,15 +2,17 @@
 
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import EngineGone, UserError
 from eagle3fn.engines import process
-from eagle3fn.engines.process import EngineGone, EngineProcess, engine_version, scratch
+from eagle3fn.engines.process import EngineProcess, engine_version, scratch
+from tests.waiting import await_that
 
 PROGRAM = """
 import os, signal, sys, time
@@ -157,16 +159,47 @@ def test_close_ends_the_wait_of_another_thread(begin):
         engine.ask({"value": "1"})
 
 
-def test_an_abandoned_engine_does_not_finish_its_answer(begin, tmp_path):
-    engine = begin()
+def test_an_interrupted_engine_does_not_finish_its_answer(begin, tmp_path, monkeypatch):
+    """An interrupt leaves the block; another thread waits for the answer."""
+    monkeypatch.setattr(process, "EXIT_SECONDS", 60.0)
     busy = tmp_path / "busy"
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(engine.ask, {"value": f"os.mkdir({str(busy)!r}) or time.sleep(60)"})
-        while not busy.exists():
-            time.sleep(0.01)
-        engine.abandon()
+        with pytest.raises(KeyboardInterrupt), begin() as engine:
+            request = {"value": f"os.mkdir({str(busy)!r}) or time.sleep(4)"}
+            waiting = pool.submit(engine.ask, request)
+            await_that(busy.exists)
+            raise KeyboardInterrupt
         with pytest.raises(EngineGone, match=r"^toy: was killed by SIGTERM"):
             waiting.result(10)
+
+
+def test_an_abandoned_engine_is_killed_while_it_computes(begin, tmp_path):
+    """With what it has started, though it ignores SIGTERM and does not read its stdin."""
+    abandoned = threading.Event()
+    value = "signal.signal(signal.SIGTERM, signal.SIG_IGN), os.fork()"
+    value += f", os.mkdir({str(tmp_path / 'pid')!r} + str(os.getpid())), time.sleep(60)"
+    with begin(abandoned=abandoned) as engine, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.ask, {"value": value})
+        await_that(lambda: len(list(tmp_path.glob("pid*"))) == 2)
+        abandoned.set()
+        with pytest.raises(EngineGone, match=r"^toy: was closed .at work.; see"):
+            waiting.result(10)
+        pids = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
+        assert engine._process.pid in pids
+        assert all(ended(pid) for pid in pids)
+
+
+def test_an_abandoned_engine_does_not_finish_its_start(begin, tmp_path):
+    abandoned = threading.Event()
+    start = f"os.mkdir({str(tmp_path / 'pid')!r} + str(os.getpid())); time.sleep(60)"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(begin, start, abandoned=abandoned)
+        await_that(lambda: list(tmp_path.glob("pid*")))
+        abandoned.set()
+        with pytest.raises(EngineGone, match=r"^toy: was closed .starting.; see"):
+            waiting.result(10)
+    (path,) = tmp_path.glob("pid*")
+    assert ended(int(path.name.removeprefix("pid")))
 
 
 def test_close_ends_what_the_engine_started(begin):

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import EngineGone, UserError
 from eagle3fn.data.engine_source import engine_source
 from eagle3fn.data.extract import extract
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.sources import model_source
-from eagle3fn.engines.process import EngineGone
 from eagle3fn.engines.sglang import SglangServers
 from eagle3fn.engines.vllm_process import taps_of
 from eagle3fn.engines.vllm_server import VllmServer

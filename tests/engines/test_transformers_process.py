@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import EngineGone, UserError
 from eagle3fn.data.engine_source import engine_source
 from eagle3fn.data.generate import Sampling
 from eagle3fn.data.samples import Encoded
 from eagle3fn.data.sources import model_source
 from eagle3fn.data.target import load_target
 from eagle3fn.engines import transformers_process as module
-from eagle3fn.engines.process import PROGRAMS, EngineGone
+from eagle3fn.engines.process import PROGRAMS
 from eagle3fn.engines.transformers_process import TransformersProcess
 from tests.engines.made_rows import CUT, LAYERS, make_target
 

@@ -16,8 +16,8 @@ from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.generate import Sampling
 from eagle3fn.data.on_demand import OnlineSamples, Widths
 from eagle3fn.data.prompt_rows import prompt_rows
-from eagle3fn.data.rollout import Pool, Source
 from eagle3fn.data.sample_table import SampleTable
+from eagle3fn.data.source_pool import Pool, Source
 from eagle3fn.data.sources import model_source
 from eagle3fn.data.stages import Item, Share
 from eagle3fn.data.target import load_target, stop_ids
@@ -257,7 +257,7 @@ def test_held_out_prompts_keep_their_answers(world):
     talks = world / "talks.jsonl"
     found = prompt_rows(template, talks, max_length=128, max_new=6)
     widths = Widths(3, model.config.hidden_size, torch.float32)
-    with Pool([Source("here", lambda: nullcontext(source))]) as pool, found.samples as rows:
+    with Pool([Source("here", lambda _: nullcontext(source))]) as pool, found.samples as rows:
         samples = OnlineSamples(rows, pool, widths, Sampling(1.0, 1.0, 6))
         samples.fix([8])
 
