@@ -1,16 +1,14 @@
 """`train --online`: the bits of training on extracted features, whatever computes them."""
 
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.launch import World
 from eagle3fn.base.tree import equal
-from eagle3fn.base.types import Batch, Sample
+from eagle3fn.base.types import Sample
 from eagle3fn.cli import main
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.generate import Sampling
@@ -23,7 +21,6 @@ from eagle3fn.data.stages import Item, Share
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.train import loop
-from eagle3fn.train.feed import Announced, Feed
 from tests.small_run import write_run
 from tests.train.run_files import rows, same_end
 from tests.train.start_ranks import torchrun
@@ -148,35 +145,6 @@ def test_two_ranks_count_each_others_written_rows(world, tmp_path):
     found = rows(tmp_path / "run" / "metrics.jsonl")
     assert len(found) == 7
     assert all(row["rows"] > 0 for row in found)
-
-
-def two_ranks(other: Announced) -> World:
-    """A world of two ranks, of which this is the first; the other says `other`."""
-
-    class Two(World):
-        def every(self, value: object) -> list[object]:
-            return [value, other]
-
-    return Two(0, 2)
-
-
-def micro(counts: list[int]) -> Batch:
-    empty = torch.zeros(1)
-    fields = dict.fromkeys(Batch._fields, empty)
-    return Batch(**{**fields, "row_counts": torch.tensor(counts)})  # type: ignore[arg-type]
-
-
-def test_row_counts_of_ranks_that_know_their_own_are_added_up():
-    other = Announced(None, False, torch.tensor([4, 5]))
-    (batches,) = islice(Feed(iter([(micro([1, 2]),)]), two_ranks(other), counted=True), 1)
-    assert batches[0].row_counts is not None
-    assert batches[0].row_counts.tolist() == [5, 7]
-
-
-def test_a_rank_stops_where_another_has_no_batch():
-    feed = Feed(iter([(micro([1]),)]), two_ranks(Announced("its source is gone", False, None)))
-    with pytest.raises(UserError, match="rank 1: its source is gone"):
-        next(feed)
 
 
 # Kept features
