@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.generate import Sampling
 from eagle3fn.data.on_demand import OnlineSamples, Widths
 from eagle3fn.data.prompt_rows import prompt_rows
+from eagle3fn.data.regenerate import ANEW
 from eagle3fn.data.rollout import Pool, Source
 from eagle3fn.data.sample_table import SampleTable
 from eagle3fn.data.sources import model_source
@@ -92,13 +94,27 @@ def test_stopped_and_resumed_is_the_same_run(world, tmp_path):
     assert same_end(world / "offline", tmp_path / "run", 7)
 
 
-def test_batches_of_several_rows_do_not_depend_on_where_a_run_was_resumed(world, tmp_path):
+def test_batches_of_several_rows_do_not_depend_on_where_a_run_was_resumed(
+    world, tmp_path, monkeypatch
+):
     """An update's samples go through the target together, padded: another bits than alone."""
+    run_target = sources.run_target
+    groups: set[tuple[str, ...]] = set()
+
+    def noting(model, group, *more):
+        groups.add(tuple(row.id for row in group))
+        return run_target(model, group, *more)
+
+    monkeypatch.setattr(sources, "run_target", noting)
     together = ("--dtype", "bfloat16", "--batch-tokens", "4096")
     assert main(online(world, tmp_path / "whole", *together)) == 0
-    assert main(online(world, tmp_path / "parts", *together, "--max-steps", "3")) == 0
-    assert main(online(world, tmp_path / "parts", *together)) == 0
+    updates = set(groups)
+    assert {len(names) for names in updates} == {1, 2}  # of an evaluation, of an update
+    groups.clear()
+    for most in ("1", "2", "9"):
+        assert main(online(world, tmp_path / "parts", *together, "--max-steps", most)) == 0
     assert same_end(tmp_path / "whole", tmp_path / "parts", 7)
+    assert groups == updates
 
     assert main(online(world, tmp_path / "alone", "--dtype", "bfloat16")) == 0
     assert not same_end(tmp_path / "whole", tmp_path / "alone", 7)
@@ -310,20 +326,29 @@ def test_held_out_prompts_keep_their_answers(world):
     assert not any(map(equal, trained, other))
 
 
-def test_answers_are_drawn_by_the_seed_of_the_run(world, tmp_path, monkeypatch):
+def test_answers_are_drawn_as_options_and_seed_say_and_held_out_ones_once(
+    world, tmp_path, monkeypatch
+):
     write = sources.write_answers
     seeds: dict[str, set[int]] = {"0": set(), "5": set()}
+    samplings: set[Sampling] = set()
     for name, found in seeds.items():
+        answered = Counter[str]()
 
-        def noting(*arguments, into=found):
+        def noting(*arguments, into=found, answered=answered):
             into.add(arguments[4])
+            samplings.add(arguments[2])
+            answered.update(prompt.id for prompt in arguments[1])
             return write(*arguments)
 
         monkeypatch.setattr(sources, "write_answers", noting)
-        more = ("--max-steps", "2", "--set", f"train.seed={name}")
+        more = ("--max-steps", "4", "--temperature", "0.75", "--set", f"train.seed={name}")
         assert main(generated(world, tmp_path / name, *more)) == 0
-    assert all(len(found) > 3 for found in seeds.values())
+        assert len(rows(tmp_path / name / "eval.jsonl")) == 2
+        assert (answered["row8"], answered["row9"]) == (1, 1)
+    assert all(len(found) > 4 for found in seeds.values())
     assert not seeds["0"] & seeds["5"]
+    assert samplings == {ANEW._replace(temperature=0.75, max_new=6)}
 
 
 # Refusals
