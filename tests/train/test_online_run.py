@@ -145,6 +145,11 @@ def test_dry_run_writes_nothing(world, tmp_path, capsys):
     assert "nothing was written" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
+    keep = ("--keep", str(tmp_path / "kept"))
+    assert main(online(world, tmp_path / "run", "--dry-run", *keep)) == 2
+    assert "--keep with --dry-run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
 
 # Ranks
 
