@@ -36,8 +36,11 @@ def start(settings: dict[str, Any]) -> Any:
             return {"dtype": "float32", "quantization": None}
         if "write" in request:
             Path(plan["files"], "write.json").write_text(json.dumps(request))
-            return [one(row_after(prompt), False) for prompt in request["write"]]
-        return [one(row, request["scores"]) for row in request["rows"]]
+            return ordered([one(row_after(prompt), False) for prompt in request["write"]])
+        return ordered([one(row, request["scores"]) for row in request["rows"]])
+
+    def ordered(answers: list[Any]) -> list[Any]:
+        return answers[::-1] if plan.get("order") == "reversed" else answers
 
     def row_after(prompt: list[int]) -> list[int]:
         rows = [json.loads(name) for name in made]

@@ -119,6 +119,16 @@ def test_fault_in_the_middle_is_one_line_and_a_second_call_goes_on(
     assert (tmp_path / "out" / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
 
+def test_answers_in_another_order_are_refused(made, plan, tmp_path):
+    """vLLM sorts them by its requests' numbers; states of another row would train in silence."""
+    plan(order="reversed")
+    with pytest.raises(
+        UserError, match=r"^vLLM 0.32.0: row 'row\d': its (states are|token \d+ is)"
+    ):
+        run(made, tmp_path)
+    assert shards(tmp_path) == 0
+
+
 def test_target_that_does_not_load_is_one_line(made, plan, tmp_path):
     plan(wrong="loads not")
     with pytest.raises(UserError, match=r"^vLLM: RuntimeError: no kernel for heads of 16; see"):
@@ -195,6 +205,11 @@ def test_written_samples_have_the_states_of_their_tokens(written_by):
         assert sample.token_mask.tolist() == [0] * (len(row.input_ids) - WRITTEN) + [1] * WRITTEN
         assert torch.equal(sample.aux_hidden, row.aux_hidden)
         assert torch.equal(sample.last_hidden, row.last_hidden)
+
+
+def test_written_rows_in_another_order_are_refused(written_by):
+    with pytest.raises(UserError, match=r"^vLLM 0.32.0: row 'row0': "):
+        written_by(order="reversed")
 
 
 def test_target_is_loaded_once_for_all_threads(made, plan, tmp_path):

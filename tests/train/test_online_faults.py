@@ -113,9 +113,11 @@ def test_wrong_row_ends_the_run_with_one_line_after_what_was_trained_is_saved(
 
 
 def test_run_survives_the_kill_of_a_source_and_of_the_trainer(tmp_path):
-    (cycle,) = kill_online.run_cycles(2, random.Random(1), tmp_path, ranks=(1,))
+    (cycle,) = kill_online.run_cycles(2, random.Random(5), tmp_path, ranks=(1,))
     assert len(cycle.kills) == 2
-    assert {kill.victim for kill in cycle.kills} == {"source", "trainer"}
+    steps = {kill.victim: kill.step for kill in cycle.kills}
+    assert steps.keys() == {"source", "trainer"}
+    assert steps["trainer"] > 3  # the first checkpoint is there: the second call resumes
     assert cycle.calls == 2
     assert cycle.equal
     assert (cycle.lost, cycle.repeated, cycle.left, cycle.running) == (0, 0, [], 0)

@@ -1,21 +1,25 @@
 """`train --online`: the bits of training on extracted features, whatever computes them."""
 
+import os
+import signal
+import threading
+from collections import Counter
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.launch import World
 from eagle3fn.base.tree import equal
-from eagle3fn.base.types import Batch, Sample
+from eagle3fn.base.types import Sample
 from eagle3fn.cli import main
+from eagle3fn.data import rollout, sources
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.generate import Sampling
 from eagle3fn.data.on_demand import OnlineSamples, Widths
 from eagle3fn.data.prompt_rows import prompt_rows
+from eagle3fn.data.regenerate import ANEW
 from eagle3fn.data.sample_table import SampleTable
 from eagle3fn.data.source_pool import Pool, Source
 from eagle3fn.data.sources import model_source
@@ -23,7 +27,6 @@ from eagle3fn.data.stages import Item, Share
 from eagle3fn.data.target import load_target, stop_ids
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.train import loop
-from eagle3fn.train.feed import Announced, Feed
 from tests.small_run import write_run
 from tests.train.run_files import rows, same_end
 from tests.train.start_ranks import torchrun
@@ -91,14 +94,30 @@ def test_stopped_and_resumed_is_the_same_run(world, tmp_path):
     assert same_end(world / "offline", tmp_path / "run", 7)
 
 
-def test_batches_of_several_rows_do_not_depend_on_where_a_run_was_resumed(world, tmp_path):
+def test_batches_of_several_rows_do_not_depend_on_where_a_run_was_resumed(
+    world, tmp_path, monkeypatch
+):
     """An update's samples go through the target together, padded: another bits than alone."""
-    whole = [*online(world, tmp_path / "whole"), "--batch-tokens", "4096"]
-    assert main(whole) == 0
-    parts = [*online(world, tmp_path / "parts"), "--batch-tokens", "4096"]
-    assert main([*parts, "--max-steps", "3"]) == 0
-    assert main(parts) == 0
+    run_target = sources.run_target
+    groups: set[tuple[str, ...]] = set()
+
+    def noting(model, group, *more):
+        groups.add(tuple(row.id for row in group))
+        return run_target(model, group, *more)
+
+    monkeypatch.setattr(sources, "run_target", noting)
+    together = ("--dtype", "bfloat16", "--batch-tokens", "4096")
+    assert main(online(world, tmp_path / "whole", *together)) == 0
+    updates = set(groups)
+    assert {len(names) for names in updates} == {1, 2}  # of an evaluation, of an update
+    groups.clear()
+    for most in ("1", "2", "9"):
+        assert main(online(world, tmp_path / "parts", *together, "--max-steps", most)) == 0
     assert same_end(tmp_path / "whole", tmp_path / "parts", 7)
+    assert groups == updates
+
+    assert main(online(world, tmp_path / "alone", "--dtype", "bfloat16")) == 0
+    assert not same_end(tmp_path / "whole", tmp_path / "alone", 7)
 
 
 def test_processes_of_transformers_give_the_same_run(world, tmp_path):
@@ -126,6 +145,11 @@ def test_dry_run_writes_nothing(world, tmp_path, capsys):
     assert "nothing was written" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
+    keep = ("--keep", str(tmp_path / "kept"))
+    assert main(online(world, tmp_path / "run", "--dry-run", *keep)) == 2
+    assert "--keep with --dry-run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
 
 # Ranks
 
@@ -138,45 +162,65 @@ def test_two_ranks_with_sources_of_their_own_give_the_run_of_one(world, tmp_path
     ended = torchrun(2, "-m", "eagle3fn.cli", *arguments)
     assert ended.codes == [0], ended
     assert same_end(tmp_path / "one", tmp_path / "two", 7)
-    assert not [path for path in tmp_path.iterdir() if "samples" in path.name]
+    logs = [f"two.transformers-{rank}-1.log" for rank in range(2) if sources]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two", *logs]
 
 
-def test_two_ranks_count_each_others_written_rows(world, tmp_path):
-    """The loss is divided by the rows of both: as many as their answers have."""
-    ended = torchrun(2, "-m", "eagle3fn.cli", *generated(world, tmp_path / "run"))
+def test_two_ranks_whose_target_writes_give_the_run_of_one(world, tmp_path):
+    """The loss is divided by the rows of both ranks' answers, of which each knows its own."""
+    alone = ("--temperature", "0", "--batch-tokens", "1", "--set", "train.reduce=tree")
+    assert main(generated(world, tmp_path / "one", *alone)) == 0
+    ended = torchrun(2, "-m", "eagle3fn.cli", *generated(world, tmp_path / "two", *alone))
     assert ended.codes == [0], ended
-    found = rows(tmp_path / "run" / "metrics.jsonl")
-    assert len(found) == 7
-    assert all(row["rows"] > 0 for row in found)
+    assert same_end(tmp_path / "one", tmp_path / "two", 7)
+    assert all(row["rows"] > 0 for row in rows(tmp_path / "two" / "metrics.jsonl"))
 
 
-def two_ranks(other: Announced) -> World:
-    """A world of two ranks, of which this is the first; the other says `other`."""
-
-    class Two(World):
-        def every(self, value: object) -> list[object]:
-            return [value, other]
-
-    return Two(0, 2)
+# Signals
 
 
-def micro(counts: list[int]) -> Batch:
-    empty = torch.zeros(1)
-    fields = dict.fromkeys(Batch._fields, empty)
-    return Batch(**{**fields, "row_counts": torch.tensor(counts)})  # type: ignore[arg-type]
+def test_signal_while_samples_are_waited_for_saves_what_was_trained(
+    world, tmp_path, monkeypatch, capsys
+):
+    """The source of the fifth update hangs; the next call goes on with it."""
+    out = tmp_path / "run"
+    sent: list[int] = []
+    release = threading.Event()
+    ask, received, save = OnlineSamples._ask, rollout.received, loop._save
 
+    def hanging(self, source, group):
+        if group.key.share and group.place == 10 and not sent:
+            release.wait(20.0)
+        return ask(self, source, group)
 
-def test_row_counts_of_ranks_that_know_their_own_are_added_up():
-    other = Announced(None, False, torch.tensor([4, 5]))
-    (batches,) = islice(Feed(iter([(micro([1, 2]),)]), two_ranks(other), counted=True), 1)
-    assert batches[0].row_counts is not None
-    assert batches[0].row_counts.tolist() == [5, 7]
+    def signalled():
+        """Called again and again while samples are waited for."""
+        metrics = out / "metrics.jsonl"
+        if metrics.is_file() and len(rows(metrics)) == 4 and not sent:
+            sent.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return received()
 
+    def saving(*arguments):
+        if sent:
+            release.set()
+        save(*arguments)
 
-def test_a_rank_stops_where_another_has_no_batch():
-    feed = Feed(iter([(micro([1]),)]), two_ranks(Announced("its source is gone", False, None)))
-    with pytest.raises(UserError, match="rank 1: its source is gone"):
-        next(feed)
+    monkeypatch.setattr(OnlineSamples, "_ask", hanging)
+    monkeypatch.setattr(rollout, "received", signalled)
+    monkeypatch.setattr(rollout, "_STOPPING", 0.01)
+    monkeypatch.setattr(loop, "_save", saving)
+    rarely = "train.eval_every=7"  # an evaluation would wait for the source, too
+    arguments = online(world, out, settings=("data.prefetch=0", rarely))
+    assert not main(arguments)
+    assert sent
+    assert "stopped by SIGTERM, step 4 of 7 is saved" in capsys.readouterr().out
+    assert (out / "checkpoints/step-00000004").is_dir()
+    assert len(rows(out / "metrics.jsonl")) == 4
+
+    assert main(arguments) == 0
+    assert main([*offline(world, tmp_path / "offline"), "--set", rarely]) == 0
+    assert same_end(tmp_path / "offline", out, 7)
 
 
 # Kept features
@@ -269,9 +313,47 @@ def test_held_out_prompts_keep_their_answers(world):
         held = [loaded(8, place) for place in range(1, 5)]
         trained = [loaded(3, place) for place in range(1, 5)]
         again = loaded(3, 2)
+        other = [loaded(6, place) for place in range(1, 5)]
+        length = int((rows[3].token_mask == 0).sum())
+        prompts = [rows[number].input_ids[:length] for number in (3, 6)]
     assert all(equal(held[0], each) for each in held)
     assert len({tuple(each.input_ids.tolist()) for each in trained}) > 1
     assert equal(again, trained[1])
+
+    # What was written comes after the prompt, and is what is trained.
+    for sample in trained:
+        assert torch.equal(sample.input_ids[:length], prompts[0])
+        assert sample.token_mask.tolist() == [0] * length + [1] * (len(sample.input_ids) - length)
+        assert 1 <= len(sample.input_ids) - length <= 6
+
+    # As two ranks have them: another sample of the same prompt, at the same place.
+    assert torch.equal(*prompts)
+    assert not any(map(equal, trained, other))
+
+
+def test_answers_are_drawn_as_options_and_seed_say_and_held_out_ones_once(
+    world, tmp_path, monkeypatch
+):
+    write = sources.write_answers
+    seeds: dict[str, set[int]] = {"0": set(), "5": set()}
+    samplings: set[Sampling] = set()
+    for name, found in seeds.items():
+        answered = Counter[str]()
+
+        def noting(*arguments, into=found, answered=answered):
+            into.add(arguments[4])
+            samplings.add(arguments[2])
+            answered.update(prompt.id for prompt in arguments[1])
+            return write(*arguments)
+
+        monkeypatch.setattr(sources, "write_answers", noting)
+        more = ("--max-steps", "4", "--temperature", "0.75", "--set", f"train.seed={name}")
+        assert main(generated(world, tmp_path / name, *more)) == 0
+        assert len(rows(tmp_path / name / "eval.jsonl")) == 2
+        assert (answered["row8"], answered["row9"]) == (1, 1)
+    assert all(len(found) > 4 for found in seeds.values())
+    assert not seeds["0"] & seeds["5"]
+    assert samplings == {ANEW._replace(temperature=0.75, max_new=6)}
 
 
 # Refusals
