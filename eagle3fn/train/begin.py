@@ -35,6 +35,7 @@ class LoopState(NamedTuple):
     in_a_row: int = 0  # of these, the last ones without a made one between them
     waited: int = 0  # the last evaluations that were not above `best`
     uncounted: int = 0  # the last updates whose loss counted none of their rows
+    owes_evaluation: bool = False  # that of this step: its features did not come
 
 
 _TYPES = {
@@ -43,6 +44,7 @@ _TYPES = {
     "in_a_row": (int,),
     "waited": (int,),
     "uncounted": (int,),
+    "owes_evaluation": (bool,),
 }
 """Of the fields of `LoopState`, in a checkpoint's JSON."""
 

@@ -39,6 +39,10 @@ SETTINGS = (
 PREFETCHES = (0, 2)
 
 
+class Killed(BaseException):
+    """In place of a signal that no program survives."""
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A tiny target, ten conversations, a map, and an offline run on features extracted alone."""
@@ -215,12 +219,15 @@ def test_kept_features_of_other_settings_are_refused(world, tmp_path, capsys, ot
     assert "shard-00000.json: of other conversations" in capsys.readouterr().err
 
 
-def test_sources_that_fail_in_an_evaluation_lose_no_update(world, tmp_path, monkeypatch, capsys):
-    """What was trained is saved, what passed is kept; the next call evaluates, and goes on."""
+@pytest.mark.parametrize("step", [3, 7])
+def test_sources_that_fail_in_an_evaluation_lose_no_update(
+    world, tmp_path, monkeypatch, capsys, step
+):
+    """What was trained is saved, what passed is kept; the next call evaluates once, and goes on."""
     evaluate = loop.evaluate_held_out
 
     def failing(run, params):
-        if len(rows(run.out / "metrics.jsonl")) == 3:
+        if len(rows(run.out / "metrics.jsonl")) == step:
             raise UserError("source 1: gone for good")
         return evaluate(run, params)
 
@@ -228,12 +235,45 @@ def test_sources_that_fail_in_an_evaluation_lose_no_update(world, tmp_path, monk
     monkeypatch.setattr(loop, "evaluate_held_out", failing)
     assert main(arguments) == 2
     assert "source 1: gone for good" in capsys.readouterr().err
-    assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
+    assert (tmp_path / f"run/checkpoints/step-{step:08d}").is_dir()
     assert len(open_features(tmp_path / "kept").samples) > 0
 
+    # Its row is written once, also where a call was killed before the evaluation was settled.
+    monkeypatch.setattr(loop, "evaluate_held_out", evaluate)
+    saved = loop._save
+
+    def killed(run, state, loop_state):
+        raise Killed
+
+    monkeypatch.setattr(loop, "_save", killed)
+    with pytest.raises(Killed):
+        main(arguments)
+    monkeypatch.setattr(loop, "_save", saved)
+    for _ in range(2):
+        assert main(arguments) == 0
+        assert same_end(world / "offline", tmp_path / "run", 7)
+
+
+def test_evaluation_that_is_owed_may_end_a_run(world, tmp_path, monkeypatch):
+    """By its patience, as it would have at once: no further update is made."""
+    patience = ("train.patience=1", "train.eval_every=1", "train.steps=30")
+    settings = [word for setting in patience for word in ("--set", setting)]
+    assert main([*offline(world, tmp_path / "offline"), *settings]) == 0
+    ended = len(rows(tmp_path / "offline" / "metrics.jsonl"))
+    assert ended < 30
+    evaluate = loop.evaluate_held_out
+
+    def failing(run, params):
+        if len(rows(run.out / "metrics.jsonl")) == ended:
+            raise UserError("source 1: gone for good")
+        return evaluate(run, params)
+
+    arguments = [*online(world, tmp_path / "run"), *settings]
+    monkeypatch.setattr(loop, "evaluate_held_out", failing)
+    assert main(arguments) == 2
     monkeypatch.setattr(loop, "evaluate_held_out", evaluate)
     assert main(arguments) == 0
-    assert same_end(world / "offline", tmp_path / "run", 7)
+    assert same_end(tmp_path / "offline", tmp_path / "run", ended)
 
 
 # Answers that the target writes
