@@ -1,15 +1,21 @@
 """What `train --online` opens: conversations or prompts, and the sources of their features."""
 
+import json
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eagle3fn.base import progress
 from eagle3fn.commands.shared import chat_template, given_options, say
-from eagle3fn.commands.sources import check_engine_options, engine_source, model_source
+from eagle3fn.commands.sources import (
+    as_transformers,
+    check_engine_options,
+    engine_source,
+    model_source,
+)
 
 if TYPE_CHECKING:
     from eagle3fn.base.config import Config
@@ -21,6 +27,9 @@ if TYPE_CHECKING:
     from eagle3fn.data.sample_file import SampleFile
     from eagle3fn.data.sources import FeatureSource
     from eagle3fn.data.template import ChatTemplate
+    from eagle3fn.train.recipe import Recipe
+
+T = TypeVar("T")
 
 GIB = 2**30
 _ONLINE = (
@@ -68,6 +77,27 @@ def check_online_options(options: Any) -> None:
         raise UserError(f"{name}: {_WHY[name]}; leave it out")
 
 
+def check_answers(options: Any, recipe: "Recipe") -> None:
+    """Refuse answers too short to be trained on, whatever the target writes.
+
+    Raises:
+        UserError: names --max-new.
+    """
+    import torch
+
+    from eagle3fn.base.errors import UserError
+
+    sampling = _sampling(options)
+    if sampling is None:
+        return
+    longest = torch.tensor([0, 0, 0] + [1] * sampling.max_new)  # a prompt's places, and its own
+    if not recipe.align_mask(longest).any():
+        raise UserError(
+            f"--max-new {sampling.max_new}: an answer that short has no row to train; give 2 at "
+            "least, the stop token included"
+        )
+
+
 _WHY = {
     "--sources": "is of an engine's processes; each --engine-url is a source, and so is the target "
     "in this process",
@@ -101,6 +131,7 @@ def online_features(
     from eagle3fn.data.online import STORED, MadeFrom, online_set
     from eagle3fn.data.rollout import Pool
     from eagle3fn.data.sample_file import samples_on_ranks
+    from eagle3fn.train.begun import check_made_with
 
     with ExitStack() as own:
         path = Path(f"{options.out}.samples")
@@ -110,9 +141,12 @@ def online_features(
         progress.close()
         for line in known["said"] if world.main else ():
             say(line)
+        check_made_with(options.out, known["settings"])
 
-        sources = _sources(options, tree, layers, world)
+        logs = own.enter_context(_Logs(options.out, options.dry_run))
+        sources = _sources(options, tree, layers, world, logs)
         pool = own.enter_context(Pool(sources, say=progress.say))
+        own.callback(logs.close)
         if options.engine_python and world.main:
             say(
                 f"{options.engine} starts; what it prints is in {options.out}.{options.engine}*.log"
@@ -122,9 +156,11 @@ def online_features(
             rows,
             pool,
             Widths(len(layers), tree["hidden_size"], STORED),
-            _sampling(options) if options.generate else None,
+            _sampling(options),
         )
-        made_from = MadeFrom(options.online, known["fingerprint"], known["facts"])
+        made_from = MadeFrom(
+            options.online, known["fingerprint"], known["facts"], known["settings"]
+        )
         features = online_set(rows, source, samples, made_from)
         if world.main:
             _say_sources(options, source, len(sources), features)
@@ -161,6 +197,11 @@ def begin_online(features: "FeatureSet", options: Any, config: "Config", world: 
     samples.buffer = given or max(BUFFER, 2 * needed)
 
 
+def is_kept(folder: str) -> bool:
+    """Whether all that has passed is a feature folder: its index is written last."""
+    return (Path(folder) / "index.json").is_file()
+
+
 @contextmanager
 def kept_features(
     folder: str, features: "FeatureSet", config: "Config", world: "World"
@@ -190,13 +231,35 @@ def kept_features(
 # The rows
 
 
+def settings_of(options: Any) -> dict[str, str]:
+    """What the rows depend on, by option, as far as it is known before they are encoded."""
+    from eagle3fn.base.files import json_sha256
+    from eagle3fn.data.extract import SAMPLE_RULE
+    from eagle3fn.data.row_files import rows_digest
+    from eagle3fn.data.target_loading import load_tokenizer
+
+    template = chat_template(options, load_tokenizer(options.target))
+    settings = {
+        "--online": f"sha256 {rows_digest(options.online)}",
+        "--max-length": str(options.max_length),
+        "--batch-tokens": str(options.batch_tokens or "not given"),
+        "--template-arg": json.dumps(template.arguments),
+        "--generate": "given" if options.generate else "not given",
+        "the target's chat template": json_sha256(template.tokenizer.chat_template),
+        "the target's stop tokens": ", ".join(map(str, template.stops)),
+        "the rule of samples": json.dumps(SAMPLE_RULE),
+    }
+    sampling = _sampling(options)
+    for name, value in sampling._asdict().items() if sampling else ():
+        settings[f"--{name.replace('_', '-')}"] = str(value)
+    return settings
+
+
 def _encode(
     options: Any, vocab_size: int, positions: int | None, path: Path | None
 ) -> "tuple[SampleFile, dict[str, Any]]":
     """The rows, written to `path` or a temporary file, and what is known of them."""
     from eagle3fn.base.files import json_sha256
-    from eagle3fn.data.extract import SAMPLE_RULE
-    from eagle3fn.data.row_files import rows_digest
     from eagle3fn.data.row_stamps import check_stamps, stamps_of
     from eagle3fn.data.sources import check_max_length
     from eagle3fn.data.target_loading import load_tokenizer
@@ -204,26 +267,26 @@ def _encode(
     check_max_length(options.max_length, positions)
     template = chat_template(options, load_tokenizer(options.target))
     stamps = stamps_of(options.online)
-    data_hash = rows_digest(options.online)
+    settings = settings_of(options)
     read = _prompts if options.generate else _samples
     samples, counts, said = read(options, template, vocab_size, path)
     check_stamps(options.online, stamps)
-    settings = {
-        "template": [template.tokenizer.chat_template, template.arguments, template.stops],
-        "rule": SAMPLE_RULE,
-        "max_length": options.max_length,
-        "batch_tokens": options.batch_tokens,
-        "conversations": data_hash,
-        "answers": _sampling(options)._asdict() if options.generate else None,
-    }
     facts = {
-        "data_hash": data_hash,
+        "data_hash": settings["--online"].removeprefix("sha256 "),
         "max_length": options.max_length,
         "template_arguments": template.arguments,
         **counts,
         "remaining": 0,
     }
-    return samples, {"fingerprint": json_sha256(settings), "facts": facts, "said": said}
+    fingerprint = json_sha256(settings)
+    settings["--limit"] = f"{counts['rows']} rows"
+    settings["--skip-bad"] = f"{counts.get('rejected', 0)} rows left out"
+    return samples, {
+        "fingerprint": fingerprint,
+        "facts": facts,
+        "settings": settings,
+        "said": said,
+    }
 
 
 def _samples(
@@ -259,11 +322,13 @@ def _prompts(
     """Prompts, which the target will answer."""
     from eagle3fn.data.prompt_rows import prompt_rows
 
+    sampling = _sampling(options)
+    assert sampling is not None
     found = prompt_rows(
         template,
         options.online,
         max_length=options.max_length,
-        max_new=_sampling(options).max_new,
+        max_new=sampling.max_new,
         out=path,
         limit=options.limit,
         skip_bad=options.skip_bad,
@@ -272,10 +337,14 @@ def _prompts(
     return found.samples, found.counts(), found.describe()
 
 
-def _sampling(options: Any) -> "Sampling":
-    """How answers are drawn: as the options say, else as `regenerate` draws them."""
+def _sampling(options: Any) -> "Sampling | None":
+    """How the target's answers are drawn: as the options say, else as `regenerate` draws them; None
+    if it writes none.
+    """
     from eagle3fn.data.regenerate import ANEW
 
+    if not options.generate:
+        return None
     given = {name: getattr(options, name, None) for name in ANEW._fields}
     return ANEW._replace(**{name: value for name, value in given.items() if value is not None})
 
@@ -284,41 +353,117 @@ def _sampling(options: Any) -> "Sampling":
 
 
 def _sources(
-    options: Any, tree: dict[str, Any], layers: tuple[int, ...], world: "World"
+    options: Any, tree: dict[str, Any], layers: tuple[int, ...], world: "World", logs: "_Logs"
 ) -> "Sequence[Source]":
     """The target in this process; or an engine's processes; or its running servers."""
     from eagle3fn.base.device import check_device
     from eagle3fn.data.rollout import Source
 
+    writing = _sampling(options)
     if not options.engine:
         device = check_device(world.device(options.target_device, "--target-device"))
-        return [Source("the target", lambda: _alone(model_source(options, layers, device)))]
+        return [Source("the target", partial(_target, options, layers, device, writing))]
+
+    def source(name: str, given: Any, log: str) -> "Source":
+        return Source(name, partial(_engine, given, tree, layers, log, writing, logs))
 
     if options.engine == "vllm" and options.engine_url:
-        return [
-            Source(url, partial(_engine, _with(options, engine_url=[url]), tree, layers, ""))
-            for url in options.engine_url
-        ]
+        return [source(url, _with(options, engine_url=[url]), "") for url in options.engine_url]
     found = []
     for number in range(1, 1 + (1 if options.engine_url else options.sources or 1)):
         rank = f"-{world.rank}" if world.size > 1 else ""
-        log = f"{options.out}.{options.engine}{rank}-{number}.log"
         name = f"source {number}" + (f" of rank {world.rank}" if world.size > 1 else "")
-        found.append(Source(name, partial(_engine, options, tree, layers, log)))
+        found.append(source(name, options, f"{options.out}.{options.engine}{rank}-{number}.log"))
     return found
 
 
-def _engine(
-    options: Any, tree: dict[str, Any], layers: tuple[int, ...], log: str
-) -> "AbstractContextManager[FeatureSource]":
-    return _alone(engine_source(options, tree, layers, log, progress.say))
+@contextmanager
+def _target(
+    options: Any, layers: tuple[int, ...], device: str, writing: "Sampling | None"
+) -> "Iterator[FeatureSource]":
+    """The target in this process, known as the engine transformers, whose bits it has."""
+    with model_source(options, layers, device, writing) as (source, _):
+        yield as_transformers(source, options.target, device)
 
 
 @contextmanager
-def _alone(opened: Any) -> "Iterator[FeatureSource]":
-    """A source without the tokenizer that it comes with."""
-    with opened as (source, _):
-        yield source
+def _engine(
+    options: Any,
+    tree: dict[str, Any],
+    layers: tuple[int, ...],
+    log: str,
+    writing: "Sampling | None",
+    logs: "_Logs",
+) -> "Iterator[FeatureSource]":
+    """An engine, whose faults are noted."""
+    with ExitStack() as own:
+        with logs.fault_noted(log):
+            opened = engine_source(options, tree, layers, log, progress.say, writing)
+            source, _ = own.enter_context(opened)
+        yield source._replace(
+            features=logs.faults_noted(source.features),
+            write=source.write and logs.faults_noted(source.write),
+        )
+
+
+class _Logs:
+    """What engines print, in files that are removed where nothing came of the call.
+
+    That is a dry run, or a call that was refused before its first update was saved, and by no fault
+    of an engine.
+    """
+
+    def __init__(self, out: str, dry_run: bool) -> None:
+        self.out = Path(out)
+        self.dry_run = dry_run
+        self.files: list[Path] = []
+        self.at_fault = False
+        self.closing = False  # what engines raise now is no fault
+
+    def __enter__(self) -> "_Logs":
+        self._begun_at = self._checkpoint()
+        parents = self.out.absolute().parents
+        self._new = [folder for folder in parents if not folder.exists()]  # the innermost first
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        refused = kind is not None and self._checkpoint() == self._begun_at
+        if self.at_fault or not (refused or self.dry_run):
+            return
+        for path in self.files:
+            path.unlink(missing_ok=True)
+        for folder in self._new:
+            with suppress(OSError):  # it is not empty, or was never made
+                folder.rmdir()
+
+    def _checkpoint(self) -> Path | None:
+        from eagle3fn.train.checkpoint import checkpoints
+
+        return max(checkpoints(self.out / "checkpoints"), default=None)
+
+    def close(self) -> None:
+        """From now on engines are ended."""
+        self.closing = True
+
+    @contextmanager
+    def fault_noted(self, log: str = "") -> Iterator[None]:
+        """What is raised in the block is an engine's fault, which may write into the file `log`."""
+        if log and Path(log) not in self.files:
+            self.files.append(Path(log))
+        try:
+            yield
+        except BaseException:
+            self.at_fault = self.at_fault or not self.closing
+            raise
+
+    def faults_noted(self, asked: Callable[..., T]) -> Callable[..., T]:
+        """A function of an engine's, the same."""
+
+        def ask(*given: Any) -> T:
+            with self.fault_noted():
+                return asked(*given)
+
+        return ask
 
 
 def _with(options: Any, **changes: Any) -> Any:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from eagle3fn.base import progress
 from eagle3fn.commands.online import (
     begin_online,
+    check_answers,
     check_online_options,
+    is_kept,
     kept_features,
     online_features,
+    settings_of,
 )
 from eagle3fn.commands.shared import draft_shape, say
 
@@ -53,6 +56,12 @@ def train(options: Any) -> int | None:
         named = _named(options, overrides)
         tree = target_config(options.target)
         draft = _draft(options, tree, map_size(options.vocab, read_map))
+        if options.online:
+            # Before its sources start: what of the call is refused, or has nothing to do.
+            check_answers(options, recipe)
+            done = _say_ended(options, draft, overrides, recipe, world) if world.main else None
+            if world.shared(done):
+                return None
         features = own.enter_context(_features(options, tree, draft, world))
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
         counted = counted_on(options.vocab, read_map)
@@ -101,6 +110,35 @@ def _features(
     layers = aux_layers(draft, tree["num_hidden_layers"])
     with online_features(options, tree, layers, world) as features:
         yield features
+
+
+def _say_ended(
+    options: Any, draft: "DraftConfig", overrides: list[str], recipe: "Recipe", world: "World"
+) -> bool:
+    """Whether an online run has ended, which is said then; one that has begun is refused where it
+    cannot go on.
+    """
+    from eagle3fn.train.begun import check_made_with, ended
+    from eagle3fn.train.defaults import begun_settings
+    from eagle3fn.train.dry_run import ended_line
+    from eagle3fn.use.publish import check_published
+
+    begun = begun_settings(options.out)
+    if begun is None:
+        return False
+    check_made_with(options.out, settings_of(options))
+    config = _config(options, draft, overrides, options.recipe, begun)
+    found = ended(config, options.out, recipe.name, options.source, options.minutes)
+    if found is None or (options.keep and not is_kept(options.keep)):
+        return False
+
+    for line in found.lines:
+        say(line)
+    said = check_published(options.out, found.end, world.size, options.arguments)
+    if options.dry_run:
+        said = f"the run\n  {ended_line(found.end, found.horizon)}\nnothing was written"
+    say(said)
+    return True
 
 
 def _take_threads(options: Any, config: "Config", world: "World") -> None:

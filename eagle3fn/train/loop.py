@@ -24,17 +24,16 @@ from eagle3fn.train.bad_updates import (
     check_dropped,
     check_held_out,
     check_update,
-    dropped_line,
 )
 from eagle3fn.train.begin import LoopState, Point
 from eagle3fn.train.branch import write_branch
 from eagle3fn.train.checkpoint import save_checkpoint
 from eagle3fn.train.counted import check_counted_held_out, check_uncounted, uncounted_after
-from eagle3fn.train.events import End, Events
+from eagle3fn.train.events import Events
 from eagle3fn.train.feed import Feed
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import patience_line, write_horizon
-from eagle3fn.train.ready import ROWS, end_of, ready
+from eagle3fn.train.ready import ROWS, end_lines, end_of, ready
 from eagle3fn.train.recipe import OURS, Recipe, schedule_of
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import gather
@@ -108,7 +107,7 @@ def train(
         if point.branches or loop_state.owes_evaluation:
             loop_state = _evaluate(run, state, loop_state, events)
             _save(run, state, loop_state)
-            end = end_of(run, point.step, loop_state)
+            end = end_of(run.config, point.step, loop_state)
         if not end.finished:
             # A signal before this ends the program: nothing is lost that is not on the disk.
             with signals_noted() as stop_requested:
@@ -116,20 +115,11 @@ def train(
                     run, state, loop_state, events, stop_requested, max_steps
                 )
         if world.main:
-            _report_end(run, end_of(run, int(state.step), loop_state), loop_state, events)
+            end = end_of(run.config, int(state.step), loop_state)
+            for line in end_lines(run.config, end, loop_state):
+                events.on_notice(line)
+            events.on_end(end)
         return state
-
-
-def _report_end(run: Run, end: End, loop_state: LoopState, events: Events) -> None:
-    if loop_state.skipped:
-        events.on_notice(dropped_line(loop_state.skipped))
-    if end.early:
-        events.on_notice(
-            f"step {end.step} of {end.total}: the run has ended, as its held-out accepted length "
-            f"has not risen above {loop_state.best:.3f} for {loop_state.waited} evaluations "
-            f"(train.patience = {run.config.train.patience}); a greater train.patience goes on"
-        )
-    events.on_end(end)
 
 
 def _cut_rows(run: Run, point: Point, loop_state: LoopState, events: Events) -> None:
@@ -204,7 +194,7 @@ def _steps(
                     loop_state = _evaluate(run, state, loop_state, events)
 
             # A stop on one rank stops all: they must leave at the same step.
-            early = end_of(run, number, loop_state).early
+            early = end_of(run.config, number, loop_state).early
             stop = any(run.world.every(stop_requested())) or early
             if saves or stop:
                 loop_state = report_all()

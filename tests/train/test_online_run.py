@@ -131,6 +131,78 @@ def test_dry_run_writes_nothing(world, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+# Called again
+
+
+def no_source(*_: object) -> None:
+    raise AssertionError("a source was opened")
+
+
+def test_run_that_has_ended_says_so_and_starts_nothing(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    arguments = online(world, out, "--engine", "transformers", "--keep", str(tmp_path / "kept"))
+    assert main(arguments) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(Pool, "first", no_source)
+
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"{out}: finished, step 7 of 7 is its last one" in printed
+    assert f"{out}/draft: the best draft of 7 steps" in printed
+    tried = online(world, out, "--engine", "transformers", "--dry-run")
+    assert main(tried) == 0
+    printed = capsys.readouterr().out
+    assert "ended at step 7 of 7, nothing is left to train; train.steps = 7 chose" in printed
+    assert printed.endswith("nothing was written\n")
+
+    # It is refused as before where its features would be others.
+    assert main([*arguments, "--max-length", "100"]) == 2
+    assert "--max-length was 128, is 100" in capsys.readouterr().err
+
+    # More to do needs a source again; so does what was to be kept, and has no index yet.
+    with pytest.raises(AssertionError, match="a source was opened"):
+        main([*arguments, "--set", "train.steps=8"])
+    (tmp_path / "kept/index.json").unlink()
+    with pytest.raises(AssertionError, match="a source was opened"):
+        main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--max-length", "100"), "--max-length was 128, is 100"),
+        (("--limit", "9"), "--limit was 10 rows, is 9 rows"),
+        (("--batch-tokens", "64"), "--batch-tokens was 1, is 64"),
+        (("--generate",), "--generate was not given, is given"),
+        (("--set", "data.global_batch=4"), "data.global_batch was 2, is 4"),
+    ],
+)
+def test_begun_run_names_the_option_that_differs_before_a_source_starts(
+    world, tmp_path, monkeypatch, capsys, more, named
+):
+    assert main(online(world, tmp_path / "run", "--max-steps", "1")) == 0
+    monkeypatch.setattr(Pool, "first", no_source)
+    assert main([*online(world, tmp_path / "run"), *more]) == 2
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert named in refused
+    assert "--from" in refused
+
+
+def test_begun_run_names_what_differs_of_its_source(world, tmp_path, capsys):
+    begun = online(world, tmp_path / "run", "--max-steps", "1", "--dtype", "float32")
+    assert main(begun) == 0
+    assert main(online(world, tmp_path / "run", "--dtype", "bfloat16")) == 2
+    assert "--dtype was float32, is bfloat16" in capsys.readouterr().err
+
+
+def test_run_goes_on_with_the_target_here_or_in_a_process(world, tmp_path):
+    """One source has the bits of the other."""
+    process = ("--engine", "transformers")
+    for source, most in ((process, "2"), ((), "3"), (process, "9")):
+        assert main(online(world, tmp_path / "run", *source, "--max-steps", most)) == 0
+    assert same_end(world / "offline", tmp_path / "run", 7)
+
+
 # Ranks
 
 
@@ -347,6 +419,36 @@ def test_options_without_effect_are_refused(world, tmp_path, capsys, more, named
 def test_options_of_online_training_need_it(world, tmp_path, capsys):
     assert main([*offline(world, tmp_path / "run"), "--buffer", "1"]) == 2
     assert "--buffer: needs --online" in capsys.readouterr().err
+
+
+def test_answers_of_one_token_are_refused_by_the_option(world, tmp_path, capsys):
+    assert main([*generated(world, tmp_path / "run"), "--max-new", "1"]) == 2
+    assert "--max-new 1: an answer that short has no row to train" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", ["train.init=none", "data.held_out=10"])
+def test_refused_call_leaves_nothing_of_its_engine(world, tmp_path, setting):
+    out = tmp_path / "new" / "run"
+    assert main(online(world, out, "--engine", "transformers", settings=(setting,))) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_engine_that_fails_leaves_the_log_that_is_named(world, tmp_path, capsys):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho nothing is installed here >&2\nexit 1\n")
+    python.chmod(0o755)
+    sources = ("--engine", "transformers", "--engine-python", str(python))
+    assert main(online(world, tmp_path / "run", *sources)) == 2
+    log = tmp_path / "run.transformers-1.log"
+    assert str(log) in capsys.readouterr().err
+    assert "nothing is installed here" in log.read_text()
+
+
+def test_dry_run_leaves_nothing_of_its_engine(world, tmp_path):
+    out = tmp_path / "new" / "run"
+    assert main(online(world, out, "--engine", "transformers", "--dry-run")) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_prompts_without_room_for_an_answer_are_refused(world, tmp_path, capsys):
