@@ -1,35 +1,26 @@
 """What `train --online` opens: conversations or prompts, and the sources of their features."""
 
-import json
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
-from eagle3fn.commands.shared import chat_template, given_options, say
-from eagle3fn.commands.sources import (
-    as_transformers,
-    check_engine_options,
-    engine_source,
-    model_source,
-)
+from eagle3fn.commands.online_rows import encode, sampling_of, settings_of
+from eagle3fn.commands.online_sources import Logs, sources_of
+from eagle3fn.commands.settings import config_of
+from eagle3fn.commands.shared import given_options, say
+from eagle3fn.commands.sources import check_engine_options
 
 if TYPE_CHECKING:
     from eagle3fn.base.config import Config
+    from eagle3fn.base.draft_config import DraftConfig
     from eagle3fn.base.launch import World
     from eagle3fn.data.features import FeatureSet
-    from eagle3fn.data.generate import Sampling
     from eagle3fn.data.on_demand import OnlineSamples
-    from eagle3fn.data.rollout import Source
-    from eagle3fn.data.sample_file import SampleFile
     from eagle3fn.data.sources import FeatureSource
-    from eagle3fn.data.template import ChatTemplate
     from eagle3fn.train.recipe import Recipe
-
-T = TypeVar("T")
 
 GIB = 2**30
 _ONLINE = (
@@ -87,7 +78,7 @@ def check_answers(options: Any, recipe: "Recipe") -> None:
 
     from eagle3fn.base.errors import UserError
 
-    sampling = _sampling(options)
+    sampling = sampling_of(options)
     if sampling is None:
         return
     longest = torch.tensor([0, 0, 0] + [1] * sampling.max_new)  # a prompt's places, and its own
@@ -110,6 +101,47 @@ def _useless(options: Any) -> tuple[str, ...]:
     if not options.engine:
         return ("--sources",)
     return ("--target-device", "--sources") if options.engine_url else ("--target-device",)
+
+
+def has_ended(
+    options: Any, draft: "DraftConfig", overrides: list[str], recipe: "Recipe", world: "World"
+) -> bool:
+    """Whether the run in `--out` has ended, which is said then; all ranks call, before sources
+    start.
+
+    Raises:
+        UserError: it has begun, and cannot go on under these options; as `check_answers`.
+    """
+    check_answers(options, recipe)
+    ended = world.main and _say_ended(options, draft, overrides, recipe, world)
+    return world.shared(ended)
+
+
+def _say_ended(
+    options: Any, draft: "DraftConfig", overrides: list[str], recipe: "Recipe", world: "World"
+) -> bool:
+    """The same on rank 0."""
+    from eagle3fn.train.begun import check_made_with, ended
+    from eagle3fn.train.defaults import begun_settings
+    from eagle3fn.train.dry_run import ended_line
+    from eagle3fn.use.publish import check_published
+
+    begun = begun_settings(options.out)
+    if begun is None:
+        return False
+    check_made_with(options.out, settings_of(options))
+    config = config_of(options, draft, overrides, options.recipe, begun)
+    found = ended(config, options.out, recipe.name, options.source, options.minutes)
+    if found is None or (options.keep and not _is_kept(options.keep)):
+        return False
+
+    for line in found.lines:
+        say(line)
+    said = check_published(options.out, found.end, world.size, options.arguments)
+    if options.dry_run:
+        said = f"the run\n  {ended_line(found.end, found.horizon)}\nnothing was written"
+    say(said)
+    return True
 
 
 @contextmanager
@@ -136,15 +168,15 @@ def online_features(
     with ExitStack() as own:
         path = Path(f"{options.out}.samples")
         positions = tree.get("max_position_embeddings")
-        encode = partial(_encode, options, tree["vocab_size"], positions)
-        rows, known = own.enter_context(samples_on_ranks(world, "train/online", path, encode))
+        written = partial(encode, options, tree["vocab_size"], positions)
+        rows, known = own.enter_context(samples_on_ranks(world, "train/online", path, written))
         progress.close()
         for line in known["said"] if world.main else ():
             say(line)
         check_made_with(options.out, known["settings"])
 
-        logs = own.enter_context(_Logs(options.out, options.dry_run))
-        sources = _sources(options, tree, layers, world, logs)
+        logs = own.enter_context(Logs(options.out, options.dry_run))
+        sources = sources_of(options, tree, layers, world, logs)
         pool = own.enter_context(Pool(sources, say=progress.say))
         own.callback(logs.close)
         if options.engine_python and world.main:
@@ -156,7 +188,7 @@ def online_features(
             rows,
             pool,
             Widths(len(layers), tree["hidden_size"], STORED),
-            _sampling(options),
+            sampling_of(options),
         )
         made_from = MadeFrom(
             options.online, known["fingerprint"], known["facts"], known["settings"]
@@ -197,7 +229,7 @@ def begin_online(features: "FeatureSet", options: Any, config: "Config", world: 
     samples.buffer = given or max(BUFFER, 2 * needed)
 
 
-def is_kept(folder: str) -> bool:
+def _is_kept(folder: str) -> bool:
     """Whether all that has passed is a feature folder: its index is written last."""
     return (Path(folder) / "index.json").is_file()
 
@@ -226,249 +258,6 @@ def kept_features(
         line = keeper.finish()
         if line:
             progress.say(line)
-
-
-# The rows
-
-
-def settings_of(options: Any) -> dict[str, str]:
-    """What the rows depend on, by option, as far as it is known before they are encoded."""
-    from eagle3fn.base.files import json_sha256
-    from eagle3fn.data.extract import SAMPLE_RULE
-    from eagle3fn.data.row_files import rows_digest
-    from eagle3fn.data.target_loading import load_tokenizer
-
-    template = chat_template(options, load_tokenizer(options.target))
-    settings = {
-        "--online": f"sha256 {rows_digest(options.online)}",
-        "--max-length": str(options.max_length),
-        "--batch-tokens": str(options.batch_tokens or "not given"),
-        "--template-arg": json.dumps(template.arguments),
-        "--generate": "given" if options.generate else "not given",
-        "the target's chat template": json_sha256(template.tokenizer.chat_template),
-        "the target's stop tokens": ", ".join(map(str, template.stops)),
-        "the rule of samples": json.dumps(SAMPLE_RULE),
-    }
-    sampling = _sampling(options)
-    for name, value in sampling._asdict().items() if sampling else ():
-        settings[f"--{name.replace('_', '-')}"] = str(value)
-    return settings
-
-
-def _encode(
-    options: Any, vocab_size: int, positions: int | None, path: Path | None
-) -> "tuple[SampleFile, dict[str, Any]]":
-    """The rows, written to `path` or a temporary file, and what is known of them."""
-    from eagle3fn.base.files import json_sha256
-    from eagle3fn.data.row_stamps import check_stamps, stamps_of
-    from eagle3fn.data.sources import check_max_length
-    from eagle3fn.data.target_loading import load_tokenizer
-
-    check_max_length(options.max_length, positions)
-    template = chat_template(options, load_tokenizer(options.target))
-    stamps = stamps_of(options.online)
-    settings = settings_of(options)
-    read = _prompts if options.generate else _samples
-    samples, counts, said = read(options, template, vocab_size, path)
-    check_stamps(options.online, stamps)
-    facts = {
-        "data_hash": settings["--online"].removeprefix("sha256 "),
-        "max_length": options.max_length,
-        "template_arguments": template.arguments,
-        **counts,
-        "remaining": 0,
-    }
-    fingerprint = json_sha256(settings)
-    settings["--limit"] = f"{counts['rows']} rows"
-    settings["--skip-bad"] = f"{counts.get('rejected', 0)} rows left out"
-    return samples, {
-        "fingerprint": fingerprint,
-        "facts": facts,
-        "settings": settings,
-        "said": said,
-    }
-
-
-def _samples(
-    options: Any, template: "ChatTemplate", vocab_size: int, path: Path | None
-) -> "tuple[SampleFile, dict[str, Any], list[str]]":
-    """Conversations, with their answers."""
-    from eagle3fn.base.cores import local_ranks, own_cores
-    from eagle3fn.data.encode import describe_counts, encode_file
-    from eagle3fn.data.samples import NO_ANSWER, SampleMaker
-
-    rejects = f"{options.out}.rejects.jsonl"
-    encoded = encode_file(
-        SampleMaker(template, options.max_length),
-        options.online,
-        vocab_size,
-        path=path,
-        limit=options.limit,
-        processes=own_cores() * local_ranks(),  # the other ranks wait meanwhile
-        skip_bad=options.skip_bad,
-        rejects=rejects,
-        on_progress=progress.counter("row"),
-    )
-    counts = encoded.counts()
-    said = describe_counts(counts, rejects)
-    if counts["dropped_reasons"].get(NO_ANSWER):
-        said.append("with --generate the target answers prompts itself")
-    return encoded.samples, counts, said
-
-
-def _prompts(
-    options: Any, template: "ChatTemplate", vocab_size: int, path: Path | None
-) -> "tuple[SampleFile, dict[str, Any], list[str]]":
-    """Prompts, which the target will answer."""
-    from eagle3fn.data.prompt_rows import prompt_rows
-
-    sampling = _sampling(options)
-    assert sampling is not None
-    found = prompt_rows(
-        template,
-        options.online,
-        max_length=options.max_length,
-        max_new=sampling.max_new,
-        out=path,
-        limit=options.limit,
-        skip_bad=options.skip_bad,
-        rejects=f"{options.out}.rejects.jsonl",
-    )
-    return found.samples, found.counts(), found.describe()
-
-
-def _sampling(options: Any) -> "Sampling | None":
-    """How the target's answers are drawn: as the options say, else as `regenerate` draws them; None
-    if it writes none.
-    """
-    from eagle3fn.data.regenerate import ANEW
-
-    if not options.generate:
-        return None
-    given = {name: getattr(options, name, None) for name in ANEW._fields}
-    return ANEW._replace(**{name: value for name, value in given.items() if value is not None})
-
-
-# The sources
-
-
-def _sources(
-    options: Any, tree: dict[str, Any], layers: tuple[int, ...], world: "World", logs: "_Logs"
-) -> "Sequence[Source]":
-    """The target in this process; or an engine's processes; or its running servers."""
-    from eagle3fn.base.device import check_device
-    from eagle3fn.data.rollout import Source
-
-    writing = _sampling(options)
-    if not options.engine:
-        device = check_device(world.device(options.target_device, "--target-device"))
-        return [Source("the target", partial(_target, options, layers, device, writing))]
-
-    def source(name: str, given: Any, log: str) -> "Source":
-        return Source(name, partial(_engine, given, tree, layers, log, writing, logs))
-
-    if options.engine == "vllm" and options.engine_url:
-        return [source(url, _with(options, engine_url=[url]), "") for url in options.engine_url]
-    found = []
-    for number in range(1, 1 + (1 if options.engine_url else options.sources or 1)):
-        rank = f"-{world.rank}" if world.size > 1 else ""
-        name = f"source {number}" + (f" of rank {world.rank}" if world.size > 1 else "")
-        found.append(source(name, options, f"{options.out}.{options.engine}{rank}-{number}.log"))
-    return found
-
-
-@contextmanager
-def _target(
-    options: Any, layers: tuple[int, ...], device: str, writing: "Sampling | None"
-) -> "Iterator[FeatureSource]":
-    """The target in this process, known as the engine transformers, whose bits it has."""
-    with model_source(options, layers, device, writing) as (source, _):
-        yield as_transformers(source, options.target, device)
-
-
-@contextmanager
-def _engine(
-    options: Any,
-    tree: dict[str, Any],
-    layers: tuple[int, ...],
-    log: str,
-    writing: "Sampling | None",
-    logs: "_Logs",
-) -> "Iterator[FeatureSource]":
-    """An engine, whose faults are noted."""
-    with ExitStack() as own:
-        with logs.fault_noted(log):
-            opened = engine_source(options, tree, layers, log, progress.say, writing)
-            source, _ = own.enter_context(opened)
-        yield source._replace(
-            features=logs.faults_noted(source.features),
-            write=source.write and logs.faults_noted(source.write),
-        )
-
-
-class _Logs:
-    """What engines print, in files that are removed where nothing came of the call.
-
-    That is a dry run, or a call that was refused before its first update was saved, and by no fault
-    of an engine.
-    """
-
-    def __init__(self, out: str, dry_run: bool) -> None:
-        self.out = Path(out)
-        self.dry_run = dry_run
-        self.files: list[Path] = []
-        self.at_fault = False
-        self.closing = False  # what engines raise now is no fault
-
-    def __enter__(self) -> "_Logs":
-        self._begun_at = self._checkpoint()
-        parents = self.out.absolute().parents
-        self._new = [folder for folder in parents if not folder.exists()]  # the innermost first
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        refused = kind is not None and self._checkpoint() == self._begun_at
-        if self.at_fault or not (refused or self.dry_run):
-            return
-        for path in self.files:
-            path.unlink(missing_ok=True)
-        for folder in self._new:
-            with suppress(OSError):  # it is not empty, or was never made
-                folder.rmdir()
-
-    def _checkpoint(self) -> Path | None:
-        from eagle3fn.train.checkpoint import checkpoints
-
-        return max(checkpoints(self.out / "checkpoints"), default=None)
-
-    def close(self) -> None:
-        """From now on engines are ended."""
-        self.closing = True
-
-    @contextmanager
-    def fault_noted(self, log: str = "") -> Iterator[None]:
-        """What is raised in the block is an engine's fault, which may write into the file `log`."""
-        if log and Path(log) not in self.files:
-            self.files.append(Path(log))
-        try:
-            yield
-        except BaseException:
-            self.at_fault = self.at_fault or not self.closing
-            raise
-
-    def faults_noted(self, asked: Callable[..., T]) -> Callable[..., T]:
-        """A function of an engine's, the same."""
-
-        def ask(*given: Any) -> T:
-            with self.fault_noted():
-                return asked(*given)
-
-        return ask
-
-
-def _with(options: Any, **changes: Any) -> Any:
-    """The options with others in their places."""
-    return Namespace(**{**vars(options), **changes})
 
 
 def _say_sources(options: Any, source: "FeatureSource", count: int, features: "FeatureSet") -> None:

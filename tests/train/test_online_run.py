@@ -217,6 +217,14 @@ def test_two_ranks_with_sources_of_their_own_give_the_run_of_one(world, tmp_path
     assert not [path for path in tmp_path.iterdir() if "samples" in path.name]
 
 
+def test_run_that_has_ended_says_so_once_on_two_ranks(world, tmp_path):
+    assert main(online(world, tmp_path / "run")) == 0
+    ended = torchrun(2, "-m", "eagle3fn.cli", *online(world, tmp_path / "run"))
+    assert ended.codes == [0], ended
+    assert ended.text.count("finished, step 7 of 7 is its last one") == 1
+    assert "samples; features by" not in ended.text
+
+
 def test_two_ranks_count_each_others_written_rows(world, tmp_path):
     """The loss is divided by the rows of both: as many as their answers have."""
     ended = torchrun(2, "-m", "eagle3fn.cli", *generated(world, tmp_path / "run"))
