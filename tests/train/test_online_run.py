@@ -134,6 +134,14 @@ def test_dry_run_writes_nothing(world, tmp_path, capsys):
 # Called again
 
 
+@pytest.fixture(scope="module")
+def begun(world) -> Path:
+    """A run of one update, which refused calls leave as it is."""
+    out = world / "begun"
+    assert main(online(world, out, "--max-steps", "1", "--dtype", "float32")) == 0
+    return out
+
+
 def no_source(*_: object) -> None:
     raise AssertionError("a source was opened")
 
@@ -178,27 +186,24 @@ def test_run_that_has_ended_says_so_and_starts_nothing(world, tmp_path, monkeypa
     ],
 )
 def test_begun_run_names_the_option_that_differs_before_a_source_starts(
-    world, tmp_path, monkeypatch, capsys, more, named
+    world, begun, monkeypatch, capsys, more, named
 ):
-    assert main(online(world, tmp_path / "run", "--max-steps", "1")) == 0
     monkeypatch.setattr(Pool, "first", no_source)
-    assert main([*online(world, tmp_path / "run"), *more]) == 2
+    assert main([*online(world, begun), *more]) == 2
     refused = capsys.readouterr().err.splitlines()[-1]
     assert named in refused
     assert "--from" in refused
 
 
-def test_begun_run_names_what_differs_of_its_source(world, tmp_path, capsys):
-    begun = online(world, tmp_path / "run", "--max-steps", "1", "--dtype", "float32")
-    assert main(begun) == 0
-    assert main(online(world, tmp_path / "run", "--dtype", "bfloat16")) == 2
+def test_begun_run_names_what_differs_of_its_source(world, begun, capsys):
+    assert main(online(world, begun, "--dtype", "bfloat16")) == 2
     assert "--dtype was float32, is bfloat16" in capsys.readouterr().err
 
 
 def test_run_goes_on_with_the_target_here_or_in_a_process(world, tmp_path):
     """One source has the bits of the other."""
     process = ("--engine", "transformers")
-    for source, most in ((process, "2"), ((), "3"), (process, "9")):
+    for source, most in (((), "2"), (process, "3"), ((), "9")):
         assert main(online(world, tmp_path / "run", *source, "--max-steps", most)) == 0
     assert same_end(world / "offline", tmp_path / "run", 7)
 
@@ -435,10 +440,14 @@ def test_answers_of_one_token_are_refused_by_the_option(world, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("setting", ["train.init=none", "data.held_out=10"])
-def test_refused_call_leaves_nothing_of_its_engine(world, tmp_path, setting):
+def test_refused_call_leaves_nothing_of_its_engine(world, tmp_path, capsys):
+    """It is refused once the engine has started."""
     out = tmp_path / "new" / "run"
-    assert main(online(world, out, "--engine", "transformers", settings=(setting,))) == 2
+    sources = ("--engine", "transformers")
+    assert main(online(world, out, *sources, settings=("data.held_out=10",))) == 2
+    captured = capsys.readouterr()
+    assert "features by transformers" in captured.out
+    assert "data.held_out = 10: must be below" in captured.err
     assert not list(tmp_path.iterdir())
 
 
