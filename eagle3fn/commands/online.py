@@ -1,27 +1,26 @@
 """What `train --online` opens: conversations or prompts, and the sources of their features."""
 
-import threading
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
-from eagle3fn.commands.shared import chat_template, given_options, say
-from eagle3fn.commands.sources import check_engine_options, engine_source, model_source
+from eagle3fn.commands.online_rows import encode, sampling_of, settings_of
+from eagle3fn.commands.online_sources import Logs, sources_of
+from eagle3fn.commands.settings import config_of
+from eagle3fn.commands.shared import given_options, say
+from eagle3fn.commands.sources import check_engine_options
 
 if TYPE_CHECKING:
     from eagle3fn.base.config import Config
+    from eagle3fn.base.draft_config import DraftConfig
     from eagle3fn.base.launch import World
     from eagle3fn.data.features import FeatureSet
-    from eagle3fn.data.generate import Sampling
     from eagle3fn.data.on_demand import OnlineSamples
-    from eagle3fn.data.sample_file import SampleFile
-    from eagle3fn.data.source_pool import Source
     from eagle3fn.data.sources import FeatureSource
-    from eagle3fn.data.template import ChatTemplate
+    from eagle3fn.train.recipe import Recipe
 
 GIB = 2**30
 _ONLINE = (
@@ -69,6 +68,27 @@ def check_online_options(options: Any) -> None:
         raise UserError(f"{name}: {_WHY[name]}; leave it out")
 
 
+def check_answers(options: Any, recipe: "Recipe") -> None:
+    """Refuse answers too short to be trained on, whatever the target writes.
+
+    Raises:
+        UserError: names --max-new.
+    """
+    import torch
+
+    from eagle3fn.base.errors import UserError
+
+    sampling = sampling_of(options)
+    if sampling is None:
+        return
+    longest = torch.tensor([0, 0, 0] + [1] * sampling.max_new)  # a prompt's places, and its own
+    if not recipe.align_mask(longest).any():
+        raise UserError(
+            f"--max-new {sampling.max_new}: an answer that short has no row to train; give 2 at "
+            "least, the stop token included"
+        )
+
+
 _WHY = {
     "--sources": "is of an engine's processes; each --engine-url is a source, and so is the target "
     "in this process",
@@ -81,6 +101,47 @@ def _useless(options: Any) -> tuple[str, ...]:
     if not options.engine:
         return ("--sources",)
     return ("--target-device", "--sources") if options.engine_url else ("--target-device",)
+
+
+def has_ended(
+    options: Any, draft: "DraftConfig", overrides: list[str], recipe: "Recipe", world: "World"
+) -> bool:
+    """Whether the run in `--out` has ended, which is said then; all ranks call, before sources
+    start.
+
+    Raises:
+        UserError: it has begun, and cannot go on under these options; as `check_answers`.
+    """
+    check_answers(options, recipe)
+    ended = world.main and _say_ended(options, draft, overrides, recipe, world)
+    return world.shared(ended)
+
+
+def _say_ended(
+    options: Any, draft: "DraftConfig", overrides: list[str], recipe: "Recipe", world: "World"
+) -> bool:
+    """The same on rank 0."""
+    from eagle3fn.train.begun import check_made_with, ended
+    from eagle3fn.train.defaults import begun_settings
+    from eagle3fn.train.dry_run import ended_line
+    from eagle3fn.use.publish import check_published
+
+    begun = begun_settings(options.out)
+    if begun is None:
+        return False
+    check_made_with(options.out, settings_of(options))
+    config = config_of(options, draft, overrides, options.recipe, begun)
+    found = ended(config, options.out, recipe.name, options.source, options.minutes)
+    if found is None or (options.keep and not _is_kept(options.keep)):
+        return False
+
+    for line in found.lines:
+        say(line)
+    said = check_published(options.out, found.end, world.size, options.arguments)
+    if options.dry_run:
+        said = f"the run\n  {ended_line(found.end, found.horizon)}\nnothing was written"
+    say(said)
+    return True
 
 
 @contextmanager
@@ -102,18 +163,22 @@ def online_features(
     from eagle3fn.data.online import STORED, MadeFrom, online_set
     from eagle3fn.data.sample_file import samples_on_ranks
     from eagle3fn.data.source_pool import Pool
+    from eagle3fn.train.begun import check_made_with
 
     with ExitStack() as own:
         path = Path(f"{options.out}.samples")
         positions = tree.get("max_position_embeddings")
-        encode = partial(_encode, options, tree["vocab_size"], positions)
-        rows, known = own.enter_context(samples_on_ranks(world, "train/online", path, encode))
+        written = partial(encode, options, tree["vocab_size"], positions)
+        rows, known = own.enter_context(samples_on_ranks(world, "train/online", path, written))
         progress.close()
         for line in known["said"] if world.main else ():
             say(line)
+        check_made_with(options.out, known["settings"])
 
-        sources = _sources(options, tree, layers, world)
+        logs = own.enter_context(Logs(options.out, options.dry_run))
+        sources = sources_of(options, tree, layers, world, logs)
         pool = own.enter_context(Pool(sources, say=progress.say))
+        own.callback(logs.close)
         if options.engine_python and world.main:
             say(
                 f"{options.engine} starts; what it prints is in {options.out}.{options.engine}*.log"
@@ -123,9 +188,11 @@ def online_features(
             rows,
             pool,
             Widths(len(layers), tree["hidden_size"], STORED),
-            _sampling(options) if options.generate else None,
+            sampling_of(options),
         )
-        made_from = MadeFrom(options.online, known["fingerprint"], known["facts"])
+        made_from = MadeFrom(
+            options.online, known["fingerprint"], known["facts"], known["settings"]
+        )
         features = online_set(rows, source, samples, made_from)
         if world.main:
             _say_sources(options, source, len(sources), features)
@@ -162,6 +229,11 @@ def begin_online(features: "FeatureSet", options: Any, config: "Config", world: 
     samples.buffer = given or max(BUFFER, 2 * needed)
 
 
+def _is_kept(folder: str) -> bool:
+    """Whether all that has passed is a feature folder: its index is written last."""
+    return (Path(folder) / "index.json").is_file()
+
+
 @contextmanager
 def kept_features(
     folder: str, features: "FeatureSet", config: "Config", world: "World"
@@ -186,149 +258,6 @@ def kept_features(
         line = keeper.finish()
         if line:
             progress.say(line)
-
-
-# The rows
-
-
-def _encode(
-    options: Any, vocab_size: int, positions: int | None, path: Path | None
-) -> "tuple[SampleFile, dict[str, Any]]":
-    """The rows, written to `path` or a temporary file, and what is known of them."""
-    from eagle3fn.base.files import json_sha256
-    from eagle3fn.data.extract import SAMPLE_RULE
-    from eagle3fn.data.row_files import rows_digest
-    from eagle3fn.data.row_stamps import check_stamps, stamps_of
-    from eagle3fn.data.sources import check_max_length
-    from eagle3fn.data.target_loading import load_tokenizer
-
-    check_max_length(options.max_length, positions)
-    template = chat_template(options, load_tokenizer(options.target))
-    stamps = stamps_of(options.online)
-    data_hash = rows_digest(options.online)
-    read = _prompts if options.generate else _samples
-    samples, counts, said = read(options, template, vocab_size, path)
-    check_stamps(options.online, stamps)
-    settings = {
-        "template": [template.tokenizer.chat_template, template.arguments, template.stops],
-        "rule": SAMPLE_RULE,
-        "max_length": options.max_length,
-        "batch_tokens": options.batch_tokens,
-        "conversations": data_hash,
-        "answers": _sampling(options)._asdict() if options.generate else None,
-    }
-    facts = {
-        "data_hash": data_hash,
-        "max_length": options.max_length,
-        "template_arguments": template.arguments,
-        **counts,
-        "remaining": 0,
-    }
-    return samples, {"fingerprint": json_sha256(settings), "facts": facts, "said": said}
-
-
-def _samples(
-    options: Any, template: "ChatTemplate", vocab_size: int, path: Path | None
-) -> "tuple[SampleFile, dict[str, Any], list[str]]":
-    """Conversations, with their answers."""
-    from eagle3fn.base.cores import local_ranks, own_cores
-    from eagle3fn.data.encode import describe_counts, encode_file
-    from eagle3fn.data.samples import NO_ANSWER, SampleMaker
-
-    rejects = f"{options.out}.rejects.jsonl"
-    encoded = encode_file(
-        SampleMaker(template, options.max_length),
-        options.online,
-        vocab_size,
-        path=path,
-        limit=options.limit,
-        processes=own_cores() * local_ranks(),  # the other ranks wait meanwhile
-        skip_bad=options.skip_bad,
-        rejects=rejects,
-        on_progress=progress.counter("row"),
-    )
-    counts = encoded.counts()
-    said = describe_counts(counts, rejects)
-    if counts["dropped_reasons"].get(NO_ANSWER):
-        said.append("with --generate the target answers prompts itself")
-    return encoded.samples, counts, said
-
-
-def _prompts(
-    options: Any, template: "ChatTemplate", vocab_size: int, path: Path | None
-) -> "tuple[SampleFile, dict[str, Any], list[str]]":
-    """Prompts, which the target will answer."""
-    from eagle3fn.data.prompt_rows import prompt_rows
-
-    found = prompt_rows(
-        template,
-        options.online,
-        max_length=options.max_length,
-        max_new=_sampling(options).max_new,
-        out=path,
-        limit=options.limit,
-        skip_bad=options.skip_bad,
-        rejects=f"{options.out}.rejects.jsonl",
-    )
-    return found.samples, found.counts(), found.describe()
-
-
-def _sampling(options: Any) -> "Sampling":
-    """How answers are drawn: as the options say, else as `regenerate` draws them."""
-    from eagle3fn.data.regenerate import ANEW
-
-    given = {name: getattr(options, name, None) for name in ANEW._fields}
-    return ANEW._replace(**{name: value for name, value in given.items() if value is not None})
-
-
-# The sources
-
-
-def _sources(
-    options: Any, tree: dict[str, Any], layers: tuple[int, ...], world: "World"
-) -> "Sequence[Source]":
-    """The target in this process; or an engine's processes; or its running servers."""
-    from eagle3fn.base.device import check_device
-    from eagle3fn.data.source_pool import Source
-
-    if not options.engine:
-        device = check_device(world.device(options.target_device, "--target-device"))
-        return [Source("the target", lambda _: _alone(model_source(options, layers, device)))]
-
-    if options.engine == "vllm" and options.engine_url:
-        return [
-            Source(url, partial(_engine, _with(options, engine_url=[url]), tree, layers, ""))
-            for url in options.engine_url
-        ]
-    found = []
-    for number in range(1, 1 + (1 if options.engine_url else options.sources or 1)):
-        rank = f"-{world.rank}" if world.size > 1 else ""
-        log = f"{options.out}.{options.engine}{rank}-{number}.log"
-        name = f"source {number}" + (f" of rank {world.rank}" if world.size > 1 else "")
-        found.append(Source(name, partial(_engine, options, tree, layers, log)))
-    return found
-
-
-def _engine(
-    options: Any,
-    tree: dict[str, Any],
-    layers: tuple[int, ...],
-    log: str,
-    abandoned: threading.Event,
-) -> "AbstractContextManager[FeatureSource]":
-    return _alone(engine_source(options, tree, layers, log, progress.say, abandoned))
-
-
-@contextmanager
-def _alone(opened: Any) -> "Iterator[FeatureSource]":
-    """A source without the tokenizer that it comes with."""
-    with opened as (source, _):
-        yield source
-
-
-def _with(options: Any, **changes: Any) -> Any:
-    """The options with others in their places."""
-    return Namespace(**{**vars(options), **changes})
 
 
 def _say_sources(options: Any, source: "FeatureSource", count: int, features: "FeatureSet") -> None:

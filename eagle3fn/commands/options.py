@@ -6,6 +6,9 @@ from typing import Any
 
 from eagle3fn.use.trackers import TRACKERS
 
+Command = Callable[..., argparse.ArgumentParser]
+"""`(name, function, what it does)` → the parser of a new sub-command."""
+
 STORES = ("bf16", "fp8", "int8")
 DTYPES = ("float32", "bfloat16", "float16")
 FASTEST = "default: bfloat16 where the device multiplies it, else float32"

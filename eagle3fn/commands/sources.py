@@ -15,6 +15,7 @@ from eagle3fn.commands.shared import given_options, named_values
 if TYPE_CHECKING:
     import torch
 
+    from eagle3fn.data.generate import Sampling
     from eagle3fn.data.sources import FeatureSource
     from eagle3fn.engines.hidden_states import HiddenStates
 
@@ -60,7 +61,7 @@ def check_engine_options(
 
 @contextmanager
 def model_source(
-    options: Any, layers: tuple[int, ...], device: str
+    options: Any, layers: tuple[int, ...], device: str, writing: "Sampling | None" = None
 ) -> "Iterator[tuple[FeatureSource, Any]]":
     """The target in this process as a source of features, and its tokenizer.
 
@@ -70,6 +71,7 @@ def model_source(
         options: the command's; read are `target`, `dtype` and `batch_tokens`.
         layers: the tapped decoder layers, ascending and counted from 0.
         device: where the target is computed, checked; `base.device.SPREAD` for all cards.
+        writing: how the target writes answers; None: it writes none.
 
     Raises:
         UserError: as `data.target.load_target`; files that cannot be read.
@@ -78,7 +80,7 @@ def model_source(
 
     from eagle3fn.base.device import fast_dtype
     from eagle3fn.data.sources import BATCH_TOKENS, CPU_BATCH_TOKENS, model_source
-    from eagle3fn.data.target import load_target
+    from eagle3fn.data.target import load_target, stop_ids
     from eagle3fn.data.target_files import target_stamps
 
     card = card_of(device)
@@ -94,16 +96,37 @@ def model_source(
         batch_tokens=batch_tokens,
         name=options.target,
         stamps=stamps,
-        stops=_stops(options, tokenizer),
+        stops=() if writing is None else stop_ids(options.target, tokenizer),
     )
     yield source, tokenizer
 
 
-def _stops(options: Any, tokenizer: Any) -> Sequence[int]:
-    """The tokens that end an answer, where the target writes some."""
-    from eagle3fn.data.target import stop_ids
+def as_transformers(source: "FeatureSource", target: str, device: str) -> "FeatureSource":
+    """A target in this process, known as `--engine transformers` is on such a device.
 
-    return stop_ids(options.target, tokenizer) if getattr(options, "generate", False) else ()
+    The two have the same bits where the versions of their libraries and their threads are the same,
+    so a run may begin with one and go on with the other. A GGUF file, which engines do not read,
+    stays as it is.
+
+    Raises:
+        UserError: files that cannot be read.
+    """
+    import torch
+    import transformers
+
+    from eagle3fn.data.target_source import source_of, weights_folder
+    from eagle3fn.data.weights import files_digest
+
+    _, gguf = source_of(target)
+    if gguf:
+        return source
+    kind = torch.device(card_of(device)).type
+    record = {"name": "transformers", "version": transformers.__version__, "device": kind}
+    weights = files_digest(weights_folder(target))
+    return source._replace(
+        identity={**source.identity, "weights": weights, "engine": record},
+        index={**source.index, "engine": record},
+    )
 
 
 def card_of(device: str) -> str:
@@ -124,6 +147,7 @@ def engine_source(
     layers: tuple[int, ...],
     log: str,
     say: Callable[[str], None],
+    writing: "Sampling | None" = None,
     abandoned: threading.Event | None = None,
 ) -> "Iterator[tuple[FeatureSource, Any]]":
     """An engine as a source of features, and the target's tokenizer; it ends with the context.
@@ -135,6 +159,7 @@ def engine_source(
         layers: the tapped decoder layers, ascending and counted from 0.
         log: path of the file into which an engine in a process of its own writes.
         say: called with one line on how the engine's first row compares.
+        writing: how the target writes answers; None: it writes none.
         abandoned: as of `engines.process.EngineProcess`.
 
     Raises:
@@ -144,6 +169,7 @@ def engine_source(
     import torch
 
     from eagle3fn.data.engine_source import check_room, engine_source
+    from eagle3fn.data.target import stop_ids
     from eagle3fn.data.target_files import target_stamps
     from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
@@ -156,8 +182,8 @@ def engine_source(
     dtype = getattr(torch, options.dtype) if options.dtype else None
     stamps = target_stamps(options.target)
     with open_engine(options, tree, layers, dtype, arguments, log, abandoned) as engine:
-        if getattr(options, "generate", False):
-            _check_temperature(options, engine)
+        if writing is not None:
+            _check_temperature(engine, writing)
         source = engine_source(
             engine,
             options.target,
@@ -166,7 +192,7 @@ def engine_source(
             check=check,
             say=say,
             stamps=stamps,
-            stops=_stops(options, tokenizer),
+            stops=() if writing is None else stop_ids(options.target, tokenizer),
         )
         yield source, tokenizer
 
@@ -180,14 +206,12 @@ def _default_check(options: Any, arguments: dict[str, Any]) -> str:
     )
 
 
-def _check_temperature(options: Any, engine: Any) -> None:
+def _check_temperature(engine: Any, writing: "Sampling") -> None:
     """Refuse to let an engine write that would draw other tokens than it is asked for."""
-    from eagle3fn.data.regenerate import ANEW
     from eagle3fn.engines.vllm_process import VllmProcess
 
     if isinstance(engine, VllmProcess):
-        given = options.temperature
-        engine.check_temperature(ANEW.temperature if given is None else given)
+        engine.check_temperature(writing.temperature)
 
 
 def _batch_tokens(engine: str, arguments: dict[str, Any]) -> int:

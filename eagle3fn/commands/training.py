@@ -10,8 +10,16 @@ from eagle3fn.base import progress
 from eagle3fn.commands.online import (
     begin_online,
     check_online_options,
+    has_ended,
     kept_features,
     online_features,
+)
+from eagle3fn.commands.settings import (
+    config_of,
+    draft_of,
+    named_settings,
+    overrides_of,
+    unnamed_settings,
 )
 from eagle3fn.commands.shared import draft_shape, say
 
@@ -43,21 +51,21 @@ def train(options: Any) -> int | None:
     _check_folders(options)
     trackers = _trackers(options)
     recipe = RECIPES[options.recipe] if options.recipe else OURS
-    overrides = list(options.set)
-    if options.on_nonfinite:
-        overrides.append(f"train.on_nonfinite={options.on_nonfinite}")
+    overrides = overrides_of(options)
 
     with ranks() as world, ExitStack() as own:
         # The configuration: the draft from the target, its vocabulary's size from the map, and what
         # nobody names by the size of both, or as the recipe has it.
-        named = _named(options, overrides)
+        named = named_settings(options, overrides)
         tree = target_config(options.target)
-        draft = _draft(options, tree, map_size(options.vocab, read_map))
+        draft = draft_of(options, tree, map_size(options.vocab, read_map))
+        if options.online and has_ended(options, draft, overrides, recipe, world):
+            return None
         features = own.enter_context(_features(options, tree, draft, world))
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
         counted = counted_on(options.vocab, read_map)
-        defaults, said = _unnamed(options, named, draft, features, counted, device)
-        config = _config(options, draft, overrides, options.recipe, defaults)
+        defaults, said = unnamed_settings(options, named, draft, features, counted, device)
+        config = config_of(options, draft, overrides, options.recipe, defaults)
         check_rate(config.optimizer, draft.hidden_size, named, defaults)
         if options.online:
             begin_online(features, options, config, world)
@@ -211,25 +219,6 @@ def _dry_run(run: _Run, layers: int, world: "World", recipe: "Recipe") -> None:
         say(describe_dry_run(found))
 
 
-def _draft(options: Any, tree: dict[str, Any], size: int | None) -> "DraftConfig":
-    """The draft's shape: that of the run that goes on, unless `--draft-config` names another, else
-    by the target; its vocabulary is the map's.
-    """
-    from dataclasses import replace
-
-    from eagle3fn.train.branch import branch_draft
-    from eagle3fn.train.defaults import begun_draft
-
-    kept = None
-    if not options.draft_config:
-        kept = begun_draft(options.out)
-        if kept is None and options.source:
-            kept = branch_draft(options.source)
-    if kept is None:
-        return draft_shape(options, tree, size)
-    return replace(kept, draft_vocab_size=size or kept.draft_vocab_size)
-
-
 def _read_matching(
     options: Any, config: "Config", features: "FeatureSet", target_layers: int
 ) -> "tuple[VocabMap, TargetTensors]":
@@ -275,115 +264,6 @@ def _notes(
     return [*notes, map_note(options.vocab, vocab_map, counted, features, held_out)]
 
 
-def _named(options: Any, overrides: list[str]) -> dict[str, Any]:
-    """The settings that a TOML file and overrides name, by section.
-
-    Those by the names of earlier versions are refused.
-    """
-    from eagle3fn.base.toml import override, read_toml
-    from eagle3fn.specforge.recipes import refuse_old_settings
-
-    named = read_toml(options.config) if options.config else {}
-    refuse_old_settings(named, options.config)
-    given: dict[str, Any] = {}
-    for text in overrides:
-        override(given, text)
-        override(named, text)
-    refuse_old_settings(given, "--set")
-    return named
-
-
-def _unnamed(
-    options: Any,
-    named: dict[str, Any],
-    draft: "DraftConfig",
-    features: "FeatureSet",
-    counted: "CountedOn",
-    device: str,
-) -> tuple[dict[str, dict[str, Any]], str]:
-    """Values for the settings that nobody names, by section, and a text of where they are from.
-
-    A run that goes on has those it began with; a recipe's own come next, then chosen ones.
-    """
-    from eagle3fn.data.map_data import held_out_by
-    from eagle3fn.specforge.recipes import SETTINGS
-    from eagle3fn.train.defaults import (
-        begun_settings,
-        by_section,
-        chosen_defaults,
-        describe,
-        named_value,
-        not_named,
-    )
-
-    begun = begun_settings(options.out)
-    if begun is not None:
-        return begun, f"settings that are not named: as the run began, {options.out}/config.toml"
-    if options.source:
-        return _of_source(options, named), f"settings that are not named: those of {options.source}"
-    if options.recipe:
-        return SETTINGS, ""
-    optimizer = named_value(named, "optimizer.name", "muon")
-    start = named_value(named, "train.init", "target")
-    held_out = held_out_by(counted, features)
-    samples = len(features.samples)
-    choices = chosen_defaults(draft, samples, device, optimizer, start, held_out)
-    chosen = not_named(choices, named)
-    return by_section(chosen), describe(chosen)
-
-
-def _of_source(options: Any, named: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings of the checkpoint that `--from` names, with a recipe's own over them.
-
-    Its number of steps too, unless another way to choose it is named.
-    """
-    from eagle3fn.specforge.recipes import SETTINGS
-    from eagle3fn.train.branch import branch_settings
-    from eagle3fn.train.defaults import named_value
-
-    settings = branch_settings(options.source)
-    optimizer = settings["optimizer"]
-    if named_value(named, "optimizer.name", optimizer["name"]) != optimizer["name"]:
-        del optimizer["learning_rate"]  # it was another optimizer's
-    start = settings["train"]["init"]  # no start is read: it stays what it was
-    for section, values in SETTINGS.items() if options.recipe else ():
-        settings[section] = settings[section] | values
-    settings["train"]["init"] = start
-    if options.minutes is not None or "epochs" in named.get("train", {}):
-        del settings["train"]["steps"]
-    return settings
-
-
-def _config(
-    options: Any,
-    draft: "DraftConfig | None",
-    overrides: list[str],
-    recipe: str | None = None,
-    defaults: dict[str, dict[str, Any]] | None = None,
-) -> "Config":
-    """The run's configuration; losses, optimizers and schedules that are not there are refused."""
-    from eagle3fn.base.config import load_config
-    from eagle3fn.base.errors import UserError
-    from eagle3fn.model.checks import check_loss
-    from eagle3fn.specforge.recipes import RECIPE, check_read
-    from eagle3fn.train.optimizer import named_optimizer
-    from eagle3fn.train.recipe import OURS, check_schedule
-
-    config = load_config(options.config, overrides, draft, defaults)
-    loss = config.objective.loss
-    if isinstance(loss, str) and loss in RECIPE.batch_means and not recipe:
-        raise UserError(
-            f"objective.loss = {loss!r} is a mean over the whole batch: write nla or lk, which are "
-            "such losses by row, or add --recipe specforge"
-        )
-    check_loss(config, RECIPE.batch_means)
-    named_optimizer(config.optimizer)
-    check_schedule(config, RECIPE if recipe else OURS)
-    if recipe:
-        check_read(_named(options, overrides))
-    return config
-
-
 def _check_start(
     options: Any,
     config: "Config",
@@ -417,8 +297,8 @@ def plan(options: Any) -> None:
     draft = None
     if options.target or options.draft_config:
         draft = draft_shape(options, tree)
-    _named(options, options.set)
-    config = _config(options, draft, options.set)
+    named_settings(options, options.set)
+    config = config_of(options, draft, options.set)
 
     tied = bool(tree.get("tie_word_embeddings"))
     print(describe(plan_memory(config, options.ranks, options.tokens, tied)))

@@ -4,7 +4,7 @@
 opened by a `Reader`, which is given from outside; features that no file has come by an `OnDemand`.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -88,6 +88,8 @@ class FeatureSet(NamedTuple):
     verified: Stamps
     reader: Reader | None = None
     on_demand: OnDemand | None = None
+    # What features on demand are made with, by option: it explains how fingerprints differ.
+    made_with: Mapping[str, str] = {}
 
     @property
     def lengths(self) -> np.ndarray | None:

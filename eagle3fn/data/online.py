@@ -6,6 +6,7 @@ it and the same `batch_tokens`. With 1 its bits depend on itself alone; otherwis
 other rows may move the last ones.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -107,6 +108,7 @@ class MadeFrom(NamedTuple):
     conversations: str | Path
     fingerprint: str  # of all that the samples and their features depend on
     facts: dict[str, Any] = {}  # noqa: RUF012  further entries of the index
+    settings: dict[str, str] = {}  # noqa: RUF012  what it depends on, by option, for messages
 
 
 def sample_set(
@@ -158,6 +160,7 @@ def sample_set(
         hidden_size=target["hidden_size"],
         verified={},
         on_demand=on_demand,
+        made_with=made_from.settings,
     )
 
 
@@ -182,15 +185,28 @@ def online_set(
         "dtype": dtype_name(source.dtype),
         "made from": made_from.fingerprint,
     }
-    made_from = made_from._replace(fingerprint=json_sha256(settings))
-    return sample_set(
-        rows,
-        source.target,
-        on_demand,
-        made_from._replace(facts={**source.index, **made_from.facts}),
-        stored=stored,
-        computed=source.dtype,
+    made_from = made_from._replace(
+        fingerprint=json_sha256(settings),
+        facts={**source.index, **made_from.facts},
+        settings={**made_from.settings, **source_settings(source)},
     )
+    return sample_set(
+        rows, source.target, on_demand, made_from, stored=stored, computed=source.dtype
+    )
+
+
+def source_settings(source: FeatureSource) -> dict[str, str]:
+    """What of a source its features depend on, by option, for messages."""
+    engine = source.identity.get("engine", {"name": "none"})
+    found = {"--dtype": dtype_name(source.dtype), "--engine": str(engine["name"])}
+    for name, value in engine.items():
+        if name != "name":
+            found[f"the engine's {name}"] = value if isinstance(value, str) else json.dumps(value)
+    for name, value in source.identity.items():
+        if name != "engine":
+            found[f"the target's {name}"] = str(value)[:16]
+    found["the tapped layers"] = ",".join(map(str, source.layers))
+    return found
 
 
 @contextmanager

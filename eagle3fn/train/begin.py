@@ -13,6 +13,7 @@ from eagle3fn.base.types import TrainState
 from eagle3fn.train.bad_updates import check_first
 from eagle3fn.train.branch import check_branch, source_checkpoint, unless_gone
 from eagle3fn.train.changes import (
+    FEATURES,
     Change,
     refuse_elsewhere,
     refuse_held_out,
@@ -35,6 +36,7 @@ class LoopState(NamedTuple):
     in_a_row: int = 0  # of these, the last ones without a made one between them
     waited: int = 0  # the last evaluations that were not above `best`
     uncounted: int = 0  # the last updates whose loss counted none of their rows
+    owes_evaluation: bool = False  # that of this step: its features did not come
 
 
 _TYPES = {
@@ -43,6 +45,7 @@ _TYPES = {
     "in_a_row": (int,),
     "waited": (int,),
     "uncounted": (int,),
+    "owes_evaluation": (bool,),
 }
 """Of the fields of `LoopState`, in a checkpoint's JSON."""
 
@@ -100,7 +103,7 @@ def find_point(run: Run, source: str | Path | None, notice: Callable[[str], None
     earlier = trained_with(meta)
     refuse_held_out(path, earlier, run.config, run.data)
     step = meta["cursor"]["step"]
-    same = meta["data"].get("features") == run.data["features"]
+    same = meta["data"].get(FEATURES) == run.data[FEATURES]
     samples = meta["cursor"]["samples"] if same else 0
     return Point(path, step, -(-samples // batch) - step, branches=True, earlier=earlier)
 
@@ -121,15 +124,19 @@ def begin(run: Run, point: Point) -> Beginning:
     empty = empty_state(run.config, run.device, run.mesh, run.recipe)
     found = load_checkpoint(point.path, empty, run.config, run.data, run.world, refuse)
     torch.set_rng_state(found.rng)
-    loop_state = _loop_state(found.extra, point.path)
+    loop_state = loop_state_of(found.extra, point.path)
     if point.branches:
         # Its best draft is the best of its own: it is evaluated before its first step.
         loop_state = loop_state._replace(best=0.0, waited=0, uncounted=0)
     return Beginning(found.state, loop_state, found.changes)
 
 
-def _loop_state(extra: dict[str, Any], path: Path) -> LoopState:
-    """What a checkpoint has of the loop, checked."""
+def loop_state_of(extra: dict[str, Any], path: Path) -> LoopState:
+    """What a checkpoint has of the loop, checked.
+
+    Raises:
+        UserError: it is damaged.
+    """
     for name, value in extra.items():
         if type(value) not in _TYPES.get(name, ()) or not 0 <= value < 2**53:
             raise UserError(
@@ -156,14 +163,21 @@ def described(run: Run, point: Point, changes: list[Change], early: bool) -> lis
     elif point.step < total:
         first = f"resumed from step {point.step} of {total}, {point.path}"
     else:
-        first = f"{run.out}: finished, step {point.step} of {total} is its last one; to go on, "
-        first += "raise train.steps, train.epochs or --minutes"
+        first = finished_line(run.out, point.step, total)
 
     said = [change.line() for change in changes]
     if early:
         return said
     rate = _rate_line(run, point, changes) if point.step < total else ""
     return [first, *said, rate] if rate else [first, *said]
+
+
+def finished_line(out: str | Path, step: int, total: int) -> str:
+    """That a run has made all its steps, and how to go on."""
+    return (
+        f"{out}: finished, step {step} of {total} is its last one; to go on, raise train.steps, "
+        "train.epochs or --minutes"
+    )
 
 
 def _rate_line(run: Run, point: Point, changes: list[Change]) -> str:

@@ -44,11 +44,11 @@ RENAMED = {"optimizer.horizon": "optimizer.schedule_steps"}
 GONE = {"data.mask_alignment": "serving", "data.order": "shuffled"}
 """Settings of older checkpoints that now always have this value."""
 
-_OF_FEATURES = (
-    " (online: of conversations, --limit, --max-length, --batch-tokens, --dtype, --engine or "
-    "--generate)"
-)
 RECIPE = "recipe"  # among the data's hashes, where a checkpoint keeps its name
+FEATURES = "features"
+MADE_WITH = "features: "
+"""Begins the names under which the data's hashes have what features were made with, where that is
+known: texts, which explain how the features' hashes differ."""
 THREADS = "threads"
 
 
@@ -59,9 +59,12 @@ class Change(NamedTuple):
     was: Any
     now: Any
     hashed: bool = False  # the values are hashes, which say nothing to a user
+    made_with: tuple["Change", ...] = ()  # of features: in what they are others, where it is known
 
     def line(self) -> str:
         """For a user, as "train.eval_every: 50, was 500"."""
+        if self.made_with:
+            return f"{self.name}: {'; '.join(each.line() for each in self.made_with)}"
         if self.hashed:
             return f"{self.name}: others"
         return f"{self.name}: {_shown(self.now)}, was {_shown(self.was)}"
@@ -85,14 +88,30 @@ def changes_since(meta: dict[str, Any], config: Config, data: dict[str, str]) ->
     for name in sorted(meta["data"].keys() | data.keys()):
         before = meta["data"].get(name, "none")
         after = data.get(name, "none")
-        if before != after:
-            found.append(Change(name, before, after, hashed=name != RECIPE))
+        if before != after and not name.startswith(MADE_WITH):
+            parts = made_otherwise(meta["data"], data) if name == FEATURES else ()
+            found.append(Change(name, before, after, hashed=name != RECIPE, made_with=parts))
 
     # The bits depend on the number of threads, and are promised under the tree alone.
     threads = torch.get_num_threads()
     if config.train.reduce == "tree" and meta["threads"] != threads:
         found.append(Change(THREADS, meta["threads"], threads))
     return found
+
+
+def made_with(settings: Mapping[str, str]) -> dict[str, str]:
+    """What features were made with, by option, as the data's hashes have it."""
+    return {MADE_WITH + name: value for name, value in settings.items()}
+
+
+def made_otherwise(was: Mapping[str, str], now: Mapping[str, str]) -> tuple[Change, ...]:
+    """In what features were made otherwise, as far as both say it; by the names of `MADE_WITH`."""
+    names = sorted(name for name in was.keys() & now.keys() if name.startswith(MADE_WITH))
+    return tuple(
+        Change(name.removeprefix(MADE_WITH), was[name], now[name])
+        for name in names
+        if was[name] != now[name]
+    )
 
 
 def written_settings(meta: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +137,7 @@ def trained_with(meta: dict[str, Any]) -> dict[str, int]:
     Those of the checkpoint itself, and of the runs before `--from`.
     """
     found = dict(meta.get("earlier", {}))
-    features = meta["data"].get("features")
+    features = meta["data"].get(FEATURES)
     held_out = written_settings(meta)["data.held_out"]
     if features is not None:
         found[features] = min(held_out, found.get(features, held_out))
@@ -140,7 +159,7 @@ def refuse_held_out(
         UserError: names the number held out, and the greatest one that may be.
     """
     now = config.data.held_out
-    most = trained.get(data["features"], now)
+    most = trained.get(data[FEATURES], now)
     if now > most:
         raise UserError(
             f"{path}: data.held_out was {most}, is {now}, of features that its run or one before "
@@ -163,6 +182,16 @@ def refuse_in_place(path: Path, changes: list[Change]) -> None:
         raise _refused(path, change, names)
 
 
+def refuse_features(path: Path, made: tuple[Change, ...]) -> None:
+    """Refuse features that were made otherwise (`made_otherwise`), if any were.
+
+    Raises:
+        UserError: as `refuse_in_place`.
+    """
+    if made:
+        refuse_in_place(path, [Change(FEATURES, "", "", hashed=True, made_with=made)])
+
+
 def refuse_elsewhere(path: Path, changes: list[Change]) -> None:
     """Refuse what no run can go on under, in a new folder either.
 
@@ -171,7 +200,7 @@ def refuse_elsewhere(path: Path, changes: list[Change]) -> None:
     """
     names = {change.name for change in changes}
     for change in changes:
-        if change.name == "data.held_out" and "features" not in names:
+        if change.name == "data.held_out" and FEATURES not in names:
             raise UserError(
                 f"{path}: data.held_out was {change.was}, is {change.now}, of the same features: "
                 "samples that were trained on would be held out, or the data's order would be "
@@ -192,7 +221,7 @@ def _is_fixed(change: Change) -> bool:
 
 def _refused_elsewhere(change: Change, names: Collection[str]) -> bool:
     """Whether `refuse_elsewhere` refuses it, where `names` have changed."""
-    same_samples = change.name == "data.held_out" and "features" not in names
+    same_samples = change.name == "data.held_out" and FEATURES not in names
     return same_samples or change.name == "train.init" or _is_fixed(change)
 
 
@@ -210,9 +239,14 @@ def _refused(path: Path, change: Change, names: Collection[str]) -> UserError:
             f"{path}: written for another recipe ({printable(change.was)}, now {change.now}); "
             f"name it again, or {remedy}"
         )
+    if change.made_with:
+        one = change.made_with[0]
+        return UserError(
+            f"{path}: written for other features: {one.name} was {_shown(one.was)}, is "
+            f"{_shown(one.now)}; give what it was, or {remedy}"
+        )
     if change.hashed:
-        name = change.name + (_OF_FEATURES if change.name == "features" else "")
-        return UserError(f"{path}: written for other {name}; name them again, or {remedy}")
+        return UserError(f"{path}: written for other {change.name}; name them again, or {remedy}")
     if change.name == THREADS:
         return UserError(
             f"{path}: written by ranks of {change.was} threads, these have {change.now}: under "

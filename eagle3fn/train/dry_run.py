@@ -140,13 +140,21 @@ def describe_dry_run(found: DryRun) -> str:
 
 def _left(found: DryRun) -> str:
     """What of the run is left, and what chose its number of updates."""
-    step, total, early, _ = found.end
-    chosen = f"{chosen_by(found.horizon)} chose the number of updates"
     if found.end.finished:
-        by_patience = ", by train.patience" if early else ""
-        return f"ended at step {step} of {total}{by_patience}, nothing is left to train; {chosen}"
+        return ended_line(found.end, found.horizon)
+    step, total, *_ = found.end
+    chosen = f"{chosen_by(found.horizon)} chose the number of updates"
     updates = f"{total - step} of {total} updates left" if step else f"{total} updates"
     return f"{updates}, {found.evaluations} evaluations, {found.checkpoints} checkpoints; {chosen}"
+
+
+def ended_line(end: End, horizon: Horizon) -> str:
+    """That nothing of a run is left, and what chose its number of updates."""
+    by_patience = ", by train.patience" if end.early else ""
+    return (
+        f"ended at step {end.step} of {end.total}{by_patience}, nothing is left to train; "
+        f"{chosen_by(horizon)} chose the number of updates"
+    )
 
 
 def _update_lines(found: DryRun, update: TriedUpdate) -> list[str]:

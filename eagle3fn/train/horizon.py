@@ -78,7 +78,7 @@ def with_horizon(
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"--minutes {minutes}: must be above 0 and finite")
 
-    begun = run.world.shared(_begun(run.out / FILE) if run.world.main else None)
+    begun = run.world.shared(begun_horizon(run.out) if run.world.main else None)
     if point.branches:
         begun = None  # what a killed call had left
     if begun is not None:
@@ -210,12 +210,13 @@ def begun_threads(out: str | Path) -> Kept | None:
     return kept
 
 
-def _begun(path: Path) -> Horizon | None:
+def begun_horizon(out: str | Path) -> Horizon | None:
     """What a run's folder keeps; None if no run began there.
 
     Raises:
         UserError: it is damaged.
     """
+    path = Path(out) / FILE
     if not os.path.lexists(path):
         return None
     found = read_object(path)

@@ -3,7 +3,6 @@
 A resumed run is bit-identical.
 """
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,17 +24,16 @@ from eagle3fn.train.bad_updates import (
     check_dropped,
     check_held_out,
     check_update,
-    dropped_line,
 )
 from eagle3fn.train.begin import LoopState, Point
 from eagle3fn.train.branch import write_branch
 from eagle3fn.train.checkpoint import save_checkpoint
 from eagle3fn.train.counted import check_counted_held_out, check_uncounted, uncounted_after
-from eagle3fn.train.events import End, Events
+from eagle3fn.train.events import Events
 from eagle3fn.train.feed import Feed
 from eagle3fn.train.held_out import evaluate_held_out
 from eagle3fn.train.horizon import patience_line, write_horizon
-from eagle3fn.train.ready import ROWS, end_of, ready
+from eagle3fn.train.ready import ROWS, end_lines, end_of, ready
 from eagle3fn.train.recipe import OURS, Recipe, schedule_of
 from eagle3fn.train.run import Run, prepare, training_batches
 from eagle3fn.train.shard import gather
@@ -103,13 +101,13 @@ def train(
             patience = patience_line(run, point.step, loop_state.waited)
             for line in [*lines, patience] if patience else lines:
                 events.on_notice(line)
-            _cut_rows(run, point, events)
+            _cut_rows(run, point, loop_state, events)
 
-        if point.branches:
+        # An evaluation that is owed may end the run's patience.
+        if point.branches or loop_state.owes_evaluation:
             loop_state = _evaluate(run, state, loop_state, events)
             _save(run, state, loop_state)
-        elif _lacks_evaluation(run, point.step):
-            loop_state = _evaluate(run, state, loop_state, events)
+            end = end_of(run.config, point.step, loop_state)
         if not end.finished:
             # A signal before this ends the program: nothing is lost that is not on the disk.
             with signals_noted() as stop_requested:
@@ -117,43 +115,19 @@ def train(
                     run, state, loop_state, events, stop_requested, max_steps
                 )
         if world.main:
-            _report_end(run, end_of(run, int(state.step), loop_state), loop_state, events)
+            end = end_of(run.config, int(state.step), loop_state)
+            for line in end_lines(run.config, end, loop_state):
+                events.on_notice(line)
+            events.on_end(end)
         return state
 
 
-def _lacks_evaluation(run: Run, step: int) -> bool:
-    """Whether the run ended at an evaluation whose features did not come; the same on all ranks."""
-    settings = run.config.train
-    if not (run.features.on_demand and step):
-        return False
-    if step != settings.steps and step % settings.eval_every:
-        return False
-    lacks = False
-    if run.world.main:
-        path = run.out / "eval.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        lacks = all(json.loads(line).get("step") != step for line in lines)
-    return run.world.shared(lacks)
-
-
-def _report_end(run: Run, end: End, loop_state: LoopState, events: Events) -> None:
-    if loop_state.skipped:
-        events.on_notice(dropped_line(loop_state.skipped))
-    if end.early:
-        events.on_notice(
-            f"step {end.step} of {end.total}: the run has ended, as its held-out accepted length "
-            f"has not risen above {loop_state.best:.3f} for {loop_state.waited} evaluations "
-            f"(train.patience = {run.config.train.patience}); a greater train.patience goes on"
-        )
-    events.on_end(end)
-
-
-def _cut_rows(run: Run, point: Point, events: Events) -> None:
+def _cut_rows(run: Run, point: Point, loop_state: LoopState, events: Events) -> None:
     """Keep the rows up to the step that the run goes on from; what is lost is said."""
     # Without a checkpoint step 0 is evaluated again, so its row goes too. So does that of the step
-    # at which another run is left.
+    # at which another run is left, and of an evaluation that is owed.
     last = {"metrics.jsonl": point.step or -1, "eval.jsonl": point.step or -1}
-    if point.branches:
+    if point.branches or loop_state.owes_evaluation:
         last["eval.jsonl"] = point.step - 1
     for name, kind in ROWS.items():
         line = cut_rows(run.out / name, last[name], kind)
@@ -213,12 +187,14 @@ def _steps(
             wait = evaluates or saves or not _is_asynchronous(run.device)
             loop_state = _report(run, pending, loop_state, events, wait)
 
+            # Where its features do not come, the next call evaluates.
             if evaluates:
+                loop_state = loop_state._replace(owes_evaluation=True)
                 with _on_user_error(keep_finished):
                     loop_state = _evaluate(run, state, loop_state, events)
 
             # A stop on one rank stops all: they must leave at the same step.
-            early = end_of(run, number, loop_state).early
+            early = end_of(run.config, number, loop_state).early
             stop = any(run.world.every(stop_requested())) or early
             if saves or stop:
                 loop_state = report_all()
@@ -347,6 +323,7 @@ def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events
     params = gather(state.params)
     step = int(state.step)
     row = {"step": step, **evaluate_held_out(run, params)}
+    loop_state = loop_state._replace(owes_evaluation=False)
     check_held_out(run, row)
     check_counted_held_out(row)
 

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.places import check_own_file
 from eagle3fn.base.types import TrainState
+from eagle3fn.train.bad_updates import dropped_line
 from eagle3fn.train.begin import LoopState, Point, begin, described, find_point
 from eagle3fn.train.branch import unless_gone
 from eagle3fn.train.events import End, Events
@@ -63,7 +65,7 @@ def ready(run: Run, source: str | Path | None, minutes: float | None, events: Ev
     with unless_gone(point.path if point.branches else None):
         run, horizon = with_horizon(run, lambda: begin(run, point).state, minutes, point)
         state, loop_state, changes = begin(run, point)
-        end = end_of(run, point.step, loop_state)
+        end = end_of(run.config, point.step, loop_state)
         lines = described(run, point, changes, end.early) if main else []
 
     if main:
@@ -71,11 +73,25 @@ def ready(run: Run, source: str | Path | None, minutes: float | None, events: Ev
     return Ready(run, point, horizon, state, loop_state, end, lines)
 
 
-def end_of(run: Run, step: int, loop_state: LoopState) -> End:
-    """How the run stands after so many updates, the same on all ranks."""
-    settings = run.config.train
+def end_of(config: Config, step: int, loop_state: LoopState) -> End:
+    """How a run stands after so many updates, the same on all ranks."""
+    settings = config.train
     early = step < settings.steps and 0 < settings.patience <= loop_state.waited
-    return End(step, settings.steps, early, bool(run.held_out))
+    return End(step, settings.steps, early, config.data.held_out > 0)
+
+
+def end_lines(config: Config, end: End, loop_state: LoopState) -> list[str]:
+    """Lines for a user on how a run stands at a call's end."""
+    lines = []
+    if loop_state.skipped:
+        lines.append(dropped_line(loop_state.skipped))
+    if end.early:
+        lines.append(
+            f"step {end.step} of {end.total}: the run has ended, as its held-out accepted length "
+            f"has not risen above {loop_state.best:.3f} for {loop_state.waited} evaluations "
+            f"(train.patience = {config.train.patience}); a greater train.patience goes on"
+        )
+    return lines
 
 
 def _check_files(out: Path, begins: bool) -> None:

@@ -26,6 +26,7 @@ from eagle3fn.data.pipeline import batches, split
 from eagle3fn.data.target_tensors import TargetTensors, make_frozen
 from eagle3fn.model.checks import check_loss
 from eagle3fn.train.bind import Functions, bind
+from eagle3fn.train.changes import FEATURES, made_with
 from eagle3fn.train.counted import check_first_labels
 from eagle3fn.train.memory import check_fits, memory_of
 from eagle3fn.train.recipe import OURS, Recipe
@@ -44,9 +45,7 @@ class Run(NamedTuple):
     train: list[int]  # the samples trained on
     held_out: list[int]  # the samples evaluated on
     out: Path
-    data: dict[
-        str, str
-    ]  # hashes of features and vocabulary map, and the recipe where it is not ours
+    data: dict[str, str]  # `fingerprints`, and the recipe where it is not ours
     device: str  # this rank's
     world: World = World()
     mesh: DeviceMesh | None = None
@@ -243,7 +242,7 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
 
     The shards' own hashes are left out, and the index's, which depends on them, so that a damaged
     shard may be extracted again. Files of a `Reader` have no index: their names and sizes stand in
-    for it.
+    for it. What is known of how features are made on demand is there too (`changes.MADE_WITH`).
     """
     left_out = ("shards", "totals", "sha256")
     index: Any = {key: value for key, value in features.index.items() if key not in left_out}
@@ -255,6 +254,7 @@ def fingerprints(features: FeatureSet, vocab_map: VocabMap) -> dict[str, str]:
     text = json.dumps(index, sort_keys=True).encode()
     tokens = vocab_map.t2d.cpu().numpy().tobytes()
     return {
-        "features": hashlib.sha256(text).hexdigest(),
+        FEATURES: hashlib.sha256(text).hexdigest(),
         "vocabulary map": hashlib.sha256(tokens).hexdigest(),
+        **made_with(features.made_with),
     }

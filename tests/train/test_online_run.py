@@ -42,6 +42,10 @@ SETTINGS = (
 PREFETCHES = (0, 2)
 
 
+class Killed(BaseException):
+    """In place of a signal that no program survives."""
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A tiny target, ten conversations, a map, and an offline run on features extracted alone."""
@@ -151,6 +155,83 @@ def test_dry_run_writes_nothing(world, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+# Called again
+
+
+@pytest.fixture(scope="module")
+def begun(world) -> Path:
+    """A run of one update, which refused calls leave as it is."""
+    out = world / "begun"
+    assert main(online(world, out, "--max-steps", "1", "--dtype", "float32")) == 0
+    return out
+
+
+def no_source(*_: object) -> None:
+    raise AssertionError("a source was opened")
+
+
+def test_run_that_has_ended_says_so_and_starts_nothing(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    arguments = online(world, out, "--engine", "transformers", "--keep", str(tmp_path / "kept"))
+    assert main(arguments) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(Pool, "first", no_source)
+
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"{out}: finished, step 7 of 7 is its last one" in printed
+    assert f"{out}/draft: the best draft of 7 steps" in printed
+    tried = online(world, out, "--engine", "transformers", "--dry-run")
+    assert main(tried) == 0
+    printed = capsys.readouterr().out
+    assert "ended at step 7 of 7, nothing is left to train; train.steps = 7 chose" in printed
+    assert printed.endswith("nothing was written\n")
+
+    # It is refused as before where its features would be others.
+    assert main([*arguments, "--max-length", "100"]) == 2
+    assert "--max-length was 128, is 100" in capsys.readouterr().err
+
+    # More to do needs a source again; so does what was to be kept, and has no index yet.
+    with pytest.raises(AssertionError, match="a source was opened"):
+        main([*arguments, "--set", "train.steps=8"])
+    (tmp_path / "kept/index.json").unlink()
+    with pytest.raises(AssertionError, match="a source was opened"):
+        main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--max-length", "100"), "--max-length was 128, is 100"),
+        (("--limit", "9"), "--limit was 10 rows, is 9 rows"),
+        (("--batch-tokens", "64"), "--batch-tokens was 1, is 64"),
+        (("--generate",), "--generate was not given, is given"),
+        (("--set", "data.global_batch=4"), "data.global_batch was 2, is 4"),
+    ],
+)
+def test_begun_run_names_the_option_that_differs_before_a_source_starts(
+    world, begun, monkeypatch, capsys, more, named
+):
+    monkeypatch.setattr(Pool, "first", no_source)
+    assert main([*online(world, begun), *more]) == 2
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert named in refused
+    assert "--from" in refused
+
+
+def test_begun_run_names_what_differs_of_its_source(world, begun, capsys):
+    assert main(online(world, begun, "--dtype", "bfloat16")) == 2
+    assert "--dtype was float32, is bfloat16" in capsys.readouterr().err
+
+
+def test_run_goes_on_with_the_target_here_or_in_a_process(world, tmp_path):
+    """One source has the bits of the other."""
+    process = ("--engine", "transformers")
+    for source, most in (((), "2"), (process, "3"), ((), "9")):
+        assert main(online(world, tmp_path / "run", *source, "--max-steps", most)) == 0
+    assert same_end(world / "offline", tmp_path / "run", 7)
+
+
 # Ranks
 
 
@@ -164,6 +245,14 @@ def test_two_ranks_with_sources_of_their_own_give_the_run_of_one(world, tmp_path
     assert same_end(tmp_path / "one", tmp_path / "two", 7)
     logs = [f"two.transformers-{rank}-1.log" for rank in range(2) if sources]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two", *logs]
+
+
+def test_run_that_has_ended_says_so_once_on_two_ranks(world, tmp_path):
+    assert main(online(world, tmp_path / "run")) == 0
+    ended = torchrun(2, "-m", "eagle3fn.cli", *online(world, tmp_path / "run"))
+    assert ended.codes == [0], ended
+    assert ended.text.count("finished, step 7 of 7 is its last one") == 1
+    assert "samples; features by" not in ended.text
 
 
 def test_two_ranks_whose_target_writes_give_the_run_of_one(world, tmp_path):
@@ -259,12 +348,15 @@ def test_kept_features_of_other_settings_are_refused(world, tmp_path, capsys, ot
     assert "shard-00000.json: of other conversations" in capsys.readouterr().err
 
 
-def test_sources_that_fail_in_an_evaluation_lose_no_update(world, tmp_path, monkeypatch, capsys):
-    """What was trained is saved, what passed is kept; the next call evaluates, and goes on."""
+@pytest.mark.parametrize("step", [3, 7])
+def test_sources_that_fail_in_an_evaluation_lose_no_update(
+    world, tmp_path, monkeypatch, capsys, step
+):
+    """What was trained is saved, what passed is kept; the next call evaluates once, and goes on."""
     evaluate = loop.evaluate_held_out
 
     def failing(run, params):
-        if len(rows(run.out / "metrics.jsonl")) == 3:
+        if len(rows(run.out / "metrics.jsonl")) == step:
             raise UserError("source 1: gone for good")
         return evaluate(run, params)
 
@@ -272,12 +364,45 @@ def test_sources_that_fail_in_an_evaluation_lose_no_update(world, tmp_path, monk
     monkeypatch.setattr(loop, "evaluate_held_out", failing)
     assert main(arguments) == 2
     assert "source 1: gone for good" in capsys.readouterr().err
-    assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
+    assert (tmp_path / f"run/checkpoints/step-{step:08d}").is_dir()
     assert len(open_features(tmp_path / "kept").samples) > 0
 
+    # Its row is written once, also where a call was killed before the evaluation was settled.
+    monkeypatch.setattr(loop, "evaluate_held_out", evaluate)
+    saved = loop._save
+
+    def killed(run, state, loop_state):
+        raise Killed
+
+    monkeypatch.setattr(loop, "_save", killed)
+    with pytest.raises(Killed):
+        main(arguments)
+    monkeypatch.setattr(loop, "_save", saved)
+    for _ in range(2):
+        assert main(arguments) == 0
+        assert same_end(world / "offline", tmp_path / "run", 7)
+
+
+def test_evaluation_that_is_owed_may_end_a_run(world, tmp_path, monkeypatch):
+    """By its patience, as it would have at once: no further update is made."""
+    patience = ("train.patience=1", "train.eval_every=1", "train.steps=30")
+    settings = [word for setting in patience for word in ("--set", setting)]
+    assert main([*offline(world, tmp_path / "offline"), *settings]) == 0
+    ended = len(rows(tmp_path / "offline" / "metrics.jsonl"))
+    assert ended < 30
+    evaluate = loop.evaluate_held_out
+
+    def failing(run, params):
+        if len(rows(run.out / "metrics.jsonl")) == ended:
+            raise UserError("source 1: gone for good")
+        return evaluate(run, params)
+
+    arguments = [*online(world, tmp_path / "run"), *settings]
+    monkeypatch.setattr(loop, "evaluate_held_out", failing)
+    assert main(arguments) == 2
     monkeypatch.setattr(loop, "evaluate_held_out", evaluate)
     assert main(arguments) == 0
-    assert same_end(world / "offline", tmp_path / "run", 7)
+    assert same_end(tmp_path / "offline", tmp_path / "run", ended)
 
 
 # Answers that the target writes
@@ -389,6 +514,40 @@ def test_options_without_effect_are_refused(world, tmp_path, capsys, more, named
 def test_options_of_online_training_need_it(world, tmp_path, capsys):
     assert main([*offline(world, tmp_path / "run"), "--buffer", "1"]) == 2
     assert "--buffer: needs --online" in capsys.readouterr().err
+
+
+def test_answers_of_one_token_are_refused_by_the_option(world, tmp_path, capsys):
+    assert main([*generated(world, tmp_path / "run"), "--max-new", "1"]) == 2
+    assert "--max-new 1: an answer that short has no row to train" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_refused_call_leaves_nothing_of_its_engine(world, tmp_path, capsys):
+    """It is refused once the engine has started."""
+    out = tmp_path / "new" / "run"
+    sources = ("--engine", "transformers")
+    assert main(online(world, out, *sources, settings=("data.held_out=10",))) == 2
+    captured = capsys.readouterr()
+    assert "features by transformers" in captured.out
+    assert "data.held_out = 10: must be below" in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_engine_that_fails_leaves_the_log_that_is_named(world, tmp_path, capsys):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho nothing is installed here >&2\nexit 1\n")
+    python.chmod(0o755)
+    sources = ("--engine", "transformers", "--engine-python", str(python))
+    assert main(online(world, tmp_path / "run", *sources)) == 2
+    log = tmp_path / "run.transformers-1.log"
+    assert str(log) in capsys.readouterr().err
+    assert "nothing is installed here" in log.read_text()
+
+
+def test_dry_run_leaves_nothing_of_its_engine(world, tmp_path):
+    out = tmp_path / "new" / "run"
+    assert main(online(world, out, "--engine", "transformers", "--dry-run")) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_prompts_without_room_for_an_answer_are_refused(world, tmp_path, capsys):
