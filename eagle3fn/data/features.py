@@ -69,6 +69,12 @@ class OnDemand(Protocol):
         """`data.stages.read`, by sources in place of a folder."""
         ...
 
+    def settle(self) -> None:
+        """Let what has passed be on the disk, where it is kept: all ranks call, before a checkpoint
+        that is ahead of it.
+        """
+        ...
+
 
 class FeatureSet(NamedTuple):
     """An opened folder, or what stands for one.

@@ -5,9 +5,9 @@ samples of a rank are a group: a source computes them together, so that their bi
 where a run was resumed nor on what else is asked for.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,8 +25,17 @@ BUFFER = 2**30
 """Bytes of samples that are rolled out ahead, where nobody says how many."""
 _SEEDS_APART = 1_000_003
 
-Passed = Callable[[Sequence[int], Sequence[Sample], int], None]
-"""Called with the numbers of samples, the samples, and the place after them, as they pass."""
+
+class Keeper(Protocol):
+    """What keeps samples as they pass."""
+
+    def passed(self, numbers: Sequence[int], samples: Sequence[Sample]) -> None:
+        """Called with samples and their numbers, by several threads."""
+        ...
+
+    def settle(self) -> None:
+        """Let what has passed be on the disk; all ranks call."""
+        ...
 
 
 class Widths(NamedTuple):
@@ -58,11 +67,11 @@ class OnlineSamples:
         pool: the sources; None: tokens alone are read.
         widths: of the states.
         answers: how the target writes; None: the rows have their answers.
-        passed: called with the samples of each group that is loaded.
 
     Attributes:
         buffer: bytes of samples that may be waited for or ready, for each stage that loads.
         seed: of the answers.
+        keeper: what is called with the samples of each group that is loaded; None: nothing.
     """
 
     def __init__(
@@ -71,7 +80,6 @@ class OnlineSamples:
         pool: Pool | None,
         widths: Widths,
         answers: Sampling | None = None,
-        passed: Passed = lambda numbers, samples, place: None,
     ) -> None:
         self.rows = rows
         self.pool = pool
@@ -79,7 +87,7 @@ class OnlineSamples:
         self.buffer = BUFFER
         self.seed = 0
         self.answers = answers is not None
-        self.passed = passed
+        self.keeper: Keeper | None = None
         self._sampling = answers
         # Samples that have one answer for the whole run, and those answers.
         self._fixed: dict[int, Encoded | None] = {}
@@ -117,6 +125,15 @@ class OnlineSamples:
             UserError: as `data.rollout.rolled_out`.
         """
         return _loaded(shares, self)
+
+    def settle(self) -> None:
+        """As `OnDemand.settle`.
+
+        Raises:
+            UserError: not written, on whichever rank.
+        """
+        if self.keeper:
+            self.keeper.settle()
 
     # Groups
 
@@ -199,7 +216,8 @@ def _loaded(
     with closing(online.rolled(map(online.group_of, items))) as rolled:
         for group, samples in rolled:
             numbers, share = group.key
-            online.passed(numbers, samples, group.place)
+            if online.keeper:
+                online.keeper.passed(numbers, samples)
 
             # Back into their bins.
             left = iter(samples)
