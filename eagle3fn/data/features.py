@@ -54,7 +54,7 @@ class OnDemand(Protocol):
     """Whether the target writes the answers: then `tokens` knows how long they may be, no more."""
 
     def fix(self, numbers: Iterable[int]) -> None:
-        """Let these samples keep the first answer that the target writes, as held-out ones must."""
+        """Let these samples, the held-out ones, keep the first answer that the target writes."""
         ...
 
     def tokens(self, number: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ samples of a rank are a group: a source computes them together, so that their bi
 where a run was resumed nor on what else is asked for.
 """
 
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple, Protocol
@@ -91,9 +92,15 @@ class OnlineSamples:
         self._sampling = answers
         # Samples that have one answer for the whole run, and those answers.
         self._fixed: dict[int, Encoded | None] = {}
+        # Their features, as many as fit `buffer`; evaluations come one after another.
+        self._held: dict[int, Sample] = {}
+        self._held_bytes = 0
 
     def fix(self, numbers: Iterable[int]) -> None:
-        """Let these samples keep the first answer that the target writes, as held-out ones must."""
+        """Let these samples, the held-out ones, keep the first answer that the target writes.
+
+        Their features stay in memory, as far as they fit into `buffer` once more.
+        """
         for number in numbers:
             self._fixed.setdefault(number)
 
@@ -143,9 +150,29 @@ class OnlineSamples:
         return self._group(Asked(numbers, item.value), item.place)
 
     def rolled(self, groups: Iterable[Group]) -> Generator[tuple[Group, list[Sample]], None, None]:
-        """The groups' samples, in their order."""
+        """The groups' samples, in their order; what is in memory is not asked for again."""
+        return _rolled(groups, self)
+
+    def rolled_anew(
+        self, groups: Iterable[Group]
+    ) -> Generator[tuple[Group, list[Sample]], None, None]:
+        """The groups' samples, in their order, all by the sources."""
         assert self.pool is not None, "features without a source"
         return rolled_out(groups, self.pool, self._ask, self.buffer)
+
+    def held(self, group: Group) -> list[Sample] | None:
+        """The samples of a group that are in memory; None unless all are."""
+        found = [self._held.get(number) for number in group.key.numbers]
+        return [sample for sample in found if sample] if found and all(found) else None
+
+    def hold(self, group: Group, samples: list[Sample]) -> None:
+        """Keep a held-out sample in memory, if it fits."""
+        for number, sample in zip(group.key.numbers, samples, strict=True):
+            size = sum(value.nbytes for value in sample)
+            fits = self._held_bytes + size <= self.buffer
+            if number in self._fixed and number not in self._held and fits:
+                self._held[number] = sample
+                self._held_bytes += size
 
     def _group(self, asked: "Asked", place: int) -> Group:
         rows = [Encoded(self.rows[number].id, *self.tokens(number)) for number in asked.numbers]
@@ -206,6 +233,29 @@ class OnlineSamples:
                 f"sample {printable(repr(row.id))}: {what}; look at the target's weights and at "
                 "what computes it, or leave the row out"
             )
+
+
+@stage
+def _rolled(groups: Iterable[Group], online: OnlineSamples) -> Iterator[tuple[Group, list[Sample]]]:
+    """`OnlineSamples.rolled`."""
+    coming = deque[tuple[Group, list[Sample] | None]]()
+
+    def missing() -> Iterator[Group]:
+        for group in groups:
+            held = online.held(group)
+            coming.append((group, held))
+            if held is None:
+                yield group
+
+    with closing(online.rolled_anew(missing())) as rolled:
+        for asked, samples in rolled:
+            while (first := coming.popleft())[1] is not None:
+                yield first[0], first[1]
+            online.hold(asked, samples)
+            yield asked, samples
+    for group, held in coming:
+        assert held is not None
+        yield group, held
 
 
 @stage

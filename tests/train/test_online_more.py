@@ -2,21 +2,33 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from eagle3fn import cli
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.tree import equal
+from eagle3fn.base.types import Sample
 from eagle3fn.data import sample_file
+from eagle3fn.data.encode import encode_all
 from eagle3fn.data.features import open_features, read_sample
+from eagle3fn.data.on_demand import OnlineSamples, Widths
+from eagle3fn.data.rollout import Pool, Source
+from eagle3fn.data.samples import Encoded, SampleMaker
+from eagle3fn.data.sources import model_source
+from eagle3fn.data.stages import Item, Share
+from eagle3fn.data.target import load_target, stop_ids
+from eagle3fn.data.template import ChatTemplate
 from eagle3fn.engines.transformers_process import TransformersProcess
 from eagle3fn.train import loop
 from tests.small_run import write_run
@@ -66,6 +78,10 @@ def online(world: Path, out: Path, *more: str) -> list[str]:
 def generated(world: Path, out: Path, *more: str) -> list[str]:
     arguments = [*common(world, out), "--online", str(world / "talks.jsonl"), "--generate"]
     return [*arguments, "--max-length", "128", "--max-new", "6", "--temperature", "1", *more]
+
+
+def settings(*texts: str) -> tuple[str, ...]:
+    return tuple(part for text in texts for part in ("--set", text))
 
 
 def forked(
@@ -184,6 +200,50 @@ def test_features_are_kept_of_whichever_epoch_they_are_asked_for_in(world, tmp_p
     assert len(set(numbers)) == len(numbers) == 8  # three updates, and the held-out ones
 
 
+# Held-out samples
+
+
+def test_held_out_samples_are_computed_once_as_far_as_they_fit(world):
+    """What is in memory comes at its place, among what is asked for again."""
+    model, tokenizer = load_target(str(world / "target"), torch.float32)
+    source = model_source(model, (1, 3, 5))
+    template = ChatTemplate(tokenizer, stop_ids(model, tokenizer), {})
+    known = encode_all(SampleMaker(template, 128), world / "talks.jsonl", 300)
+    asked: list[str] = []
+
+    def counting(rows: Sequence[Encoded], dtype: torch.dtype) -> list[Sample]:
+        asked.extend(row.id for row in rows)
+        return source.features(rows, dtype)
+
+    counted = source._replace(features=counting)
+    widths = Widths(3, model.config.hidden_size, torch.float32)
+    with Pool([Source("here", lambda: nullcontext(counted))]) as pool:
+        samples = OnlineSamples(known, pool, widths)
+        samples.fix([7, 8, 9])
+        samples.buffer = sum(len(known[n].input_ids) for n in (7, 9)) * widths.bytes_per_token
+
+        def rolled(*numbers: int) -> list[Sample]:
+            shares = [Item(Share([[number]], []), number) for number in numbers]
+            return [item.value.bins[0][0] for item in samples.load(iter(shares))]
+
+        first = rolled(3, 7, 9, 8)
+        again = rolled(9, 3, 7, 8)
+        rolled(7, 9)
+    assert asked == [known[n].id for n in (3, 7, 9, 8, 3, 8)]
+    assert equal(again, [first[place] for place in (2, 0, 1, 3)])
+
+
+def test_more_evaluations_ask_for_no_more_samples(world, tmp_path, capsys):
+    counts = []
+    for every in (2, 7):
+        more = settings(f"train.eval_every={every}")
+        assert cli.main(online(world, tmp_path / f"run{every}", *more)) == 0
+        printed = capsys.readouterr()
+        counts += re.findall(r"(\d+) samples rolled out", printed.out + printed.err)
+    assert len(counts) == 2
+    assert counts[0] == counts[1]
+
+
 # Options of training
 
 
@@ -200,10 +260,6 @@ def test_packed_answers_are_those_of_a_run_left_alone_after_a_kill(world, tmp_pa
     assert forked(parts, tmp_path / "again", ranks=ranks) == [0] * ranks
     assert same_end(tmp_path / "whole", tmp_path / "parts", 7)
     assert not leftovers(tmp_path)
-
-
-def settings(*texts: str) -> tuple[str, ...]:
-    return tuple(part for text in texts for part in ("--set", text))
 
 
 PATIENT = ("train.eval_every=1", "train.steps=9")
