@@ -216,7 +216,8 @@ def locked(folder: str | Path, shared: bool = False) -> Iterator[bool]:
     this call made the folder. With `shared`, other processes may join by `locked_too`.
 
     Raises:
-        UserError: another process holds it, or its file `.lock` is no regular file.
+        UserError: another process holds it, it cannot be made, or its file `.lock` is no regular
+            file.
     """
     folder = Path(folder)
     check_out_folder(folder)
@@ -283,8 +284,8 @@ def _lock_folder(folder: Path) -> tuple[int, bool]:
     """
     path = folder / LOCK
     for _ in range(_LOCK_TRIES):
+        is_new = _make_folder(folder)
         try:
-            is_new = _make_folder(folder)
             handle = _open_own(path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             continue
@@ -309,11 +310,19 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _make_folder(folder: Path) -> bool:
-    """Make a folder unless there is one; whether it was made."""
+    """Make a folder unless there is one; whether it was made.
+
+    Raises:
+        UserError: none can be made there, as in `/proc`.
+    """
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
         return False
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: no folder can be made there ({error.strerror}); name another place"
+        ) from None
     return True
 
 

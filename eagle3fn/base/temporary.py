@@ -157,6 +157,21 @@ def naming(path: Path) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def naming_temporary(path: Path | None = None) -> Iterator[None]:
+    """As `naming`, of a write into the system's folder of temporary files, which `TMPDIR` names.
+
+    Without `path` the folder itself is named.
+    """
+    try:
+        with naming(path or Path(tempfile.gettempdir())):
+            yield
+    except UserError as error:
+        raise UserError(
+            f"{error}; or let TMPDIR name a folder on another disk, for temporary files"
+        ) from None
+
+
 def _is_of(path: Path, error: OSError) -> bool:
     """Whether an error is of `path`, of a folder that it is in, or of what is not finished of it.
 

@@ -49,8 +49,16 @@ class FeatureSize(NamedTuple):
             f"features{there}; {size_text(self.free_bytes)} are free on the disk"
         )
 
-    def check_fits(self, out: Path) -> None:
+    def check_fits(
+        self,
+        out: Path,
+        less: str = "write less (--limit, --max-length, or a part with --minutes)",
+    ) -> None:
         """Refuse features that the disk has no room for.
+
+        Args:
+            out: the folder.
+            less: the remedy, apart from more room.
 
         Raises:
             UserError: names both sizes.
@@ -59,7 +67,7 @@ class FeatureSize(NamedTuple):
             raise UserError(
                 f"{out}: {size_text(self.missing_bytes)} of features are to be written, "
                 f"{size_text(self.free_bytes)} are free on the disk; make room, name a folder on "
-                "another disk, or write less (--limit, --max-length, or a part with --minutes)"
+                f"another disk, or {less}"
             )
 
 

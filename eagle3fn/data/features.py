@@ -55,7 +55,7 @@ class OnDemand(Protocol):
     """Whether the target writes the answers: then `tokens` knows how long they may be, no more."""
 
     def fix(self, numbers: Iterable[int]) -> None:
-        """Let these samples keep the first answer that the target writes, as held-out ones must."""
+        """Let these samples, the held-out ones, keep the first answer that the target writes."""
         ...
 
     def tokens(self, number: int) -> tuple[Tensor, Tensor]:
@@ -68,6 +68,12 @@ class OnDemand(Protocol):
 
     def load(self, shares: Iterable[Any]) -> Generator[Any, None, None]:
         """`data.stages.read`, by sources in place of a folder."""
+        ...
+
+    def settle(self) -> None:
+        """Let what has passed be on the disk, where it is kept: all ranks call, before a checkpoint
+        that is ahead of it.
+        """
         ...
 
 

@@ -5,9 +5,10 @@ samples of a rank are a group: a source computes them together, so that their bi
 where a run was resumed nor on what else is asked for.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +27,17 @@ BUFFER = 2**30
 """Bytes of samples that are rolled out ahead, where nobody says how many."""
 _SEEDS_APART = 1_000_003
 
-Passed = Callable[[Sequence[int], Sequence[Sample], int], None]
-"""Called with the numbers of samples, the samples, and the place after them, as they pass."""
+
+class Keeper(Protocol):
+    """What keeps samples as they pass."""
+
+    def passed(self, numbers: Sequence[int], samples: Sequence[Sample]) -> None:
+        """Called with samples and their numbers, by several threads."""
+        ...
+
+    def settle(self) -> None:
+        """Let what has passed be on the disk; all ranks call."""
+        ...
 
 
 class Widths(NamedTuple):
@@ -59,11 +69,11 @@ class OnlineSamples:
         pool: the sources; None: tokens alone are read.
         widths: of the states.
         answers: how the target writes; None: the rows have their answers.
-        passed: called with the samples of each group that is loaded.
 
     Attributes:
         buffer: bytes of samples that may be waited for or ready, for each stage that loads.
         seed: of the answers.
+        keeper: what is called with the samples of each group that is loaded; None: nothing.
     """
 
     def __init__(
@@ -72,7 +82,6 @@ class OnlineSamples:
         pool: Pool | None,
         widths: Widths,
         answers: Sampling | None = None,
-        passed: Passed = lambda numbers, samples, place: None,
     ) -> None:
         self.rows = rows
         self.pool = pool
@@ -80,13 +89,19 @@ class OnlineSamples:
         self.buffer = BUFFER
         self.seed = 0
         self.answers = answers is not None
-        self.passed = passed
+        self.keeper: Keeper | None = None
         self._sampling = answers
         # Samples that have one answer for the whole run, and those answers.
         self._fixed: dict[int, Encoded | None] = {}
+        # Their features, as many as fit `buffer`; evaluations come one after another.
+        self._held: dict[int, Sample] = {}
+        self._held_bytes = 0
 
     def fix(self, numbers: Iterable[int]) -> None:
-        """Let these samples keep the first answer that the target writes, as held-out ones must."""
+        """Let these samples, the held-out ones, keep the first answer that the target writes.
+
+        Their features stay in memory, as far as they fit into `buffer` once more.
+        """
         for number in numbers:
             self._fixed.setdefault(number)
 
@@ -119,6 +134,15 @@ class OnlineSamples:
         """
         return _loaded(shares, self)
 
+    def settle(self) -> None:
+        """As `OnDemand.settle`.
+
+        Raises:
+            UserError: not written, on whichever rank.
+        """
+        if self.keeper:
+            self.keeper.settle()
+
     # Groups
 
     def group_of(self, item: Item[Share[list[int]]]) -> Group:
@@ -127,9 +151,29 @@ class OnlineSamples:
         return self._group(Asked(numbers, item.value), item.place)
 
     def rolled(self, groups: Iterable[Group]) -> Generator[tuple[Group, list[Sample]], None, None]:
-        """The groups' samples, in their order."""
+        """The groups' samples, in their order; what is in memory is not asked for again."""
+        return _rolled(groups, self)
+
+    def rolled_anew(
+        self, groups: Iterable[Group]
+    ) -> Generator[tuple[Group, list[Sample]], None, None]:
+        """The groups' samples, in their order, all by the sources."""
         assert self.pool is not None, "features without a source"
         return rolled_out(groups, self.pool, self._ask, self.buffer)
+
+    def held(self, group: Group) -> list[Sample] | None:
+        """The samples of a group that are in memory; None unless all are."""
+        found = [self._held.get(number) for number in group.key.numbers]
+        return [sample for sample in found if sample] if found and all(found) else None
+
+    def hold(self, group: Group, samples: list[Sample]) -> None:
+        """Keep a held-out sample in memory, if it fits."""
+        for number, sample in zip(group.key.numbers, samples, strict=True):
+            size = sum(value.nbytes for value in sample)
+            fits = self._held_bytes + size <= self.buffer
+            if number in self._fixed and number not in self._held and fits:
+                self._held[number] = sample
+                self._held_bytes += size
 
     def _group(self, asked: "Asked", place: int) -> Group:
         rows = [Encoded(self.rows[number].id, *self.tokens(number)) for number in asked.numbers]
@@ -193,6 +237,29 @@ class OnlineSamples:
 
 
 @stage
+def _rolled(groups: Iterable[Group], online: OnlineSamples) -> Iterator[tuple[Group, list[Sample]]]:
+    """`OnlineSamples.rolled`."""
+    coming = deque[tuple[Group, list[Sample] | None]]()
+
+    def missing() -> Iterator[Group]:
+        for group in groups:
+            held = online.held(group)
+            coming.append((group, held))
+            if held is None:
+                yield group
+
+    with closing(online.rolled_anew(missing())) as rolled:
+        for asked, samples in rolled:
+            while (first := coming.popleft())[1] is not None:
+                yield first[0], first[1]
+            online.hold(asked, samples)
+            yield asked, samples
+    for group, held in coming:
+        assert held is not None
+        yield group, held
+
+
+@stage
 def _loaded(
     items: Iterable[Item[Share[list[int]]]], online: OnlineSamples
 ) -> Iterator[Item[Loaded]]:
@@ -200,7 +267,8 @@ def _loaded(
     with closing(online.rolled(map(online.group_of, items))) as rolled:
         for group, samples in rolled:
             numbers, share = group.key
-            online.passed(numbers, samples, group.place)
+            if online.keeper:
+                online.keeper.passed(numbers, samples)
 
             # Back into their bins.
             left = iter(samples)

@@ -6,14 +6,14 @@ import tempfile
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, overload
 
 import torch
 
 from eagle3fn.base.launch import World
-from eagle3fn.base.temporary import UNFINISHED, clear, side_folder
+from eagle3fn.base.temporary import UNFINISHED, clear, naming, naming_temporary, side_folder
 from eagle3fn.data.samples import Encoded
 
 _HEADER = struct.Struct("<III")  # lengths of the id in bytes, of the tokens, of the mask
@@ -45,6 +45,7 @@ class SampleFile(Sequence[Encoded]):
     def __init__(self, path: str | Path | None = None) -> None:
         self._file: IO[bytes]
         self._file = tempfile.TemporaryFile() if path is None else open(path, "w+b")  # noqa: SIM115
+        self._path = None if path is None else Path(path)
         self._places = array("Q")
         self._lock = threading.Lock()
         self.tokens = 0  # of all samples
@@ -54,6 +55,7 @@ class SampleFile(Sequence[Encoded]):
         """The samples of a file that another process wrote and flushed."""
         file = cls.__new__(cls)
         file._file = open(path, "rb")  # noqa: SIM115
+        file._path = Path(path)
         file._places = array("Q")
         file._lock = threading.Lock()
         file.tokens = 0
@@ -68,15 +70,25 @@ class SampleFile(Sequence[Encoded]):
         return file
 
     def append(self, sample: PackedSample) -> None:
-        """Add a sample."""
-        self._places.append(self._file.seek(0, 2))
-        self._file.write(sample.data)
+        """Add a sample.
+
+        Raises:
+            UserError: there is no room for it, or for one before it.
+        """
+        with self._naming():
+            self._places.append(self._file.seek(0, 2))
+            self._file.write(sample.data)
         self.tokens += _HEADER.unpack_from(sample.data)[-1]
 
     def flush(self) -> None:
-        """Let other processes see the samples added so far."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Let other processes see the samples added so far.
+
+        Raises:
+            UserError: there is no room for them.
+        """
+        with self._naming():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def __len__(self) -> int:
         return len(self._places)
@@ -91,6 +103,8 @@ class SampleFile(Sequence[Encoded]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         with self._lock:
+            with self._naming():
+                self._file.flush()  # the last sample may not be written yet
             self._file.seek(self._places[index])
             lengths = _HEADER.unpack(self._file.read(_HEADER.size))
             name, ids, mask = (self._file.read(length) for length in lengths)
@@ -107,8 +121,13 @@ class SampleFile(Sequence[Encoded]):
         self.close()
 
     def close(self) -> None:
-        """Close the file; a temporary one is gone."""
-        self._file.close()
+        """Close the file; a temporary one is gone, and so is what there was no room for."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _naming(self) -> AbstractContextManager[None]:
+        """Raise a failure to write as a UserError."""
+        return naming_temporary() if self._path is None else naming(self._path)
 
 
 @contextmanager

@@ -300,7 +300,9 @@ def _report(
 
 
 def _save(run: Run, state: TrainState, loop_state: LoopState) -> None:
-    """Write a checkpoint; the rows before it are on the disk first."""
+    """Write a checkpoint; the rows before it are on the disk first, and the features kept."""
+    if run.features.on_demand:
+        run.features.on_demand.settle()
     if run.world.main:
         for name in ROWS:
             fsync_path(run.out / name)

@@ -74,6 +74,7 @@ class Target:
         """Write a request's rows to its file."""
         from safetensors.torch import save_file
 
+        from eagle3fn.base.temporary import naming_temporary
         from eagle3fn.data.sources import run_target
 
         if "write" in request:
@@ -88,7 +89,8 @@ class Target:
             tensors[f"ids.{number}"] = sample.input_ids
             tensors[f"aux.{number}"] = sample.aux_hidden.unflatten(1, (len(self.layers), -1))
             tensors[f"last.{number}"] = sample.last_hidden
-        save_file(tensors, request["file"])
+        with naming_temporary(Path(request["file"])):
+            save_file(tensors, request["file"])
         scored = group if request.get("scores") else []
         return {"rows": len(group), "scores": [scores(self.model, row.input_ids) for row in scored]}
 
