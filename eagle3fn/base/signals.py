@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from eagle3fn.base.errors import UserError
+
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
@@ -30,6 +32,10 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {name_of(number)}")
         self.number = number
+
+
+class StopRequested(UserError):
+    """A signal asks the program to end, and what it waits for does not come."""
 
 
 def name_of(number: int) -> str:

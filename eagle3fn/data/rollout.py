@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import EngineGone, UserError
-from eagle3fn.base.signals import received
+from eagle3fn.base.signals import StopRequested, received
 from eagle3fn.base.types import Sample
 from eagle3fn.data import ledger as ledgers
 from eagle3fn.data.ledger import Ledger
@@ -31,10 +31,6 @@ MOST_ATTEMPTS = 3
 it."""
 _STOPPING = 10.0  # seconds that samples are waited for once a signal asks the program to end
 _CLOSING = 5.0  # seconds that a stage waits for a source that is at work when it is closed
-
-
-class StopRequested(UserError):
-    """A signal asks the program to end, and the samples that come next are not there."""
 
 
 class Group(NamedTuple):

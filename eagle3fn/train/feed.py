@@ -14,8 +14,8 @@ from torch import Tensor
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
+from eagle3fn.base.signals import StopRequested
 from eagle3fn.base.types import Batch
-from eagle3fn.data.rollout import StopRequested
 
 
 class Announced(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eagle3fn.base.device import to_device
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.signals import StopRequested
 from eagle3fn.base.tree import tree_map
 from eagle3fn.base.types import Aux, Params
 from eagle3fn.data.order import shuffled
@@ -29,6 +30,10 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
         trained rows of all held-out samples (under `normalization = "rows"`: over all their rows);
         the rates are those of `readable`. A loss that is a mean over a batch is averaged over the
         samples, by their known rows.
+
+    Raises:
+        UserError: this rank's sources have failed, or another's.
+        StopRequested: a signal came to a rank, and its samples did not; on all ranks.
     """
     if not run.held_out:
         return {}
@@ -58,14 +63,17 @@ def evaluate_held_out(run: Run, params: Params) -> dict[str, Any]:
             raise
         fault = error  # of a rank's sources: all ranks leave together, and save before
 
-    # Over all ranks, in the samples' order.
-    shared = run.world.every((own, None if fault is None else str(fault)))
-    if fault is not None:
+    # Over all ranks, in the samples' order. A fault of one comes before a stop of another.
+    stops = isinstance(fault, StopRequested)
+    shared = run.world.every((own, None if fault is None or stops else str(fault), stops))
+    if fault is not None and not stops:
         raise fault
-    for rank, (_, text) in enumerate(shared):
+    for rank, (_, text, _) in enumerate(shared):
         if text is not None:
             raise UserError(f"rank {rank}: {text}")
-    every = [part for parts, _ in shared for part in parts]
+    if any(other for _, _, other in shared):
+        raise StopRequested(str(fault) if stops else "stopped, as another rank was")
+    every = [part for parts, _, _ in shared for part in parts]
     total, count = reduce(partial(tree_map, torch.add), every)
     losses = total.losses / count.clamp_min(1e-8)
     decay = run.config.objective.decay

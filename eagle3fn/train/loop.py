@@ -14,7 +14,7 @@ from eagle3fn.base.config import Config
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import fsync_path
 from eagle3fn.base.launch import World
-from eagle3fn.base.signals import Stop, signals_noted
+from eagle3fn.base.signals import Stop, StopRequested, signals_noted
 from eagle3fn.base.types import Batch, TrainState, VocabMap
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.data.held import held
@@ -149,6 +149,7 @@ def _steps(
     Raises:
         UserError: as `_report` and `_evaluate`; or the schedule gives no rate, after the state so
             far was saved.
+        StopRequested: a signal came, and features of the first or the last evaluation did not.
     """
     settings = run.config.train
     total = settings.steps
@@ -162,8 +163,11 @@ def _steps(
     def report_all() -> LoopState:
         return _report(run, pending, loop_state, events, wait=True)
 
-    def keep_finished() -> None:
-        _keep_finished(run, state, start, report_all())
+    def save_finished() -> None:
+        _save_progress(run, state, start, report_all())
+
+    # Sources may end with an error at any time.
+    keep_finished = save_finished if run.features.on_demand else report_all
 
     places = training_batches(run, start + run.shift, last + run.shift)
     source = prefetch(places, run.config.data.prefetch)
@@ -171,13 +175,8 @@ def _steps(
     with closing(source):
         for number, micro in enumerate(_or_else(feed, keep_finished), start + 1):
             begin = time.perf_counter()
-            try:
+            with _on_user_error(save_finished):  # before the state changes
                 rate = schedule_of(run.config, run.recipe)(number - 1)
-            except UserError:
-                # Before the state changes: what was made so far is kept.
-                loop_state = report_all()
-                _save_progress(run, state, start, loop_state)
-                raise
             state, metrics = run.fns.step(state, micro, donate=True, rate=rate)
             pending.append(PendingStep(number, begin, metrics))
 
@@ -190,8 +189,13 @@ def _steps(
             # Where its features do not come, the next call evaluates.
             if evaluates:
                 loop_state = loop_state._replace(owes_evaluation=True)
-                with _on_user_error(keep_finished):
-                    loop_state = _evaluate(run, state, loop_state, events)
+                try:
+                    with _on_user_error(keep_finished):
+                        loop_state = _evaluate(run, state, loop_state, events)
+                except StopRequested:
+                    if number == total:
+                        raise  # no update is left that would say that the run goes on
+                    break
 
             # A stop on one rank stops all: they must leave at the same step.
             early = end_of(run.config, number, loop_state).early
@@ -216,12 +220,6 @@ def _on_user_error(before: Callable[[], object]) -> Iterator[None]:
     except UserError:
         before()
         raise
-
-
-def _keep_finished(run: Run, state: TrainState, start: int, loop_state: LoopState) -> None:
-    """Save what was trained, where sources end with an error, as they may at any time."""
-    if run.features.on_demand:
-        _save_progress(run, state, start, loop_state)
 
 
 def _keep_cut(run: Run, state: TrainState, start: int, last: int, loop_state: LoopState) -> None:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.signals import StopRequested
 from eagle3fn.data import rollout
-from eagle3fn.data.rollout import MOST_ATTEMPTS, StopRequested, rolled_out
+from eagle3fn.data.rollout import MOST_ATTEMPTS, rolled_out
 from eagle3fn.data.source_pool import Pool
 from tests.data.planned_sources import (
     BYTES,

@@ -9,7 +9,7 @@ import pytest
 
 from eagle3fn.base.errors import EngineGone
 from eagle3fn.base.launch import World
-from eagle3fn.commands import online
+from eagle3fn.commands.online_sources import Logs, sources_of
 from eagle3fn.data.source_pool import Pool
 from eagle3fn.data.target_source import target_config
 from eagle3fn.engines import process
@@ -33,6 +33,7 @@ def test_process_that_starts_ends_with_the_pool(engine, tmp_path, monkeypatch):
         engine_python=sys.executable,
         engine_url=None,
         engine_arg=None,
+        generate=False,
         sources=1,
         check="logits",
         dtype="float32",
@@ -40,8 +41,9 @@ def test_process_that_starts_ends_with_the_pool(engine, tmp_path, monkeypatch):
         max_length=CUT,
         threads=1,
     )
-    sources = online._sources(options, target_config(str(made.target)), LAYERS, World(0, 1))
-    pool = Pool(sources)
+    tree = target_config(str(made.target))
+    logs = Logs(str(options.out), dry_run=False)
+    pool = Pool(sources_of(options, tree, LAYERS, World(0, 1), logs))
     with pool, ThreadPoolExecutor(1) as threads:
         opened = threads.submit(pool.first)
         await_that(lambda: list(tmp_path.glob("pid*")))

@@ -8,8 +8,8 @@ import torch
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
+from eagle3fn.base.signals import StopRequested
 from eagle3fn.base.types import Batch
-from eagle3fn.data.rollout import StopRequested
 from eagle3fn.train import feed as module
 from eagle3fn.train.feed import Announced, Feed
 

@@ -23,8 +23,8 @@ from eagle3fn.data import sample_file
 from eagle3fn.data.encode import encode_all
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.on_demand import OnlineSamples, Widths
-from eagle3fn.data.rollout import Pool, Source
 from eagle3fn.data.samples import Encoded, SampleMaker
+from eagle3fn.data.source_pool import Pool, Source
 from eagle3fn.data.sources import model_source
 from eagle3fn.data.stages import Item, Share
 from eagle3fn.data.target import load_target, stop_ids
@@ -217,7 +217,7 @@ def test_held_out_samples_are_computed_once_as_far_as_they_fit(world):
 
     counted = source._replace(features=counting)
     widths = Widths(3, model.config.hidden_size, torch.float32)
-    with Pool([Source("here", lambda: nullcontext(counted))]) as pool:
+    with Pool([Source("here", lambda _: nullcontext(counted))]) as pool:
         samples = OnlineSamples(known, pool, widths)
         samples.fix([7, 8, 9])
         samples.buffer = sum(len(known[n].input_ids) for n in (7, 9)) * widths.bytes_per_token

@@ -268,24 +268,31 @@ def test_two_ranks_whose_target_writes_give_the_run_of_one(world, tmp_path):
 # Signals
 
 
+@pytest.mark.parametrize(("made", "eval_every"), [(4, 7), (3, 3)], ids=["update", "evaluation"])
 def test_signal_while_samples_are_waited_for_saves_what_was_trained(
-    world, tmp_path, monkeypatch, capsys
+    world, tmp_path, monkeypatch, capsys, made, eval_every
 ):
-    """The source of the fifth update hangs; the next call goes on with it."""
+    """The source of the fifth update hangs, or that of the evaluation after the third; the next
+    call goes on with it.
+    """
     out = tmp_path / "run"
     sent: list[int] = []
     release = threading.Event()
     ask, received, save = OnlineSamples._ask, rollout.received, loop._save
 
+    def updates() -> int:
+        metrics = out / "metrics.jsonl"
+        return len(rows(metrics)) if metrics.is_file() else 0
+
     def hanging(self, source, group):
-        if group.key.share and group.place == 10 and not sent:
+        evaluates = group.key.numbers[0] in self._fixed and updates() == made
+        if (evaluates if eval_every == made else group.place == 2 * made + 2) and not sent:
             release.wait(20.0)
         return ask(self, source, group)
 
     def signalled():
         """Called again and again while samples are waited for."""
-        metrics = out / "metrics.jsonl"
-        if metrics.is_file() and len(rows(metrics)) == 4 and not sent:
+        if updates() == made and not sent:
             sent.append(signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         return received()
@@ -296,19 +303,20 @@ def test_signal_while_samples_are_waited_for_saves_what_was_trained(
         save(*arguments)
 
     monkeypatch.setattr(OnlineSamples, "_ask", hanging)
+    monkeypatch.setattr(OnlineSamples, "hold", lambda *_: None)  # evaluations ask again
     monkeypatch.setattr(rollout, "received", signalled)
     monkeypatch.setattr(rollout, "_STOPPING", 0.01)
     monkeypatch.setattr(loop, "_save", saving)
-    rarely = "train.eval_every=7"  # an evaluation would wait for the source, too
-    arguments = online(world, out, settings=("data.prefetch=0", rarely))
+    settings = f"train.eval_every={eval_every}"
+    arguments = online(world, out, settings=("data.prefetch=0", settings))
     assert not main(arguments)
     assert sent
-    assert "stopped by SIGTERM, step 4 of 7 is saved" in capsys.readouterr().out
-    assert (out / "checkpoints/step-00000004").is_dir()
-    assert len(rows(out / "metrics.jsonl")) == 4
+    assert f"stopped by SIGTERM, step {made} of 7 is saved" in capsys.readouterr().out
+    assert (out / f"checkpoints/step-{made:08}").is_dir()
+    assert updates() == made
 
     assert main(arguments) == 0
-    assert main([*offline(world, tmp_path / "offline"), "--set", rarely]) == 0
+    assert main([*offline(world, tmp_path / "offline"), "--set", settings]) == 0
     assert same_end(tmp_path / "offline", out, 7)
 
 
