@@ -243,17 +243,22 @@ def kept_features(
     Raises:
         UserError: as `data.keeping.keeping`.
     """
+    from eagle3fn.base.errors import UserError
     from eagle3fn.data.keeping import keeping
 
     with keeping(folder, features, config.data.held_out, world) as keeper:
         try:
             yield
         except BaseException:
-            # Ranks that have not failed do not meet here: the next call writes the index.
-            if world.size == 1:
-                keeper.finish()
-            else:
-                keeper.flush()
+            # Ranks that have not failed do not meet here: the next call writes the index. What
+            # ended the run is said last.
+            try:
+                if world.size == 1:
+                    keeper.finish()
+                else:
+                    keeper.flush()
+            except UserError as error:
+                progress.say(str(error))
             raise
         line = keeper.finish()
         if line:

@@ -4,8 +4,9 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from eagle3fn.base.errors import UserError
 from eagle3fn.base.launch import World
 from eagle3fn.base.tree import equal
 from eagle3fn.base.types import Sample
+from eagle3fn.commands.online import kept_features
 from eagle3fn.data import keeping as module
 from eagle3fn.data.features import FeatureSet, open_features, read_sample
 from eagle3fn.data.keeping import Keeper, keeping
 from eagle3fn.data.on_demand import OnlineSamples, Widths
 from eagle3fn.data.online import MadeFrom, sample_set
 from eagle3fn.data.samples import Encoded
-from tests.factories import supervised_sample
+from tests.factories import make_config, supervised_sample
 
 SAMPLES = 8
 HELD_OUT = 2
@@ -197,3 +199,18 @@ def test_a_full_shard_is_written_as_it_passes(tmp_path, monkeypatch):
         assert not (tmp_path / "shard-00000.json").exists()
         passing(keeper, 2)
         assert (tmp_path / "shard-00000.json").exists()
+
+
+def test_what_ended_the_run_comes_before_a_fault_of_keeping(monkeypatch, capsys):
+    keeper = SimpleNamespace(finish=lambda: failing("no room"), flush=lambda: failing("no room"))
+    monkeypatch.setattr(module, "keeping", lambda *_: nullcontext(keeper))
+    config = make_config()
+    for ranks in (1, 2):
+        run = kept_features("kept", features(), config, World(0, ranks))
+        with pytest.raises(UserError, match="a source is gone"), run:
+            failing("a source is gone")
+        assert "no room" in capsys.readouterr().out
+
+
+def failing(text: str) -> None:
+    raise UserError(text)
