@@ -1,7 +1,7 @@
 """What `train --online` opens: conversations or prompts, and the sources of their features."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,7 @@ def _say_ended(
     options: Any, draft: "DraftConfig", overrides: list[str], recipe: "Recipe", world: "World"
 ) -> bool:
     """The same on rank 0."""
+    from eagle3fn.data.held import held
     from eagle3fn.train.begun import check_made_with, ended
     from eagle3fn.train.defaults import begun_settings
     from eagle3fn.train.dry_run import ended_line
@@ -129,7 +130,10 @@ def _say_ended(
     begun = begun_settings(options.out)
     if begun is None:
         return False
-    check_made_with(options.out, settings_of(options))
+    with held(options.out) if not options.dry_run else nullcontext():
+        pass  # no other process trains there: its engines' logs are left alone
+    given = {"--dtype": options.dtype} if options.dtype else {}
+    check_made_with(options.out, settings_of(options) | given)
     config = config_of(options, draft, overrides, options.recipe, begun)
     found = ended(config, options.out, recipe.name, options.source, options.minutes)
     if found is None or (options.keep and not _is_kept(options.keep)):

@@ -50,10 +50,12 @@ def sources_of(
     if options.engine == "vllm" and options.engine_url:
         return [source(url, _with(options, engine_url=[url]), "") for url in options.engine_url]
     found = []
+    tried = "dry-run." if options.dry_run else ""  # the run's own are left as they are
     for number in range(1, 1 + (1 if options.engine_url else options.sources or 1)):
         rank = f"-{world.rank}" if world.size > 1 else ""
         name = f"source {number}" + (f" of rank {world.rank}" if world.size > 1 else "")
-        found.append(source(name, options, f"{options.out}.{options.engine}{rank}-{number}.log"))
+        log = f"{options.out}.{tried}{options.engine}{rank}-{number}.log"
+        found.append(source(name, options, log))
     return found
 
 
@@ -102,7 +104,8 @@ class Logs:
     def __init__(self, out: str, dry_run: bool) -> None:
         self.out = Path(out)
         self.dry_run = dry_run
-        self.files: list[Path] = []
+        self.seen: list[Path] = []
+        self.files: list[Path] = []  # of these, those that were not there before
         self.at_fault = False
         self.closing = False  # what engines raise now is no fault
 
@@ -134,8 +137,11 @@ class Logs:
     @contextmanager
     def fault_noted(self, log: str = "") -> Iterator[None]:
         """What is raised in the block is an engine's fault, which may write into the file `log`."""
-        if log and Path(log) not in self.files:
-            self.files.append(Path(log))
+        path = Path(log)
+        if log and path not in self.seen:
+            self.seen.append(path)
+            if not path.exists():
+                self.files.append(path)
         try:
             yield
         except BaseException:

@@ -243,7 +243,8 @@ class PooledSource:
             error = self._try_to_open()
             if error is None:
                 return True
-            self._pool.say(f"{self.name}: {error}; tried again")
+            if not self._pool.closed.is_set():
+                self._pool.say(f"{self.name}: {error}; tried again")
         return False
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from eagle3fn.train.changes import (
 )
 from eagle3fn.train.checkpoint import load_checkpoint, newest_checkpoint
 from eagle3fn.train.checkpoint_meta import older, read_meta
+from eagle3fn.train.events import End
 from eagle3fn.train.run import Run
 from eagle3fn.train.schedules import made_schedule, named_schedule
 from eagle3fn.train.shard import empty_state
@@ -149,24 +150,26 @@ def loop_state_of(extra: dict[str, Any], path: Path) -> LoopState:
 # What is said
 
 
-def described(run: Run, point: Point, changes: list[Change], early: bool) -> list[str]:
+def described(run: Run, point: Point, changes: list[Change], end: End) -> list[str]:
     """Lines for a user on where a run goes on, what has changed, and its learning rate then.
 
-    `run` has its number of steps filled in; `early`: it has ended before its last one, which is
-    said with its end, and makes no update at another rate.
+    `run` has its number of steps filled in; `end` is how it stands: one that has ended before its
+    last step says so then, and makes no update at another rate.
     """
     if point.path is None:
         return []
     total = run.config.train.steps
     if point.branches:
         first = f"goes on from step {point.step} of {point.path}, to step {total}"
-    elif point.step < total:
+    elif point.step < total or end.owes:
         first = f"resumed from step {point.step} of {total}, {point.path}"
     else:
         first = finished_line(run.out, point.step, total)
 
     said = [change.line() for change in changes]
-    if early:
+    if end.owes:
+        said.append(f"step {point.step} is evaluated first, as its held-out features did not come")
+    if end.early:
         return said
     rate = _rate_line(run, point, changes) if point.step < total else ""
     return [first, *said, rate] if rate else [first, *said]

@@ -97,7 +97,7 @@ def ended(
     loop_state = loop_state_of(meta["extra"], newest)
     config = with_steps(config, horizon.steps)
     end = end_of(config, step, loop_state)
-    if not end.finished or step > end.total or loop_state.owes_evaluation:
+    if not end.finished or step > end.total:
         return None
     said = [change.line() for change in changes if change.name != "train.steps"]
     first = [] if end.early else [finished_line(out, step, end.total)]

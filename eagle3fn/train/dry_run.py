@@ -79,7 +79,7 @@ def dry_run(
 
         update = None
         seconds = 0.0
-        if not end.finished:
+        if not end.finished and end.step < end.total:
             update = _tried(run, state, before)
             seconds = (end.total - end.step) * seconds_per_step(run, state, _TIMED_STEPS)
 
@@ -93,7 +93,7 @@ def dry_run(
         device=run.device,
         horizon=horizon,
         end=end,
-        evaluations=times_left(settings.eval_every, end.step, last) + (end.step == 0),
+        evaluations=times_left(settings.eval_every, end.step, last) + (end.step == 0 or end.owes),
         checkpoints=times_left(settings.checkpoint_every, end.step, last),
         update=update,
         seconds=seconds,

@@ -14,11 +14,12 @@ class End(NamedTuple):
     total: int  # of the whole run
     early: bool  # by `train.patience`
     compared: bool  # held-out samples have chosen the draft
+    owes: bool = False  # the evaluation of this step, whose features did not come
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to train."""
-        return self.early or self.step >= self.total
+        """Whether there is nothing left to do."""
+        return (self.early or self.step >= self.total) and not self.owes
 
 
 class Events(NamedTuple):

@@ -149,7 +149,7 @@ def _steps(
     Raises:
         UserError: as `_report` and `_evaluate`; or the schedule gives no rate, after the state so
             far was saved.
-        StopRequested: a signal came, and features of the first or the last evaluation did not.
+        StopRequested: a signal came, and features of the first evaluation did not.
     """
     settings = run.config.train
     total = settings.steps
@@ -190,11 +190,8 @@ def _steps(
             if evaluates:
                 loop_state = loop_state._replace(owes_evaluation=True)
                 try:
-                    with _on_user_error(keep_finished):
-                        loop_state = _evaluate(run, state, loop_state, events)
+                    loop_state = _evaluate(run, state, loop_state, events, keep_finished)
                 except StopRequested:
-                    if number == total:
-                        raise  # no update is left that would say that the run goes on
                     break
 
             # A stop on one rank stops all: they must leave at the same step.
@@ -312,17 +309,27 @@ def _save(run: Run, state: TrainState, loop_state: LoopState) -> None:
     )
 
 
-def _evaluate(run: Run, state: TrainState, loop_state: LoopState, events: Events) -> LoopState:
+def _evaluate(
+    run: Run,
+    state: TrainState,
+    loop_state: LoopState,
+    events: Events,
+    on_missing: Callable[[], object] = lambda: None,
+) -> LoopState:
     """Evaluate, report, and return the loop's state with the best value so far.
 
-    The same on all ranks. A state that fails is neither reported nor exported.
+    The same on all ranks. A state that fails is neither reported nor exported. `on_missing` is
+    called, on all ranks, where features do not come.
 
     Raises:
-        UserError: a held-out loss that is not finite, or that counts no row.
+        UserError: a held-out loss that is not finite, or that counts no row; as
+            `evaluate_held_out`.
     """
     params = gather(state.params)
     step = int(state.step)
-    row = {"step": step, **evaluate_held_out(run, params)}
+    with _on_user_error(on_missing):
+        found = evaluate_held_out(run, params)
+    row = {"step": step, **found}
     loop_state = loop_state._replace(owes_evaluation=False)
     check_held_out(run, row)
     check_counted_held_out(row)

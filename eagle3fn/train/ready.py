@@ -66,7 +66,7 @@ def ready(run: Run, source: str | Path | None, minutes: float | None, events: Ev
         run, horizon = with_horizon(run, lambda: begin(run, point).state, minutes, point)
         state, loop_state, changes = begin(run, point)
         end = end_of(run.config, point.step, loop_state)
-        lines = described(run, point, changes, end.early) if main else []
+        lines = described(run, point, changes, end) if main else []
 
     if main:
         events.on_ready(end, loop_state.best)
@@ -77,7 +77,8 @@ def end_of(config: Config, step: int, loop_state: LoopState) -> End:
     """How a run stands after so many updates, the same on all ranks."""
     settings = config.train
     early = step < settings.steps and 0 < settings.patience <= loop_state.waited
-    return End(step, settings.steps, early, config.data.held_out > 0)
+    compared = config.data.held_out > 0
+    return End(step, settings.steps, early, compared, loop_state.owes_evaluation)
 
 
 def end_lines(config: Config, end: End, loop_state: LoopState) -> list[str]:

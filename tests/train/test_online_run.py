@@ -17,6 +17,7 @@ from eagle3fn.cli import main
 from eagle3fn.data import rollout, sources
 from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.generate import Sampling
+from eagle3fn.data.held import held
 from eagle3fn.data.on_demand import OnlineSamples, Widths
 from eagle3fn.data.prompt_rows import prompt_rows
 from eagle3fn.data.regenerate import ANEW
@@ -205,6 +206,7 @@ def test_run_that_has_ended_says_so_and_starts_nothing(world, tmp_path, monkeypa
         (("--max-length", "100"), "--max-length was 128, is 100"),
         (("--limit", "9"), "--limit was 10 rows, is 9 rows"),
         (("--batch-tokens", "64"), "--batch-tokens was 1, is 64"),
+        (("--dtype", "bfloat16"), "--dtype was float32, is bfloat16"),
         (("--generate",), "--generate was not given, is given"),
         (("--set", "data.global_batch=4"), "data.global_batch was 2, is 4"),
     ],
@@ -220,7 +222,7 @@ def test_begun_run_names_the_option_that_differs_before_a_source_starts(
 
 
 def test_begun_run_names_what_differs_of_its_source(world, begun, capsys):
-    assert main(online(world, begun, "--dtype", "bfloat16")) == 2
+    assert main(online(world, begun)) == 2
     assert "--dtype was float32, is bfloat16" in capsys.readouterr().err
 
 
@@ -391,6 +393,47 @@ def test_sources_that_fail_in_an_evaluation_lose_no_update(
         assert same_end(world / "offline", tmp_path / "run", 7)
 
 
+def test_only_evaluation_of_a_run_may_come_with_the_next_call(world, tmp_path, monkeypatch, capsys):
+    """It has made no draft yet, which is no draft that is gone."""
+    rare = ("--set", "train.eval_every=100")
+    assert main([*offline(world, tmp_path / "offline"), *rare]) == 0
+    arguments = [*online(world, tmp_path / "run"), *rare]
+    evaluate = loop.evaluate_held_out
+
+    def failing(run, params):
+        if len(rows(run.out / "metrics.jsonl")) == 7:
+            raise UserError("source 1: gone for good")
+        return evaluate(run, params)
+
+    monkeypatch.setattr(loop, "evaluate_held_out", failing)
+    assert main(arguments) == 2
+    monkeypatch.setattr(loop, "evaluate_held_out", evaluate)
+    capsys.readouterr()
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "0 of 7 updates left, 1 evaluations" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "step 7 is evaluated first, as its held-out features did not" in capsys.readouterr().out
+    assert same_end(tmp_path / "offline", tmp_path / "run", 7)
+
+
+@pytest.mark.parametrize("fault", ["check_held_out", "append_row"])
+def test_evaluation_that_fails_with_its_features_there_saves_nothing(
+    world, tmp_path, monkeypatch, fault
+):
+    """As from files: the checkpoint before it is the last good one."""
+    real = getattr(loop, fault)
+
+    def failing(*given):
+        if given[-1].get("step") == 3 and "accepted_length" in given[-1]:
+            raise UserError("a fault")
+        return real(*given)
+
+    monkeypatch.setattr(loop, fault, failing)
+    assert main(online(world, tmp_path / "run")) == 2
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["step-00000002"]
+
+
 def test_evaluation_that_is_owed_may_end_a_run(world, tmp_path, monkeypatch):
     """By its patience, as it would have at once: no further update is made."""
     patience = ("train.patience=1", "train.eval_every=1", "train.steps=30")
@@ -556,6 +599,22 @@ def test_dry_run_leaves_nothing_of_its_engine(world, tmp_path):
     out = tmp_path / "new" / "run"
     assert main(online(world, out, "--engine", "transformers", "--dry-run")) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_logs_of_the_run_are_left_by_calls_that_come_to_nothing(world, begun, capsys):
+    """A dry run, one that is refused once an engine has started, and one while the run is alive."""
+    log = Path(f"{begun}.transformers-1.log")
+    log.write_text("of the run")
+    sources = (*online(world, begun), "--engine", "transformers")
+    assert main([*sources, "--dtype", "float32", "--dry-run"]) == 0
+    assert log.read_text() == "of the run"
+    with held(begun):
+        assert main(list(sources)) == 2
+    assert "another process is at work there" in capsys.readouterr().err
+    assert log.read_text() == "of the run"
+    assert main([*sources, "--set", "data.held_out=10"]) == 2
+    assert log.is_file()
+    log.unlink()
 
 
 def test_prompts_without_room_for_an_answer_are_refused(world, tmp_path, capsys):
