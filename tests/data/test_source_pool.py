@@ -53,6 +53,26 @@ def test_source_that_answers_now_and_then_is_never_given_up():
     assert pool.counts.reopened == sources.opened["s0"] - 1 == 3 * (MOST_REOPENED - 1)
 
 
+def test_source_that_a_closed_pool_ends_is_not_said_to_be_tried_again():
+    said: list[str] = []
+    opening = threading.Event()
+
+    @contextmanager
+    def opened(abandoned):
+        opening.set()
+        abandoned.wait(PATIENCE_S)
+        gone()
+        yield
+
+    with ThreadPoolExecutor(1) as threads:
+        pool = Pool([Source("s0", opened)], said.append)
+        awaited = threads.submit(pool.sources[0].await_open, threading.Event())
+        assert opening.wait(PATIENCE_S)
+        pool.close()
+        assert not awaited.result(PATIENCE_S)
+    assert not said
+
+
 def test_source_that_is_not_like_the_first_is_refused():
     sources = Sources()
     pair = [sources.source("a"), sources.source("b", "other")]
