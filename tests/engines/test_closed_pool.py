@@ -34,6 +34,7 @@ def test_process_that_starts_ends_with_the_pool(engine, tmp_path, monkeypatch):
         engine_url=None,
         engine_arg=None,
         generate=False,
+        dry_run=False,
         sources=1,
         check="logits",
         dtype="float32",
