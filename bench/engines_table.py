@@ -1,4 +1,4 @@
-"""README's tables of drafts in serving engines, from what scripts/check_engines.py wrote."""
+"""The tables of drafts in serving engines, from what scripts/check_engines.py wrote."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,7 @@
-"""README's tables of speed, memory and serving engines, made from the results in bench/results/.
+"""The pages' tables of speed, memory and serving engines, made from the results in bench/results/.
 
-python -m bench.table            # print them
-python -m bench.table --readme   # put them into README.md, each between two marks
+python -m bench.table           # print them
+python -m bench.table --pages   # put them into PAGES, each between two marks
 """
 
 import sys
@@ -13,7 +13,6 @@ from eagle3fn.base.files import write_text
 from eagle3fn.base.read import read_json
 
 BEGIN = "<!-- python -m bench.table -->\n\n"
-ENGINES_BEGIN = "<!-- python -m bench.table: engines -->\n\n"
 END = "<!-- end -->\n"
 OURS = ("specforge", "plain", "fast")
 PEERS = ("specforge_main", "speculators")
@@ -204,20 +203,21 @@ def demo_line(result: dict[str, Any]) -> str:
     )
 
 
-def put(page: str) -> str:
-    """The page with the tables between their marks."""
-    for begin, tables in ((BEGIN, text()), (ENGINES_BEGIN, engines_text())):
-        before, rest = page.split(begin, 1)
-        after = rest.split(END, 1)[1]
-        page = f"{before}{begin}{tables}\n{END}{after}"
-    return page
+PAGES = {"docs/speed.md": text, "docs/engines-check.md": engines_text}
+
+
+def put(page: str, tables: str) -> str:
+    """The page with the tables between its marks."""
+    before, rest = page.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    return f"{before}{BEGIN}{tables}\n{END}{after}"
 
 
 def main() -> None:
-    if "--readme" in sys.argv:
-        path = ROOT / "README.md"
-        page = put(path.read_text(encoding="utf-8"))
-        write_text(path, page)
+    if "--pages" in sys.argv:
+        for name, tables in PAGES.items():
+            page = (ROOT / name).read_text(encoding="utf-8")
+            write_text(ROOT / name, put(page, tables()))
     print(text(), engines_text(), sep="\n", end="")
 
 

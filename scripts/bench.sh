@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes every result of README's "Speed and memory" again, and the tables in README.
+# Makes every result of docs/speed.md again, and its table.
 # One thread, one process working at a time; run it alone on a machine.
 # usage: SPECFORGE_SRC=CHECKOUT SPECFORGE_MAIN_SRC=CHECKOUT scripts/bench.sh [FOLDER]
 # SPECFORGE_SRC is at its pull request 600, SPECFORGE_MAIN_SRC at its main branch; speculators is installed into
@@ -23,4 +23,4 @@ step --draft-vocab 16384 --seq 512 --batch 2 --masked 0.75 --allocator default -
 if [ $# -gt 0 ]; then
   "$python" -m bench.demo --target "$cache/smollm2-135m-instruct" --features "$1/features" --vocab "$1/vocab.safetensors"
 fi
-"$python" -m bench.table --readme
+"$python" -m bench.table --pages

@@ -164,7 +164,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_example_lines_of_training_are_printed(printed: set[str]) -> None:
-    lines = [line for block in blocks("docs/training.md", "text") for line in block.splitlines()]
+    said = [block for block in blocks("docs/training.md", "text") if "a rank holds" not in block]
+    lines = [line for block in said for line in block.splitlines()]
     lines += re.findall(r"`(train\.\w+: \d+, was \d+)`", PAGES["docs/training.md"])
     start = [line for line in lines if line.startswith("train.init = ")]
     others = {shape_of(line) for line in lines if line not in start}

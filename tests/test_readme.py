@@ -1,4 +1,4 @@
-"""README says what is: its snippets run; defaults, options, tree and names are the code's."""
+"""The pages say what is: their snippets run; defaults, options, tree and names are the code's."""
 
 import argparse
 import ast
@@ -33,7 +33,6 @@ from tests.tree import tree
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 DOCS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 SPECFORGE = DOCS["specforge"]
 SECTIONS: dict[str, Any] = {
@@ -46,14 +45,9 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-def chapter(title: str) -> str:
-    """The text below a heading, up to the next one."""
-    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
-
-
-def rows(title: str) -> list[list[str]]:
-    """Cells of a chapter's table, without its head."""
-    return tables(chapter(title))[2:]
+def rows(page: str) -> list[list[str]]:
+    """Cells of a page's table, without its head."""
+    return tables(DOCS[page])[2:]
 
 
 def tables(text: str) -> list[list[str]]:
@@ -83,7 +77,7 @@ WITH_SNIPPETS = [page for page in PAGES if snippets(page)]
 
 
 def test_pages_with_snippets() -> None:
-    assert {"README.md", "docs/own-parts.md", "docs/specforge.md"} <= set(WITH_SNIPPETS)
+    assert {"docs/own-parts.md", "docs/ranks.md", "docs/testing.md"} <= set(WITH_SNIPPETS)
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +113,8 @@ def test_defaults_are_the_codes() -> None:
         known |= {
             f"{command} {name}": value for name, value in given.items() if value not in (None, [])
         }
-    table = {name.strip("`"): cell for name, cell, *_ in rows("Every default")}
-    assert len(table) == len(rows("Every default")), "a setting stands there twice"
+    table = {name.strip("`"): cell for name, cell, *_ in rows("settings")}
+    assert len(table) == len(rows("settings")), "a setting stands there twice"
     values = {
         name: None if cell == "unset" else ast.literal_eval(cell.strip("`"))
         for name, cell in table.items()
@@ -133,7 +127,7 @@ def test_defaults_are_the_codes() -> None:
 def test_settings_that_train_chooses_are_marked() -> None:
     draft = DraftConfig(8, 8, 1, 1, 8, 8, 8, 8, 8)
     chosen = {choice.setting for choice in chosen_defaults(draft, 100)}
-    marked = {cells[0].strip("`") for cells in rows("Every default") if "†" in cells[-1]}
+    marked = {cells[0].strip("`") for cells in rows("settings") if "†" in cells[-1]}
     assert marked == chosen
 
 
@@ -147,7 +141,7 @@ NAMED = {
 def test_every_loss_optimizer_and_schedule_is_named() -> None:
     page = {cells[0] for cells in tables(DOCS["losses"])}
     for setting, names in NAMED.items():
-        (cells,) = [cells for cells in rows("Every default") if cells[0] == f"`{setting}`"]
+        (cells,) = [cells for cells in rows("settings") if cells[0] == f"`{setting}`"]
         assert set(names) | {"module:function"} <= set(re.findall(r'`"([\w:]+)"`', " ".join(cells)))
         assert {f'`"{name}"`' for name in names} <= page
 
@@ -165,7 +159,7 @@ def test_the_page_on_losses_says_who_reads_a_setting() -> None:
 
 
 def test_options_are_the_parsers() -> None:
-    cells = rows("The command line")
+    cells = rows("command-line")
     table = {
         command.strip("`"): re.findall(r"`(--[\w-]+)`", options) for command, _, options in cells
     }
@@ -217,7 +211,7 @@ def test_each_claim_says_whether_a_card_has_seen_it() -> None:
     """
     rows = [
         line.strip("| ").split(" | ")
-        for line in chapter("What is verified, and where").splitlines()
+        for line in DOCS["verification"].split("\n## The CUDA gate")[0].splitlines()
     ]
     rows = [
         row
@@ -234,23 +228,23 @@ def test_each_claim_says_whether_a_card_has_seen_it() -> None:
         if files and on_card != "-":
             assert on_card == seen(files, ROOT / "bench" / "results"), title
         elif on_card != "-":
-            links = re.findall(r"bench/results/[\w.-]+", on_card)
+            links = re.findall(r"\.\./(bench/results/[\w.-]+)", on_card)
             assert "bench" in how and (on_card == NOT_SEEN or links), title
             assert all((ROOT / link).is_file() for link in links), title
     assert sum(row[3] != "-" for row in rows) > 12
 
 
 def test_the_tree_is_made_of_the_files() -> None:
-    assert tree() in ARCHITECTURE, "the tree has changed; run python -m tests.tree"
+    assert tree() in DOCS["tree"], "the tree has changed; run python -m tests.tree"
     for line in tree().splitlines():
         name, *about = line.split()
         if name.endswith((".py", ".sh")):
             assert about, f"{name} has no first sentence"
 
 
-@pytest.mark.parametrize("page", ["README", "ARCHITECTURE", *sorted(DOCS)])
+@pytest.mark.parametrize("page", ["README", *sorted(DOCS)])
 def test_named_files_and_functions_exist(page: str) -> None:
-    text = {"README": README, "ARCHITECTURE": ARCHITECTURE, **DOCS}[page]
+    text = {"README": README, **DOCS}[page]
     for path in re.findall(r"`((?:tests|scripts|bench|examples|eagle3fn)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).is_file(), path
     for folder, name in re.findall(r"`(base|data|model|testing|train|use)\.([\w.]+)`", text):

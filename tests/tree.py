@@ -1,4 +1,4 @@
-"""The tree of ARCHITECTURE.md, made from the first sentence of each module: `python -m tests.tree`.
+"""The tree of docs/tree.md, made from the first sentence of each module: `python -m tests.tree`.
 
 It rewrites the block in place; `tests/test_readme.py` compares.
 """
@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "ARCHITECTURE.md"
+PAGE = ROOT / "docs/tree.md"
 FOLDERS = ("eagle3fn", "examples", "scripts", "bench", "tests")
 WIDTH = 120
 BLOCK = re.compile(r"(<!-- python -m tests\.tree -->\n\n```text\n)(.*?)(```)", re.S)

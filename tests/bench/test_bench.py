@@ -306,7 +306,8 @@ def test_environment_of_a_device() -> None:
     }
 
 
-def test_readme_has_the_tables_of_the_results() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_pages_have_the_tables_of_the_results() -> None:
     assert "--seq 1024" in table.text()
-    assert table.put(page) == page
+    for name, tables in table.PAGES.items():
+        page = (ROOT / name).read_text(encoding="utf-8")
+        assert table.put(page, tables()) == page, name

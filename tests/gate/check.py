@@ -73,7 +73,7 @@ def gate_parser() -> argparse.ArgumentParser:
     add(
         "--parts",
         default=",".join(DEFAULT_PARTS),
-        help=f"some of {', '.join(PARTS)}; or failed:FILE, see README",
+        help=f"some of {', '.join(PARTS)}; or failed:FILE, see docs/verification.md",
     )
     add(
         "--minutes",

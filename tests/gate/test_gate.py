@@ -559,7 +559,7 @@ def test_nothing_to_compare_is_refused(tmp_path: Path, words: list[str], capsys)
     assert "nothing is" in capsys.readouterr().err
 
 
-# README's rows.
+# The rows of docs/verification.md.
 
 
 def written(path: Path, **change: Any) -> Path:
@@ -634,7 +634,7 @@ def test_a_row_that_names_tests_reports_their_newest_run_on_a_card(tmp_path: Pat
     good, bad = {"tests/test_a.py"}, {"tests/test_a.py", "tests/test_b.py"}
     assert seen(good, tmp_path) == NOT_SEEN
     file = written(tmp_path / "2026-12-01-cuda-gate.json")
-    assert seen(good, tmp_path) == f"passed, [2026-12-01](bench/results/{file.name})"
+    assert seen(good, tmp_path) == f"passed, [2026-12-01](../bench/results/{file.name})"
     assert (
         seen(bad, tmp_path).startswith("4 of 5 passed, ")
         and seen({"tests/test_c.py"}, tmp_path) == NOT_SEEN
@@ -662,9 +662,10 @@ def test_a_row_that_names_tests_reports_their_newest_run_on_a_card(tmp_path: Pat
     later = tmp_path / "2026-12-02-cuda-tests.jsonl"
     later.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert (
-        seen({"tests/test_b.py"}, tmp_path) == f"passed, [2026-12-02](bench/results/{later.name})"
+        seen({"tests/test_b.py"}, tmp_path)
+        == f"passed, [2026-12-02](../bench/results/{later.name})"
     )
-    assert seen(good, tmp_path) == f"passed, [2026-12-01](bench/results/{file.name})"
+    assert seen(good, tmp_path) == f"passed, [2026-12-01](../bench/results/{file.name})"
     assert sum("`tests`" in row and "1 passed, 0 failed" in row for row in rows(tmp_path)) == 1
     later.unlink()
     written(file, sources={})
@@ -673,8 +674,8 @@ def test_a_row_that_names_tests_reports_their_newest_run_on_a_card(tmp_path: Pat
     assert seen(good, tmp_path) == NOT_SEEN
 
 
-def test_readme_has_the_rows_of_the_result_files() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_the_rows_of_the_result_files() -> None:
+    text = (ROOT / "docs/verification.md").read_text(encoding="utf-8")
     expected = rows(ROOT / "bench" / "results")
     assert all(row in text for row in expected)
     assert (UNVERIFIED in text) == (expected == [UNVERIFIED])

@@ -1,4 +1,4 @@
-"""Result files of the CUDA gate: what they must hold, what they prove, README's rows of them."""
+"""Result files of the CUDA gate: what they must hold and prove, docs/verification.md's rows."""
 
 import hashlib
 import sys
@@ -25,6 +25,7 @@ CLAIMS = {
 PARITY = ("kernel", "sdpa", "flex_attention")
 PATTERN = "*cuda-gate*.json"
 TESTS_PATTERN = "*cuda-tests*.jsonl"  # of `scripts/test.sh --device cuda --outcomes=FILE`
+LINKS = "../bench/results"  # as seen from docs/verification.md
 KIND = "cuda gate"  # of a result that was got on a card
 TITLES = {
     "smoke": "every kernel, numerics, step, decoding and extraction once, tiny and at real widths",
@@ -135,11 +136,11 @@ def stale(result: dict[str, Any]) -> list[str]:
     return changed
 
 
-# README's rows
+# The rows of docs/verification.md
 
 
 def rows(folder: str | Path) -> list[str]:
-    """README's rows of four cells: the newest of each part and claim in `folder`.
+    """The page's rows of four cells: the newest of each part and claim in `folder`.
 
     A rehearsal on the CPU makes none. Without a result there is one row that reports it.
     """
@@ -161,7 +162,7 @@ def _tests_row(path: Path) -> str:
     run = head["run"]
     counts = Counter(row["outcome"].replace(" ", "_") for row in outcomes if "outcome" in row)
     numbers = ", ".join(f"{counts[key]} {key.replace('_', ' ')}" for key in OUTCOMES)
-    link = f"[{run['date'][:10]}](bench/results/{path.name}), revision {run['revision'][:12]}"
+    link = f"[{run['date'][:10]}]({LINKS}/{path.name}), revision {run['revision'][:12]}"
     return _row(
         f"`tests`: {TITLES['tests']}",
         f"{numbers}; {link}",
@@ -176,7 +177,7 @@ def _rows(path: Path) -> list[str]:
     if result.get("kind") != KIND:
         return []
     where = _where(result)
-    link = f"[{result['date'][:10]}](bench/results/{path.name})"
+    link = f"[{result['date'][:10]}]({LINKS}/{path.name})"
     lines = []
     for name, part in result["parts"].items():
         if name == "parity":
@@ -266,7 +267,7 @@ class Run(NamedTuple):
 
 
 def seen(files: set[str], folder: str | Path) -> str:
-    """README's last cell of a row that names these files of tests.
+    """The page's last cell of a row that names these files of tests.
 
     It reports the newest run in which one of their tests ended.
     """
@@ -318,13 +319,13 @@ def _runs(folder: Path) -> Iterator[Run]:
             files = {}
             for name, counts in tests["files"].items():
                 files[MOVED.get(name, name)] = Counter({"ended": counts["passed"]} | counts)
-            yield Run(result["date"], files, result["sources"], f"bench/results/{path.name}")
+            yield Run(result["date"], files, result["sources"], f"{LINKS}/{path.name}")
 
     for path in folder.glob(TESTS_PATTERN):
         head, *outcomes = read_jsonl(path)
         run = head["run"]
         files = _counted(outcomes)
-        yield Run(run["date"], files, run["sources"], f"bench/results/{path.name}")
+        yield Run(run["date"], files, run["sources"], f"{LINKS}/{path.name}")
 
 
 def _counted(outcomes: list[dict[str, Any]]) -> dict[str, Counter[str]]:
