@@ -64,7 +64,7 @@ def short(value: Number) -> str:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from `low` to `high`, `most` at most: multiples of 1, 2 or 5 times `10^n`."""
+    """Round numbers from `low` to `high`, `most` (>= 4) at most: 1, 2 or 5 times `10^n`."""
     if not high > low:
         return [low]
     rough = (high - low) / max(most - 1, 1)

@@ -48,6 +48,7 @@ def report_page(numbers: dict[str, Any], rows: Rows, examples: list[dict[str, An
         examples=[_with_counts(example) for example in examples],
         costs=cost_charts(numbers),
         cost_rows=cost_rows(numbers),
+        data=_data(numbers),
         lengths=length_chart(numbers),
         origin=_origin(numbers),
     )
@@ -130,6 +131,29 @@ def _with_counts(example: dict[str, Any]) -> dict[str, Any]:
         "emitted": emitted,
         "accepted_length": emitted / len(rounds) if rounds else None,
     }
+
+
+def _data(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is known of the samples."""
+    data = numbers["data"]
+    rows = []
+    if data.get("samples") is not None:
+        rows.append(("samples", str(data["samples"])))
+    if "tokens" in data:
+        rows.append(("tokens", str(data["tokens"])))
+    if numbers["supervised_tokens"] is not None:
+        text = str(numbers["supervised_tokens"])
+        if data.get("tokens"):
+            text += f", {numbers['supervised_tokens'] / data['tokens']:.1%} of all"
+        rows.append(("supervised tokens", text))
+    text = f"{numbers['train_tokens']}, those of each epoch counted"
+    rows.append(("tokens trained on", text))
+    if "draft_vocab_size" in numbers:
+        text = str(numbers["draft_vocab_size"])
+        if "vocab_size" in numbers:
+            text += f" of the target's {numbers['vocab_size']} tokens"
+        rows.append(("draft vocabulary", text))
+    return rows
 
 
 def _origin(numbers: dict[str, Any]) -> list[tuple[str, Any]]:
