@@ -39,7 +39,7 @@ PROGRAMS = {"engines/programs/transformers_states.py"}
 """Programs of a process of their own that run this package: they may import all of it."""
 
 USERS = {
-    "matplotlib": {"use/report.py"},
+    "matplotlib": set(),
     "hypothesis": {"testing/strategies.py", "specforge/cases.py"},
     "pytest": set(),
     "triton": {

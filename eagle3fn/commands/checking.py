@@ -191,9 +191,12 @@ def _evaluate_in_engine(options: Any) -> None:
 
 def report(options: Any) -> None:
     """Gather a run's results."""
-    from eagle3fn.use.report import write_report
+    from eagle3fn.use.report import NUMBERS, PAGE, write_report
+    from eagle3fn.use.report_table import report_table
 
-    print(write_report(Path(options.folder)))
+    folder = Path(options.folder)
+    numbers = write_report(folder)
+    print(f"{report_table(numbers)}\n\npage    {folder / PAGE}\nnumbers {folder / NUMBERS}")
 
 
 def parity(options: Any) -> int:

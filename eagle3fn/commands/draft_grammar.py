@@ -76,7 +76,7 @@ def _add_evaluate(command: Command) -> None:
 
 def _add_report(command: Command) -> None:
     sub = command(
-        "report", checking.report, "gather a run's results in one table, a JSON file and a picture"
+        "report", checking.report, "gather a run's results in a table, a JSON file and an HTML page"
     )
     sub.add_argument(
         "--run",

@@ -40,11 +40,20 @@ _RATES: dict[str, Check] = {
 
 STEPS = RowKind(
     {"step": is_count, "tokens": is_count, "seconds": is_amount},
-    {"loss": or_none(is_number), "grad_norm": or_none(is_amount)} | _RATES,
+    {
+        "loss": or_none(is_number),
+        "grad_norm": or_none(is_amount),
+        "learning_rate": is_number,
+        "accepted_length": or_none(is_amount),
+    }
+    | _RATES,
 )
 """Of `metrics.jsonl`: the row of a skipped update has neither loss nor gradient norm."""
 
-HELD_OUT = RowKind({"step": is_count}, {"accepted_length": or_none(is_amount)} | _RATES)
+HELD_OUT = RowKind(
+    {"step": is_count},
+    {"accepted_length": or_none(is_amount), "loss": or_none(is_number)} | _RATES,
+)
 """Of `eval.jsonl`: the row of a run that holds no samples out has no accepted length."""
 
 

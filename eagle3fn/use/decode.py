@@ -23,6 +23,14 @@ from eagle3fn.use.drafter import Drafter
 from eagle3fn.use.export import Draft
 
 
+class Round(NamedTuple):
+    """One round of speculative decoding."""
+
+    drafted: list[int]  # what the draft proposed
+    accepted: int  # of these
+    emitted: int  # tokens that came out: the accepted ones and the bonus token, or up to an end
+
+
 class Decoded(NamedTuple):
     """One decoded answer and what it took. Lists have one count for each draft position.
 
@@ -40,6 +48,7 @@ class Decoded(NamedTuple):
     drafted_by_position: list[int]
     seconds: float  # in all, prefill included
     prefill_seconds: float
+    rounds: Sequence[Round] = ()  # one for each verification
 
     # Of sampling alone.
     expected_by_position: Sequence[float] = ()  # accepted tokens expected of those reached
@@ -127,6 +136,7 @@ def speculate(
     chooses = chooser(sampling)
     nothing = input_ids[:, :0]
     tally = _Tally(draft_length)
+    rounds = []
     end_ids = frozenset(end_tokens)
 
     with open_target(model, draft if draft_length else None) as target:
@@ -167,17 +177,20 @@ def speculate(
             # Emit and count.
             emitted = until_end(next_tokens[0].tolist(), end_ids)
             tally.add(count, accepted, len(emitted), chosen.overlaps)
+            rounds.append((drafted, accepted, len(emitted)))
             tokens += emitted
             chances = chances + chosen.chances[: len(emitted)]
 
+    seconds = perf_counter() - begin
     return Decoded(
         tokens=tokens,
         verifications=tally.verifications,
         accepted_by_position=tally.accepted,
         reached_by_position=tally.reached,
         drafted_by_position=tally.drafted,
-        seconds=perf_counter() - begin,
+        seconds=seconds,
         prefill_seconds=prefill_seconds,
+        rounds=[Round(drafted[0].tolist(), *counts) for drafted, *counts in rounds],
         expected_by_position=tally.expected,
         variance_by_position=tally.variance,
         chances=chances,

@@ -25,6 +25,7 @@ class EvalPair(NamedTuple):
     draft: Draft
     prompts: list[Tensor]
     end_tokens: tuple[int, ...]
+    tokenizer: Any
 
 
 def load_eval_pair(
@@ -53,7 +54,7 @@ def load_eval_pair(
 
     # Plain and speculative decoding go through the same target.
     speed_up_few_rows(model)
-    return EvalPair(model, draft, encoded, stop_ids(model, tokenizer))
+    return EvalPair(model, draft, encoded, stop_ids(model, tokenizer), tokenizer)
 
 
 def _encode(template: ChatTemplate, text: str) -> Tensor:

@@ -21,6 +21,7 @@ from eagle3fn.use.eval_pair import EvalPair, decode_each, load_eval_pair
 from eagle3fn.use.eval_settings import EvalSettings
 from eagle3fn.use.export import load_draft
 from eagle3fn.use.groups import check_categories, describe_groups
+from eagle3fn.use.rounds import describe_rounds
 from eagle3fn.use.sampled_check import check_sampled, note
 from eagle3fn.use.speed import measure_speed
 from eagle3fn.use.target_answers import greedy_answers, greedy_together, read_store
@@ -71,6 +72,8 @@ def evaluate(
 
         `by_category` and `by_prompt_length` have for each group `use.counts.describe_answers`.
 
+        `examples` are the first answers round by round, as `use.rounds.describe_rounds` gives them.
+
     Raises:
         UserError: no prompts, one beyond the position limit, or a draft of another target; a target
             whose cache cannot be rolled back; a store of greedy answers for sampled ones.
@@ -97,6 +100,7 @@ def evaluate(
     lengths = [prompt.shape[1] for prompt in exact.prompts]
     groups = describe_groups(decoded, lengths, categories[: settings.tasks], describe_answers)
     report = {"prompts": prompts_name, **_asked(settings, len(used)), **found, **groups}
+    examples = describe_rounds(decoded, used, exact.tokenizer)
 
     if untrained is not None:
         few = exact._replace(draft=untrained, prompts=exact.prompts[: settings.few])
@@ -118,7 +122,7 @@ def evaluate(
     )
     if dtype == torch.float32 and report["lossless"]:
         report["lossless"] = report["differing_tokens"] == 0
-    return report
+    return report | {"examples": examples}
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

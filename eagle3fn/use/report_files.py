@@ -1,11 +1,16 @@
 """The files that a report gathers, read and checked: a damaged one is named, and its row."""
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
+from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.kinds import (
     Check,
@@ -18,11 +23,28 @@ from eagle3fn.base.kinds import (
 )
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.read import UNFINISHED, read_object, read_rows
-from eagle3fn.base.sections import STARTS
+from eagle3fn.base.sections import (
+    STARTS,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from eagle3fn.base.toml import read_toml
+from eagle3fn.data.feature_index import read_index
 from eagle3fn.train.track import HELD_OUT, STEPS, RowKind
+from eagle3fn.use.rounds import is_examples
 
 T = TypeVar("T")
+_BUCKETS = 20  # of the samples' lengths
+_VOCABULARIES = ("draft_vocab_size", "vocab_size")
+_SECTIONS = {
+    "draft": DraftConfig,
+    "objective": ObjectiveConfig,
+    "optimizer": OptimizerConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+}
 
 
 def training_folder(folder: Path) -> Path:
@@ -38,6 +60,19 @@ def training_folder(folder: Path) -> Path:
         f"{folder}: has no metrics.jsonl, nor has its train/; name the folder of eagle3fn train "
         "--out, or the one that has it as train/"
     )
+
+
+def run_file(folder: Path, name: str) -> Path:
+    """A file of a run: in the folder named, or next to it where that is the run's `train/`."""
+    inside = folder / name
+    outside = folder.resolve().parent / name
+    if (
+        not os.path.lexists(inside)
+        and folder.resolve().name == "train"
+        and os.path.lexists(outside)
+    ):
+        return outside
+    return inside
 
 
 def if_there(read: Callable[[Path], T], path: Path, default: T) -> T:
@@ -89,17 +124,64 @@ def _rows(path: Path, kind: RowKind) -> list[dict[str, Any]]:
 # Single files
 
 
-def read_supervised(folder: Path) -> int:
-    """The number of supervised tokens of a feature folder, as its index has it.
+def read_data(folder: Path) -> dict[str, Any]:
+    """Of a feature folder: `samples`, `tokens`, `supervised` tokens, and the samples' `lengths`.
+
+    What an index of an earlier version has not is left out.
 
     Raises:
         UserError: the index is missing or damaged.
     """
     path = folder / "index.json"
-    totals = read_object(path).get("totals")
+    index = read_object(path)
+    totals = index.get("totals")
     if not isinstance(totals, dict) or not is_count(totals.get("supervised")):
         raise UserError(f"{path}: no number of supervised tokens; run eagle3fn extract again")
-    return totals["supervised"]
+    names = ("samples", "tokens", "supervised")
+    data = {name: totals[name] for name in names if is_count(totals.get(name))}
+    if "schema" in index:
+        _, samples = read_index(path)
+        data["lengths"] = length_counts(samples.lengths)
+    return data
+
+
+def length_counts(lengths: np.ndarray) -> list[dict[str, int]]:
+    """How many samples have `from` to `to` tokens, in `_BUCKETS` ranges of one width at most."""
+    width = max(1, math.ceil(int(lengths.max()) / _BUCKETS))
+    counts = np.bincount((lengths - 1).clip(0) // width)
+    found = []
+    for number, count in enumerate(counts.tolist()):
+        start = number * width
+        found.append({"from": start + 1, "to": start + width, "samples": count})
+    return found
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's `config.toml` as a report has it.
+
+    `changed` has what differs from the defaults, `section.key` to the two values; the sizes of the
+    two vocabularies are `draft_vocab_size` and `vocab_size`.
+
+    Raises:
+        UserError: it is no TOML.
+    """
+    tree = read_toml(path)
+    changed = {}
+    for section, kind in _SECTIONS.items():
+        values = tree.get(section)
+        if not isinstance(values, dict):
+            continue
+        for each in fields(kind):
+            value = values.get(each.name)
+            if value is None or each.default is MISSING:
+                continue
+            default = list(each.default) if isinstance(each.default, tuple) else each.default
+            if value != default:
+                changed[f"{section}.{each.name}"] = {"value": value, "default": default}
+    draft = tree.get("draft")
+    sizes = draft if isinstance(draft, dict) else {}
+    found = {name: sizes[name] for name in _VOCABULARIES if is_count(sizes.get(name))}
+    return {"changed": changed, **found}
 
 
 def read_stages(path: Path) -> dict[str, Any]:
@@ -130,6 +212,18 @@ def _is_group(value: Any) -> bool:
     return all(good(value[name]) for name, good in _GROUP.items())
 
 
+def is_costs(value: Any) -> bool:
+    """What `use.speed.measure_speed` gives of costs: `verify_seconds` has one entry more."""
+    if not isinstance(value, dict):
+        return False
+    lists = [value.get("verify_seconds"), value.get("predicted_seconds_per_token")]
+    if not all(map(is_rates, lists)) or not all(map(all, lists)):
+        return False
+    singles = ("context", "first_draft_seconds", "next_draft_seconds")
+    numbers = all(is_amount(value.get(name)) for name in singles)
+    return numbers and len(lists[0]) == len(lists[1]) + 1
+
+
 _EVALUATION: dict[str, Check] = {
     "draft_length": is_count,
     "accepted_length": or_none(is_amount),
@@ -158,6 +252,8 @@ _EVALUATION: dict[str, Check] = {
     "engine_accepted_length": or_none(is_amount),
     "by_category": is_groups,
     "by_prompt_length": is_groups,
+    "costs": is_costs,
+    "examples": is_examples,
 }
 """What a report reads of an evaluation, where it is there."""
 

@@ -22,8 +22,6 @@ _HEAVY = [
     "torch.distributed.checkpoint",
     "transformers.models.llama.modeling_llama",
     "pyarrow.parquet",
-    "matplotlib.pyplot",
-    "matplotlib.backends.backend_agg",
     "eagle3fn.data.inspection",
     "eagle3fn.data.regenerate",
     "eagle3fn.use.report",

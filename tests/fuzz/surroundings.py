@@ -10,7 +10,7 @@ from tests.fuzz.tasks import Task
 SOMEBODYS = "a folder of somebody's"
 """The mutation after which that folder must still be there."""
 
-_WRITTEN = ("run/report.json", "run/curves.png", "plain.json")
+_WRITTEN = ("run/report.json", "run/report.html", "plain.json")
 """What commands write among their inputs, besides their results."""
 
 

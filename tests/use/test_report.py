@@ -1,4 +1,4 @@
-"""A run's report: table, numbers, the plot's titles; damaged files are named."""
+"""A run's report: its table and its numbers; damaged files are named."""
 
 import json
 import math
@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.axes import Axes
 
 import eagle3fn
 from eagle3fn.base.errors import UserError
 from eagle3fn.use.report import write_report
+from eagle3fn.use.report_table import report_table
 from tests.use.finished_run import FILES, STEP, write_run
+
+
+def table_of(folder: Path) -> str:
+    """The table of a report that is written now."""
+    return report_table(write_report(folder))
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -21,18 +26,18 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def test_report_needs_no_stages_and_names_the_draft_length(tmp_path):
     write_run(tmp_path)
-    table = write_report(tmp_path)
-    report = read_report(tmp_path)
+    report = write_report(tmp_path)
+    table = report_table(report)
+    assert report == read_report(tmp_path)
     assert not {"wall_s", "stage_seconds"} & report.keys()
     assert "wall seconds" not in table
     assert table.startswith("accepted length       1.500 at draft length 5\n")
-    assert table.endswith(f"\n\ncurves  {tmp_path}/curves.png\nnumbers {tmp_path}/report.json")
     assert (report["train_tokens_per_s"], report["held_out_accepted_length"]) == (60.0, 1.25)
 
 
 def test_wall_time_is_the_sum_of_the_stages(tmp_path):
     write_run(tmp_path, {"stages.json": {"train": 1.5, "evaluate": 2.0}})
-    assert "wall seconds          4, all stages\n" in write_report(tmp_path)
+    assert "wall seconds          4, all stages" in table_of(tmp_path)
     report = read_report(tmp_path)
     assert (report["wall_s"], report["stage_seconds"]) == (3.5, {"train": 1.5, "evaluate": 2.0})
 
@@ -41,16 +46,8 @@ ONE_STEP = {"accuracy": [0.5], "conditional_accuracy": [0.5], "counted": 0.9, "r
 BRANCH = {"named": "/old", "run": "old", "step": 600, "changes": []}
 
 
-def test_numbers_of_a_run_that_went_on_elsewhere_are_of_its_own_rows(tmp_path, monkeypatch):
+def test_numbers_of_a_run_that_went_on_elsewhere_are_of_its_own_rows(tmp_path):
     """The other run was better on its own held-out samples, faster, and its loss rose."""
-    lines = []
-    draw = Axes.axvline
-
-    def axvline(axes: Axes, x: float, **options: Any) -> Any:
-        lines.append(x)
-        return draw(axes, x, **options)
-
-    monkeypatch.setattr(Axes, "axvline", axvline)
     copied = [
         {"step": n, "loss": 2.0 + n, "tokens": 90, "seconds": 0.1} | ONE_STEP for n in range(1, 601)
     ]
@@ -66,18 +63,17 @@ def test_numbers_of_a_run_that_went_on_elsewhere_are_of_its_own_rows(tmp_path, m
         ],
     }
     write_run(tmp_path, files)
-    table = write_report(tmp_path)
+    table = table_of(tmp_path)
     report = read_report(tmp_path)
     assert (report["held_out_accepted_length"], report["accuracy"]) == (1.5, [0.5])
     assert (report["steps"], report["train_tokens_per_s"]) == (601, 60.0)
     assert report["advice"] == [] and "step 600 of the run old" in table
-    assert lines == [600, 600]
 
 
 def test_run_that_went_on_elsewhere_and_made_no_update_has_a_report(tmp_path):
     files = {"train/from.json": BRANCH | {"step": 1}, "train/eval.jsonl": [{"step": 1}]}
     write_run(tmp_path, files)
-    assert "1 steps, unknown tokens/s" in write_report(tmp_path)
+    assert "1 steps, unknown tokens/s" in table_of(tmp_path)
     assert "accuracy" not in read_report(tmp_path)
 
 
@@ -101,7 +97,7 @@ SPEED = {
 
 def test_table_first_says_whether_it_is_faster_and_the_text_the_same(tmp_path):
     write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | SPEED})
-    assert write_report(tmp_path).splitlines()[:4] == [
+    assert table_of(tmp_path).splitlines()[:4] == [
         "faster                yes: 1.25 times as fast, 25.0 tokens/s against 20.0 without the "
         "draft (float32, 2 threads, 4 prompts)",
         "same text             yes, token for token (float32, 10 prompts)",
@@ -116,7 +112,7 @@ def test_a_break_even_length_below_one_is_called_noise(tmp_path, length, known):
     """A round emits a token at least."""
     speed = SPEED | {"break_even_accepted_length": length}
     write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | speed})
-    table = write_report(tmp_path)
+    table = table_of(tmp_path)
     assert ("faster than plain from 1.00 on" in table) == known
     assert ("noise of the timing; time it again" in table) == (not known)
     assert "0.99" not in table
@@ -134,24 +130,24 @@ def write_training(folder: Path, within: str = "") -> None:
 def test_a_training_alone_is_reported(tmp_path, within):
     """Of the folder of `train --out`, or the one that has it as `train/`."""
     write_training(tmp_path, within)
-    assert write_report(tmp_path).split("\n\n")[0].splitlines() == [
+    assert table_of(tmp_path).splitlines() == [
         "  held-out, simulated 1.250",
         "training              1 steps, 60 tokens/s",
     ]
     report = read_report(tmp_path)
     assert (report["steps"], report["supervised_tokens"]) == (1, None)
     assert "accepted_length" not in report
-    assert (tmp_path / "curves.png").stat().st_size
+    assert (tmp_path / "report.html").stat().st_size
 
     # An evaluation beside it is read.
     (tmp_path / "evaluation.json").write_text(json.dumps(FILES["evaluation.json"]))
-    assert write_report(tmp_path).startswith("accepted length       1.500 at draft length 5\n")
+    assert table_of(tmp_path).startswith("accepted length       1.500 at draft length 5\n")
 
 
 def test_a_training_that_has_not_evaluated_yet_is_reported(tmp_path):
     write_training(tmp_path)
     (tmp_path / "eval.jsonl").unlink()
-    assert write_report(tmp_path).startswith("training              1 steps, 60 tokens/s\n")
+    assert table_of(tmp_path).startswith("training              1 steps, 60 tokens/s")
 
 
 def test_features_without_their_index_are_refused(tmp_path):
@@ -172,7 +168,7 @@ def test_a_draft_that_became_worse_than_its_start_is_said(tmp_path, start, said)
     lengths = [{"step": step, "accepted_length": 1.6 - step / 10} for step in (0, 1)]
     write_run(tmp_path, {"train/eval.jsonl": lengths})
     (tmp_path / "train/config.toml").write_text(f'[train]\ninit = "{start}"\n')
-    assert ("and it was 1.600 before the first, of the draft" in write_report(tmp_path)) == said
+    assert ("and it was 1.600 before the first, of the draft" in table_of(tmp_path)) == said
 
 
 GROUP = {"prompts": 2, "tokens": 40, "verifications": 25, "accepted_length": 1.52}
@@ -181,7 +177,7 @@ GROUP = {"prompts": 2, "tokens": 40, "verifications": 25, "accepted_length": 1.5
 def test_table_ends_with_the_groups(tmp_path):
     groups = {"by_category": {"code": GROUP, "chat": GROUP}, "by_prompt_length": {"1-64": GROUP}}
     write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | groups})
-    assert write_report(tmp_path).split("\n\n")[0].splitlines()[-3:] == [
+    assert table_of(tmp_path).splitlines()[-3:] == [
         "category                 accepted  prompts verified   tokens",
         "code                        1.520        2       25       40",
         "chat                        1.520        2       25       40",
@@ -192,9 +188,7 @@ def test_table_ends_with_the_groups(tmp_path):
 def test_sampled_answers_are_described(tmp_path):
     sampled = {"lossless": None, "lossless_note": "sampled (temperature 1), by …", "tasks": 3}
     write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | sampled})
-    assert write_report(tmp_path).startswith(
-        "same text             sampled (temperature 1), by …\n"
-    )
+    assert table_of(tmp_path).startswith("same text             sampled (temperature 1), by …\n")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +212,7 @@ def test_table_says_no_where_it_is_slower_or_not_the_same(tmp_path):
         "differing_tokens": 3,
     }
     write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | SPEED | changes})
-    assert write_report(tmp_path).splitlines()[:2] == [
+    assert table_of(tmp_path).splitlines()[:2] == [
         "faster                no: 0.80 times as fast, 16.0 tokens/s against 20.0 without the "
         "draft (bfloat16, 1 thread, 4 prompts)",
         "same text             NO (float32, 10 prompts); in bfloat16, where a block rounds "
@@ -238,48 +232,6 @@ def test_held_out_length_is_the_best_after_training(tmp_path, extra):
     write_run(tmp_path, {"train/eval.jsonl": rows})
     write_report(tmp_path)
     assert read_report(tmp_path)["held_out_accepted_length"] == 1.5
-
-
-def test_a_skipped_update_is_a_gap_in_the_curve(tmp_path, monkeypatch):
-    drawn = []
-    original = Axes.plot
-
-    def recorded(axes: Axes, *args: Any, **options: Any) -> Any:
-        drawn.append(args)
-        return original(axes, *args, **options)
-
-    monkeypatch.setattr(Axes, "plot", recorded)
-    skipped = {**STEP, "step": 2, "loss": None}
-    write_run(tmp_path, {"train/metrics.jsonl": [STEP, skipped, {**STEP, "step": 3}]})
-    write_report(tmp_path)
-    assert read_report(tmp_path)["steps"] == 3
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    steps, losses = drawn[0]
-    assert steps == [1, 2, 3] and str(losses) == "[2.0, nan, 2.0]"
-
-
-@pytest.mark.parametrize(
-    ("prompts", "title"),
-    [
-        ({"prompts": "HumanEval.jsonl.gz"}, "HumanEval"),
-        ({"prompts": "$\\questions$.jsonl"}, "$\\questions$"),  # no formula that can be drawn
-        ({"prompts": None}, "Evaluation prompts"),
-        ({}, "Evaluation prompts"),
-    ],
-    ids=["compressed", "dollar signs", "unnamed", "older report"],
-)
-def test_plot_is_titled_by_the_prompts(tmp_path, monkeypatch, prompts, title):
-    titles = []
-    original = Axes.set_title
-
-    def recorded(axes: Axes, label: str, *args: Any, **options: Any) -> Any:
-        titles.append(label)
-        return original(axes, label, *args, **options)
-
-    monkeypatch.setattr(Axes, "set_title", recorded)
-    write_run(tmp_path, {"evaluation.json": FILES["evaluation.json"] | prompts})
-    write_report(tmp_path)
-    assert titles == ["Loss", "Held-out conversations", title]
 
 
 def test_report_without_installed_metadata(tmp_path, monkeypatch):
@@ -380,17 +332,17 @@ def test_a_report_of_a_training_under_way_leaves_out_a_row_that_is_not_whole(tmp
 
 def test_steps_too_short_to_time_have_no_rate(tmp_path):
     write_run(tmp_path, {"train/metrics.jsonl": [{**STEP, "seconds": 0.0}]})
-    assert "training              1 steps, unknown tokens/s" in write_report(tmp_path)
+    assert "training              1 steps, unknown tokens/s" in table_of(tmp_path)
     assert read_report(tmp_path)["train_tokens_per_s"] is None
 
 
 def test_what_a_file_says_is_shown_without_control_codes(tmp_path):
     evil = {"engine_version": "1\n\x1b[2J", "prompts": "a\nb"}
     write_run(tmp_path, {"evaluation.json": ENGINE | evil})
-    assert "llamacpp 1\\n\\x1b[2J, 3 prompts" in write_report(tmp_path)
+    assert "llamacpp 1\\n\\x1b[2J, 3 prompts" in table_of(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["report.json", "curves.png"])
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
 def test_places_are_checked_before_anything_is_read(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=rf"{name}: is a folder; name a file"):
@@ -399,7 +351,7 @@ def test_places_are_checked_before_anything_is_read(tmp_path, name):
 
 def test_what_a_killed_report_left_is_removed(tmp_path):
     write_run(tmp_path)
-    (tmp_path / ".curves.png.abcdefgh.tmp").mkdir()
+    (tmp_path / ".report.html.abcdefgh.tmp").mkdir()
     write_report(tmp_path)
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -424,7 +376,7 @@ ENGINE = {
 
 def test_an_engine_is_named_with_its_own_accepted_length(tmp_path):
     write_run(tmp_path, {"evaluation.json": ENGINE})
-    table = write_report(tmp_path)
+    table = table_of(tmp_path)
     assert "without the draft (bfloat16, llamacpp 2030.1, 3 prompts)" in table
     assert "same text             yes, token for token (bfloat16, 3 prompts)\n" in table
     assert "accepted length       1.500 at draft length 5\n" in table
@@ -435,7 +387,7 @@ def test_what_an_engine_does_not_give_is_said(tmp_path):
     unknown = {"accepted_length": None, "engine_accepted_length": None, "speed_dtype": None}
     sampled = {"lossless": None, "lossless_note": "sampled: not compared token by token"}
     write_run(tmp_path, {"evaluation.json": ENGINE | unknown | sampled})
-    table = write_report(tmp_path)
+    table = table_of(tmp_path)
     assert "same text             sampled: not compared token by token\n" in table
     assert "accepted length       unknown at draft length 5\n" in table
     assert "(as its file has it, llamacpp 2030.1, 3 prompts)" in table
@@ -460,7 +412,7 @@ def test_table_has_both_accuracies_and_the_share_of_the_best_held_out_row(tmp_pa
     best = {"step": 1, "accepted_length": 1.5, **RATES}
     later = {"step": 2, "accepted_length": 1.4, **RATES, "accuracy": [0.1, 0.1]}
     write_run(tmp_path, {"train/eval.jsonl": [best, later]})
-    lines = write_report(tmp_path).splitlines()
+    lines = table_of(tmp_path).splitlines()
     assert "  accuracy            0.500 0.250, of all held-out rows" in lines
     assert "  conditional         0.500 0.750, given all before" in lines
     assert "rows counted          70.0% of held-out rows" in lines
@@ -481,7 +433,7 @@ def test_without_held_out_rows_the_rates_are_the_last_updates(tmp_path):
             "train/eval.jsonl": [{"step": 1}],
         },
     )
-    table = write_report(tmp_path)
+    table = table_of(tmp_path)
     assert "rows counted          90.0% of the last update's rows" in table
     assert "advice  " not in table and "best" not in table
 
