@@ -31,6 +31,7 @@ from eagle3fn.data.collate import align as align
 from eagle3fn.data.collate import align_mask as align_mask
 from eagle3fn.data.collate import collate as collate
 from eagle3fn.data.collate import collate_packed as collate_packed
+from eagle3fn.data.features import FeatureSet as FeatureSet
 from eagle3fn.data.features import open_features as open_features
 from eagle3fn.data.features import read_sample as read_sample
 from eagle3fn.data.pipeline import batches as batches

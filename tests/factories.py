@@ -1,8 +1,9 @@
-"""Tiny pieces for tests: configurations, frozen tensors, batches, targets, conversations, features.
+"""Tiny pieces for tests: configurations, frozen tensors, batches, features.
 
 Every tensor is a function of the arguments alone. Shape letters: `B` batch, `S` sequence, `H` draft
 hidden, `Ht` target hidden, `V` target vocabulary, `D` draft vocabulary. Drawn cases of the
-objective, for properties, come from `eagle3fn.testing` instead.
+objective, for properties, come from `eagle3fn.testing` instead, and so do the target, its tokenizer
+and conversations.
 """
 
 import json
@@ -21,6 +22,14 @@ from eagle3fn.data.feature_writing import write_index, write_shard
 from eagle3fn.data.features import open_features
 from eagle3fn.data.target_tensors import TargetTensors
 from eagle3fn.testing.builders import Case, Unaligned
+from eagle3fn.testing.tiny_target import (  # noqa: F401  the tests take them from here
+    CHATML,
+    SIZES,
+    talk,
+    tiny_model,
+    tiny_tokenizer,
+    write_talks,
+)
 
 # Configurations and tensors of a tiny draft.
 
@@ -203,14 +212,6 @@ def underflow() -> LossInput:
 
 # Targets, tokenizers and conversations.
 
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""A chat template without marks of what the assistant says."""
-
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}"
@@ -219,41 +220,7 @@ MARKED = (
     "{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""The same text, with the assistant's tokens marked by the template."""
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-"""The configuration of `tiny_model`."""
-
-
-def tiny_tokenizer(template: str | None = CHATML) -> Any:
-    """A tokenizer of single bytes and two special tokens; 258 tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    specials = ["<|im_start|>", "<|im_end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: number for number, text in enumerate(specials + letters)}
-
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
-    inner.decoder = decoders.ByteLevel()  # type: ignore
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": specials})
-    tokenizer.chat_template = template
-    return tokenizer
+"""The text of `CHATML`, with the assistant's tokens marked by the template."""
 
 
 def tiny_template(template: str | None = CHATML, **arguments: Any) -> Any:
@@ -261,37 +228,6 @@ def tiny_template(template: str | None = CHATML, **arguments: Any) -> Any:
     from eagle3fn.data.template import ChatTemplate
 
     return ChatTemplate(tiny_tokenizer(template), (), arguments)
-
-
-def tiny_model(name: str = "Llama", **changes: Any) -> Any:
-    """A random target of five layers, of a family by its name in transformers.
-
-    `changes` are made to `SIZES`.
-    """
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**(SIZES | changes))
-    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
-    return model.eval().requires_grad_(False)
-
-
-def talk(*texts: str) -> list[dict[str, str]]:
-    """A conversation: the user's and the assistant's texts by turns."""
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
-
-
-def write_talks(path: Path, count: int) -> Path:
-    """Write `count` conversations of different lengths as JSONL."""
-    lines = []
-    for i in range(count):
-        question = "q" * (1 + i % 3)
-        answer = "answer " * (1 + i % 4)
-        row = {"id": f"row{i}", "conversations": talk(question, answer)}
-        lines.append(json.dumps(row) + "\n")
-    path.write_text("".join(lines))
-    return path
 
 
 # Samples and feature folders.

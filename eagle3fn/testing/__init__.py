@@ -1,4 +1,4 @@
-"""Property tests of a change: strategies, tiny builders, `assert_equivalent`."""
+"""Property tests of a change: strategies, tiny builders, `assert_equivalent`; and a tiny run."""
 
 from eagle3fn.testing.builders import Case as Case
 from eagle3fn.testing.builders import tiny_batch as tiny_batch
@@ -8,3 +8,4 @@ from eagle3fn.testing.equivalence import Side as Side
 from eagle3fn.testing.equivalence import assert_case as assert_case
 from eagle3fn.testing.equivalence import assert_equivalent as assert_equivalent
 from eagle3fn.testing.strategies import cases as cases
+from eagle3fn.testing.tiny_run import write_tiny_run as write_tiny_run
