@@ -60,4 +60,5 @@ from eagle3fn.use.export import Draft as Draft
 from eagle3fn.use.export import export as export
 from eagle3fn.use.export import load_draft as load_draft
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+"""The version, here alone: pyproject.toml reads it, CITATION.cff and CHANGELOG.md are tested."""

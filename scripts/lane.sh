@@ -44,4 +44,4 @@ source scripts/venv.sh
 TORCH=torch CONSTRAINTS=scripts/lanes/$lane.txt
 make_venv ".venv-$lane" test specforge==0.2.0 yunchang==0.6.4 triton
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec ".venv-$lane/bin/python" -m pytest "$@"
+test_wheel ".venv-$lane" "$@"

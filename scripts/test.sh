@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The tests in their own environment: ruff, pyright, pytest. Arguments go to pytest.
+# The tests in their own environment: ruff, pyright, then pytest on the installed wheel.
+# Arguments go to pytest; without any, all tests run in two processes.
 # usage: scripts/test.sh [argument of pytest ...]
 #        scripts/test.sh --device cuda|cpu [--wheels DIR] [--src DIR] [argument of pytest ...]
 #        scripts/test.sh --engines [argument of pytest ...]
 # With --device, first of all arguments: the tests that take a device, on that device, with the
-# Python at hand (PYTHON, default python3), without a virtual environment or linters.
+# Python at hand (PYTHON, default python3), without a virtual environment, a wheel or linters.
 # With --engines, first of all arguments: the tests that need a serving engine, on tiny models. The
 # engines' environments are made in .venv-engines (several GB) and used again; VLLM_PYTHON,
 # LLAMACPP_PYTHON and LLAMACPP_SRC name some that are there.
@@ -45,7 +46,7 @@ in_engines() {
   while IFS= read -r place; do
     export "${place?}"
   done <<<"$places"
-  exec "$venv/bin/python" -m pytest -m engines "$@"
+  test_wheel "$venv" -m engines "$@"
 }
 
 engines=''
@@ -77,4 +78,4 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/pyright" --pythonpath "$venv/bin/python"
-exec "$venv/bin/python" -m pytest "$@"
+test_wheel "$venv" "$@"
