@@ -1,12 +1,15 @@
-"""The pages say what is: their snippets run; defaults, options, tree and names are the code's."""
+"""The pages say what is: their snippets run; settings, options and names are the code's."""
 
 import argparse
 import ast
 import importlib
+import importlib.util
+import json
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -29,7 +32,6 @@ from eagle3fn.train.schedules import SCHEDULES
 from eagle3fn.use.eval_settings import EvalSettings
 from tests.small_run import write_run
 from tests.specforge.certificate import NOT_SEEN, seen
-from tests.tree import tree
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,11 +45,6 @@ SECTIONS: dict[str, Any] = {
     "train": TrainConfig,
     "evaluate": EvalSettings,
 }
-
-
-def rows(page: str) -> list[list[str]]:
-    """Cells of a page's table, without its head."""
-    return tables(DOCS[page])[2:]
 
 
 def tables(text: str) -> list[list[str]]:
@@ -99,35 +96,77 @@ def test_snippets_run(page: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> 
         exec(compile(block, f"{page}, snippet {number}", "exec"), names)
 
 
-def test_defaults_are_the_codes() -> None:
+def made_pages() -> ModuleType:
+    """docs/generate.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATE = made_pages()
+
+
+def test_made_pages_are_current() -> None:
+    assert GENERATE.stale() == [], "run python docs/generate.py"
+
+
+def test_a_stale_page_is_named_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for page in GENERATE.PAGES:
+        (tmp_path / page).write_text(DOCS[Path(page).stem], encoding="utf-8")
+    whole = (tmp_path / "settings.md").read_text()
+    assert whole.count("`0.015`") == 1
+    (tmp_path / "settings.md").write_text(whole.replace("`0.015`", "`0.02`"))
+    monkeypatch.setattr(GENERATE, "DOCS", tmp_path)
+
+    assert GENERATE.main(["--check"]) == 1
+    assert capsys.readouterr().out.startswith("docs/settings.md: ")
+    assert GENERATE.main([]) == 0
+    assert (tmp_path / "settings.md").read_text() == whole
+    assert GENERATE.main(["--check"]) == 0
+
+
+def setting_rows() -> dict[str, list[str]]:
+    """The cells of each setting's row."""
+    rows = {cells[0].strip("`"): cells for cells in tables(DOCS["settings"])}
+    return {name: cells for name, cells in rows.items() if "." in name}
+
+
+def test_every_setting_has_its_default_and_a_meaning() -> None:
     known = {
         f"{section}.{field.name}": field.default
         for section, kind in SECTIONS.items()
         for field in fields(kind)
         if field.default is not MISSING
     }
-    for command, options in commands().items():
-        given = {
-            option.option_strings[0]: option.default for option in options if not option.required
-        }
-        known |= {
-            f"{command} {name}": value for name, value in given.items() if value not in (None, [])
-        }
-    table = {name.strip("`"): cell for name, cell, *_ in rows("settings")}
-    assert len(table) == len(rows("settings")), "a setting stands there twice"
-    values = {
-        name: None if cell == "unset" else ast.literal_eval(cell.strip("`"))
-        for name, cell in table.items()
-    }
-    assert {name: repr(value) for name, value in values.items()} == {
-        name: repr(value) for name, value in known.items()
-    }
+    table = setting_rows()
+    assert set(known) <= set(table)
+    for name, default in known.items():
+        cell = table[name][1]
+        value = None if cell == "unset" else json.loads(cell.strip("`"))
+        assert value == (list(default) if isinstance(default, tuple) else default), name
+        assert len(table[name][2]) > 10, name
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_choice_of_a_setting_is_in_its_meaning(section: str) -> None:
+    table = setting_rows()
+    found = 0
+    for name, hint in get_type_hints(SECTIONS[section]).items():
+        if get_origin(hint) is Literal:
+            found += 1
+            named = set(re.findall(r'`"(\w+)"`', table[f"{section}.{name}"][2]))
+            assert set(get_args(hint)) <= named, name
+    assert found or section in ("draft", "data", "evaluate")
 
 
 def test_settings_that_train_chooses_are_marked() -> None:
     draft = DraftConfig(8, 8, 1, 1, 8, 8, 8, 8, 8)
     chosen = {choice.setting for choice in chosen_defaults(draft, 100)}
-    marked = {cells[0].strip("`") for cells in rows("settings") if "†" in cells[-1]}
+    marked = {name for name, cells in setting_rows().items() if "†" in cells[-1]}
     assert marked == chosen
 
 
@@ -141,7 +180,7 @@ NAMED = {
 def test_every_loss_optimizer_and_schedule_is_named() -> None:
     page = {cells[0] for cells in tables(DOCS["losses"])}
     for setting, names in NAMED.items():
-        (cells,) = [cells for cells in rows("settings") if cells[0] == f"`{setting}`"]
+        cells = setting_rows()[setting]
         assert set(names) | {"module:function"} <= set(re.findall(r'`"([\w:]+)"`', " ".join(cells)))
         assert {f'`"{name}"`' for name in names} <= page
 
@@ -158,15 +197,16 @@ def test_the_page_on_losses_says_who_reads_a_setting() -> None:
         assert f'`"{role}"`' in DOCS["losses"]
 
 
-def test_options_are_the_parsers() -> None:
-    cells = rows("command-line")
+def test_every_option_of_every_command_is_there() -> None:
+    _, *parts = re.split(r"^## ", DOCS["command-line"], flags=re.M)
     table = {
-        command.strip("`"): re.findall(r"`(--[\w-]+)`", options) for command, _, options in cells
+        part.split("\n", 1)[0]: set(re.findall(r"^\| `(--[\w-]+)", part, re.M)) for part in parts
     }
     assert table == {
-        name: [option.option_strings[0] for option in options]
+        name: {option.option_strings[0] for option in options}
         for name, options in commands().items()
     }
+    assert len(table) > 10
 
 
 def test_settings_of_specforges_recipe_are_the_codes() -> None:
@@ -234,9 +274,10 @@ def test_each_claim_says_whether_a_card_has_seen_it() -> None:
     assert sum(row[3] != "-" for row in rows) > 12
 
 
-def test_the_tree_is_made_of_the_files() -> None:
-    assert tree() in DOCS["tree"], "the tree has changed; run python -m tests.tree"
-    for line in tree().splitlines():
+def test_every_file_has_a_first_sentence() -> None:
+    lines = [line for folder in GENERATE.FOLDERS for line in GENERATE.branch(ROOT / folder, 0)]
+    assert len(lines) > 300
+    for line in lines:
         name, *about = line.split()
         if name.endswith((".py", ".sh")):
             assert about, f"{name} has no first sentence"

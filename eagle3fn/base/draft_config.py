@@ -46,13 +46,17 @@ _KINDS = {
 class DraftConfig:
     """The draft's shape: one decoder layer, or more, and its switches.
 
-    `aux_layers` are the target's tapped layers, different ones in ascending order, counted from 0;
-    None means `1, L//2 - 1, L - 4` of the target's L layers.
-
     A field added at the end is a switch of the draft (`switches`), with a default that is off. A
     draft's `config.json` has it under its name, and two of them as engines know them (`_READ`).
 
     Attributes:
+        rms_norm_eps: epsilon of the norms, where the target names none.
+        rope_theta: RoPE base, where the target names none.
+        rope_scaling: RoPE variant, as the target's `config.json` has it: linear, dynamic, llama3,
+            yarn or mrope; unset: default RoPE.
+        aux_layers: the target's tapped layers, counted from 0, ascending; unset:
+            `1, L//2 - 1, L - 4` of its `L` layers.
+        initializer_range: standard deviation of drawn weights, where the target names none.
         norm_before_fc: one RMSNorm over all taps together before the projection.
         fc_norm: an RMSNorm for each tap before the projection, after `norm_before_fc`.
         norm_output: the hidden state that goes on to the next unroll step is the normed one, which
@@ -61,7 +65,7 @@ class DraftConfig:
         attention_bias: biases in the four projections of attention.
         qk_norm: an RMSNorm over each query and key head before it is rotated, as in Qwen3.
         num_hidden_layers: decoder layers; those after the first read hidden states alone.
-        draft_window: positions that a row attends to, its own among them; None: all before it.
+        draft_window: positions that a row attends to, its own among them; unset: all before it.
         train_embedding: the embedding is the draft's own, trained and exported; of a draft of
             another width than its target it always is.
     """

@@ -39,18 +39,18 @@ class ObjectiveConfig:
             expectation. 1: every row, at every step.
         normalization: "mask" divides a step's loss by its trained rows in the global batch, "rows"
             by all `B·S` rows.
-        loss: a name of `model.losses.LOSSES`, or a function of one's own as "module:function", of
-            `(logits, p_draft, p_full)`; or a table of such names with their weights, whose loss is
-            `Σ weight · loss`. A name alone with weight 1 is kept as the name. It is looked up by
-            `bind`, which refuses settings that the loss does not read.
-        kl_scale: weight of the KL in "lk" where nothing is accepted.
-        kl_decay: how fast that weight falls with the acceptance rate.
+        loss: "kl"; "rkl" (reverse KL); "jsd" (Jensen-Shannon); "ce" (the target's choice); "tv"
+            (total variation); "nla" and "lk", by acceptance rate (arXiv 2602.23881); a function of
+            your own as "module:function", of `(logits, p_draft, p_full)`; or a table of names with
+            weights, `{ce = 0.1, tv = 0.9}`. See docs/losses.md.
+        kl_scale: weight of the KL in "lk" where nothing is accepted, in [0, 1].
+        kl_decay: that weight falls as `exp(-kl_decay · acceptance)`.
         teacher: under the plain numerics, "full" computes all logits `(B, S, V)` at once, "compact"
-            streams over the vocabulary by `teacher_chunk` columns. The fast numerics have a compact
-            teacher of their own.
-        numerics: "plain" is the readable unroll, differentiable any number of times; "fast"
-            computes the same to rounding on the rows that reach a loss term, with kernels of its
-            own.
+            streams over the vocabulary. The fast numerics always stream.
+        teacher_chunk: vocabulary rows that the compact teacher computes at once.
+        numerics: "fast" computes the rows that reach a loss term alone, with kernels of its own;
+            "plain" is the readable unroll, the same to rounding, differentiable any number of
+            times.
     """
 
     ttt_length: int = 7
@@ -105,31 +105,34 @@ class OptimizerConfig:
     """An optimizer on fp32 masters, its gradients clipped by their global norm.
 
     Attributes:
-        name: "adamw"; "muon", for matrices, with AdamW for the other leaves; "sgd", with momentum;
-            "lion"; or "module:function", a user's function of this configuration that returns an
-            `Optimizer` (`train.optimizer`).
+        name: "adamw"; "muon", for matrices, with AdamW for the other leaves; "lion"; "sgd", with
+            momentum; or a function of your own as "module:function", of this configuration, that
+            returns an `Optimizer` (docs/own-parts.md).
         learning_rate: the highest rate, reached at the end of the warm-up.
+        warmup_ratio: share of the schedule's steps in which the rate rises linearly.
+        max_grad_norm: gradients are clipped to this global norm.
         beta1: AdamW's, of the gradient's running mean; Lion's, the share of the running mean in the
             direction.
         beta2: AdamW's, of the squared gradient's.
         eps: AdamW's, added to the root of that.
         weight_decay: a parameter loses `rate · weight_decay` of itself in an update; under "sgd"
             `weight_decay` of it is added to the gradient, as in `torch.optim.SGD`.
-        decay_roles: the roles in `model.table` of the parameters that weight decay applies to.
         matrices: whose update is Muon's: "attention"'s four, from which nearly all of its gain
             comes, or "all", MLP and projection too; head, norms and embedding have AdamW's.
         momentum: Muon's and Lion's `μ`, of the gradient's running mean `m ← m + (1 - μ)(g - m)`
             (in Lion's paper `β₂`); SGD's, of the sum `m ← μ m + g`.
         matrix_factor: Muon's `c`: a matrix `(A, B)` moves by
             `0.2 · √max(A, B) · rate · c · orthogonal(g + μ (m - g))`.
-        warmup_ratio: share of the schedule's steps in which the rate rises linearly.
-        schedule: how the rate falls after the warm-up: a name of `train.schedules.SCHEDULES`, or
-            "module:function", a user's function as these are.
-        cooldown_ratio: share of the schedule's steps in which the rate of "wsd" falls, at the end.
-        schedule_steps: updates that the schedule spans, where a run makes another number; 0:
-            `train.steps`.
+        schedule: how the rate falls after the warm-up: "cosine", to 0 after the last step;
+            "linear"; "constant"; "wsd" (warm-up, stable, decay); or a function of your own as
+            "module:function". See docs/losses.md.
         accumulation: dtype in which the gradients of several micro-batches are summed: "fp32", or
             "params", the parameters' own.
+        schedule_steps: updates that the schedule spans, where a run makes another number; 0:
+            `train.steps`.
+        decay_roles: the parameters that weight decay applies to: of "attention" (its four
+            matrices), "matrix" (MLP and projection), "norm", "embedding", "head", "bias".
+        cooldown_ratio: share of the schedule's steps in which the rate of "wsd" falls, at the end.
     """
 
     name: str = "adamw"
@@ -221,14 +224,13 @@ class DataConfig:
     """Samples to batches.
 
     Attributes:
-        max_length: tokens kept of a sample.
+        max_length: tokens kept of a sample in training.
         global_batch: samples of one update, over all ranks.
         micro_batch: samples of one forward and backward pass; divides `global_batch`.
         held_out: samples at the end that are evaluated on, not trained on.
         prefetch: batches that are read ahead in a thread; 0: none.
-        pack_tokens: micro-batches are packed rows of at most so many tokens, several samples one
-            after another, and as many rows as the global batch needs; 0: `micro_batch` padded
-            samples each.
+        pack_tokens: tokens of a packed row at most, in which several samples stand one after
+            another; at least `max_length`. 0: padded rows. See docs/training.md.
     """
 
     max_length: int = 2048
@@ -282,13 +284,16 @@ class TrainConfig:
         epochs: passes over the samples, where `steps` is 0 and no `--minutes` are given.
         steps: optimizer updates; 0: as many as `--minutes` allow, or `epochs` need.
         seed: of the first parameters and of the samples' order.
-        dtype: of parameters, activations and features.
+        dtype: of parameters, activations and features: "bfloat16", "float32" or "float64"; masters
+            and moments are at least fp32.
+        device: torch device of training.
         init: "target" starts head, norm and projection from the target; "random" draws everything;
-            else the folder of an exported draft, whose parameters are the first ones.
+            else the folder of an exported draft, whose parameters are the first ones
+            (docs/training.md).
         reduce: "tree" sums micro-batches and ranks by one binary tree, so that 1, 2, 4, … ranks
             give the same bits; "sum" sums in order, and over ranks as the backend does.
         on_nonfinite: a loss or gradient that is not finite ends the run ("stop"), or its update is
-            dropped ("skip").
+            dropped and counted ("skip").
         eval_every: updates between two evaluations on the held-out samples.
         checkpoint_every: updates between two checkpoints.
         keep_last: checkpoints that are kept.

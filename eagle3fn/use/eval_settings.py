@@ -16,11 +16,20 @@ to `use.sampled_check.ROUNDING / temperature`."""
 class EvalSettings:
     """How much is decoded, and in what.
 
-    The first `tasks` prompts are decoded in fp32 at `draft_length`. The first `speed_tasks` of them
-    are timed in `speed_dtype` (None: what the device multiplies fast), and the first `few` serve
-    the untrained draft. A `temperature` of 0 decodes greedily; above it, target and draft draw
-    their tokens from the nucleus of mass `top_p`, by random numbers of `seed` and the prompt's
-    number.
+    Attributes:
+        tasks: prompts decoded in fp32, the first ones.
+        max_new: tokens of an answer at most.
+        draft_length: drafted tokens a round.
+        temperature: at which target and draft draw their tokens; 0: greedy.
+        top_p: mass of the nucleus that is drawn from.
+        seed: of the draws, with the prompt's number.
+        speed_tasks: prompts of the speed part, the first of `tasks`.
+        speed_dtype: dtype of the speed part; unset: what the device multiplies fast.
+        few: prompts that the untrained draft decodes.
+        repeats: timings that each cost is measured by.
+        device: torch device of the evaluation.
+        attn: the target's attention implementation, as transformers names it.
+        template_arguments: arguments of the chat template.
     """
 
     tasks: int = 10
@@ -35,7 +44,7 @@ class EvalSettings:
     repeats: int = 4
     device: str = "cpu"
     attn: str = "sdpa"
-    template_arguments: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
