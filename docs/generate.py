@@ -148,14 +148,15 @@ def usage(name: str, sub: argparse.ArgumentParser) -> str:
 
 
 def option(action: argparse.Action) -> tuple[str, str, str]:
-    """An option's row."""
-    default = ""
-    if action.required:
-        default = "required"
-    elif action.default not in (None, False, [], argparse.SUPPRESS):
-        default = f"`{json.dumps(action.default)}`"
+    """An option's row; the default is what its help ends with in parentheses."""
     about = (action.help or "") % {**vars(action), "prog": "eagle3fn"}
-    return f"`{spelled(action)}`", default, prose(about)
+    default = "required" if action.required else ""
+    stated = re.fullmatch(r"(.*?) ?\(default:? (.*)\)", about, re.S)
+    if stated:
+        about, default = stated.groups()
+    elif action.default not in (None, False, [], argparse.SUPPRESS):
+        default = json.dumps(action.default)
+    return f"`{spelled(action)}`", prose(default), prose(about)
 
 
 def spelled(action: argparse.Action) -> str:
