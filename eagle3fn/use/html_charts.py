@@ -225,12 +225,14 @@ def _marks(
 ) -> None:
     if across is not None:
         _path(svg, [(_LEFT, y.at(across.at)), (_RIGHT, y.at(across.at))], "mark")
-        _text(svg, _RIGHT - 2, y.at(across.at) - 5, across.label, "tick end")
+        _text(svg, _RIGHT - 2, y.at(across.at) - 5, across.label, "tick end label")
     if down is not None and x is not None:
         place = x.at(down.at)
-        side = "end" if place > (_LEFT + _RIGHT) / 2 else "start"
         _path(svg, [(place, _TOP), (place, _BOTTOM)], "mark")
-        _text(svg, place + (-4 if side == "end" else 4), _TOP + 10, down.label, f"tick {side}")
+        if place > (_LEFT + _RIGHT) / 2:
+            _text(svg, place - 4, _TOP + 10, down.label, "tick end label")
+        else:
+            _text(svg, place + 4, _TOP + 10, down.label, "tick label")
 
 
 def _draw_line(svg: Element, line: Line, x: _Scale, y: _Scale, style: str) -> None:
