@@ -178,7 +178,6 @@ def bar_chart(
     svg = _canvas(title, [each.name for each in series])
     _y_axis(svg, y)
     _x_label(svg, x_label, below=30)
-    _marks(svg, None, y, across, None)
 
     width = (_RIGHT - _LEFT) / max(len(groups), 1)
     every = math.ceil(len(groups) / 8)  # names that there is room for
@@ -196,6 +195,7 @@ def bar_chart(
             _text(svg, left + width / 2, _BOTTOM + 16, name, "tick middle")
         rows.append([printable(name, _LABEL), *(short(each.values[number]) for each in series)])
         _hit(svg, (left, left + width), _values(rows[-1], series), [])
+    _marks(svg, None, y, across, None)  # over the bars
     return Chart(title, _markup(svg), [e.name for e in series], [x_label, *_names(series)], rows)
 
 
