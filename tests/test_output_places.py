@@ -13,7 +13,7 @@ from eagle3fn.cli import main
 from eagle3fn.data.parts import check_out_conversations
 from eagle3fn.data.vocab import read_map, save_map
 from eagle3fn.use.convert import check_out_map
-from eagle3fn.use.report_files import check_out_evaluation
+from eagle3fn.use.evaluation_file import check_out_evaluation
 from tests.factories import make_map
 
 HELD = "TARGET/config.json TARGET/model.safetensors talks.jsonl prompts.jsonl features/index.json"

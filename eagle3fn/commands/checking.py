@@ -90,7 +90,7 @@ _ENGINES_ALONE = ("--engine-python", "--engine-arg", "--converter")
 def _check_evaluate(options: Any) -> None:
     """Refuse options of `evaluate` that would have no effect, by name, and places for no file."""
     from eagle3fn.base.errors import UserError
-    from eagle3fn.use.report_files import check_out_evaluation
+    from eagle3fn.use.evaluation_file import check_out_evaluation
 
     check_out_evaluation(options.out)
     if not options.temperature:

@@ -178,7 +178,6 @@ def bar_chart(
     svg = _canvas(title, [each.name for each in series])
     _y_axis(svg, y)
     _x_label(svg, x_label, below=30)
-    _marks(svg, None, y, across, None)
 
     width = (_RIGHT - _LEFT) / max(len(groups), 1)
     every = math.ceil(len(groups) / 8)  # names that there is room for
@@ -196,6 +195,7 @@ def bar_chart(
             _text(svg, left + width / 2, _BOTTOM + 16, name, "tick middle")
         rows.append([printable(name, _LABEL), *(short(each.values[number]) for each in series)])
         _hit(svg, (left, left + width), _values(rows[-1], series), [])
+    _marks(svg, None, y, across, None)  # over the bars
     return Chart(title, _markup(svg), [e.name for e in series], [x_label, *_names(series)], rows)
 
 
@@ -225,12 +225,14 @@ def _marks(
 ) -> None:
     if across is not None:
         _path(svg, [(_LEFT, y.at(across.at)), (_RIGHT, y.at(across.at))], "mark")
-        _text(svg, _RIGHT - 2, y.at(across.at) - 5, across.label, "tick end")
+        _text(svg, _RIGHT - 2, y.at(across.at) - 5, across.label, "tick end label")
     if down is not None and x is not None:
         place = x.at(down.at)
-        side = "end" if place > (_LEFT + _RIGHT) / 2 else "start"
         _path(svg, [(place, _TOP), (place, _BOTTOM)], "mark")
-        _text(svg, place + (-4 if side == "end" else 4), _TOP + 10, down.label, f"tick {side}")
+        if place > (_LEFT + _RIGHT) / 2:
+            _text(svg, place - 4, _TOP + 10, down.label, "tick end label")
+        else:
+            _text(svg, place + 4, _TOP + 10, down.label, "tick label")
 
 
 def _draw_line(svg: Element, line: Line, x: _Scale, y: _Scale, style: str) -> None:

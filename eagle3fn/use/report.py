@@ -12,13 +12,14 @@ from eagle3fn.base.provenance import git_revision, processor, versions
 from eagle3fn.base.read import read_object
 from eagle3fn.train.advice import advise, history_of
 from eagle3fn.train.branch import Rows, own_rows, read_branch
+from eagle3fn.use.evaluation_file import read_evaluation
 from eagle3fn.use.model_card import Facts, public_name, read_facts
 from eagle3fn.use.report_files import (
     begins_warm,
     if_there,
     read_data,
-    read_evaluation,
     read_held_out,
+    read_planned,
     read_settings,
     read_stages,
     read_steps,
@@ -56,10 +57,10 @@ def write_report(folder: Path) -> dict[str, Any]:
 def gather(folder: Path) -> Run:
     """Read a run: the folder of `train --out`, or one with that as its `train/`.
 
-    Its `metrics.jsonl` is read, and where they exist `eval.jsonl`, `config.toml` and the draft's
-    card next to it, and of the folder `evaluation.json`, `features/`, `stages.json` (seconds of
-    each stage) and `settings.json`. These are looked for next to a folder that is named `train`
-    too. What is not there is left out.
+    Its `metrics.jsonl` is read, and where they exist `eval.jsonl`, `config.toml`, `horizon.json`
+    and the draft's card next to it, and of the folder `evaluation.json`, `features/`,
+    `stages.json` (seconds of each stage) and `settings.json`. These are looked for next to a
+    folder that is named `train` too. What is not there is left out.
 
     The training may be under way: a last row that is not whole yet is left out.
 
@@ -95,6 +96,7 @@ def gather(folder: Path) -> Run:
         "target": public_name(facts.target)[0] if facts.target else None,
         **evaluation,
         "steps": steps[-1]["step"],
+        "planned_steps": if_there(read_planned, training / "horizon.json", None),
         "finished": os.path.lexists(training / "finished"),
         "train_tokens": tokens,
         "train_seconds": seconds,

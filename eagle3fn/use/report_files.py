@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,16 +11,7 @@ import numpy as np
 
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.errors import UserError
-from eagle3fn.base.kinds import (
-    Check,
-    is_amount,
-    is_count,
-    is_flag,
-    is_rates,
-    is_text,
-    or_none,
-)
-from eagle3fn.base.places import check_out_file
+from eagle3fn.base.kinds import is_amount, is_count
 from eagle3fn.base.read import UNFINISHED, read_object, read_rows
 from eagle3fn.base.sections import (
     STARTS,
@@ -33,7 +23,6 @@ from eagle3fn.base.sections import (
 from eagle3fn.base.toml import read_toml
 from eagle3fn.data.feature_index import read_index
 from eagle3fn.train.track import HELD_OUT, STEPS, RowKind
-from eagle3fn.use.rounds import is_examples
 
 T = TypeVar("T")
 _BUCKETS = 20  # of the samples' lengths
@@ -184,126 +173,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {"changed": changed, **found}
 
 
+def read_planned(path: Path) -> int | None:
+    """The steps that a run is to make, as its `horizon.json` has them; None if it has not."""
+    steps = read_object(path).get("steps")
+    return steps if is_count(steps) else None
+
+
 def read_stages(path: Path) -> dict[str, Any]:
     """The seconds of each stage and of all of them."""
     stages = read_object(path)
     if not all(map(is_amount, stages.values())):
         raise UserError(f"{path}: must hold the seconds of each stage; mend it or delete it")
     return {"stage_seconds": stages, "wall_s": sum(stages.values())}
-
-
-_GROUP: dict[str, Check] = {
-    "prompts": is_count,
-    "tokens": is_count,
-    "verifications": or_none(is_count),
-    "accepted_length": or_none(is_amount),
-}
-"""What a report reads of the answers of one group."""
-
-
-def is_groups(value: Any) -> bool:
-    """Numbers of groups of prompts, by name."""
-    return isinstance(value, dict) and all(map(_is_group, value.values()))
-
-
-def _is_group(value: Any) -> bool:
-    if not isinstance(value, dict) or not _GROUP.keys() <= value.keys():
-        return False
-    return all(good(value[name]) for name, good in _GROUP.items())
-
-
-def is_costs(value: Any) -> bool:
-    """What `use.speed.measure_speed` gives of costs: `verify_seconds` has one entry more."""
-    if not isinstance(value, dict):
-        return False
-    lists = [value.get("verify_seconds"), value.get("predicted_seconds_per_token")]
-    if not all(map(is_rates, lists)) or not all(map(all, lists)):
-        return False
-    singles = ("context", "first_draft_seconds", "next_draft_seconds")
-    numbers = all(is_amount(value.get(name)) for name in singles)
-    return numbers and len(lists[0]) == len(lists[1]) + 1
-
-
-_EVALUATION: dict[str, Check] = {
-    "draft_length": is_count,
-    "accepted_length": or_none(is_amount),
-    "acceptance_by_position": or_none(is_rates),
-    "prompts": or_none(is_text),
-    "lossless": or_none(is_flag),
-    "lossless_note": is_text,
-    "tasks": is_count,
-    "speedup": is_amount,
-    "tokens_per_s": is_amount,
-    "plain_tokens_per_s": is_amount,
-    "speed_dtype": or_none(is_text),
-    "speed_tasks": is_count,
-    "speed_draft_length": is_count,
-    "speed_accepted_length": is_amount,
-    "break_even_accepted_length": is_amount,
-    "untrained_accepted_length": is_amount,
-    "timed_tokens": is_count,
-    "differing_tokens": is_count,
-    "repeated_8gram_share": is_amount,
-    "threads": is_count,
-    "wall_s": is_amount,
-    "device": is_text,
-    "engine": is_text,
-    "engine_version": is_text,
-    "engine_accepted_length": or_none(is_amount),
-    "by_category": is_groups,
-    "by_prompt_length": is_groups,
-    "costs": is_costs,
-    "examples": is_examples,
-}
-"""What a report reads of an evaluation, where it is there."""
-
-_TOGETHER = {
-    "speedup": ("tokens_per_s", "plain_tokens_per_s", "speed_tasks"),
-    "lossless": ("tasks",),
-    "break_even_accepted_length": ("speed_accepted_length", "speed_draft_length"),
-    "differing_tokens": ("timed_tokens",),
-    "engine": ("engine_version",),
-}
-"""What must be there with another value."""
-
-
-def check_out_evaluation(path: str | Path) -> None:
-    """Refuse a place for an evaluation: a file that holds something else.
-
-    Raises:
-        UserError: as `check_out_file`; or what is there is no older evaluation.
-    """
-    check_out_file(path)
-    if not os.path.lexists(path) or not os.path.getsize(path):
-        return
-    found = {}
-    with suppress(UserError):
-        found = read_object(path)
-    if not {"draft_length", "accepted_length"} <= found.keys():
-        raise UserError(f"{path}: is there and no older evaluation; name another file")
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """The evaluation, here or in an engine, that `eagle3fn evaluate` wrote.
-
-    Raises:
-        UserError: missing, or one of its values is, or is of another kind; it names the value.
-    """
-    found = read_object(path)
-    needed = ["draft_length", "accepted_length", "acceptance_by_position"]
-    for name, others in _TOGETHER.items():
-        needed += others if name in found else ()
-    if found.get("lossless", True) is None:
-        needed.append("lossless_note")
-
-    for name in needed:
-        if name not in found:
-            raise UserError(f"{path}: {name} is missing; run eagle3fn evaluate again")
-    for name, good in _EVALUATION.items():
-        if name in found and not good(found[name]):
-            raise UserError(
-                f"{path}: {name} is no value that evaluate writes; run eagle3fn evaluate again"
-            )
-    if found["acceptance_by_position"] is None and "engine" not in found:
-        raise UserError(f"{path}: acceptance_by_position is missing; run eagle3fn evaluate again")
-    return found

@@ -42,6 +42,11 @@ def answer_lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{'unknown' if length is None else format(length, '.3f')} at draft length "
             f"{report['draft_length']}",
         )
+    else:
+        yield (
+            "accepted length",
+            "not known: run eagle3fn evaluate with --out RUN/evaluation.json, then report again",
+        )
     if report.get("engine_accepted_length") is not None:
         yield "  engine's own", f"{report['engine_accepted_length']:.3f}"
     if "break_even_accepted_length" in report:

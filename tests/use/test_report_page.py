@@ -296,8 +296,11 @@ def test_a_training_alone_has_a_page_that_says_what_is_missing(tmp_path):
     assert "RUN/features" in page.sections["data"]
     assert "no config.toml" in page.sections["settings"]
     assert "under way or interrupted" in page.sections[""]
+    assert "at step 1, report" in page.sections[""]
     (tmp_path / "finished").touch()
+    (tmp_path / "horizon.json").write_text(json.dumps({"steps": 40}))
     write_report(tmp_path)
+    assert "at step 1 of 40, report" in parsed((tmp_path / "report.html").read_text()).sections[""]
     assert "training finished" in parsed((tmp_path / "report.html").read_text()).sections[""]
 
 
