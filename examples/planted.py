@@ -19,9 +19,9 @@ def draft_of(problem: Problem, functions: e3.Functions, samples: list[e3.Sample]
     if (stored := problem.folder / "train" / "draft").is_dir():
         return e3.load_draft(stored, torch.bfloat16).params
     state = functions.init_state(functions.init(problem.config.train.seed))
-    for step in range(40):
+    for step in range(60):
         batch = e3.collate(samples[step % 6 :: 6], problem.config)
-        state, _ = functions.step(state, (batch,), rate=0.02, donate=True)
+        state, _ = functions.step(state, (batch,), rate=0.01, donate=True)
     return state.params
 
 
