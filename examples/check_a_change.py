@@ -1,8 +1,7 @@
 """A change of the objective is property-tested: a right one passes, a wrong one is found.
 
 The change: gradients are accumulated, one sample at a time. Each sample's sum over rows must be
-divided by the rows of the whole batch; to divide by its own is a mistake that looks right, and is
-right as long as all samples have as many.
+divided by the rows of the whole batch. Its own are wrong, but not where all samples have as many.
 """
 
 import torch
@@ -47,7 +46,7 @@ def differs(case) -> bool:
 
 
 def main() -> None:
-    # Loss, metrics and every gradient, on drawn problems; other orders of sums round otherwise.
+    """Compare loss, metrics and every gradient; sums in another order round otherwise."""
     assert_equivalent(right, cases=20, ulps=100, **PINS)
     print("right: equal to ours on 20 problems")
 

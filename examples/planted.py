@@ -26,6 +26,7 @@ def draft_of(problem: Problem, functions: e3.Functions, samples: list[e3.Sample]
 
 
 def main() -> None:
+    """Plant, take a gradient for each sample, rank."""
     problem = open_problem(objective=e3.ObjectiveConfig(ttt_length=2))
     samples = [e3.read_sample(problem.features, number) for number in problem.kept[:24]]
     for number in PLANTED:
@@ -49,7 +50,9 @@ def main() -> None:
         area = (scores[bad][:, None] > scores[~bad]).float().mean()
         print(f"area under the ROC curve by {name}: {area:.2f}")
     colours = ["red" if planted else "grey" for planted in bad]
-    draw(problem.folder / "planted.png", lambda axes: axes.bar(range(24), norms, color=colours))
+    labels = {"xlabel": "conversation", "ylabel": "√rows · |gradient|", "title": "red: planted"}
+    file = problem.folder / "planted.png"
+    draw(file, lambda axes: axes.bar(range(24), norms.tolist(), color=colours), **labels)
 
 
 if __name__ == "__main__":

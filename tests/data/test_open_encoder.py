@@ -71,7 +71,7 @@ def test_template_arguments_reach_the_template(target):
 
 def test_what_cannot_be_encoded_is_refused_by_name(target, tmp_path):
     encoder = e3.open_encoder(target)
-    with pytest.raises(e3.UserError, match="^row: turn 1: .*'robot'"):
+    with pytest.raises(e3.UserError, match=r"^row: turn 1: .*'robot'"):
         encoder.encode({"conversations": [{"role": "robot", "content": "x"}]})
     with pytest.raises(e3.UserError, match=r"^template_arguments.*messages"):
         e3.open_encoder(target, template_arguments={"messages": []})
