@@ -16,6 +16,7 @@ from eagle3fn.base.draft_json import draft_config_from_json as draft_config_from
 from eagle3fn.base.draft_keys import draft_config_from_target as draft_config_from_target
 from eagle3fn.base.errors import UserError as UserError
 from eagle3fn.base.grad import value_and_grad as value_and_grad
+from eagle3fn.base.launch import ranks as ranks
 from eagle3fn.base.sections import DataConfig as DataConfig
 from eagle3fn.base.sections import ObjectiveConfig as ObjectiveConfig
 from eagle3fn.base.sections import OptimizerConfig as OptimizerConfig
