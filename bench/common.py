@@ -317,16 +317,23 @@ def flops(draft: DraftConfig, scored: Tensor, dense: bool = False) -> Flops:
     )
 
 
+def result_path(out: str | None, name: str) -> Path | None:
+    """Where a result goes: nowhere without `--out`; in a folder, a file of this name."""
+    if out is None:
+        return None
+    return Path(out) / f"{name}.json" if Path(out).is_dir() else Path(out)
+
+
 def finish(result: dict[str, Any], out: str | None, name: str) -> None:
-    """Write the result and print it as the last line.
+    """Print the result as the last line, and write it where `--out` says so.
 
     Args:
         result: JSON values.
-        out: the file; None: `name` in bench/results/; "-": no file.
-        name: the file's name without its ending.
+        out: a file, or a folder that is there; None: nothing is written.
+        name: the file's name without its ending, in a folder.
     """
-    if out != "-":
-        path = RESULTS / f"{name}.json" if out is None else Path(out)
+    path = result_path(out, name)
+    if path is not None:
         write_json(path, result)
     print(json.dumps(result), flush=True)
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, help="timed rounds, every side once in each")
     add("--seed", type=int, default=0, help="seed of weights, features and mask (default 0)")
     add("--json", action="store_true", help="print nothing but the line of JSON")
-    about = "the JSON's file (default: named by the settings, in bench/results/; -: none)"
+    about = "a file for the JSON, or a folder, where the settings name it (default: only printed)"
     add("--out", help=about)
 
 

@@ -134,7 +134,7 @@ def over_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
         UserError: the processes failed.
     """
     base = base_of(options)
-    words: list[object] = ["--sweeps", "batch", "--batches", 1, "--json", "--out", "-"]
+    words: list[object] = ["--sweeps", "batch", "--batches", 1, "--json"]
     words += ["--seqs", base["seq"], "--vocabs", base["draft_vocab"], "--ks", base["k"]]
     words += ["--rounds", options.rounds or ROUNDS, "--threads", options.threads]
     for name in SETTINGS:
@@ -338,8 +338,8 @@ def main() -> None:
 
         about = "scaling" if "seq" in result["sweeps"] else "-".join(result["sweeps"])
         name = f"{about}-{options.shape}-{options.device}-{options.allocator}"
-        if options.out != "-":
-            path = Path(options.out or common.RESULTS / f"{name}.json")
+        path = common.result_path(options.out, name)
+        if path is not None:
             draw(result, path.with_suffix(".png"))
         common.finish(result, options.out, name)
 

@@ -1,6 +1,7 @@
 """Set-up of the whole test process. The environment must be set before torch is imported."""
 
 import os
+from typing import Any
 
 from tests import devices
 
@@ -33,6 +34,7 @@ settings.register_profile("nightly", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 TALLIES = pytest.StashKey[list[Tally]]()
+FROM_WORKERS = pytest.StashKey[list[str]]()  # what tallies of pytest-xdist's processes describe
 
 
 @pytest.fixture
@@ -49,11 +51,30 @@ def pytest_terminal_summary(
     for line in devices.summary_lines(config):
         terminalreporter.line(line, red=True)
 
-    tallies = config.stash.get(TALLIES, [])
-    if tallies:
+    found = [*described(config), *config.stash.get(FROM_WORKERS, [])]
+    if found:
         terminalreporter.section("drawn cases by dtype, loss and unroll length K")
-    for made in tallies:
-        terminalreporter.line(made.describe())
+    for line in found:
+        terminalreporter.line(line)
+
+
+def described(config: pytest.Config) -> list[str]:
+    """A line for each property that this process counted."""
+    return [made.describe() for made in config.stash.get(TALLIES, [])]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Give the counts to the process that prints them, if this one is a worker of pytest-xdist."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["tallies"] = described(session.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keep a worker's counts; one that crashed has none."""
+    lines = getattr(node, "workeroutput", {}).get("tallies", [])
+    node.config.stash.setdefault(FROM_WORKERS, []).extend(lines)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ it its tests are skipped.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("engines")]
         config.hook.pytest_deselected(items=out)
     config.stash[LEFT_OUT] = len(out)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Give the count to the process that prints it, if this one is a worker of pytest-xdist."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keep a worker's count; every worker collects the same tests."""
+    output = getattr(node, "workeroutput", {})
+    if "left_out" in output:
+        node.config.stash[LEFT_OUT] = output["left_out"]
 
 
 def pytest_terminal_summary(

@@ -19,7 +19,7 @@ import eagle3fn
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKOUT = os.environ.get("CHECKOUT", "")
-"""The checkout whose wheel scripts/test.sh has installed; empty: there is none, ROOT is imported."""
+"""The checkout whose wheel scripts/test.sh installed; empty: none, and ROOT is imported."""
 
 SOURCE = Path(CHECKOUT or ROOT)
 NEEDED = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")

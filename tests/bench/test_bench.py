@@ -39,6 +39,18 @@ def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_result_is_printed_and_written_only_where_out_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No result of a try lands next to the published ones."""
+    written: list[Path] = []
+    monkeypatch.setattr(common, "write_json", lambda path, result: written.append(path))
+    for out in (None, tmp_path / "mine.json", tmp_path):
+        common.finish({"ratio": 2}, None if out is None else str(out), "step-tiny")
+        assert capsys.readouterr().out == '{"ratio": 2}\n'
+    assert written == [tmp_path / "mine.json", tmp_path / "step-tiny.json"]
+
+
 def test_step_measures_time_and_memory_of_every_side(tmp_path: Path, oracle) -> None:
     source = os.environ.get("SPECFORGE_SRC", "")
     others = ("--mesh", "--peers", "specforge_main", "--out", tmp_path / "step.json")
