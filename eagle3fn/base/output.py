@@ -1,10 +1,70 @@
-"""What a program prints never ends it: a reader that has enough, a full disk, another encoding."""
+"""What a program prints: its result, an error, colours; printing never ends it.
+
+Neither a reader that has enough nor a full disk nor another encoding raises.
+"""
 
 import contextlib
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
+
+
+class Result(NamedTuple):
+    """What a command ends with."""
+
+    values: dict[str, Any] | None
+    """What it wrote and counted, as JSON values and paths; None: another process printed it."""
+
+    exit_code: int = 0
+
+
+@contextlib.contextmanager
+def only_the_result(as_json: bool) -> Iterator[TextIO]:
+    """Gives the stream for a result; with `as_json`, all else that is printed goes to stderr."""
+    stream = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if as_json else stream):
+        yield stream
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """Values as one line of JSON; what JSON has no number for is null.
+
+    >>> import pathlib
+    >>> json_line({"out": pathlib.PurePosixPath("run"), "loss": float("nan")})
+    '{"out": "run", "loss": null}'
+    """
+    return json.dumps(_json_value(values))
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json_value(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return str(value)
+
+
+def print_error(line: str, code: int, as_json: bool) -> None:
+    """Print an error on stderr: its line, red on a terminal, or with `as_json` a JSON object."""
+    if as_json:
+        line = json.dumps({"error": line, "exit_code": code})
+    elif has_colours(sys.stderr):
+        line = f"\x1b[31m{line}\x1b[0m"
+    print(line, file=sys.stderr)
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that shows colours, and nobody asks for none (NO_COLOR)."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return stream.isatty()
 
 
 class _Forgiving:

@@ -1,7 +1,6 @@
 """What every program here ends with: an exit code, and one line on stderr where it did not end."""
 
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 
 from safetensors import SafetensorError
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 from eagle3fn.base import progress
 from eagle3fn.base.cores import all_ranks
 from eagle3fn.base.errors import UserError, is_out_of_memory, one_line
-from eagle3fn.base.output import lasting_output
+from eagle3fn.base.output import lasting_output, print_error
 from eagle3fn.base.signals import Interrupted, signals_raised
 
 AGAIN = "nothing is half written; call again"
@@ -22,12 +21,15 @@ _SMALLER = (
 )
 
 
-def exit_code(name: str, run: Callable[[], int | None], again: str = AGAIN) -> int:
+def exit_code(
+    name: str, run: Callable[[], int | None], again: str = AGAIN, as_json: bool = False
+) -> int:
     """The exit code of a program: what `run` returns, 0 for None.
 
     A `UserError`, a failure of a file or too little memory becomes 2 and one line on stderr that
     begins with `name`; line breaks and control codes, of a file's text in it, are escaped. A signal
-    becomes 128 and its number, and one line that ends with `again`.
+    becomes 128 and its number, and one line that ends with `again`. With `as_json` the line is a
+    JSON object with `error` and `exit_code`.
     """
     with lasting_output():
         try:
@@ -45,7 +47,7 @@ def exit_code(name: str, run: Callable[[], int | None], again: str = AGAIN) -> i
                 raise
             message, code = f"out of memory ({_first_line(error)}); {_SMALLER}", 2
         progress.close()
-        print(f"{name}: {one_line(message)}", file=sys.stderr)
+        print_error(f"{name}: {one_line(message)}", code, as_json)
         return code
 
 

@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
+from eagle3fn.base.output import Result
 from eagle3fn.commands.shared import given_options, named_values, say, template_arguments
 
 if TYPE_CHECKING:
     from eagle3fn.base.sampling import Sampling
 
 
-def evaluate(options: Any) -> None:
+def evaluate(options: Any) -> Result:
     """Decode prompts plainly and with the draft, by this package or in a serving engine."""
     _check_evaluate(options)
     if options.engine:
-        _evaluate_in_engine(options)
-        return
+        return _evaluate_in_engine(options)
     import torch
 
     from eagle3fn.base.device import check_device
@@ -69,6 +69,13 @@ def evaluate(options: Any) -> None:
         f"accepted length {report['accepted_length']:.3f}, "
         f"{report['speedup']:.2f} times as fast in {report['speed_dtype']}"
     )
+    return _evaluated(options, report)
+
+
+def _evaluated(options: Any, report: dict[str, Any]) -> Result:
+    """The report without its long lists; these are in its file."""
+    short = {name: value for name, value in report.items() if not isinstance(value, list)}
+    return Result({"out": options.out, **short})
 
 
 def _sampling(options: Any) -> "Sampling":
@@ -135,7 +142,7 @@ def _engine_dtype(options: Any) -> str | None:
     return options.dtype or (None if gguf else "float32")
 
 
-def _evaluate_in_engine(options: Any) -> None:
+def _evaluate_in_engine(options: Any) -> Result:
     """Decode prompts plainly and with the draft, in a serving engine."""
     from contextlib import nullcontext
 
@@ -187,9 +194,10 @@ def _evaluate_in_engine(options: Any) -> None:
     for line in group_lines(report):
         print(line)
     print(f"{out}: {describe(report)}")
+    return _evaluated(options, report)
 
 
-def report(options: Any) -> None:
+def report(options: Any) -> Result:
     """Gather a run's results."""
     from eagle3fn.use.report import NUMBERS, PAGE, write_report
     from eagle3fn.use.report_table import report_table
@@ -197,10 +205,11 @@ def report(options: Any) -> None:
     folder = Path(options.folder)
     numbers = write_report(folder)
     print(f"{report_table(numbers)}\n\npage    {folder / PAGE}\nnumbers {folder / NUMBERS}")
+    return Result(numbers)
 
 
-def parity(options: Any) -> int:
-    """Compare SpecForge's recipe with SpecForge; returns the exit code."""
+def parity(options: Any) -> Result:
+    """Compare SpecForge's recipe with SpecForge."""
     from eagle3fn.specforge.parity import run
 
     return run(options.cases, options.seed, options.json, options.bisect, progress.bar)

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
-from eagle3fn.commands.shared import chat_template, given_options, say
+from eagle3fn.base.output import Result, has_colours
+from eagle3fn.commands.shared import chat_template, choose_max_length, given_options, say
 
 if TYPE_CHECKING:
     from eagle3fn.data.generate import Sampling
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from eagle3fn.data.template import ChatTemplate
 
 
-def synthesize(options: Any) -> None:
+def synthesize(options: Any) -> Result:
     """Let the target write conversations."""
     from eagle3fn.data.openings import check_languages
     from eagle3fn.data.synthesize import ANSWER, Settings, read_systems, synthesize
@@ -40,9 +41,10 @@ def synthesize(options: Any) -> None:
     turns = f", {written.turns} user turns" if options.turns > 1 else ""
     print(f"{options.out}: {written.conversations} conversations{turns}")
     say(written.dropped.describe(written.asked))
+    return Result({"out": options.out, **written._asdict()})
 
 
-def regenerate(options: Any) -> None:
+def regenerate(options: Any) -> Result:
     """Replace the answers of conversations by the target's own."""
     from eagle3fn.data.regenerate import ANEW, regenerate
 
@@ -74,6 +76,9 @@ def regenerate(options: Any) -> None:
         print(f"{done.calls} conversations end early, at a call of a tool")
     if done.kept:
         print(f"{done.kept} calls of tools and answers of weight 0 stay as they were, untrained")
+    counts = done._asdict()
+    del counts["rejects"]  # a line, which is printed
+    return Result({"out": options.out, **counts})
 
 
 def _check_regenerate(options: Any) -> None:
@@ -147,22 +152,21 @@ def _endpoint_source(options: Any) -> "tuple[Source, ChatTemplate]":
     return ByEndpoint(endpoint, model, template, positions, options.concurrent), template
 
 
-def inspect(options: Any) -> None:
+def inspect(options: Any) -> Result:
     """Show the samples of conversations, and count."""
-    import json
-    import os
     import sys
 
     from eagle3fn.base.cores import own_cores
     from eagle3fn.data.inspection import describe, inspect_file, numbers, show_sample
     from eagle3fn.data.samples import SampleMaker
     from eagle3fn.data.target_loading import load_tokenizer
-    from eagle3fn.data.target_source import config_hashes, known_hidden_size
+    from eagle3fn.data.target_source import config_hashes, known_hidden_size, known_positions
     from eagle3fn.data.vocab import load_map
     from eagle3fn.specforge.feature_files import read_map
 
     tokenizer = load_tokenizer(options.target)
     hidden_size = known_hidden_size(options.target)
+    choose_max_length(options, known_positions(options.target))
     hashes = None if hidden_size is None else config_hashes(options.target)
     found = inspect_file(
         SampleMaker(chat_template(options, tokenizer), options.max_length),
@@ -179,12 +183,10 @@ def inspect(options: Any) -> None:
         on_rows=progress.counter("row"),
     )
     progress.close()
-    if options.json:
-        print(json.dumps(numbers(found)))
-        return
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = has_colours(sys.stdout)
     for sample in found.shown:
         print(show_sample(tokenizer, sample, colour), end="\n\n")
     for line in found.missing:
         print(f"not trained: {line}", end="\n\n")
     print(describe(found, options.conversations))
+    return Result(numbers(found))

@@ -1,153 +1,221 @@
-"""The grammar of the commands that check, gather and write drafts."""
+"""The table of the commands that check, gather and write drafts."""
 
 from eagle3fn.commands import checking, drafts
+from eagle3fn.commands.grammar import Command, OneOf, option
 from eagle3fn.commands.options import (
-    DTYPES,
-    FASTEST,
-    Command,
-    add_engine,
-    add_target,
-    add_template,
-    add_threads,
-    at_least_zero,
-    count,
-    positive,
-    share,
+    DEVICE,
+    DTYPE,
+    ENGINE_ARG,
+    ENGINE_PYTHON,
+    MAX_NEW,
+    SEED,
+    TARGET,
+    TEMPERATURE,
+    TEMPLATE_ARG,
+    THREADS,
+    TOP_P,
+)
+from eagle3fn.commands.values import positive
+
+_EVALUATE = Command(
+    name="evaluate",
+    stage="checking",
+    run=checking.evaluate,
+    about="speculative decoding with an exported draft: losslessness, length, speed",
+    example="--target Qwen/Qwen3-0.6B --draft run/draft --prompts prompts.jsonl "
+    "--out evaluation.json",
+    options=(
+        TARGET,
+        DEVICE,
+        option(
+            "--draft",
+            "input",
+            "FOLDER",
+            "exported draft; with --engine llamacpp also a GGUF file",
+            required=True,
+        ),
+        option(
+            "--prompts",
+            "input",
+            "FILE",
+            "rows with a prompt, and perhaps a category; of several files each is a category",
+            required=True,
+            nargs="+",
+            action="extend",
+        ),
+        option("--out", "output", "FILE", "JSON report", required=True),
+        option(
+            "--tasks",
+            "input",
+            "N",
+            "prompts of each file, in order from the first",
+            type=positive,
+            default=10,
+        ),
+        MAX_NEW.but(default=128),
+        option(
+            "--draft-length",
+            "draft",
+            "N",
+            "tokens drafted in a round",
+            type=positive,
+            default=7,
+        ),
+        option(
+            "--plain",
+            "output",
+            "FILE",
+            "JSON that keeps the target's own answers for the next draft",
+        ),
+        TEMPERATURE.but("tokens are drawn at it", without="0: greedy"),
+        TOP_P.but("with --temperature", without="1"),
+        SEED.but("with --temperature", default=None, without="0"),
+        TEMPLATE_ARG,
+        option("--untrained", "input", "FOLDER", "an exported untrained draft, to compare with"),
+        THREADS,
+        DTYPE.but(
+            "that speed is measured in; with --engine: that all is decoded in",
+            without=f"{DTYPE.without}; with --engine float32",
+        ),
+        option(
+            "--engine",
+            "serving engine",
+            None,
+            "decode in a serving engine, both ways",
+            choices=("vllm", "llamacpp"),
+            without="in this process",
+        ),
+        ENGINE_PYTHON,
+        ENGINE_ARG.but(
+            "argument of the engine's own: gpu_memory_utilization=0.8, cpuparams.n_threads=4; once "
+            "for each"
+        ),
+        option(
+            "--converter",
+            "serving engine",
+            "PATH",
+            "llama.cpp's convert_hf_to_gguf.py or its checkout, for folders",
+        ),
+    ),
 )
 
+_REPORT = Command(
+    name="report",
+    stage="checking",
+    run=checking.report,
+    about="gather a run's results in a table, a JSON file and an HTML page",
+    example="--run run",
+    options=(
+        option(
+            "--run",
+            "input",
+            "FOLDER",
+            "that of train --out, or one with that as train/; evaluation.json there is read too",
+            dest="folder",
+            required=True,
+        ),
+    ),
+)
 
-def add_checking_commands(command: Command) -> None:
-    """The commands that check a draft and gather what a run has given."""
-    _add_evaluate(command)
-    _add_report(command)
-    _add_parity(command)
+_PARITY = Command(
+    name="parity",
+    stage="checking",
+    run=checking.parity,
+    about="SpecForge's recipe against SpecForge, bit for bit, on drawn tiny problems",
+    example="--cases 25 --seed 4",
+    options=(
+        option("--cases", "input", "N", "how many are drawn", type=positive, default=100),
+        option("--seed", "input", "N", "the same cases for the same seed", type=int, default=0),
+        option(
+            "--bisect",
+            "output",
+            None,
+            "name the unroll step and operation a difference begins at",
+            action="store_true",
+        ),
+    ),
+)
 
+_EXPORT = Command(
+    name="export",
+    stage="drafts",
+    run=drafts.export,
+    about="write a trained draft as a serving engine reads it",
+    example="--draft run/draft --target Qwen/Qwen3-0.6B --for vllm --out vllm-draft",
+    options=(
+        option("--draft", "input", "FOLDER", "exported draft, such as RUN/draft", required=True),
+        option("--out", "output", "FOLDER", "new, or an older export", required=True),
+        option(
+            "--for",
+            "output",
+            None,
+            "whose layout is written",
+            dest="engine",
+            required=True,
+            choices=("vllm", "sglang", "llamacpp", "speculators", "eagle"),
+        ),
+        TARGET.but("the draft's target, folder or hub id; vllm needs it", required=False),
+        option(
+            "--target-name",
+            "target",
+            "NAME",
+            "the name that the target is served by, where it is not --target",
+        ),
+    ),
+)
 
-def _add_evaluate(command: Command) -> None:
-    sub = command(
-        "evaluate",
-        checking.evaluate,
-        "speculative decoding with an exported draft: losslessness, length, speed",
-    )
-    add_target(sub, runs=True)
-    sub.add_argument(
-        "--draft",
-        required=True,
-        help="exported draft folder; with --engine llamacpp also a GGUF file",
-    )
-    sub.add_argument(
-        "--prompts",
-        required=True,
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-        help="rows with a prompt, and perhaps a category; of several files each is a category",
-    )
-    sub.add_argument("--out", required=True, help="JSON report")
-    sub.add_argument(
-        "--tasks",
-        type=positive,
-        default=10,
-        help="prompts of each file, in order from the first (default 10)",
-    )
-    sub.add_argument("--max-new", type=positive, default=128)
-    sub.add_argument(
-        "--draft-length", type=positive, default=7, help="tokens drafted in a round (default 7)"
-    )
-    sub.add_argument(
-        "--plain", help="JSON file that keeps the target's own answers for the next draft"
-    )
-    sub.add_argument(
-        "--temperature", type=at_least_zero, help="tokens are drawn at it (default 0: greedy)"
-    )
-    sub.add_argument("--top-p", type=share, help="with --temperature (default 1)")
-    sub.add_argument("--seed", type=count, help="with --temperature (default 0)")
-    add_template(sub)
-    sub.add_argument("--untrained", help="an exported untrained draft, to compare with")
-    add_threads(sub)
-    sub.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help=f"that speed is measured in ({FASTEST}); with --engine: that all is decoded in "
-        "(default float32)",
-    )
-    add_engine(sub)
+_CONVERT = Command(
+    name="convert",
+    stage="drafts",
+    run=drafts.convert,
+    about="other trainers' drafts, vocabulary maps and features to ours, and maps and features "
+    "back",
+    example="--draft specforge-draft --target Qwen/Qwen3-0.6B --out draft",
+    options=(
+        OneOf(
+            (
+                option(
+                    "--draft",
+                    "input",
+                    "FOLDER",
+                    "draft folder of SpecForge, EAGLE, speculators or the hub",
+                ),
+                option(
+                    "--vocab",
+                    "input",
+                    "PATH",
+                    "map file, folder of .npy files, or a draft's folder",
+                ),
+                option(
+                    "--features",
+                    "input",
+                    "FOLDER",
+                    "features of ours, or of SpecForge's .ckpt files",
+                ),
+            )
+        ),
+        option("--out", "output", "PATH", "what is written, whole or not at all", required=True),
+        option(
+            "--from",
+            "input",
+            None,
+            "whose draft it is",
+            dest="origin",
+            choices=("specforge", "eagle", "speculators", "hf"),
+            without="known by its keys",
+        ),
+        option(
+            "--for",
+            "output",
+            None,
+            "whose maps or features are written",
+            dest="kind",
+            choices=("eagle3fn", "specforge", "speculators"),
+            default="eagle3fn",
+        ),
+        TARGET.but("the target, folder or hub id, for what a file leaves out", required=False),
+    ),
+)
 
-
-def _add_report(command: Command) -> None:
-    sub = command(
-        "report", checking.report, "gather a run's results in a table, a JSON file and an HTML page"
-    )
-    sub.add_argument(
-        "--run",
-        dest="folder",
-        required=True,
-        help="folder of train --out, or one with that as train/; evaluation.json there is read too",
-    )
-
-
-def _add_parity(command: Command) -> None:
-    sub = command(
-        "parity",
-        checking.parity,
-        "SpecForge's recipe against SpecForge, bit for bit, on drawn tiny problems",
-    )
-    sub.add_argument("--cases", type=positive, default=100, help="how many are drawn (default 100)")
-    sub.add_argument(
-        "--seed", type=int, default=0, help="the same cases for the same seed (default 0)"
-    )
-    sub.add_argument("--json", action="store_true", help="end with one line of JSON")
-    sub.add_argument(
-        "--bisect",
-        action="store_true",
-        help="name the unroll step and operation a difference begins at",
-    )
-
-
-def add_draft_commands(command: Command) -> None:
-    """The commands that write drafts and files for other programs."""
-    _add_export(command)
-    _add_convert(command)
-
-
-def _add_export(command: Command) -> None:
-    sub = command("export", drafts.export, "write a trained draft as a serving engine reads it")
-    sub.add_argument("--draft", required=True, help="exported draft folder, such as RUN/draft")
-    sub.add_argument("--out", required=True, help="new folder, or an older export")
-    sub.add_argument(
-        "--for",
-        dest="engine",
-        required=True,
-        choices=("vllm", "sglang", "llamacpp", "speculators", "eagle"),
-    )
-    sub.add_argument("--target", help="the draft's target, folder or hub id; vllm needs it")
-    sub.add_argument(
-        "--target-name", help="the name that the target is served by, where it is not --target"
-    )
-
-
-def _add_convert(command: Command) -> None:
-    sub = command(
-        "convert",
-        drafts.convert,
-        "other trainers' drafts, vocabulary maps and features to ours, and maps and features back",
-    )
-    what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--draft", help="draft folder of SpecForge, EAGLE, speculators or the hub")
-    what.add_argument("--vocab", help="map file, folder of .npy files, or a draft's folder")
-    what.add_argument("--features", help="feature folder of ours, or of SpecForge's .ckpt files")
-    sub.add_argument("--out", required=True, help="what is written, whole or not at all")
-    sub.add_argument(
-        "--from",
-        dest="origin",
-        choices=("specforge", "eagle", "speculators", "hf"),
-        help="whose draft it is (default: known by its keys)",
-    )
-    sub.add_argument(
-        "--for",
-        dest="kind",
-        choices=("eagle3fn", "specforge", "speculators"),
-        default="eagle3fn",
-        help="whose maps or features are written (default eagle3fn)",
-    )
-    sub.add_argument("--target", help="the target, folder or hub id, for what a file leaves out")
+CHECKING_COMMANDS = (_EVALUATE, _REPORT, _PARITY)
+DRAFT_COMMANDS = (_EXPORT, _CONVERT)

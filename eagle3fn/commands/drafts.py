@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
+from eagle3fn.base.output import Result
 
 if TYPE_CHECKING:
     from eagle3fn.base.draft_config import DraftConfig
 
 
-def export(options: Any) -> None:
+def export(options: Any) -> Result:
     """Write a draft as an engine reads it."""
     from eagle3fn.base.errors import UserError
     from eagle3fn.train.drafts import load_draft, stored_dtype
@@ -55,6 +56,7 @@ def export(options: Any) -> None:
             "publish it elsewhere, give its name there with --target-name"
         )
     print(f"{options.out}: for {engine.read}")
+    return Result({"out": options.out, "for": options.engine, "target": name})
 
 
 def _target_layers(draft: "DraftConfig", target: str | None) -> tuple[int, dict[str, Any]]:
@@ -83,7 +85,7 @@ def _target_layers(draft: "DraftConfig", target: str | None) -> tuple[int, dict[
     return tree["num_hidden_layers"], tree
 
 
-def convert(options: Any) -> None:
+def convert(options: Any) -> Result:
     """Bring drafts, maps or features of other trainers to ours, or maps and features to theirs."""
     from eagle3fn.base.errors import UserError
 
@@ -96,14 +98,13 @@ def convert(options: Any) -> None:
             raise UserError(
                 "--for: of maps and features; a draft goes to engines by eagle3fn export"
             )
-        _convert_draft(options)
-    elif options.vocab:
-        _convert_map(options)
-    else:
-        _convert_features(options)
+        return _convert_draft(options)
+    if options.vocab:
+        return _convert_map(options)
+    return _convert_features(options)
 
 
-def _convert_draft(options: Any) -> None:
+def _convert_draft(options: Any) -> Result:
     import torch
 
     from eagle3fn.base.types import Frozen
@@ -122,9 +123,17 @@ def _convert_draft(options: Any) -> None:
     for line in found.changes:
         print(line)
     print(f"{options.out}: a draft of {draft.config.draft_vocab_size} tokens, from {found.origin}")
+    return Result(
+        {
+            "out": options.out,
+            "from": found.origin,
+            "draft_vocab_size": draft.config.draft_vocab_size,
+            "changes": list(found.changes),
+        }
+    )
 
 
-def _convert_map(options: Any) -> None:
+def _convert_map(options: Any) -> Result:
     from functools import partial
 
     from eagle3fn.data.target_source import config_hash, config_hashes, target_config
@@ -147,9 +156,17 @@ def _convert_map(options: Any) -> None:
     write_map_for(options.out, vocab_map, options.kind, stored | provenance, write_map, read_map)
     sizes = f"{len(vocab_map.d2t)} of {len(vocab_map.t2d)} tokens"
     print(f"{options.out}: {sizes}, for {options.kind}")
+    return Result(
+        {
+            "out": options.out,
+            "for": options.kind,
+            "draft_vocab_size": len(vocab_map.d2t),
+            "vocab_size": len(vocab_map.t2d),
+        }
+    )
 
 
-def _convert_features(options: Any) -> None:
+def _convert_features(options: Any) -> Result:
     from eagle3fn.base.errors import UserError
     from eagle3fn.base.places import anything, check_out_folder
     from eagle3fn.data.features import open_features
@@ -162,15 +179,15 @@ def _convert_features(options: Any) -> None:
         )
     check_out_folder(options.out, anything)
     if options.kind == "eagle3fn":
-        _convert_features_to_ours(options)
-        return
+        return _convert_features_to_ours(options)
     features = open_features(options.features)
     count = write_files(features, options.out, write_ckpt, ".ckpt", progress.bar("sample"))
     progress.close()
     print(f"{options.out}: {count} samples as .ckpt files")
+    return Result({"out": options.out, "for": options.kind, "samples": count})
 
 
-def _convert_features_to_ours(options: Any) -> None:
+def _convert_features_to_ours(options: Any) -> Result:
     import torch
 
     from eagle3fn.base.errors import UserError
@@ -208,3 +225,4 @@ def _convert_features_to_ours(options: Any) -> None:
         f"{options.out}: {totals['samples']} samples, {totals['tokens']} tokens, "
         f"{totals['supervised']} supervised"
     )
+    return Result({"out": options.out, "for": options.kind, **totals})

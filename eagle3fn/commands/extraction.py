@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
-from eagle3fn.commands.shared import chat_template, draft_shape, given_options, say
+from eagle3fn.base.output import Result
+from eagle3fn.commands.shared import (
+    chat_template,
+    choose_max_length,
+    draft_shape,
+    given_options,
+    say,
+)
 from eagle3fn.commands.sources import (
     card_of,
     check_engine_options,
     engine_source,
     model_source,
+    room,
 )
 
 if TYPE_CHECKING:
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
     from eagle3fn.data.sources import FeatureSource
 
 
-def extract(options: Any) -> None:
+def extract(options: Any) -> Result | None:
     """Write the target's features of conversations, on one rank or several."""
     import torch
 
@@ -42,6 +50,7 @@ def extract(options: Any) -> None:
 
         # What is tapped.
         tree = target_config(options.target)
+        choose_max_length(options, tree.get("max_position_embeddings"), room(options), world.main)
         shape = draft_shape(options, tree)
         if options.aux_layers:
             shape = replace(shape, aux_layers=options.aux_layers)
@@ -77,8 +86,10 @@ def extract(options: Any) -> None:
                 on_progress=progress.bar("token", rate=True),
             )
         progress.close()
-        if world.main:
-            _say_extracted(options, index, source.head)
+        if not world.main:
+            return None
+        _say_extracted(options, index, source.head)
+        return _extracted(options, index)
 
 
 def _check_options(options: Any) -> None:
@@ -136,6 +147,13 @@ def _own_source(
         if world.main:
             say(line)
         yield source, tokenizer
+
+
+def _extracted(options: Any, index: dict[str, Any]) -> Result:
+    """What a feature folder holds, and what was left out."""
+    names = ("rows", "rejected", "dropped", "remaining")
+    counts = {name: index[name] for name in names}
+    return Result({"out": options.out, **index["totals"], **counts})
 
 
 def _say_extracted(options: Any, index: dict[str, Any], head: "torch.Tensor") -> None:

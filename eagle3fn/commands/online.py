@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from eagle3fn.data.features import FeatureSet
     from eagle3fn.data.on_demand import OnlineSamples
     from eagle3fn.data.sources import FeatureSource
+    from eagle3fn.train.events import End
     from eagle3fn.train.recipe import Recipe
 
 GIB = 2**30
@@ -105,21 +106,21 @@ def _useless(options: Any) -> tuple[str, ...]:
 
 def has_ended(
     options: Any, draft: "DraftConfig", overrides: list[str], recipe: "Recipe", world: "World"
-) -> bool:
-    """Whether the run in `--out` has ended, which is said then; all ranks call, before sources
-    start.
+) -> "End | None":
+    """How the run in `--out` has ended, which is said then; None if it goes on. All ranks call,
+    before sources start.
 
     Raises:
         UserError: it has begun, and cannot go on under these options; as `check_answers`.
     """
     check_answers(options, recipe)
-    ended = world.main and _say_ended(options, draft, overrides, recipe, world)
+    ended = _say_ended(options, draft, overrides, recipe, world) if world.main else None
     return world.shared(ended)
 
 
 def _say_ended(
     options: Any, draft: "DraftConfig", overrides: list[str], recipe: "Recipe", world: "World"
-) -> bool:
+) -> "End | None":
     """The same on rank 0."""
     from eagle3fn.data.held import held
     from eagle3fn.train.begun import check_made_with, ended
@@ -129,7 +130,7 @@ def _say_ended(
 
     begun = begun_settings(options.out)
     if begun is None:
-        return False
+        return None
     with held(options.out) if not options.dry_run else nullcontext():
         pass  # no other process trains there: its engines' logs are left alone
     given = {"--dtype": options.dtype} if options.dtype else {}
@@ -137,7 +138,7 @@ def _say_ended(
     config = config_of(options, draft, overrides, options.recipe, begun)
     found = ended(config, options.out, recipe.name, options.source, options.minutes)
     if found is None or (options.keep and not _is_kept(options.keep)):
-        return False
+        return None
 
     for line in found.lines:
         say(line)
@@ -145,7 +146,7 @@ def _say_ended(
     if options.dry_run:
         said = f"the run\n  {ended_line(found.end, found.horizon)}\nnothing was written"
     say(said)
-    return True
+    return found.end
 
 
 @contextmanager
@@ -171,8 +172,7 @@ def online_features(
 
     with ExitStack() as own:
         path = Path(f"{options.out}.samples")
-        positions = tree.get("max_position_embeddings")
-        written = partial(encode, options, tree["vocab_size"], positions)
+        written = partial(encode, options, tree["vocab_size"])
         rows, known = own.enter_context(samples_on_ranks(world, "train/online", path, written))
         progress.close()
         for line in known["said"] if world.main else ():

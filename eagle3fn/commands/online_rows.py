@@ -41,26 +41,21 @@ def settings_of(options: Any) -> dict[str, str]:
     return settings
 
 
-def encode(
-    options: Any, vocab_size: int, positions: int | None, path: Path | None
-) -> "tuple[SampleFile, dict[str, Any]]":
+def encode(options: Any, vocab_size: int, path: Path | None) -> "tuple[SampleFile, dict[str, Any]]":
     """The rows, written to `path` or a temporary file, and what is known of them.
 
     Args:
         options: the command's, checked.
         vocab_size: the target's.
-        positions: of the target; None: not known.
         path: the file to write; None: a temporary one.
 
     Raises:
-        UserError: bad rows, no sample, rows longer than the target's positions.
+        UserError: bad rows, no sample.
     """
     from eagle3fn.base.files import json_sha256
     from eagle3fn.data.row_stamps import check_stamps, stamps_of
-    from eagle3fn.data.sources import check_max_length
     from eagle3fn.data.target_loading import load_tokenizer
 
-    check_max_length(options.max_length, positions)
     template = chat_template(options, load_tokenizer(options.target))
     stamps = stamps_of(options.online)
     settings = settings_of(options)

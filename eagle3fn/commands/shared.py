@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from eagle3fn.data.template import ChatTemplate
 
 
+MAX_LENGTH = 2048
+"""Tokens kept of a sample, where nobody says how many and the target takes as many."""
+
 _OUTPUTS = ("out", "plain", "keep")
 _INPUTS = (
     "conversations",
@@ -114,6 +117,32 @@ def draft_shape(options: Any, tree: dict[str, Any], size: int | None = None) -> 
     if options.draft_config is not None:
         return draft_config_from_json(options.draft_config)
     return draft_config_from_target(tree, options.target, size)
+
+
+def choose_max_length(
+    options: Any, positions: int | None, room: int = 0, main: bool = True
+) -> None:
+    """Set `--max-length` where it is not given, and say so if the target's limit is the reason.
+
+    Args:
+        options: the command's; `max_length` is set.
+        positions: the target's limit; None: not known.
+        room: tokens that an engine needs after a sample.
+        main: whether this process prints.
+
+    Raises:
+        UserError: one that is given is larger than the limit.
+    """
+    from eagle3fn.data.sources import check_max_length
+
+    if options.max_length is not None:
+        check_max_length(options.max_length, positions)
+        return
+    options.max_length = MAX_LENGTH
+    if positions is not None and positions - room < MAX_LENGTH:
+        options.max_length = positions - room
+        if main:
+            say(f"--max-length is {options.max_length}: the target takes {positions} tokens")
 
 
 def given_options(options: Any, names: tuple[str, ...]) -> list[str]:

@@ -129,6 +129,11 @@ def as_transformers(source: "FeatureSource", target: str, device: str) -> "Featu
     )
 
 
+def room(options: Any) -> int:
+    """Tokens that must fit after a sample: an engine that serves writes one more."""
+    return 0 if options.engine in (None, "transformers") else 1
+
+
 def card_of(device: str) -> str:
     """A target's device as torch knows it: that of the cards, where it is spread over all.
 
@@ -174,7 +179,7 @@ def engine_source(
     from eagle3fn.data.target_loading import load_tokenizer
     from eagle3fn.data.target_source import loaded_config
 
-    if options.engine != "transformers":
+    if room(options):
         check_room(loaded_config(options.target), options.max_length, options.engine)
     arguments = named_values(options.engine_arg or [], "--engine-arg", "tensor_parallel_size=2")
     check = options.check or _default_check(options, arguments)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eagle3fn.base import progress
+from eagle3fn.base.output import Result
 from eagle3fn.commands.online import (
     begin_online,
     check_online_options,
@@ -14,6 +15,7 @@ from eagle3fn.commands.online import (
     kept_features,
     online_features,
 )
+from eagle3fn.commands.results import training_values
 from eagle3fn.commands.settings import (
     config_of,
     draft_of,
@@ -21,7 +23,8 @@ from eagle3fn.commands.settings import (
     overrides_of,
     unnamed_settings,
 )
-from eagle3fn.commands.shared import draft_shape, say
+from eagle3fn.commands.shared import choose_max_length, draft_shape, say
+from eagle3fn.commands.sources import room
 
 if TYPE_CHECKING:
     from eagle3fn.base.config import Config
@@ -34,8 +37,8 @@ if TYPE_CHECKING:
     from eagle3fn.train.recipe import Recipe
 
 
-def train(options: Any) -> int | None:
-    """Train the draft, or go on; the exit code after a signal."""
+def train(options: Any) -> Result | None:
+    """Train the draft, or go on; the exit code is that of Ctrl-C after it."""
     from eagle3fn.base.device import check_device
     from eagle3fn.base.launch import ranks
     from eagle3fn.base.signals import received
@@ -58,9 +61,14 @@ def train(options: Any) -> int | None:
         # nobody names by the size of both, or as the recipe has it.
         named = named_settings(options, overrides)
         tree = target_config(options.target)
+        if options.online:
+            choose_max_length(
+                options, tree.get("max_position_embeddings"), room(options), world.main
+            )
         draft = draft_of(options, tree, map_size(options.vocab, read_map))
-        if options.online and has_ended(options, draft, overrides, recipe, world):
-            return None
+        ended = has_ended(options, draft, overrides, recipe, world) if options.online else None
+        if ended:
+            return Result(training_values(options.out, ended) if world.main else None)
         features = own.enter_context(_features(options, tree, draft, world))
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
         counted = counted_on(options.vocab, read_map)
@@ -86,12 +94,13 @@ def train(options: Any) -> int | None:
         if options.keep:
             own.enter_context(kept_features(options.keep, features, config, world))
         if options.dry_run:
-            _dry_run(run, layers, world, recipe)
+            values = _dry_run(run, layers, world, recipe)
         else:
-            _train(options, run, layers, trackers, world, recipe)
+            values = _train(options, run, layers, trackers, world, recipe)
 
         # Ctrl-C ends a script that calls this too; SIGTERM, which saved as well, is a good end.
-        return 128 + signal.SIGINT if received() == signal.SIGINT else None
+        code = 128 + signal.SIGINT if received() == signal.SIGINT else 0
+        return Result(values if world.main else None, code)
 
 
 @contextmanager
@@ -179,8 +188,8 @@ class _Run(NamedTuple):
 
 def _train(
     options: Any, run: _Run, layers: int, trackers: list[str], world: "World", recipe: "Recipe"
-) -> None:
-    """Train, log and export, and print how it ended."""
+) -> dict[str, Any]:
+    """Train, log and export, and print how it ended; that as JSON values."""
     from eagle3fn.base.config import to_dict
     from eagle3fn.train.events import End
     from eagle3fn.train.loop import train
@@ -204,10 +213,12 @@ def _train(
     if world.main:
         progress.close()
         print(check_published(run.out, ends[-1], world.size, options.arguments))
+        return training_values(run.out, ends[-1])
+    return {}
 
 
-def _dry_run(run: _Run, layers: int, world: "World", recipe: "Recipe") -> None:
-    """Print what a run would be; nothing is written."""
+def _dry_run(run: _Run, layers: int, world: "World", recipe: "Recipe") -> dict[str, Any]:
+    """Print what a run would be; that as JSON values. Nothing is written."""
     from eagle3fn.train.dry_run import describe_dry_run, dry_run
     from eagle3fn.use.engine_limits import engines_line
     from eagle3fn.use.publish import run_events
@@ -217,6 +228,14 @@ def _dry_run(run: _Run, layers: int, world: "World", recipe: "Recipe") -> None:
     if world.main:
         say(engines_line(run.config.draft, layers))
         say(describe_dry_run(found))
+    update = None if found.update is None else found.update._asdict()
+    return {
+        **found._asdict(),
+        "plan": found.plan._asdict(),
+        "horizon": found.horizon._asdict(),
+        "end": found.end._asdict(),
+        "update": update,
+    }
 
 
 def _read_matching(
@@ -286,7 +305,7 @@ def _check_start(
     return check_start(config, target_layers, vocab_map, target.embed_tokens)
 
 
-def plan(options: Any) -> None:
+def plan(options: Any) -> Result:
     """Print the bytes that a run needs; refuse what does not fit."""
     from eagle3fn.data.target_source import check_supported, target_config
     from eagle3fn.train.memory import GIB, check_fits, describe, plan_memory
@@ -301,5 +320,7 @@ def plan(options: Any) -> None:
     config = config_of(options, draft, options.set)
 
     tied = bool(tree.get("tie_word_embeddings"))
-    print(describe(plan_memory(config, options.ranks, options.tokens, tied)))
+    found = plan_memory(config, options.ranks, options.tokens, tied)
+    print(describe(found))
     check_fits(config, options.ranks, (options.memory or math.inf) * GIB, "--memory", tied)
+    return Result({**found._asdict(), "needed": found.needed})

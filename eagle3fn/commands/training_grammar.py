@@ -1,94 +1,166 @@
-"""The grammar of the commands that train."""
+"""The table of the commands that train, and that count what training needs."""
 
 from eagle3fn.commands import training
+from eagle3fn.commands.grammar import Command, OneOf, option
 from eagle3fn.commands.options import (
-    Command,
-    above_zero,
-    add_online,
-    add_settings,
-    add_target,
-    add_threads,
-    count,
-    positive,
-    trackers,
+    BATCH_TOKENS,
+    DEVICE,
+    DTYPE,
+    FEATURE_ENGINE,
+    MAX_NEW,
+    MINUTES,
+    READING,
+    SETTINGS,
+    TARGET,
+    TEMPERATURE,
+    THREADS,
 )
+from eagle3fn.commands.values import above_zero, count, positive, trackers
 from eagle3fn.use.trackers import TRACKERS
 
-
-def add_training_commands(command: Command) -> None:
-    """The commands that train, and that count what training needs."""
-    _add_train(command)
-    _add_plan(command)
-
-
-def _add_train(command: Command) -> None:
-    sub = command("train", training.train, "train the draft; goes on from the newest checkpoint")
-    add_target(sub, runs=False)
-    data = sub.add_mutually_exclusive_group(required=True)
-    data.add_argument("--features", help="folder of features, as extract writes it")
-    data.add_argument(
-        "--online",
-        metavar="FILE",
-        help="conversations, whose features are computed as training goes",
-    )
-    sub.add_argument("--vocab", required=True, help="vocabulary map")
-    sub.add_argument(
-        "--out",
-        required=True,
-        help="run folder; OUT/draft is the best draft on the held-out samples, or without these "
-        "the newest",
-    )
-    sub.add_argument(
-        "--from",
-        dest="source",
-        metavar="CHECKPOINT",
-        help="go on in a new folder from another run: one of its checkpoints, or its folder",
-    )
-    add_settings(sub)
-    sub.add_argument(
-        "--recipe",
-        choices=("specforge", "specforge-dataflow"),
-        help="train as SpecForge does, in the order of its script or of its dataflow launcher",
-    )
-    sub.add_argument("--on-nonfinite", choices=("stop", "skip"), help="sets train.on_nonfinite")
-    sub.add_argument(
-        "--minutes", type=above_zero, help="choose the number of steps to fill this time"
-    )
-    sub.add_argument(
-        "--max-steps",
+_ONLINE = (
+    DEVICE._replace(flag="--target-device").but(
+        "torch device of the target with --online; on ranks cuda is each one's"
+    ),
+    DTYPE.but("what the target computes in with --online"),
+    BATCH_TOKENS,
+    *READING,
+    *FEATURE_ENGINE,
+    option(
+        "--sources",
+        "speed",
+        "N",
+        "processes of the engine, of each rank",
         type=positive,
-        metavar="N",
-        help="updates that this call makes at most; it saves a checkpoint, a later call goes on",
-    )
-    sub.add_argument(
-        "--dry-run",
+        without="1",
+    ),
+    option(
+        "--buffer",
+        "speed",
+        "GIB",
+        "features that may lie ready, of each rank",
+        type=above_zero,
+        without="1, or two updates' if that is more",
+    ),
+    option("--keep", "output", "FOLDER", "write the features of the first pass, as extract does"),
+    option(
+        "--generate",
+        "answers",
+        None,
+        "the target answers the prompts of --online as training goes",
         action="store_true",
-        help="print the plan, the first batch, one update and the time of all; write nothing",
-    )
-    sub.add_argument(
-        "--track",
-        type=trackers,
-        action="extend",
-        default=[],
-        metavar="NAME",
-        help=f"log to {', '.join(TRACKERS)}: several with commas, or once more",
-    )
-    add_threads(sub)
-    add_online(sub)
+    ),
+    MAX_NEW.but("tokens of such an answer at most", without="512"),
+    TEMPERATURE.but("of such answers; 0: greedy"),
+)
+"""Options of a training whose features are computed as it goes."""
 
+_TRAIN = Command(
+    name="train",
+    stage="training",
+    run=training.train,
+    about="train the draft; goes on from the newest checkpoint",
+    example="--target Qwen/Qwen3-0.6B --features features --vocab vocab.safetensors --out run",
+    goes_on=True,
+    options=(
+        TARGET,
+        OneOf(
+            (
+                option("--features", "input", "FOLDER", "features, as extract writes them"),
+                option(
+                    "--online",
+                    "input",
+                    "FILE",
+                    "conversations, whose features are computed as training goes",
+                ),
+            )
+        ),
+        option("--vocab", "input", "FILE", "vocabulary map", required=True),
+        option(
+            "--out",
+            "output",
+            "FOLDER",
+            "the run; OUT/draft is the best draft on the held-out samples, or without these the "
+            "newest",
+            required=True,
+        ),
+        option(
+            "--from",
+            "input",
+            "CHECKPOINT",
+            "go on in a new folder from another run: one of its checkpoints, or its folder",
+            dest="source",
+        ),
+        *SETTINGS,
+        option(
+            "--recipe",
+            "training",
+            None,
+            "train as SpecForge does, in the order of its script or of its dataflow launcher",
+            choices=("specforge", "specforge-dataflow"),
+        ),
+        option(
+            "--on-nonfinite",
+            "training",
+            None,
+            "sets train.on_nonfinite",
+            choices=("stop", "skip"),
+        ),
+        MINUTES._replace(group="training").but("choose the number of steps to fill this time"),
+        option(
+            "--max-steps",
+            "training",
+            "N",
+            "updates that this call makes at most; it saves a checkpoint, a later call goes on",
+            type=positive,
+        ),
+        option(
+            "--dry-run",
+            "training",
+            None,
+            "print the plan, the first batch, one update and the time of all; write nothing",
+            action="store_true",
+        ),
+        option(
+            "--track",
+            "output",
+            "NAME",
+            f"log to {', '.join(TRACKERS)}: several with commas, or once more",
+            type=trackers,
+            action="extend",
+            default=[],
+        ),
+        THREADS,
+        *_ONLINE,
+    ),
+)
 
-def _add_plan(command: Command) -> None:
-    sub = command(
-        "plan",
-        training.plan,
-        "bytes that a run holds, moves and writes; exit code 2 if it cannot fit",
-    )
-    sub.add_argument("--target", help="folder or hub id; its config.json is enough")
-    add_settings(sub)
-    sub.add_argument("--ranks", type=positive, default=1)
-    sub.add_argument(
-        "--tokens", type=count, default=0, help="of all conversations, for the features' size"
-    )
-    sub.add_argument(
-        "--memory", type=above_zero, help="GiB that a rank may hold: refuse a plan beyond it"
-    )
+_PLAN = Command(
+    name="plan",
+    stage="training",
+    run=training.plan,
+    about="bytes that a run holds, moves and writes; exit code 2 if it cannot fit",
+    example="--target Qwen/Qwen3-0.6B --ranks 4 --memory 24",
+    options=(
+        TARGET.but("folder or hub id; its config.json is enough", required=False),
+        *SETTINGS,
+        option("--ranks", "training", "N", "processes that train", type=positive, default=1),
+        option(
+            "--tokens",
+            "training",
+            "N",
+            "of all conversations, for the features' size",
+            type=count,
+            default=0,
+        ),
+        option(
+            "--memory",
+            "training",
+            "GIB",
+            "that a rank may hold: refuse a plan beyond it",
+            type=above_zero,
+        ),
+    ),
+)
+
+TRAINING_COMMANDS = (_TRAIN, _PLAN)

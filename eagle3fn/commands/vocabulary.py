@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eagle3fn.base import progress
 from eagle3fn.base.errors import printable
-from eagle3fn.commands.shared import chat_template, given_options
+from eagle3fn.base.output import Result
+from eagle3fn.commands.shared import chat_template, choose_max_length, given_options
 
 if TYPE_CHECKING:
     from eagle3fn.base.types import VocabMap
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from eagle3fn.data.kept_tokens import KeptTokens
 
 
-def vocab(options: Any) -> None:
+def vocab(options: Any) -> Result:
     """Count the supervised tokens and write the vocabulary map."""
     from eagle3fn.data.kept_tokens import kept_tokens
     from eagle3fn.data.map_data import samples_hash
@@ -74,6 +75,15 @@ def vocab(options: Any) -> None:
 
     for line in (text, choices, *_always_lines(always), *left_out):
         print(line)
+    return Result(
+        {
+            "out": options.out,
+            "draft_vocab_size": len(vocab_map.d2t),
+            "vocab_size": vocab_size,
+            "counted_samples": len(kept),
+            **provenance,
+        }
+    )
 
 
 # What is counted
@@ -140,10 +150,9 @@ def _encoded(options: Any, tree: dict[str, Any]) -> Iterator[_Counted]:
     from eagle3fn.data.on_demand import OnlineSamples, Widths
     from eagle3fn.data.online import STORED, MadeFrom, sample_set
     from eagle3fn.data.samples import SampleMaker
-    from eagle3fn.data.sources import check_max_length
     from eagle3fn.data.target_loading import load_tokenizer
 
-    check_max_length(options.max_length, tree.get("max_position_embeddings"))
+    choose_max_length(options, tree.get("max_position_embeddings"))
     encoded = encode_file(
         SampleMaker(chat_template(options, load_tokenizer(options.target)), options.max_length),
         options.conversations,

@@ -140,9 +140,19 @@ def check_supported(path_or_id: str | Path) -> None:
 
 def known_hidden_size(path_or_id: str | Path) -> int | None:
     """The target's hidden size, Ht; None where a folder holds the tokenizer alone."""
+    return _known(path_or_id, "hidden_size")
+
+
+def known_positions(path_or_id: str | Path) -> int | None:
+    """The target's limit of tokens; None where its files do not say it."""
+    return _known(path_or_id, "max_position_embeddings")
+
+
+def _known(path_or_id: str | Path, key: str) -> int | None:
+    """A size in the target's files, of its text part too; None if it is not there."""
     tree = stored_config(path_or_id)
     text = tree.get("text_config")
-    size = tree.get("hidden_size", text.get("hidden_size") if isinstance(text, dict) else None)
+    size = tree.get(key, text.get(key) if isinstance(text, dict) else None)
     return size if isinstance(size, int) else None
 
 

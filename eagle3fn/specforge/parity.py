@@ -1,6 +1,5 @@
 """`eagle3fn parity`: our arithmetic against SpecForge's on drawn cases, for anyone to check."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from eagle3fn.base.output import Result, print_error
 from eagle3fn.specforge import bisect
 from eagle3fn.specforge.arithmetic import forward_loss
 from eagle3fn.specforge.cases import for_specforge
@@ -57,7 +57,7 @@ def run(
     as_json: bool,
     where: bool,
     progress: Callable[[str], Callable[[int, int], None]],
-) -> int:
+) -> Result:
     """Compare and print.
 
     SpecForge needs an environment before torch is loaded. Without it, this runs again in a process
@@ -66,12 +66,13 @@ def run(
     Args:
         cases: how many are drawn.
         seed: the same cases for the same seed.
-        as_json: end with one line of JSON.
+        as_json: the result and an error are printed as JSON.
         where: name the unroll step and the operation where the first difference begins.
         progress: makes, of a word for what is counted, a function of `(done, total)`.
 
     Returns:
-        The exit code: 0, all cases equal; 1, a difference, or only trivial cases; 3, no SpecForge.
+        The summary, and the exit code: 0, all cases equal; 1, a difference, or only trivial cases;
+        3, no SpecForge.
     """
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         command = [sys.executable, "-m", "eagle3fn.cli", "parity"]
@@ -80,22 +81,22 @@ def run(
             command.append("--json")
         if where:
             command.append("--bisect")
-        return subprocess.run(command, check=False, env=os.environ | ENVIRONMENT).returncode
+        done = subprocess.run(command, check=False, env=os.environ | ENVIRONMENT)
+        return Result(None, done.returncode)
 
     try:
         oracle = load_oracle()
     except OracleMissingError as error:
-        print(f"eagle3fn parity: {error}", file=sys.stderr)
-        return NO_ORACLE
+        print_error(f"eagle3fn parity: {error}", NO_ORACLE, as_json)
+        return Result(None, NO_ORACLE)
 
     tally = compare(oracle, [for_specforge(case) for case in drawn(cases, seed)], progress("case"))
     difference = first_difference(oracle, tally, where)
     print(describe(oracle, tally, difference))
-    if as_json:
-        print(json.dumps(summary(oracle, tally, difference)))
 
     all_equal = tally.equal == len(tally.cases)
-    return 0 if all_equal and tally.nontrivial else DIFFERENT
+    code = 0 if all_equal and tally.nontrivial else DIFFERENT
+    return Result(summary(oracle, tally, difference), code)
 
 
 def compare(
@@ -185,7 +186,7 @@ def describe_counts(found: dict[str, dict[str, int]]) -> list[str]:
 
 
 def summary(oracle: Oracle, tally: Tally, difference: dict[str, Any] | None) -> dict[str, Any]:
-    """The last line's object; the oracle by the hash of its used files."""
+    """The result as JSON values; the oracle by the hash of its used files."""
     return {
         "oracle": {"name": "SpecForge", "kind": oracle.kind, "sha256": oracle.digest, "level": 2},
         "cases": len(tally.cases),

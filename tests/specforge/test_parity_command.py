@@ -47,8 +47,9 @@ def last_line(text: str) -> dict:
 
 def test_the_last_line_is_the_summary(oracle: Oracle, capsys):
     assert main(["parity", "--cases", "25", "--seed", "4", "--json"]) == 0
-    out = capsys.readouterr().out
-    found = last_line(out)
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1
+    found = last_line(printed.out)
     assert list(found) == ["oracle", "cases", "nontrivial", "equal", "first_difference"]
     assert found["oracle"] == {
         "name": "SpecForge",
@@ -59,12 +60,12 @@ def test_the_last_line_is_the_summary(oracle: Oracle, capsys):
     assert found["cases"] == found["equal"] == 25 and found["nontrivial"] >= 20
     assert found["first_difference"] is None
 
-    lines = {line.split(":")[0]: line for line in out.splitlines()}
+    lines = {line.split(":")[0]: line for line in printed.err.splitlines()}
     for name in ("dtype", "loss", "K"):
         numbers = [int(part.split()[-1]) for part in lines[name].split(":")[1].split(",")]
         assert sum(numbers) == 25
     assert "level 2" in lines
-    assert all(digest[:16] in out for digest in oracle.hashes.values())
+    assert all(digest[:16] in printed.err for digest in oracle.hashes.values())
 
 
 def test_without_json_the_last_line_is_text(oracle: Oracle, capsys):
@@ -80,13 +81,13 @@ def wrong_norm(x, weight, eps):
 def test_a_difference_is_counted_named_and_repeated(oracle: Oracle, capsys, monkeypatch):
     monkeypatch.setattr(plain, "rms_norm", wrong_norm)
     assert main(["parity", "--cases", "10", "--json", "--bisect"]) == 1
-    out = capsys.readouterr().out
-    found = last_line(out)
+    printed = capsys.readouterr()
+    found = last_line(printed.out)
     assert found["equal"] < 10
     first = found["first_difference"]
     assert first["step"] == 0 and first["leaf"] == table.INPUT_NORM and first["ulps"] > 0
     assert first["operation"] == "scaling by the root mean square"
-    code = out.split("to repeat it:\n")[1].rsplit("\n", 2)[0]
+    code = printed.err.split("to repeat it:\n")[1]
     with pytest.raises(AssertionError, match="not equal"):
         exec(compile(code, "snippet", "exec"), {})
     assert main(["parity", "--cases", "10", "--json"]) == 1
