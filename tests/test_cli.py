@@ -503,6 +503,9 @@ def test_evaluation_is_lossless_and_the_report_has_its_numbers(work, tmp_path, c
     assert report["lossless"] is True
     assert report["prompts"] == "prompts.jsonl"
     assert report["wall_s"] == 3.5
+    samples = sum(each["samples"] for each in report["data"]["lengths"])
+    assert samples == report["data"]["samples"] > 0
+    assert report["target"] and report["planned_steps"] == report["steps"]
     assert report.keys() >= {
         "accepted_length",
         "acceptance_by_position",

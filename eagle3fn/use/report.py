@@ -97,7 +97,6 @@ def gather(folder: Path) -> Run:
         **evaluation,
         "steps": steps[-1]["step"],
         "planned_steps": if_there(read_planned, training / "horizon.json", None),
-        "finished": os.path.lexists(training / "finished"),
         "train_tokens": tokens,
         "train_seconds": seconds,
         "train_tokens_per_s": tokens / seconds if seconds else None,

@@ -176,7 +176,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def read_planned(path: Path) -> int | None:
     """The steps that a run is to make, as its `horizon.json` has them; None if it has not."""
     steps = read_object(path).get("steps")
-    return steps if is_count(steps) else None
+    return steps if is_count(steps) and steps else None
 
 
 def read_stages(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from eagle3fn.use import report as report_module
 from eagle3fn.use.report import gather, write_report
 from eagle3fn.use.report_page import report_page
 from tests.use.finished_run import STEP, write_run
@@ -295,13 +297,16 @@ def test_a_training_alone_has_a_page_that_says_what_is_missing(tmp_path):
     assert "Costs are measured by eagle3fn evaluate" in page.sections["costs"]
     assert "RUN/features" in page.sections["data"]
     assert "no config.toml" in page.sections["settings"]
-    assert "under way or interrupted" in page.sections[""]
-    assert "at step 1, report" in page.sections[""]
-    (tmp_path / "finished").touch()
-    (tmp_path / "horizon.json").write_text(json.dumps({"steps": 40}))
-    write_report(tmp_path)
-    assert "at step 1 of 40, report" in parsed((tmp_path / "report.html").read_text()).sections[""]
-    assert "training finished" in parsed((tmp_path / "report.html").read_text()).sections[""]
+    assert "trained to step 1, report" in page.sections[""]
+
+
+@pytest.mark.parametrize(
+    ("planned", "text"),
+    [(1, "to step 1 of 1, report"), (40, "to step 1 of 40 (under way, or ended early), report")],
+)
+def test_a_page_says_how_far_the_training_is(tmp_path, planned, text):
+    page = page_of(tmp_path, {"train/horizon.json": {"steps": planned}})
+    assert text in " ".join(page.sections[""].split())
 
 
 def test_the_folder_of_the_training_finds_the_evaluation_next_to_it(whole):
@@ -351,6 +356,14 @@ def test_samples_are_counted_by_length(tmp_path):
     assert counts[0] == {"from": 1, "to": 5, "samples": 3}
     assert counts[1] == {"from": 6, "to": 10, "samples": 1}
     assert counts[-1] == {"from": 96, "to": 100, "samples": 1}
+
+
+def test_an_installed_package_has_the_template():
+    """It lies next to the module, and the project's file names it for a wheel."""
+    assert (Path(report_module.__file__).parent / "report.html.jinja").is_file()
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["eagle3fn"]
+    assert any(Path("use/report.html.jinja").match(pattern) for pattern in patterns)
 
 
 @pytest.mark.parametrize(
