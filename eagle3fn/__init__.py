@@ -35,8 +35,11 @@ from eagle3fn.data.collate import collate_packed as collate_packed
 from eagle3fn.data.features import FeatureSet as FeatureSet
 from eagle3fn.data.features import open_features as open_features
 from eagle3fn.data.features import read_sample as read_sample
+from eagle3fn.data.open_encoder import Encoder as Encoder
+from eagle3fn.data.open_encoder import open_encoder as open_encoder
 from eagle3fn.data.pipeline import batches as batches
 from eagle3fn.data.pipeline import split as split
+from eagle3fn.data.samples import Encoded as Encoded
 from eagle3fn.data.target_source import target_config as target_config
 from eagle3fn.data.target_tensors import make_frozen as make_frozen
 from eagle3fn.data.target_tensors import read_target_tensors as read_target_tensors

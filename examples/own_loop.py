@@ -1,30 +1,34 @@
 """A training loop of one's own: from feature files to an exported draft, by the public names alone.
 
-usage: python examples/own_loop.py TARGET RUN
+usage: python examples/own_loop.py [RUN [TARGET]]
 
-TARGET is the target's folder. In the folder RUN are `features/`, as `eagle3fn extract` writes it,
-and `vocab.safetensors`, as `eagle3fn vocab` does. The draft goes to RUN/own-draft.
+RUN has `features/`, as `eagle3fn extract` writes it, and `vocab.safetensors`, as `eagle3fn vocab`
+does; without it a tiny random run is made. TARGET is the target's folder, by default the one that
+the features were made with. The draft goes to RUN/own-draft.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 import eagle3fn as e3
+from eagle3fn.testing import write_tiny_run
 
 DTYPE = torch.bfloat16
 
 
-def main(target: str, run: Path) -> float:
+def main(run: Path, target: str | None = None) -> float:
     """Train for 20 steps; the loss on the held-out samples."""
     # What stays the same: configuration, features, the target's tensors.
+    features = e3.open_features(run / "features")
+    target = target or features.index["target"]["name"]
     tree = e3.target_config(target)
     vocab_map = e3.load_map(run / "vocab.safetensors")
     draft = e3.draft_config_from_target(tree, target, len(vocab_map.d2t))
     config = e3.Config(draft, data=e3.DataConfig(held_out=2), train=e3.TrainConfig(steps=20))
     frozen = e3.make_frozen(e3.read_target_tensors(target, DTYPE), vocab_map, config)
-    features = e3.open_features(run / "features")
     kept, held_out = e3.split(len(features.samples), config.data.held_out)
 
     # The loop. A step's micro-batches carry the row counts of the whole batch.
@@ -40,4 +44,6 @@ def main(target: str, run: Path) -> float:
 
 
 if __name__ == "__main__":
-    print("held-out loss", main(sys.argv[1], Path(sys.argv[2])))
+    arguments = sys.argv[1:] or [write_tiny_run(tempfile.mkdtemp(prefix="eagle3fn-"))]
+    print("held-out loss", main(Path(arguments[0]), *arguments[1:]))
+    print("draft:", Path(arguments[0]) / "own-draft")

@@ -33,7 +33,6 @@ def open_problem(arguments: Sequence[str] | None = None, **sections: Any) -> Pro
     folder = Path(arguments[0]) if arguments else Path(tempfile.mkdtemp(prefix="eagle3fn-"))
     if not arguments:
         write_tiny_run(folder, conversations=32, spread=0.3)
-
     features = e3.open_features(folder / "features")
     target = arguments[1] if len(arguments) > 1 else features.index["target"]["name"]
     vocab_map = e3.load_map(folder / "vocab.safetensors")
@@ -45,14 +44,16 @@ def open_problem(arguments: Sequence[str] | None = None, **sections: Any) -> Pro
     return Problem(config, frozen, features, kept, held_out, folder)
 
 
-def draw(path: Path, plot: Callable[[Any], object]) -> None:
-    """Save what `plot` draws on matplotlib's axes, where matplotlib is installed."""
+def draw(path: Path, plot: Callable[[Any], object], **labels: str) -> None:
+    """Save what `plot` draws on axes of matplotlib, where it is installed, with `labels`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no picture: matplotlib is not installed")
         return
     figure = Figure(figsize=(6, 3.5), layout="constrained")
-    plot(figure.subplots())
+    axes = figure.subplots()
+    plot(axes)
+    axes.set(**labels)
     figure.savefig(path, dpi=80)
     print("picture:", path)
