@@ -42,10 +42,14 @@ def test_without_a_command_the_help_lists_all_by_the_order_of_work(capsys):
     assert main([]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    places = [printed.out.index(f"\n{stage}:\n") for stage in STAGES]
-    assert places == sorted(places)
-    for command in COMMANDS:
-        assert f"  {command.name} " in printed.out and command.about in printed.out
+    listed = re.findall(r"^(?:  (\w+)  +(.*)|([\w ]+):)$", printed.out, re.M)
+    expected = []
+    for stage in STAGES:
+        expected.append(("", "", stage))
+        for command in COMMANDS:
+            if command.stage == stage:
+                expected.append((command.name, command.about, ""))
+    assert listed == expected and len(listed) == len(COMMANDS) + len(STAGES)
 
 
 @EACH
