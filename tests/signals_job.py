@@ -23,7 +23,7 @@ PLACES = {
     "vocab": ("eagle3fn.data.vocab", "count_tokens", 1),
     "train": ("eagle3fn.train.bind", "step", 3),
     "evaluate": ("eagle3fn.use.target_answers", "greedy_together", 1),
-    "report": ("eagle3fn.use.report", "_draw", 1),
+    "report": ("eagle3fn.base.files", "fsync_path", 3),
     "export": ("eagle3fn.use.export", "export_for", 1),
     "convert": ("eagle3fn.specforge.feature_files", "write_ckpt", 3),
 }

@@ -81,13 +81,14 @@ class Handler(BaseHTTPRequestHandler):
         try:
             server.on_request(number)
             time.sleep(server.delay)
-            if fault is not None:
-                fault(self, body)
-            else:
-                self.send(server.answer(body))
         finally:
+            # Before the answer: once that is there, the client may ask again.
             with server.lock:
                 server.waiting -= 1
+        if fault is not None:
+            fault(self, body)
+        else:
+            self.send(server.answer(body))
 
     def send(self, answer: Any, code: int = 200, **headers: str) -> None:
         """JSON, or bytes as they are."""

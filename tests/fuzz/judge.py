@@ -1,5 +1,6 @@
 """The verdict on a call."""
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -128,9 +129,12 @@ def _without(found: Result, name: str) -> Result:
 
 
 def own_lines(task: str, ended: Ended) -> list[str]:
-    """Lines on stderr that begin with the program's name."""
+    """Lines on stderr that begin with the program's name; of `--json` the errors."""
     start = f"eagle3fn {TASKS[task].name}: "
-    return [line for line in ended.err.split("\n") if line.startswith(start)]
+    lines = ended.err.split("\n")
+    if "--json" in TASKS[task].command.split():
+        lines = [json.loads(line)["error"] for line in lines if line.startswith('{"error": ')]
+    return [line for line in lines if line.startswith(start)]
 
 
 def _has_control(text: str) -> bool:
