@@ -1,4 +1,4 @@
-"""Accepted length by the number of supervised tokens: ours beside SpecForge's model.
+"""Accepted length by the number of supervised tokens: ours next to SpecForge's model.
 
     SPECFORGE_SRC=CHECKOUT python -m bench.learning_curve --target FOLDER --features FOLDER \
         --vocab FILE --prompts JSONL --out FOLDER [--sizes 10000 40000 160000] [--seeds 0 1 2]

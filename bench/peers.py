@@ -58,7 +58,7 @@ class Peer:
     Args:
         name: of the side.
         command: what is run; it answers as `bench.answers` says.
-        variables: that its environment has beside ours.
+        variables: that its environment has besides ours.
 
     Raises:
         PeerError: it ended, or did not answer in time.

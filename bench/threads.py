@@ -1,4 +1,4 @@
-"""What the commands compute, timed at each number of threads, beside what the short measurement
+"""What the commands compute, timed at each number of threads, next to what the short measurement
 of their start chooses.
 
 | work | what it is |

@@ -18,7 +18,7 @@ REVISION = "EAGLE3FN_REVISION"  # names the revision on a machine without git
 
 
 def provenance(command: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """What a result's file has beside its numbers.
+    """What a result's file has besides its numbers.
 
     Args:
         command: what made the result; None: this process's command line.

@@ -56,7 +56,7 @@ class EncodedRow(NamedTuple):
 
 
 class EncodedFile(NamedTuple):
-    """The samples of a file, and what it has beside them."""
+    """The samples of a file, and what it has besides them."""
 
     samples: SampleFile
     rows: int  # read

@@ -23,7 +23,7 @@ NOTHING_ASKED = "have no answer to be trained"
 
 
 class PromptRows(NamedTuple):
-    """The prompts of a file, and what it has beside them."""
+    """The prompts of a file, and what it has besides them."""
 
     samples: SampleFile
     rows: int  # read

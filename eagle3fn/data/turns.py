@@ -43,7 +43,7 @@ _TURN_KEYS = {
 }
 # Arguments that rendering gives a template itself.
 RESERVED = ("messages", "tools", "add_generation_prompt", "strftime_now", "documents")
-_ROW_ARGUMENTS = ("enable_thinking", "reasoning_effort")  # of the template, beside the turns
+_ROW_ARGUMENTS = ("enable_thinking", "reasoning_effort")  # of the template, next to the turns
 _ROW_KEYS = {
     "id",
     "conversations",
@@ -138,7 +138,7 @@ def conversation_of(row: Any, where: str) -> Conversation:
         weights.append(weight)
         unused |= {f"turn.{key}" for key in rest}
 
-    # A system text beside the turns is the first of them.
+    # A system text next to the turns is the first of them.
     system = row.get("system")
     if system:
         text = unicode_text(system, "system", where)

@@ -131,7 +131,7 @@ SCHEDULES: dict[str, MakeSchedule] = {
     "constant": constant,
     "wsd": wsd,
 }
-"""What `optimizer.schedule` can be, beside a user's own function as these."""
+"""What `optimizer.schedule` can be, besides a user's own function as these."""
 
 
 def find_schedule(config: OptimizerConfig) -> MakeSchedule:

@@ -247,7 +247,7 @@ def compare_answers(
     plain: Mapping[int, Sequence[int]],
     max_new: int,
 ) -> dict[str, Any]:
-    """Counts of an engine beside ours.
+    """Counts of an engine next to ours.
 
     Args:
         answers: the engine's, with the draft.
