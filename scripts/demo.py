@@ -131,6 +131,7 @@ def main() -> None:
             "--prompts": prompts,
             "--out": out / "evaluation.json",
             "--tasks": options.tasks,
+            "--draft-length": 7,  # of all demos, whatever unroll the draft was trained with
             "--plain": options.cache / "plain.json",
         },
     )
