@@ -1,4 +1,4 @@
-"""Writes the pages that are made of the code: settings, the command line, and what each file does.
+"""Writes the pages that are made of the code: settings, commands, public names, files.
 
 python docs/generate.py           # write them
 python docs/generate.py --check   # name those that the code has left; exit code 1 if there are any
@@ -20,6 +20,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import eagle3fn
+import eagle3fn.testing
 from eagle3fn.base.draft_config import DraftConfig
 from eagle3fn.base.files import write_text
 from eagle3fn.base.sections import (
@@ -151,7 +153,7 @@ def option(action: argparse.Action) -> tuple[str, str, str]:
     """An option's row; the default is what its help ends with in parentheses."""
     about = (action.help or "") % {**vars(action), "prog": "eagle3fn"}
     default = "required" if action.required else ""
-    stated = re.fullmatch(r"(.*?) ?\(default:? (.*)\)", about, re.S)
+    stated = re.fullmatch(r"(.*) \(default:? ([^()]*)\)", about, re.S)
     if stated:
         about, default = stated.groups()
     elif action.default not in (None, False, [], argparse.SUPPRESS):
@@ -166,6 +168,34 @@ def spelled(action: argparse.Action) -> str:
         values = f"{{{','.join(map(str, action.choices))}}}" if action.choices else None
         words.append(str(action.metavar or values or action.dest.upper()))
     return " ".join(words)
+
+
+# The public names
+
+
+def public_names() -> str:
+    """A table for each public module, and what the site shows of it."""
+    parts = []
+    for module in (eagle3fn, eagle3fn.testing):
+        rows = [
+            (f"`{name}`", prose(about(value)))
+            for name, value in vars(module).items()
+            if not name.startswith("_") and not inspect.ismodule(value)
+        ]
+        site = f".. automodule:: {module.__name__}\n   :members:\n   :imported-members:\n"
+        parts.append(
+            f"## {module.__name__}\n\n"
+            + table("name | what it is", rows)
+            + f"\n```{{eval-rst}}\n{site}```\n"
+        )
+    return "\n".join(parts)
+
+
+def about(value: Any) -> str:
+    """What a name is, in one sentence; of a table of variants their names."""
+    if isinstance(value, dict):
+        return f"A table: {', '.join(map(json.dumps, value))}"
+    return sentence_of(inspect.getdoc(value) or "")
 
 
 # What each file does
@@ -212,8 +242,13 @@ def first_sentence(file: Path) -> str:
         found = re.search(r"^# (?!!)(.*)$", text, re.M)
     else:
         found = re.match(r'(?:#[^\n]*\n)*r?"""(.*?)"""', text, re.S)
-    sentence = " ".join(found[1].split("\n\n")[0].split()) if found else ""
-    return re.split(r"(?<=[.;])\s", sentence)[0].rstrip(".;")
+    return sentence_of(found[1]) if found else ""
+
+
+def sentence_of(text: str) -> str:
+    """The first sentence of a docstring."""
+    paragraph = " ".join(text.split("\n\n", maxsplit=1)[0].split())
+    return re.split(r"(?<=[.;])\s", paragraph)[0].rstrip(".;")
 
 
 # The pages
@@ -221,6 +256,7 @@ def first_sentence(file: Path) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "settings.md": settings,
     "command-line.md": command_line,
+    "api.md": public_names,
     "tree.md": tree,
 }
 

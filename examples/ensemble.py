@@ -31,6 +31,7 @@ def main() -> None:
     """Train on the same batches; compare on the held-out samples."""
     config, frozen, features, kept, held_out, _ = open_problem(
         objective=e3.ObjectiveConfig(ttt_length=3, numerics="plain"),
+        optimizer=e3.OptimizerConfig(name="muon"),
         data=e3.DataConfig(max_length=128, held_out=4),
     )
     fns = e3.bind(config, frozen)

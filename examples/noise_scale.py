@@ -49,8 +49,10 @@ def main() -> None:
             scales[number] = noise / signal if signal > 0 else math.inf
             print(f"update {number}: |G|² {signal:.3g}, tr Σ {noise:.3g}", end=", ")
             print(f"noise scale {scales[number]:.1f} samples")
-    print(f"suggested data.global_batch: {scales[number]:.0f}")
-    draw(folder / "noise_scale.png", lambda axes: axes.plot(*zip(*scales.items(), strict=True)))
+    print(f"suggested data.global_batch: {max(scales[number], 1):.0f}")
+    labels = {"xlabel": "update", "ylabel": "noise scale, samples"}
+    shown = ([*scales], [*scales.values()], "o-")
+    draw(folder / "noise_scale.png", lambda axes: axes.plot(*shown), **labels)
 
 
 if __name__ == "__main__":

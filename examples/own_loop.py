@@ -19,7 +19,7 @@ from eagle3fn.testing import write_tiny_run
 DTYPE = torch.bfloat16
 
 
-def main(run: Path, target: str | None = None) -> float:
+def main(run: Path, target: str = "") -> float:
     """Train for 20 steps; the loss on the held-out samples."""
     # What stays the same: configuration, features, the target's tensors.
     features = e3.open_features(run / "features")
@@ -44,6 +44,6 @@ def main(run: Path, target: str | None = None) -> float:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:] or [write_tiny_run(tempfile.mkdtemp(prefix="eagle3fn-"))]
+    arguments = sys.argv[1:] or [str(write_tiny_run(tempfile.mkdtemp(prefix="eagle3fn-")))]
     print("held-out loss", main(Path(arguments[0]), *arguments[1:]))
     print("draft:", Path(arguments[0]) / "own-draft")

@@ -6,7 +6,7 @@
       --set objective.loss=own_loss_and_optimizer:total_variation \\
       --set optimizer.name=own_loss_and_optimizer:momentum --set optimizer.learning_rate=0.1
 
-As a program, `python examples/own_loss_and_optimizer.py [RUN [TARGET]]`, it trains for 30 steps.
+As a program, `python examples/own_loss_and_optimizer.py [RUN [TARGET]]`, it trains for 20 steps.
 """
 
 import torch
@@ -36,7 +36,8 @@ def main() -> None:
     """Train with both, and print the loss of samples that are held out."""
     from problem import open_problem
 
-    problem = open_problem(data=e3.DataConfig(global_batch=4, held_out=8))
+    objective = e3.ObjectiveConfig(ttt_length=3)
+    problem = open_problem(objective=objective, data=e3.DataConfig(global_batch=2, held_out=8))
     own = {"loss": total_variation, "optimizer": momentum(problem.config.optimizer)}
     functions = e3.bind(problem.config, problem.frozen, **own)
     state = functions.init_state(functions.init(problem.config.train.seed))
@@ -46,7 +47,7 @@ def main() -> None:
         return float(functions.forward_loss(params, e3.collate(held_out, problem.config))[0])
 
     print("held-out loss before", loss_of(state.params))
-    for micro_batches in e3.batches(problem.features, problem.kept, problem.config, 0, 30):
+    for micro_batches in e3.batches(problem.features, problem.kept, problem.config, 0, 20):
         state, _ = functions.step(state, micro_batches, rate=0.1, donate=True)
     print("held-out loss after", loss_of(state.params))
 

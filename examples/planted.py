@@ -36,7 +36,7 @@ def main() -> None:
     functions = e3.bind(problem.config, problem.frozen)
     params = draft_of(problem, functions, samples)
 
-    def score(*fields: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(*fields) -> tuple[torch.Tensor, torch.Tensor]:
         one = e3.Batch(*(field[None] for field in fields))
         grads, (loss, aux) = grad_and_value(functions.forward_loss, has_aux=True)(params, one)
         squares = torch.stack([leaf.float().square().sum() for leaf in grads.values()])

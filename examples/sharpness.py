@@ -19,9 +19,9 @@ def dot(left, right):
 
 def sharpest(loss, params, direction, rounds):
     """The Hessian's eigenvalue of largest size and its eigenvector, by power iteration."""
-    _, times_hessian = vjp(grad(loss), params)
+    times_hessian = vjp(grad(loss), params)[1]
     for _ in range(rounds):
-        length = dot(direction, direction).sqrt()
+        length = dot(direction, direction) ** 0.5
         unit = {name: leaf / length for name, leaf in direction.items()}
         (direction,) = times_hessian(unit)
     return float(dot(unit, direction)), direction
@@ -51,7 +51,8 @@ def main() -> None:
             found[step], direction = sharpest(loss, state.params, direction, rounds=5)
             text = f"sharpness {found[step]:.4g}, {found[step] / limit:.2f} of the limit"
             print(f"step {step}: loss {float(metrics['loss']):.3f}, {text}")
-    draw(folder / "sharpness.png", lambda axes: axes.plot(found.keys(), found.values(), "o-"))
+    shown = ([*found], [*found.values()], "o-", [0, STEPS], [limit, limit], "--")
+    draw(folder / "sharpness.png", lambda axes: axes.plot(*shown), xlabel="step", title="sharpness")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def main() -> None:
     print(f"best learning rate: {float(RATES[together.argmin()]):.0e}")
     print("same bits as one after another:", torch.equal(together, alone))
     print(f"time of vmap / time of one after another, as measured: {ratio:.2f}")
-    draw(folder / "sweep.png", lambda axes: axes.semilogx(RATES, together, "o-"))
+    labels = {"xlabel": "learning rate", "ylabel": "held-out loss"}
+    draw(folder / "sweep.png", lambda axes: axes.semilogx(RATES, together, "o-"), **labels)
 
 
 if __name__ == "__main__":

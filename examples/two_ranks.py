@@ -7,6 +7,7 @@ Both print the same loss, bit for bit, and the same digest of all trained bits.
 """
 
 import hashlib
+from typing import Any
 
 from problem import open_problem
 from torch import Tensor
@@ -18,7 +19,7 @@ def digest(leaves: dict[str, Tensor]) -> str:
     """SHA-256 of the leaves' bytes, in the order of their names."""
     found = hashlib.sha256()
     for name in sorted(leaves):
-        found.update(leaves[name].contiguous().numpy())
+        found.update(leaves[name].numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -42,8 +43,8 @@ def main() -> None:
             state, metrics = fns.step(state, own, donate=True)
         whole = e3.gather(state)  # every rank has all rows then
 
-        specs = e3.state_specs(config, world.mesh("cpu")).masters.values()
-        rows = sum(spec.local_shape[0] for spec in specs)
+        specs: Any = e3.state_specs(config, world.mesh("cpu"))
+        rows = sum(spec.local_shape[0] for spec in specs.masters.values())
         shares = world.every(f"{rows} rows of the state and {len(own)} samples an update")
         if world.main:
             for rank, share in enumerate(shares):

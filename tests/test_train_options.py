@@ -62,7 +62,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(small, tmp_path, capsys):
     every = "vllm, sglang, llamacpp, speculators, eagle"
     assert engines == f"engines: {every} can represent this draft"
     chosen = f"train.steps = {STEPS} chose the number of updates"
-    assert f"  {STEPS} updates, 3 evaluations, 1 checkpoints; {chosen}\n" in found
+    assert f"  {STEPS} updates, 3 evaluations, 1 checkpoint; {chosen}\n" in found
     assert "the first batch\n  1 samples, " in found and "of which the loss counts " in found
     assert "one update\n  loss " in found and "gradient norm" in found
     assert re.search(
@@ -101,7 +101,7 @@ def test_a_dry_runs_loss_is_that_of_the_update_that_comes_next(small, tmp_path, 
         assert f"{row['tokens']} tokens, {row['rows']} supervised rows, {counted}" in found
 
     # What is left of a run that has begun.
-    assert "  2 of 4 updates left, 1 evaluations, 1 checkpoints; train.steps = 4 chose" in begun
+    assert "  2 of 4 updates left, 1 evaluation, 1 checkpoint; train.steps = 4 chose" in begun
     assert "the next batch\n" in begun and "what is left\n  about " in begun
     over = tried(capsys, line)
     assert "\n  ended at step 4 of 4, nothing is left to train; train.steps = 4 chose" in over

@@ -17,6 +17,15 @@ class EngineGone(UserError):
     """
 
 
+def number_of(count: int, noun: str) -> str:
+    """A count and its noun.
+
+    >>> number_of(1, "checkpoint"), number_of(0, "row"), number_of(2000, "row")
+    ('1 checkpoint', '0 rows', '2,000 rows')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator failed: Python's, torch's on the host, or one of a device."""
     named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")

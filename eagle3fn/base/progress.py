@@ -31,15 +31,20 @@ def bar(unit: str, name: str | None = None, log: bool = False, rate: bool = Fals
 
     `total` is None where it isn't known; `note` is said after the count. Where stderr is no
     terminal, a line is printed every half minute: on stderr, or with `log`, for a command whose
-    output is read as a log, on stdout; with `rate` it has the units a second since the first count.
-    What was done at the first count took no time.
+    output is read as a log, on stdout. With `rate` both have the units a second since the first
+    count; what was done at the first count took no time.
     """
     if sys.stderr.isatty():
-        return _drawn_bar(unit, name)
+        return _drawn_bar(unit, name, rate)
     return _lines(unit, name, log, rate)
 
 
-def _drawn_bar(unit: str, name: str | None) -> Update:
+_COUNT = "{desc}{n_fmt} {unit} [{elapsed}{postfix}]"  # where it isn't known how many there are
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
+_BAR_WITH_RATE = _BAR.replace("{postfix}", ", {rate_fmt}{postfix}")
+
+
+def _drawn_bar(unit: str, name: str | None, rate: bool) -> Update:
     drawn: Any = None
 
     def update(done: int, total: int | None, note: str = "") -> None:
@@ -49,7 +54,9 @@ def _drawn_bar(unit: str, name: str | None) -> Update:
 
             drawn = tqdm(
                 desc=name,
-                unit=unit,
+                unit=f"{unit}s",
+                bar_format=_COUNT if total is None else _BAR_WITH_RATE if rate else _BAR,
+                smoothing=0.0,  # the rate since the first count
                 dynamic_ncols=True,
                 total=total,
                 initial=done,

@@ -192,7 +192,9 @@ def read_json(path: str | Path, limit: int = LIMIT, nan: bool = False) -> Any:
     try:
         return parse_json(data, nan)
     except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); write it anew") from None
+        several = str(error).startswith("Extra data")
+        hint = "; it must be one value, not JSONL's one a line" if several else ""
+        raise UserError(f"{path}: not readable as JSON ({error}){hint}; write it anew") from None
 
 
 def read_object(path: str | Path, limit: int = LIMIT, nan: bool = False) -> dict[str, Any]:

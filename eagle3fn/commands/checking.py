@@ -30,6 +30,7 @@ def evaluate(options: Any) -> Result:
 
     check_device(options.device)
     prompts = read_prompts(*options.prompts, first=options.tasks)
+    _choose_draft_length(options)
     settings = EvalSettings(
         tasks=len(prompts.texts),
         max_new=options.max_new,
@@ -39,6 +40,7 @@ def evaluate(options: Any) -> Result:
         template_arguments=template_arguments(options),
         **_sampling(options)._asdict(),
     )
+    _say_prompts(options)
     sizes = sizes_of(target_config(options.target))
     rows = [1, 1 + options.draft_length]  # a token, and a block that is verified
     say(
@@ -87,6 +89,29 @@ def _sampling(options: Any) -> "Sampling":
         1.0 if options.top_p is None else options.top_p,
         options.seed or 0,
     )
+
+
+def _choose_draft_length(options: Any) -> None:
+    """Set `--draft-length` where it is not given, and say why it is what it is."""
+    from eagle3fn.use.eval_settings import EvalSettings
+    from eagle3fn.use.model_card import read_facts
+
+    if options.draft_length is not None:
+        return
+    unroll = read_facts(options.draft).unroll if Path(options.draft).is_dir() else None
+    options.draft_length = unroll or EvalSettings.draft_length
+    why = "which the draft was trained with" if unroll else "as its card names no trained unroll"
+    say(f"--draft-length is {options.draft_length}, {why}")
+
+
+def _say_prompts(options: Any) -> None:
+    """Say what a prompt becomes."""
+    from eagle3fn.data.target_loading import load_tokenizer
+    from eagle3fn.data.template import ChatTemplate
+    from eagle3fn.data.user_turns import describe_prompts
+
+    arguments = template_arguments(options)
+    say(describe_prompts(ChatTemplate(load_tokenizer(options.target), arguments=arguments)))
 
 
 _HERE_ALONE = ("--device", "--plain", "--untrained", "--threads")
@@ -153,6 +178,7 @@ def _evaluate_in_engine(options: Any) -> Result:
     from eagle3fn.use.prompts import read_prompts
 
     prompts = read_prompts(*options.prompts, first=options.tasks)
+    _choose_draft_length(options)
     settings = EngineEvalSettings(
         engine=options.engine,
         python=options.engine_python,
@@ -164,6 +190,7 @@ def _evaluate_in_engine(options: Any) -> Result:
         arguments=named_values(options.engine_arg or [], "--engine-arg", "enforce_eager=true"),
         template_arguments=template_arguments(options),
     )
+    _say_prompts(options)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 

@@ -1,5 +1,6 @@
 """Commands that make conversations, and that show what is trained on of them."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from eagle3fn.base import progress
@@ -46,12 +47,16 @@ def synthesize(options: Any) -> Result:
 
 def regenerate(options: Any) -> Result:
     """Replace the answers of conversations by the target's own."""
+    from eagle3fn.base.errors import UserError
     from eagle3fn.data.regenerate import ANEW, regenerate
+    from eagle3fn.data.user_turns import describe_prompts
 
     _check_regenerate(options)
     _check_out(options)
     sampling = _sampling(options, ANEW)
     source, template = _endpoint_source(options) if options.url else _own_source(options)
+    with suppress(UserError):  # a template that takes no lone user turn may take the rows'
+        say(describe_prompts(template))
     done = regenerate(
         source,
         template,

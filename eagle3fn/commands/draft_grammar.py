@@ -57,9 +57,9 @@ _EVALUATE = Command(
             "--draft-length",
             "draft",
             "N",
-            "tokens drafted in a round",
+            "tokens drafted in a round; more cost more, and pay where most are accepted",
             type=positive,
-            default=7,
+            without="the unroll that the draft was trained with, as its card says; else 7",
         ),
         option(
             "--plain",

@@ -49,7 +49,7 @@ def grams_of_file(path: str | Path) -> Grams:
 
 def _object(row: FileRow) -> dict[str, Any]:
     if not isinstance(row.value, dict):
-        raise UserError("not a JSON object; mend or delete the row")
+        raise UserError('not a JSON object, such as {"text": "hello"}; mend or delete the row')
     return row.value
 
 

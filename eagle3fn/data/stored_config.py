@@ -92,8 +92,8 @@ def _cached(name: str, file: str) -> str | None:
         ) from None
 
 
-# GGUF: a header of typed keys and values before the tensors. https://github.com/ggml-org/ggml
-# describes it in docs/gguf.md.
+# GGUF: a header of typed keys and values before the tensors, as the page gguf.md of
+# https://github.com/ggml-org/ggml describes it.
 
 GGUF_DAMAGED = (OSError, ValueError, KeyError, TypeError, struct.error, RecursionError)
 """What reading a damaged header raises."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.data.template import ChatTemplate
 from eagle3fn.data.turns import Turn
 
@@ -39,6 +39,16 @@ def prompt_after(template: ChatTemplate, turns: Sequence[Turn], where: str = "a 
 def chat_prompt(template: ChatTemplate, user: str, where: str = "a user turn") -> str:
     """`prompt_after` one user turn."""
     return prompt_after(template, [_user(user)], where)
+
+
+def describe_prompts(template: ChatTemplate) -> str:
+    """A line for people on what a prompt becomes: the chat template around the word PROMPT.
+
+    Raises:
+        UserError: as `chat_prompt`.
+    """
+    rendered = printable(chat_prompt(template, "PROMPT"), 200)
+    return f"prompts go into the chat template of {template.name}: {rendered}"
 
 
 def _user(text: str) -> Turn:

@@ -45,7 +45,7 @@ def assert_equivalent(
     """Compare loss, per-step losses, acceptance, accuracy counts and every gradient leaf.
 
     By default two values are equal if `torch.equal` says so. With `ulps`, the floating-point ones
-    may differ by rounding, as after sums in another order:
+    may differ by rounding, as after sums in another order::
 
         max |a - b| ≤ ulps · u,    u = spacing of the dtype at the leaf's largest magnitude
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eagle3fn.base.config import Config
+from eagle3fn.base.errors import number_of
 from eagle3fn.base.files import locked_as_is
 from eagle3fn.base.launch import World
 from eagle3fn.base.progress import duration
@@ -144,8 +145,10 @@ def _left(found: DryRun) -> str:
         return ended_line(found.end, found.horizon)
     step, total, *_ = found.end
     chosen = f"{chosen_by(found.horizon)} chose the number of updates"
-    updates = f"{total - step} of {total} updates left" if step else f"{total} updates"
-    return f"{updates}, {found.evaluations} evaluations, {found.checkpoints} checkpoints; {chosen}"
+    updates = f"{total - step} of {total} updates left" if step else number_of(total, "update")
+    evaluations = number_of(found.evaluations, "evaluation")
+    checkpoints = number_of(found.checkpoints, "checkpoint")
+    return f"{updates}, {evaluations}, {checkpoints}; {chosen}"
 
 
 def ended_line(end: End, horizon: Horizon) -> str:

@@ -34,6 +34,7 @@ class Facts(NamedTuple):
     steps: int | None = None
     accepted_length: float | None = None  # held-out, simulated
     origin: str = ""  # where the training went on from, and what was changed then
+    unroll: int | None = None  # steps of it in training: tokens that the draft learned to guess
 
 
 _KINDS = {
@@ -44,6 +45,7 @@ _KINDS = {
     "steps": (int, NoneType),
     "accepted_length": (int, float, NoneType),
     "origin": str,
+    "unroll": (int, NoneType),
 }
 """The types of the facts; those of a card may be anything."""
 
@@ -156,6 +158,8 @@ def _rows(tree: dict[str, Any], facts: Facts) -> list[tuple[str, str]]:
         rows.append(("data", f"{facts.data}: {facts.samples} samples{tokens}"))
     if facts.steps is not None:
         rows.append(("updates", str(facts.steps)))
+    if facts.unroll is not None:
+        rows.append(("unroll in training", f"{facts.unroll} tokens"))
     if facts.origin:
         rows.append(("went on from", facts.origin))
     if facts.accepted_length is not None:

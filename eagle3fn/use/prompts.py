@@ -79,7 +79,9 @@ def _without_endings(name: str) -> str:
 
 
 def _prompt_of(row: FileRow, otherwise: str) -> _Prompt:
-    value = row.value if isinstance(row.value, dict) else {}
+    value = row.value
+    if not isinstance(value, dict):
+        raise UserError('not a JSON object, such as {"prompt": "hello"}; mend or delete the row')
     prompt = value.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError('no text under "prompt"; mend or delete the row')

@@ -118,7 +118,12 @@ def run_events(
         length = row.get("accepted_length")
         if length is not None and not math.isfinite(length):
             length = None
-        now = facts._replace(steps=row["step"], accepted_length=length, origin=_origin(out))
+        now = facts._replace(
+            steps=row["step"],
+            accepted_length=length,
+            origin=_origin(out),
+            unroll=config.objective.ttt_length,
+        )
         export(params, frozen, config.draft, folder, target_layers, dtype, True, now)
 
     events = Events(on_ready=on_ready, on_step=on_step, on_eval=on_eval, on_draft=on_draft)

@@ -480,7 +480,7 @@ def test_a_run_that_is_ended_goes_on_and_asks_twice_only_what_was_on_its_way(
 def test_the_key_is_sent_and_nowhere_else(server, target, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("SERVERS_KEY", KEY)
     prompts, out = write(tmp_path / "p.jsonl"), tmp_path / "c.jsonl"
-    words = command(server, target, prompts, out, "--api-key-env", "SERVERS_KEY")
+    words = command(server, target, prompts, out, "--api-key-env", "SERVERS_KEY", "--concurrent", 1)
 
     # A server that says it, in an error that it is refused by; the key must not be there in part.
     filler = "x" * 295

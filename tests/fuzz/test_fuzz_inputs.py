@@ -12,7 +12,7 @@ SEED = 15
 
 
 def test_mutated_files_end_in_clear_errors_or_right_results():
-    cases = CASES.get(os.environ.get("HYPOTHESIS_PROFILE", "ci"), 200)
+    cases = CASES.get(os.environ.get("HYPOTHESIS_PROFILE", "ci"), 120)
     script = [sys.executable, "scripts/fuzz_inputs.py", "--workers", "1", "--json"]
     ended = subprocess.run(
         [*script, "--cases", str(cases), "--seed", str(SEED)],

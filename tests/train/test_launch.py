@@ -11,8 +11,9 @@ from tests.train.start_ranks import ROOT, processes, torchrun
 
 JOB = "tests.train.launch_job"
 
-WITHIN_S = 15
-"""From one rank's failure to the end of all; 3 and less on a machine that is not busy."""
+WITHIN_S = 60
+"""From one rank's failure to the end of all; 3 and less on a machine that is not busy, 21 were seen
+on one that was."""
 
 SOON_S = 100
 """Starting Python twice on a busy machine; a rank left waiting would wait for half an hour."""

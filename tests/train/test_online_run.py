@@ -410,7 +410,7 @@ def test_only_evaluation_of_a_run_may_come_with_the_next_call(world, tmp_path, m
     monkeypatch.setattr(loop, "evaluate_held_out", evaluate)
     capsys.readouterr()
     assert main([*arguments, "--dry-run"]) == 0
-    assert "0 of 7 updates left, 1 evaluations" in capsys.readouterr().out
+    assert "0 of 7 updates left, 1 evaluation" in capsys.readouterr().out
     assert main(arguments) == 0
     assert "step 7 is evaluated first, as its held-out features did not" in capsys.readouterr().out
     assert same_end(tmp_path / "offline", tmp_path / "run", 7)

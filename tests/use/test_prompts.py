@@ -53,7 +53,7 @@ def test_files_of_one_name_are_told_apart(tmp_path, monkeypatch):
     [
         ('{"prompt": "a"}\n{"text": "b"}\n', "1 of 2 rows is bad: .*tasks.jsonl:2: no text under"),
         ('{"prompt": " "}\n{\n', "2 of 2 rows are bad: .*:1: no text .*; .*:2: not JSON"),
-        ("[1]\n", "1 of 1 rows is bad: .*tasks.jsonl: item 1: no text"),
+        ("[1]\n", "1 of 1 rows is bad: .*tasks.jsonl: item 1: not a JSON object, such as"),
         ("", "no rows"),
         ('{"prompt": "a", "category": 3}\n', 'no text under "category"'),
         ('{"prompt": "a", "category": " "}\n', 'no text under "category"'),
