@@ -78,6 +78,7 @@ def train(options: Any) -> Result | None:
         )
         config = config_of(options, draft, overrides, options.recipe, defaults)
         check_rate(config.optimizer, draft.hidden_size, named, defaults)
+        split(len(features.samples), config.data.held_out)  # refused before anything is said
         if options.online:
             begin_online(features, options, config, world)
         _take_threads(options, config, world)
@@ -87,7 +88,6 @@ def train(options: Any) -> Result | None:
         layers = tree["num_hidden_layers"]
         vocab_map, tensors = _read_matching(options, config, features, layers)
         start = _check_start(options, config, layers, vocab_map, tensors)
-        split(len(features.samples), config.data.held_out)  # refused before anything is said
         if world.main:
             say(said)
             say(start)
