@@ -72,7 +72,7 @@ def prose(text: str) -> str:
 def settings() -> str:
     """A table for each section: name, default, meaning; † where `train` chooses the value."""
     shape = DraftConfig(8, 8, 1, 1, 8, 8, 8, 8, 8)
-    chosen = {choice.setting for choice in chosen_defaults(shape, samples=100)}
+    chosen = {choice.setting for choice in chosen_defaults(shape, samples=100, ranks=2)}
 
     parts = []
     for section, kind in SECTIONS.items():

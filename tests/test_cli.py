@@ -475,6 +475,14 @@ def test_differences_between_two_runs_are_named(work, tmp_path):
     assert list(compare(other, work / "run").values()) == [True, False, False, False]
 
 
+def test_two_ranks_without_a_named_batch_train_on_a_sample_each(work, tmp_path):
+    command = ["-m", "eagle3fn.cli", "train", "--target", work / "target"]
+    given = [*places(work, tmp_path / "run"), *settings("train.steps=1", "train.dtype=float32")]
+    ended = torchrun(2, *command, *given)
+    assert ended.codes == [0], ended.text
+    assert ended.text.count("data.global_batch=2 (data.micro_batch = 1 on each of 2 ranks)") == 1
+
+
 def test_ranks_that_do_not_divide_the_batch_are_refused_once(work, tmp_path):
     ended = on_ranks(2, work, tmp_path / "run", *settings("data.global_batch=3"))
     assert ended.codes == [1]

@@ -1,4 +1,4 @@
-"""docs/data.md: the five commands from own conversations to a draft, run on a tiny target."""
+"""docs/getting-started.md: the five commands from prompts to a draft, run on a tiny target."""
 
 import json
 import re
@@ -11,8 +11,7 @@ from eagle3fn.base.read import read_jsonl
 from eagle3fn.cli import main
 from tests.factories import tiny_model, tiny_tokenizer
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/data.md"
-HEADING = "## Your own conversations to a draft, in five commands"
+PAGE = Path(__file__).resolve().parent.parent / "docs/getting-started.md"
 
 TINY = {
     "regenerate": ["--max-new", "12"],
@@ -35,10 +34,9 @@ TINY = {
 
 
 def block(kind: str) -> str:
-    """The section's block of a kind."""
-    section = PAGE.read_text(encoding="utf-8").split(HEADING)[1].split("\n## ")[0]
-    (found,) = re.findall(rf"^```{kind}\n(.*?)^```", section, re.M | re.S)
-    return found
+    """The page's first block of a kind."""
+    text = PAGE.read_text(encoding="utf-8")
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)[0]
 
 
 def test_five_commands_lead_from_own_conversations_to_a_draft(
@@ -48,8 +46,8 @@ def test_five_commands_lead_from_own_conversations_to_a_draft(
     model = tiny_model(eos_token_id=1, num_hidden_layers=7, max_position_embeddings=2048)
     model.save_pretrained("target")
     tiny_tokenizer().save_pretrained("target")
-    Path("chats.jsonl").write_text(block("json"), encoding="utf-8")
-    Path("test.jsonl").write_text(json.dumps({"prompt": "hello"}) + "\n")
+    Path("PROMPTS.jsonl").write_text(block("json"), encoding="utf-8")
+    Path("TEST.jsonl").write_text(json.dumps({"prompt": "hello"}) + "\n")
 
     lines = block("bash").replace("\\\n", " ").splitlines()
     assert len(lines) == 5
@@ -64,9 +62,9 @@ def test_five_commands_lead_from_own_conversations_to_a_draft(
         assert main([command, *words, *TINY[command]]) == 0, capsys.readouterr().err
 
     # Each row has the target's own answers, and the draft was evaluated.
-    rows = read_jsonl("run/own.jsonl")
-    assert [row["id"] for row in rows] == ["1", "2", "3"]
-    assert "Hello!" not in json.dumps(rows)
+    rows = read_jsonl("run/chats.jsonl")
+    assert len(rows) == 4
+    assert "Seven minutes." not in json.dumps(rows)
     assert {"config.json", "model.safetensors"} <= {
         path.name for path in Path("run/train/draft").iterdir()
     }

@@ -297,6 +297,18 @@ def test_a_draft_that_was_compared_with_none_is_the_newest(small, tmp_path, caps
         assert "best" not in text.lower()
 
 
+def test_too_many_held_out_samples_are_refused_before_anything_else_is_said(
+    small, tmp_path, capsys
+):
+    count = len(open_features(small / "features").samples)
+    given = [*arguments(small, tmp_path / "run"), "--set", f"data.held_out={count}"]
+    assert main(given) == 2
+    said = capsys.readouterr()
+    assert f"data.held_out = {count}: must be below the number of samples" in said.err
+    assert len((said.out + said.err).strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def never_chosen(small: Path) -> Tensor:
     """A hundred tokens that are the target's most likely ones nowhere in the features."""
     head = read_target_tensors(small / "target", torch.float32).head

@@ -27,8 +27,8 @@ def draft_config_from_json(path: str | Path, origin: str | None = "") -> DraftCo
     names = tree.get("architectures")
     if not isinstance(names, list) or not any("Eagle3" in str(name) for name in names):
         raise UserError(
-            f"{path}: architectures = {shown(names)}: "
-            'a draft configuration has ["LlamaForCausalLMEagle3"]'
+            f"{path}: architectures = {shown(names)}: not an EAGLE-3 draft, which has "
+            '["LlamaForCausalLMEagle3"]; name a draft, such as RUN/draft, not its target'
         )
     if origin is not None:
         tree = read_switches(tree, str(path), origin)

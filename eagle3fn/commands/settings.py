@@ -72,6 +72,7 @@ def unnamed_settings(
     features: "FeatureSet",
     counted: "CountedOn",
     device: str,
+    ranks: int = 1,
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Values for the settings that nobody names, by section, and a text of where they are from.
 
@@ -84,10 +85,12 @@ def unnamed_settings(
         features: what is trained on.
         counted: what the vocabulary map was counted on.
         device: where it is trained.
+        ranks: that train together.
     """
     from eagle3fn.data.map_data import held_out_by
     from eagle3fn.specforge.recipes import SETTINGS
     from eagle3fn.train.defaults import (
+        batch_of_ranks,
         begun_settings,
         by_section,
         chosen_defaults,
@@ -101,13 +104,19 @@ def unnamed_settings(
         return begun, f"settings that are not named: as the run began, {options.out}/config.toml"
     if options.source:
         return _of_source(options, named), f"settings that are not named: those of {options.source}"
+    micro_batch = named.get("data", {}).get("micro_batch", 1)
+    if type(micro_batch) is not int:
+        micro_batch = 1  # it is refused later, by its name
     if options.recipe:
-        return SETTINGS, ""
+        chosen = not_named(batch_of_ranks(ranks, micro_batch), named)
+        return SETTINGS | by_section(chosen), describe(chosen)
     optimizer = named_value(named, "optimizer.name", "muon")
     start = named_value(named, "train.init", "target")
     held_out = held_out_by(counted, features)
     samples = len(features.samples)
-    choices = chosen_defaults(draft, samples, device, optimizer, start, held_out)
+    choices = chosen_defaults(
+        draft, samples, device, optimizer, start, held_out, ranks, micro_batch
+    )
     chosen = not_named(choices, named)
     return by_section(chosen), describe(chosen)
 

@@ -43,6 +43,7 @@ def train(options: Any) -> Result | None:
     from eagle3fn.base.launch import ranks
     from eagle3fn.base.signals import received
     from eagle3fn.data.map_data import counted_on
+    from eagle3fn.data.pipeline import split
     from eagle3fn.data.target_source import target_config
     from eagle3fn.data.vocab import map_size
     from eagle3fn.specforge.feature_files import read_map
@@ -65,16 +66,19 @@ def train(options: Any) -> Result | None:
             choose_max_length(
                 options, tree.get("max_position_embeddings"), room(options), world.main
             )
-        draft = draft_of(options, tree, map_size(options.vocab, read_map))
+        draft = draft_of(options, tree, map_size(options.vocab, read_map, tree["vocab_size"]))
         ended = has_ended(options, draft, overrides, recipe, world) if options.online else None
         if ended:
             return Result(training_values(options.out, ended) if world.main else None)
         features = own.enter_context(_features(options, tree, draft, world))
         device = check_device(world.device(named.get("train", {}).get("device", "cpu")))
         counted = counted_on(options.vocab, read_map)
-        defaults, said = unnamed_settings(options, named, draft, features, counted, device)
+        defaults, said = unnamed_settings(
+            options, named, draft, features, counted, device, world.size
+        )
         config = config_of(options, draft, overrides, options.recipe, defaults)
         check_rate(config.optimizer, draft.hidden_size, named, defaults)
+        split(len(features.samples), config.data.held_out)  # refused before anything is said
         if options.online:
             begin_online(features, options, config, world)
         _take_threads(options, config, world)

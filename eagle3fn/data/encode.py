@@ -200,7 +200,8 @@ def encode_all(
 
 _REMEDIES = {
     NO_ANSWER: "give each conversation an answer: the target's own by eagle3fn regenerate (for a "
-    "vocabulary map a few hundred are enough, --limit 500)",
+    "vocabulary map a few hundred are enough, --limit 500); train --online lets the target write "
+    "them by --generate",
     NO_QUESTION: "put a user turn before the first answer",
     NOT_TRAINED: "give an answer weight 1",
     TOO_LONG: "raise --max-length",

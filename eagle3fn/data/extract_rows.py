@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eagle3fn.base.errors import UserError
+from eagle3fn.base.errors import UserError, printable
 from eagle3fn.base.files import json_sha256
 from eagle3fn.base.launch import World
 from eagle3fn.base.read import read_object
@@ -89,7 +89,8 @@ def _encode(task: Task, path: Path | None) -> tuple[SampleFile, dict[str, Any]]:
     if source.files is not None:
         digests = target_digests(source.files, task.out / KEPT)._asdict()
     check_target(source)
-    _refuse_other(task.out, fingerprint, digests.get("files"))
+    asked = {**task.settings, "conversations": data_hash}
+    _refuse_other(task.out, fingerprint, digests.get("files"), asked)
 
     # The samples.
     rejects = task.out / "rejects.jsonl"
@@ -122,10 +123,11 @@ def check_target(source: FeatureSource) -> None:
         check_unchanged(source.files, source.stamps)
 
 
-def _refuse_other(out: Path, fingerprint: str, files: str | None) -> None:
+def _refuse_other(out: Path, fingerprint: str, files: str | None, asked: dict[str, Any]) -> None:
     """Refuse a folder that holds an index or a shard of another fingerprint or target.
 
-    `files` is the digest of the target's files. Folders of earlier versions have none.
+    `files` is the digest of the target's files. Folders of earlier versions have none. `asked` is
+    what the fingerprint is made of.
     """
     for path in [out / "index.json", *sorted(out.glob("shard-*.json"))]:
         if not path.is_file():
@@ -141,7 +143,7 @@ def _refuse_other(out: Path, fingerprint: str, files: str | None) -> None:
             ) from None
         if tree.get("fingerprint") != fingerprint:
             raise UserError(
-                f"{path}: made from other conversations, another target or other settings; "
+                f"{path}: made {_differences(tree, asked)}; "
                 f"remove the folder {out} or choose another"
             )
         target = tree.get("target") if path.name == "index.json" else None
@@ -151,3 +153,28 @@ def _refuse_other(out: Path, fingerprint: str, files: str | None) -> None:
                 f"{path}: made with other files of the target: its weights, tokenizer or chat "
                 f"template have changed; remove the folder {out} or choose another"
             )
+
+
+def _differences(tree: dict[str, Any], asked: dict[str, Any]) -> str:
+    """How an index differs from what is asked for, as far as it says so; a sidecar does not."""
+    target = tree.get("target")
+    target = target if isinstance(target, dict) else {}
+    found = []
+    if tree.get("data_hash", asked["conversations"]) != asked["conversations"]:
+        found.append("from other conversations")
+    if target.get("config_hash", asked.get("config")) != asked.get("config"):
+        found.append(f"with another target, {printable(target.get('name'), 80)}")
+    for name, was, now in (
+        ("layers", target.get("aux_layers"), asked["layers"]),
+        ("max_length", tree.get("max_length"), asked["max_length"]),
+        ("store", tree.get("store"), asked.get("store")),
+        ("engine", tree.get("engine"), asked.get("engine")),
+    ):
+        if "target" in tree and was != now:
+            found.append(f"with {name} {_named(was)}, not {_named(now)}")
+    return ", ".join(found) or "from other conversations, another target or other settings"
+
+
+def _named(value: Any) -> str:
+    """A setting's value in a message."""
+    return "none" if value is None else printable(value, 80)

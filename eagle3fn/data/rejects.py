@@ -19,7 +19,8 @@ SKIPPED_SHARE = 0.05
 """The share of bad rows that `--skip-bad` leaves out."""
 
 MEND = "mend or delete them"
-MEND_OR_SKIP = "mend them, or go on without a share of the rows, such as --skip-bad 0.05"
+MEND_OR_SKIP = "mend them, or go on without them by --skip-bad {share:g}"
+"""A remedy; `share` is the smallest of `sufficient` rows. Where all are bad it is `MEND`."""
 
 _NAMED = 5  # bad rows in a message
 _JUDGED = 200  # rows after which a share of bad ones says something of the file
@@ -90,14 +91,20 @@ class Rejects:
             UserError: with their number, the first few and the remedy.
         """
         if self.limit is None and self.bad:
-            raise UserError(self._message("", self.remedy))
+            raise UserError(self._message("", self._remedy(self.remedy)))
         if self.limit is not None and self.bad > allowed(self.limit, self.rows):
             raise UserError(
                 self._message(
                     f", more than the share {self.limit:g} that is left out",
-                    "mend them, or give --skip-bad a larger share",
+                    self._remedy("mend them, or give --skip-bad {share:g}, which these need"),
                 )
             )
+
+    def _remedy(self, words: str) -> str:
+        """What to do, with the share that would do; no share helps where all rows are bad."""
+        if self.bad == self.rows:
+            return MEND
+        return words.format(share=sufficient(self.bad, self.rows))
 
     def describe(self) -> str:
         """One line on the rows that were left out; empty if there are none."""
@@ -132,6 +139,15 @@ def allowed(limit: float, rows: int) -> int:
     ([1, 1, 1, 2, 50], 0)
     """
     return max(1, int(limit * rows)) if limit else 0
+
+
+def sufficient(bad: int, rows: int) -> float:
+    """The smallest share, in steps of 0.05, that leaves out `bad` of `rows`.
+
+    >>> [sufficient(bad, 10) for bad in (1, 2, 3, 10)]
+    [0.05, 0.2, 0.3, 1.0]
+    """
+    return next(step / 20 for step in range(1, 21) if allowed(step / 20, rows) >= bad)
 
 
 @contextmanager

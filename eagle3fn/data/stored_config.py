@@ -73,8 +73,28 @@ def stored_file(path_or_id: str | Path, name: str) -> Path | None:
     return path / name if os.path.lexists(path / name) else None
 
 
+def check_name(path_or_id: str | Path) -> None:
+    """Refuse a name that is no folder here and can be no Hugging Face id, before the hub is asked.
+
+    An id is `NAME` or `OWNER/NAME`. What begins as a path does, has more slashes, or lies in a
+    folder that is here is a path with a typing error.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    name = str(path_or_id)
+    path = Path(path_or_id)
+    in_a_folder = "/" in name and path.parent.is_dir()
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or in_a_folder
+    if is_path and not path.is_dir():
+        raise UserError(
+            f"{name}: no such folder; name a model folder, a GGUF file or a Hugging Face id"
+        )
+
+
 def _cached(name: str, file: str) -> str | None:
     """A file of a Hugging Face id, downloaded or from the cache."""
+    check_name(name)
     from transformers.utils.hub import cached_file
 
     # Without a connection the cache may lack a file that the id does not have at all.

@@ -9,7 +9,7 @@ from typing import Any
 from eagle3fn.base.draft_keys import refuse_vision
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import json_sha256
-from eagle3fn.data.stored_config import VOLATILE, stored_config
+from eagle3fn.data.stored_config import VOLATILE, check_name, stored_config
 from eagle3fn.data.teacher_check import architecture, check_architecture
 
 _REMEDY = "fetch the target's files again or choose another target"
@@ -25,7 +25,7 @@ def source_of(path_or_id: str | Path) -> tuple[str, dict[str, str]]:
     The option is empty for whatever is no GGUF file.
 
     Raises:
-        UserError: the GGUF file is missing, or the folder has no config.json.
+        UserError: the GGUF file or the folder is missing, or the folder has no config.json.
     """
     path = Path(path_or_id)
     if path.suffix == ".gguf":
@@ -38,6 +38,7 @@ def source_of(path_or_id: str | Path) -> tuple[str, dict[str, str]]:
         raise UserError(
             f"{path}: no config.json there; name a folder that holds a Hugging Face model, or an id"
         )
+    check_name(path_or_id)
     return str(path_or_id), {}
 
 
@@ -49,6 +50,7 @@ def weights_folder(path_or_id: str | Path) -> Path:
     """
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
+    check_name(path_or_id)
     from huggingface_hub import snapshot_download
 
     # Some repositories hold the same weights once more, in folders or under other names.

@@ -234,13 +234,22 @@ def load_map(
     return vocab_map
 
 
-def map_size(path: str | Path, read: Callable[[Path], StoredMap] = read_map) -> int:
+def map_size(
+    path: str | Path,
+    read: Callable[[Path], StoredMap] = read_map,
+    vocab_size: int | None = None,
+) -> int:
     """The draft vocabulary's size, D, of a stored map; `read` as in `load_map`.
 
     Raises:
-        UserError: missing or damaged, or without `d2t`.
+        UserError: missing or damaged, without `d2t`, or larger than the target's `vocab_size`.
     """
     (d2t,) = _tensors_of(read(Path(path)), ("d2t",), path)
+    if vocab_size is not None and d2t.numel() > vocab_size:
+        raise UserError(
+            f"{path}: a map of {d2t.numel()} tokens, but the target has {vocab_size}: it was made "
+            f"for another target; {REMEDY} for this one"
+        )
     return d2t.numel()
 
 

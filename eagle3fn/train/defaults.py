@@ -64,6 +64,8 @@ def chosen_defaults(
     optimizer: str = "muon",
     init: str = "target",
     held_out: int | None = None,
+    ranks: int = 1,
+    micro_batch: int = 1,
 ) -> list[Choice]:
     """The settings that are chosen where nobody names them.
 
@@ -75,6 +77,8 @@ def chosen_defaults(
         init: the `train.init` that is named; a trained draft gets a third of the rate.
         held_out: samples that the vocabulary map was not counted on, of the same folder; None: of
             another, or it doesn't say.
+        ranks: that train together.
+        micro_batch: the `data.micro_batch` that is named.
     """
     reason = "those that the vocabulary map was not counted on"
     if held_out is None:
@@ -93,9 +97,22 @@ def chosen_defaults(
         *rates,
         Choice("optimizer.warmup_ratio", 0.03, "of the demo"),
         Choice("train.dtype", _name(fast_dtype(device)), f"fast on this {device}"),
+        *batch_of_ranks(ranks, micro_batch),
         Choice("data.held_out", held_out, reason),
         Choice("train.eval_every", apart, "about an epoch, 50 to 500 steps"),
     ]
+
+
+def batch_of_ranks(ranks: int, micro_batch: int = 1) -> list[Choice]:
+    """A micro-batch for each of several ranks; nothing is chosen for one.
+
+    >>> [choice.value for choice in batch_of_ranks(2, 4)], batch_of_ranks(1)
+    ([8], [])
+    """
+    if ranks == 1:
+        return []
+    reason = f"data.micro_batch = {micro_batch} on each of {ranks} ranks"
+    return [Choice("data.global_batch", ranks * micro_batch, reason)]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,5 +1,6 @@
 """A draft's folder read back."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 LAYER = "midlayer."  # the prefix of the layer's weights
 LAYER_BY_NUMBER = "layers.0."  # the same in speculators' layout
+_IN_A_RUN = ("draft", "train/draft")  # where a run's folder, or the one above it, has its draft
 
 
 class Draft(NamedTuple):
@@ -36,6 +38,20 @@ class Draft(NamedTuple):
     embed_tokens: Tensor | None  # (V, H)
 
 
+def config_of_draft(folder: str | Path) -> Path:
+    """The `config.json` of a draft's folder.
+
+    Raises:
+        UserError: the folder has none, but is a run's, whose draft lies below it; names that.
+    """
+    path = Path(folder) / CONFIG
+    for name in _IN_A_RUN:
+        draft = Path(folder) / name
+        if not os.path.lexists(path) and (draft / CONFIG).is_file():
+            raise UserError(f"{path}: no such file; {folder} is a run's folder: name its {draft}")
+    return path
+
+
 def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Draft:
     """Read an exported folder; floating-point tensors come in `dtype` on `device`.
 
@@ -45,7 +61,7 @@ def load_draft(folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> D
     """
     folder = Path(folder)
     clear(folder)  # a kill while it was replaced: the one before comes back
-    config = draft_config_from_json(folder / CONFIG)
+    config = draft_config_from_json(config_of_draft(folder))
     file = folder / WEIGHTS
     return make_draft(config, _read_tensors(file), file, dtype, device)
 
@@ -188,7 +204,7 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     Raises:
         UserError: it says none.
     """
-    path = Path(folder) / CONFIG
+    path = config_of_draft(folder)
     tree = read_object(path)
     name = tree.get("dtype") or tree.get("torch_dtype")
     dtype = getattr(torch, str(name), None)

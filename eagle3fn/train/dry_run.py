@@ -171,7 +171,8 @@ def _update_lines(found: DryRun, update: TriedUpdate) -> list[str]:
         f"{update.seconds:.2f} s with what a first one prepares",
         f"  {_memory(found, update.peak)}",
         "what is left" if begun else "all of it",
-        f"  about {duration(found.seconds)}, checkpoints not counted",
+        f"  about {duration(found.seconds)} for updates and evaluations, by {_TIMED_STEPS} timed "
+        "updates; checkpoints not counted",
     ]
 
 

@@ -24,7 +24,13 @@ from eagle3fn.base.read import CONFIG_LIMIT, read_object
 from eagle3fn.base.rope_settings import rope_of, scaling_of, theta_of
 from eagle3fn.base.switches import read_switches
 from eagle3fn.model.table import FC, HEAD, TAPS_NORM, tap_norm
-from eagle3fn.train.drafts import CONFIG, Draft, check_finite, make_draft, own_name
+from eagle3fn.train.drafts import (
+    Draft,
+    check_finite,
+    config_of_draft,
+    make_draft,
+    own_name,
+)
 from eagle3fn.train.weight_files import read_weights
 
 ORIGINS = ("specforge", "eagle", "speculators", "hf")
@@ -53,7 +59,7 @@ def read_foreign(folder: str | Path, origin: str | None = None) -> Imported:
             tensor that is missing, unknown or of the wrong shape; it names file and remedy.
     """
     folder = Path(folder)
-    path = folder / CONFIG
+    path = config_of_draft(folder)
     tree = read_object(path, CONFIG_LIMIT)
     found = _origin_of(tree, path)
     if origin and (origin == "speculators") != (found == "speculators"):

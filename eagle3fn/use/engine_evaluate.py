@@ -32,7 +32,7 @@ from eagle3fn.engines.decoding import (
     total,
     verifications,
 )
-from eagle3fn.train.drafts import check_files_finite
+from eagle3fn.train.drafts import check_files_finite, config_of_draft
 from eagle3fn.use.counts import differing_tokens, repeated_share
 from eagle3fn.use.decode import check_pair
 from eagle3fn.use.evaluate import Progress, check_prompts
@@ -184,7 +184,7 @@ def encode_prompts(
 
     # A GGUF file of a draft is left to the engine.
     if Path(draft).suffix != ".gguf":
-        config = draft_config_from_json(Path(draft) / "config.json", None)
+        config = draft_config_from_json(config_of_draft(draft), None)
         check_files_finite(draft)
         check_pair(config, text_config, str(draft), str(target))
         limits.append(config.max_position_embeddings)

@@ -247,7 +247,7 @@ def test_next_token_alone_is_compared_where_there_is_no_more(made, tmp_path):
 
 def test_another_version_of_the_engine_does_not_go_on(made, tmp_path):
     run(made, InProcess(made), tmp_path / "out")
-    with pytest.raises(UserError, match=r"made from other conversations, another target or other"):
+    with pytest.raises(UserError, match=r"made with engine .*, not .*1\.1.*; remove"):
         run(made, InProcess(made, version="1.1"), tmp_path / "out")
 
 

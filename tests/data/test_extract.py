@@ -274,14 +274,20 @@ def test_folder_of_another_extraction_is_refused_and_left_as_it_is(tmp_path):
     out = tmp_path / "out"
     run(talks, out)
     before = contents(out)
-    for change in ({"max_length": 80}, {"layers": (0, 1, 2)}, {"samples_per_shard": 4}):
-        refusal = r"index.json: made from other.*remove the folder .*out or choose another"
+    for change, said in (
+        ({"max_length": 80}, "with max_length 90, not 80"),
+        ({"layers": (0, 1, 2)}, r"with layers \[.*\], not \[0, 1, 2\]"),
+        ({"samples_per_shard": 4}, "from other conversations, another target or other settings"),
+    ):
+        refusal = rf"index.json: made {said}; remove the folder .*out or choose another"
         with pytest.raises(UserError, match=refusal):
             run(talks, out, **change)
 
     # Other conversations; without an index the sidecars are compared.
-    (out / "index.json").unlink()
     write_talks(talks, 9)
+    with pytest.raises(UserError, match=r"index.json: made from other conversations; remove"):
+        run(talks, out)
+    (out / "index.json").unlink()
     with pytest.raises(UserError, match=r"shard-00000.json: made from other.*remove the folder"):
         run(talks, out)
     del before["index.json"]

@@ -1,8 +1,11 @@
 """Bad rows: all are counted, the first are named, and a share of them is left out where asked."""
 
 import json
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.data.rejects import MEND_OR_SKIP, Dropped, allowed, rejecting, usable
@@ -42,9 +45,25 @@ def test_good_rows_pass_and_bad_ones_are_named_in_one_line():
     with pytest.raises(UserError, match=message):
         take([1, 0, -1, 2, -2])
     with pytest.raises(
-        UserError, match=r"^a.jsonl: 1 of 1 rows is bad: .*; mend .* --skip-bad 0.05$"
+        UserError, match=r"^a.jsonl: 1 of 2 rows is bad: .*; mend .* --skip-bad 0.05$"
     ):
-        take([0], remedy=MEND_OR_SKIP)
+        take([0, 1], remedy=MEND_OR_SKIP)
+
+
+@given(st.integers(1, 30), st.integers(1, 100))
+def test_the_share_that_a_refusal_names_suffices(bad, good):
+    numbers = [0] * bad + [1] * good
+    for limit in (None, 0.0):
+        with pytest.raises(UserError) as raised:
+            take(numbers, limit=limit, remedy=MEND_OR_SKIP)
+        (share,) = re.findall(r"--skip-bad ([\d.]*\d)", str(raised.value))
+        assert take(numbers, limit=float(share)) == [1] * good
+
+
+def test_no_share_is_named_where_every_row_is_bad():
+    for limit in (None, 0.0):
+        with pytest.raises(UserError, match=r"2 of 2 rows are bad.*; mend or delete them$"):
+            take([0, 0], limit=limit, remedy=MEND_OR_SKIP)
 
 
 def test_five_bad_rows_are_named_of_more():

@@ -235,7 +235,9 @@ def test_folders_of_two_stores_are_not_mixed(tmp_path):
     run(tmp_path, tmp_path / "out", store="fp8")
     run(tmp_path, tmp_path / "out", store="fp8")  # goes on
     for other in (None, "int8"):
-        with pytest.raises(UserError, match=r"other settings.*remove the folder"):
+        with pytest.raises(
+            UserError, match=rf"with store fp8, not {other or 'none'}; remove the folder"
+        ):
             run(tmp_path, tmp_path / "out", store=other)
 
 

@@ -21,10 +21,17 @@ from eagle3fn.data.features import open_features, read_sample
 from eagle3fn.data.online import roll_out
 from eagle3fn.data.samples import SampleMaker
 from eagle3fn.data.sources import model_source, token_batches
-from eagle3fn.data.stored_config import gguf_config
+from eagle3fn.data.stored_config import check_name, gguf_config
 from eagle3fn.data.target import load_target, stop_ids, weights_digest
 from eagle3fn.data.target_files import loaded_digest
-from eagle3fn.data.target_source import config_hash, config_hashes, model_config_hash, target_config
+from eagle3fn.data.target_loading import load_tokenizer
+from eagle3fn.data.target_source import (
+    config_hash,
+    config_hashes,
+    model_config_hash,
+    target_config,
+    weights_folder,
+)
 from eagle3fn.data.target_tensors import read_target_tensors, tensors_record
 from eagle3fn.data.template import ChatTemplate
 from tests.data.gguf_file import write_gguf
@@ -431,8 +438,34 @@ def test_path_or_id_without_a_target_is_refused(tmp_path):
         target_config(tmp_path)
     with pytest.raises(UserError, match=r"none.gguf: no such file; name"):
         target_config(tmp_path / "none.gguf")
-    with pytest.raises(UserError, match=r"no folder, and not reachable.*name a folder"):
-        target_config(tmp_path / "not" / "there")
+
+
+@pytest.mark.parametrize(
+    "name", ["run/nosuch", "./nosuch", "../nosuch", "~/nosuch", "a/b/c", "/nosuch/x"]
+)
+@pytest.mark.parametrize("reader", [target_config, config_hash, load_tokenizer, weights_folder])
+def test_path_with_a_typing_error_is_refused_without_the_hub(reader, name, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the hub is asked")
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", asked)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    with pytest.raises(UserError) as raised:
+        reader(name)
+    assert str(raised.value).startswith(f"{name}: no such folder; name a model folder, a GGUF file")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/name"])
+def test_hub_id_is_no_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_name(name) is None
+    (tmp_path / "owner").mkdir()
+    if "/" in name:
+        with pytest.raises(UserError, match="owner/name: no such folder"):
+            check_name(name)
 
 
 def test_configuration_that_is_no_json_is_refused(tmp_path):

@@ -112,6 +112,10 @@ def test_saved_map_loads_bit_for_bit(tmp_path):
     assert equal(load_map(path, 5, 3), MAP)
     assert equal(load_map(path, 5, 3, "abc"), MAP)
     assert map_size(path) == 3
+    assert map_size(path, vocab_size=3) == 3
+    with pytest.raises(UserError) as raised:
+        map_size(path, vocab_size=2)
+    assert str(raised.value).startswith(f"{path}: a map of 3 tokens, but the target has 2: it was")
 
 
 def test_map_of_another_target_is_refused(tmp_path):

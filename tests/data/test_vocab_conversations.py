@@ -193,6 +193,7 @@ def test_prompts_without_answers_are_refused_with_the_way_to_answers(target, tmp
     error = refusal(capsys, tmp_path, call(target, "vocab", *read))
     assert "no sample: 2 of 2 conversations dropped: 2 have no assistant turn; " in error
     assert re.search(r"eagle3fn regenerate \(.* --limit 500\)", error)
+    assert "train --online lets the target write them by --generate" in error
 
 
 @pytest.mark.parametrize(

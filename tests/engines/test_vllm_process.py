@@ -151,7 +151,7 @@ def test_finished_folder_loads_no_target(made, plan, tmp_path):
 def test_another_version_does_not_go_on(made, plan, tmp_path):
     run(made, tmp_path)
     plan(version="0.33.0")
-    with pytest.raises(UserError, match="made from other conversations, another target or other"):
+    with pytest.raises(UserError, match=r"made with engine .*, not .*; remove"):
         run(made, tmp_path)
 
 

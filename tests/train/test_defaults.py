@@ -141,3 +141,17 @@ def test_the_dtype_is_the_one_that_the_device_multiplies_fast(monkeypatch):
     for fast, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
         monkeypatch.setattr(defaults, "fast_dtype", lambda device, fast=fast: fast)
         assert config_of(chosen_defaults(make_draft(), 60)).train.dtype == name
+
+
+def test_a_batch_for_all_ranks_is_chosen_on_several():
+    def batch(ranks: int, *overrides: str, micro_batch: int = 1) -> int:
+        choices = chosen_defaults(make_draft(), 60, ranks=ranks, micro_batch=micro_batch)
+        return config_of(choices, *overrides).data.global_batch
+
+    assert batch(1) == Config(make_draft()).data.global_batch
+    assert batch(2) == 2
+    assert batch(2, "data.micro_batch=4", micro_batch=4) == 8
+    assert batch(2, "data.global_batch=6") == 6  # a named one is taken
+    said = describe(chosen_defaults(make_draft(), 60, ranks=2))
+    assert "data.global_batch=2 (data.micro_batch = 1 on each of 2 ranks)" in said
+    assert "global_batch" not in describe(chosen_defaults(make_draft(), 60))

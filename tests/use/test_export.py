@@ -17,6 +17,8 @@ from eagle3fn.base.types import Frozen
 from eagle3fn.model.rope import rope_table
 from eagle3fn.testing.builders import Case, tiny_frozen, tiny_params
 from eagle3fn.testing.strategies import VALUES
+from eagle3fn.train.drafts import stored_dtype
+from eagle3fn.train.foreign_drafts import read_foreign
 from eagle3fn.use.export import export, load_draft
 
 LAYERS = 8
@@ -320,6 +322,30 @@ def test_input_layers_alone_give_the_taps(tmp_path):
         json.dumps(tree | {"eagle_aux_hidden_state_layer_ids": [1, 3, 8]})
     )
     assert load_draft(tmp_path, torch.float32).config.aux_layers == (0, 2, 7)
+
+
+@pytest.mark.parametrize("name", ["draft", "train/draft"])
+@pytest.mark.parametrize(
+    "read",
+    [lambda folder: load_draft(folder, torch.float32), stored_dtype, read_foreign],
+    ids=["load_draft", "stored_dtype", "read_foreign"],
+)
+def test_a_runs_folder_in_place_of_its_draft_names_the_draft(read, name, tmp_path):
+    write(tmp_path / name)
+    with pytest.raises(UserError) as raised:
+        read(tmp_path)
+    assert str(raised.value) == (
+        f"{tmp_path}/config.json: no such file; {tmp_path} is a run's folder: name its "
+        f"{tmp_path / name}"
+    )
+    assert read(tmp_path / name)
+
+
+def test_a_target_in_place_of_a_draft_is_refused_as_none(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    message = r"\['LlamaForCausalLM'\]: not an EAGLE-3 draft, .*; name a draft, .*, not its target$"
+    with pytest.raises(UserError, match=message):
+        load_draft(tmp_path, torch.float32)
 
 
 def test_missing_or_damaged_files_are_named(tmp_path):
