@@ -571,7 +571,7 @@ def test_features_that_are_missing_or_damaged_are_refused(work, tmp_path, capsys
             settings("objective.loss=kls"),
             ["objective.loss = 'kls'", "'kl', 'rkl'"],
         ),
-        (settings("objective.lenght=3"), ["unknown key objective.lenght"]),
+        (settings("objective.lenght=3"), ["unknown key objective.lenght; did you mean"]),
         (settings("data.held_out=10"), ["data.held_out"]),
         (settings("draft.max_position_embeddings=4"), ["max_position_embeddings = 4"]),
         (["--config", "no.toml"], ["no.toml"]),

@@ -6,6 +6,7 @@ Unknown keys are refused.
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -104,7 +105,9 @@ def from_dict(kind: Any, tree: dict, where: str, prefix: str = "") -> Any:
     if unknown:
         known = ", ".join(prefix + name for name in hints)
         key = prefix + printable(unknown[0])
-        raise UserError(f"{where}: unknown key {key}; known: {known}")
+        near = get_close_matches(unknown[0], list(hints), n=1)
+        meant = f"; did you mean {prefix}{near[0]}?" if near else ""
+        raise UserError(f"{where}: unknown key {key}{meant or ';'} known: {known}")
 
     values = {}
     for key, value in tree.items():

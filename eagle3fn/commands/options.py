@@ -123,7 +123,7 @@ SETTINGS = (
         "--set",
         "training",
         "SECTION.KEY=VALUE",
-        "override a setting; once for each",
+        "override a setting (docs/settings.md); once for each",
         action="append",
         default=[],
     ),

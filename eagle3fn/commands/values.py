@@ -28,9 +28,14 @@ def number_in(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """A type for argparse: a number in a range."""
 
     def parsed(text: str) -> Any:
-        if not low <= kind(text) <= high:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: must be {what}") from None
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high:g}")
-        return kind(text)
+        return value
 
     return parsed
 

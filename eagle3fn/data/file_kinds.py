@@ -237,5 +237,5 @@ def _plain_text(path: Path) -> str:
         )
     return (
         f"{path}: plain text, not rows of JSON; write one JSON object a line, "
-        'such as {"text": …} or {"messages": [{"role", "content"}, …]}'
+        'such as {"prompt": …} or {"messages": [{"role", "content"}, …]}'
     )

@@ -197,7 +197,7 @@ def _turns_of(row: dict[str, Any], where: str) -> tuple[list[Any] | str, tuple[s
     raise UserError(
         f"{where}: no list of turns ({found}); a row must read "
         '{"messages": [{"role", "content"}, …]}, {"conversations": [{"from", "value"}, …]}, '
-        '{"prompt", "completion"} or {"text"}'
+        '{"prompt", "completion"}, {"prompt"} (to be answered by eagle3fn regenerate) or {"text"}'
     )
 
 

@@ -18,7 +18,7 @@ from eagle3fn.base.read import check_regular, parse_json
 from eagle3fn.base.types import VocabMap
 from eagle3fn.data.features import FeatureSet, read_tokens
 
-REMEDY = "build the map again"
+REMEDY = "build the map again by eagle3fn vocab"
 _MOST_HELD_OUT = 24
 _COVERED = 0.999  # of the supervised tokens
 _SMALLEST = 4096

@@ -31,6 +31,12 @@ class Functions(NamedTuple):
     step: Callable[..., tuple[TrainState, Metrics]]
 
 
+_NAMED = {  # where a configuration names what `bind` was given as a text
+    "loss": "e3.ObjectiveConfig(loss={!r})",
+    "optimizer": "e3.OptimizerConfig(name={!r})",
+}
+
+
 def bind(
     config: Config,
     frozen: Frozen,
@@ -56,7 +62,8 @@ def bind(
     for name, given in (("loss", loss), ("optimizer", optimizer)):
         if isinstance(given, str):
             raise UserError(
-                f"bind: {name} = {given!r} is a name; give it as a setting, or a function"
+                f"bind: {name} = {given!r} is a name; give a function, or the name in the "
+                f"configuration, {_NAMED[name].format(given)}"
             )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise UserError(

@@ -181,5 +181,5 @@ def test_an_empty_map_is_refused(tmp_path):
     """It is consistent, but proposes nothing."""
     empty = VocabMap(torch.zeros(5, dtype=torch.bool), torch.zeros(0, dtype=torch.int64))
     save_map(tmp_path / "map.safetensors", empty, {})
-    with pytest.raises(UserError, match=r"map.safetensors: d2t is empty: .*build the map again"):
+    with pytest.raises(UserError, match=r"d2t is empty: .*build the map again by eagle3fn vocab"):
         load_map(tmp_path / "map.safetensors")

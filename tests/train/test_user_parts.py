@@ -283,7 +283,7 @@ def test_a_trial_leaves_the_random_numbers_as_they_are() -> None:
 
 def test_names_are_settings_and_needs_are_known() -> None:
     frozen = tiny_frozen(CASE)
-    with pytest.raises(e3.UserError, match="loss = 'kl' is a name"):
+    with pytest.raises(e3.UserError, match=r"loss = 'kl' is a name; .*ObjectiveConfig.loss='kl'"):
         e3.bind(config_of("fast"), frozen, loss="kl")  # pyright: ignore[reportArgumentType]
     with pytest.raises(e3.UserError, match="optimizer is function; it must be"):
         e3.bind(config_of("fast"), frozen, optimizer=e3.OPTIMIZERS["muon"])  # pyright: ignore
