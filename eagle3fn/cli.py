@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_code("eagle3fn", lambda: show_version(options.version_as_json))
     if options.command is None:
         root.error("name a command")
+    if options.version_as_json:
+        root.error("--json stands after the command")
 
     options.arguments = arguments
     options.parser = root

@@ -112,6 +112,7 @@ def test_a_value_of_one_name_is_shown_in_one_way():
         (["plan", "word"], "eagle3fn plan", "'word' belongs to no option;"),
         (["--vresion"], "eagle3fn", "unknown option --vresion; did you mean --version?"),
         (["--json"], "eagle3fn", "name a command;"),
+        (["--json", "report", "--run", "r"], "eagle3fn", "--json stands after the command;"),
         (["vocab", "--target", "t"], "eagle3fn vocab", "required"),
     ],
 )
@@ -127,6 +128,18 @@ def test_a_mistake_shows_the_commands_own_usage_and_the_nearest_name(
     assert usage.startswith(f"usage: {program_name} ")
     assert line.startswith(f"{program_name}: ") and message in line
     assert line.endswith(f" {program_name} --help lists all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["report", "--run", ""], "--run"),
+        ([*"train --target t --features f --vocab v --out o --from".split(), ""], "--from"),
+    ],
+)
+def test_an_empty_value_is_refused_by_the_options_own_name(capsys, arguments, flag):
+    assert main(arguments) == 2
+    assert f": {flag}: is empty;" in capsys.readouterr().err
 
 
 # JSON

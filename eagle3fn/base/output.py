@@ -36,14 +36,15 @@ def json_line(values: dict[str, Any]) -> str:
     >>> json_line({"out": pathlib.PurePosixPath("run"), "loss": float("nan")})
     '{"out": "run", "loss": null}'
     """
-    return json.dumps(_json_value(values))
+    return json.dumps(json_value(values))
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """A value as JSON has it: a number that is not finite is null, a path its text."""
     if isinstance(value, dict):
-        return {str(key): _json_value(each) for key, each in value.items()}
+        return {str(key): json_value(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(each) for each in value]
+        return [json_value(each) for each in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):

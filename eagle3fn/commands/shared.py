@@ -40,7 +40,7 @@ def check_places(options: Any) -> None:
     # It would be taken for an option that is not given.
     for name, given in vars(options).items():
         if name != "arguments" and "" in (given if isinstance(given, list) else [given]):
-            raise UserError(f"--{name.replace('_', '-')}: is empty; name one, or leave it out")
+            raise UserError(f"{_flag(options, name)}: is empty; name one, or leave it out")
 
     check_apart(
         _given_paths(options, _OUTPUTS),
@@ -49,11 +49,21 @@ def check_places(options: Any) -> None:
     )
 
 
+def _flag(options: Any, name: str) -> str:
+    """The option whose value has this name, as the user types it."""
+    from eagle3fn.commands.grammar import parsers_of
+
+    for action in parsers_of(options.parser)[options.command]._actions:
+        if action.dest == name and action.option_strings:
+            return action.option_strings[-1]
+    return f"--{name.replace('_', '-')}"
+
+
 def _given_paths(options: Any, names: tuple[str, ...]) -> dict[str, str]:
     """The paths that are given under these names, by option; of several, the others numbered."""
     found = {}
     for name in names:
-        option = f"--{name.replace('_', '-')}"
+        option = _flag(options, name)
         given = getattr(options, name, None)
         paths = given if isinstance(given, list) else [given]
         for number, path in enumerate(paths, 1):

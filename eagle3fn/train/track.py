@@ -27,8 +27,13 @@ class RowKind(NamedTuple):
             return "no object"
         wrong = [key for key, good in self.needed.items() if key not in row or not good(row[key])]
         wrong += [key for key, good in self.optional.items() if key in row and not good(row[key])]
-        return f"no number under {wrong[0]}" if wrong else None
+        if wrong:
+            return f"no number under {wrong[0]}"
+        positions = {len(row[key]) for key in _BY_POSITION if key in row}
+        return f"{' and '.join(_BY_POSITION)} of different lengths" if len(positions) > 1 else None
 
+
+_BY_POSITION = ("accuracy", "conditional_accuracy")
 
 _RATES: dict[str, Check] = {
     "accuracy": is_rates,

@@ -31,13 +31,23 @@ def _is_group(value: Any) -> bool:
     return all(good(value[name]) for name, good in _GROUP.items())
 
 
+def is_shares(value: Any) -> bool:
+    """Rates by draft position, of which none is above 1."""
+    return is_rates(value) and all(rate <= 1 for rate in value)
+
+
+_SHORTEST = 1e-9  # seconds: what is measured takes longer
+
+
 def is_costs(value: Any) -> bool:
     """What `use.speed.measure_speed` gives of costs: `verify_seconds` has one entry more."""
     if not isinstance(value, dict):
         return False
     verify: Any = value.get("verify_seconds")
     predicted: Any = value.get("predicted_seconds_per_token")
-    if not is_rates(verify) or not is_rates(predicted) or not all([*verify, *predicted]):
+    if not is_rates(verify) or not is_rates(predicted):
+        return False
+    if min([*verify, *predicted], default=0) < _SHORTEST:
         return False
     singles = ("context", "first_draft_seconds", "next_draft_seconds")
     return all(is_amount(value.get(name)) for name in singles) and len(verify) == len(predicted) + 1
@@ -46,7 +56,8 @@ def is_costs(value: Any) -> bool:
 _EVALUATION: dict[str, Check] = {
     "draft_length": is_count,
     "accepted_length": or_none(is_amount),
-    "acceptance_by_position": or_none(is_rates),
+    "acceptance_by_position": or_none(is_shares),
+    "expected_acceptance_by_position": or_none(is_shares),
     "prompts": or_none(is_text),
     "lossless": or_none(is_flag),
     "lossless_note": is_text,
@@ -76,12 +87,25 @@ _EVALUATION: dict[str, Check] = {
 }
 """What a report reads of an evaluation, where it is there."""
 
+_OF_THE_TRAINING = (
+    "rates_of",
+    "accuracy",
+    "conditional_accuracy",
+    "counted",
+    "changed",
+    "stage_seconds",
+    "draft_vocab_size",
+    "vocab_size",
+)
+"""Names that a report has from other files of a run: an evaluation would speak for them."""
+
 _TOGETHER = {
     "speedup": ("tokens_per_s", "plain_tokens_per_s", "speed_tasks"),
     "lossless": ("tasks",),
     "break_even_accepted_length": ("speed_accepted_length", "speed_draft_length"),
     "differing_tokens": ("timed_tokens",),
     "engine": ("engine_version",),
+    "costs": ("speedup", "speed_dtype", "break_even_accepted_length"),
 }
 """What must be there with another value."""
 
@@ -118,11 +142,13 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     for name in needed:
         if name not in found:
             raise UserError(f"{path}: {name} is missing; run eagle3fn evaluate again")
-    for name, good in _EVALUATION.items():
-        if name in found and not good(found[name]):
-            raise UserError(
-                f"{path}: {name} is no value that evaluate writes; run eagle3fn evaluate again"
-            )
-    if found["acceptance_by_position"] is None and "engine" not in found:
+    wrong = [name for name in _OF_THE_TRAINING if name in found]
+    wrong += [name for name, good in _EVALUATION.items() if name in found and not good(found[name])]
+    for name in wrong:
+        raise UserError(
+            f"{path}: {name} is no value that evaluate writes; run eagle3fn evaluate again"
+        )
+    engine_alone = "engine" in found and "costs" not in found
+    if found["acceptance_by_position"] is None and not engine_alone:
         raise UserError(f"{path}: acceptance_by_position is missing; run eagle3fn evaluate again")
     return found

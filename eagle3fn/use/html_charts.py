@@ -16,6 +16,7 @@ _RIGHT = 408
 _TOP = 30
 _BOTTOM = 204
 _LABEL = 40  # letters of a name
+_SMALLEST = 1e-300  # between two ticks: powers of ten below are not exact
 
 Number = float | None
 
@@ -68,6 +69,8 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     if not high > low:
         return [low]
     rough = (high - low) / max(most - 1, 1)
+    if rough < _SMALLEST:
+        return [low]
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= rough)
     first = math.ceil(low / step - 1e-9)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from eagle3fn.base.errors import UserError
 from eagle3fn.base.files import write_json, write_text
+from eagle3fn.base.output import json_value
 from eagle3fn.base.places import check_out_file
 from eagle3fn.base.provenance import git_revision, processor, versions
 from eagle3fn.base.read import read_object
@@ -49,8 +50,11 @@ def write_report(folder: Path) -> dict[str, Any]:
     for name in (NUMBERS, PAGE):
         check_out_file(folder / name)
     run = gather(folder)
-    write_json(folder / NUMBERS, run.numbers)
-    write_text(folder / PAGE, report_page(run.numbers, run.rows, run.examples))
+    page = report_page(run.numbers, run.rows, run.examples)
+
+    # JSON has no NaN: a setting may hold one.
+    write_json(folder / NUMBERS, json_value(run.numbers))
+    write_text(folder / PAGE, page)
     return run.numbers
 
 

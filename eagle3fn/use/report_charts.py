@@ -18,8 +18,8 @@ Row = dict[str, Any]
 def training_charts(numbers: Row, rows: Rows) -> list[Chart]:
     """Losses, accepted lengths, learning rate and gradient norm by step.
 
-    Values of steps are means over equal windows, `_POINTS` at most. A dotted line marks where the
-    run went on from another one, whose rows come before it.
+    Values of steps, and of evaluations, are means over equal windows, `_POINTS` at most. A
+    dotted line marks where the run went on from another one, whose rows come before it.
     """
     window = -(-len(rows.steps) // _POINTS)
     mean = f", mean of {window} steps" if window > 1 else ""
@@ -43,19 +43,22 @@ def training_charts(numbers: Row, rows: Rows) -> list[Chart]:
     def of_steps(name: str) -> list[tuple[float, float | None]]:
         return window_means(rows.steps, name, window)
 
-    def of_held_out(name: str) -> list[tuple[float, float | None]]:
-        return [(row["step"], row[name]) for row in rows.held_out if row.get(name) is not None]
+    def of_held_out(name: str) -> Line:
+        measured = [row for row in rows.held_out if row.get(name) is not None]
+        several = max(-(-len(measured) // _POINTS), 1)
+        label = f"held-out, mean of {several} evaluations" if several > 1 else "held-out"
+        return Line(label, window_means(measured, name, several), dots=True)
 
     found = [
         chart(
             "Loss",
             Line(f"training{mean}", of_steps("loss")),
-            Line("held-out", of_held_out("loss"), dots=True),
+            of_held_out("loss"),
         ),
         chart(
             "Accepted length, simulated",
             Line(f"training{mean}", of_steps("accepted_length")),
-            Line("held-out", of_held_out("accepted_length"), dots=True),
+            of_held_out("accepted_length"),
         ),
         chart("Learning rate", Line(f"learning rate{mean}", of_steps("learning_rate"))),
         chart("Gradient norm", Line(f"before clipping{mean}", of_steps("grad_norm"))),

@@ -449,3 +449,64 @@ def test_rates_that_are_none_are_refused_by_row(tmp_path, name):
     write_run(tmp_path, {"train/eval.jsonl": [row]})
     with pytest.raises(UserError, match=f"eval.jsonl:1: no number under {name}"):
         write_report(tmp_path)
+
+
+COSTS = {
+    "context": 64,
+    "first_draft_seconds": 0.1,
+    "next_draft_seconds": 0.1,
+    "verify_seconds": [0.1, 0.2],
+    "predicted_seconds_per_token": [0.1],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"rates_of": "held-out rows"}, "rates_of"),
+        ({"changed": 3}, "changed"),
+        ({"stage_seconds": {"train": "long"}}, "stage_seconds"),
+        ({"acceptance_by_position": [1e15] * 100}, "acceptance_by_position"),
+        ({"costs": COSTS, "expected_acceptance_by_position": "x"}, "expected_acceptance_by_"),
+        ({"costs": COSTS | {"predicted_seconds_per_token": [5e-324]}}, "costs"),
+        ({"costs": COSTS, "acceptance_by_position": None, "engine": "e"}, "engine_version"),
+    ],
+)
+def test_an_evaluation_that_no_page_can_show_is_refused_and_nothing_written(
+    tmp_path, changes, name
+):
+    write_run(tmp_path, {"evaluation.json": FULL_EVALUATION | changes})
+    with pytest.raises(UserError, match=f"evaluation.json: {name}"):
+        write_report(tmp_path)
+    assert not list(tmp_path.glob("report.*"))
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "train/config.toml").write_text("[optimizer]\nlearning_rate = nan\n")
+    write_report(tmp_path)
+    assert "NaN" not in (tmp_path / "report.json").read_text()
+    assert read_report(tmp_path)["changed"]["optimizer.learning_rate"]["value"] is None
+
+
+def test_losses_that_differ_by_the_least_number_have_a_chart(tmp_path):
+    rows = [STEP | {"step": 1, "loss": 0.0}, STEP | {"step": 2, "loss": 5e-324}]
+    write_run(tmp_path, {"train/metrics.jsonl": rows})
+    assert write_report(tmp_path)["steps"] == 2
+
+
+def test_rates_of_different_lengths_are_refused_by_row(tmp_path):
+    row = {"step": 1, "accepted_length": 1.5, **RATES, "accuracy": []}
+    write_run(tmp_path, {"train/eval.jsonl": [row]})
+    with pytest.raises(
+        UserError, match=r"eval\.jsonl:1: accuracy and conditional_accuracy of diff"
+    ):
+        write_report(tmp_path)
+
+
+def test_the_page_of_many_evaluations_stays_small(tmp_path):
+    rows = [{"step": step, "accepted_length": 1.5, "loss": 2.0} for step in range(5000)]
+    write_run(tmp_path, {"train/eval.jsonl": rows})
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert len(page) < 200_000 and "held-out, mean of 50 evaluations" in page
