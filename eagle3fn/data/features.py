@@ -128,7 +128,11 @@ def open_features(
     paths = reader.find(folder) if reader else []
     if not paths:
         lacking = f"no index.json and no {reader.files}" if reader else "no index.json"
-        raise UserError(f"{folder}: {lacking} there; {REMEDY} or name another folder")
+        if not folder.is_dir():
+            found = "is a file, no feature folder" if folder.exists() else "no such folder"
+        else:
+            found = f"{lacking} there"
+        raise UserError(f"{folder}: {found}; {REMEDY} or name another folder")
     names = [str(path.relative_to(folder)) for path in paths]
     samples = [{"id": name, "shard": name} for name in names]
     return FeatureSet(folder, samples, {}, vocab_size, hidden_size, {}, reader)

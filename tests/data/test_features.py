@@ -614,16 +614,22 @@ def test_index_is_read_where_there_is_one_whatever_the_reader(tmp_path):
     assert same(read_sample(opened, 0), GOOD)
 
 
-@pytest.mark.parametrize("name", ["empty", "absent"])
 @pytest.mark.parametrize(
     ("reader", "looked_for"), [(None, "no index.json"), (TOY, "no index.json and no .toy")]
 )
-def test_folder_without_samples_is_refused_with_what_was_looked_for(
-    tmp_path, name, reader, looked_for
-):
+def test_folder_without_samples_is_refused_with_what_was_looked_for(tmp_path, reader, looked_for):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=rf"{name}: {looked_for} there; {AGAIN} or name another"):
-        open_features(tmp_path / name, reader=reader)
+    with pytest.raises(UserError, match=rf"empty: {looked_for} there; {AGAIN} or name another"):
+        open_features(tmp_path / "empty", reader=reader)
+
+
+@pytest.mark.parametrize("reader", [None, TOY])
+def test_what_is_no_folder_of_features_is_said_to_be_none(tmp_path, reader):
+    with pytest.raises(UserError, match=rf"absent: no such folder; {AGAIN} or name another"):
+        open_features(tmp_path / "absent", reader=reader)
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(UserError, match="file: is a file, no feature folder; "):
+        open_features(tmp_path / "file", reader=reader)
 
 
 def test_totals_that_are_no_object_are_refused(tmp_path):
