@@ -95,7 +95,7 @@ def test_a_value_of_one_name_is_shown_in_one_way():
     for command in COMMANDS:
         for flag, one in options_of(command).items():
             assert one.group in GROUPS, flag
-            assert one.takes is None or one.takes == one.takes.upper(), flag
+            assert one.metavar is None or one.metavar == one.metavar.upper(), flag
 
 
 # Mistakes

@@ -69,9 +69,9 @@ _SYNTHESIZE = Command(
             default=0.5,
         ),
         TEMPERATURE,
-        MAX_NEW.but(without="224"),
+        MAX_NEW.changed(default_text="224"),
         SEED,
-        BATCH.but("conversations sampled together"),
+        BATCH.changed("conversations sampled together"),
         EXCLUDE,
         THREADS,
     ),
@@ -93,7 +93,7 @@ _REGENERATE = Command(
         TEMPLATE_ARG,
         option("--out", "output", "FILE", "JSONL; bad rows: OUT.rejects.jsonl", required=True),
         TEMPERATURE,
-        MAX_NEW.but(without="512"),
+        MAX_NEW.changed(default_text="512"),
         SEED,
         TOP_P,
         BATCH,
@@ -103,7 +103,11 @@ _REGENERATE = Command(
             "--url", "running server", "URL", "ask a running server, as http://localhost:8000/v1"
         ),
         option(
-            "--model", "running server", "NAME", "the target's name there", without="the only one"
+            "--model",
+            "running server",
+            "NAME",
+            "the target's name there",
+            default_text="the only one",
         ),
         option(
             "--api-key-env", "running server", "NAME", "environment variable with the server's key"
@@ -139,7 +143,7 @@ _EXTRACT = Command(
     goes_on=True,
     options=(
         TARGET,
-        DEVICE.but(f"{DEVICE.about}; auto: spread over all cards by accelerate"),
+        DEVICE.changed(f"{DEVICE.about}; auto: spread over all cards by accelerate"),
         DTYPE,
         CONVERSATIONS,
         *READING,
@@ -150,7 +154,7 @@ _EXTRACT = Command(
             "features; bad rows: OUT/rejects.jsonl",
             required=True,
         ),
-        MINUTES.but("end with the last whole shard within this time; a later call goes on"),
+        MINUTES.changed("end with the last whole shard within this time; a later call goes on"),
         option(
             "--store",
             "output",
@@ -168,11 +172,11 @@ _EXTRACT = Command(
                     "A,B,C",
                     "tapped layers, ascending, counted from 0",
                     type=layers,
-                    without="1, L//2 - 1, L - 4 of L",
+                    default_text="1, L//2 - 1, L - 4 of L",
                 ),
-                DRAFT_CONFIG.but("draft JSON, whose tapped layers are taken", without=""),
+                DRAFT_CONFIG.changed("draft JSON, whose tapped layers are taken", default_text=""),
             ),
-            needed=False,
+            required=False,
         ),
         THREADS,
         *FEATURE_ENGINE,
@@ -190,7 +194,7 @@ _VOCAB = Command(
         OneOf(
             (
                 option("--features", "input", "FOLDER", "features whose samples are counted"),
-                CONVERSATIONS.but(
+                CONVERSATIONS.changed(
                     "rows whose samples are counted, as extract reads", required=False
                 ),
             )
@@ -205,7 +209,7 @@ _VOCAB = Command(
             "N",
             "draft vocabulary",
             type=positive,
-            without="99.9% of the supervised tokens, 4096 to 32000",
+            default_text="99.9% of the supervised tokens, 4096 to 32000",
         ),
         option(
             "--held-out",
@@ -213,7 +217,7 @@ _VOCAB = Command(
             "N",
             "samples at the end that are not counted",
             type=count,
-            without="a tenth, at most 24",
+            default_text="a tenth, at most 24",
         ),
     ),
 )

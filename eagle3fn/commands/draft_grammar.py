@@ -52,14 +52,14 @@ _EVALUATE = Command(
             type=positive,
             default=10,
         ),
-        MAX_NEW.but(default=128),
+        MAX_NEW.changed(default=128),
         option(
             "--draft-length",
             "draft",
             "N",
             "tokens drafted in a round; more cost more, and pay where most are accepted",
             type=positive,
-            without="the unroll that the draft was trained with, as its card says; else 7",
+            default_text="the unroll that the draft was trained with, as its card says; else 7",
         ),
         option(
             "--plain",
@@ -67,15 +67,15 @@ _EVALUATE = Command(
             "FILE",
             "JSON that keeps the target's own answers for the next draft",
         ),
-        TEMPERATURE.but("tokens are drawn at it", without="0: greedy"),
-        TOP_P.but("with --temperature", without="1"),
-        SEED.but("with --temperature", default=None, without="0"),
+        TEMPERATURE.changed("tokens are drawn at it", default_text="0: greedy"),
+        TOP_P.changed("with --temperature", default_text="1"),
+        SEED.changed("with --temperature", default=None, default_text="0"),
         TEMPLATE_ARG,
         option("--untrained", "input", "FOLDER", "an exported untrained draft, to compare with"),
         THREADS,
-        DTYPE.but(
+        DTYPE.changed(
             "that speed is measured in; with --engine: that all is decoded in",
-            without=f"{DTYPE.without}; with --engine float32",
+            default_text=f"{DTYPE.default_text}; with --engine float32",
         ),
         option(
             "--engine",
@@ -83,10 +83,10 @@ _EVALUATE = Command(
             None,
             "decode in a serving engine, both ways",
             choices=("vllm", "llamacpp"),
-            without="in this process",
+            default_text="in this process",
         ),
         ENGINE_PYTHON,
-        ENGINE_ARG.but(
+        ENGINE_ARG.changed(
             "argument of the engine's own: gpu_memory_utilization=0.8, cpuparams.n_threads=4; once "
             "for each"
         ),
@@ -154,7 +154,7 @@ _EXPORT = Command(
             required=True,
             choices=("vllm", "sglang", "llamacpp", "speculators", "eagle"),
         ),
-        TARGET.but("the draft's target, folder or hub id; vllm needs it", required=False),
+        TARGET.changed("the draft's target, folder or hub id; vllm needs it", required=False),
         option(
             "--target-name",
             "target",
@@ -202,7 +202,7 @@ _CONVERT = Command(
             "whose draft it is",
             dest="origin",
             choices=("specforge", "eagle", "speculators", "hf"),
-            without="known by its keys",
+            default_text="known by its keys",
         ),
         option(
             "--for",
@@ -213,7 +213,7 @@ _CONVERT = Command(
             choices=("eagle3fn", "specforge", "speculators"),
             default="eagle3fn",
         ),
-        TARGET.but("the target, folder or hub id, for what a file leaves out", required=False),
+        TARGET.changed("the target, folder or hub id, for what a file leaves out", required=False),
     ),
 )
 

@@ -45,46 +45,54 @@ class Option(NamedTuple):
     about: str
     """What it is, without its default."""
 
-    takes: str | None = None
+    metavar: str | None = None
     """What stands for its value in the help; None for a flag and for `choices`."""
 
-    more: Mapping[str, Any] = MappingProxyType({})
+    arguments: Mapping[str, Any] = MappingProxyType({})
     """Other arguments of `ArgumentParser.add_argument`."""
 
-    without: str = ""
+    default_text: str = ""
     """What holds where it is not given and has no `default`."""
 
-    def but(self, about: str = "", **changes: Any) -> "Option":
+    def changed(self, about: str = "", **changes: Any) -> "Option":
         """The same option with another description or other arguments, for one command."""
-        without = changes.pop("without", self.without)
-        more = {**self.more, **changes}
-        return self._replace(about=about or self.about, more=more, without=without)
+        default_text = changes.pop("default_text", self.default_text)
+        arguments = {**self.arguments, **changes}
+        return self._replace(
+            about=about or self.about, arguments=arguments, default_text=default_text
+        )
 
     @property
-    def needed(self) -> bool:
+    def required(self) -> bool:
         """Whether the command cannot do without it."""
-        return self.more.get("required", False)
+        return self.arguments.get("required", False)
 
     @property
     def usage(self) -> str:
         """The option as a line of usage has it."""
-        value = self.takes or "|".join(self.more.get("choices", ()))
-        many = " …" if self.more.get("nargs") == "+" else ""
+        value = self.metavar or "|".join(self.arguments.get("choices", ()))
+        many = " …" if self.arguments.get("nargs") == "+" else ""
         return f"{self.flag} {value}{many}".rstrip()
 
 
 def option(
-    flag: str, group: str, takes: str | None, about: str, *, without: str = "", **more: Any
+    flag: str,
+    group: str,
+    metavar: str | None,
+    about: str,
+    *,
+    default_text: str = "",
+    **arguments: Any,
 ) -> Option:
-    """An option; `more`: other arguments of `ArgumentParser.add_argument`."""
-    return Option(flag, group, about, takes, more, without)
+    """An option; `arguments`: other arguments of `ArgumentParser.add_argument`."""
+    return Option(flag, group, about, metavar, arguments, default_text)
 
 
 class OneOf(NamedTuple):
     """Options of one group of which a command takes one at most, or exactly one."""
 
     options: tuple[Option, ...]
-    needed: bool = True
+    required: bool = True
 
     @property
     def group(self) -> str:
@@ -247,14 +255,14 @@ def add_command(subcommands: Any, command: Command) -> Parser:
 def _add(group: Any, one: Option | OneOf) -> None:
     """Add an option, or those of which one is taken."""
     if isinstance(one, OneOf):
-        exclusive = group.add_mutually_exclusive_group(required=one.needed)
+        exclusive = group.add_mutually_exclusive_group(required=one.required)
         for each in one.options:
             _add(exclusive, each)
         return
 
     flags = ("-h", one.flag) if one is _HELP else (one.flag,)
-    named = {} if one.takes is None else {"metavar": one.takes}
-    group.add_argument(*flags, help=help_of(one), **named, **one.more)
+    named = {} if one.metavar is None else {"metavar": one.metavar}
+    group.add_argument(*flags, help=help_of(one), **named, **one.arguments)
 
 
 def help_of(one: Option) -> str:
@@ -263,16 +271,16 @@ def help_of(one: Option) -> str:
     >>> help_of(option("--seed", "answers", "N", "of what is drawn", type=int, default=0))
     'of what is drawn (default: 0)'
     """
-    default = one.more.get("default")
-    without = one.without
-    if not without and default not in (None, []):
-        without = str(default)
-    text = f"{one.about} (default: {without})" if without else one.about
+    default = one.arguments.get("default")
+    default_text = one.default_text
+    if not default_text and default not in (None, []):
+        default_text = str(default)
+    text = f"{one.about} (default: {default_text})" if default_text else one.about
     return text.replace("%", "%%")
 
 
 def _usage(command: Command) -> str:
     """One line of usage: what the command needs."""
     words = ["|".join(argument["choices"]) for argument in command.arguments]
-    words += [one.usage for one in command.options if one.needed]
+    words += [one.usage for one in command.options if one.required]
     return " ".join(["eagle3fn", command.name, *words, "[options]"]).replace("%", "%%")

@@ -21,7 +21,7 @@ TARGET = option(
 )
 DEVICE = option("--device", "target", "DEVICE", "torch device of the target", default="cpu")
 DTYPE = option(
-    "--dtype", "target", None, "what the target computes in", choices=DTYPES, without=_FASTEST
+    "--dtype", "target", None, "what the target computes in", choices=DTYPES, default_text=_FASTEST
 )
 TEMPLATE_ARG = option(
     "--template-arg",
@@ -54,7 +54,7 @@ MAX_LENGTH = option(
     "N",
     "tokens kept of a sample",
     type=positive,
-    without=f"{MAX_LENGTH_DEFAULT}, or the target's limit where that is less",
+    default_text=f"{MAX_LENGTH_DEFAULT}, or the target's limit where that is less",
 )
 LIMIT = option(
     "--limit",
@@ -62,7 +62,7 @@ LIMIT = option(
     "N",
     "use only the first conversations",
     type=positive,
-    without="all",
+    default_text="all",
 )
 SKIP_BAD = option(
     "--skip-bad",
@@ -72,7 +72,7 @@ SKIP_BAD = option(
     type=share,
     nargs="?",
     const=0.05,
-    without="a bad row ends the command",
+    default_text="a bad row ends the command",
 )
 READING = (MAX_LENGTH, LIMIT, SKIP_BAD, TEMPLATE_ARG)
 """How samples are made of conversations."""
@@ -81,9 +81,16 @@ READING = (MAX_LENGTH, LIMIT, SKIP_BAD, TEMPLATE_ARG)
 # Answers that are drawn
 
 TEMPERATURE = option(
-    "--temperature", "answers", "T", "of the answers; 0: greedy", type=at_least_zero, without="0.5"
+    "--temperature",
+    "answers",
+    "T",
+    "of the answers; 0: greedy",
+    type=at_least_zero,
+    default_text="0.5",
 )
-TOP_P = option("--top-p", "answers", "SHARE", "nucleus of the answers", type=share, without="0.95")
+TOP_P = option(
+    "--top-p", "answers", "SHARE", "nucleus of the answers", type=share, default_text="0.95"
+)
 MAX_NEW = option("--max-new", "answers", "N", "tokens of an answer at most", type=positive)
 SEED = option("--seed", "answers", "N", "of what is drawn", type=count, default=0)
 
@@ -96,7 +103,7 @@ THREADS = option(
     "N",
     "CPU threads",
     type=positive,
-    without="OMP_NUM_THREADS, or the fastest by a short measurement",
+    default_text="OMP_NUM_THREADS, or the fastest by a short measurement",
 )
 BATCH = option(
     "--batch", "speed", "N", "conversations answered together", type=positive, default=64
@@ -107,7 +114,7 @@ BATCH_TOKENS = option(
     "N",
     "tokens, with padding, in one run of the target; a longer row runs alone",
     type=positive,
-    without="2048 on CPUs, else 16384; of an engine 32768",
+    default_text="2048 on CPUs, else 16384; of an engine 32768",
 )
 MINUTES = option("--minutes", "speed", "MINUTES", "", type=above_zero)
 
@@ -115,7 +122,7 @@ MINUTES = option("--minutes", "speed", "MINUTES", "", type=above_zero)
 # A draft and its training
 
 DRAFT_CONFIG = option(
-    "--draft-config", "draft", "FILE", "draft JSON", without="derived from the target"
+    "--draft-config", "draft", "FILE", "draft JSON", default_text="derived from the target"
 )
 SETTINGS = (
     option("--config", "training", "FILE", "TOML file of settings"),
@@ -154,9 +161,9 @@ FEATURE_ENGINE: tuple[Option, ...] = (
         None,
         "an engine computes the features (docs/engines.md); sglang was never run",
         choices=("vllm", "sglang", "transformers"),
-        without="this process does",
+        default_text="this process does",
     ),
-    ENGINE_PYTHON.but(without="for transformers this one"),
+    ENGINE_PYTHON.changed(default_text="for transformers this one"),
     option(
         "--engine-url",
         "serving engine",
@@ -171,7 +178,7 @@ FEATURE_ENGINE: tuple[Option, ...] = (
         None,
         "what the engine's first row is compared with",
         choices=("hf", "logits"),
-        without="hf, the target loaded here, if it has at most 4 GiB and is not quantised",
+        default_text="hf, the target loaded here, if it has at most 4 GiB and is not quantised",
     ),
 )
 """A serving engine that computes the features."""

@@ -19,10 +19,10 @@ from eagle3fn.commands.values import above_zero, count, positive, trackers
 from eagle3fn.use.trackers import TRACKERS
 
 _ONLINE = (
-    DEVICE._replace(flag="--target-device").but(
+    DEVICE._replace(flag="--target-device").changed(
         "torch device of the target with --online; on ranks cuda is each one's"
     ),
-    DTYPE.but("what the target computes in with --online"),
+    DTYPE.changed("what the target computes in with --online"),
     BATCH_TOKENS,
     *READING,
     *FEATURE_ENGINE,
@@ -32,7 +32,7 @@ _ONLINE = (
         "N",
         "processes of the engine, of each rank",
         type=positive,
-        without="1",
+        default_text="1",
     ),
     option(
         "--buffer",
@@ -40,7 +40,7 @@ _ONLINE = (
         "GIB",
         "features that may lie ready, of each rank",
         type=above_zero,
-        without="1, or two updates' if that is more",
+        default_text="1, or two updates' if that is more",
     ),
     option("--keep", "output", "FOLDER", "write the features of the first pass, as extract does"),
     option(
@@ -50,8 +50,8 @@ _ONLINE = (
         "the target answers the prompts of --online as training goes",
         action="store_true",
     ),
-    MAX_NEW.but("tokens of such an answer at most", without="512"),
-    TEMPERATURE.but("of such answers; 0: greedy"),
+    MAX_NEW.changed("tokens of such an answer at most", default_text="512"),
+    TEMPERATURE.changed("of such answers; 0: greedy"),
 )
 """Options of a training whose features are computed as it goes."""
 
@@ -106,7 +106,7 @@ _TRAIN = Command(
             "sets train.on_nonfinite",
             choices=("stop", "skip"),
         ),
-        MINUTES._replace(group="training").but("choose the number of steps to fill this time"),
+        MINUTES._replace(group="training").changed("choose the number of steps to fill this time"),
         option(
             "--max-steps",
             "training",
@@ -142,7 +142,7 @@ _PLAN = Command(
     about="bytes that a run holds, moves and writes; exit code 2 if it cannot fit",
     example="--target Qwen/Qwen3-0.6B --ranks 4 --memory 24",
     options=(
-        TARGET.but("folder or hub id; its config.json is enough", required=False),
+        TARGET.changed("folder or hub id; its config.json is enough", required=False),
         *SETTINGS,
         option("--ranks", "training", "N", "processes that train", type=positive, default=1),
         option(
