@@ -137,7 +137,11 @@ def line_chart(
     for tick in ticks(x.low, x.high, 5):
         _text(svg, x.at(tick), _BOTTOM + 16, short(tick), "tick middle")
         if under is not None:
-            _text(svg, x.at(tick), _BOTTOM + 30, under(tick), "tick middle faint")
+            # A label in the middle of the last tick would leave the picture.
+            is_last = x.at(tick) > _RIGHT - 30
+            place = _RIGHT + 8 if is_last else x.at(tick)
+            side = "end" if is_last else "middle"
+            _text(svg, place, _BOTTOM + 30, under(tick), f"tick {side} faint")
     _x_label(svg, x_label, below=30 if under is None else 44)
     _marks(svg, x, y, across, down)
 

@@ -123,3 +123,11 @@ def test_names_are_escaped():
         assert {each.tag for each in drawn(chart).iter()} <= set(
             "svg g path text rect circle".split()
         )
+
+
+def test_second_label_of_the_last_tick_ends_within_the_picture():
+    chart = line_chart("t", "x", [Line("a", [(0, 1.0), (6, 2.0)])], under="{:g}k tokens".format)
+    labels = of_class(chart, "faint")
+    *others, last = labels
+    assert last.text == "6k tokens" and "end" in last.get("class", "").split()
+    assert all("middle" in label.get("class", "").split() for label in others)
