@@ -39,10 +39,14 @@ def provenance(command: str | None = None, revision: str | None = None) -> dict[
 def git_revision(folder: Path = Path(__file__).parent) -> str:
     """A checkout's commit, this package's unless a folder is named; "unknown" outside of git.
 
-    It ends in -dirty where files differ from the commit.
+    It ends in -dirty where files differ from the commit. The checkout is only read: no lock is
+    taken, which a git that is killed here would leave (`git describe --dirty` writes the index).
     """
-    call = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return _printed(call, folder) or "unknown"
+    commit = _printed(["git", "rev-parse", "HEAD"], folder)
+    if not commit:
+        return "unknown"
+    changes = ["git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no"]
+    return f"{commit}-dirty" if _printed(changes, folder) else commit
 
 
 def own_command(script: str | None = None) -> str:

@@ -22,7 +22,7 @@ HIGHEST_RATE = 1e30
 _LARGEST_FACTOR = 1e6  # weight decay, Muon's factor
 _HIGHEST_BETA = 1 - 1e-7
 _MOST = 2**31 - 1  # of a setting that has no bound of its own
-_LONGEST_UNROLL = 128  # its masks alone are `(B, K, S)`, and drafts of a server are below 20 tokens
+LONGEST_UNROLL = 128  # its masks alone are `(B, K, S)`, and drafts of a server are below 20 tokens
 _MOST_PREFETCHED = 1024  # batches held in memory
 _LARGEST_BATCH = 2**24  # the numbers of its samples are a list
 
@@ -67,7 +67,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         _check_choices(self, "objective")
-        _within(self, "objective", ttt_length=(1, _LONGEST_UNROLL), teacher_chunk=(1, _MOST))
+        _within(self, "objective", ttt_length=(1, LONGEST_UNROLL), teacher_chunk=(1, _MOST))
         require(0 < self.decay <= 1, "objective.decay", self.decay, "in (0, 1]")
         require(0 < self.survival <= 1, "objective.survival", self.survival, "in (0, 1]")
         require(0 <= self.kl_scale <= 1, "objective.kl_scale", self.kl_scale, "in [0, 1]")

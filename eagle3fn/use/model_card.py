@@ -7,12 +7,13 @@ import json
 import os
 import re
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 from eagle3fn.base.draft_config import TAPS
 from eagle3fn.base.errors import UserError
+from eagle3fn.base.kinds import Check, is_amount, is_count, is_text, or_none
 from eagle3fn.base.read import parse_json, read_text
+from eagle3fn.base.sections import LONGEST_UNROLL
 from eagle3fn.data.features import FeatureSet
 from eagle3fn.use.engine_limits import VLLM, able, unable_line
 from eagle3fn.use.layouts import how_to_serve
@@ -37,17 +38,21 @@ class Facts(NamedTuple):
     unroll: int | None = None  # steps of it in training: tokens that the draft learned to guess
 
 
-_KINDS = {
-    "target": str,
-    "data": str,
-    "samples": (int, NoneType),
-    "supervised": (int, NoneType),
-    "steps": (int, NoneType),
-    "accepted_length": (int, float, NoneType),
-    "origin": str,
-    "unroll": (int, NoneType),
+def _is_unroll(value: Any) -> bool:
+    return is_count(value) and 1 <= value <= LONGEST_UNROLL
+
+
+_KINDS: dict[str, Check] = {
+    "target": is_text,
+    "data": is_text,
+    "samples": or_none(is_count),
+    "supervised": or_none(is_count),
+    "steps": or_none(is_count),
+    "accepted_length": or_none(is_amount),
+    "origin": is_text,
+    "unroll": or_none(_is_unroll),
 }
-"""The types of the facts; those of a card may be anything."""
+"""What the facts are; those of a card may be anything."""
 
 
 def facts_of(features: FeatureSet, target: str) -> Facts:
@@ -141,7 +146,7 @@ def read_facts(folder: str | Path) -> Facts:
         facts = Facts(**parse_json(found.group(1)))
     except (ValueError, TypeError):
         return Facts()
-    good = all(isinstance(getattr(facts, name), kinds) for name, kinds in _KINDS.items())
+    good = all(is_kind(getattr(facts, name)) for name, is_kind in _KINDS.items())
     return facts if good and "\n" not in facts.target + facts.data + facts.origin else Facts()
 
 

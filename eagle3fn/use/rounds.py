@@ -19,8 +19,11 @@ def describe_rounds(
     """Of the first `ANSWERS` answers: the prompt, the prefill's token, and each round.
 
     A round has what was `drafted`, how many of these were `accepted`, and what was `emitted`: the
-    accepted ones, then one of the target's. Each token is its id and the text that it adds, which
-    is empty where a letter is not whole yet. `left_out` counts the tokens after the first `TOKENS`.
+    accepted ones, then one of the target's. An end token among the accepted ones is the last of
+    both: what follows it is neither accepted nor emitted.
+
+    Each token is its id and the text that it adds, which is empty where a letter is not whole yet.
+    `left_out` counts the tokens after the first `TOKENS`.
 
     Args:
         decoded: by this package; one to each prompt.
@@ -41,7 +44,7 @@ def describe_rounds(
                 {
                     "drafted": each.drafted,
                     "drafted_text": pieces(tokenizer, before, each.drafted),
-                    "accepted": each.accepted,
+                    "accepted": min(each.accepted, each.emitted),
                     "emitted": answer.tokens[place:end],
                     "emitted_text": texts[place:end],
                 }

@@ -306,6 +306,12 @@ def test_an_export_with_files_of_the_users_is_not_replaced(tmp_path):
         '{"accepted_length": NaN}',
         '{"data": "a\\nb"}',
         '{"other": 1}',
+        '{"samples": true}',
+        '{"steps": -1}',
+        '{"unroll": 0}',
+        '{"unroll": -3}',
+        '{"unroll": true}',
+        '{"unroll": 1000000000}',  # evaluate would draft so many tokens a round
         "{",
         "[" * 1000,
     ],

@@ -74,6 +74,15 @@ def test_rounds_by_hand():
     ]
 
 
+def test_tokens_after_an_end_token_are_not_accepted():
+    """As in the counts of the whole evaluation."""
+    answer = decoded(list(b"a<"), [Round(list(b"<bc"), 3, 1)])
+    (example,) = describe_rounds([answer], ["p"], Bytes())
+    (one,) = example["rounds"]
+    assert one["accepted"] == 1
+    assert (one["emitted_text"], one["drafted_text"]) == (["<"], ["<", "b", "c"])
+
+
 def test_what_is_kept_is_bounded():
     answer = decoded([97] * 1001, [Round([97] * 4, 4, 5)] * 200)
     examples = describe_rounds([answer] * 9, ["p" * 10_000] * 9, Bytes())
@@ -121,9 +130,9 @@ def test_an_evaluation_has_the_rounds_of_its_first_answers(report):
     assert len(rounds) == counted["verifications"] > 3
     assert sum(len(one["emitted"]) for one in rounds) + len(examples) == counted["tokens"]
     for one in rounds:
-        kept = min(one["accepted"], len(one["emitted"]))
+        kept = one["accepted"]
         assert one["emitted"][:kept] == one["drafted"][:kept]
-        assert len(one["emitted"]) <= one["accepted"] + 1
+        assert len(one["emitted"]) in (kept, kept + 1)
     assert sum(one["accepted"] for one in rounds) > 0
     assert list(report)[-1] == "examples"  # numbers first, for who opens the file
 
