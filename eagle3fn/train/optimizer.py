@@ -266,7 +266,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], Optimizer]] = {
     "sgd": sgd,
     "lion": lion,
 }
-"""What `optimizer.name` can be, besides a user's own function of `OptimizerConfig`. Which settings
+"""What `optimizer.name` can be, beside a user's own function of `OptimizerConfig`. Which settings
 each of them reads is in `base.sections.READERS`."""
 
 

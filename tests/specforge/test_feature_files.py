@@ -117,9 +117,10 @@ def test_another_configurations_files_cannot_be_told(tmp_path: Path) -> None:
 
 def test_a_folder_without_files_is_refused_with_their_endings(tmp_path: Path) -> None:
     message = r"no index\.json and no \.ckpt or \.ckpt\.gz there; run eagle3fn extract again"
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=message):
-            open_ckpts(folder)
+    with pytest.raises(UserError, match=message):
+        open_ckpts(tmp_path)
+    with pytest.raises(UserError, match="missing: no such folder; run eagle3fn extract again"):
+        open_ckpts(tmp_path / "missing")
 
 
 def test_without_the_reader_files_are_not_found(tmp_path: Path) -> None:
