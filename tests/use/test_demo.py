@@ -40,6 +40,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     script = load_demo()
     finished = SimpleNamespace(returncode=0, stdout="r1")
     monkeypatch.setattr(script.subprocess, "run", lambda *args, **kwargs: finished)
+    monkeypatch.setattr(script, "git_revision", lambda folder: "r1")
     monkeypatch.setattr(script, "call", lambda command: (0, "r1"))
     monkeypatch.setattr(script, "convert", lambda *args: None)
     return script
